@@ -1,0 +1,36 @@
+"""Errors a user can act on; every message is one sentence that names the argument or file and the remedy."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class LaresFastError(Exception):
+    """Base of every error that lares_fast raises on purpose."""
+
+
+class InputError(LaresFastError, ValueError):
+    """An argument, a configuration key or a file is not usable; the command line exits with code 2."""
+
+
+class BackendError(LaresFastError, RuntimeError):
+    """A backend that was asked for by name cannot run this call."""
+
+
+class NotBuiltError(BackendError):
+    """The native module is not part of this installation."""
+
+
+class MissingExtraError(LaresFastError, ImportError):
+    """A feature needs an optional dependency that is not installed."""
+
+
+def require(module: str, extra: str, feature: str) -> ModuleType:
+    """Import ``module`` on first use, or raise :class:`MissingExtraError` naming the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{feature} needs the package {module.split('.')[0]!r}: run pip install \"lares_fast[{extra}]\" ({error})."
+        ) from error

@@ -1,0 +1,125 @@
+"""Counter-based random numbers: every draw is a pure function of its address, never of program order.
+
+The generator is Philox4x32-10 (Salmon et al., SC'11). The address layout and its test vectors are a
+contract shared with the C++ and Triton code and stand in docs/numerics.md; they never change.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Key = tuple[int, int]
+
+# Addresses in the site field of a counter.
+SITE_INPUT, SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, SITE_ATTENTION, SITE_STATE = range(5)
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten Philox4x32 rounds over broadcastable int64 tensors that hold 32-bit words; returns four such words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 multiplication wraps modulo 2**64, so the high word survives the arithmetic shift and the mask.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def fold(key: Key, *data: int) -> Key:
+    """Derive a key from ``key`` and a path of integers in [0, 2**64): the same path always gives the same key."""
+    for value in data:
+        words = (torch.tensor(value & _WORD), torch.tensor((value >> 32) & _WORD), torch.tensor(0), torch.tensor(0))
+        w0, w1, _, _ = philox(words, key)
+        key = (int(w0), int(w1))
+    return key
+
+
+def root_key(seed: int) -> Key:
+    """The key that everything drawn under ``seed`` (an integer in [0, 2**64)) is folded from."""
+    return fold((0, 0), seed)
+
+
+def generator(key: Key) -> torch.Generator:
+    """A CPU generator seeded by ``key``, for draws that no kernel repeats (shuffles, depths, partners)."""
+    return torch.Generator().manual_seed((key[1] << 31) ^ key[0])
+
+
+def drop_threshold(p: float) -> int:
+    """``p`` as a count of 65536ths: a 16-bit draw below it is dropped, so the realised p is threshold / 65536."""
+    return min(round(p * 65536), 65535)
+
+
+def _halves(words: tuple[Tensor, ...]) -> Tensor:
+    """Four [..., S] words -> [..., 4, 2 * S] sixteen-bit draws; column 2 * s + half of row ``word``."""
+    stacked = torch.stack(words, dim=-2)
+    return torch.stack((stacked & 0xFFFF, stacked >> 16), dim=-1).flatten(-2)
+
+
+def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
+    """Keep-mask [B, L, D] (bool) of a hidden activation; ``rows`` [B] int64 are global batch rows."""
+    groups = -(-width // 64)
+    sub, group = torch.arange(8), torch.arange(groups).unsqueeze(-1)
+    c0 = sub | group << 3 | site << 16
+    c1 = torch.arange(length)[:, None, None]
+    c2 = rows[:, None, None, None]
+    draws = _halves(philox((c0, c1, c2, torch.tensor(step << 16 | layer)), key))
+    return (draws >= threshold).view(len(rows), length, groups * 64)[..., :width]
+
+
+def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:
+    """Keep-mask [B, H, L, L] (bool) of attention probabilities, indexed (row, head, query, key)."""
+    quads, tiles = -(-length // 4), -(-length // 16)
+    sub, head = torch.arange(8), torch.arange(heads)[:, None, None, None]
+    c0 = sub | head << 3 | SITE_ATTENTION << 16
+    c1 = torch.arange(quads)[:, None, None] | torch.arange(tiles)[:, None] << 16
+    c2 = rows[:, None, None, None, None]
+    draws = _halves(philox((c0, c1, c2, torch.tensor(step << 16 | layer)), key))  # [B, H, quads, tiles, 4, 16]
+    keep = (draws >= threshold).transpose(3, 4).reshape(len(rows), heads, quads * 4, tiles * 16)
+    return keep[:, :, :length, :length]
+
+
+def truncated_normal(key: Key, rows: Tensor, length: int, width: int, bound: float = 3.0) -> Tensor:
+    """Standard normal draws [B, L, D] (fp32) truncated to [-bound, bound], by inversion of 32-bit uniforms."""
+    c0 = torch.arange(-(-width // 4)) | SITE_STATE << 16
+    c1 = torch.arange(length)[:, None]
+    words = philox((c0, c1, rows[:, None, None], torch.tensor(0)), key)
+    uniform = (torch.stack(words, dim=-1).flatten(-2)[..., :width].double() + 0.5) / 2**32
+    edge = math.erf(bound / math.sqrt(2))
+    return (math.sqrt(2) * torch.erfinv((2 * uniform - 1) * edge)).float()
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout whose masks are addressed by (key, site, step, layer, row, position, column); the same object
+    applied twice drops the same elements. ``rows`` [B] are global batch rows."""
+
+    key: Key
+    rows: Tensor
+
+    def hidden(self, x: Tensor, p: float, *, site: int, step: int, layer: int) -> Tensor:
+        """Drop elements of ``x`` [B, L, D]."""
+        if not (threshold := drop_threshold(p)):
+            return x
+        keep = keep_hidden(self.key, threshold, site=site, step=step, layer=layer, rows=self.rows, length=x.shape[1], width=x.shape[2])
+        return _apply(x, keep, threshold)
+
+    def attention(self, probabilities: Tensor, p: float, *, step: int, layer: int) -> Tensor:
+        """Drop elements of ``probabilities`` [B, H, L, L]."""
+        if not (threshold := drop_threshold(p)):
+            return probabilities
+        _, heads, length, _ = probabilities.shape
+        keep = keep_attention(self.key, threshold, step=step, layer=layer, rows=self.rows, heads=heads, length=length)
+        return _apply(probabilities, keep, threshold)
+
+
+def _apply(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
+    return torch.where(keep.to(x.device), x / (1 - threshold / 65536), 0.0)
