@@ -1,0 +1,33 @@
+"""lares_fast: latent-reasoning sequential recommendation (LARES), from readable reference to fast kernels."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it; loaded on first use, so that importing the package stays light.
+_PUBLIC = {
+    "LARES": "lares_fast.model",
+    "LARESConfig": "lares_fast.config",
+    "Recommender": "lares_fast.serve",
+    "build_info": "lares_fast._native",
+    "explain": "lares_fast._dispatch",
+    "load": "lares_fast.serve",
+}
+_MODULES = ("convert", "data", "ops", "reference", "train")
+
+__all__ = ["__version__", *sorted(_PUBLIC), *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"lares_fast.{name}")
+    raise AttributeError(f"module 'lares_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

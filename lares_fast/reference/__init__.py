@@ -1,0 +1,33 @@
+"""LARES in readable PyTorch: the oracle that every faster implementation is tested against."""
+
+from lares_fast.reference.attention import attention, attention_mask
+from lares_fast.reference.backbone import register_backbone
+from lares_fast.reference.depth import sample_depth
+from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, target_logprob
+from lares_fast.reference.model import LARES
+from lares_fast.reference.recurrence import Recurrence
+from lares_fast.reference.rpt import RPTLoss, group_advantage, ranking_reward, rpt_loss
+from lares_fast.reference.spt import Pass, SPTLoss, info_nce, spt_loss
+from lares_fast.reference.target_rank import target_rank
+from lares_fast.reference.topk import topk
+
+__all__ = [
+    "LARES",
+    "Pass",
+    "RPTLoss",
+    "Recurrence",
+    "SPTLoss",
+    "attention",
+    "attention_mask",
+    "group_advantage",
+    "info_nce",
+    "linear_cross_entropy",
+    "ranking_reward",
+    "register_backbone",
+    "rpt_loss",
+    "sample_depth",
+    "spt_loss",
+    "target_logprob",
+    "target_rank",
+    "topk",
+]

@@ -1,0 +1,35 @@
+"""Laws of the number of reasoning steps T drawn in training."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lares_fast.config import LARESConfig
+
+
+def sample_depth(config: LARESConfig, size: int, generator: torch.Generator) -> Tensor:
+    """``size`` depths (int64 [size]), each at least 1: official laws around the mean m = ``config.mean_depth``."""
+    m = config.mean_depth
+    match config.depth_sampling:
+        case "constant":
+            depth = torch.full((size,), m)
+        case "non-recurrent":
+            depth = torch.ones(size, dtype=torch.int64)
+        case "uniform":
+            depth = torch.randint(1, 2 * m + 1, (size,), generator=generator)
+        case "poisson-unbounded":
+            depth = _poisson(torch.full((size,), float(m)), generator)
+        case "poisson-bounded":
+            depth = _poisson(torch.full((size,), float(m)), generator).clamp(max=2 * m)
+        case _:
+            # sigma = 0.5; the shift by sigma^2 / 2 makes the mean of the rates m.
+            rate = torch.exp(torch.randn(size, generator=generator) * 0.5 + math.log(m) - 0.125)
+            depth = (_poisson(rate, generator) + 1).clamp(max=3 * m)
+    return depth.clamp(min=1)
+
+
+def _poisson(rate: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.poisson(rate, generator=generator).long()

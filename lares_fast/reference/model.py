@@ -1,0 +1,144 @@
+"""LARES (arXiv 2505.16865) in plain PyTorch, as the official code computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lares_fast._errors import InputError
+from lares_fast._random import SITE_INPUT, Draw, root_key
+from lares_fast.config import LARESConfig
+from lares_fast.reference.attention import attention_mask
+from lares_fast.reference.backbone import build_block
+from lares_fast.reference.depth import sample_depth
+from lares_fast.reference.linear_cross_entropy import PAD
+from lares_fast.reference.recurrence import Recurrence
+
+_EVALUATION_KEY = root_key(0)
+
+
+class LARES(nn.Module):
+    """Item embeddings -> pre-block once -> core-block T times -> last position -> scores of every item."""
+
+    def __init__(self, config: LARESConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.item_embedding = nn.Embedding(config.n_items, config.hidden_size, padding_idx=PAD)
+        self.position_embedding = nn.Embedding(config.max_len, config.hidden_size)
+        self.input_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pre_block = build_block(config, config.n_pre_layers)
+        self.recurrence = Recurrence(config)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        # The PAD row is drawn like any other: it is scored by the training softmax.
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def set_dropout(self, p: float) -> None:
+        """Use hidden and attention dropout ``p`` from now on (the two training phases differ in it)."""
+        self.config = self.config.replace(dropout=p, attention_dropout=None)
+        for module in self.modules():
+            for name in ("dropout", "attention_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, p)
+
+    def encode(
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor,
+        *,
+        num_steps: int | Tensor | None = None,
+        state: Tensor | None = None,
+        return_all_steps: bool = False,
+        draw: Draw | None = None,
+    ) -> Tensor:
+        """The latent state at each sequence's last position.
+
+        ``item_seq`` [B, L] int64 item ids, right-padded with 0, L <= ``max_len``; ``item_seq_len`` [B] int64, each
+        at least 1; ``num_steps`` T, one int or int64 [B] (default: drawn in training, ``config.steps`` in
+        evaluation); ``state`` h0 [B, L, D] (default: drawn by ``config.state_init``); ``draw`` addresses
+        the random numbers of this pass. Without ``draw``, training takes a fresh key from torch's global
+        generator, and evaluation gives every sequence the same fixed h0, so that equal histories give equal
+        answers in any batch.
+
+        Returns [B, D], or [B, T, D] with ``return_all_steps`` (T the largest depth; a sequence that
+        stopped earlier repeats its last state). Raises :class:`InputError` for arguments that do not fit.
+        """
+        self._check_sequences(item_seq, item_seq_len)
+        draw = draw or self._default_draw(len(item_seq), item_seq.device)
+        depth = self._depth(num_steps, len(item_seq), draw).to(item_seq.device)
+        if state is None:
+            state = self.initial_state(draw, item_seq.shape[1])
+        last = (item_seq_len - 1)[:, None, None].expand(-1, 1, self.config.hidden_size)
+        at_last = [h.gather(1, last) for h in self._states(item_seq, state, depth, draw if self.training else None)]
+        return torch.cat(at_last, dim=1) if return_all_steps else at_last[-1].squeeze(1)
+
+    def _states(self, item_seq: Tensor, state: Tensor, depth: Tensor, draw: Draw | None) -> Iterator[Tensor]:
+        x = self.item_embedding(item_seq) + self.position_embedding.weight[: item_seq.shape[1]]
+        x = self.input_norm(x)
+        if draw is not None:
+            x = draw.hidden(x, self.config.dropout, site=SITE_INPUT, step=0, layer=0)
+        mask = attention_mask(item_seq, x.dtype)
+        pre = self.pre_block(x, mask, draw=draw, step=0)
+        return self.recurrence(state.to(x), pre, mask, depth, draw=draw)
+
+    def initial_state(self, draw: Draw, length: int) -> Tensor:
+        """h0 [B, L, D] by ``config.state_init``: noise (fp32) addressed by ``draw``, or zeros."""
+        config = self.config
+        if config.state_init == "zero" or (config.state_init == "normal_zero" and not self.training):
+            return torch.zeros(len(draw.rows), length, config.hidden_size)
+        return draw.initial_state(length, config.hidden_size) * (config.state_std * config.state_scale)
+
+    def _default_draw(self, batch: int, device: torch.device) -> Draw:
+        if self.training:
+            return Draw(root_key(int(torch.randint(2**62, ()))), torch.arange(batch))
+        return Draw(_EVALUATION_KEY, torch.zeros(batch, dtype=torch.int64))
+
+    def _depth(self, num_steps: int | Tensor | None, batch: int, draw: Draw) -> Tensor:
+        if num_steps is None:
+            if not self.training:
+                num_steps = self.config.steps
+            else:
+                num_steps = sample_depth(self.config, batch if self.config.per_sequence_depth else 1, draw.generator())
+        depth = torch.as_tensor(num_steps, dtype=torch.int64).expand(batch)
+        if batch and int(depth.min()) < 1:
+            raise InputError(f"num_steps must be at least 1, but got {int(depth.min())}.")
+        return depth
+
+    def _check_sequences(self, item_seq: Tensor, item_seq_len: Tensor) -> None:
+        if item_seq.dim() != 2 or item_seq.shape[1] > self.config.max_len:
+            raise InputError(f"item_seq must be [B, L] with L <= {self.config.max_len}, but got {list(item_seq.shape)}.")
+        if item_seq_len.shape != item_seq.shape[:1]:
+            raise InputError(f"item_seq_len must be [{len(item_seq)}], but got {list(item_seq_len.shape)}.")
+        if len(item_seq) and not 1 <= int(item_seq_len.min()) <= int(item_seq_len.max()) <= item_seq.shape[1]:
+            raise InputError(
+                f"item_seq_len must be in 1..{item_seq.shape[1]}, but it spans "
+                f"{int(item_seq_len.min())}..{int(item_seq_len.max())}; drop empty histories."
+            )
+        if len(item_seq) and not 0 <= int(item_seq.min()) <= int(item_seq.max()) < self.config.n_items:
+            raise InputError(
+                f"item_seq must hold ids in 0..{self.config.n_items - 1}, but it spans "
+                f"{int(item_seq.min())}..{int(item_seq.max())}."
+            )
+
+    def compared(self, x: Tensor) -> Tensor:
+        """``x`` [..., D] as it enters similarities between states: itself, or its direction with ``cos``."""
+        return F.normalize(x, dim=-1) if self.config.similarity == "cos" else x
+
+    def query_and_items(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """``(query [..., D], items [N, D])`` whose dot products are the scores of ``hidden`` [..., D]."""
+        items = self.compared(self.item_embedding.weight)
+        if self.config.similarity == "cos":
+            return self.compared(hidden) / self.config.tau, items
+        return hidden, items
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor, *, num_steps: int | Tensor | None = None) -> Tensor:
+        """Scores [B, N] of every row of the item table, PAD included; arguments as in :meth:`encode`."""
+        query, items = self.query_and_items(self.encode(item_seq, item_seq_len, num_steps=num_steps))
+        return query @ items.T

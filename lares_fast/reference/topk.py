@@ -1,0 +1,65 @@
+"""Exact top-K items of each query in one total order: score descending, then id ascending."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Items to leave out, query by query: ids[offsets[b]:offsets[b + 1]] for query b; int64, any order, repeats allowed.
+Exclude = tuple[Tensor, Tensor]
+
+_CHUNK = 16384
+
+
+def topk(
+    query: Tensor, items: Tensor, k: int, *, bias: Tensor | None = None, exclude: Exclude | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scores [B, k] and ids [B, k] (int64) of the best ``query @ items.T + bias``.
+
+    ``query`` [B, D], ``items`` [N, D], ``bias`` [N]. A NaN score counts as -inf. Where fewer than ``k`` items
+    are left, the rest is id -1 with score -inf. Workspace: B x (k + 16384) scores and ids.
+    """
+    batch = len(query)
+    scores = query.new_empty(batch, 0)
+    ids = torch.empty(batch, 0, dtype=torch.int64, device=query.device)
+    for start, chunk in item_chunks(items):
+        new = query @ chunk.T
+        if bias is not None:
+            new = new + bias[start : start + len(chunk)]
+        new = new.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        new_ids = torch.arange(start, start + len(chunk), device=query.device).expand(batch, -1)
+        if exclude is not None:
+            gone = mask_excluded(exclude, batch, start, len(chunk))
+            # An excluded item must lose even against an item that scores -inf: its id marks it as none.
+            new, new_ids = new.masked_fill(gone, -torch.inf), new_ids.masked_fill(gone, -1)
+        scores, ids = _best(torch.cat((scores, new), 1), torch.cat((ids, new_ids), 1), k)
+    missing = k - scores.shape[1]
+    return (
+        torch.nn.functional.pad(scores, (0, missing), value=-torch.inf),
+        torch.nn.functional.pad(ids, (0, missing), value=-1),
+    )
+
+
+def _best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k by (is an item, score descending, position): stable sorts, least significant key first."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, (ids.gather(1, order) < 0).to(torch.int8).argsort(dim=1, stable=True))[:, :k]
+    return scores.gather(1, order), ids.gather(1, order)
+
+
+def item_chunks(items: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """``(first id, rows)`` of consecutive pieces of the item table."""
+    for start in range(0, len(items), _CHUNK):
+        yield start, items[start : start + _CHUNK]
+
+
+def mask_excluded(exclude: Exclude, batch: int, start: int, size: int) -> Tensor:
+    """Bool [B, size]: True where item ``start + column`` is in the query's list."""
+    offsets, ids = exclude
+    query = torch.repeat_interleave(torch.arange(batch, device=ids.device), offsets.diff())
+    inside = (ids >= start) & (ids < start + size)
+    mask = torch.zeros(batch, size, dtype=torch.bool, device=ids.device)
+    mask[query[inside], ids[inside] - start] = True
+    return mask
