@@ -32,5 +32,5 @@ def require(module: str, extra: str, feature: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{feature} needs the package {module.split('.')[0]!r}: run pip install \"lares_fast[{extra}]\" ({error})."
+            f'{feature} needs the package {module.split(".")[0]!r}: run pip install "lares_fast[{extra}]" ({error}).'
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ _WORD = 0xFFFFFFFF
 _CALLS_IN_CACHE = 16384
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten Philox4x32 rounds over broadcastable int64 tensors that hold 32-bit words; returns four such words."""
+def philox(counter: tuple[Any, Any, Any, Any], key: Key) -> tuple[Any, Any, Any, Any]:
+    """Ten Philox4x32 rounds over 32-bit words, held in integers or broadcastable int64 tensors; returns four such words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -39,9 +40,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Key) -> tuple[Te
 def fold(key: Key, *data: int) -> Key:
     """Derive a key from ``key`` and a path of integers in [0, 2**64): the same path always gives the same key."""
     for value in data:
-        words = (torch.tensor(value & _WORD), torch.tensor((value >> 32) & _WORD), torch.tensor(0), torch.tensor(0))
-        w0, w1, _, _ = philox(words, key)
-        key = (int(w0), int(w1))
+        w0, w1, _, _ = philox((value & _WORD, value >> 32 & _WORD, 0, 0), key)
+        key = (w0, w1)
     return key
 
 
@@ -60,7 +60,7 @@ def drop_threshold(p: float) -> int:
     return min(round(p * 65536), 65535)
 
 
-def _sixteen_bit(words: tuple[Tensor, ...]) -> Tensor:
+def _sixteen_bit(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     """Four [..., 8] words -> [..., 4, 16] draws of 16 bits: draw 2 * call + half of row ``word``."""
     stacked = torch.stack(words, dim=-2)
     return torch.stack((stacked & 0xFFFF, stacked >> 16), dim=-1).flatten(-2)
@@ -72,9 +72,7 @@ def _by_rows(mask: Callable[[Tensor], Tensor], rows: Tensor, calls_per_row: int)
     return torch.cat([mask(part) for part in rows.split(size)]) if len(rows) > size else mask(rows)
 
 
-def keep_hidden(
-    key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int
-) -> Tensor:
+def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
     """Keep-mask [B, L, D] (bool) of a hidden activation; ``rows`` [B] int64 are global batch rows."""
     groups = -(-width // 64)
     c0 = torch.arange(8) | torch.arange(groups)[:, None] << 3 | site << 16

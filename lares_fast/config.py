@@ -129,7 +129,15 @@ class LARESConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "instruments": {},
-    "tiny": {"hidden_size": 16, "inner_size": 32, "n_pre_layers": 1, "n_core_layers": 1, "max_len": 10, "dropout": 0.1, "mean_depth": 2},
+    "tiny": {
+        "hidden_size": 16,
+        "inner_size": 32,
+        "n_pre_layers": 1,
+        "n_core_layers": 1,
+        "max_len": 10,
+        "dropout": 0.1,
+        "mean_depth": 2,
+    },
 }
 
 

@@ -7,7 +7,7 @@ from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, targ
 from lares_fast.reference.model import LARES
 from lares_fast.reference.recurrence import Recurrence
 from lares_fast.reference.rpt import RPTLoss, group_advantage, ranking_reward, rpt_loss
-from lares_fast.reference.spt import Pass, SPTLoss, info_nce, spt_loss
+from lares_fast.reference.spt import Pass, Sequences, SPTLoss, info_nce, spt_loss
 from lares_fast.reference.target_rank import target_rank
 from lares_fast.reference.topk import topk
 
@@ -17,6 +17,7 @@ __all__ = [
     "RPTLoss",
     "Recurrence",
     "SPTLoss",
+    "Sequences",
     "attention",
     "attention_mask",
     "group_advantage",

@@ -49,9 +49,15 @@ class SelfAttention(nn.Module):
             return y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
         context = attention(
-            heads(self.query(x)), heads(self.key(x)), heads(self.value(x)), mask,
-            draw=draw, dropout=self.attention_dropout, step=step, layer=layer,
-        )  # fmt: skip
+            heads(self.query(x)),
+            heads(self.key(x)),
+            heads(self.value(x)),
+            mask,
+            draw=draw,
+            dropout=self.attention_dropout,
+            step=step,
+            layer=layer,
+        )
         y = self.output(context.transpose(1, 2).flatten(-2))
         if draw is not None:
             y = draw.hidden(y, self.dropout, site=SITE_ATTENTION_OUT, step=step, layer=layer)

@@ -8,9 +8,7 @@ from torch import Tensor
 from lares_fast.reference.topk import Exclude, item_chunks, mask_excluded
 
 
-def target_rank(
-    query: Tensor, items: Tensor, target: Tensor, *, exclude: Exclude | None = None, ties: str = "order"
-) -> Tensor:
+def target_rank(query: Tensor, items: Tensor, target: Tensor, *, exclude: Exclude | None = None, ties: str = "order") -> Tensor:
     """Items that outrank the target: int64 [B], 0 is best.
 
     ``query`` [B, D], ``items`` [N, D], ``target`` [B] int64. An item j outranks target t if
@@ -30,15 +28,21 @@ def target_rank(
 
     rank = torch.zeros(len(query), dtype=torch.int64, device=query.device)
     for start, chunk in item_chunks(items):
-        scores = _nan_last(query @ chunk.T)
-        ids = torch.arange(start, start + len(chunk), device=query.device)
-        beats = scores > target_score[:, None]
-        if ties == "order":
-            beats |= (scores == target_score[:, None]) & (ids < target[:, None])
-        if exclude is not None:
-            beats &= ~mask_excluded(exclude, len(query), start, len(chunk))
-        rank += beats.sum(dim=1)
+        rank += count_better(_nan_last(query @ chunk.T), start, target, target_score, exclude=exclude, ties=ties)
     return rank
+
+
+def count_better(
+    scores: Tensor, start: int, target: Tensor, target_score: Tensor, *, exclude: Exclude | None = None, ties: str = "order"
+) -> Tensor:
+    """How many of the items ``start``, ``start + 1``, ... with ``scores`` [B, n] outrank the target: int64 [B]."""
+    better = scores > target_score[:, None]
+    if ties == "order":
+        ids = torch.arange(start, start + scores.shape[1], device=scores.device)
+        better |= (scores == target_score[:, None]) & (ids < target[:, None])
+    if exclude is not None:
+        better &= ~mask_excluded(exclude, len(scores), start, scores.shape[1])
+    return better.sum(dim=1)
 
 
 def _nan_last(scores: Tensor) -> Tensor:

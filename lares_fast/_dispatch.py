@@ -1,0 +1,90 @@
+"""The only place that chooses a backend, and the only place that explains the choice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from lares_fast import _settings
+from lares_fast._errors import BackendError, InputError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op. ``obstacle(*args)`` says in words why it cannot take a call, or returns ``None``."""
+
+    name: str
+    run: Callable[..., Any]
+    obstacle: Callable[..., str | None]
+
+
+_TABLE: dict[str, tuple[Backend, ...]] = {}
+_CHOSEN: ContextVar[str | None] = ContextVar("lares_fast_backend", default=None)
+
+# (op, backend) -> calls that really ran there; tests assert on it.
+calls: Counter[tuple[str, str]] = Counter()
+
+
+def register(op: str, *backends: Backend) -> None:
+    """Declare the backends of ``op``, most preferred first."""
+    _TABLE[op] = backends
+
+
+def requested(argument: str | None) -> str:
+    """The backend asked for: by argument, by the :func:`backend` context, by environment, else ``auto``."""
+    name = argument or _CHOSEN.get() or _settings.backend()
+    if name not in _settings.BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(_settings.BACKENDS)}, but got {name!r}.")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the ``with`` block every op uses backend ``name``, or raises :class:`BackendError`."""
+    token = _CHOSEN.set(requested(name))
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def run(op: str, name: str, *args: Any) -> Any:
+    """Call ``op`` on backend ``name``, or with ``auto`` on the first that can take ``args``."""
+    for candidate in _TABLE[op]:
+        if name not in ("auto", candidate.name):
+            continue
+        if (obstacle := candidate.obstacle(*args)) is None:
+            calls[op, candidate.name] += 1
+            return candidate.run(*args)
+        if name == candidate.name:
+            raise BackendError(f"{op} cannot run on the backend {name!r}: {obstacle}.")
+    raise BackendError(f"{op} has no backend {name!r}; it has: {', '.join(b.name for b in _TABLE[op])}.")
+
+
+def explain(op: str, *args: Any, backend: str | None = None) -> str:
+    """Which backend would run ``op`` on ``args`` (the op's positional arguments), and why not the others; one line each.
+
+    >>> print(explain("topk", query, items, 10))  # doctest: +SKIP
+    topk: native
+      native     would run
+      reference  can run
+    """
+    import lares_fast.ops  # noqa: F401 - fills the table
+
+    if op not in _TABLE:
+        raise InputError(f"op must be one of {', '.join(sorted(_TABLE))}, but got {op!r}.")
+    name, chosen, lines = requested(backend), None, []
+    for candidate in _TABLE[op]:
+        obstacle = candidate.obstacle(*args)
+        if obstacle is None and chosen is None and name in ("auto", candidate.name):
+            chosen, verdict = candidate.name, "would run"
+        elif obstacle is None:
+            verdict = "can run"
+        else:
+            verdict = f"cannot run: {obstacle}"
+        lines.append(f"  {candidate.name:<10} {verdict}")
+    return "\n".join([f"{op}: {chosen or f'nothing can run it on the backend {name!r}'}", *lines])

@@ -1,0 +1,33 @@
+"""Registration of ops with torch.library: opaque to compilers, with shapes known to fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Library.define + impl costs under a millisecond; torch.library.custom_op imports the compiler on its first call.
+_LIBRARY = torch.library.Library("lares_fast", "DEF")
+
+
+def register_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    """Define ``schema`` ("name(args) -> results") with its implementation, its fake and its backward; return the op.
+
+    ``backward(ctx, *grads)`` returns one gradient per input. An op that has no gradient raises there.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lares_fast::{name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"lares_fast::{name}", backward, lib=_LIBRARY)
+    return getattr(torch.ops.lares_fast, name)
+
+
+def no_gradient(op: str, instead: str) -> Callable[..., Any]:
+    """A backward that refuses, naming the op to use instead."""
+
+    def backward(*_: Any) -> Any:
+        raise NotImplementedError(f"{op} has no gradient: {instead}.")
+
+    return backward

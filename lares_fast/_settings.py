@@ -1,0 +1,17 @@
+"""Every environment variable that the package reads at run time; docs/env.md describes them."""
+
+from __future__ import annotations
+
+import os
+
+from lares_fast._errors import InputError
+
+BACKENDS = ("auto", "reference", "native", "triton", "cuda")
+
+
+def backend() -> str:
+    """``LARES_FAST_BACKEND``: the backend every op must use, or ``auto``."""
+    value = os.environ.get("LARES_FAST_BACKEND", "auto")
+    if value not in BACKENDS:
+        raise InputError(f"LARES_FAST_BACKEND must be one of {', '.join(BACKENDS)}, but got {value!r}.")
+    return value

@@ -1,0 +1,6 @@
+"""Public ops: each chooses its backend by the call's arguments, and :func:`lares_fast.explain` tells which and why."""
+
+from lares_fast._dispatch import backend
+from lares_fast.ops.topk import topk
+
+__all__ = ["backend", "topk"]

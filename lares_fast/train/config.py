@@ -1,0 +1,147 @@
+"""Settings of a training run; the defaults are the published Musical Instruments run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lares_fast._errors import InputError
+from lares_fast.reference.rpt import REWARDS
+
+PHASES = ("spt", "rpt")
+SPLITS = ("leave-one-out", "temporal")
+
+
+def _positive(settings: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value <= 0:
+            raise InputError(f"{section}.{name} must be greater than 0, but got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the log comes from and how it is split.
+
+    ``path``
+        A log file; ``None`` makes the synthetic log of ``synthetic``.
+    ``format, user, item, time``
+        As in :func:`lares_fast.data.read_log`: the format (``auto`` looks), and the column names of event logs.
+    ``split, valid_fraction, test_fraction``
+        ``leave-one-out``, or ``temporal``: global cut-off times that leave these fractions of the events to the two
+        last windows.
+    ``synthetic_users, synthetic_items, synthetic_seed``
+        Size and seed of the synthetic log.
+    """
+
+    path: str | None = None
+    format: str = "auto"
+    user: str | None = None
+    item: str | None = None
+    time: str | None = None
+    split: str = "leave-one-out"
+    valid_fraction: float = 0.1
+    test_fraction: float = 0.1
+    synthetic_users: int = 3000
+    synthetic_items: int = 600
+    synthetic_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise InputError(f"data.split must be one of {', '.join(SPLITS)}, but got {self.split!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPTConfig:
+    """Phase 1. ``alpha``, ``gamma`` weigh the two alignments; ``same_step`` gives the aligned passes one depth.
+
+    ``epochs`` at most; ``patience`` non-improving epochs are borne and the next one stops the phase; ``max_steps``
+    ends the phase after so many steps.
+    """
+
+    alpha: float = 0.1
+    gamma: float = 0.5
+    same_step: bool = True
+    batch_size: int = 1024
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    epochs: int = 300
+    patience: int = 10
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "spt", "batch_size", "lr", "epochs", "max_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RPTConfig:
+    """Phase 2. ``group_size`` G trajectories a sequence, rewarded by ``reward`` at ``k``, KL weighted by ``beta``.
+
+    ``data_filter`` keeps the training rows whose target is among the first ``filter_top`` in one of
+    ``filter_passes`` noisy passes of the phase-1 model. ``dropout`` replaces the model's in this phase.
+    """
+
+    group_size: int = 4
+    k: int = 10
+    beta: float = 1.0
+    reward: str = "recall"
+    dropout: float = 0.1
+    data_filter: bool = True
+    filter_top: int = 100
+    filter_passes: int = 3
+    batch_size: int = 400
+    lr: float = 5e-4
+    weight_decay: float = 0.0
+    epochs: int = 300
+    patience: int = 10
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "rpt", "k", "filter_top", "filter_passes", "batch_size", "lr", "epochs", "max_steps")
+        if self.group_size < 2:
+            raise InputError(f"rpt.group_size must be at least 2, but got {self.group_size}: advantages compare trajectories.")
+        if self.reward not in REWARDS:
+            raise InputError(f"rpt.reward must be one of {', '.join(REWARDS)}, but got {self.reward!r}.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"rpt.dropout must be in [0, 1), but got {self.dropout}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Full ranking of every item. ``ks`` cut-offs; ``depth_ratios`` times the mean depth are the T's tested (T = 1
+    always is); ``noise_seed`` addresses h0, so that every evaluation of the same weights gives the same numbers.
+    """
+
+    batch_size: int = 256
+    ks: tuple[int, ...] = (5, 10, 20, 50)
+    depth_ratios: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
+    noise_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "evaluation", "batch_size")
+        if 10 not in self.ks or min(self.ks) < 1:
+            raise InputError(f"evaluation.ks must be positive and hold 10, which early stopping watches, but got {self.ks}.")
+
+    def depths(self, mean_depth: int) -> list[int]:
+        """The T's of the test table, ascending."""
+        return sorted({1, *(max(1, int(ratio * mean_depth)) for ratio in self.depth_ratios)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. ``model`` holds :class:`~lares_fast.LARESConfig` fields except ``n_items``, which the data tells."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = DataConfig()
+    spt: SPTConfig = SPTConfig()
+    rpt: RPTConfig = RPTConfig()
+    evaluation: EvalConfig = EvalConfig()
+    seed: int = 2025
+    checkpoint_minutes: float = 10.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, ready for YAML."""
+        values = asdict(self)
+        for name, value in values["evaluation"].items():
+            values["evaluation"][name] = list(value) if isinstance(value, tuple) else value
+        return values

@@ -1,0 +1,110 @@
+"""Full-ranking evaluation by streaming ranks: one integer a row is kept, never a [rows, N] matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lares_fast import reference
+from lares_fast._random import Draw, Key
+from lares_fast.data import Batch, InteractionLog, Rows, make_batch
+from lares_fast.reference.topk import Exclude
+
+Progress = Callable[[int, int], None]
+
+# Which items compete with the target: all of them, or all but the user's own history.
+NOT_MASKED, MASKED = "not masked", "masked"
+
+
+def model_ranks(
+    model: reference.LARES,
+    log: InteractionLog,
+    rows: Rows,
+    *,
+    key: Key,
+    num_steps: int | None = None,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Rank of each row's target (int64 [R], 0 is best, PAD never ranked), with the history masked and not.
+
+    h0 is addressed by ``key`` and the row's index, so the batch size does not enter. Workspace: batch x 16384
+    scores.
+    """
+    ranks = {name: torch.empty(len(rows), dtype=torch.int64) for name in (NOT_MASKED, MASKED)}
+    for batch, query, items in _queries(model, log, rows, key, num_steps, batch_size, progress):
+        for name, exclude in ((NOT_MASKED, None), (MASKED, history_of(log, rows, batch.rows))):
+            ranks[name][batch.rows] = reference.target_rank(query, items[1:], batch.target - 1, exclude=exclude)
+    return ranks
+
+
+@torch.no_grad()
+def _queries(
+    model: reference.LARES,
+    log: InteractionLog,
+    rows: Rows,
+    key: Key,
+    num_steps: int | None,
+    batch_size: int,
+    progress: Progress | None,
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """(batch, its queries [B, D], items [N, D]) of an evaluation pass."""
+    training = model.training
+    model.eval()
+    try:
+        for done, batch in _batches(log, rows, model.config.max_len, batch_size):
+            draw = Draw(key, batch.rows)
+            hidden = model.encode(batch.item_seq, batch.item_seq_len, num_steps=num_steps, draw=draw)
+            yield batch, *model.query_and_items(hidden)
+            if progress is not None:
+                progress(done, len(rows))
+    finally:
+        model.train(training)
+
+
+def _batches(log: InteractionLog, rows: Rows, max_len: int, batch_size: int) -> Iterator[tuple[int, Batch]]:
+    """(rows done, batch) in order of length, each batch cropped to its longest input: PAD columns change nothing."""
+    lengths = np.minimum(rows.ends - log.offsets[rows.users], max_len)
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        yield start + len(index), make_batch(log, rows, index, int(lengths[index[-1]]))
+
+
+def history_of(log: InteractionLog, rows: Rows, index: Tensor) -> Exclude:
+    """Everything the user had before each row's target, as an exclusion list over the item rows behind PAD."""
+    chosen = index.numpy()
+    starts, ends = log.offsets[rows.users[chosen]], rows.ends[chosen]
+    offsets = np.concatenate(([0], np.cumsum(ends - starts)))
+    flat = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
+    return torch.from_numpy(offsets), torch.from_numpy(log.items[flat].astype(np.int64) - 1)
+
+
+def keep_rankable(
+    model: reference.LARES,
+    log: InteractionLog,
+    rows: Rows,
+    *,
+    key_of_pass: Callable[[int], Key],
+    passes: int,
+    top: int,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> Rows:
+    """The rows whose target is among the first ``top`` in at least one of ``passes`` noisy passes.
+
+    The official RPT data filter; PAD and history are ranked as there. A row that one pass keeps is not ranked again.
+    """
+    left = np.arange(len(rows))
+    for number in range(passes):
+        part = Rows(rows.users[left], rows.ends[left])
+        kept = np.zeros(len(left), dtype=bool)
+        for batch, query, items in _queries(model, log, part, key_of_pass(number), None, batch_size, progress):
+            kept[batch.rows.numpy()] = (reference.target_rank(query, items, batch.target) < top).numpy()
+        left = left[~kept]
+    keep = np.ones(len(rows), dtype=bool)
+    keep[left] = False
+    return Rows(rows.users[keep], rows.ends[keep])

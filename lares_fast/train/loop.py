@@ -1,0 +1,350 @@
+"""The loop both phases share: optimise, validate, stop early, checkpoint, and resume bit for bit.
+
+Everything random is a function of (seed, phase, epoch, step), so a checkpoint holds no generator state, and a run cut
+after any step continues as if it had not been cut.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lares_fast._errors import InputError, LaresFastError
+from lares_fast._random import Key, fold, root_key
+from lares_fast.config import LARESConfig
+from lares_fast.data import InteractionLog, Rows, Split, epoch_order
+from lares_fast.model import LARES
+from lares_fast.train.baselines import markov_ranks, popularity_ranks
+from lares_fast.train.checkpoint import load_state, save_state, save_weights, write_text
+from lares_fast.train.config import PHASES, RPTConfig, RunConfig, SPTConfig
+from lares_fast.train.evaluate import NOT_MASKED, keep_rankable, model_ranks
+from lares_fast.train.metrics import metrics
+from lares_fast.train.rpt import RPT
+from lares_fast.train.spt import SPT
+
+Event = dict[str, Any]
+
+WATCHED = "ndcg@10"
+_INIT, _SPT, _RPT, _FILTER, _EVALUATION = range(5)
+_ORDER, _STEP = range(2)
+
+
+class Interrupted(LaresFastError):
+    """The run was asked to stop; its state is saved."""
+
+
+class Trainer:
+    """A run of one or both phases in the folder ``out``; ``emit`` receives what happens, for progress bars and logs."""
+
+    def __init__(
+        self, config: RunConfig, log: InteractionLog, split: Split, out: Path, emit: Callable[[Event], None] = lambda _: None
+    ) -> None:
+        """``out`` may hold the state of an earlier, interrupted or shorter run of the same model, data and seed: the
+        run then goes on from there. Raises :class:`InputError` if they differ."""
+        self.config, self.log, self.split, self.out = config, log, split, out
+        self._listener = emit
+        self._stop = False
+        self._key = root_key(config.seed)
+        model_config = LARESConfig.from_dict({**config.model, "n_items": log.n_items})
+        if max(config.rpt.k, *config.evaluation.ks) > log.n_items - 1:
+            raise InputError(f"rpt.k and evaluation.ks must be at most {log.n_items - 1}, the number of items.")
+        self.state: dict[str, Any] = {
+            "identity": _identity(config, model_config, log),
+            "phase": "spt",
+            "history": [],
+            **_fresh_phase(),
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(fold(self._key, _INIT)[0])
+            self.model = LARES(model_config)
+        self._start: LARES | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        if (out / "state.pt").exists():
+            self._restore(load_state(out / "state.pt"))
+
+    def request_stop(self) -> None:
+        """Have the run save its state after the current step and raise :class:`Interrupted`."""
+        self._stop = True
+
+    def run(self, phases: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Train ``phases`` (of ``spt``, ``rpt``), each with a test of its best model; return the rows of metrics.csv.
+
+        ``rpt`` alone needs a folder whose ``spt`` is over.
+        """
+        try:
+            self._run(phases)
+        except Interrupted:
+            self._save()
+            raise
+        return self.state["history"]
+
+    def _run(self, phases: tuple[str, ...]) -> None:
+        if phases == ("rpt",) and self.state["phase"] == "spt" and not self._best():
+            raise InputError(f"{self.out} holds no model of phase spt: run --phase spt or both first.")
+        self._baselines()
+        for phase in PHASES:
+            if phase not in phases or PHASES.index(self.state["phase"]) > PHASES.index(phase):
+                continue
+            if phase != self.state["phase"]:
+                self._enter(phase)
+            self._train(self._phase(phase), self.config.spt if phase == "spt" else self.config.rpt)
+            self._test(phase)
+
+    # One phase
+
+    def _phase(self, name: str) -> SPT | RPT:
+        if name == "spt":
+            return SPT(self.model, self.log, self.split.train, self.config.spt)
+        assert self._start is not None
+        return RPT(self.model, self._start, self.log, self._rpt_rows(), self.config.rpt)
+
+    def _enter(self, phase: str) -> None:
+        """Begin ``phase`` from the best model of the one before."""
+        self.model.load_state_dict(self._best())
+        self._start = copy.deepcopy(self.model)
+        self._optimizer = None
+        self.state |= {"phase": phase, **_fresh_phase()}
+
+    def _rpt_rows(self) -> Rows:
+        settings, rows = self.config.rpt, self.split.train
+        if not settings.data_filter:
+            return rows
+        if self.state["kept"] is None:
+            assert self._start is not None
+            kept = keep_rankable(
+                self._start,
+                self.log,
+                rows,
+                key_of_pass=lambda number: fold(self._key, _FILTER, number),
+                passes=settings.filter_passes,
+                top=settings.filter_top,
+                batch_size=self.config.evaluation.batch_size,
+                progress=self._progress("filter"),
+            )
+            if not len(kept):
+                raise InputError(f"rpt.filter_top {settings.filter_top} leaves no training row: raise it or train spt longer.")
+            self.state["kept"] = {"users": torch.from_numpy(kept.users), "ends": torch.from_numpy(kept.ends)}
+            self._emit("filtered", kept=len(kept), rows=len(rows))
+            self._save()
+        return Rows(self.state["kept"]["users"].numpy(), self.state["kept"]["ends"].numpy())
+
+    def _train(self, phase: SPT | RPT, settings: SPTConfig | RPTConfig) -> None:
+        state, key = self.state, fold(self._key, _SPT if phase.name == "spt" else _RPT)
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        if state["optimizer"] is not None:
+            optimizer.load_state_dict(state["optimizer"])
+            state["optimizer"] = None
+        self._optimizer = optimizer
+        if phase.name == "rpt" and not self._best():
+            # The model that the phase starts from is the one to beat.
+            self._validate(phase.name, {}, epoch=0)
+        while not self._over(settings):
+            self._train_epoch(phase, settings, optimizer, fold(key, state["epoch"]))
+
+    def _over(self, settings: SPTConfig | RPTConfig) -> bool:
+        state = self.state
+        out_of_steps = settings.max_steps is not None and state["steps"] >= settings.max_steps
+        return state["bad_epochs"] > settings.patience or state["epoch"] >= settings.epochs or out_of_steps
+
+    def _train_epoch(
+        self, phase: SPT | RPT, settings: SPTConfig | RPTConfig, optimizer: torch.optim.Optimizer, key: Key
+    ) -> None:
+        state = self.state
+        batches = epoch_order(len(phase.rows), fold(key, _ORDER)).split(settings.batch_size)
+        last = (
+            len(batches)
+            if settings.max_steps is None
+            else min(len(batches), state["step"] + settings.max_steps - state["steps"])
+        )
+        saved_at = began = time.monotonic()
+        waited, first = 0.0, state["step"]
+        self.model.train()
+        while state["step"] < last:
+            step_key = fold(key, _STEP, state["step"])
+            fetched_at = time.monotonic()
+            batch = phase.batch(batches[state["step"]], step_key)
+            waited += time.monotonic() - fetched_at
+            loss, parts = phase.loss(batch, step_key)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            parts = {"loss": loss.item(), **parts}
+            if not math.isfinite(parts["loss"]):
+                raise LaresFastError(f"the loss is {parts['loss']} in epoch {state['epoch'] + 1}: lower {phase.name}.lr.")
+            state["sums"] = {name: state["sums"].get(name, 0.0) + value for name, value in parts.items()}
+            state["step"] += 1
+            state["steps"] += 1
+            elapsed = time.monotonic() - began
+            self._emit(
+                "step",
+                phase=phase.name,
+                epoch=state["epoch"] + 1,
+                epochs=settings.epochs,
+                step=state["step"],
+                steps=last,
+                means=self._means(),
+                data_wait=waited / elapsed,
+                users_per_s=(state["step"] - first) * settings.batch_size / elapsed,
+            )
+            self._heed_stop()
+            if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
+                self._save()
+                saved_at = time.monotonic()
+        seconds = time.monotonic() - began
+        # A stop during validation leaves the state at the epoch's last step, from where a resumed run validates again.
+        self._validate(phase.name, {**self._means(), "seconds": seconds, "data_wait": waited / seconds}, state["epoch"] + 1)
+        state |= {"epoch": state["epoch"] + 1, "step": 0, "sums": {}}
+        self._save()
+
+    def _means(self) -> dict[str, float]:
+        return {name: value / self.state["step"] for name, value in self.state["sums"].items()}
+
+    def _heed_stop(self) -> None:
+        if self._stop:
+            raise Interrupted(f"stopped and saved: resume with lares-fast train --resume {self.out}")
+
+    # Evaluation
+
+    def _validate(self, phase: str, means: dict[str, float], epoch: int) -> None:
+        state = self.state
+        results = self._evaluate(self.split.valid, "valid", phase, epoch, self.model.config.steps, means)
+        value = results[NOT_MASKED][WATCHED]
+        # As in RecBole, a tie counts as an improvement.
+        if better := value >= state["best_value"]:
+            state |= {"best_value": value, "best_epoch": epoch, "bad_epochs": 0, "best": _weights(self.model)}
+            self._export()
+        else:
+            state["bad_epochs"] += 1
+        self._emit("valid", phase=phase, epoch=epoch, metrics=results[NOT_MASKED], means=means, best=better)
+
+    def _test(self, phase: str) -> None:
+        """The best model of ``phase`` at every test depth."""
+        state = self.state
+        state["history"] = [row for row in state["history"] if (row["phase"], row["split"]) != (phase, "test")]
+        last = _weights(self.model)
+        self.model.load_state_dict(self._best())
+        try:
+            for depth in self.config.evaluation.depths(self.model.config.mean_depth):
+                self._evaluate(self.split.test, "test", phase, state["best_epoch"], depth, {})
+        finally:
+            self.model.load_state_dict(last)
+        self._emit("test", phase=phase, rows=[row for row in state["history"] if row["split"] == "test"])
+        self._save()
+
+    def _evaluate(
+        self, rows: Rows, split: str, phase: str, epoch: int, depth: int, means: dict[str, float]
+    ) -> dict[str, dict[str, float]]:
+        settings = self.config.evaluation
+        ranks = model_ranks(
+            self.model,
+            self.log,
+            rows,
+            key=fold(root_key(settings.noise_seed), _EVALUATION),
+            num_steps=depth,
+            batch_size=settings.batch_size,
+            progress=self._progress(f"{split} T={depth}"),
+        )
+        return self._record(ranks, phase=phase, split=split, epoch=epoch, test_T=depth, **means)
+
+    def _baselines(self) -> None:
+        if self.state["history"]:
+            return
+        for name, ranks in (("popularity", popularity_ranks), ("markov", markov_ranks)):
+            self._record(ranks(self.log, self.split, self.split.test), phase=name, split="test")
+
+    def _record(self, ranks: dict[str, Tensor], **row: Any) -> dict[str, dict[str, float]]:
+        results = {history: metrics(rank, self.config.evaluation.ks) for history, rank in ranks.items()}
+        self.state["history"] += [{**row, "history": history, **values} for history, values in results.items()]
+        return results
+
+    # Files
+
+    def _best(self) -> dict[str, Tensor]:
+        return self.state["best"] or {}
+
+    def _export(self) -> None:
+        save_weights(self.out / "model.safetensors", self._best(), self.model.config)
+        write_text(self.out / "item_ids.json", json.dumps(self.log.item_ids.tolist()))
+
+    def _save(self) -> None:
+        start = None if self._start is None else _weights(self._start)
+        snapshot = {
+            "model": _weights(self.model),
+            "start": start,
+            "optimizer": self._optimizer and self._optimizer.state_dict(),
+        }
+        save_state(self.out / "state.pt", {**self.state, **snapshot})
+        write_text(self.out / "metrics.csv", _csv(self.state["history"]))
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, value in self.state["identity"].items():
+            if state["identity"][name] != value:
+                raise InputError(
+                    f"{self.out} holds a run with another {name}: resume with the same one, or choose another --out."
+                )
+        self.model.load_state_dict(state.pop("model"))
+        if (start := state.pop("start")) is not None:
+            self._start = copy.deepcopy(self.model)
+            self._start.load_state_dict(start)
+        del state["format"]
+        self.state = state
+
+    # Events
+
+    def _emit(self, event: str, **values: Any) -> None:
+        record = {"event": event, **values}
+        self._listener(record)
+        if event != "step":
+            self.out.mkdir(parents=True, exist_ok=True)
+            with (self.out / "events.jsonl").open("a") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
+            self._listener({"event": "progress", "what": what, "done": done, "total": total})
+            self._heed_stop()
+
+        return report
+
+
+def _fresh_phase() -> dict[str, Any]:
+    return {
+        "epoch": 0,
+        "step": 0,
+        "steps": 0,
+        "sums": {},
+        "best_value": -1.0,
+        "best_epoch": 0,
+        "bad_epochs": 0,
+        "best": None,
+        "kept": None,
+        "optimizer": None,
+    }
+
+
+def _identity(config: RunConfig, model_config: LARESConfig, log: InteractionLog) -> dict[str, Any]:
+    """What must not change between the parts of one run."""
+    return {"model": model_config.to_dict(), "seed": config.seed, "data": log.fingerprint(), "split": config.data.split}
+
+
+def _weights(model: LARES) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _csv(history: list[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue()

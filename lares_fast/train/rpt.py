@@ -1,0 +1,64 @@
+"""One training step of phase 2: depths and random numbers of the group; the loss is ``reference.rpt_loss``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lares_fast import reference
+from lares_fast._random import Draw, Key, fold, generator
+from lares_fast.data import Batch, InteractionLog, Rows, make_batch
+from lares_fast.reference.depth import sample_depth
+from lares_fast.train.config import RPTConfig
+
+_DEPTHS, _POLICY, _REFERENCE = range(3)
+
+
+class RPT:
+    """Reinforcement post-training of ``model`` against the frozen ``start`` model."""
+
+    name: ClassVar[str] = "rpt"
+
+    def __init__(
+        self, model: reference.LARES, start: reference.LARES, log: InteractionLog, rows: Rows, settings: RPTConfig
+    ) -> None:
+        self.model, self.log, self.rows, self.settings = model, log, rows, settings
+        self._start = start.eval().requires_grad_(False)
+        model.set_dropout(settings.dropout)
+
+    def batch(self, index: Tensor, key: Key) -> Batch:
+        """The rows ``index``."""
+        return make_batch(self.log, self.rows, index, self.model.config.max_len)
+
+    def loss(self, batch: Batch, key: Key) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one :meth:`batch` and its parts; everything random is a function of ``key``."""
+        config, settings, size = self.model.config, self.settings, len(batch)
+        choices = generator(fold(key, _DEPTHS))
+        rows = torch.arange(size)
+        policy, frozen = [], []
+        for member in range(settings.group_size):
+            depth = sample_depth(config, size if config.per_sequence_depth else 1, choices).expand(size)
+            policy.append(reference.Pass(depth, Draw(fold(key, _POLICY, member), rows)))
+            theirs = fold(key, _POLICY if config.share_reference_noise else _REFERENCE, member)
+            frozen.append(replace(policy[-1], draw=Draw(theirs, rows)))
+        loss = reference.rpt_loss(
+            self.model,
+            self._start,
+            (batch.item_seq, batch.item_seq_len),
+            batch.target,
+            policy,
+            frozen,
+            k=settings.k,
+            beta=settings.beta,
+            reward=settings.reward,
+        )
+        parts = {
+            "reward": loss.rewards.mean().item(),
+            "kl": loss.kl.item(),
+            "adv-nonzero": (loss.advantages != 0).double().mean().item(),
+            "T": sum(p.num_steps.double().mean().item() for p in policy) / len(policy),
+        }
+        return loss.total, parts
