@@ -1,0 +1,98 @@
+// The module lares_fast._C: the only file that knows Python. Pointers arrive as integers; lares_fast/_native.py
+// allocates, checks dtypes, devices and shapes, and is the only caller.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "build_config.h"
+#include "cuda/capability.h"
+#include "random/philox.h"
+#include "topk/topk.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using lares_fast::Key;
+using lares_fast::MaskAddress;
+using std::int64_t;
+using std::uintptr_t;
+
+// Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
+constexpr int ABI = 1;
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+py::dict build_info() {
+    namespace build = lares_fast::build;
+    py::list archs;
+    std::string arch;
+    for (const char letter : std::string(build::CUDA_ARCHS) + ";") {
+        if (letter != ';') {
+            arch += letter;
+        } else if (!arch.empty()) {
+            archs.append(arch);
+            arch.clear();
+        }
+    }
+    py::dict info;
+    info["version"] = build::VERSION;
+    info["compiler"] = build::COMPILER;
+    info["flags"] = build::FLAGS;
+    info["build_type"] = build::TYPE;
+    info["cpu_arch"] = build::CPU_ARCH;
+    info["cuda_built"] = build::CUDA_BUILT;
+    info["cuda_archs"] = archs;
+    info["nvcc_version"] = build::NVCC_VERSION;
+    info["cuda_reason"] = build::CUDA_REASON;
+    return info;
+}
+
+void topk(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t exclude_offsets, uintptr_t exclude_ids, uintptr_t scores,
+          uintptr_t ids, int64_t B, int64_t N, int64_t D, int64_t k, int64_t threads) {
+    lares_fast::topk_cpu({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(exclude_offsets),
+                          pointer<int64_t>(exclude_ids), pointer<float>(scores), pointer<int64_t>(ids), B, N, D, k},
+                         threads);
+}
+
+void keep_hidden(std::uint32_t key0, std::uint32_t key1, int64_t threshold, int64_t site, int64_t step, int64_t layer, uintptr_t rows,
+                 int64_t B, int64_t L, int64_t D, uintptr_t out) {
+    const MaskAddress address{Key{key0, key1}, threshold, step, layer, pointer<int64_t>(rows)};
+    lares_fast::keep_hidden(address, site, B, L, D, pointer<std::uint8_t>(out));
+}
+
+void keep_attention(std::uint32_t key0, std::uint32_t key1, int64_t threshold, int64_t step, int64_t layer, uintptr_t rows, int64_t B,
+                    int64_t H, int64_t L, uintptr_t out) {
+    const MaskAddress address{Key{key0, key1}, threshold, step, layer, pointer<int64_t>(rows)};
+    lares_fast::keep_attention(address, B, H, L, pointer<std::uint8_t>(out));
+}
+
+py::tuple philox(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint32_t key0, std::uint32_t key1) {
+    const std::uint32_t counter[1] = {c0};
+    std::uint32_t words[4][1];
+    lares_fast::philox(counter, c1, c2, c3, Key{key0, key1}, words);
+    return py::make_tuple(words[0][0], words[1][0], words[2][0], words[3][0]);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+    using py::arg;
+    using Release = py::call_guard<py::gil_scoped_release>;
+    m.attr("ABI") = ABI;
+    m.def("build_info", &build_info);
+    m.def("capability", &lares_fast::capability, Release());
+    m.def("topk", &topk, arg("query"), arg("items"), arg("bias"), arg("exclude_offsets"), arg("exclude_ids"), arg("scores"), arg("ids"),
+          arg("B"), arg("N"), arg("D"), arg("k"), arg("threads"), Release());
+    m.def("keep_hidden", &keep_hidden, arg("key0"), arg("key1"), arg("threshold"), arg("site"), arg("step"), arg("layer"), arg("rows_ptr"),
+          arg("B"), arg("L"), arg("D"), arg("out_ptr"), Release());
+    m.def("keep_attention", &keep_attention, arg("key0"), arg("key1"), arg("threshold"), arg("step"), arg("layer"), arg("rows_ptr"),
+          arg("B"), arg("H"), arg("L"), arg("out_ptr"), Release());
+    m.def("philox", &philox, arg("c0"), arg("c1"), arg("c2"), arg("c3"), arg("key0"), arg("key1"));
+}

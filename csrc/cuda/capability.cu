@@ -1,0 +1,48 @@
+#include <cuda_runtime_api.h>
+
+#include "cuda/capability.h"
+
+namespace lares_fast {
+namespace {
+
+// Stands for every kernel of the build: all are compiled for the same architectures.
+__global__ void image_probe() {}
+
+std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
+// Reading an error also clears it, so that the process's next CUDA call does not report ours.
+std::string words(cudaError_t error) {
+    cudaGetLastError();
+    return cudaGetErrorString(error);
+}
+
+}  // namespace
+
+std::string capability() {
+    int driver = 0, devices = 0, device = 0;
+    if (const cudaError_t error = cudaDriverGetVersion(&driver); error != cudaSuccess) return "the driver does not answer: " + words(error);
+    if (driver == 0) return "no driver: install the NVIDIA driver, or hide nothing of it from this process";
+    if (const cudaError_t error = cudaGetDeviceCount(&devices); error != cudaSuccess) {
+        const std::string said = words(error);
+        if (error == cudaErrorInsufficientDriver) {
+            return "driver older than toolkit: the driver serves CUDA " + version(driver) + ", the module was built with CUDA " +
+                   version(CUDART_VERSION);
+        }
+        return (error == cudaErrorNoDevice ? "no device: " : "the driver does not answer: ") + said;
+    }
+    if (devices == 0) return "no device: the driver counts none";
+    cudaDeviceProp properties{};
+    if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return "the device does not answer: " + words(error);
+    if (cudaError_t error = cudaGetDeviceProperties(&properties, device); error != cudaSuccess) {
+        return "the device does not answer: " + words(error);
+    }
+    const std::string name =
+        std::string(properties.name) + " (sm_" + std::to_string(properties.major) + std::to_string(properties.minor) + ")";
+    cudaFuncAttributes attributes{};
+    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, image_probe); error != cudaSuccess) {
+        return "no kernel image for this device: " + name + ": " + words(error);
+    }
+    return "ok: " + name + ", driver for CUDA " + version(driver) + ", built with CUDA " + version(CUDART_VERSION);
+}
+
+}  // namespace lares_fast

@@ -1,0 +1,8 @@
+#include "build_config.h"
+#include "cuda/capability.h"
+
+namespace lares_fast {
+
+std::string capability() { return std::string("not built: ") + build::CUDA_REASON; }
+
+}  // namespace lares_fast

@@ -1,0 +1,38 @@
+// A thread helper for work that is pulled: it owns no pool, so a fork or an exit never meets a waiting thread.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace lares_fast {
+
+// Runs `work` on up to `threads` threads, the caller's included, and rethrows the first exception.
+// `work` must pull its tasks from a shared counter, so that fewer threads still do all of them.
+template <class Work>
+void run_on_threads(std::int64_t threads, const Work& work) {
+    std::exception_ptr error;
+    std::mutex mutex;
+    const auto guarded = [&] {
+        try {
+            work();
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(mutex);
+            if (!error) error = std::current_exception();
+        }
+    };
+    std::vector<std::thread> helpers;
+    try {
+        helpers.reserve(static_cast<std::size_t>(threads - 1));
+        while (static_cast<std::int64_t>(helpers.size()) < threads - 1) helpers.emplace_back(guarded);
+    } catch (const std::exception&) {
+        // The system grants no more threads; those that run pull the rest.
+    }
+    guarded();
+    for (std::thread& helper : helpers) helper.join();
+    if (error) std::rethrow_exception(error);
+}
+
+}  // namespace lares_fast

@@ -1,0 +1,252 @@
+"""Build of lares_fast: pure Python plus one native module, ``lares_fast._C``, that CMake makes from csrc/.
+
+LARES_FAST_BUILD and LARES_FAST_CUDA steer it (docs/env.md). The metadata stands in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+MODULE = "lares_fast._C"
+SUPPORTED = "Linux x86-64 or aarch64 with a 64-bit CPython"
+CUDA_FOLDERS = ("/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda")
+# What changes the objects beside the sources; a build folder is reused only under the same values.
+COMPILER_SETTINGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+
+
+def stop(sentence: str) -> SystemExit:
+    """The error that ends a build with one sentence and no traceback."""
+    return SystemExit(f"lares_fast: {sentence}")
+
+
+def say(sentence: str) -> None:
+    """One line of the build's log."""
+    print(f"lares_fast: {sentence}", file=sys.stderr, flush=True)
+
+
+def switch(name: str, allowed: Sequence[str]) -> str:
+    """The value of a build switch; unset and empty mean auto."""
+    value = os.environ.get(name) or "auto"
+    if value not in allowed:
+        raise stop(f"{name}={value!r} is not known: use {', '.join(allowed[:-1])} or {allowed[-1]}.")
+    return value
+
+
+def pure_reason(build: str) -> str | None:
+    """Why this build is pure Python, or None for a native one."""
+    if build == "none":
+        return "LARES_FAST_BUILD=none when it was installed"
+    supported = (
+        sys.platform == "linux"
+        and platform.machine().lower() in ("x86_64", "amd64", "aarch64", "arm64")
+        and sys.maxsize > 2**32
+        and sys.implementation.name == "cpython"
+    )
+    if supported:
+        return None
+    bits = 64 if sys.maxsize > 2**32 else 32
+    return (
+        f"the native module is built on {SUPPORTED} only, and this is {platform.system()} {platform.machine()} "
+        f"with a {bits}-bit {platform.python_implementation()}"
+    )
+
+
+def find_nvcc(environ: Mapping[str, str], folders: Sequence[str] = CUDA_FOLDERS) -> str | None:
+    """The nvcc to use: the first that a setting names, then PATH, then the usual folders. The first one found
+    counts even if it is broken: going on to another would build with a toolkit that nobody chose."""
+    if environ.get("CUDACXX"):
+        return environ["CUDACXX"]
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if environ.get(name) and (found := shutil.which("nvcc", path=str(Path(environ[name]) / "bin"))):
+            return found
+    if found := shutil.which("nvcc", path=environ.get("PATH", os.defpath)):
+        return found
+    for folder in folders:
+        if found := shutil.which("nvcc", path=str(Path(folder) / "bin")):
+            return found
+    return None
+
+
+def tool(name: str, folder: str) -> str:
+    """A build program: the one of this environment's package ``name`` (its attribute ``folder``), else of PATH."""
+    with contextlib.suppress(ImportError, AttributeError):
+        module = importlib.import_module(name)
+        if found := shutil.which(name, path=getattr(module, folder)):
+            return found
+    if found := shutil.which(name):
+        return found
+    raise stop(f"{name} is missing from the build environment: pip install {name}, or build with isolation.")
+
+
+def pybind11_folder() -> str:
+    """Where CMake finds pybind11."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise stop("pybind11 is missing from the build environment: pip install pybind11, or build with isolation.") from error
+    return pybind11.get_cmake_dir()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Two installations from one checkout take turns in a build folder."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class NativeBuild:
+    """One CMake build of csrc/ in build/cmake-<key>, where a later build finds its objects again."""
+
+    def __init__(self, version: str, cuda: str) -> None:
+        self.version = version
+        self.cuda = cuda
+        self.cmake = tool("cmake", "CMAKE_BIN_DIR")
+        self.ninja = tool("ninja", "BIN_DIR")
+
+    def run(self) -> Path:
+        """Build the module and return its file."""
+        if self.cuda == "0":
+            return self.build("0", "LARES_FAST_CUDA=0 when it was installed")
+        if (nvcc := find_nvcc(os.environ)) is None:
+            reason = "no nvcc found (looked in CUDACXX, CUDA_HOME, CUDA_PATH, PATH and " + ", ".join(CUDA_FOLDERS) + ")"
+            return self.without_cuda(reason)
+        if shutil.which(nvcc) is None:
+            return self.without_cuda(f"{nvcc} is not a program")
+        return self.build(self.cuda, "", nvcc)
+
+    def without_cuda(self, reason: str) -> Path:
+        """The CPU build that ``auto`` falls back to."""
+        if self.cuda == "1":
+            raise stop(f"LARES_FAST_CUDA=1, but {reason}.")
+        return self.build("0", reason)
+
+    def build(self, cuda: str, reason: str, nvcc: str = "") -> Path:
+        """Configure and compile with ``cuda``; with auto, what fails in CUDA ends in :meth:`without_cuda`."""
+        folder = ROOT / "build" / f"cmake-{self.key(cuda, nvcc)}"
+        with locked(folder):
+            configured = self.configure(folder, cuda, reason, nvcc)
+            told = (folder / "cuda.txt").read_text() if (folder / "cuda.txt").is_file() else ""
+            built, _, told = told.partition(" ")
+            if built != "true" and cuda != "0" and told:
+                # The next build asks again: what is broken now may be mended then, and CMake would remember it.
+                shutil.rmtree(folder, ignore_errors=True)
+                return self.without_cuda(told)
+            if not configured:
+                raise stop("CMake could not configure the native module (see above); LARES_FAST_BUILD=none installs without it.")
+            if cuda != "0" and not self.compile(folder, "lares_fast_cuda"):
+                return self.without_cuda(f"{nvcc} could not compile csrc/cuda (the build's log says why)")
+            if not self.compile(folder, "_C"):
+                raise stop("the native module did not compile (see above); LARES_FAST_BUILD=none installs without it.")
+            say(f"native module built {'with' if built == 'true' else 'without'} CUDA: {told}")
+            return next(folder.glob("_C.*.so"))
+
+    def key(self, cuda: str, nvcc: str) -> str:
+        """Names a build folder after all that CMake remembers in it."""
+        parts = [str(ROOT), cuda, nvcc, self.version, sys.implementation.cache_tag or "", sysconfig.get_path("include"), platform.machine()]
+        if nvcc:
+            state = os.stat(shutil.which(nvcc) or nvcc)
+            parts += [str(state.st_mtime_ns), str(state.st_size)]
+        parts += [os.environ.get(name, "") for name in COMPILER_SETTINGS]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
+
+    def configure(self, folder: Path, cuda: str, reason: str, nvcc: str) -> bool:
+        """Run CMake; whether it succeeded."""
+        environ = dict(os.environ)
+        if nvcc:
+            environ["CUDACXX"] = nvcc
+        (folder / "cuda.txt").unlink(missing_ok=True)
+        command = [
+            self.cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={self.ninja}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11_folder()}",
+            f"-DLARES_FAST_VERSION={self.version}",
+            f"-DLARES_FAST_CUDA={cuda}",
+            f"-DLARES_FAST_CUDA_OFF={reason}",
+        ]  # fmt: skip
+        return subprocess.run(command, env=environ, check=False).returncode == 0
+
+    def compile(self, folder: Path, target: str) -> bool:
+        """Build one target; whether it succeeded."""
+        return subprocess.run([self.cmake, "--build", str(folder), "--target", target], check=False).returncode == 0
+
+
+class BuildNative(build_ext):
+    """Makes the extension with CMake and puts it where setuptools expects it, next to the sources under -e."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(NativeBuild(self.distribution.get_version(), CUDA).run(), target)
+
+
+class BuildPython(build_py):
+    """Copies the packages and leaves a note in ``_build.json`` of what kind of build this is."""
+
+    def run(self) -> None:
+        package = ROOT / "lares_fast" if self.editable_mode else Path(self.build_lib) / "lares_fast"
+        if not self.editable_mode:
+            # Files of an earlier build that the sources no longer have would end up in the wheel.
+            shutil.rmtree(package, ignore_errors=True)
+        elif PURE:
+            for stale in package.glob("_C.*.so"):
+                stale.unlink()
+        super().run()
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build.json").write_text(json.dumps({"native": PURE is None, "reason": PURE or ""}) + "\n")
+
+
+def packages() -> list[str]:
+    """Every package of lares_fast/, with kernels/ as lares_fast.kernels."""
+    found = find_packages(str(ROOT), include=["lares_fast", "lares_fast.*"])
+    folders = {path.parent for path in (ROOT / "lares_fast").rglob("*.py")}
+    if lost := sorted(str(folder.relative_to(ROOT)) for folder in folders if ".".join(folder.relative_to(ROOT).parts) not in found):
+        raise stop(f"{', '.join(lost)} would not be installed: add an __init__.py.")
+    return [*found, "lares_fast.kernels"]
+
+
+BUILD = switch("LARES_FAST_BUILD", ("auto", "none"))
+CUDA = switch("LARES_FAST_CUDA", ("auto", "0", "1"))
+PURE = pure_reason(BUILD)
+
+
+def main() -> None:
+    """Run setuptools."""
+    if PURE and CUDA == "1":
+        raise stop(f"LARES_FAST_CUDA=1, but {PURE.replace(' when it was installed', '')}.")
+    if PURE:
+        say(f"pure Python: {PURE}.")
+    setup(
+        packages=packages(),
+        package_dir={"lares_fast": "lares_fast", "lares_fast.kernels": "kernels"},
+        package_data={"lares_fast": ["py.typed"], "lares_fast.cli": ["configs/*.yaml"]},
+        include_package_data=False,
+        ext_modules=[] if PURE else [Extension(MODULE, sources=[])],
+        cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+        zip_safe=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
