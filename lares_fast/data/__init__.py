@@ -1,0 +1,23 @@
+"""Interaction logs: readers, splits into rows, batches, same-target partners and a synthetic log."""
+
+from lares_fast.data.batch import Batch, epoch_order, make_batch
+from lares_fast.data.log import InteractionLog
+from lares_fast.data.partners import SameTargetIndex
+from lares_fast.data.readers import FORMATS, log_from_sequences, read_log
+from lares_fast.data.split import Rows, Split, cutoffs, leave_one_out, temporal_split
+
+__all__ = [
+    "FORMATS",
+    "Batch",
+    "InteractionLog",
+    "Rows",
+    "SameTargetIndex",
+    "Split",
+    "cutoffs",
+    "epoch_order",
+    "leave_one_out",
+    "log_from_sequences",
+    "make_batch",
+    "read_log",
+    "temporal_split",
+]

@@ -1,0 +1,75 @@
+"""Raw ids into codes 0..n-1, a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lares_fast._errors import InputError
+from lares_fast.data._text import Block
+
+
+class IdColumn:
+    """One column of raw ids: int64 as long as all are integers, else strings, earlier integers included."""
+
+    def __init__(self) -> None:
+        self._blocks: list[NDArray[Any]] = []  # raw integers, or int32 codes once there is a table
+        self._table: dict[str, int] | None = None
+
+    def add(self, block: Block) -> None:
+        """Append the fields of ``block``."""
+        if self._table is None and block.is_integer.all():
+            self.add_integers(block.integers)
+        else:
+            self.add_strings(block.strings())
+
+    def add_positive(self, block: Block, what: str, path: Path) -> None:
+        """Append as :meth:`add`, but where the column's first id is an integer all must be, and greater than 0."""
+        if not len(block):
+            return
+        if self._table is not None or (not self._blocks and not block.is_integer[0]):
+            self.add_strings(block.strings())
+            return
+        bad = np.flatnonzero(~block.is_integer | (block.integers <= 0))
+        if len(bad):
+            first = block.take(bad[:1])
+            reason = (
+                "is not greater than 0, which stands for padding; add 1 to all ids"
+                if first.is_integer[0]
+                else "is not an integer while the ids before it are; mend it, or write ids of mixed form as CSV"
+            )
+            raise InputError(f"{path}, line {first.lines[0]}: {what} {first.strings()[0][:40]!r} {reason}.")
+        self.add_integers(block.integers)
+
+    def add_integers(self, values: NDArray[np.int64]) -> None:
+        """Append integers [n]."""
+        if self._table is None:
+            self._blocks.append(values)
+        else:
+            self.add_strings(map(str, values.tolist()))
+
+    def add_strings(self, values: Iterable[str]) -> None:
+        """Append strings."""
+        if self._table is None:
+            self._table = {}
+            integers, self._blocks = self._blocks, []
+            for block in integers:
+                self.add_strings(map(str, block.tolist()))
+        table = self._table
+        self._blocks.append(np.fromiter((table.setdefault(value, len(table)) for value in values), np.int32))
+
+    def finish(self) -> tuple[NDArray[np.int32], NDArray[Any]]:
+        """Codes [E] int32 and the ids [n] they stand for: integers in order, strings by first appearance.
+
+        Empties the column.
+        """
+        values = np.concatenate(self._blocks) if self._blocks else np.empty(0, np.int64)
+        self._blocks.clear()
+        if self._table is None:
+            ids, codes = np.unique(values, return_inverse=True)
+            return codes.astype(np.int32), ids
+        return values.astype(np.int32, copy=False), np.array(list(self._table), dtype=object)

@@ -1,0 +1,68 @@
+"""Batches of rows as padded tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lares_fast import _random
+from lares_fast.data.log import InteractionLog
+from lares_fast.data.split import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B rows, all int64 tensors on one device.
+
+    ``item_seq``
+        [B, L] dense items, oldest first, padded with 0 on the right.
+    ``item_seq_len``
+        [B] in 1..L.
+    ``target``
+        [B] dense item that came next.
+    ``rows``
+        [B] index of each row in its :class:`Rows`.
+    ``users``
+        [B] index of the user.
+    """
+
+    item_seq: Tensor
+    item_seq_len: Tensor
+    target: Tensor
+    rows: Tensor
+    users: Tensor
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on ``device``; copies from pinned memory do not wait."""
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory (needs a CUDA device)."""
+        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
+
+def make_batch(log: InteractionLog, rows: Rows, index: Tensor | NDArray[Any], max_len: int) -> Batch:
+    """The rows ``index`` [B] (integers in 0..R-1, a CPU tensor or an array) with inputs cut to their last ``max_len``."""
+    chosen = np.asarray(index, dtype=np.int64)
+    ends, users = rows.ends[chosen], rows.users[chosen].astype(np.int64)
+    starts = np.maximum(log.offsets[users], ends - max_len)
+    lengths = ends - starts
+    column = np.arange(max_len)
+    # Columns past a row's end read its target, and are then zeroed.
+    items = log.items[np.minimum(starts[:, None] + column, ends[:, None])]
+    seq = np.where(column < lengths[:, None], items, 0).astype(np.int64)
+    target = log.items[ends].astype(np.int64)
+    return Batch(*map(torch.from_numpy, (seq, lengths, target, chosen.copy(), users)))
+
+
+def epoch_order(n_rows: int, key: _random.Key) -> Tensor:
+    """A permutation of 0..n_rows-1, [n_rows] int64, that depends on ``n_rows`` and ``key`` only."""
+    return torch.randperm(n_rows, generator=_random.generator(key))

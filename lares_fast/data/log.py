@@ -1,0 +1,200 @@
+"""An interaction log in memory: who had which item in which order, as compressed rows (CSR)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lares_fast._errors import InputError
+
+Ids = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InteractionLog:
+    """Every user's items, oldest first.
+
+    ``items``
+        [E] int32, dense item ids in 1..n_items-1; 0 is the PAD row and never occurs.
+    ``offsets``
+        [U+1] int64; the events of user u are ``items[offsets[u]:offsets[u + 1]]``.
+    ``times``
+        [E] int64 or float64 in the file's own unit, never falling within a user; ``None`` if the source has none.
+    ``user_ids, item_ids``
+        [U] and [n_items] raw ids, int64 or objects of type str; ``item_ids[0]`` stands for PAD and means nothing.
+    ``name``
+        Where the log comes from, as shown in tables.
+    ``dropped``
+        What reading left out, as counts by reason.
+    ``synthetic``
+        The events were made by a generator and describe no real person.
+    """
+
+    items: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    user_ids: Ids
+    item_ids: Ids
+    times: NDArray[Any] | None = None
+    name: str = "memory"
+    dropped: dict[str, int] = field(default_factory=dict)
+    synthetic: bool = False
+
+    @property
+    def n_users(self) -> int:
+        """U."""
+        return len(self.offsets) - 1
+
+    @property
+    def n_items(self) -> int:
+        """N: rows of the item table, the PAD row 0 included."""
+        return len(self.item_ids)
+
+    @property
+    def n_events(self) -> int:
+        """E."""
+        return len(self.items)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[U] int64, events of each user."""
+        return np.diff(self.offsets)
+
+    def history(self, user: int) -> NDArray[np.int32]:
+        """The dense items of the user with index ``user`` in 0..U-1, oldest first: a view, [its length] int32."""
+        if not 0 <= user < self.n_users:
+            raise InputError(f"user must be an index in 0..{self.n_users - 1}, but got {user}.")
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+    def lookup_items(self, raw: Iterable[Any]) -> NDArray[np.int64]:
+        """Dense ids [n] int64 of raw item ids; 0 (PAD) where the id is unknown.
+
+        Text such as ``"42"`` finds integer ids. Raises :class:`InputError` for what can be no id of this log.
+        """
+        return self._item_index.find(raw) + 1
+
+    def lookup_users(self, raw: Iterable[Any]) -> NDArray[np.int64]:
+        """Indices [n] int64 of raw user ids; -1 where the id is unknown. Raises as :meth:`lookup_items`."""
+        return self._user_index.find(raw)
+
+    @cached_property
+    def _item_index(self) -> _Index:
+        return _Index(self.item_ids[1:], f"item ids of {self.name}")
+
+    @cached_property
+    def _user_index(self) -> _Index:
+        return _Index(self.user_ids, f"user ids of {self.name}")
+
+    def fingerprint(self) -> str:
+        """sha256 (64 hex digits) of the dense items and the offsets: equal for equal training data on any machine."""
+        digest = hashlib.sha256(self.offsets.astype("<i8").tobytes())
+        digest.update(self.items.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def statistics(self) -> dict[str, Any]:
+        """Plain numbers: users, items (PAD not counted), interactions, lengths, density and what was dropped."""
+        lengths = self.lengths
+        return {
+            "name": self.name,
+            "synthetic": self.synthetic,
+            "users": self.n_users,
+            "items": self.n_items - 1,
+            "interactions": self.n_events,
+            "mean_length": float(lengths.mean()),
+            "median_length": float(np.median(lengths)),
+            "min_length": int(lengths.min()),
+            "max_length": int(lengths.max()),
+            "density": self.n_events / (self.n_users * (self.n_items - 1)),
+            "dropped": dict(self.dropped),
+        }
+
+    def summary(self) -> str:
+        """The statistics as text to print, one to three lines."""
+        s = self.statistics()
+        lines = [
+            f"{s['name']}: {s['users']:,} users, {s['items']:,} items, {s['interactions']:,} interactions; "
+            f"length mean {s['mean_length']:.2f}, median {s['median_length']:g}, {s['min_length']:,} to {s['max_length']:,}; "
+            f"density {100 * s['density']:.4f} %"
+        ]
+        if self.synthetic:
+            lines.append("This log is synthetic: a seeded generator made it, no real people or products are behind it.")
+        if any(self.dropped.values()):
+            lines.append("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()))
+        return "\n".join(lines)
+
+
+class _Index:
+    """Positions of raw ids, by binary search (integers) or in a dictionary (strings)."""
+
+    def __init__(self, ids: Ids, what: str) -> None:
+        self._what = what
+        self._table: dict[str, int] | None = None
+        if ids.dtype == object:
+            self._table = {raw: position for position, raw in enumerate(ids.tolist())}
+        else:
+            self._order = np.argsort(ids, kind="stable")
+            self._sorted = ids[self._order]
+
+    def find(self, raw: Iterable[Any]) -> NDArray[np.int64]:
+        wanted = np.asarray(raw if isinstance(raw, np.ndarray) else list(raw))
+        if self._table is not None:
+            return np.array([self._table.get(str(value), -1) for value in wanted.tolist()], dtype=np.int64)
+        try:
+            if wanted.dtype.kind not in "iuUO" and wanted.size:
+                raise ValueError
+            values = wanted.astype(np.int64)
+        except (ValueError, TypeError, OverflowError):
+            raise InputError(f"{self._what} are integers; look up integers instead of {wanted.ravel()[:3].tolist()}.") from None
+        at = np.minimum(np.searchsorted(self._sorted, values), len(self._sorted) - 1)
+        return np.where(self._sorted[at] == values, self._order[at], -1)
+
+
+def assemble(
+    users: NDArray[Any],
+    user_ids: Ids,
+    items: NDArray[Any],
+    item_ids: Ids,
+    times: NDArray[Any] | None,
+    *,
+    name: str,
+    min_events: int,
+) -> InteractionLog:
+    """Group events by user, sort each user's by time (ties keep their order) and leave out short users.
+
+    ``users``, ``items`` [E] hold codes into ``user_ids`` [U'] and ``item_ids`` [M']; what no kept event uses is
+    left out of the log's ids, whose order otherwise stays. Raises :class:`InputError` if no user is left.
+    """
+    if min_events < 1:
+        raise InputError(f"min_events must be at least 1, but got {min_events}.")
+    counts = np.bincount(users, minlength=len(user_ids))
+    long_enough = counts >= min_events
+    if not long_enough.any():
+        raise InputError(f"{name}: no user has {min_events} events or more; check the file, its format and min_events.")
+    dropped = {}
+    if short := int((~long_enough).sum()):
+        dropped = {
+            f"users with fewer than {min_events} events": short,
+            "events of those users": int(counts[~long_enough].sum()),
+        }
+        kept = long_enough[users]
+        users, items, times = users[kept], items[kept], None if times is None else times[kept]
+    order = np.argsort(users, kind="stable") if times is None else np.lexsort((times, users))
+    items = items[order]
+    used = np.bincount(items, minlength=len(item_ids)) > 0
+    dense = np.cumsum(used, dtype=np.int32)  # the first used id becomes 1
+    known = item_ids[used]
+    pad = np.array(["" if known.dtype == object else 0], dtype=known.dtype)
+    return InteractionLog(
+        items=dense[items],
+        offsets=np.concatenate(([0], np.cumsum(counts[long_enough]))).astype(np.int64),
+        times=None if times is None else times[order],
+        user_ids=user_ids[long_enough],
+        item_ids=np.concatenate((pad, known)),
+        name=name,
+        dropped=dropped,
+    )

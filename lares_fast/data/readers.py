@@ -1,0 +1,259 @@
+"""Readers of interaction logs: text, JSON, RecBole atomic files, CSV and parquet."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lares_fast._errors import InputError
+from lares_fast.data._ids import IdColumn
+from lares_fast.data._tables import Events, Names, check_columns, read_csv, read_parquet
+from lares_fast.data._text import Block, Progress, cells, check_file, decode, words
+from lares_fast.data.log import Ids, InteractionLog, assemble
+
+FORMATS = ("sequences", "pairs", "json", "inter", "csv", "parquet")
+COLUMNS: Names = {"user": "user_id", "item": "item_id", "time": "timestamp"}
+
+Lists = tuple[NDArray[Any], Ids, NDArray[np.int32], Ids]  # users, user ids, items, item ids: a user's events in order
+
+_SUFFIXES = {".json": "json", ".inter": "inter", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet"}
+
+
+def read_log(
+    path: str | os.PathLike[str],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str | None] | None = None,
+    min_events: int = 3,
+    progress: Progress | None = None,
+) -> InteractionLog:
+    """Read a log of interactions.
+
+    ``format``
+        ``sequences``: a line ``user item item ...`` a user, oldest first. ``pairs``: a line ``user item`` an event, each
+        user's in time order. ``json``: an object of user -> list of items, oldest first. ``inter``: a RecBole atomic
+        file. ``csv`` (``.tsv``: tabs) and ``parquet``: a row an event. ``auto``: by the file's ending, and text by
+        its first lines (two fields each are pairs).
+    ``columns``
+        For ``inter``, ``csv`` and ``parquet``: the columns' names under ``user``, ``item`` and ``time``, by default
+        user_id, item_id and timestamp. Rows are sorted by time, ties in the file's order; ``{"time": None}`` keeps
+        the file's order.
+    ``min_events``
+        Users with fewer events are left out and counted in ``dropped``.
+    ``progress``
+        Called now and then as ``progress(done_bytes, total_bytes)``.
+
+    Raw ids are kept in ``user_ids`` and ``item_ids``. Integer item ids are numbered in their own order, so that ids
+    1..m keep their number; strings in order of first appearance. Users stay in the file's order in ``sequences`` and
+    ``json``; elsewhere they are numbered like items. In text an id column is integer if all its ids are, where
+    ``sequences`` and ``pairs`` decide by the first id and want the rest alike, and greater than 0.
+
+    Raises :class:`InputError`, one sentence naming the file and the line, row or column, for everything that cannot
+    be read as asked, and :class:`MissingExtraError` for CSV and parquet without pyarrow.
+    """
+    source = Path(path)
+    if format not in ("auto", *FORMATS):
+        raise InputError(f"format must be auto or one of {', '.join(FORMATS)}, but got {format!r}.")
+    check_file(source)
+    chosen = _detect(source) if format == "auto" else format
+    if chosen in ("sequences", "pairs", "json"):
+        if columns is not None:
+            raise InputError(f"columns name the columns of inter, csv and parquet files, but {source} is read as {chosen}.")
+        read = {"sequences": _read_sequences, "pairs": _read_pairs, "json": _read_json}[chosen]
+        return assemble(*read(source, progress), None, name=source.name, min_events=min_events)
+    names = _column_names(columns)
+    read_table = {"inter": _read_inter, "csv": read_csv, "parquet": read_parquet}[chosen]
+    return assemble(*read_table(source, names, progress), name=source.name, min_events=min_events)
+
+
+def log_from_sequences(sequences: Mapping[Any, Sequence[Any]], *, name: str = "memory", min_events: int = 3) -> InteractionLog:
+    """A log from a mapping of user -> items (integers greater than 0, or strings), oldest first, as for ``json`` files."""
+    return assemble(*_from_lists(sequences.items(), name), None, name=name, min_events=min_events)
+
+
+def _detect(path: Path) -> str:
+    if known := _SUFFIXES.get(path.suffix.lower()):
+        return known
+    with path.open("rb") as file:
+        lines = [line.split() for line in islice(file, 20) if line.strip()]
+    if lines and lines[0][0].startswith(b"{"):
+        return "json"
+    return "pairs" if all(len(fields) == 2 for fields in lines) else "sequences"
+
+
+def _column_names(columns: Mapping[str, str | None] | None) -> dict[str, str | None]:
+    names = {**COLUMNS, **(columns or {})}
+    if unknown := sorted(set(names) - set(COLUMNS)):
+        raise InputError(f"columns must name {', '.join(COLUMNS)}, but got {unknown[0]!r}.")
+    for role in ("user", "item"):
+        if names[role] is None:
+            raise InputError(f"columns must name the {role} column; only the time column can be None.")
+    return names
+
+
+def _read_sequences(path: Path, progress: Progress | None) -> Lists:
+    users, items = IdColumn(), IdColumn()
+    lengths, lines = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for block in words(path, progress):
+        first, width = _per_line(block)
+        is_user = np.zeros(len(block), bool)
+        is_user[first] = True
+        users.add_positive(block.take(is_user), "user id", path)
+        items.add_positive(block.take(~is_user), "item id", path)
+        lengths.append(width - 1)
+        lines.append(block.lines[first])
+    codes, user_ids = users.finish()
+    if len(user_ids) < len(codes):
+        again = np.setdiff1d(np.arange(len(codes)), np.unique(codes, return_index=True)[1])[0]
+        raise InputError(
+            f"{path}, line {np.concatenate(lines)[again]}: user {user_ids[codes[again]]} has a line already; "
+            "join the two, or give format='pairs' if each line is one event."
+        )
+    return np.repeat(np.arange(len(codes)), np.concatenate(lengths)), user_ids[codes], *items.finish()
+
+
+def _read_pairs(path: Path, progress: Progress | None) -> Lists:
+    users, items = IdColumn(), IdColumn()
+    for block in words(path, progress):
+        _check_width(path, block, 2, "user and item")
+        users.add_positive(block.take(slice(0, None, 2)), "user id", path)
+        items.add_positive(block.take(slice(1, None, 2)), "item id", path)
+    return *users.finish(), *items.finish()
+
+
+def _read_inter(path: Path, names: Names, progress: Progress | None) -> Events:
+    """RecBole's atomic file: tabs, and a header of ``name:type`` fields."""
+    users, items, times = IdColumn(), IdColumn(), list[NDArray[Any]]()
+    header: list[str] = []
+    for block in cells(path, progress):
+        if not header:
+            end = int(np.searchsorted(block.lines, block.lines[:1], "right")[0])
+            header = [cell.split(":")[0] for cell in block.take(slice(end)).strings()]
+            if "item_id_list" in header:
+                raise InputError(
+                    f"{path} is a RecBole benchmark file with prepared item_id_list rows; give the file of single events."
+                )
+            check_columns(path, names, header)
+            block = block.take(slice(end, None))
+        _check_width(path, block, len(header), "tab-separated")
+        for role, column in (("user", users), ("item", items)):
+            name = names[role]
+            cell = block.take(slice(header.index(str(name)), None, len(header)))
+            if (empty := np.flatnonzero(cell.starts == cell.ends)).size:
+                raise InputError(f"{path}, line {cell.lines[empty[0]]}: {name} is empty.")
+            column.add(cell)
+        if (name := names["time"]) is not None:
+            times.append(_numbers(path, block.take(slice(header.index(name), None, len(header))), name))
+    return *users.finish(), *items.finish(), np.concatenate(times) if times else None
+
+
+def _read_json(path: Path, progress: Progress | None) -> Lists:
+    text = decode(path, path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    try:
+        pairs = json.loads(text, object_pairs_hook=_Pairs)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON, {error.msg} at column {error.colno}.") from None
+    except (RecursionError, ValueError):
+        raise InputError(f"{path} is not a JSON object of user -> list of items.") from None
+    if not isinstance(pairs, _Pairs):
+        raise InputError(f"{path} must hold one JSON object of user -> list of items, but holds {_json_type(pairs)}.")
+    if progress:
+        progress(len(text), len(text))
+    return _from_lists(pairs, str(path))
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object with its repeated keys, which a dictionary would lose."""
+
+
+_JSON_TYPES = {_Pairs: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+
+
+def _json_type(value: object) -> str:
+    return _JSON_TYPES.get(type(value), "a number")
+
+
+def _from_lists(pairs: Iterable[tuple[Any, Any]], source: str) -> Lists:
+    """``pairs`` of user and items; all items must be integers greater than 0, or all strings."""
+    keys, lists = list[str](), list[Sequence[Any]]()
+    for user, items in pairs:
+        if isinstance(items, np.ndarray):
+            items = items.tolist()
+        if isinstance(items, str | _Pairs) or not isinstance(items, Sequence):
+            raise InputError(f"{source}, user {user!r}: the items must be a list, but are {_json_type(items)}.")
+        keys.append(str(user))
+        lists.append(items)
+    for key, count in Counter(keys).items():
+        if count > 1:
+            raise InputError(f"{source}, user {key!r}: the user occurs {count} times; join the lists.")
+    flat: list[Any] = list(chain.from_iterable(lists))
+    kind: type = str if flat and isinstance(flat[0], str) else int
+    if set(map(type, flat)) - {kind} or (kind is int and not all(0 < item < 2**63 for item in flat)):
+        _reject_item(keys, lists, kind, source)
+    column = IdColumn()
+    if kind is str:
+        column.add_strings(flat)
+    else:
+        column.add_integers(np.array(flat, dtype=np.int64))
+    users = np.repeat(np.arange(len(keys)), [len(items) for items in lists])
+    return users, _user_ids(keys, source), *column.finish()
+
+
+def _reject_item(keys: list[str], lists: list[Sequence[Any]], kind: type, source: str) -> None:
+    wanted = "a string like the first item" if kind is str else "an integer greater than 0, or all must be strings"
+    for key, items in zip(keys, lists, strict=True):
+        for item in items:
+            if type(item) is not kind or (kind is int and not 0 < item < 2**63):
+                raise InputError(f"{source}, user {key!r}: item {str(item)[:40]!r} must be {wanted}.")
+
+
+def _user_ids(keys: list[str], source: str) -> Ids:
+    """Integers if printing them gives all the keys back, else the keys."""
+    try:
+        values = [int(key) for key in keys]
+        if [str(value) for value in values] == keys:
+            if values and min(values) <= 0:
+                raise InputError(f"{source}, user {min(values)}: user ids must be greater than 0; add 1 to all.")
+            return np.array(values, dtype=np.int64)
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
+    return np.array(keys, dtype=object)
+
+
+def _per_line(block: Block) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First field and number of fields of each line that has any."""
+    first = np.flatnonzero(np.diff(block.lines, prepend=0))
+    return first, np.diff(np.append(first, len(block)))
+
+
+def _check_width(path: Path, block: Block, expected: int, what: str) -> None:
+    first, width = _per_line(block)
+    if (bad := np.flatnonzero(width != expected)).size:
+        raise InputError(
+            f"{path}, line {block.lines[first[bad[0]]]}: {expected} {what} fields expected, but there are {width[bad[0]]}."
+        )
+
+
+def _numbers(path: Path, block: Block, name: str) -> NDArray[Any]:
+    """Times [F]: int64 if all fields are integers, else float64."""
+    if block.is_integer.all():
+        return block.integers
+    values = np.empty(len(block))
+    for at, text in enumerate(block.strings()):
+        try:
+            values[at] = float(text)
+        except ValueError:
+            values[at] = math.nan
+        if not math.isfinite(values[at]):
+            raise InputError(f"{path}, line {block.lines[at]}: {name} {text[:40]!r} is not a finite number.")
+    return values
