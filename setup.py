@@ -162,10 +162,9 @@ class NativeBuild:
 
     def key(self, cuda: str, nvcc: str) -> str:
         """Names a build folder after all that CMake remembers in it."""
-        parts = [str(ROOT), cuda, nvcc, self.version, sys.implementation.cache_tag or "", sysconfig.get_path("include"), platform.machine()]
+        parts = [str(ROOT), cuda, nvcc, sys.implementation.cache_tag or "", sysconfig.get_path("include"), platform.machine()]
         if nvcc:
-            state = os.stat(shutil.which(nvcc) or nvcc)
-            parts += [str(state.st_mtime_ns), str(state.st_size)]
+            parts.append(subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout)
         parts += [os.environ.get(name, "") for name in COMPILER_SETTINGS]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
 

@@ -1,0 +1,175 @@
+"""The native module ``lares_fast._C``: loaded on first use, and reached only through the checked functions below."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lares_fast._errors import InputError, NotBuiltError
+from lares_fast._random import Key
+
+# Equal to ABI in csrc/bindings.cpp: pointers cross this line, so a module of other sources must not be called.
+ABI = 1
+
+_REMEDY = "run pip install . in the sources' folder"
+
+
+@functools.cache
+def _attempt() -> tuple[ModuleType | None, str]:
+    """The module, or None and why not, as a clause without a full stop."""
+    try:
+        module = importlib.import_module("lares_fast._C")
+    except Exception as error:  # whatever a foreign or damaged file raises must not stop the pure-Python package
+        return None, _why_missing(error)
+    if getattr(module, "ABI", None) != ABI:
+        return None, f"the native module {module.__file__} was built from other sources: {_REMEDY} again"
+    return module, ""
+
+
+def _why_missing(error: Exception) -> str:
+    folder = Path(__file__).parent
+    files = sorted(folder.glob("_C.*"))
+    if not isinstance(error, ModuleNotFoundError) and files:
+        return f"the native module {files[0]} does not load ({error}): {_REMEDY} again"
+    if files:
+        return f"the native module {files[0]} is for another Python or platform: {_REMEDY} with this Python"
+    try:
+        note = json.loads((folder / "_build.json").read_text())
+        reason = str(note["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"the native module is not built, because these are bare sources: {_REMEDY}"
+    if not reason:
+        return f"the native module was built, but its file is no longer in {folder}: {_REMEDY} again"
+    remedy = f": {_REMEDY} without LARES_FAST_BUILD" if "LARES_FAST_BUILD" in reason else ""
+    return f"the native module is not built ({reason}){remedy}"
+
+
+def load() -> ModuleType:
+    """The native module; :class:`NotBuiltError` says why it is not there and what to do."""
+    module, reason = _attempt()
+    if module is None:
+        raise NotBuiltError(reason[0].upper() + reason[1:] + ".")
+    return module
+
+
+def available() -> tuple[bool, str]:
+    """Whether the native module can be called, and if not, why."""
+    module, reason = _attempt()
+    return module is not None, reason
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation's native module is and why; never raises and never asks the driver.
+
+    ``native`` (bool) and ``reason`` (why not, else empty) are always there, and so are ``cuda_built`` and ``cuda_reason``;
+    a native module adds its file, version, compiler, flags, build type, CPU and CUDA architectures and nvcc version.
+    """
+    module, reason = _attempt()
+    if module is None:
+        return {"native": False, "reason": reason, "cuda_built": False, "cuda_reason": "there is no native module"}
+    return {"native": True, "reason": "", "file": str(module.__file__), **module.build_info()}
+
+
+def capability() -> str:
+    """Whether the module's CUDA code can run on the current device: ``ok: ...``, or why not. Asks the driver."""
+    module, reason = _attempt()
+    return str(module.capability()) if module is not None else reason
+
+
+def topk(
+    query: Tensor,
+    items: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    exclude: tuple[Tensor, Tensor] | None = None,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scores [B, k] and ids [B, k] of the best ``query @ items.T + bias``; fp32 on the CPU, same bits for every ``threads``.
+
+    The contract is that of :func:`lares_fast.ops.topk`, and ``k`` may exceed N. ``exclude`` is (offsets [B + 1], ids).
+    ``threads`` defaults to ``torch.get_num_threads()``. Workspace: 128 KiB and 64 queries' exclusions per thread.
+    """
+    query = _dense("query", query, torch.float32, (None, None))
+    batch, width = query.shape
+    items = _dense("items", items, torch.float32, (None, width))
+    bias = None if bias is None else _dense("bias", bias, torch.float32, (len(items),))
+    offsets = ids = None
+    if exclude is not None:
+        offsets = _dense("exclude offsets", exclude[0], torch.int64, (batch + 1,))
+        ids = _dense("exclude ids", exclude[1], torch.int64, (None,))
+        if int(offsets[-1]) != len(ids):
+            raise InputError(f"exclude offsets must end with the number of ids, {len(ids)}, but end with {int(offsets[-1])}.")
+    threads = torch.get_num_threads() if threads is None else threads
+    if k < 1 or threads < 1:
+        raise InputError(f"k and threads must be at least 1, but got k={k} and threads={threads}.")
+    module = load()
+    scores = torch.empty(batch, k, dtype=torch.float32)
+    best = torch.empty(batch, k, dtype=torch.int64)
+    _call(
+        module.topk,
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (query, items, bias, offsets, ids)),
+        scores.data_ptr(),
+        best.data_ptr(),
+        batch,
+        len(items),
+        width,
+        k,
+        threads,
+    )
+    return scores, best
+
+
+def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
+    """:func:`lares_fast._random.keep_hidden`, bit for bit."""
+    rows = _dense("rows", rows, torch.int64, (None,))
+    keep = _mask(len(rows), length, width)
+    address = (*key, threshold, site, step, layer, rows.data_ptr())
+    _call(load().keep_hidden, *address, len(rows), length, width, keep.data_ptr())
+    return keep
+
+
+def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:
+    """:func:`lares_fast._random.keep_attention`, bit for bit."""
+    rows = _dense("rows", rows, torch.int64, (None,))
+    keep = _mask(len(rows), heads, length, length)
+    address = (*key, threshold, step, layer, rows.data_ptr())
+    _call(load().keep_attention, *address, len(rows), heads, length, keep.data_ptr())
+    return keep
+
+
+def _dense(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int | None]) -> Tensor:
+    """``tensor`` in contiguous memory, after a check of all that the C++ code takes on trust."""
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{name} must be a tensor, but got {type(tensor).__name__}.")
+    fits = tensor.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
+    if not fits or tensor.dtype != dtype or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InputError(
+            f"{name} must be a dense {dtype} [{wanted}] on the CPU, "
+            f"but got {tensor.layout} {tensor.dtype} {list(tensor.shape)} on {tensor.device}."
+        )
+    return tensor.detach().resolve_neg().contiguous()
+
+
+def _mask(*shape: int) -> Tensor:
+    if min(shape) < 0:
+        raise InputError(f"The mask's sizes must not be negative, but are {list(shape)}.")
+    return torch.empty(shape, dtype=torch.bool)
+
+
+def _call(function: Callable[..., None], *arguments: int) -> None:
+    """The C++ side's complaints as ours: a value out of range there, or an integer too large for its type."""
+    try:
+        function(*arguments)
+    except (ValueError, TypeError) as error:
+        sentence = str(error).partition("\n")[0]
+        raise InputError(f"{function.__name__}: {sentence}.") from error
