@@ -27,7 +27,7 @@ MODULE = "lares_fast._C"
 SUPPORTED = "Linux x86-64 or aarch64 with a 64-bit CPython"
 CUDA_FOLDERS = ("/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda")
 # What changes the objects beside the sources; a build folder is reused only under the same values.
-COMPILER_SETTINGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+COMPILER_SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 
 def stop(sentence: str) -> SystemExit:
@@ -152,11 +152,11 @@ class NativeBuild:
                 shutil.rmtree(folder, ignore_errors=True)
                 return self.without_cuda(told)
             if not configured:
-                raise stop("CMake could not configure the native module (see above); LARES_FAST_BUILD=none installs without it.")
+                raise stop("CMake could not configure the native module (see above); LARES_FAST_BUILD=none goes without.")
             if cuda != "0" and not self.compile(folder, "lares_fast_cuda"):
                 return self.without_cuda(f"{nvcc} could not compile csrc/cuda (the build's log says why)")
             if not self.compile(folder, "_C"):
-                raise stop("the native module did not compile (see above); LARES_FAST_BUILD=none installs without it.")
+                raise stop("the native module did not compile (see above); LARES_FAST_BUILD=none goes without.")
             say(f"native module built {'with' if built == 'true' else 'without'} CUDA: {told}")
             return next(folder.glob("_C.*.so"))
 
@@ -195,6 +195,7 @@ class BuildNative(build_ext):
     """Makes the extension with CMake and puts it where setuptools expects it, next to the sources under -e."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build and copy ``ext``."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(NativeBuild(self.distribution.get_version(), CUDA).run(), target)
@@ -204,6 +205,7 @@ class BuildPython(build_py):
     """Copies the packages and leaves a note in ``_build.json`` of what kind of build this is."""
 
     def run(self) -> None:
+        """Copy, then write the note."""
         package = ROOT / "lares_fast" if self.editable_mode else Path(self.build_lib) / "lares_fast"
         if not self.editable_mode:
             # Files of an earlier build that the sources no longer have would end up in the wheel.
@@ -219,8 +221,8 @@ class BuildPython(build_py):
 def packages() -> list[str]:
     """Every package of lares_fast/, with kernels/ as lares_fast.kernels."""
     found = find_packages(str(ROOT), include=["lares_fast", "lares_fast.*"])
-    folders = {path.parent for path in (ROOT / "lares_fast").rglob("*.py")}
-    if lost := sorted(str(folder.relative_to(ROOT)) for folder in folders if ".".join(folder.relative_to(ROOT).parts) not in found):
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "lares_fast").rglob("*.py")}
+    if lost := sorted(str(folder) for folder in folders if ".".join(folder.parts) not in found):
         raise stop(f"{', '.join(lost)} would not be installed: add an __init__.py.")
     return [*found, "lares_fast.kernels"]
 
@@ -236,7 +238,10 @@ def main() -> None:
         raise stop(f"LARES_FAST_CUDA=1, but {PURE.replace(' when it was installed', '')}.")
     if PURE:
         say(f"pure Python: {PURE}.")
+    # In build/: an egg-info folder beside the sources would pass for an installed distribution there.
+    (ROOT / "build").mkdir(exist_ok=True)
     setup(
+        options={"egg_info": {"egg_base": "build"}},
         packages=packages(),
         package_dir={"lares_fast": "lares_fast", "lares_fast.kernels": "kernels"},
         package_data={"lares_fast": ["py.typed"], "lares_fast.cli": ["configs/*.yaml"]},
