@@ -249,7 +249,7 @@ class Trainer:
             self.model,
             self.log,
             rows,
-            key=fold(root_key(settings.noise_seed), _EVALUATION),
+            key=evaluation_key(settings.noise_seed),
             num_steps=depth,
             batch_size=settings.batch_size,
             progress=self._progress(f"{split} T={depth}"),
@@ -315,6 +315,11 @@ class Trainer:
             self._heed_stop()
 
         return report
+
+
+def evaluation_key(noise_seed: int) -> Key:
+    """Addresses h0 in every validation and test."""
+    return fold(root_key(noise_seed), _EVALUATION)
 
 
 def _fresh_phase() -> dict[str, Any]:
