@@ -5,6 +5,7 @@ from lares_fast.data.log import InteractionLog
 from lares_fast.data.partners import SameTargetIndex
 from lares_fast.data.readers import FORMATS, log_from_sequences, read_log
 from lares_fast.data.split import Rows, Split, cutoffs, leave_one_out, temporal_split
+from lares_fast.data.synthetic import Shop, SyntheticLog, best_possible, synthetic_log
 
 __all__ = [
     "FORMATS",
@@ -12,12 +13,16 @@ __all__ = [
     "InteractionLog",
     "Rows",
     "SameTargetIndex",
+    "Shop",
     "Split",
+    "SyntheticLog",
+    "best_possible",
     "cutoffs",
     "epoch_order",
     "leave_one_out",
     "log_from_sequences",
     "make_batch",
     "read_log",
+    "synthetic_log",
     "temporal_split",
 ]

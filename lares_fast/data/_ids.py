@@ -38,7 +38,7 @@ class IdColumn:
         if len(bad):
             first = block.take(bad[:1])
             reason = (
-                "is not greater than 0, which stands for padding; add 1 to all ids"
+                "is not greater than 0; number the ids from 1"
                 if first.is_integer[0]
                 else "is not an integer while the ids before it are; mend it, or write ids of mixed form as CSV"
             )

@@ -196,8 +196,8 @@ def _from_lists(pairs: Iterable[tuple[Any, Any]], source: str) -> Lists:
         if count > 1:
             raise InputError(f"{source}, user {key!r}: the user occurs {count} times; join the lists.")
     flat: list[Any] = list(chain.from_iterable(lists))
-    kind: type = str if flat and isinstance(flat[0], str) else int
-    if set(map(type, flat)) - {kind} or (kind is int and not all(0 < item < 2**63 for item in flat)):
+    kind = type(flat[0]) if flat and isinstance(flat[0], str) else int
+    if set(map(type, flat)) - {kind} or not all(map(_in_range, flat)):
         _reject_item(keys, lists, kind, source)
     column = IdColumn()
     if kind is str:
@@ -208,11 +208,15 @@ def _from_lists(pairs: Iterable[tuple[Any, Any]], source: str) -> Lists:
     return users, _user_ids(keys, source), *column.finish()
 
 
+def _in_range(item: Any) -> bool:
+    return isinstance(item, str) or 0 < item < 2**63
+
+
 def _reject_item(keys: list[str], lists: list[Sequence[Any]], kind: type, source: str) -> None:
     wanted = "a string like the first item" if kind is str else "an integer greater than 0, or all must be strings"
     for key, items in zip(keys, lists, strict=True):
         for item in items:
-            if type(item) is not kind or (kind is int and not 0 < item < 2**63):
+            if type(item) is not kind or not _in_range(item):
                 raise InputError(f"{source}, user {key!r}: item {str(item)[:40]!r} must be {wanted}.")
 
 
@@ -222,7 +226,7 @@ def _user_ids(keys: list[str], source: str) -> Ids:
         values = [int(key) for key in keys]
         if [str(value) for value in values] == keys:
             if values and min(values) <= 0:
-                raise InputError(f"{source}, user {min(values)}: user ids must be greater than 0; add 1 to all.")
+                raise InputError(f"{source}, user {min(values)}: the user id is not greater than 0; number the ids from 1.")
             return np.array(values, dtype=np.int64)
     except (ValueError, OverflowError) as error:
         if isinstance(error, InputError):
