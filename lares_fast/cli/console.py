@@ -1,0 +1,164 @@
+"""What a run says while it works: progress bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+Event = dict[str, Any]
+
+PATIENCE_SECONDS = 2.0  # what is over sooner gets no bar
+LINE_SECONDS = 10.0  # between plain lines of the same bar
+
+
+def notice(text: str) -> None:
+    """A line on stderr, beside the results."""
+    print(f"lares-fast: {text}", file=sys.stderr)
+
+
+def step_text(event: Event) -> str:
+    """The running means of an epoch: loss parts, mean T, waiting for data and users/s."""
+    return _means_text(event["means"], event["data_wait"], event["users_per_s"])
+
+
+def valid_text(event: Event, users_per_s: float | None) -> str:
+    """One line an epoch: what it cost and what it is worth."""
+    values, means = event["metrics"], dict(event["means"])
+    means.pop("seconds", None)
+    waited = means.pop("data_wait", None)
+    quality = f"R@10 {values['recall@10']:.4f} N@10 {values['ndcg@10']:.4f} MRR@10 {values['mrr@10']:.4f}"
+    head = f"{event['phase'].upper()} epoch {event['epoch']}" if means else f"{event['phase'].upper()} start"
+    cost = _means_text(means, waited, users_per_s)
+    return "  ".join(part for part in (head, cost, "valid " + quality, "* best" if event["best"] else "") if part)
+
+
+def _means_text(means: dict[str, float], waited: float | None, users_per_s: float | None) -> str:
+    parts = [f"{'mean T' if name == 'T' else name} {value:.{2 if name == 'T' else 4}g}" for name, value in means.items()]
+    if waited is not None:
+        parts.append(f"data-wait {100 * waited:.1f} %")
+    if users_per_s is not None:
+        parts.append(f"{users_per_s:,.0f} users/s")
+    return " ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Console:
+    """Listens to a :class:`~lares_fast.train.Trainer` and to other long work; used as a context manager.
+
+    One bar lives at a time; every finished epoch leaves a line.
+    """
+
+    def __init__(self, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._now = now
+        self._bar = _terminal_bar(self._stream) or _PlainBar(self._stream)
+        self._what = ""
+        self._began = self._first = self._shown = 0.0
+        self._users_per_s: float | None = None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def say(self, text: str = "") -> None:
+        """A line that stays."""
+        self._bar.close()
+        self._what = ""
+        print(text, file=self._stream, flush=True)
+
+    def __call__(self, event: Event) -> None:
+        """Show one event of the trainer."""
+        match event["event"]:
+            case "step":
+                self._users_per_s = event["users_per_s"]
+                what = f"{event['phase'].upper()} epoch {event['epoch']}/{event['epochs']}"
+                self._show(what, event["step"], event["steps"], step_text(event), patience=0.0)
+            case "progress":
+                self.progress(event["what"], event["done"], event["total"])
+            case "filtered":
+                self.say(f"RPT data filter keeps {event['kept']:,} of {event['rows']:,} training rows")
+            case "valid":
+                self.say(valid_text(event, self._users_per_s if event["means"] else None))
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show how far ``what`` is once it takes longer than two seconds."""
+        self._show(what, done, total, "", patience=PATIENCE_SECONDS)
+
+    def _show(self, what: str, done: int, total: int, text: str, patience: float) -> None:
+        now = self._now()
+        if what != self._what:
+            self._bar.close()
+            self._what, self._began, self._first = what, now, done
+            # A plain line comes after its interval, and not at once.
+            self._shown = now
+        if now - self._began < patience:
+            return
+        moved = done - self._first
+        left = _clock((now - self._began) * (total - done) / moved) if moved > 0 else "?"
+        if now - self._shown >= self._bar.interval:
+            self._shown = now
+            self._bar.show(what, done, total, text, left)
+
+
+class _PlainBar:
+    """A line now and then."""
+
+    interval = LINE_SECONDS
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def show(self, what: str, done: int, total: int, text: str, left: str) -> None:
+        parts = [what, f"{done:,}/{total:,}", text, f"ETA {left}"]
+        print("  ".join(part for part in parts if part), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _RichBar:
+    """A rich progress bar that vanishes when it is closed."""
+
+    interval = 0.1
+
+    def __init__(self, rich: Any, progress: Any, stream: TextIO) -> None:
+        self._make = lambda: progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=20),
+            progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[text]} ETA {task.fields[left]}"),
+            console=rich.Console(file=stream),
+            transient=True,
+        )
+        self._live: Any = None
+
+    def show(self, what: str, done: int, total: int, text: str, left: str) -> None:
+        if self._live is None:
+            self._live = self._make()
+            self._live.start()
+            self._task = self._live.add_task(what, total=total, text=text, left=left)
+        self._live.update(self._task, description=what, completed=done, total=total, text=text, left=left)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _terminal_bar(stream: TextIO) -> _RichBar | None:
+    """A bar if ``stream`` is a terminal and rich is installed."""
+    if not stream.isatty():
+        return None
+    try:
+        from rich import console, progress
+    except ImportError:
+        return None
+    return _RichBar(console, progress, stream)

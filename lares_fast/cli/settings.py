@@ -1,0 +1,189 @@
+"""Settings of a run: defaults, then a YAML file, then ``--set`` arguments, all checked before anything is written."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lares_fast._errors import InputError, require
+from lares_fast.config import LARESConfig
+from lares_fast.train.checkpoint import write_text
+from lares_fast.train.config import DataConfig, EvalConfig, RPTConfig, RunConfig, SPTConfig
+
+# (where it comes from, dotted key, value)
+Setting = tuple[str, str, Any]
+
+_SECTIONS: dict[str, type] = {
+    "model": LARESConfig,
+    "data": DataConfig,
+    "spt": SPTConfig,
+    "rpt": RPTConfig,
+    "evaluation": EvalConfig,
+}
+_TOP = ("seed", "checkpoint_minutes")
+_PRESETS = Path(__file__).parent / "configs"
+_FEATURE = "reading settings"
+
+
+def presets() -> list[str]:
+    """Names of the shipped configurations."""
+    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+
+
+def build(config: str | Path | None = None, assignments: Iterable[str] = ()) -> RunConfig:
+    """The configuration of the YAML file or preset ``config`` (an existing file wins) under ``a.b=c`` assignments.
+
+    Raises :class:`InputError` naming the file or argument and the key for an unknown key, a wrong type or a bad value.
+    """
+    settings: list[Setting] = []
+    if config is not None:
+        source = _find(config)
+        settings += _flatten(str(source), _read(source))
+    settings += [_assignment(text) for text in assignments]
+    return _run_config(settings)
+
+
+def dump(config: RunConfig) -> str:
+    """``config`` as YAML that :func:`build` reads back; every setting is written out."""
+    values = config.to_dict()
+    values["model"] = {**_model_values(LARESConfig(n_items=2)), **values["model"]}
+    return str(require("yaml", "train", _FEATURE).safe_dump(values, sort_keys=False))
+
+
+def save(path: Path, config: RunConfig) -> None:
+    """Atomically write ``config`` as YAML."""
+    write_text(path, dump(config))
+
+
+def known_keys() -> list[str]:
+    """All dotted keys."""
+    sections = [f"{name}.{field.name}" for name, kind in _SECTIONS.items() for field in fields(kind)]
+    return [*(key for key in sections if key != "model.n_items"), *_TOP]
+
+
+def _find(config: str | Path) -> Path:
+    if Path(config).is_file():
+        return Path(config)
+    if str(config) in presets():
+        return _PRESETS / f"{config}.yaml"
+    raise InputError(f"--config {config} is no file, and no shipped configuration: those are {', '.join(presets())}.")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    yaml = require("yaml", "train", _FEATURE)
+    loader = require("jsonargparse", "train", _FEATURE).get_loader("yaml")
+    try:
+        values = loader(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{place}: not valid YAML, {getattr(error, 'problem', None) or 'unreadable'}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a configuration: {error}.") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold 'key: value' lines, but holds {'nothing' if values is None else repr(values)[:40]}.")
+    return values
+
+
+def _flatten(source: str, values: dict[str, Any]) -> Iterable[Setting]:
+    for name, value in values.items():
+        if name not in _SECTIONS:
+            yield source, str(name), value
+        elif isinstance(value, dict):
+            yield from ((source, f"{name}.{key}", inner) for key, inner in value.items())
+        elif value is not None:
+            raise InputError(f"{source}: {name} must hold settings such as '{_example(name)}: ...', but holds {value!r}.")
+
+
+def _example(section: str) -> str:
+    return next(field.name for field in fields(_SECTIONS[section]) if field.name != "n_items")
+
+
+def _assignment(text: str) -> Setting:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set {text} must have the form section.key=value, for example --set spt.lr=0.001.")
+    return f"--set {text}", key.strip(), value.strip()
+
+
+def _run_config(settings: list[Setting]) -> RunConfig:
+    parser = _parser()
+    values: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
+    top: dict[str, Any] = {}
+    known, origin = known_keys(), {}
+    for source, key, value in settings:
+        if key not in known:
+            nearest = _nearest(key, known)
+            raise InputError(f"{source}: there is no setting {key!r}; the nearest name is {nearest!r}.")
+        section, _, name = key.rpartition(".")
+        (values[section] if section else top)[name] = _typed(parser, source, section, name, value)
+        origin[section or name] = source
+    if not 0 <= top.get("seed", 0) < 2**64:
+        raise InputError(f"{origin['seed']}: seed must be in 0..2**64-1, but got {top['seed']}.")
+    built = {name: _construct(name, values[name], origin.get(name)) for name in _SECTIONS}
+    return RunConfig(**{**built, **top})
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """The best match by the last part of the dotted name if that is clear, else by the whole name."""
+    section, _, name = key.rpartition(".")
+    same_section = [full for full in known if full.rpartition(".")[0] == section]
+    for candidates, wanted in ((same_section, key), ([full for full in known if full.rpartition(".")[2] == name], key)):
+        if close := difflib.get_close_matches(wanted, candidates, 1, cutoff=0.6):
+            return close[0]
+    return difflib.get_close_matches(key, known, 1, cutoff=0.0)[0]
+
+
+def _typed(parser: Any, source: str, section: str, name: str, value: Any) -> Any:
+    """``value`` converted to the setting's type by jsonargparse."""
+    try:
+        parsed = parser.parse_object({section: {name: value}} if section else {name: value})
+    except Exception:
+        kind = "float" if name == "checkpoint_minutes" else "int"
+        if section:
+            kind = next(str(field.type) for field in fields(_SECTIONS[section]) if field.name == name)
+        key = f"{section}.{name}" if section else name
+        raise InputError(f"{source}: {key} must be {_in_words(kind)}, but got {value!r}.") from None
+    return parsed[f"{section}.{name}"] if section else parsed[name]
+
+
+def _in_words(kind: str) -> str:
+    words = {
+        "int": "an integer",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "text",
+        "None": "null",
+        "tuple[int, ...]": "a list of integers",
+        "tuple[float, ...]": "a list of numbers",
+    }
+    return " or ".join(words.get(part, part) for part in kind.split(" | "))
+
+
+def _construct(section: str, values: dict[str, Any], source: str | None) -> Any:
+    """The section's dataclass, or for ``model`` its checked values as a dictionary."""
+    try:
+        if section == "model":
+            return _model_values(LARESConfig(n_items=2, **values))
+        return _SECTIONS[section](**values)
+    except InputError as error:
+        name = f"model.{error}" if section == "model" else str(error)
+        raise InputError(f"{source}: {name}" if source else name) from None
+
+
+def _model_values(config: LARESConfig) -> dict[str, Any]:
+    values = config.to_dict()
+    del values["n_items"]
+    return values
+
+
+def _parser() -> Any:
+    parser = require("jsonargparse", "train", _FEATURE).ArgumentParser(exit_on_error=False)
+    for name, kind in _SECTIONS.items():
+        parser.add_class_arguments(kind, name, skip={"n_items"} if name == "model" else None)
+    parser.add_argument("--seed", type=int, default=RunConfig.seed)
+    parser.add_argument("--checkpoint_minutes", type=float, default=RunConfig.checkpoint_minutes)
+    return parser

@@ -1,0 +1,76 @@
+"""Results tables as aligned text, as wide as the terminal allows."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from lares_fast.data import InteractionLog, Split, SyntheticLog, best_possible
+from lares_fast.data.split import Rows
+from lares_fast.train.config import EvalConfig
+from lares_fast.train.evaluate import MASKED, NOT_MASKED
+
+Row = dict[str, Any]
+
+_SHORT = {"recall": "R", "ndcg": "N", "mrr": "MRR"}
+_CELL = 8
+
+
+def bound_rows(log: InteractionLog, rows: Rows, settings: EvalConfig) -> list[Row]:
+    """For a synthetic log, the row of the ranking that knows the law the log was drawn from."""
+    if not isinstance(log, SyntheticLog):
+        return []
+    return [{"phase": "best possible", "history": NOT_MASKED, **best_possible(log, rows, settings.ks)}]
+
+
+def results_text(rows: Sequence[Row], ks: Sequence[int], width: int | None = None) -> str:
+    """One table for each way to treat the history; ``rows`` are rows of metrics.csv."""
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    tables = []
+    for history in (NOT_MASKED, MASKED):
+        chosen = [row for row in rows if row["history"] == history]
+        if chosen:
+            tables.append(_table(f"history {history}", chosen, ks, width))
+    return "\n\n".join(tables)
+
+
+def protocol_text(log: InteractionLog, split: Split, part: str, settings: EvalConfig) -> str:
+    """What the numbers mean, in one sentence or two."""
+    text = (
+        f"{part.capitalize()} rows of the {split.protocol} split; the target is ranked among all {log.n_items - 1:,} items "
+        "(full ranking, no sampling, PAD never ranked), with the user's own history in the ranking (not masked) or left "
+        f"out of it (masked); noise seed {settings.noise_seed}."
+    )
+    return text + (" The data is synthetic." if log.synthetic else "")
+
+
+def _table(title: str, rows: Sequence[Row], ks: Sequence[int], width: int) -> str:
+    names = [_name(row) for row in rows]
+    first = max(len(title), *map(len, names))
+    columns = _columns(ks, max(1, (width - first) // _CELL))
+    lines = [title.ljust(first) + "".join(_heading(column).rjust(_CELL) for column in columns)]
+    lines.append("-" * len(lines[0]))
+    for name, row in zip(names, rows, strict=True):
+        cells = (f"{row[column]:.4f}" if column in row else "-" for column in columns)
+        lines.append(name.ljust(first) + "".join(cell.rjust(_CELL) for cell in cells))
+    return "\n".join(lines)
+
+
+def _name(row: Row) -> str:
+    if row["phase"] in ("spt", "rpt", "eval"):
+        return f"LARES {'' if row['phase'] == 'eval' else row['phase'] + ' '}T={row['test_T']}"
+    return {"popularity": "popularity", "markov": "Markov chain"}.get(row["phase"], row["phase"])
+
+
+def _columns(ks: Sequence[int], room: int) -> list[str]:
+    """As many columns as there is room for: those at 10 first, then recall and NDCG, then MRR."""
+    everything = [f"{metric}@{k}" for metric in _SHORT for k in ks]
+    rank = {"recall": 0, "ndcg": 0, "mrr": 1}
+    wanted = sorted(everything, key=lambda name: (not name.endswith("@10"), rank[name.split("@")[0]]))[:room]
+    return [name for name in everything if name in wanted]
+
+
+def _heading(column: str) -> str:
+    metric, k = column.split("@")
+    return f"{_SHORT[metric]}@{k}"

@@ -1,0 +1,41 @@
+"""A listener that writes a run's events for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lares_fast._errors import require
+
+Event = dict[str, Any]
+
+
+def listener(folder: Path) -> Callable[[], Callable[[Event], None]]:
+    """Check that TensorBoard is installed; what is returned opens ``folder`` and gives the listener."""
+    require("tensorboard", "tb", "--tensorboard")
+    module = require("torch.utils.tensorboard", "tb", "--tensorboard")
+
+    def start() -> Callable[[Event], None]:
+        writer = module.SummaryWriter(str(folder))
+
+        def listen(event: Event) -> None:
+            match event["event"]:
+                case "step":
+                    place = (event["epoch"] - 1) * event["steps"] + event["step"]
+                    for name, value in event["means"].items():
+                        writer.add_scalar(f"{event['phase']}/{name}", value, place)
+                case "valid":
+                    for name, value in event["metrics"].items():
+                        writer.add_scalar(f"{event['phase']} valid/{name}", value, event["epoch"])
+                    writer.flush()
+                case "test":
+                    for row in event["rows"]:
+                        if "test_T" in row and row["phase"] == event["phase"]:
+                            for name in ("recall@10", "ndcg@10"):
+                                writer.add_scalar(f"{row['phase']} test, history {row['history']}/{name}", row[name], row["test_T"])
+                    writer.flush()
+
+        return listen
+
+    return start

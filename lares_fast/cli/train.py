@@ -1,0 +1,182 @@
+"""``lares-fast train``: both phases with everything a run shows and leaves behind."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import signal
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from lares_fast import __version__, _native
+from lares_fast._errors import InputError, MissingExtraError
+from lares_fast.cli import settings, tensorboard
+from lares_fast.cli.console import Console, Event, notice
+from lares_fast.cli.inputs import log_label, open_log, split_log
+from lares_fast.cli.plots import save_curves
+from lares_fast.cli.tables import bound_rows, protocol_text, results_text
+from lares_fast.data import InteractionLog, Split
+from lares_fast.train import Interrupted, RunConfig, Trainer
+from lares_fast.train.config import PHASES
+
+_REDRAW_SECONDS = 60
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of ``train``."""
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file, or a shipped one: {', '.join(settings.presets())}")
+    parser.add_argument("--data", metavar="PATH", help="interaction log; without it, a synthetic log is made")
+    parser.add_argument("--phase", choices=(*PHASES, "both"), default="both", help="which phases to run (default: both)")
+    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], dest="assignments", help="change one setting")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/<data>-<config>-seed<seed>)")
+    parser.add_argument("--resume", metavar="DIR", type=Path, help="go on with the interrupted run in this folder")
+    parser.add_argument("--tensorboard", action="store_true", help="also write events for TensorBoard into the run folder")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML and stop")
+
+
+def command(arguments: Namespace) -> int:
+    """Run ``train``."""
+    config, out = _config_and_folder(arguments)
+    if arguments.print_config:
+        print(settings.dump(config), end="")
+        return 0
+    if arguments.phase == "rpt" and not arguments.resume:
+        raise InputError("--phase rpt goes on from a trained model: add --resume DIR with a run whose phase spt is over.")
+    if not arguments.resume and (out / "state.pt").exists():
+        raise InputError(f"{out} holds a run already: go on with --resume {out}, or choose another --out.")
+    train(config, out, PHASES if arguments.phase == "both" else (arguments.phase,), use_tensorboard=arguments.tensorboard)
+    print(f"next     lares-fast recommend --run {shlex.quote(str(out))} --k 10 --user {_an_example(config)}")
+    return 0
+
+
+def _config_and_folder(arguments: Namespace) -> tuple[RunConfig, Path]:
+    if arguments.resume:
+        for name in ("config", "out"):
+            if getattr(arguments, name) is not None:
+                raise InputError(f"--{name} has no place beside --resume: the run in {arguments.resume} has its own.")
+        if not (arguments.resume / "state.pt").is_file():
+            raise InputError(f"{arguments.resume} holds no run to resume: there is no state.pt in it.")
+    source = arguments.resume / "config.yaml" if arguments.resume else arguments.config
+    if arguments.resume and not source.is_file():
+        raise InputError(f"{source} does not exist: --resume needs the folder of a run.")
+    config = settings.build(source, arguments.assignments)
+    path = arguments.data or config.data.path
+    config = replace(config, data=replace(config.data, path=None if path is None else str(Path(path).absolute())))
+    name = Path(arguments.config).stem if arguments.config else "instruments"
+    return config, arguments.resume or arguments.out or Path("runs") / f"{log_label(config.data)}-{name}-seed{config.seed}"
+
+
+def train(
+    config: RunConfig, out: Path, phases: tuple[str, ...], *, use_tensorboard: bool = False
+) -> tuple[Trainer, InteractionLog]:
+    """Train into ``out`` with bars, a results table, plots and orderly ends on signals. Bad input writes nothing."""
+    start_tensorboard = tensorboard.listener(out / "tensorboard") if use_tensorboard else None
+    with Console() as console:
+        console.say(header(config.seed))
+        log = open_log(config.data, progress=lambda done, total: console.progress("reading", done, total))
+        split = split_log(config.data, log)
+        if config.data.path is None:
+            console.say("no --data given: training on a synthetic log")
+        console.say(f"data     {_indented(log.summary())}")
+        console.say(f"split    {split.summary()}")
+        listeners: list[Callable[[Event], None]] = [console]
+        trainer = Trainer(config, log, split, out, emit=lambda event: [listen(event) for listen in listeners] and None)
+        parameters = sum(value.numel() for value in trainer.model.parameters())
+        console.say(f"model    {parameters:,} parameters, T = {trainer.model.config.steps} at evaluation")
+        settings.save(out / "config.yaml", config)
+        if start_tensorboard is not None:
+            listeners.append(start_tensorboard())
+        curves = _Curves(trainer, console, f"{log.name}, seed {config.seed}")
+        listeners.append(curves)
+        try:
+            with _stopping_on_signals(trainer, console):
+                rows = trainer.run(phases)
+        except Interrupted:
+            curves.draw()
+            again = f"lares-fast train --resume {shlex.quote(str(out))}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
+            raise Interrupted(f"stopped and saved: resume with {again}") from None
+        curves.draw()
+        console.say("\n" + run_table(rows, log, split, config))
+        names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+        console.say(f"\nsaved    {out}: {', '.join(names)}")
+    return trainer, log
+
+
+def header(seed: int) -> str:
+    """Which software runs and how."""
+    info = _native.build_info()
+    native = "native CPU code" if info["native"] else f"plain PyTorch ({info['reason']})"
+    cuda = "built" if info["cuda_built"] else f"not built ({info['cuda_reason']})"
+    return (
+        f"lares_fast {__version__}  torch {torch.__version__}  Python {platform.python_version()}  "
+        f"{torch.get_num_threads()} threads  seed {seed}\nbackend  {native}; CUDA code {cuda}"
+    )
+
+
+def run_table(rows: list[dict[str, Any]], log: InteractionLog, split: Split, config: RunConfig) -> str:
+    """Baselines, for a synthetic log the best possible, and both phases at every T, with the protocol below."""
+    tested = [row for row in rows if row["split"] == "test"]
+    baselines = [row for row in tested if row["phase"] not in PHASES]
+    models = [row for row in tested if row["phase"] in PHASES]
+    table = results_text([*baselines, *bound_rows(log, split.test, config.evaluation), *models], config.evaluation.ks)
+    return f"{table}\n\n{protocol_text(log, split, 'test', config.evaluation)}"
+
+
+class _Curves:
+    """Redraws curves.png after a validation, at most once a minute, for the plot costs a second."""
+
+    def __init__(self, trainer: Trainer, console: Console, title: str) -> None:
+        self._trainer, self._console, self._title = trainer, console, title
+        self._drawn = time.monotonic()
+        self._possible = True
+
+    def __call__(self, event: Event) -> None:
+        if event["event"] == "valid" and time.monotonic() - self._drawn > _REDRAW_SECONDS:
+            self.draw()
+
+    def draw(self) -> None:
+        self._drawn = time.monotonic()
+        if not self._possible:
+            return
+        try:
+            save_curves(self._trainer.out / "curves.png", self._trainer.state["history"], self._title)
+        except MissingExtraError as error:
+            self._possible = False
+            notice(str(error))
+
+
+@contextmanager
+def _stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
+    """SIGINT and SIGTERM let the current step end and save; a second SIGINT aborts at once."""
+    asked = False
+
+    def handle(number: int, _: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        trainer.request_stop()
+        notice(f"{signal.Signals(number).name}: finishing this step and saving; press Ctrl-C again to abort without saving")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n         ")
+
+
+def _an_example(config: RunConfig) -> str:
+    return "user-0001" if config.data.path is None else "USER"
