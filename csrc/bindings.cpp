@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "build_config.h"
+#include "build_info.h"
 #include "cuda/capability.h"
 #include "random/philox.h"
 #include "topk/topk.h"

@@ -1,4 +1,4 @@
-#include "build_config.h"
+#include "build_info.h"
 #include "cuda/capability.h"
 
 namespace lares_fast {
