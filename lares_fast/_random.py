@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -119,6 +119,10 @@ class Draw:
     key: Key
     rows: Tensor
 
+    # A subclass may compute the same masks faster.
+    _keep_hidden: ClassVar[Callable[..., Tensor]] = staticmethod(keep_hidden)
+    _keep_attention: ClassVar[Callable[..., Tensor]] = staticmethod(keep_attention)
+
     def generator(self) -> torch.Generator:
         """A generator for draws that belong to the pass as a whole, such as its depth."""
         return generator(self.key)
@@ -132,7 +136,9 @@ class Draw:
         if not (threshold := drop_threshold(p)):
             return x
         _, length, width = x.shape
-        keep = keep_hidden(self.key, threshold, site=site, step=step, layer=layer, rows=self.rows, length=length, width=width)
+        keep = self._keep_hidden(
+            self.key, threshold, site=site, step=step, layer=layer, rows=self.rows, length=length, width=width
+        )
         return _drop(x, keep, threshold)
 
     def attention(self, probabilities: Tensor, p: float, *, step: int, layer: int) -> Tensor:
@@ -140,9 +146,11 @@ class Draw:
         if not (threshold := drop_threshold(p)):
             return probabilities
         _, heads, length, _ = probabilities.shape
-        keep = keep_attention(self.key, threshold, step=step, layer=layer, rows=self.rows, heads=heads, length=length)
+        keep = self._keep_attention(
+            self.key, threshold, step=step, layer=layer, rows=self.rows, heads=heads, length=length
+        )
         return _drop(probabilities, keep, threshold)
 
 
 def _drop(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
-    return torch.where(keep.to(x.device), x / (1 - threshold / 65536), 0.0)
+    return x * keep.to(x).mul_(1 / (1 - threshold / 65536))

@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lares_fast import ops, reference
+from lares_fast import _native, ops, reference
 from lares_fast._errors import InputError
+from lares_fast._random import Draw, Key
 from lares_fast.reference.topk import Exclude
+
+# Backbones whose positions see only themselves and earlier ones.
+_CAUSAL = {"transformer"}
+# More groups skip more padding, smaller ones cost more calls.
+_GROUPS, _SMALLEST_GROUP = 6, 32
 
 
 class LARES(reference.LARES):
@@ -16,6 +22,43 @@ class LARES(reference.LARES):
     >>> model = LARES(LARESConfig(n_items=1000))  # doctest: +SKIP
     >>> scores, ids = model.eval().recommend(item_seq, item_seq_len, k=10)  # doctest: +SKIP
     """
+
+    def encode(
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor,
+        *,
+        num_steps: int | Tensor | None = None,
+        state: Tensor | None = None,
+        return_all_steps: bool = False,
+        draw: Draw | None = None,
+    ) -> Tensor:
+        """As :meth:`lares_fast.reference.LARES.encode`, in groups of similar length that are cropped to their longest.
+
+        That is exact for a causal block, whose real positions never see a later one, because random numbers are
+        addressed by row and position and not by the shape they are drawn in. Other blocks run uncropped.
+        """
+        if self.config.backbone not in _CAUSAL:
+            return super().encode(
+                item_seq, item_seq_len, num_steps=num_steps, state=state, return_all_steps=return_all_steps, draw=draw
+            )
+        self._check_sequences(item_seq, item_seq_len)
+        draw = draw or self._default_draw(len(item_seq), item_seq.device)
+        depth = self._depth(num_steps, len(item_seq), draw)
+        order = item_seq_len.argsort()
+        groups = []
+        for group in order.tensor_split(max(1, min(_GROUPS, len(order) // _SMALLEST_GROUP))):
+            length = int(item_seq_len[group].max()) if len(group) else item_seq.shape[1]
+            hidden = super().encode(
+                item_seq[group, :length],
+                item_seq_len[group],
+                num_steps=depth[group],
+                state=None if state is None else state[group, :length],
+                return_all_steps=return_all_steps,
+                draw=_draw(draw.key, draw.rows[group]),
+            )
+            groups.append(hidden)
+        return torch.cat(_same_steps(groups) if return_all_steps else groups)[order.argsort()]
 
     @torch.no_grad()
     def recommend(
@@ -43,6 +86,23 @@ class LARES(reference.LARES):
         # Row 0 is PAD: rank the rows behind it, and shift ids back.
         scores, rows = ops.topk(query, items[1:], k, exclude=exclude, backend=backend)
         return scores, torch.where(rows < 0, rows, rows + 1)
+
+
+class _NativeDraw(Draw):
+    """The same masks, bit for bit, from the native module."""
+
+    _keep_hidden = staticmethod(_native.keep_hidden)
+    _keep_attention = staticmethod(_native.keep_attention)
+
+
+def _draw(key: Key, rows: Tensor) -> Draw:
+    return _NativeDraw(key, rows) if _native.available()[0] else Draw(key, rows)
+
+
+def _same_steps(groups: list[Tensor]) -> list[Tensor]:
+    """Groups [b, T_g, D] brought to one T: a group that stopped earlier repeats its last state."""
+    steps = max(group.shape[1] for group in groups)
+    return [torch.cat((group, group[:, -1:].expand(-1, steps - group.shape[1], -1)), dim=1) for group in groups]
 
 
 def _without_pad(exclude: Exclude) -> Exclude:

@@ -105,7 +105,8 @@ class LARES(nn.Module):
             if not self.training:
                 num_steps = self.config.steps
             else:
-                num_steps = sample_depth(self.config, batch if self.config.per_sequence_depth else 1, draw.generator())
+                size = batch if self.config.per_sequence_depth else 1
+                num_steps = sample_depth(self.config, size, draw.generator())
         depth = torch.as_tensor(num_steps, dtype=torch.int64).expand(batch)
         if batch and int(depth.min()) < 1:
             raise InputError(f"num_steps must be at least 1, but got {int(depth.min())}.")

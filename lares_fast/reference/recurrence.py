@@ -71,5 +71,6 @@ class Recurrence(nn.Module):
         """
         for step in range(1, int(depth.max()) + 1):
             advanced = self.core(self.norm(self.adapter(h, pre)), mask, draw=draw, step=step)
-            h = torch.where((step <= depth)[:, None, None], advanced, h)
+            running = step <= depth
+            h = advanced if running.all() else torch.where(running[:, None, None], advanced, h)
             yield h

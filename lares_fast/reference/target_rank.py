@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,36 +16,43 @@ def target_rank(query: Tensor, items: Tensor, target: Tensor, *, exclude: Exclud
     ``query`` [B, D], ``items`` [N, D], ``target`` [B] int64. An item j outranks target t if
     ``s_j > s_t``, or with ``ties="order"`` also if ``s_j == s_t and j < t`` (so a model whose scores are
     all equal earns nothing); ``ties="strict"`` is the official reward. ``exclude`` takes items out of the
-    ranking, never the target itself. Workspace: B x 16384 scores.
+    ranking, never the target itself. A NaN score counts as -inf. Workspace: B x 32768 scores.
+    """
+    return target_ranks(query, items, target, [exclude], ties=ties)[0]
 
-    Both passes take a score from the same product of the same shape, so an item with the target's own
+
+def target_ranks(
+    query: Tensor, items: Tensor, target: Tensor, excludes: Sequence[Exclude | None], *, ties: str = "order"
+) -> list[Tensor]:
+    """:func:`target_rank` under each of several exclusion lists, from the same scores.
+
+    The target's score and its rivals' come from products of the same shape, so an item with the target's own
     embedding ties with it exactly, and the target cannot outrank itself by rounding.
     """
-    target_score = query.new_empty(len(query))
-    for start, chunk in item_chunks(items):
-        inside = (target >= start) & (target < start + len(chunk))
+    target_score = query.new_zeros(len(query))
+    for start, scores in _score_chunks(query, items):
+        inside = (target >= start) & (target < start + scores.shape[1])
         local = torch.where(inside, target - start, 0)
-        target_score = torch.where(inside, (query @ chunk.T).gather(1, local[:, None]).squeeze(1), target_score)
-    target_score = _nan_last(target_score)
+        target_score = torch.where(inside, scores.gather(1, local[:, None]).squeeze(1), target_score)
 
-    rank = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-    for start, chunk in item_chunks(items):
-        rank += count_better(_nan_last(query @ chunk.T), start, target, target_score, exclude=exclude, ties=ties)
-    return rank
+    ranks = [torch.zeros(len(query), dtype=torch.int64, device=query.device) for _ in excludes]
+    for start, scores in _score_chunks(query, items):
+        better = outranking(scores, start, target, target_score, ties=ties)
+        for rank, exclude in zip(ranks, excludes, strict=True):
+            kept = better if exclude is None else better & ~mask_excluded(exclude, len(query), start, scores.shape[1])
+            rank += kept.sum(dim=1)
+    return ranks
 
 
-def count_better(
-    scores: Tensor, start: int, target: Tensor, target_score: Tensor, *, exclude: Exclude | None = None, ties: str = "order"
-) -> Tensor:
-    """How many of the items ``start``, ``start + 1``, ... with ``scores`` [B, n] outrank the target: int64 [B]."""
+def outranking(scores: Tensor, start: int, target: Tensor, target_score: Tensor, *, ties: str = "order") -> Tensor:
+    """Bool [B, n]: which of the items ``start``, ``start + 1``, ... with ``scores`` [B, n] outrank the target."""
     better = scores > target_score[:, None]
     if ties == "order":
         ids = torch.arange(start, start + scores.shape[1], device=scores.device)
         better |= (scores == target_score[:, None]) & (ids < target[:, None])
-    if exclude is not None:
-        better &= ~mask_excluded(exclude, len(scores), start, scores.shape[1])
-    return better.sum(dim=1)
+    return better
 
 
-def _nan_last(scores: Tensor) -> Tensor:
-    return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+def _score_chunks(query: Tensor, items: Tensor) -> Iterator[tuple[int, Tensor]]:
+    for start, chunk in item_chunks(items):
+        yield start, (query @ chunk.T).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

@@ -10,7 +10,7 @@ from torch import Tensor
 # Items to leave out, query by query: ids[offsets[b]:offsets[b + 1]] for query b; int64, any order, repeats allowed.
 Exclude = tuple[Tensor, Tensor]
 
-_CHUNK = 16384
+_CHUNK = 32768
 
 
 def topk(
@@ -19,7 +19,7 @@ def topk(
     """Scores [B, k] and ids [B, k] (int64) of the best ``query @ items.T + bias``.
 
     ``query`` [B, D], ``items`` [N, D], ``bias`` [N]. A NaN score counts as -inf. Where fewer than ``k`` items
-    are left, the rest is id -1 with score -inf. Workspace: B x (k + 16384) scores and ids.
+    are left, the rest is id -1 with score -inf. Workspace: B x (k + 32768) scores and ids.
     """
     batch = len(query)
     scores = query.new_empty(batch, 0)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lares_fast.data import InteractionLog, Rows, Split
-from lares_fast.reference.target_rank import count_better
+from lares_fast.reference.target_rank import outranking
+from lares_fast.reference.topk import mask_excluded
 from lares_fast.train.evaluate import MASKED, NOT_MASKED, history_of
 
 _BATCH = 256
@@ -63,6 +64,8 @@ def _ranks(log: InteractionLog, rows: Rows, scores_after: Callable[[Tensor], Ten
         target = torch.from_numpy(log.items[ends].astype(np.int64))
         scores = scores_after(torch.from_numpy(log.items[ends - 1].astype(np.int64)))
         own = scores.gather(1, target[:, None]).squeeze(1)
-        for name, exclude in ((NOT_MASKED, None), (MASKED, history_of(log, rows, index))):
-            ranks[name][index] = count_better(scores[:, 1:], 0, target - 1, own, exclude=exclude)
+        better = outranking(scores[:, 1:], 0, target - 1, own)
+        seen = mask_excluded(history_of(log, rows, index), len(index), 0, log.n_items - 1)
+        ranks[NOT_MASKED][index] = better.sum(dim=1)
+        ranks[MASKED][index] = (better & ~seen).sum(dim=1)
     return ranks

@@ -80,7 +80,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], LARESConfig]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is no readable safetensors file: it is truncated or of another format.") from error
     if metadata.get("format") != _FORMAT:

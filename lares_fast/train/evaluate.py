@@ -11,6 +11,7 @@ from torch import Tensor
 from lares_fast import reference
 from lares_fast._random import Draw, Key
 from lares_fast.data import Batch, InteractionLog, Rows, make_batch
+from lares_fast.reference.target_rank import target_ranks
 from lares_fast.reference.topk import Exclude
 
 Progress = Callable[[int, int], None]
@@ -31,13 +32,15 @@ def model_ranks(
 ) -> dict[str, Tensor]:
     """Rank of each row's target (int64 [R], 0 is best, PAD never ranked), with the history masked and not.
 
-    h0 is addressed by ``key`` and the row's index, so the batch size does not enter. Workspace: batch x 16384
+    h0 is addressed by ``key`` and the row's index, so the batch size does not enter. Workspace: batch x 32768
     scores.
     """
     ranks = {name: torch.empty(len(rows), dtype=torch.int64) for name in (NOT_MASKED, MASKED)}
     for batch, query, items in _queries(model, log, rows, key, num_steps, batch_size, progress):
-        for name, exclude in ((NOT_MASKED, None), (MASKED, history_of(log, rows, batch.rows))):
-            ranks[name][batch.rows] = reference.target_rank(query, items[1:], batch.target - 1, exclude=exclude)
+        excludes = (None, history_of(log, rows, batch.rows))
+        of_batch = target_ranks(query, items[1:], batch.target - 1, excludes)
+        for name, rank in zip((NOT_MASKED, MASKED), of_batch, strict=True):
+            ranks[name][batch.rows] = rank
     return ranks
 
 
