@@ -104,7 +104,12 @@ def synthetic_log(
     for name, value, holds, expected in (
         ("n_users", n_users, n_users >= 1, "at least 1"),
         ("n_brands", n_brands, n_brands >= 1, "at least 1"),
-        ("n_items", n_items, n_items >= 2 * n_brands and n_items % n_brands == 0, f"a multiple of n_brands, which is {n_brands}, and at least twice it"),
+        (
+            "n_items",
+            n_items,
+            n_items >= 2 * n_brands and n_items % n_brands == 0,
+            f"a multiple of n_brands, which is {n_brands}, and at least twice it",
+        ),
         ("mean_length", mean_length, mean_length > MIN_LENGTH, f"greater than {MIN_LENGTH}"),
         ("loyalty", loyalty, 0 < loyalty < 1, "between 0 and 1"),
         ("seed", seed, 0 <= seed < 2**64, "in 0..2**64-1"),

@@ -27,10 +27,7 @@ def written(path, content):
 
 
 def contents(log):
-    return {
-        log.user_ids[u]: [log.item_ids[item] for item in log.history(u)]
-        for u in range(log.n_users)
-    }
+    return {log.user_ids[u]: [log.item_ids[item] for item in log.history(u)] for u in range(log.n_users)}
 
 
 def write_format(folder, kind, histories=HISTORIES):
@@ -49,7 +46,9 @@ def write_format(folder, kind, histories=HISTORIES):
         return written(folder / "log.tsv", (CSV_HEADER + "".join(f"{u},{i},{t}\n" for u, i, t in rows)).replace(",", "\t"))
     arrow = pytest.importorskip("pyarrow")
     users, items, times = (list(column) for column in zip(*rows, strict=True))
-    return parquet(folder / "log.parquet", {"user_id": users, "item_id": items, "timestamp": arrow.array(times, "timestamp[s]")})
+    return parquet(
+        folder / "log.parquet", {"user_id": users, "item_id": items, "timestamp": arrow.array(times, "timestamp[s]")}
+    )
 
 
 def parquet(path, columns):
@@ -178,12 +177,24 @@ TEXT_ERRORS = {
     "json-float": ("a.json", '{"1": [5, 6.5]}', r"a\.json, user '1': item '6.5' must be an integer"),
     "json-user-zero": ("a.json", '{"0": [5, 6, 7]}', r"a\.json, user 0: the user id is not greater than 0"),
     "json-user-twice": ("a.json", '{"1": [5], "1": [6]}', r"a\.json, user '1': the user occurs 2 times"),
-    "inter-width": ("a.inter", INTER_HEADER + "1\t5\t1\t1\n1\t5\t1\n", r"a\.inter, line 3: 4 tab-separated fields expected, but there are 3"),
+    "inter-width": (
+        "a.inter",
+        INTER_HEADER + "1\t5\t1\t1\n1\t5\t1\n",
+        r"a\.inter, line 3: 4 tab-separated fields expected, but there are 3",
+    ),
     "inter-empty-id": ("a.inter", INTER_HEADER + "1\t\t1\t1\n", r"a\.inter, line 2: item_id is empty"),
     "inter-nan": ("a.inter", INTER_HEADER + "1\t5\t1\tnan\n", r"a\.inter, line 2: timestamp 'nan' is not a finite number"),
     "inter-word": ("a.inter", INTER_HEADER + "1\t5\t1\tnoon\n", r"a\.inter, line 2: timestamp 'noon' is not a finite number"),
-    "inter-no-time": ("a.inter", "user_id:token\titem_id:token\n1\t2\n", r"a\.inter has no column 'timestamp' among user_id, item_id"),
-    "inter-benchmark": ("a.inter", "user_id:token\titem_id_list:token_seq\titem_id:token\n", r"a\.inter is a RecBole benchmark file"),
+    "inter-no-time": (
+        "a.inter",
+        "user_id:token\titem_id:token\n1\t2\n",
+        r"a\.inter has no column 'timestamp' among user_id, item_id",
+    ),
+    "inter-benchmark": (
+        "a.inter",
+        "user_id:token\titem_id_list:token_seq\titem_id:token\n",
+        r"a\.inter is a RecBole benchmark file",
+    ),
 }
 
 
@@ -223,10 +234,16 @@ PARQUET_ERRORS = {
     "missing-id": ({"user_id": [1, None], "item_id": [1, 2], "timestamp": [1, 2]}, r"row 2: column 'user_id' has no value"),
     "empty-id": ({"user_id": [1, 1], "item_id": ["", "x"], "timestamp": [1, 2]}, r"row 1: column 'item_id' has no value"),
     "float-id": ({"user_id": [1.0, 2.0], "item_id": [1, 2], "timestamp": [1, 2]}, r"column 'user_id' holds double"),
-    "nan-time": ({"user_id": [1, 1], "item_id": [1, 2], "timestamp": [1.0, float("nan")]}, r"row 2: column 'timestamp' is not a finite"),
+    "nan-time": (
+        {"user_id": [1, 1], "item_id": [1, 2], "timestamp": [1.0, float("nan")]},
+        r"row 2: column 'timestamp' is not a finite",
+    ),
     "text-time": ({"user_id": [1, 1], "item_id": [1, 2], "timestamp": ["1", "2"]}, r"column 'timestamp' holds string"),
     "column": ({"user": [1], "item_id": [1], "timestamp": [1]}, r"has no column 'user_id' among user, item_id, timestamp"),
-    "huge-id": ({"user_id": np.array([2**63], np.uint64), "item_id": [1], "timestamp": [1]}, r"cannot be read as a table: Integer value"),
+    "huge-id": (
+        {"user_id": np.array([2**63], np.uint64), "item_id": [1], "timestamp": [1]},
+        r"cannot be read as a table: Integer value",
+    ),
 }
 
 
