@@ -1,0 +1,180 @@
+"""Fixtures that build the package: a copy of the sources, one environment with the build requirements, shared wheels.
+
+These tests take minutes, so they run only under ``-m packaging``. All builds but the one of ``test_cuda.py`` leave CUDA
+out, and all share one copy of the sources, so that objects are compiled once.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sysconfig
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect this folder's tests unless a ``-m`` expression speaks of them."""
+    if "packaging" in (config.option.markexpr or ""):
+        return
+    deselected = [item for item in items if item.get_closest_marker("packaging")]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not item.get_closest_marker("packaging")]
+
+
+@dataclasses.dataclass
+class Result:
+    code: int
+    output: str
+
+
+@dataclasses.dataclass
+class Python:
+    """An interpreter in an environment of its own."""
+
+    path: Path
+
+    def __call__(self, *arguments, cwd, **environ) -> Result:
+        """Run it away from the sources, with no setting of ours but those given; a None leaves a variable out."""
+        settings = {k: v for k, v in os.environ.items() if not k.startswith(("LARES_FAST_", "PYTHON", "CUDA"))}
+        settings = {**settings, "LARES_FAST_CUDA": "0", **environ}
+        settings = {k: str(v) for k, v in settings.items() if v is not None}
+        done = subprocess.run([self.path, *map(str, arguments)], cwd=cwd, env=settings, capture_output=True, text=True)
+        return Result(done.returncode, done.stdout + done.stderr)
+
+    def ok(self, *arguments, cwd, **environ) -> str:
+        result = self(*arguments, cwd=cwd, **environ)
+        assert result.code == 0, result.output
+        return result.output
+
+    def info(self, cwd) -> dict:
+        """``lares_fast.build_info()`` as this interpreter sees it from ``cwd``."""
+        code = "import json, lares_fast; print(json.dumps(lares_fast.build_info()))"
+        return json.loads(self.ok("-c", code, cwd=cwd).splitlines()[-1])
+
+    def wheel(self, source, to, *options, **environ) -> tuple[Path, str]:
+        """Build a wheel with this environment's build requirements; the wheel and the build's output."""
+        arguments = ("-m", "pip", "wheel", source, "--no-deps", "--no-build-isolation", "-v", "-w", to, *options)
+        output = self.ok(*arguments, cwd=to, **environ)
+        (wheel,) = to.glob("*.whl")
+        return wheel, output
+
+
+def copy_sources(to: Path) -> Path:
+    """The files that git knows or would add, as they are now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    return to
+
+
+def create(folder: Path, *, with_pip: bool = True) -> Python:
+    """An environment with pip or nothing."""
+    venv.create(folder, with_pip=with_pip, symlinks=True)
+    return Python(folder / "bin" / "python")
+
+
+def packages_of(folder: Path) -> Path:
+    return folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+
+
+def link(folder: Path, origin: Path, leave: tuple[str, ...] = ()) -> None:
+    """Make the packages of ``origin`` part of the environment in ``folder``."""
+    for entry in origin.iterdir():
+        target = packages_of(folder) / entry.name
+        if not entry.name.startswith(("pip", "__", *leave)) and not target.exists():
+            target.symlink_to(entry)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """The copy of the sources that the builds share; a test that changes files makes its own."""
+    return copy_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="session")
+def builder(tmp_path_factory):
+    """An environment with the build requirements and nothing else: no torch."""
+    python = create(tmp_path_factory.mktemp("builder"))
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    python.ok("-m", "pip", "install", "-q", *requirements, cwd=ROOT.parent)
+    assert python("-c", "import torch", cwd=ROOT.parent).code != 0
+    return python
+
+
+@pytest.fixture(scope="session")
+def user(builder, tmp_path_factory):
+    """Makes environments that hold the dependencies, linked from the running one, but not lares_fast."""
+
+    def make(*, with_pip: bool = True, build_requirements: bool = False) -> Python:
+        folder = tmp_path_factory.mktemp("user")
+        python = create(folder, with_pip=with_pip)
+        shutil.rmtree(packages_of(folder) / "setuptools", ignore_errors=True)
+        if build_requirements:
+            link(folder, packages_of(builder.path.parents[1]))
+        link(
+            folder,
+            Path(sysconfig.get_path("purelib")),
+            leave=("lares_fast", "setuptools", "_distutils", "distutils", "pkg_resources"),
+        )
+        return python
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def runner(user):
+    """An environment that only runs what lies unpacked in a folder."""
+    return user(with_pip=False)
+
+
+@pytest.fixture(scope="session")
+def sdist(sources, builder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    builder.ok("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=sources)
+    (file,) = folder.glob("*.tar.gz")
+    return file
+
+
+@pytest.fixture(scope="session")
+def wheel(sources, builder, tmp_path_factory):
+    """The CPU wheel of the sources."""
+    return builder.wheel(sources, tmp_path_factory.mktemp("wheel"))[0]
+
+
+@pytest.fixture
+def needed():
+    """The libraries and search paths that a shared object asks the loader for."""
+
+    def read(library: Path) -> str:
+        listing = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+        lines = [line for line in listing.splitlines() if "NEEDED" in line or "PATH" in line]
+        assert lines, listing
+        return "\n".join(lines)
+
+    return read
+
+
+@pytest.fixture
+def broken_nvcc(tmp_path):
+    """A PATH whose first nvcc fails."""
+    fake = tmp_path / "broken" / "nvcc"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho 'nvcc: this toolkit is damaged' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    return f"{fake.parent}{os.pathsep}{os.environ['PATH']}"
