@@ -148,7 +148,7 @@ def load(run: str | Path) -> Recommender:
     try:
         model.load_state_dict(weights)
     except RuntimeError:
-        raise InputError(f"{run / 'model.safetensors'} does not fit its own configuration: it was altered; train again.") from None
+        raise InputError(f"{run / 'model.safetensors'} does not fit its own configuration: train again.") from None
     path = run / "item_ids.json"
     try:
         item_ids = json.loads(path.read_text(encoding="utf-8"))

@@ -131,18 +131,21 @@ class _RichBar:
     interval = 0.1
 
     def __init__(self, rich: Any, progress: Any, stream: TextIO) -> None:
-        self._make = lambda: progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=20),
-            progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[text]} ETA {task.fields[left]}"),
-            console=rich.Console(file=stream),
-            transient=True,
-        )
+        self._rich, self._progress, self._stream = rich, progress, stream
         self._live: Any = None
+        self._task: Any = None
 
     def show(self, what: str, done: int, total: int, text: str, left: str) -> None:
         if self._live is None:
-            self._live = self._make()
+            self._live = self._progress.Progress(
+                self._progress.TextColumn("{task.description}"),
+                self._progress.BarColumn(bar_width=20),
+                self._progress.TextColumn(
+                    "{task.completed:,.0f}/{task.total:,.0f}  {task.fields[text]}  ETA {task.fields[left]}"
+                ),
+                console=self._rich.Console(file=self._stream),
+                transient=True,
+            )
             self._live.start()
             self._task = self._live.add_task(what, total=total, text=text, left=left)
         self._live.update(self._task, description=what, completed=done, total=total, text=text, left=left)

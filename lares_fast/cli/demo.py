@@ -33,7 +33,7 @@ def command(arguments: Namespace) -> int:
     _check_replaceable(out)
     for name in _FILES:
         (out / name).unlink(missing_ok=True)
-    trainer, log = train(config, out, PHASES)
+    log = train(config, out, PHASES)
     print(_examples(out, log))
     print(f"\nplots    {out / 'curves.png'}\ntime     {time.monotonic() - began:.0f} s")
     print(f"next     lares-fast recommend --run {out} --k 10 --user {log.user_ids[0]}")

@@ -21,9 +21,7 @@ def open_log(
     """Read ``path``, by default ``settings.path``, as ``settings`` say; without a path, make the synthetic log."""
     path = path or settings.path
     if path is None:
-        return synthetic_log(
-            n_users=settings.synthetic_users, n_items=settings.synthetic_items, seed=settings.synthetic_seed
-        )
+        return synthetic_log(n_users=settings.synthetic_users, n_items=settings.synthetic_items, seed=settings.synthetic_seed)
     try:
         return read_log(path, format=settings.format, columns=_columns(settings), min_events=min_events, progress=progress)
     except InputError as error:

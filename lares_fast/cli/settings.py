@@ -84,7 +84,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as a configuration: {error}.") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} must hold 'key: value' lines, but holds {'nothing' if values is None else repr(values)[:40]}.")
+        found = "nothing" if values is None else repr(values)[:40]
+        raise InputError(f"{path} must hold 'key: value' lines, but holds {found}.")
     return values
 
 

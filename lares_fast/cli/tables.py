@@ -58,9 +58,9 @@ def _table(title: str, rows: Sequence[Row], ks: Sequence[int], width: int) -> st
 
 
 def _name(row: Row) -> str:
-    if row["phase"] in ("spt", "rpt", "eval"):
-        return f"LARES {'' if row['phase'] == 'eval' else row['phase'] + ' '}T={row['test_T']}"
-    return {"popularity": "popularity", "markov": "Markov chain"}.get(row["phase"], row["phase"])
+    if "test_T" in row:
+        return f"LARES {row['phase']} T={row['test_T']}"
+    return "Markov chain" if row["phase"] == "markov" else str(row["phase"])
 
 
 def _columns(ks: Sequence[int], room: int) -> list[str]:

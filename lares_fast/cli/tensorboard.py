@@ -31,9 +31,9 @@ def listener(folder: Path) -> Callable[[], Callable[[Event], None]]:
                     writer.flush()
                 case "test":
                     for row in event["rows"]:
-                        if "test_T" in row and row["phase"] == event["phase"]:
-                            for name in ("recall@10", "ndcg@10"):
-                                writer.add_scalar(f"{row['phase']} test, history {row['history']}/{name}", row[name], row["test_T"])
+                        if row["phase"] == event["phase"]:
+                            name = f"{row['phase']} test, history {row['history']}/ndcg@10"
+                            writer.add_scalar(name, row["ndcg@10"], row["test_T"])
                     writer.flush()
 
         return listen

@@ -10,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -74,30 +75,36 @@ def _config_and_folder(arguments: Namespace) -> tuple[RunConfig, Path]:
     return config, arguments.resume or arguments.out or Path("runs") / f"{log_label(config.data)}-{name}-seed{config.seed}"
 
 
-def train(
-    config: RunConfig, out: Path, phases: tuple[str, ...], *, use_tensorboard: bool = False
-) -> tuple[Trainer, InteractionLog]:
-    """Train into ``out`` with bars, a results table, plots and orderly ends on signals. Bad input writes nothing."""
+def train(config: RunConfig, out: Path, phases: tuple[str, ...], *, use_tensorboard: bool = False) -> InteractionLog:
+    """Train into ``out`` with bars, a results table, plots and orderly ends on signals; return the log.
+
+    Bad input writes nothing.
+    """
     start_tensorboard = tensorboard.listener(out / "tensorboard") if use_tensorboard else None
     with Console() as console:
         console.say(header(config.seed))
-        log = open_log(config.data, progress=lambda done, total: console.progress("reading", done, total))
+        log = open_log(config.data, progress=partial(console.progress, "reading"))
         split = split_log(config.data, log)
         if config.data.path is None:
             console.say("no --data given: training on a synthetic log")
         console.say(f"data     {_indented(log.summary())}")
         console.say(f"split    {split.summary()}")
         listeners: list[Callable[[Event], None]] = [console]
-        trainer = Trainer(config, log, split, out, emit=lambda event: [listen(event) for listen in listeners] and None)
+
+        def emit(event: Event) -> None:
+            for listen in listeners:
+                listen(event)
+
+        trainer = Trainer(config, log, split, out, emit=emit)
         parameters = sum(value.numel() for value in trainer.model.parameters())
         console.say(f"model    {parameters:,} parameters, T = {trainer.model.config.steps} at evaluation")
         settings.save(out / "config.yaml", config)
         if start_tensorboard is not None:
             listeners.append(start_tensorboard())
-        curves = _Curves(trainer, console, f"{log.name}, seed {config.seed}")
+        curves = _Curves(trainer, f"{log.name}, seed {config.seed}")
         listeners.append(curves)
         try:
-            with _stopping_on_signals(trainer, console):
+            with _stopping_on_signals(trainer):
                 rows = trainer.run(phases)
         except Interrupted:
             curves.draw()
@@ -107,7 +114,7 @@ def train(
         console.say("\n" + run_table(rows, log, split, config))
         names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         console.say(f"\nsaved    {out}: {', '.join(names)}")
-    return trainer, log
+    return log
 
 
 def header(seed: int) -> str:
@@ -133,8 +140,8 @@ def run_table(rows: list[dict[str, Any]], log: InteractionLog, split: Split, con
 class _Curves:
     """Redraws curves.png after a validation, at most once a minute, for the plot costs a second."""
 
-    def __init__(self, trainer: Trainer, console: Console, title: str) -> None:
-        self._trainer, self._console, self._title = trainer, console, title
+    def __init__(self, trainer: Trainer, title: str) -> None:
+        self._trainer, self._title = trainer, title
         self._drawn = time.monotonic()
         self._possible = True
 
@@ -154,7 +161,7 @@ class _Curves:
 
 
 @contextmanager
-def _stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[None]:
+def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
     """SIGINT and SIGTERM let the current step end and save; a second SIGINT aborts at once."""
     asked = False
 

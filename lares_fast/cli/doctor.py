@@ -1,0 +1,98 @@
+"""``lares-fast doctor``: what is installed, what was built, and what would run and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from argparse import ArgumentParser, Namespace
+from importlib.util import find_spec
+from typing import Any
+
+import numpy
+import torch
+
+from lares_fast import __version__, _dispatch, _native
+
+# Extra -> the modules that it brings.
+_EXTRAS = {
+    "train": ("jsonargparse", "yaml", "rich", "pyarrow", "matplotlib"),
+    "triton": ("triton",),
+    "tb": ("tensorboard",),
+    "bench": ("pytest_benchmark", "faiss", "psutil"),
+    "recbole": ("recbole",),
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of ``doctor``."""
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def command(arguments: Namespace) -> int:
+    """Run ``doctor``."""
+    report = diagnose()
+    print(json.dumps(report, indent=2) if arguments.json else _text(report))
+    return 0
+
+
+def diagnose() -> dict[str, Any]:
+    """The report as plain values."""
+    return {
+        "versions": {
+            "lares_fast": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "safetensors": importlib.metadata.version("safetensors"),
+            "platform": platform.platform(),
+        },
+        "cpu": {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+        "gpu": _gpu(),
+        "build": _native.build_info(),
+        "capability": _native.capability(),
+        "extras": {extra: {name: find_spec(name) is not None for name in names} for extra, names in _EXTRAS.items()},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("LARES_FAST_")},
+        "ops": _ops(),
+    }
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use" + ("" if torch.version.cuda else " (this torch was built without CUDA)")
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    return f"{name}, compute capability {major}.{minor}, torch built for CUDA {torch.version.cuda}"
+
+
+def _ops() -> dict[str, str]:
+    """What ``explain`` says of a small example of each op, on the CPU and on the GPU if there is one."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    said = {}
+    for device in devices:
+        query, items = torch.zeros(4, 64, device=device), torch.zeros(100, 64, device=device)
+        said[f"topk, fp32 on {device}"] = _dispatch.explain("topk", query, items, 10, None, None)
+    return said
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines = [f"{name:<12} {value}" for name, value in report["versions"].items()]
+    cpu, build = report["cpu"], report["build"]
+    lines.append(f"{'cpu':<12} {cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} torch threads")
+    lines.append(f"{'gpu':<12} {report['gpu']}")
+    lines.append(f"{'native':<12} {'built' if build['native'] else build['reason']}")
+    lines.append(f"{'CUDA code':<12} {'built' if build['cuda_built'] else build['cuda_reason']}; {report['capability']}")
+    known = ("native", "reason", "cuda_built", "cuda_reason")
+    lines += [f"  {name:<10} {value}" for name, value in build.items() if name not in known]
+    for extra, modules in report["extras"].items():
+        missing = [name for name, there in modules.items() if not there]
+        state = f'missing {", ".join(missing)}: pip install "lares_fast[{extra}]"' if missing else "installed"
+        lines.append(f"{f'[{extra}]':<12} {state}")
+    lines += [f"{name:<12} {value}" for name, value in report["environment"].items()]
+    for name, said in report["ops"].items():
+        lines += ["", name, *(f"  {line}" for line in said.splitlines())]
+    return "\n".join(lines)

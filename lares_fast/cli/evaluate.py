@@ -1,0 +1,83 @@
+"""``lares-fast eval``: the results table of a trained run, recomputed from its weights."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lares_fast._errors import InputError
+from lares_fast.cli import settings
+from lares_fast.cli.console import Console
+from lares_fast.cli.inputs import open_log, split_log
+from lares_fast.cli.tables import bound_rows, protocol_text, results_text
+from lares_fast.data import InteractionLog
+from lares_fast.serve import Recommender, load
+from lares_fast.train import RunConfig, metrics, model_ranks
+from lares_fast.train.baselines import markov_ranks, popularity_ranks
+from lares_fast.train.loop import evaluation_key
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of ``eval``."""
+    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder of lares-fast train")
+    parser.add_argument("--data", metavar="PATH", help="the log, if it is no longer where the run found it")
+    parser.add_argument("--split", choices=("valid", "test"), default="test", help="which rows to rank (default: test)")
+    parser.add_argument("--steps", metavar="T", type=int, help="one number of reasoning steps (default: all of the run's)")
+    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], dest="assignments", help="change one setting")
+
+
+def command(arguments: Namespace) -> int:
+    """Run ``eval``."""
+    if arguments.steps is not None and arguments.steps < 1:
+        raise InputError(f"--steps must be at least 1, but got {arguments.steps}.")
+    config = run_config(arguments.run, arguments.assignments)
+    recommender = load(arguments.run)
+    with Console() as console:
+        log = open_run_log(config, arguments.data, recommender, arguments.run, console)
+        split = split_log(config.data, log)
+        console.say(f"data     {log.summary()}".replace("\n", "\n         "))
+        part, evaluation = getattr(split, arguments.split), config.evaluation
+        depths = [arguments.steps] if arguments.steps else evaluation.depths(recommender.model.config.mean_depth)
+        rows: list[dict[str, Any]] = []
+        for name, baseline in (("popularity", popularity_ranks), ("markov", markov_ranks)):
+            rows += [
+                {"phase": name, "history": history, **metrics(rank, evaluation.ks)}
+                for history, rank in baseline(log, split, part).items()
+            ]
+        rows += bound_rows(log, part, evaluation)
+        for depth in depths:
+            ranks = model_ranks(
+                recommender.model,
+                log,
+                part,
+                key=evaluation_key(evaluation.noise_seed),
+                num_steps=depth,
+                batch_size=evaluation.batch_size,
+                progress=partial(console.progress, f"{arguments.split} T={depth}"),
+            )
+            rows += [
+                {"phase": arguments.split, "test_T": depth, "history": history, **metrics(rank, evaluation.ks)}
+                for history, rank in ranks.items()
+            ]
+        console.say("\n" + results_text(rows, evaluation.ks))
+        console.say("\n" + protocol_text(log, split, arguments.split, evaluation))
+    return 0
+
+
+def run_config(run: Path, assignments: list[str]) -> RunConfig:
+    """The configuration of the run folder ``run`` under ``--set`` assignments."""
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run / 'config.yaml'} does not exist: --run needs the folder of a run.")
+    return settings.build(run / "config.yaml", assignments)
+
+
+def open_run_log(config: RunConfig, path: str | None, recommender: Recommender, run: Path, console: Console) -> InteractionLog:
+    """The run's log, from ``path`` if it has moved; :class:`InputError` if it is another one."""
+    log = open_log(config.data, path, progress=partial(console.progress, "reading"))
+    # Through JSON, as the run wrote them.
+    if json.loads(json.dumps(log.item_ids[1:].tolist())) != recommender.item_ids:
+        raise InputError(f"{log.name} has other items than the run in {run}: give --data with the log it was trained on.")
+    return log
