@@ -180,9 +180,9 @@ class NativeBuild:
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11_folder()}",
-            f"-DLARES_FAST_VERSION={self.version}",
+            f"-DPACKAGE_VERSION={self.version}",
             f"-DLARES_FAST_CUDA={cuda}",
-            f"-DLARES_FAST_CUDA_OFF={reason}",
+            f"-DCUDA_OFF_REASON={reason}",
         ]  # fmt: skip
         return subprocess.run(command, env=environ, check=False).returncode == 0
 
