@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ class IdColumn:
 
     def __init__(self) -> None:
         self._blocks: list[NDArray[Any]] = []  # raw integers, or int32 codes once there is a table
-        self._table: dict[str, int] | None = None
+        self._table: defaultdict[str, int] | None = None
 
     def add(self, block: Block) -> None:
         """Append the fields of ``block``."""
@@ -55,21 +56,25 @@ class IdColumn:
     def add_strings(self, values: Iterable[str]) -> None:
         """Append strings."""
         if self._table is None:
-            self._table = {}
+            self._table = table = defaultdict[str, int]()
+            # A new id gets the number of ids before it.
+            table.default_factory = table.__len__
             integers, self._blocks = self._blocks, []
             for block in integers:
                 self.add_strings(map(str, block.tolist()))
-        table = self._table
-        self._blocks.append(np.fromiter((table.setdefault(value, len(table)) for value in values), np.int32))
+        self._blocks.append(np.fromiter(map(self._table.__getitem__, values), np.int32))
 
     def finish(self) -> tuple[NDArray[np.int32], NDArray[Any]]:
         """Codes [E] int32 and the ids [n] they stand for: integers in order, strings by first appearance.
 
         Empties the column.
         """
-        values = np.concatenate(self._blocks) if self._blocks else np.empty(0, np.int64)
-        self._blocks.clear()
+        blocks, self._blocks = self._blocks, []
         if self._table is None:
-            ids, codes = np.unique(values, return_inverse=True)
-            return codes.astype(np.int32), ids
-        return values.astype(np.int32, copy=False), np.array(list(self._table), dtype=object)
+            # Block by block, since np.unique's inverse of a whole column takes six times its memory.
+            found = [np.unique(block, return_inverse=True) for block in blocks]
+            ids = np.unique(np.concatenate([np.empty(0, np.int64), *(own for own, _ in found)]))
+            blocks = [np.searchsorted(ids, own).astype(np.int32)[inverse] for own, inverse in found]
+        else:
+            ids = np.array(list(self._table), dtype=object)
+        return np.concatenate([np.empty(0, np.int32), *blocks]), ids

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lares_fast._errors import InputError, require
 from lares_fast.data._ids import IdColumn
-from lares_fast.data._text import Block, Progress, decode
+from lares_fast.data._text import Block, Progress
 from lares_fast.data.log import Ids
 
 Names = Mapping[str, str | None]
@@ -39,40 +39,35 @@ def check_columns(path: Path, names: Names, present: list[str]) -> list[str]:
 def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
     """Events of a CSV file with a header; ``.tsv`` files are separated by tabs."""
     arrow = require("pyarrow", "train", FEATURE)
-    arrow_csv = require("pyarrow.csv", "train", FEATURE)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open("rb") as file:
-        header = decode(path, file.readline().removeprefix(b"\xef\xbb\xbf"))
-    wanted = check_columns(path, names, next(csv.reader([header], delimiter=delimiter), []))
+    csv = require("pyarrow.csv", "train", FEATURE)
+    # One thread, because only then do arrow's messages name the row.
+    reading = csv.ReadOptions(use_threads=False, block_size=1 << 22)
+    parsing = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    with _one_sentence(path, arrow), csv.open_csv(path, reading, parsing) as reader:
+        present = reader.schema.names
+    converting = csv.ConvertOptions(
+        include_columns=check_columns(path, names, present),
+        column_types={names["user"]: arrow.string(), names["item"]: arrow.string()},
+    )
     total = path.stat().st_size
 
     def batches() -> Iterator[Any]:
         with path.open("rb") as file:
-            reader = arrow_csv.open_csv(
-                file,
-                # One thread, because only then do arrow's messages name the row.
-                read_options=arrow_csv.ReadOptions(use_threads=False, block_size=1 << 22),
-                parse_options=arrow_csv.ParseOptions(delimiter=delimiter),
-                convert_options=arrow_csv.ConvertOptions(
-                    include_columns=wanted, column_types={name: arrow.string() for name in (names["user"], names["item"])}
-                ),
-            )
-            for batch in reader:
+            for batch in csv.open_csv(file, reading, parsing, converting):
                 yield batch
                 if progress:
                     progress(min(file.tell(), total), total)
 
-    return _collect(path, names, batches())
+    return _collect(path, names, batches(), arrow)
 
 
 def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
     """Events of a parquet file."""
     arrow = require("pyarrow", "train", FEATURE)
     parquet = require("pyarrow.parquet", "train", FEATURE)
-    try:
-        file = parquet.ParquetFile(path)
-    except arrow.ArrowException as error:
-        raise InputError(f"{path} is no readable parquet file: {_first_line(error)}.") from None
+    with _one_sentence(path, arrow):
+        # Buffering ahead would hold the whole file.
+        file = parquet.ParquetFile(path, pre_buffer=False)
     wanted = check_columns(path, names, file.schema_arrow.names)
     total, rows = path.stat().st_size, file.metadata.num_rows
 
@@ -84,26 +79,31 @@ def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
             if progress:
                 progress(total * done // rows, total)
 
-    return _collect(path, names, batches())
+    return _collect(path, names, batches(), arrow)
 
 
-def _collect(path: Path, names: Names, batches: Iterator[Any]) -> Events:
-    arrow = require("pyarrow", "train", FEATURE)
+@contextmanager
+def _one_sentence(path: Path, arrow: Any) -> Iterator[None]:
+    try:
+        yield
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a table: {str(error).splitlines()[0].rstrip('.')}.") from None
+
+
+def _collect(path: Path, names: Names, batches: Iterator[Any], arrow: Any) -> Events:
     users, items, times = IdColumn(), IdColumn(), list[NDArray[Any]]()
     row = 1
-    try:
+    with _one_sentence(path, arrow):
         for batch in batches:
             for name, ids in ((names["user"], users), (names["item"], items)):
-                _add_ids(ids, _whole(arrow, batch.column(name), name, row, path), name, row, path)
+                _add_ids(ids, _whole(batch.column(name), name, row, path, arrow), name, row, path, arrow)
             if (name := names["time"]) is not None:
-                times.append(_times(arrow, _whole(arrow, batch.column(name), name, row, path), name, row, path))
+                times.append(_times(_whole(batch.column(name), name, row, path, arrow), name, row, path, arrow))
             row += len(batch)
-    except arrow.ArrowException as error:
-        raise InputError(f"{path} cannot be read as a table: {_first_line(error)}.") from None
     return (*users.finish(), *items.finish(), np.concatenate(times) if times else None)
 
 
-def _whole(arrow: Any, column: Any, name: str | None, row: int, path: Path) -> Any:
+def _whole(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> Any:
     """The column without dictionary encoding; a missing value is an :class:`InputError`."""
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -113,8 +113,7 @@ def _whole(arrow: Any, column: Any, name: str | None, row: int, path: Path) -> A
     return column
 
 
-def _add_ids(ids: IdColumn, column: Any, name: str | None, row: int, path: Path) -> None:
-    arrow = require("pyarrow", "train", FEATURE)
+def _add_ids(ids: IdColumn, column: Any, name: str | None, row: int, path: Path, arrow: Any) -> None:
     if arrow.types.is_integer(column.type):
         ids.add_integers(column.cast(arrow.int64()).to_numpy())
         return
@@ -130,7 +129,7 @@ def _add_ids(ids: IdColumn, column: Any, name: str | None, row: int, path: Path)
     ids.add(block)
 
 
-def _times(arrow: Any, column: Any, name: str | None, row: int, path: Path) -> NDArray[Any]:
+def _times(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> NDArray[Any]:
     """[n] int64, or float64 for a column of floats; timestamps and dates count in their own unit."""
     kinds = arrow.types
     if kinds.is_date32(column.type):
@@ -143,7 +142,3 @@ def _times(arrow: Any, column: Any, name: str | None, row: int, path: Path) -> N
     if not np.isfinite(values).all():
         raise InputError(f"{path}, row {row + (~np.isfinite(values)).argmax()}: column {name!r} is not a finite number.")
     return values
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".")

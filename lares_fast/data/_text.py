@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +38,11 @@ class Block:
 
     def strings(self) -> list[str]:
         """The fields as text."""
-        return [self.data[a:b].decode() for a, b in zip(self.starts.tolist(), self.ends.tolist(), strict=True)]
+        bounds = zip(self.starts.tolist(), self.ends.tolist(), strict=True)
+        if self.data.isascii():
+            text = self.data.decode()
+            return [text[a:b] for a, b in bounds]
+        return [self.data[a:b].decode() for a, b in bounds]
 
     @property
     def integers(self) -> NDArray[np.int64]:
@@ -95,11 +100,10 @@ def cells(path: Path, progress: Progress | None = None) -> Iterator[Block]:
 
 
 def check_file(path: Path) -> int:
-    """Size in bytes; raises :class:`InputError` if there is no such file or nothing in it."""
+    """Size in bytes; raises :class:`InputError` if the file cannot be opened or is empty."""
     try:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; give one file.")
-        size = path.stat().st_size
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     if not size:

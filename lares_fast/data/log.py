@@ -175,15 +175,14 @@ def assemble(
     long_enough = counts >= min_events
     if not long_enough.any():
         raise InputError(f"{name}: no user has {min_events} events or more; check the file, its format and min_events.")
+    order = np.argsort(users, kind="stable") if times is None else np.lexsort((times, users))
     dropped = {}
     if short := int((~long_enough).sum()):
         dropped = {
             f"users with fewer than {min_events} events": short,
             "events of those users": int(counts[~long_enough].sum()),
         }
-        kept = long_enough[users]
-        users, items, times = users[kept], items[kept], None if times is None else times[kept]
-    order = np.argsort(users, kind="stable") if times is None else np.lexsort((times, users))
+        order = order[long_enough[users[order]]]
     items = items[order]
     used = np.bincount(items, minlength=len(item_ids)) > 0
     dense = np.cumsum(used, dtype=np.int32)  # the first used id becomes 1

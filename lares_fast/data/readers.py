@@ -157,9 +157,9 @@ def _read_inter(path: Path, names: Names, progress: Progress | None) -> Events:
 
 
 def _read_json(path: Path, progress: Progress | None) -> Lists:
-    text = decode(path, path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    data = path.read_bytes()
     try:
-        pairs = json.loads(text, object_pairs_hook=_Pairs)
+        pairs = json.loads(decode(path, data).removeprefix("\ufeff"), object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON, {error.msg} at column {error.colno}.") from None
     except (RecursionError, ValueError):
@@ -167,7 +167,7 @@ def _read_json(path: Path, progress: Progress | None) -> Lists:
     if not isinstance(pairs, _Pairs):
         raise InputError(f"{path} must hold one JSON object of user -> list of items, but holds {_json_type(pairs)}.")
     if progress:
-        progress(len(text), len(text))
+        progress(len(data), len(data))
     return _from_lists(pairs, str(path))
 
 

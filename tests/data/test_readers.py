@@ -219,6 +219,8 @@ CSV_ERRORS = {
     "column": ("user;item\n1;2\n", r"a\.csv has no column 'user_id' among user;item"),
     "two-columns": ("user_id,user_id,item_id,timestamp\n1,1,2,3\n", r"a\.csv has 2 columns 'user_id'"),
     "binary": (b"user_id,item_id,timestamp\n1,\xff,3\n", r"a\.csv cannot be read as a table: .*invalid UTF8"),
+    "binary-header": (b"user_\xff,item_id,timestamp\n1,2,3\n", r"a\.csv (cannot be read as a table|has no column)"),
+    "no-line": (b"x" * 10_000_000, r"a\.csv (cannot be read as a table|has no column)"),
     "no-rows": (CSV_HEADER, r"a\.csv: no user has 3 events or more"),
 }
 
@@ -255,14 +257,14 @@ def test_broken_parquet_is_one_sentence(tmp_path, columns, sentence):
 
 def test_junk_named_parquet_is_one_sentence(tmp_path):
     pytest.importorskip("pyarrow")
-    with pytest.raises(InputError, match=r"a\.parquet is no readable parquet file"):
+    with pytest.raises(InputError, match=r"a\.parquet cannot be read as a table: Parquet magic bytes"):
         read_log(written(tmp_path / "a.parquet", b"junk" * 10))
 
 
 def test_missing_file_and_folder_are_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.txt cannot be read: No such file"):
         read_log(tmp_path / "nowhere.txt")
-    with pytest.raises(InputError, match=r"is a folder; give one file"):
+    with pytest.raises(InputError, match=r"cannot be read: Is a directory"):
         read_log(tmp_path)
 
 
