@@ -1,18 +1,17 @@
-"""The reference equals the official code: every number of every golden file.
+"""The reference, and the model users build, equal the official code: every number of every golden file.
 
 ``LARES_GOLDEN_DIR`` names another directory of files in the same format; all of them are then checked.
 """
 
-import json
 import os
 from pathlib import Path
 
-import numpy as np
+import golden_file
 import pytest
 import torch
 
-from lares_fast import convert
-from lares_fast.reference import LARES, Pass, rpt_loss, spt_loss, target_logprob
+import lares_fast
+from lares_fast import convert, reference
 
 GOLDEN_DIR = Path(os.environ.get("LARES_GOLDEN_DIR", Path(__file__).parent / "golden"))
 FILES = sorted(GOLDEN_DIR.glob("*.npz"))
@@ -22,117 +21,40 @@ def test_directory_has_files():
     assert FILES, f"no .npz file in {GOLDEN_DIR}"
 
 
-class Golden:
-    def __init__(self, path):
-        with np.load(path, allow_pickle=False) as archive:
-            self.values = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "config"}
-            self.settings = json.loads(archive["config"].tobytes())
-        self.config = convert.config_from_official(self.settings, self.group("policy."))
-        self.sequences = (self["item_seq"], self["item_seq_len"])
-
-    def __getitem__(self, name):
-        return self.values[name]
-
-    def group(self, prefix):
-        return {name.removeprefix(prefix): value for name, value in self.values.items() if name.startswith(prefix)}
-
-    def model(self, role):
-        model = LARES(self.config)
-        model.load_state_dict(convert.from_official(self.group(f"{role}."), self.config))
-        return model.train(role == "policy")
-
-    def passes(self, prefix, depths):
-        return [Pass(int(T), state=self[f"{prefix}{i}"]) for i, T in enumerate(depths)]
-
-
 @pytest.fixture(params=FILES, ids=lambda path: path.stem, scope="module")
-def golden(request):
-    return Golden(request.param)
+def file(request):
+    return golden_file.Golden(request.param)
 
 
-def assert_close(name, ours, official):
-    scale = official.abs().max()
-    error = (ours - official).abs().max()
-    assert error <= 1e-5 * scale + 1e-6, f"{name}: error {error:.2e} at scale {scale:.2e}"
-
-
-def assert_gradients(model, loss, official):
-    """Per tensor |g - g*| <= 1e-4 |g*| + 1e-7 |all gradients of the loss| (the rule of golden/README.md)."""
-    loss.backward()
-    ours = convert.to_official({name: p.grad for name, p in model.named_parameters()}, model.config)
-    assert set(ours) == set(official)
-    overall = torch.cat([g.flatten() for g in official.values()]).norm()
-    for name, expected in official.items():
-        error, bound = (ours[name] - expected).norm(), 1e-4 * expected.norm() + 1e-7 * overall
-        assert error <= bound, f"gradient of {name}: error {error:.3e} > {bound:.3e}"
+@pytest.fixture(params=[reference.LARES, lares_fast.LARES], ids=["reference", "lares_fast"])
+def golden(request, file, monkeypatch):
+    monkeypatch.setattr(file, "model_class", request.param)
+    return file
 
 
 def test_forward(golden):
-    model = golden.model("policy")
-    h0, T = golden["forward.h0"], int(golden["forward.num_steps"])
-    states = model.encode(*golden.sequences, num_steps=T, state=h0, return_all_steps=True)
-    assert_close("all_outputs", states, golden["forward.all_outputs"])
-    assert_close("last_output", model.encode(*golden.sequences, num_steps=T, state=h0), golden["forward.last_output"])
+    golden_file.check_forward(golden)
 
 
 def test_per_step_logprobs(golden):
-    model = golden.model("policy")
-    states = model.encode(
-        *golden.sequences, num_steps=int(golden["forward.num_steps"]), state=golden["forward.h0"], return_all_steps=True
-    )
-    items = model.item_embedding.weight
-    for target in range(golden.config.n_items):
-        logprob = target_logprob(states, items, torch.full(states.shape[:2], target))
-        assert_close(f"log p({target})", logprob, golden["forward.per_step_logps"][..., target])
+    golden_file.check_logprobs(golden)
 
 
 def test_scores(golden):
-    model = golden.model("policy")
-    T = int(golden["forward.scores_num_steps"])
-    query, items = model.query_and_items(model.encode(*golden.sequences, num_steps=T, state=golden["forward.h0"]))
-    assert_close("scores", query @ items.T, golden["forward.scores"])
+    golden_file.check_scores(golden)
 
 
 def test_spt_loss_and_gradients(golden):
-    model = golden.model("policy")
-    depths = (golden["spt.T_ce"], golden["spt.T_shared"], golden["spt.T_shared"])
-    loss = spt_loss(
-        model,
-        golden.sequences,
-        golden["pos_items"],
-        (golden["aug_item_seq"], golden["aug_item_seq_len"]),
-        tuple(golden.passes("spt.h0_", depths)),
-        int(golden["spt.step_index"]),
-        alpha=golden.settings["alpha"],
-        gamma=golden.settings["gamma"],
-    )
-    assert_close("loss", loss.total, golden["spt.loss"])
-    assert_gradients(model, loss.total, golden.group("spt.grad."))
+    golden_file.check_spt(golden)
 
 
 @pytest.mark.parametrize("reward", ["recall", "ndcg"])
 def test_rpt_rewards_loss_and_gradients(golden, reward):
-    policy = golden.model("policy")
-    depths = golden["rpt.T"]
-    loss = rpt_loss(
-        policy,
-        golden.model("reference"),
-        golden.sequences,
-        golden["pos_items"],
-        golden.passes("rpt.h0_policy_", depths),
-        golden.passes("rpt.h0_reference_", depths),
-        k=int(golden["rpt.k"]),
-        beta=float(golden["rpt.beta"]),
-        reward=reward,
-    )
-    expected = float(golden[f"rpt.{reward}.reward_sum"])
-    assert float(loss.rewards.sum()) == (expected if reward == "recall" else pytest.approx(expected, rel=1e-5))
-    assert_close("loss", loss.total, golden[f"rpt.{reward}.loss"])
-    assert_gradients(policy, loss.total, golden.group(f"rpt.{reward}.grad."))
+    golden_file.check_rpt(golden, reward)
 
 
-def test_official_names_round_trip(golden):
-    official = golden.group("policy.")
-    back = convert.to_official(convert.from_official(official, golden.config), golden.config)
+def test_official_names_round_trip(file):
+    official = file.group("policy.")
+    back = convert.to_official(convert.from_official(official, file.config), file.config)
     assert back.keys() == official.keys()
     assert all(torch.equal(back[name], official[name]) for name in official)

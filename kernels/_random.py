@@ -1,0 +1,46 @@
+"""Keep-masks in Triton: the bits of lares_fast/_random.py; layout and vectors stand in docs/numerics.md.
+
+``key`` is the folded key as one 64-bit integer, k0 + k1 * 2**32. One call of the generator serves 8 elements.
+"""
+
+import triton
+import triton.language as tl
+
+_SITE_ATTENTION = tl.constexpr(3)
+
+
+@triton.jit
+def _decisions(key, threshold, c0, c1, c2, c3):
+    """Masks [..., sub, half, word mod 2, word div 2] of calls at broadcast counters [..., 8]."""
+    c0, c1 = tl.broadcast(c0.to(tl.uint32), c1.to(tl.uint32))
+    c0, c2 = tl.broadcast(c0, c2.to(tl.uint32))
+    c1 = tl.broadcast_to(c1, c0.shape)
+    w0, w1, w2, w3 = tl.philox(key, c0, c1, c2, tl.full(c0.shape, c3, tl.uint32))
+    low = tl.join(_halves(w0, threshold), _halves(w1, threshold))
+    high = tl.join(_halves(w2, threshold), _halves(w3, threshold))
+    return tl.join(low, high)
+
+
+@triton.jit
+def _halves(word, threshold):
+    return tl.join((word & 0xFFFF) >= threshold, (word >> 16) >= threshold)
+
+
+@triton.jit
+def keep_hidden(key, threshold, site, step, layer, row, position, column, R: tl.constexpr):
+    """Mask [R, 64] of the 64 columns from ``column`` (a multiple of 64); ``row`` and ``position`` are [R]."""
+    c0 = (tl.arange(0, 8) | (column // 64) << 3 | site << 16)[None, :]
+    keep = _decisions(key, threshold, c0, position[:, None], row[:, None], step << 16 | layer)
+    return tl.reshape(tl.permute(keep, (0, 4, 3, 1, 2)), (R, 64))
+
+
+@triton.jit
+def keep_attention(key, threshold, step, layer, row, head, query, column, Q: tl.constexpr, J: tl.constexpr):
+    """Mask [Q, J] of queries ``query``.. and keys ``column``.. of one row; Q, ``query`` multiples of 4, J, ``column`` of 16."""
+    quad = query // 4 + tl.arange(0, Q // 4)
+    tile = column // 16 + tl.arange(0, J // 16)
+    c0 = (tl.arange(0, 8) | head << 3 | _SITE_ATTENTION << 16)[None, None, :]
+    c1 = (quad[:, None] | tile[None, :] << 16)[:, :, None]
+    c2 = tl.full((1, 1, 1), row, tl.uint32)
+    keep = _decisions(key, threshold, c0, c1, c2, step << 16 | layer)
+    return tl.reshape(tl.permute(keep, (0, 5, 4, 1, 2, 3)), (Q, J))
