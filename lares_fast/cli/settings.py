@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -181,6 +182,7 @@ def _model_values(config: LARESConfig) -> dict[str, Any]:
     return values
 
 
+@functools.cache
 def _parser() -> Any:
     parser = require("jsonargparse", "train", _FEATURE).ArgumentParser(exit_on_error=False)
     for name, kind in _SECTIONS.items():

@@ -1,0 +1,64 @@
+"""A small log file, a run trained on it, and the command line called in this process."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lares_fast.cli import main
+
+SMALL = [
+    *("--config", "tiny"),
+    *("--set", "spt.epochs=1", "--set", "rpt.epochs=1", "--set", "rpt.filter_top=30", "--set", "rpt.k=5"),
+    *("--set", "evaluation.ks=[5,10,20]", "--set", "evaluation.depth_ratios=[1,2]"),
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine would make these tests many times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def small_settings():
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def log_file(tmp_path_factory):
+    """80 users u1.. with 4 to 9 of 40 items i1.. each, and one user too short to keep."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("log") / "shop.txt"
+    items = [f"i{n}" for n in range(1, 41)]
+    lines = [" ".join([f"u{n}", *draw.sample(items, draw.randint(4, 9))]) for n in range(1, 80)]
+    path.write_text("\n".join([*lines, " ".join(["u80", *items[:20]]), "u81 i1 i2", ""]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, log_file):
+    """The folder of a finished run of both phases."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    assert main(["train", *SMALL, "--data", str(log_file), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, tmp_path):
+    """Call the command line in an empty folder; the result has ``code``, ``out`` and ``err``."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err, written=sorted(path.name for path in folder.iterdir()))
+
+    return call

@@ -1,0 +1,107 @@
+import dataclasses
+
+import pytest
+
+from lares_fast import LARESConfig
+from lares_fast._errors import InputError
+from lares_fast.cli import settings
+from lares_fast.config import PRESETS
+from lares_fast.train import RunConfig
+
+
+def as_built(config):
+    """With the model's defaults written out."""
+    model = LARESConfig(n_items=2, **config.model).to_dict()
+    del model["n_items"]
+    return {**config.to_dict(), "model": model}
+
+
+def test_instruments_is_exactly_the_defaults():
+    assert as_built(settings.build("instruments")) == as_built(RunConfig()) == as_built(settings.build())
+    text = (settings._PRESETS / "instruments.yaml").read_text()
+    for key in settings.known_keys():
+        assert f"{key.rpartition('.')[2]}:" in text
+
+
+def test_tiny_is_the_model_preset():
+    model = settings._read(settings._PRESETS / "tiny.yaml")["model"]
+    assert model == PRESETS["tiny"]
+
+
+@pytest.mark.parametrize("name", settings.presets())
+def test_shipped_configurations_survive_a_round_trip(name, tmp_path):
+    config = settings.build(name)
+    settings.save(tmp_path / "c.yaml", config)
+    assert settings.build(tmp_path / "c.yaml") == config
+
+
+def test_a_file_wins_over_a_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").write_text("seed: 7\n")
+    assert settings.build("tiny").seed == 7
+
+
+def test_assignments_win_over_the_file_and_have_the_types_of_their_settings():
+    config = settings.build(
+        "tiny",
+        ["spt.lr=1e-3", "evaluation.ks=[10, 20]", "data.user=5", "spt.max_steps=null", "model.pad_in_softmax=false", "seed=3"],
+    )
+    assert config.spt.lr == 0.001 and config.evaluation.ks == (10, 20) and config.data.user == "5"
+    assert config.spt.max_steps is None and config.model["pad_in_softmax"] is False and config.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("spt.lrr=3", "no setting 'spt.lrr'; the nearest name is 'spt.lr'"),
+        ("modle.dropout=3", "the nearest name is 'model.dropout'"),
+        ("lr=3", "no setting 'lr'; the nearest name is 'spt.lr'"),
+        ("model.n_items=5", "no setting 'model.n_items'"),
+        ("model.hidden_size=wide", "model.hidden_size must be an integer, but got 'wide'"),
+        ("spt.max_steps=1.5", "spt.max_steps must be an integer or null, but got '1.5'"),
+        ("spt.same_step=perhaps", "spt.same_step must be true or false"),
+        ("evaluation.ks=[5,x]", "evaluation.ks must be a list of integers"),
+        ("model.n_heads=3", "model.hidden_size must be a multiple of n_heads, which is 3, but got 64"),
+        ("model.adapter=glue", "model.adapter must be one of add, concat, linear"),
+        ("rpt.group_size=1", "rpt.group_size must be at least 2"),
+        ("data.split=random", "data.split must be one of leave-one-out, temporal"),
+        ("seed=-1", "seed must be in 0..2**64-1"),
+        ("spt.lr", "must have the form section.key=value"),
+    ],
+)
+def test_bad_assignments_are_one_sentence_that_names_the_argument(assignment, expected):
+    with pytest.raises(InputError) as error:
+        settings.build(None, [assignment])
+    assert expected in str(error.value) and f"--set {assignment}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("spt:\n  learning_rate: 1\n", "no setting 'spt.learning_rate'"),
+        ("epoch: 1\n", "no setting 'epoch'; the nearest name is"),
+        ("spt: fast\n", "spt must hold settings such as 'alpha: ...', but holds 'fast'"),
+        ("spt:\n  lr: fast\n", "spt.lr must be a number, but got 'fast'"),
+        ("spt:\n  lr: [1\n", "line 3: not valid YAML"),
+        ("- a\n", "must hold 'key: value' lines"),
+        ("", "must hold 'key: value' lines, but holds nothing"),
+    ],
+)
+def test_bad_files_are_one_sentence_that_names_the_file(text, expected, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        settings.build(path)
+    assert expected in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_configuration_lists_the_shipped_ones():
+    with pytest.raises(InputError, match="demo, instruments, tiny"):
+        settings.build("huge")
+
+
+def test_every_setting_has_a_key():
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    assert names == {key.split(".")[0] for key in settings.known_keys()}
