@@ -68,7 +68,7 @@ def _sixteen_bit(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
 
 def _by_rows(mask: Callable[[Tensor], Tensor], rows: Tensor, calls_per_row: int) -> Tensor:
     """``mask(rows)`` in slices whose int64 temporaries stay in the cache: twice as fast as at once."""
-    size = max(1, _CALLS_IN_CACHE // calls_per_row)
+    size = max(1, _CALLS_IN_CACHE // max(1, calls_per_row))
     return torch.cat([mask(part) for part in rows.split(size)]) if len(rows) > size else mask(rows)
 
 

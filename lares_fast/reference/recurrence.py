@@ -69,7 +69,8 @@ class Recurrence(nn.Module):
         ``depth`` [B] int: a sequence that has done its own number of steps keeps its state. Dropout addresses
         count steps from 1; step 0 is the pre-block.
         """
-        for step in range(1, int(depth.max()) + 1):
+        steps = int(depth.max()) if len(depth) else 1
+        for step in range(1, steps + 1):
             advanced = self.core(self.norm(self.adapter(h, pre)), mask, draw=draw, step=step)
             running = step <= depth
             h = advanced if running.all() else torch.where(running[:, None, None], advanced, h)

@@ -1,0 +1,89 @@
+"""The two objectives in corners that the golden files do not reach."""
+
+import copy
+
+import pytest
+import torch
+
+from lares_fast import LARESConfig, reference
+from lares_fast._random import Draw
+from lares_fast.reference import Pass
+
+N, L, B = 60, 10, 24
+
+
+def setup(**changes):
+    model = reference.LARES(LARESConfig.preset("tiny", n_items=N, **changes)).train()
+    lengths = torch.randint(1, L + 1, (B,))
+    seq = torch.where(torch.arange(L) < lengths[:, None], torch.randint(1, N, (B, L)), 0)
+    return model, (seq, lengths), torch.randint(1, N, (B,))
+
+
+def passes(*depths, key=1):
+    return [Pass(T, Draw((key, i), torch.arange(B))) for i, T in enumerate(depths)]
+
+
+def test_a_single_step_has_no_step_level_term():
+    model, sequences, target = setup()
+    loss = reference.spt_loss(model, sequences, target, sequences, tuple(passes(3, 1, 1)), 0, alpha=0.1, gamma=0.5)
+    assert loss.step == 0
+    assert loss.total == loss.cross_entropy + loss.trajectory
+    deeper = reference.spt_loss(model, sequences, target, sequences, tuple(passes(3, 2, 2)), 0, alpha=0.1, gamma=0.5)
+    assert deeper.step > 0
+
+
+def test_the_last_step_is_its_own_best_match():
+    """The official draw includes the last step: then s == a, and each NCE is the smallest this batch allows."""
+    model, sequences, target = setup(similarity="cos", tau=0.07)
+    three = tuple(passes(1, 4, 4))
+    last = reference.spt_loss(model, sequences, target, sequences, three, 3, alpha=0.1, gamma=0.5)
+    first = reference.spt_loss(model, sequences, target, sequences, three, 0, alpha=0.1, gamma=0.5)
+    assert last.step < first.step
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_linear_cross_entropy_equals_torch(reduction):
+    hidden, items = torch.randn(5, 8, dtype=torch.float64), torch.randn(30, 8, dtype=torch.float64)
+    target = torch.randint(0, 30, (5,))
+    ours = reference.linear_cross_entropy(hidden, items, target, reduction=reduction)
+    torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(hidden @ items.T, target, reduction=reduction))
+
+
+def test_rewards():
+    rank = torch.tensor([0, 1, 9, 10, 500])
+    assert reference.ranking_reward(rank, 10, "recall").tolist() == [1, 1, 1, 0, 0]
+    torch.testing.assert_close(
+        reference.ranking_reward(rank, 10, "ndcg"), torch.tensor([1.0, 1 / 1.5849625, 1 / 3.4594316, 0.0, 0.0])
+    )
+
+
+def test_equal_rewards_leave_only_the_kl():
+    assert not reference.group_advantage(torch.ones(4, 3)).any()
+    advantage = reference.group_advantage(torch.tensor([[1.0], [0.0], [0.0], [0.0]]))
+    torch.testing.assert_close(advantage[:, 0], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))
+
+
+def test_shared_noise_removes_the_kl_floor():
+    model, sequences, target = setup(dropout=0.0)
+    frozen = copy.deepcopy(model).eval()
+    arguments = {"k": 10, "beta": 1.0, "reward": "recall"}
+    shared = reference.rpt_loss(model, frozen, sequences, target, passes(2, 3), passes(2, 3), **arguments)
+    assert shared.kl.abs() < 1e-6
+    own = reference.rpt_loss(model, frozen, sequences, target, passes(2, 3), passes(2, 3, key=9), **arguments)
+    assert own.kl > 1e-4
+    own.total.backward()
+    assert all(p.grad is None for p in frozen.parameters())
+
+
+def test_depths_of_their_own_average_over_own_steps():
+    model, sequences, target = setup(dropout=0.0)
+    frozen = copy.deepcopy(model).eval()
+    arguments = {"k": 10, "beta": 1.0, "reward": "ndcg"}
+    depth = torch.where(torch.arange(B) < B // 2, 2, 5)
+    mixed = [Pass(depth, p.draw) for p in passes(1, 1)]
+    uniform = reference.rpt_loss(model, frozen, sequences, target, passes(5, 5), passes(5, 5, key=9), **arguments)
+    frozen_mixed = [Pass(depth, p.draw) for p in passes(5, 5, key=9)]
+    loss = reference.rpt_loss(model, frozen, sequences, target, mixed, frozen_mixed, **arguments)
+    torch.testing.assert_close(loss.rewards[:, B // 2 :], uniform.rewards[:, B // 2 :])
+    assert torch.isfinite(loss.total)
+    assert loss.total != uniform.total
