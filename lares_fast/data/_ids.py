@@ -72,9 +72,13 @@ class IdColumn:
         blocks, self._blocks = self._blocks, []
         if self._table is None:
             # Block by block, since np.unique's inverse of a whole column takes six times its memory.
-            found = [np.unique(block, return_inverse=True) for block in blocks]
-            ids = np.unique(np.concatenate([np.empty(0, np.int64), *(own for own, _ in found)]))
-            blocks = [np.searchsorted(ids, own).astype(np.int32)[inverse] for own, inverse in found]
+            known = list[NDArray[np.int64]]()
+            for at, block in enumerate(blocks):
+                own, inverse = np.unique(block, return_inverse=True)
+                known.append(own)
+                blocks[at] = inverse.astype(np.int32)
+            ids = np.unique(np.concatenate([np.empty(0, np.int64), *known]))
+            blocks = [np.searchsorted(ids, own).astype(np.int32)[codes] for own, codes in zip(known, blocks, strict=True)]
         else:
             ids = np.array(list(self._table), dtype=object)
         return np.concatenate([np.empty(0, np.int32), *blocks]), ids

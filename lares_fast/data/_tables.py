@@ -41,7 +41,7 @@ def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
     arrow = require("pyarrow", "train", FEATURE)
     csv = require("pyarrow.csv", "train", FEATURE)
     # One thread, because only then do arrow's messages name the row.
-    reading = csv.ReadOptions(use_threads=False, block_size=1 << 22)
+    reading = csv.ReadOptions(use_threads=False)
     parsing = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     with _one_sentence(path, arrow), csv.open_csv(path, reading, parsing) as reader:
         present = reader.schema.names
@@ -115,7 +115,7 @@ def _whole(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> A
 
 def _add_ids(ids: IdColumn, column: Any, name: str | None, row: int, path: Path, arrow: Any) -> None:
     if arrow.types.is_integer(column.type):
-        ids.add_integers(column.cast(arrow.int64()).to_numpy())
+        ids.add_integers(_copied(column.cast(arrow.int64())))
         return
     if not (arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type)):
         raise InputError(f"{path}: column {name!r} holds {column.type}, but ids must be integers or strings.")
@@ -135,10 +135,15 @@ def _times(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> N
     if kinds.is_date32(column.type):
         column = column.cast(arrow.int32())
     if kinds.is_integer(column.type) or kinds.is_timestamp(column.type) or kinds.is_date64(column.type):
-        return np.asarray(column.cast(arrow.int64()).to_numpy())
+        return _copied(column.cast(arrow.int64()))
     if not kinds.is_floating(column.type):
         raise InputError(f"{path}: column {name!r} holds {column.type}, but times must be numbers, dates or timestamps.")
-    values = np.asarray(column.cast(arrow.float64()).to_numpy())
+    values = _copied(column.cast(arrow.float64()))
     if not np.isfinite(values).all():
         raise InputError(f"{path}, row {row + (~np.isfinite(values)).argmax()}: column {name!r} is not a finite number.")
     return values
+
+
+def _copied(column: Any) -> NDArray[Any]:
+    """The values in memory of their own: a view would keep the buffers of its whole batch alive."""
+    return np.array(column.to_numpy())
