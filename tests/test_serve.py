@@ -1,0 +1,142 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+import lares_fast
+from lares_fast import LARES, LARESConfig
+from lares_fast._errors import InputError
+from lares_fast.serve import Recommender
+from lares_fast.train.checkpoint import save_weights
+
+N = 30
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = LARES(LARESConfig.preset("tiny", n_items=N + 1))
+    # The official initialisation is so small that scores nearly tie.
+    torch.nn.init.normal_(model.item_embedding.weight)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def recommender(model):
+    return Recommender(model, ["", *(f"item-{n}" for n in range(1, N + 1))])
+
+
+def raw(*numbers):
+    return [f"item-{n}" for n in numbers]
+
+
+HISTORIES = [raw(3), raw(1, 2, 3), raw(*range(1, 16)), raw(9, 9, 4), raw(*range(20, 31)), raw(7, 30)]
+
+
+def test_answers_do_not_depend_on_the_batch(recommender):
+    together = recommender.recommend(HISTORIES, 5)
+    for size in (1, 2, 4):
+        parts = recommender.recommend(HISTORIES, 5, batch_size=size)
+        assert parts.ids == together.ids
+        torch.testing.assert_close(parts.scores, together.scores)
+    backwards = recommender.recommend(HISTORIES[::-1], 5)
+    assert backwards.ids == together.ids[::-1]
+    for history, ids in zip(HISTORIES, together.ids, strict=True):
+        assert recommender.recommend([history], 5).ids == [ids]
+
+
+def test_answers_are_those_of_the_model(recommender, model):
+    found = recommender.recommend([raw(4, 8, 15)], N, exclude_seen=False)
+    scores = model(torch.tensor([[4, 8, 15]]), torch.tensor([3]))[0, 1:]
+    best, order = scores.sort(descending=True, stable=True)
+    assert found.ids == [raw(*(order + 1).tolist())]
+    torch.testing.assert_close(found.scores[0], best)
+
+
+def test_all_seen_items_stay_out_though_the_model_reads_the_last_ones_only(recommender):
+    long = raw(*range(1, 26))
+    found = recommender.recommend([long], N)
+    assert sorted(found.ids[0]) == sorted(raw(*range(26, 31)))
+    assert found.scores[0, 5:].eq(-torch.inf).all() and found.scores[0, :5].isfinite().all()
+    recent = recommender.recommend([long[-10:]], N, exclude_seen=False)
+    torch.testing.assert_close(recommender.recommend([long], N, exclude_seen=False).scores, recent.scores)
+
+
+def test_unknown_items_are_left_out_and_counted(recommender):
+    found = recommender.recommend([["item-1", "x", "item-2"], ["x", "y"], []], 3)
+    assert found.unknown == 3 and found.empty == [1, 2]
+    assert found.ids == [recommender.recommend([raw(1, 2)], 3).ids[0], [], []]
+    assert found.scores[1:].eq(-torch.inf).all()
+    assert recommender.recommend([], 3).ids == []
+
+
+def test_integer_ids_are_found_by_their_text(model):
+    recommender = Recommender(model, [0, *range(101, 101 + N)])
+    assert recommender.recommend([[101, 105]]).ids == recommender.recommend([["101", "105"]]).ids
+    assert recommender.recommend([[101, "shoes", 101.5]]).unknown == 2
+    assert recommender.knows("101") and not recommender.knows(1)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cos"])
+def test_vectors_give_the_scores(model, similarity):
+    other = LARES(model.config.replace(similarity=similarity, tau=0.5))
+    other.load_state_dict(model.state_dict())
+    recommender = Recommender(other, range(N + 1))
+    histories = [[1, 2], [5], list(range(1, 20))]
+    scores = recommender.encode(histories, num_steps=3) @ recommender.item_vectors().T
+    found = recommender.recommend(histories, 1, exclude_seen=False, num_steps=3)
+    assert [[recommender.item_ids[i]] for i in scores.argmax(1).tolist()] == found.ids
+    torch.testing.assert_close(scores.amax(1, keepdim=True), found.scores)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda r: r.recommend([raw(1)], N + 1), "k must be in 1..30"),
+        (lambda r: r.recommend([raw(1)], 0), "k must be in 1..30"),
+        (lambda r: r.recommend(["item-1"]), "history 0 must be a sequence of raw item ids, but is the text 'item-1'"),
+        (lambda r: r.recommend([raw(1)], num_steps=0), "num_steps must be at least 1"),
+        (lambda r: r.recommend([raw(1)], batch_size=0), "batch_size must be at least 1"),
+        (lambda r: r.encode([raw(1), ["x"]]), "history 1 holds no item"),
+    ],
+)
+def test_bad_arguments(recommender, call, expected):
+    with pytest.raises(InputError, match=expected):
+        call(recommender)
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    folder = tmp_path / "run"
+    save_weights(folder / "model.safetensors", model.state_dict(), model.config)
+    (folder / "item_ids.json").write_text(json.dumps(["", *raw(*range(1, N + 1))]))
+    return folder
+
+
+def test_load_gives_the_same_answers(run, recommender):
+    assert lares_fast.load(str(run)).recommend(HISTORIES).ids == recommender.recommend(HISTORIES).ids
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "item_ids.json"])
+@pytest.mark.parametrize("harm", ["missing", "truncated", "foreign", "of another run"])
+def test_damaged_runs_are_one_sentence(run, tmp_path, name, harm, model):
+    path = run / name
+    if harm == "missing":
+        path.unlink()
+    elif harm == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    elif harm == "foreign":
+        path.write_bytes(b'{"a": 1}')
+    elif name == "item_ids.json":
+        path.write_text(json.dumps(list(range(N))))
+    else:
+        wrong = {key: value[:1] for key, value in model.state_dict().items()}
+        save_weights(path, wrong, model.config)
+    before = shutil.copytree(run, tmp_path / "before")
+    with pytest.raises(InputError) as error:
+        lares_fast.load(run)
+    assert name in str(error.value) and "\n" not in str(error.value)
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == {
+        file.name: file.read_bytes() for file in before.iterdir()
+    }
