@@ -15,3 +15,11 @@ def backend() -> str:
     if value not in BACKENDS:
         raise InputError(f"LARES_FAST_BACKEND must be one of {', '.join(BACKENDS)}, but got {value!r}.")
     return value
+
+
+def wait_patiently() -> None:
+    """Have OpenMP threads sleep while they wait for each other, unless ``OMP_WAIT_POLICY`` says otherwise.
+
+    Only before torch is imported. On a machine with other work, spinning makes small models ten times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from lares_fast import __version__
+from lares_fast import __version__, _settings
 from lares_fast._errors import InputError, LaresFastError
 
 # Command -> (its module here, what it does); a module is imported when its command is chosen.
@@ -31,8 +31,7 @@ class _Parser(ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 0, 2 for what the user can mend, 130 for an interrupted run."""
-    # On a machine with other work, threads that spin while they wait for each other make small models ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _settings.wait_patiently()
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # --help and --version

@@ -98,8 +98,7 @@ class Console:
         if what != self._what:
             self._bar.close()
             self._what, self._began, self._first = what, now, done
-            # A plain line comes after its interval, and not at once.
-            self._shown = now
+            self._shown = now  # what follows is shown after an interval, and not at once
         if now - self._began < patience:
             return
         moved = done - self._first
@@ -126,29 +125,36 @@ class _PlainBar:
 
 
 class _RichBar:
-    """A rich progress bar that vanishes when it is closed."""
+    """A rich progress bar over a line of numbers; both vanish when it is closed."""
 
     interval = 0.1
 
-    def __init__(self, rich: Any, progress: Any, stream: TextIO) -> None:
-        self._rich, self._progress, self._stream = rich, progress, stream
+    def __init__(self, console: Any) -> None:
+        self._console = console
         self._live: Any = None
         self._task: Any = None
 
     def show(self, what: str, done: int, total: int, text: str, left: str) -> None:
         if self._live is None:
-            self._live = self._progress.Progress(
-                self._progress.TextColumn("{task.description}"),
-                self._progress.BarColumn(bar_width=20),
-                self._progress.TextColumn(
-                    "{task.completed:,.0f}/{task.total:,.0f}  {task.fields[text]}  ETA {task.fields[left]}"
-                ),
-                console=self._rich.Console(file=self._stream),
-                transient=True,
-            )
-            self._live.start()
-            self._task = self._live.add_task(what, total=total, text=text, left=left)
-        self._live.update(self._task, description=what, completed=done, total=total, text=text, left=left)
+            self._open(what, total)
+        self._progress.update(self._task, completed=done, total=total, left=left)
+        self._text.plain = text
+
+    def _open(self, what: str, total: int) -> None:
+        from rich import live, progress
+        from rich.console import Group
+        from rich.text import Text
+
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=24),
+            progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f}  ETA {task.fields[left]}"),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(what, total=total, left="?")
+        self._text = Text()
+        self._live = live.Live(Group(self._progress, self._text), console=self._console, transient=True)
+        self._live.start()
 
     def close(self) -> None:
         if self._live is not None:
@@ -161,7 +167,7 @@ def _terminal_bar(stream: TextIO) -> _RichBar | None:
     if not stream.isatty():
         return None
     try:
-        from rich import console, progress
+        from rich.console import Console as RichConsole
     except ImportError:
         return None
-    return _RichBar(console, progress, stream)
+    return _RichBar(RichConsole(file=stream))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import torch
 
-from lares_fast import __version__, _dispatch, _native
+from lares_fast import __version__, _dispatch, _native, _settings
 
 # Extra -> the modules that it brings.
 _EXTRAS = {
@@ -57,7 +57,7 @@ def diagnose() -> dict[str, Any]:
         "build": _native.build_info(),
         "capability": _native.capability(),
         "extras": {extra: {name: find_spec(name) is not None for name in names} for extra, names in _EXTRAS.items()},
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("LARES_FAST_")},
+        "backend": _settings.backend(),
         "ops": _ops(),
     }
 
@@ -92,7 +92,7 @@ def _text(report: dict[str, Any]) -> str:
         missing = [name for name, there in modules.items() if not there]
         state = f'missing {", ".join(missing)}: pip install "lares_fast[{extra}]"' if missing else "installed"
         lines.append(f"{f'[{extra}]':<12} {state}")
-    lines += [f"{name:<12} {value}" for name, value in report["environment"].items()]
+    lines.append(f"{'backend':<12} {report['backend']}")
     for name, said in report["ops"].items():
         lines += ["", name, *(f"  {line}" for line in said.splitlines())]
     return "\n".join(lines)

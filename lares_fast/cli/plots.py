@@ -74,6 +74,7 @@ def _depths(axis: Any, rows: Sequence[Row]) -> None:
 def _finish(axis: Any, title: str, x: str) -> None:
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)

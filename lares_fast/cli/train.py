@@ -86,7 +86,7 @@ def train(config: RunConfig, out: Path, phases: tuple[str, ...], *, use_tensorbo
         log = open_log(config.data, progress=partial(console.progress, "reading"))
         split = split_log(config.data, log)
         if config.data.path is None:
-            console.say("no --data given: training on a synthetic log")
+            console.say("no log is named with --data: a synthetic one is made")
         console.say(f"data     {_indented(log.summary())}")
         console.say(f"split    {split.summary()}")
         listeners: list[Callable[[Event], None]] = [console]

@@ -69,7 +69,7 @@ def test_train_without_data_says_that_it_makes_some(cli, small_settings):
     made = ["--set", "data.synthetic_users=60", "--set", "data.synthetic_items=40"]
     result = cli("train", *small_settings, *made, "--phase", "spt")
     assert result.code == 0 and result.err == ""
-    assert "no --data given: training on a synthetic log" in result.out and "is synthetic" in result.out
+    assert "no log is named with --data: a synthetic one is made" in result.out and "is synthetic" in result.out
     assert "best possible" in results_of(result.out, "history not masked")
     assert "saved    runs/synthetic-tiny-seed2025" in result.out and "next     lares-fast recommend" in result.out
     assert "SPT epoch 1  loss" in result.out and "valid R@10" in result.out  # plain lines, no bars
