@@ -81,7 +81,8 @@ def test_importing_the_package_is_light():
         "import sys, lares_fast; lares_fast.LARES, lares_fast.ops, lares_fast.data, lares_fast.train;"
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
 
 
@@ -120,7 +121,7 @@ def test_environment_variables_are_documented():
         used |= set(re.findall(r"LARES_FAST_\w+", path.read_text()))
     assert used == documented
     for path, room in SOURCES:
-        if room != "_settings":
+        if room not in ("_settings", "cli"):
             assert "os.environ" not in path.read_text(), f"{path} reads the environment outside _settings.py"
 
 

@@ -69,7 +69,8 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def save_weights(path: Path, weights: dict[str, Tensor], config: LARESConfig) -> None:
     """Atomically write a safetensors file with ``config`` in its metadata."""
-    metadata = {"format": _FORMAT, "config": json.dumps(config.to_dict())}
+    # One entry: safetensors writes several in no fixed order, and equal runs are to give equal files.
+    metadata = {_FORMAT: json.dumps(config.to_dict())}
     content = safetensors_bytes({name: value.contiguous() for name, value in weights.items()}, metadata)
     atomic_write(path, lambda file: file.write(content))
 
@@ -83,9 +84,9 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], LARESConfig]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is no readable safetensors file: it is truncated or of another format.") from error
-    if metadata.get("format") != _FORMAT:
+    if _FORMAT not in metadata:
         raise InputError(f"{path} was not written by lares_fast ({_FORMAT}): convert official weights with lares_fast.convert.")
-    return weights, LARESConfig.from_dict(json.loads(metadata["config"]))
+    return weights, LARESConfig.from_dict(json.loads(metadata[_FORMAT]))
 
 
 def _require_file(path: Path) -> None:

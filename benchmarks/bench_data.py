@@ -1,0 +1,67 @@
+"""Loading a log, building a batch, sampling partners; the rivals are what training code commonly does."""
+
+import numpy as np
+import pytest
+import torch
+
+from lares_fast.data import SameTargetIndex, leave_one_out, make_batch, read_log, synthetic_log
+
+B, L = 1024, 20
+
+
+@pytest.fixture(scope="module")
+def log():
+    return synthetic_log(n_users=20_000, n_items=5_000)
+
+
+def test_reading_sequences(compare, log, tmp_path):
+    path = tmp_path / "log.txt"
+    lines = (" ".join(map(str, [user + 1, *log.history(user)])) for user in range(log.n_users))
+    path.write_text("\n".join(lines) + "\n")
+
+    def line_by_line():
+        with path.open() as file:
+            return [list(map(int, line.split())) for line in file]
+
+    ours = read_log(path)
+    assert ours.n_events == log.n_events
+    assert line_by_line()[7][1:] == ours.item_ids[ours.history(7)].tolist()
+    candidates = {"Python lists": line_by_line, "read_log": lambda: read_log(path)}
+    compare("data", f"read {log.n_events} events", candidates, "same events", rounds=5)
+
+
+def test_batch(compare, log):
+    rows = leave_one_out(log).train
+    index = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:B]
+
+    def row_by_row():
+        seqs = []
+        for r in index.tolist():
+            start = max(log.offsets[rows.users[r]], rows.ends[r] - L)
+            seq = torch.tensor(log.items[start : rows.ends[r]].astype(np.int64))
+            seqs.append(torch.nn.functional.pad(seq, (0, L - len(seq))))
+        return torch.stack(seqs)
+
+    assert torch.equal(row_by_row(), make_batch(log, rows, index, L).item_seq)
+    candidates = {"row by row": row_by_row, "make_batch": lambda: make_batch(log, rows, index, L)}
+    compare("data", f"batch B{B} L{L}", candidates, "same item_seq")
+
+
+def test_partners(compare, log):
+    rows = leave_one_out(log).train
+    index = torch.arange(B) * 7
+    partners = SameTargetIndex(log, rows)
+    targets = rows.targets(log)
+    by_target = {}
+    for row, target in enumerate(targets.tolist()):
+        by_target.setdefault(target, []).append(row)
+    generator = torch.Generator().manual_seed(0)
+    chosen = partners.sample(index, generator)
+    assert (targets[chosen.numpy()] == targets[index.numpy()]).all()
+
+    def lists():
+        random = np.random.default_rng(0)
+        return [random.choice([r for r in by_target[targets[i]] if r != i] or [i]) for i in index.tolist()]
+
+    candidates = {"lists by target": lists, "SameTargetIndex": lambda: partners.sample(index, generator)}
+    compare("data", f"partners B{B}", candidates, "partners share the target", rounds=3)

@@ -1,0 +1,47 @@
+"""``pytest benchmarks/ --benchmark-only [--rows FILE.csv]``: a group an op or phase, ratios printed at the end."""
+
+from pathlib import Path
+
+import harness
+import pytest
+
+_ROWS = pytest.StashKey[list[harness.Row]]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rows", type=Path, help="append the A/B rows to this CSV file")
+
+
+def pytest_configure(config):
+    config.stash[_ROWS] = []
+
+
+@pytest.fixture
+def compare(benchmark, request):
+    """``compare(group, shape, candidates, check, rounds)``: interleaved ratios, then pytest-benchmark's own statistics
+    of the last candidate. ``check`` names what the caller has asserted."""
+
+    def run(group, shape, candidates, check, rounds=7):
+        rows = harness.interleave(group, shape, candidates, check, rounds)
+        request.config.stash[_ROWS] += rows
+        benchmark.group = group
+        benchmark.extra_info.update(shape=shape, ratio=rows[-1].ratio_median)
+        with harness.one_core():
+            benchmark.pedantic(list(candidates.values())[-1], rounds=3, iterations=1)
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[_ROWS]
+    if not rows:
+        return
+    terminalreporter.write_sep("=", "CPU time against the first candidate of each group (above 1 is faster)")
+    for row in rows:
+        terminalreporter.write_line(
+            f"{row.group:<14} {row.shape:<34} {row.candidate:<28} {row.cpu_s_median * 1e3:10.2f} ms   "
+            f"x{row.ratio_median:.2f} ({row.ratio_min:.2f}..{row.ratio_max:.2f})"
+        )
+    if path := config.getoption("--rows"):
+        harness.append(path, rows)
+        terminalreporter.write_line(f"rows added to {path}")

@@ -1,0 +1,116 @@
+"""Interleaved A/B timing: every round runs every candidate once, and a ratio compares runs of the same round.
+
+CPU time of this process on one pinned core, because a neighbour's load stretches wall time and hits each candidate of
+a round alike. A result is checked before anything is timed.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+WARM_UP_ROUNDS = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate of one comparison, against that comparison's baseline (the first candidate)."""
+
+    group: str
+    candidate: str
+    baseline: str
+    shape: str
+    rounds: int
+    cpu_s_min: float
+    cpu_s_median: float
+    cpu_s_max: float
+    ratio_min: float
+    ratio_median: float
+    ratio_max: float
+    check: str
+
+
+def interleave(group: str, shape: str, candidates: Mapping[str, Callable[[], object]], check: str, rounds: int = 7) -> list[Row]:
+    """Time ``candidates`` (the first is the baseline); ratios are baseline time / candidate time, so above 1 is faster.
+
+    ``check`` says what was verified before; the caller has verified it.
+    """
+    with one_core():
+        for _ in range(WARM_UP_ROUNDS):
+            for run in candidates.values():
+                run()
+        seconds: dict[str, list[float]] = {name: [] for name in candidates}
+        for _ in range(rounds):
+            for name, run in candidates.items():
+                began = time.process_time()
+                run()
+                seconds[name].append(time.process_time() - began)
+    baseline = next(iter(candidates))
+    rows = []
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(seconds[baseline], times, strict=True)]
+        rows.append(Row(
+            group, name, baseline, shape, rounds, min(times), statistics.median(times), max(times),
+            min(ratios), statistics.median(ratios), max(ratios), check,
+        ))  # fmt: skip
+    return rows
+
+
+class one_core:
+    """Within the block: one thread of torch, one core of the machine."""
+
+    def __enter__(self) -> None:
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+        if self._cores:
+            os.sched_setaffinity(0, {max(self._cores)})
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads)
+        if self._cores:
+            os.sched_setaffinity(0, self._cores)
+
+
+def append(path: Path, rows: list[Row]) -> None:
+    """Add ``rows`` to a CSV file, each with the machine, the commit and the command it came from."""
+    context = {
+        "machine": _cpu(),
+        "torch": torch.__version__,
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:])]),
+    }
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*Row.__dataclass_fields__, *context], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in vars(row).items()}
+            writer.writerow({**values, **context})
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,94 @@
+"""Files are written whole or not at all, and nothing that is read can run code."""
+
+import errno
+import pickle
+
+import pytest
+import torch
+
+from lares_fast import LARESConfig
+from lares_fast._errors import InputError
+from lares_fast.train import checkpoint
+
+WEIGHTS = {"a": torch.arange(6.0).view(2, 3)}
+CONFIG = LARESConfig.preset("tiny", n_items=5)
+
+
+def test_round_trip(tmp_path):
+    checkpoint.save_state(tmp_path / "state.pt", {"step": 3, "model": WEIGHTS})
+    state = checkpoint.load_state(tmp_path / "state.pt")
+    assert state["step"] == 3
+    assert torch.equal(state["model"]["a"], WEIGHTS["a"])
+    checkpoint.save_weights(tmp_path / "model.safetensors", WEIGHTS, CONFIG)
+    weights, config = checkpoint.load_weights(tmp_path / "model.safetensors")
+    assert torch.equal(weights["a"], WEIGHTS["a"])
+    assert config == CONFIG
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "state.pt"], "no temporary file is left"
+
+
+@pytest.mark.parametrize("load", [checkpoint.load_state, checkpoint.load_weights])
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04" + bytes(64), bytes(200)])
+def test_foreign_files(load, content, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="truncated or of another"):
+        load(path)
+    with pytest.raises(InputError, match="does not exist"):
+        load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_truncated_files(share, tmp_path):
+    checkpoint.save_state(tmp_path / "state", {"model": {"a": torch.zeros(1000)}})
+    checkpoint.save_weights(tmp_path / "weights", {"a": torch.zeros(1000)}, CONFIG)
+    for name, load in (("state", checkpoint.load_state), ("weights", checkpoint.load_weights)):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(InputError, match="truncated or of another"):
+            load(tmp_path / name)
+
+
+def test_files_of_other_programs(tmp_path):
+    torch.save({"state_dict": WEIGHTS}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="is not a state of this version"):
+        checkpoint.load_state(tmp_path / "state.pt")
+    from safetensors.torch import save_file
+
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="was not written by lares_fast"):
+        checkpoint.load_weights(tmp_path / "model.safetensors")
+
+
+def test_no_code_is_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    for write in (lambda path: torch.save({"format": Evil()}, path), lambda path: path.write_bytes(pickle.dumps(Evil()))):
+        write(tmp_path / "state.pt")
+        with pytest.raises(InputError):
+            checkpoint.load_state(tmp_path / "state.pt")
+        assert not (tmp_path / "owned").exists()
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "state.pt"
+    checkpoint.save_state(path, {"step": 1})
+
+    class FullDisk:
+        def __init__(self, file):
+            self.file, self.left = file, 100
+
+        def write(self, data):
+            self.left -= len(data)
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
+    with pytest.raises(InputError, match=r"state\.pt could not be written .*the previous file is intact"):
+        checkpoint.atomic_write(path, lambda file: torch.save({"step": 2, "x": torch.zeros(999)}, FullDisk(file)))
+    assert checkpoint.load_state(path)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]

@@ -1,0 +1,133 @@
+"""Metrics: against an independent library, against top-k, for every batch size, and against a dense ranking."""
+
+import copy
+import math
+
+import ir_measures
+import pytest
+import torch
+import train_run
+
+import lares_fast
+from lares_fast import LARESConfig, ops
+from lares_fast._random import Draw, root_key
+from lares_fast.data import leave_one_out, make_batch
+from lares_fast.train import metrics, model_ranks
+from lares_fast.train.baselines import markov_ranks, popularity_ranks
+from lares_fast.train.evaluate import MASKED, NOT_MASKED, history_of
+
+KEY = root_key(5)
+KS = (1, 5, 10, 50)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(3)
+    return lares_fast.LARES(LARESConfig(n_items=train_run.log().n_items, **train_run.MODEL))
+
+
+def test_metrics_by_hand():
+    result = metrics(torch.tensor([0, 3, 70]), (1, 5))
+    assert result["recall@1"] == pytest.approx(1 / 3)
+    assert result["recall@5"] == pytest.approx(2 / 3)
+    assert result["ndcg@5"] == pytest.approx((1 + 1 / math.log2(5)) / 3)
+    assert result["mrr@5"] == pytest.approx((1 + 1 / 4) / 3)
+
+
+def test_metrics_equal_ir_measures():
+    ranks, n = torch.randint(0, 60, (40,)), 60
+    qrels = [ir_measures.Qrel(str(q), "target", 1) for q in range(40)]
+    run = []
+    for q, rank in enumerate(ranks.tolist()):
+        documents = [f"d{i}" for i in range(n)]
+        documents.insert(rank, "target")
+        run += [ir_measures.ScoredDoc(str(q), d, float(-i)) for i, d in enumerate(documents)]
+    measures = {"recall": ir_measures.R, "ndcg": ir_measures.nDCG, "mrr": ir_measures.RR}
+    theirs = ir_measures.calc_aggregate([m @ k for m in measures.values() for k in KS], qrels, run)
+    ours = metrics(ranks, KS)
+    for name, measure in measures.items():
+        for k in KS:
+            assert ours[f"{name}@{k}"] == pytest.approx(theirs[measure @ k], abs=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_batch_size_does_not_enter(batch_size, model):
+    rows = train_run.split().test
+    whole = model_ranks(model, train_run.log(), rows, key=KEY, batch_size=256)
+    parts = model_ranks(model, train_run.log(), rows, key=KEY, batch_size=batch_size)
+    for history in (MASKED, NOT_MASKED):
+        a, b = metrics(whole[history], KS), metrics(parts[history], KS)
+        assert all(abs(a[name] - b[name]) <= 1e-5 for name in a)
+
+
+@pytest.mark.parametrize("history", [MASKED, NOT_MASKED])
+def test_ranks_equal_topk_and_a_dense_sort(history, model):
+    log, rows = train_run.log(), train_run.split().test
+    ranks = model_ranks(model, log, rows, key=KEY)[history]
+    batch = make_batch(log, rows, torch.arange(len(rows)), model.config.max_len)
+    model.eval()
+    with torch.no_grad():
+        query, items = model.query_and_items(model.encode(batch.item_seq, batch.item_seq_len, draw=Draw(KEY, batch.rows)))
+    exclude = history_of(log, rows, batch.rows) if history == MASKED else None
+    if exclude is not None:
+        # A user may have bought the target before; evaluation never lets a list hide its own target.
+        owner = torch.repeat_interleave(torch.arange(len(rows)), exclude[0].diff())
+        kept = exclude[1] != batch.target[owner] - 1
+        counts = torch.zeros(len(rows), dtype=torch.int64).index_add_(0, owner[kept], torch.ones(int(kept.sum()), dtype=torch.int64))
+        exclude = (torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))), exclude[1][kept])
+    for backend in ("reference", "auto"):
+        _, ids = ops.topk(query, items[1:], len(items) - 1, exclude=exclude, backend=backend)
+        place = (ids + 1 == batch.target[:, None]).int().argmax(dim=1)
+        agree = (place == ranks).double().mean()
+        assert agree == 1 if backend == "reference" else agree > 0.95
+
+
+def test_pad_is_never_ranked(model):
+    """Nothing looks padding up behind a sequence's end and nothing ranks it, so its row may hold anything."""
+    log, rows = train_run.log(), train_run.split().test
+    before = model_ranks(model, log, rows, key=KEY)
+    loud = copy.deepcopy(model)
+    with torch.no_grad():
+        loud.item_embedding.weight[0] *= 1000
+    after = model_ranks(loud, log, rows, key=KEY)
+    for history in (MASKED, NOT_MASKED):
+        assert torch.equal(before[history], after[history])
+
+
+def test_training_mode_is_restored(model):
+    for training in (True, False):
+        model.train(training)
+        model_ranks(model, train_run.log(), train_run.split().valid, key=KEY)
+        assert model.training is training
+
+
+def test_baselines_against_a_direct_count():
+    log, split = train_run.log(), train_run.split()
+    popularity = [0] * log.n_items
+    follows = [[0] * log.n_items for _ in range(log.n_items)]
+    for user in range(log.n_users):
+        items = log.history(user)[:-2].tolist()
+        for item in items:
+            popularity[item] += 1
+        for a, b in zip(items, items[1:], strict=False):
+            follows[a][b] += 1
+    for ranks, score in (
+        (popularity_ranks(log, split, split.test), lambda last, item: popularity[item]),
+        (markov_ranks(log, split, split.test), lambda last, item: (follows[last][item], popularity[item])),
+    ):
+        for user in range(log.n_users):
+            *seen, target = log.history(user).tolist()
+            order = sorted(range(1, log.n_items), key=lambda i: (score(seen[-1], i), -i), reverse=True)
+            assert ranks[NOT_MASKED][user] == order.index(target)
+            order = [i for i in order if i == target or i not in seen]
+            assert ranks[MASKED][user] == order.index(target)
+
+
+def test_a_collapsed_model_earns_no_credit(model):
+    log = train_run.log()
+    flat = lares_fast.LARES(model.config)
+    with torch.no_grad():
+        flat.item_embedding.weight[:] = flat.item_embedding.weight[1]
+    split = leave_one_out(log)
+    ranks = model_ranks(flat, log, split.test, key=KEY)[NOT_MASKED]
+    assert torch.equal(ranks, torch.from_numpy(split.test.targets(log)).long() - 1)

@@ -1,0 +1,107 @@
+"""A run cut anywhere and resumed ends with the same bits as one that was never cut."""
+
+import pytest
+import torch
+import train_run
+
+from lares_fast._errors import InputError
+from lares_fast.train import Interrupted
+from lares_fast.train.checkpoint import load_state
+
+WALL_TIME = ("seconds", "data_wait")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Both phases, two epochs each, in one go."""
+    out = tmp_path_factory.mktemp("whole")
+    train_run.train(out)
+    return out
+
+
+def assert_same(one, other):
+    a, b = (load_state(out / "state.pt") for out in (one, other))
+    for part in ("model", "best", "start"):
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.equal(a[part][name], b[part][name]) for name in a[part]), f"{part} differs"
+    for index, moments in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][index][name]) for name, value in moments.items())
+    histories = [
+        sorted(str({k: v for k, v in row.items() if k not in WALL_TIME}) for row in state["history"]) for state in (a, b)
+    ]
+    assert histories[0] == histories[1]
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_more_epochs_equal_one_run(whole, tmp_path):
+    """N epochs = k + resume + (N - k), in both phases."""
+    train_run.train(tmp_path, ("spt",), spt_epochs=1)
+    train_run.train(tmp_path, rpt_epochs=1)
+    train_run.train(tmp_path)
+    assert_same(whole, tmp_path)
+
+
+def test_the_same_run_again_is_the_same_and_another_seed_is_not(whole, tmp_path):
+    train_run.train(tmp_path / "again")
+    assert_same(whole, tmp_path / "again")
+    from dataclasses import replace
+
+    from lares_fast.train import Trainer
+
+    other = Trainer(replace(train_run.config(), seed=8), train_run.log(), train_run.split(), tmp_path / "other")
+    other.run(("spt",))
+    name = "item_embedding.weight"
+    assert not torch.equal(other.model.state_dict()[name], load_state(whole / "state.pt")["start"][name])
+
+
+@pytest.mark.parametrize(("event", "count"), [
+    ("step", 1), ("step", 3), ("step", 5), ("step", 7),
+    ("progress", 1), ("progress", 2), ("progress", 3), ("progress", 6), ("progress", 8), ("progress", 10),
+])  # fmt: skip
+def test_a_stop_anywhere(event, count, whole, tmp_path):
+    """In the middle of an epoch, at its end, in validation, in a test, in the data filter, in either phase."""
+    with pytest.raises(Interrupted, match="resume with lares-fast train --resume"):
+        train_run.train(tmp_path, stop=train_run.Stop(event, count))
+    train_run.train(tmp_path)
+    assert_same(whole, tmp_path)
+
+
+def test_stopped_twice(whole, tmp_path):
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            train_run.train(tmp_path, stop=train_run.Stop("step", 2))
+    train_run.train(tmp_path)
+    assert_same(whole, tmp_path)
+
+
+def test_a_periodic_checkpoint_in_the_middle_of_an_epoch(whole, tmp_path, monkeypatch):
+    """A run killed without warning goes on from its last periodic checkpoint."""
+
+    class KilledError(Exception):
+        pass
+
+    def kill(record):
+        if record["event"] == "step" and record["step"] == 2:
+            raise KilledError
+
+    from lares_fast.train import Trainer
+
+    with pytest.raises(KilledError):
+        Trainer(train_run.config(checkpoint_minutes=0.0), train_run.log(), train_run.split(), tmp_path, kill).run(train_run.BOTH)
+    assert load_state(tmp_path / "state.pt")["step"] == 1
+    train_run.train(tmp_path)
+    assert_same(whole, tmp_path)
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"model": {"mean_depth": 3}}, "another model"),
+])  # fmt: skip
+def test_another_run_is_not_resumed(change, named, whole):
+    with pytest.raises(InputError, match=named):
+        train_run.train(whole, **change)
+
+
+def test_rpt_needs_a_model(tmp_path):
+    with pytest.raises(InputError, match="holds no model of phase spt"):
+        train_run.train(tmp_path, ("rpt",))
+    assert not list(tmp_path.iterdir())
