@@ -41,7 +41,9 @@ class Row:
     check: str
 
 
-def interleave(group: str, shape: str, candidates: Mapping[str, Callable[[], object]], check: str, rounds: int = 7) -> list[Row]:
+def interleave(
+    group: str, shape: str, candidates: Mapping[str, Callable[[], object]], check: str, rounds: int = 7
+) -> list[Row]:
     """Time ``candidates`` (the first is the baseline); ratios are baseline time / candidate time, so above 1 is faster.
 
     ``check`` says what was verified before; the caller has verified it.
@@ -105,12 +107,18 @@ def append(path: Path, rows: list[Row]) -> None:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _git(*arguments: str) -> str:
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

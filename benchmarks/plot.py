@@ -17,7 +17,9 @@ def main(source: str, target: str) -> None:
     for place, row in enumerate(reversed(rows)):
         low, middle, high = (float(row[f"ratio_{name}"]) for name in ("min", "median", "max"))
         axes.barh(place, middle, color="tab:blue", xerr=[[middle - low], [high - middle]], ecolor="black", capsize=3)
-    axes.set_yticks(range(len(rows)), [f"{r['group']} {r['shape']}: {r['candidate']} / {r['baseline']}" for r in reversed(rows)])
+    axes.set_yticks(
+        range(len(rows)), [f"{r['group']} {r['shape']}: {r['candidate']} / {r['baseline']}" for r in reversed(rows)]
+    )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times faster (CPU time, one core, median and range of interleaved rounds)")
     figure.savefig(target, metadata={"Date": None})

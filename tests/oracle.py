@@ -42,7 +42,9 @@ def _failure(name: str, kind: str, result: Tensor, twin: Tensor, truth: Tensor) 
     bound = FACTOR[kind] * twin_error + ROUNDING[result.dtype] * scale
     ceiling = CEILING[result.dtype] * max(scale, truth.abs().max().item() / 16)
     if error > bound or error > ceiling:
-        return f"{name}: error {error:.3e} exceeds min(bound {bound:.3e}, ceiling {ceiling:.3e}); the twin's is {twin_error:.3e}"
+        return (
+            f"{name}: error {error:.3e} exceeds min(bound {bound:.3e}, ceiling {ceiling:.3e}); the twin's is {twin_error:.3e}"
+        )
     return None
 
 

@@ -53,7 +53,7 @@ BUGS = {
         plant(recurrence.ConcatAdapter, "forward", lambda self, h, pre: self.linear(torch.cat((pre, h), -1)))),
     "gate is swapped": (
         golden_file.check_forward, LINEAR,
-        plant(recurrence.LinearAdapter, "forward", lambda self, h, pre: pre * self.gate.sigmoid() + h * (1 - self.gate.sigmoid()))),
+        plant(recurrence.LinearAdapter, "forward", lambda self, h, pre: h + (pre - h) * self.gate.sigmoid())),
     "no LayerNorm before the core": (golden_file.check_forward, ADD, plant(recurrence.Recurrence, "forward", no_step_norm)),
     "attention sees the future": (golden_file.check_forward, ADD, plant(model, "attention_mask", see_the_future)),
     "relu instead of gelu": (golden_file.check_forward, ADD, plant(backbone.F, "gelu", torch.relu)),

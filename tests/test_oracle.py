@@ -24,7 +24,7 @@ def test_accepts_the_twin_itself():
     ids=["shifted", "one wrong element", "scaled", "nan", "short"],
 )
 def test_refuses(plant):
-    with pytest.raises(AssertionError, match="^y: "):
+    with pytest.raises(AssertionError, match=r"^y: "):
         oracle.check("gradient", {"y": plant(TWIN)}, {"y": TWIN}, {"y": TRUTH})
 
 

@@ -1,6 +1,11 @@
 """The counter-based generator: known answers, addresses, laws. docs/numerics.md states the same vectors."""
 
+import importlib.util
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +39,9 @@ def test_hidden_address():
     """One element computed from the address layout of docs/numerics.md, by hand."""
     key, site, step, layer, row, position, column = (7, 9), 2, 3, 1, 11, 5, 90
     threshold = 30000
-    keep = _random.keep_hidden(key, threshold, site=site, step=step, layer=layer, rows=torch.tensor([4, row]), length=6, width=96)
+    keep = _random.keep_hidden(
+        key, threshold, site=site, step=step, layer=layer, rows=torch.tensor([4, row]), length=6, width=96
+    )
     sub, group, which, half = (column % 16) // 2, column // 64, column % 64 // 16, column % 2
     w = word(key, sub + 8 * group + 65536 * site, position, row, 65536 * step + layer, which)
     assert bool(keep[1, position, column]) == ((w >> 16 * half) % 65536 >= threshold)
@@ -44,10 +51,8 @@ def test_attention_address():
     key, step, layer, row, head, query, k = (7, 9), 3, 1, 11, 1, 22, 17
     threshold = 30000
     keep = _random.keep_attention(key, threshold, step=step, layer=layer, rows=torch.tensor([row]), heads=2, length=23)
-    w = word(
-        key, (k % 16) // 2 + 8 * head + 65536 * _random.SITE_ATTENTION, query // 4 + 65536 * (k // 16), row, 65536 * step + layer,
-        query % 4,
-    )  # fmt: skip
+    c0 = (k % 16) // 2 + 8 * head + 65536 * _random.SITE_ATTENTION
+    w = word(key, c0, query // 4 + 65536 * (k // 16), row, 65536 * step + layer, query % 4)
     assert bool(keep[0, head, query, k]) == ((w >> 16 * (k % 2)) % 65536 >= threshold)
 
 
@@ -62,6 +67,24 @@ def test_vectors_of_the_documentation():
     assert torch.allclose(normal[1, 1], torch.tensor(NORMAL), rtol=1e-6, atol=0)
     assert _random.root_key(2025) == ROOT_2025
     assert _random.fold(_random.root_key(2025), 1, 2) == FOLDED
+
+
+def test_the_documentation_states_these_vectors():
+    text = (Path(__file__).parent.parent / "docs/numerics.md").read_text()
+    for key in (ROOT_2025, FOLDED):
+        assert "({:08X}, {:08X})".format(*key) in text
+    assert HIDDEN in text
+    assert ATTENTION in text
+    assert re.search(", ".join(f"{x:.9f}" for x in NORMAL), text)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+def test_triton_computes_the_same_masks():
+    """Interpreted: the kernels' source runs on the CPU, in a process of its own."""
+    script = Path(__file__).parent / "triton_masks.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "equal\n"
 
 
 def pack(bits):

@@ -7,9 +7,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import triton
 import triton.language as tl
+from lares_fast.kernels import _random as masks
 
 from lares_fast import _random
-from lares_fast.kernels import _random as masks
 
 
 @triton.jit

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from lares_fast import _dispatch, _native, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
 
-BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1]))]
+BACKENDS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])),
+]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 

@@ -177,7 +177,7 @@ def test_unknown_names():
         LARESConfig.from_dict({"n_items": N, "depth": 3})
     with pytest.raises(InputError, match="preset must be one of"):
         LARESConfig.preset("huge", n_items=N)
-    with pytest.raises(InputError, match="backbone must be one of .*transformer"):
+    with pytest.raises(InputError, match=r"backbone must be one of .*transformer"):
         reference.LARES(config(backbone="rnn"))
 
 

@@ -22,7 +22,9 @@ def expected(query, items, target, gone=()):
     ranks = []
     for b, t in enumerate(target.tolist()):
         scores = (query[b].double() @ items.double().T).tolist()
-        order = sorted((i for i in range(len(items)) if i == t or i not in (gone[b] if gone else ())), key=lambda i: (-scores[i], i))
+        order = sorted(
+            (i for i in range(len(items)) if i == t or i not in (gone[b] if gone else ())), key=lambda i: (-scores[i], i)
+        )
         ranks.append(order.index(t))
     return ranks
 
@@ -34,7 +36,7 @@ def test_massed_ties_follow_the_id(chunk):
 
 def test_exclusion_spares_the_target(chunk):
     query, items, target = integers(9, 3), integers(30, 3), torch.randint(0, 30, (9,))
-    lists = [torch.randint(0, 30, (n,)).tolist() + [t] for n, t in enumerate(target.tolist())]
+    lists = [[*torch.randint(0, 30, (n,)).tolist(), t] for n, t in enumerate(target.tolist())]
     offsets = torch.tensor([0, *[len(x) for x in lists]]).cumsum(0)
     exclude = (offsets, torch.tensor([i for x in lists for i in x]))
     assert reference.target_rank(query, items, target, exclude=exclude).tolist() == expected(query, items, target, lists)

@@ -1,6 +1,7 @@
 """Metrics: against an independent library, against top-k, for every batch size, and against a dense ranking."""
 
 import copy
+import itertools
 import math
 
 import ir_measures
@@ -73,7 +74,9 @@ def test_ranks_equal_topk_and_a_dense_sort(history, model):
         # A user may have bought the target before; evaluation never lets a list hide its own target.
         owner = torch.repeat_interleave(torch.arange(len(rows)), exclude[0].diff())
         kept = exclude[1] != batch.target[owner] - 1
-        counts = torch.zeros(len(rows), dtype=torch.int64).index_add_(0, owner[kept], torch.ones(int(kept.sum()), dtype=torch.int64))
+        counts = torch.zeros(len(rows), dtype=torch.int64).index_add_(
+            0, owner[kept], torch.ones(int(kept.sum()), dtype=torch.int64)
+        )
         exclude = (torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))), exclude[1][kept])
     for backend in ("reference", "auto"):
         _, ids = ops.topk(query, items[1:], len(items) - 1, exclude=exclude, backend=backend)
@@ -109,7 +112,7 @@ def test_baselines_against_a_direct_count():
         items = log.history(user)[:-2].tolist()
         for item in items:
             popularity[item] += 1
-        for a, b in zip(items, items[1:], strict=False):
+        for a, b in itertools.pairwise(items):
             follows[a][b] += 1
     for ranks, score in (
         (popularity_ranks(log, split, split.test), lambda last, item: popularity[item]),

@@ -87,7 +87,9 @@ def test_a_periodic_checkpoint_in_the_middle_of_an_epoch(whole, tmp_path, monkey
     from lares_fast.train import Trainer
 
     with pytest.raises(KilledError):
-        Trainer(train_run.config(checkpoint_minutes=0.0), train_run.log(), train_run.split(), tmp_path, kill).run(train_run.BOTH)
+        Trainer(train_run.config(checkpoint_minutes=0.0), train_run.log(), train_run.split(), tmp_path, kill).run(
+            train_run.BOTH
+        )
     assert load_state(tmp_path / "state.pt")["step"] == 1
     train_run.train(tmp_path)
     assert_same(whole, tmp_path)

@@ -1,0 +1,65 @@
+"""``LARES.recommend``: against a sort of the scores, exclusion, noise, errors."""
+
+import pytest
+import torch
+
+import lares_fast
+from lares_fast import LARESConfig, _native
+from lares_fast._errors import InputError
+
+N = 40
+
+
+@pytest.fixture
+def model():
+    return lares_fast.LARES(LARESConfig.preset("tiny", n_items=N)).eval()
+
+
+def histories():
+    return torch.tensor([[3, 5, 0, 0], [7, 0, 0, 0], [9, 8, 7, 6]]), torch.tensor([2, 1, 4])
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cos"])
+def test_equals_the_sorted_scores(similarity):
+    model = lares_fast.LARES(LARESConfig.preset("tiny", n_items=N, similarity=similarity, tau=0.07)).eval()
+    seq, lengths = histories()
+    scores, ids = model.recommend(seq, lengths, k=N - 1)
+    dense = model(seq, lengths)
+    assert dense.shape == (3, N)
+    expected = dense[:, 1:].sort(dim=1, descending=True)
+    torch.testing.assert_close(scores, expected.values)
+    torch.testing.assert_close(dense.gather(1, ids), expected.values)
+    assert (ids > 0).all(), "PAD is never recommended"
+
+
+def test_excludes_seen_items_and_ignores_padding(model):
+    seq, lengths = histories()
+    exclude = (torch.tensor([0, 4, 8, 12]), seq.flatten())
+    _, ids = model.recommend(seq, lengths, k=N - 1, exclude=exclude)
+    for row, seen in zip(ids.tolist(), seq.tolist(), strict=True):
+        assert not set(row) & set(seen)
+        assert row.count(-1) == len(set(seen) - {0})
+
+
+def test_backends_agree(model):
+    if not _native.available()[0]:
+        pytest.skip(_native.available()[1])
+    seq, lengths = histories()
+    a, b = (model.recommend(seq, lengths, k=5, backend=backend) for backend in ("reference", "native"))
+    torch.testing.assert_close(a[0], b[0])
+    assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("k", [0, N, -1])
+def test_k_out_of_range(model, k):
+    with pytest.raises(InputError, match=r"k must be in 1\.\.39, the number of items"):
+        model.recommend(*histories(), k=k)
+
+
+def test_survives_deepcopy_and_torch_save(model, tmp_path):
+    import copy
+
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    other = copy.deepcopy(model)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(other.encode(*histories()), model.encode(*histories()))
