@@ -112,21 +112,19 @@ def _assignment(text: str) -> Setting:
 
 
 def _run_config(settings: list[Setting]) -> RunConfig:
-    parser = _parser()
-    values: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
-    top: dict[str, Any] = {}
-    known, origin = known_keys(), {}
-    for source, key, value in settings:
+    known = known_keys()
+    wanted: dict[str, Setting] = {}
+    for setting in settings:
+        source, key, _ = setting
         if key not in known:
-            nearest = _nearest(key, known)
-            raise InputError(f"{source}: there is no setting {key!r}; the nearest name is {nearest!r}.")
-        section, _, name = key.rpartition(".")
-        (values[section] if section else top)[name] = _typed(parser, source, section, name, value)
-        origin[section or name] = source
-    if not 0 <= top.get("seed", 0) < 2**64:
-        raise InputError(f"{origin['seed']}: seed must be in 0..2**64-1, but got {top['seed']}.")
-    built = {name: _construct(name, values[name], origin.get(name)) for name in _SECTIONS}
-    return RunConfig(**{**built, **top})
+            raise InputError(f"{source}: there is no setting {key!r}; the nearest name is {_nearest(key, known)!r}.")
+        wanted[key] = setting
+    values = _typed(list(wanted.values()))
+    origin = {key.split(".")[0]: source for key, (source, _, _) in wanted.items()}
+    if not 0 <= values.get("seed", 0) < 2**64:
+        raise InputError(f"{origin['seed']}: seed must be in 0..2**64-1, but got {values['seed']}.")
+    built = {name: _construct(name, values.pop(name, {}), origin.get(name)) for name in _SECTIONS}
+    return RunConfig(**{**built, **values})
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -139,17 +137,32 @@ def _nearest(key: str, known: list[str]) -> str:
     return difflib.get_close_matches(key, known, 1, cutoff=0.0)[0]
 
 
-def _typed(parser: Any, source: str, section: str, name: str, value: Any) -> Any:
-    """``value`` converted to the setting's type by jsonargparse."""
+def _typed(settings: list[Setting]) -> dict[str, Any]:
+    """The values, converted to their settings' types by jsonargparse, by section and name."""
+    nested: dict[str, Any] = {}
+    for _, key, value in settings:
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
     try:
-        parsed = parser.parse_object({section: {name: value}} if section else {name: value})
+        parsed = _parser().parse_object(nested)
     except Exception:
-        kind = "float" if name == "checkpoint_minutes" else "int"
-        if section:
-            kind = next(str(field.type) for field in fields(_SECTIONS[section]) if field.name == name)
-        key = f"{section}.{name}" if section else name
-        raise InputError(f"{source}: {key} must be {_in_words(kind)}, but got {value!r}.") from None
-    return parsed[f"{section}.{name}"] if section else parsed[name]
+        if len(settings) == 1:
+            source, key, value = settings[0]
+            raise InputError(f"{source}: {key} must be {_in_words(_kind(key))}, but got {value!r}.") from None
+        # Which one is it? A call costs as much for one setting as for all.
+        for setting in settings:
+            _typed([setting])
+        raise
+    for _, key, _ in settings:
+        section, _, name = key.rpartition(".")
+        (nested[section] if section else nested)[name] = parsed[key]
+    return nested
+
+
+def _kind(key: str) -> str:
+    """The annotation of a setting."""
+    section, _, name = key.rpartition(".")
+    return next(str(field.type) for field in fields(_SECTIONS.get(section, RunConfig)) if field.name == name)
 
 
 def _in_words(kind: str) -> str:
