@@ -146,9 +146,7 @@ class Draw:
         if not (threshold := drop_threshold(p)):
             return probabilities
         _, heads, length, _ = probabilities.shape
-        keep = self._keep_attention(
-            self.key, threshold, step=step, layer=layer, rows=self.rows, heads=heads, length=length
-        )
+        keep = self._keep_attention(self.key, threshold, step=step, layer=layer, rows=self.rows, heads=heads, length=length)
         return _drop(probabilities, keep, threshold)
 
 

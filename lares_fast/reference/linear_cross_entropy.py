@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lares_fast._errors import InputError
+
 PAD = 0
+REDUCTIONS = ("none", "mean", "sum")
 
 
 def target_logprob(hidden: Tensor, items: Tensor, target: Tensor, *, skip_pad: bool = False) -> Tensor:
@@ -22,4 +25,6 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``-target_logprob`` reduced by ``reduction``: ``none``, ``mean`` or ``sum``."""
     loss = -target_logprob(hidden, items, target, skip_pad=skip_pad)
-    return {"none": lambda: loss, "mean": loss.mean, "sum": loss.sum}[reduction]()
+    if reduction not in REDUCTIONS:
+        raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, but got {reduction!r}.")
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()

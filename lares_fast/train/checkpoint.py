@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ from lares_fast.config import LARESConfig
 _FORMAT = "lares_fast-1"
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Have ``write(file)`` fill a temporary neighbour, and move it onto ``path`` only when it is safely on the disk.
 
     Raises :class:`InputError` if the disk is full or refuses; what stood at ``path`` before is then untouched.

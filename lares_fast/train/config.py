@@ -139,6 +139,10 @@ class RunConfig:
     seed: int = 2025
     checkpoint_minutes: float = 10.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed must be in 0..2**64-1, but got {self.seed}.")
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for YAML."""
         values = asdict(self)

@@ -172,7 +172,7 @@ class Trainer:
         while state["step"] < last:
             step_key = fold(key, _STEP, state["step"])
             fetched_at = time.monotonic()
-            batch = phase.batch(batches[state["step"]], step_key)
+            batch: Any = phase.batch(batches[state["step"]], step_key)
             waited += time.monotonic() - fetched_at
             loss, parts = phase.loss(batch, step_key)
             optimizer.zero_grad(set_to_none=True)

@@ -38,9 +38,10 @@ class RPT:
         config, settings, size = self.model.config, self.settings, len(batch)
         choices = generator(fold(key, _DEPTHS))
         rows = torch.arange(size)
-        policy, frozen = [], []
+        depths, policy, frozen = [], [], []
         for member in range(settings.group_size):
             depth = sample_depth(config, size if config.per_sequence_depth else 1, choices).expand(size)
+            depths.append(depth.double().mean().item())
             policy.append(reference.Pass(depth, Draw(fold(key, _POLICY, member), rows)))
             theirs = fold(key, _POLICY if config.share_reference_noise else _REFERENCE, member)
             frozen.append(replace(policy[-1], draw=Draw(theirs, rows)))
@@ -59,6 +60,6 @@ class RPT:
             "reward": loss.rewards.mean().item(),
             "kl": loss.kl.item(),
             "adv-nonzero": (loss.advantages != 0).double().mean().item(),
-            "T": sum(p.num_steps.double().mean().item() for p in policy) / len(policy),
+            "T": sum(depths) / len(depths),
         }
         return loss.total, parts
