@@ -47,11 +47,16 @@ class Trainer:
     """A run of one or both phases in the folder ``out``; ``emit`` receives what happens, for progress bars and logs."""
 
     def __init__(
-        self, config: RunConfig, log: InteractionLog, split: Split, out: Path, emit: Callable[[Event], None] = lambda _: None
+        self,
+        config: RunConfig,
+        log: InteractionLog,
+        split: Split,
+        out: str | Path,
+        emit: Callable[[Event], None] = lambda _: None,
     ) -> None:
         """``out`` may hold the state of an earlier, interrupted or shorter run of the same model, data and seed: the
         run then goes on from there. Raises :class:`InputError` if they differ."""
-        self.config, self.log, self.split, self.out = config, log, split, out
+        self.config, self.log, self.split, self.out = config, log, split, Path(out)
         self._listener = emit
         self._stop = False
         self._key = root_key(config.seed)
@@ -59,7 +64,7 @@ class Trainer:
         if max(config.rpt.k, *config.evaluation.ks) > log.n_items - 1:
             raise InputError(f"rpt.k and evaluation.ks must be at most {log.n_items - 1}, the number of items.")
         self.state: dict[str, Any] = {
-            "identity": _identity(config, model_config, log),
+            "identity": _identity(config, model_config, log, split),
             "phase": "spt",
             "history": [],
             **_fresh_phase(),
@@ -69,8 +74,8 @@ class Trainer:
             self.model = LARES(model_config)
         self._start: LARES | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-        if (out / "state.pt").exists():
-            self._restore(load_state(out / "state.pt"))
+        if (self.out / "state.pt").exists():
+            self._restore(load_state(self.out / "state.pt"))
 
     def request_stop(self) -> None:
         """Have the run save its state after the current step and raise :class:`Interrupted`."""
@@ -337,9 +342,9 @@ def _fresh_phase() -> dict[str, Any]:
     }
 
 
-def _identity(config: RunConfig, model_config: LARESConfig, log: InteractionLog) -> dict[str, Any]:
+def _identity(config: RunConfig, model_config: LARESConfig, log: InteractionLog, split: Split) -> dict[str, Any]:
     """What must not change between the parts of one run."""
-    return {"model": model_config.to_dict(), "seed": config.seed, "data": log.fingerprint(), "split": config.data.split}
+    return {"model": model_config.to_dict(), "seed": config.seed, "data": log.fingerprint(), "split": split.protocol}
 
 
 def _weights(model: LARES) -> dict[str, Tensor]:
