@@ -43,9 +43,10 @@ class LARES(reference.LARES):
                 item_seq, item_seq_len, num_steps=num_steps, state=state, return_all_steps=return_all_steps, draw=draw
             )
         self._check_sequences(item_seq, item_seq_len)
-        draw = draw or self._default_draw(len(item_seq), item_seq.device)
+        draw = draw or self._default_draw(len(item_seq))
         depth = self._depth(num_steps, len(item_seq), draw)
-        order = item_seq_len.argsort()
+        # Random numbers are drawn on the CPU, so the groups are chosen there too.
+        order = item_seq_len.cpu().argsort()
         groups = []
         for group in order.tensor_split(max(1, min(_GROUPS, len(order) // _SMALLEST_GROUP))):
             length = int(item_seq_len[group].max()) if len(group) else item_seq.shape[1]

@@ -71,7 +71,7 @@ class LARES(nn.Module):
         stopped earlier repeats its last state). Raises :class:`InputError` for arguments that do not fit.
         """
         self._check_sequences(item_seq, item_seq_len)
-        draw = draw or self._default_draw(len(item_seq), item_seq.device)
+        draw = draw or self._default_draw(len(item_seq))
         depth = self._depth(num_steps, len(item_seq), draw).to(item_seq.device)
         if state is None:
             state = self.initial_state(draw, item_seq.shape[1])
@@ -95,7 +95,7 @@ class LARES(nn.Module):
             return torch.zeros(len(draw.rows), length, config.hidden_size)
         return draw.initial_state(length, config.hidden_size) * (config.state_std * config.state_scale)
 
-    def _default_draw(self, batch: int, device: torch.device) -> Draw:
+    def _default_draw(self, batch: int) -> Draw:
         if self.training:
             return Draw(root_key(int(torch.randint(2**62, ()))), torch.arange(batch))
         return Draw(_EVALUATION_KEY, torch.zeros(batch, dtype=torch.int64))

@@ -59,6 +59,7 @@ def test_files_of_other_programs(tmp_path):
         checkpoint.load_weights(tmp_path / "model.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_no_code_is_run(tmp_path):
     class Evil:
         def __reduce__(self):
