@@ -12,7 +12,8 @@ PHASES = ("spt", "rpt")
 SPLITS = ("leave-one-out", "temporal")
 
 
-def _positive(settings: object, section: str, *names: str) -> None:
+def _positive(settings: object, *names: str) -> None:
+    section = type(settings).__name__.removesuffix("Config").lower().replace("eval", "evaluation")
     for name in names:
         value = getattr(settings, name)
         if value is not None and value <= 0:
@@ -52,16 +53,13 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SPTConfig:
-    """Phase 1. ``alpha``, ``gamma`` weigh the two alignments; ``same_step`` gives the aligned passes one depth.
+class PhaseConfig:
+    """What both phases have: Adam's settings and when to stop.
 
     ``epochs`` at most; ``patience`` non-improving epochs are borne and the next one stops the phase; ``max_steps``
-    ends the phase after so many steps.
+    ends it after so many steps.
     """
 
-    alpha: float = 0.1
-    gamma: float = 0.5
-    same_step: bool = True
     batch_size: int = 1024
     lr: float = 1e-3
     weight_decay: float = 0.0
@@ -70,11 +68,20 @@ class SPTConfig:
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        _positive(self, "spt", "batch_size", "lr", "epochs", "max_steps")
+        _positive(self, "batch_size", "lr", "epochs", "max_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RPTConfig:
+class SPTConfig(PhaseConfig):
+    """Phase 1. ``alpha``, ``gamma`` weigh the two alignments; ``same_step`` gives the aligned passes one depth."""
+
+    alpha: float = 0.1
+    gamma: float = 0.5
+    same_step: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RPTConfig(PhaseConfig):
     """Phase 2. ``group_size`` G trajectories a sequence, rewarded by ``reward`` at ``k``, KL weighted by ``beta``.
 
     ``data_filter`` keeps the training rows whose target is among the first ``filter_top`` in one of
@@ -91,13 +98,10 @@ class RPTConfig:
     filter_passes: int = 3
     batch_size: int = 400
     lr: float = 5e-4
-    weight_decay: float = 0.0
-    epochs: int = 300
-    patience: int = 10
-    max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        _positive(self, "rpt", "k", "filter_top", "filter_passes", "batch_size", "lr", "epochs", "max_steps")
+        super().__post_init__()
+        _positive(self, "k", "filter_top", "filter_passes")
         if self.group_size < 2:
             raise InputError(f"rpt.group_size must be at least 2, but got {self.group_size}: advantages compare trajectories.")
         if self.reward not in REWARDS:
@@ -118,7 +122,7 @@ class EvalConfig:
     noise_seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "evaluation", "batch_size")
+        _positive(self, "batch_size")
         if 10 not in self.ks or min(self.ks) < 1:
             raise InputError(f"evaluation.ks must be positive and hold 10, which early stopping watches, but got {self.ks}.")
 

@@ -26,7 +26,7 @@ from lares_fast.data import InteractionLog, Rows, Split, epoch_order
 from lares_fast.model import LARES
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
 from lares_fast.train.checkpoint import load_state, save_state, save_weights, write_text
-from lares_fast.train.config import PHASES, RPTConfig, RunConfig, SPTConfig
+from lares_fast.train.config import PHASES, PhaseConfig, RunConfig
 from lares_fast.train.evaluate import NOT_MASKED, keep_rankable, model_ranks
 from lares_fast.train.metrics import metrics
 from lares_fast.train.rpt import RPT
@@ -143,7 +143,7 @@ class Trainer:
             self._save()
         return Rows(self.state["kept"]["users"].numpy(), self.state["kept"]["ends"].numpy())
 
-    def _train(self, phase: SPT | RPT, settings: SPTConfig | RPTConfig) -> None:
+    def _train(self, phase: SPT | RPT, settings: PhaseConfig) -> None:
         state, key = self.state, fold(self._key, _SPT if phase.name == "spt" else _RPT)
         optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         if state["optimizer"] is not None:
@@ -156,14 +156,12 @@ class Trainer:
         while not self._over(settings):
             self._train_epoch(phase, settings, optimizer, fold(key, state["epoch"]))
 
-    def _over(self, settings: SPTConfig | RPTConfig) -> bool:
+    def _over(self, settings: PhaseConfig) -> bool:
         state = self.state
         out_of_steps = settings.max_steps is not None and state["steps"] >= settings.max_steps
         return state["bad_epochs"] > settings.patience or state["epoch"] >= settings.epochs or out_of_steps
 
-    def _train_epoch(
-        self, phase: SPT | RPT, settings: SPTConfig | RPTConfig, optimizer: torch.optim.Optimizer, key: Key
-    ) -> None:
+    def _train_epoch(self, phase: SPT | RPT, settings: PhaseConfig, optimizer: torch.optim.Optimizer, key: Key) -> None:
         state = self.state
         batches = epoch_order(len(phase.rows), fold(key, _ORDER)).split(settings.batch_size)
         last = (

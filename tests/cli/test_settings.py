@@ -81,7 +81,7 @@ def test_bad_assignments_are_one_sentence_that_names_the_argument(assignment, ex
     [
         ("spt:\n  learning_rate: 1\n", "no setting 'spt.learning_rate'"),
         ("epoch: 1\n", "no setting 'epoch'; the nearest name is"),
-        ("spt: fast\n", "spt must hold settings such as 'alpha: ...', but holds 'fast'"),
+        ("spt: fast\n", "spt must hold settings such as 'batch_size: ...', but holds 'fast'"),
         ("spt:\n  lr: fast\n", "spt.lr must be a number, but got 'fast'"),
         ("spt:\n  lr: [1\n", "line 3: not valid YAML"),
         ("- a\n", "must hold 'key: value' lines"),
