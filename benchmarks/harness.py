@@ -93,7 +93,7 @@ def append(path: Path, rows: list[Row]) -> None:
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:])]),
+        "command": shlex.join(["pytest", *sys.argv[1:]]),
     }
     new = not path.exists()
     with path.open("a", newline="") as file:

@@ -13,15 +13,18 @@ def main(source: str, target: str) -> None:
     """Draw ``source`` (rows of harness.append) into ``target``."""
     with open(source) as file:
         rows = [row for row in csv.DictReader(file) if row["candidate"] != row["baseline"]]
-    figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.3 * len(rows) + 1), layout="constrained")
     for place, row in enumerate(reversed(rows)):
         low, middle, high = (float(row[f"ratio_{name}"]) for name in ("min", "median", "max"))
-        axes.barh(place, middle, color="tab:blue", xerr=[[middle - low], [high - middle]], ecolor="black", capsize=3)
+        axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color="tab:blue", capsize=3)
     axes.set_yticks(
         range(len(rows)), [f"{r['group']} {r['shape']}: {r['candidate']} / {r['baseline']}" for r in reversed(rows)]
     )
+    axes.tick_params("y", labelsize=7)
+    axes.set_xscale("log")
+    axes.grid(axis="x", alpha=0.3)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("times faster (CPU time, one core, median and range of interleaved rounds)")
+    axes.set_xlabel("times faster")
     figure.savefig(target, metadata={"Date": None})
 
 
