@@ -46,6 +46,10 @@ def by_sorting(query, items, k, bias=None, lists=None):
 ])  # fmt: skip
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_massed_ties_are_exact(B, N, D, k, with_bias, backend):
+    check_exactly(B, N, D, k, with_bias, backend)
+
+
+def check_exactly(B, N, D, k, with_bias, backend):
     query, items, bias = integers(B, D), integers(N, D), integers(N) if with_bias else None
     lists = [torch.randint(0, N, (n % 6,)).tolist() for n in range(B)]
     scores, ids = ops.topk(query, items, k, bias=bias, exclude=csr(lists), backend=backend)
@@ -57,6 +61,38 @@ def test_massed_ties_are_exact(B, N, D, k, with_bias, backend):
         all_scores = query @ items.T + (0 if bias is None else bias)
         own = torch.where(expected < 0, -torch.inf, all_scores.gather(1, expected.clamp(min=0)))
         assert torch.equal(scores, own)
+
+
+def reversed_ids(topk):
+    def wrong(query, items, k, *, bias, exclude):
+        scores, ids = topk(query, items.flip(0), k, bias=None if bias is None else bias.flip(0), exclude=None)
+        return scores, len(items) - 1 - ids
+
+    return wrong
+
+
+PLANTED = {
+    "ties by descending id": reversed_ids,
+    "exclusion ignored": lambda topk: lambda q, i, k, *, bias, exclude: topk(q, i, k, bias=bias, exclude=None),
+    "bias ignored": lambda topk: lambda q, i, k, *, bias, exclude: topk(q, i, k, bias=None, exclude=exclude),
+    "first half unseen": lambda topk: (
+        lambda q, i, k, *, bias, exclude: topk(
+            q, i * (torch.arange(len(i)) >= len(i) // 2)[:, None], k, bias=bias, exclude=exclude
+        )
+    ),
+    "best left out": lambda topk: (
+        lambda q, i, k, *, bias, exclude: [x[:, 1:] for x in topk(q, i, k + 1, bias=bias, exclude=exclude)]
+    ),
+}
+
+
+@pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_caught(bug, monkeypatch):
+    check_exactly(9, 257, 5, 100, True, "native")
+    monkeypatch.setattr(_native, "topk", PLANTED[bug](_native.topk))
+    with pytest.raises(AssertionError):
+        check_exactly(9, 257, 5, 100, True, "native")
 
 
 @pytest.mark.parametrize(("N", "D", "k"), [(300, 64, 10), (1000, 50, 100), (40000, 16, 7)])
