@@ -6,6 +6,8 @@ import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+import torch
+
 from lares_fast._errors import InputError
 from lares_fast.cli import settings
 from lares_fast.cli.train import train
@@ -33,6 +35,8 @@ def command(arguments: Namespace) -> int:
     _check_replaceable(out)
     for name in _FILES:
         (out / name).unlink(missing_ok=True)
+    # The demo's model is too small for a second thread to pay for its own synchronisation.
+    torch.set_num_threads(1)
     log = train(config, out, PHASES)
     print(_examples(out, log))
     print(f"\nplots    {out / 'curves.png'}\ntime     {time.monotonic() - began:.0f} s")
