@@ -23,40 +23,28 @@ class LARES(reference.LARES):
     >>> scores, ids = model.eval().recommend(item_seq, item_seq_len, k=10)  # doctest: +SKIP
     """
 
-    def encode(
-        self,
-        item_seq: Tensor,
-        item_seq_len: Tensor,
-        *,
-        num_steps: int | Tensor | None = None,
-        state: Tensor | None = None,
-        return_all_steps: bool = False,
-        draw: Draw | None = None,
+    def _encode(
+        self, item_seq: Tensor, item_seq_len: Tensor, depth: Tensor, state: Tensor | None, draw: Draw, return_all_steps: bool
     ) -> Tensor:
-        """As :meth:`lares_fast.reference.LARES.encode`, in groups of similar length that are cropped to their longest.
+        """The reference's, in groups of similar length that are cropped to their longest.
 
         That is exact for a causal block, whose real positions never see a later one, because random numbers are
         addressed by row and position and not by the shape they are drawn in. Other blocks run uncropped.
         """
-        if self.config.backbone not in _CAUSAL:
-            return super().encode(
-                item_seq, item_seq_len, num_steps=num_steps, state=state, return_all_steps=return_all_steps, draw=draw
-            )
-        self._check_sequences(item_seq, item_seq_len)
-        draw = draw or self._default_draw(len(item_seq))
-        depth = self._depth(num_steps, len(item_seq), draw)
+        if self.config.backbone not in _CAUSAL or not len(item_seq):
+            return super()._encode(item_seq, item_seq_len, depth, state, draw, return_all_steps)
         # Random numbers are drawn on the CPU, so the groups are chosen there too.
         order = item_seq_len.cpu().argsort()
         groups = []
         for group in order.tensor_split(max(1, min(_GROUPS, len(order) // _SMALLEST_GROUP))):
-            length = int(item_seq_len[group].max()) if len(group) else item_seq.shape[1]
-            hidden = super().encode(
+            length = int(item_seq_len[group].max())
+            hidden = super()._encode(
                 item_seq[group, :length],
                 item_seq_len[group],
-                num_steps=depth[group],
-                state=None if state is None else state[group, :length],
-                return_all_steps=return_all_steps,
-                draw=_draw(draw.key, draw.rows[group]),
+                depth[group],
+                None if state is None else state[group, :length],
+                _draw(draw.key, draw.rows[group]),
+                return_all_steps,
             )
             groups.append(hidden)
         return torch.cat(_same_steps(groups) if return_all_steps else groups)[order.argsort()]

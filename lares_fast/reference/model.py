@@ -72,9 +72,16 @@ class LARES(nn.Module):
         """
         self._check_sequences(item_seq, item_seq_len)
         draw = draw or self._default_draw(len(item_seq))
-        depth = self._depth(num_steps, len(item_seq), draw).to(item_seq.device)
+        depth = self._depth(num_steps, len(item_seq), draw)
+        return self._encode(item_seq, item_seq_len, depth, state, draw, return_all_steps)
+
+    def _encode(
+        self, item_seq: Tensor, item_seq_len: Tensor, depth: Tensor, state: Tensor | None, draw: Draw, return_all_steps: bool
+    ) -> Tensor:
+        """:meth:`encode` with every choice made: ``depth`` [B] int64."""
         if state is None:
             state = self.initial_state(draw, item_seq.shape[1])
+        depth = depth.to(item_seq.device)
         last = (item_seq_len - 1)[:, None, None].expand(-1, 1, self.config.hidden_size)
         at_last = [h.gather(1, last) for h in self._states(item_seq, state, depth, draw if self.training else None)]
         return torch.cat(at_last, dim=1) if return_all_steps else at_last[-1].squeeze(1)

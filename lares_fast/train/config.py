@@ -13,11 +13,21 @@ SPLITS = ("leave-one-out", "temporal")
 
 
 def _positive(settings: object, *names: str) -> None:
-    section = type(settings).__name__.removesuffix("Config").lower().replace("eval", "evaluation")
     for name in names:
         value = getattr(settings, name)
         if value is not None and value <= 0:
-            raise InputError(f"{section}.{name} must be greater than 0, but got {value}.")
+            raise InputError(f"{_section(settings)}.{name} must be greater than 0, but got {value}.")
+
+
+def _not_negative(settings: object, *names: str) -> None:
+    for name in names:
+        if (value := getattr(settings, name)) < 0:
+            raise InputError(f"{_section(settings)}.{name} must be 0 or greater, but got {value}.")
+
+
+def _section(settings: object) -> str:
+    """The section of a run's settings that an object of this class fills."""
+    return {SPTConfig: "spt", RPTConfig: "rpt", EvalConfig: "evaluation"}.get(type(settings), "phase")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +79,7 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "batch_size", "lr", "epochs", "max_steps")
+        _not_negative(self, "weight_decay", "patience")
 
 
 @dataclass(frozen=True, kw_only=True)

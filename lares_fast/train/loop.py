@@ -153,7 +153,8 @@ class Trainer:
         if phase.name == "rpt" and not self._best():
             # The model that the phase starts from is the one to beat.
             self._validate(phase.name, {}, epoch=0)
-        while not self._over(settings):
+        # An epoch that was cut ends with its validation even if it has made the phase's last step.
+        while state["step"] or not self._over(settings):
             self._train_epoch(phase, settings, optimizer, fold(key, state["epoch"]))
 
     def _over(self, settings: PhaseConfig) -> bool:
@@ -284,7 +285,7 @@ class Trainer:
         snapshot = {
             "model": _weights(self.model),
             "start": start,
-            "optimizer": self._optimizer and self._optimizer.state_dict(),
+            "optimizer": self.state["optimizer"] if self._optimizer is None else self._optimizer.state_dict(),
         }
         save_state(self.out / "state.pt", {**self.state, **snapshot})
         write_text(self.out / "metrics.csv", _csv(self.state["history"]))

@@ -1,11 +1,13 @@
 """A run cut anywhere and resumed ends with the same bits as one that was never cut."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import train_run
 
 from lares_fast._errors import InputError
-from lares_fast.train import Interrupted
+from lares_fast.train import Interrupted, Trainer
 from lares_fast.train.checkpoint import load_state
 
 WALL_TIME = ("seconds", "data_wait")
@@ -44,10 +46,6 @@ def test_more_epochs_equal_one_run(whole, tmp_path):
 def test_the_same_run_again_is_the_same_and_another_seed_is_not(whole, tmp_path):
     train_run.train(tmp_path / "again")
     assert_same(whole, tmp_path / "again")
-    from dataclasses import replace
-
-    from lares_fast.train import Trainer
-
     other = Trainer(replace(train_run.config(), seed=8), train_run.log(), train_run.split(), tmp_path / "other")
     other.run(("spt",))
     name = "item_embedding.weight"
@@ -64,6 +62,20 @@ def test_a_stop_anywhere(event, count, whole, tmp_path):
         train_run.train(tmp_path, stop=train_run.Stop(event, count))
     train_run.train(tmp_path)
     assert_same(whole, tmp_path)
+
+
+def test_a_stop_in_the_validation_after_the_last_allowed_step(tmp_path):
+    """The epoch that ``max_steps`` ends is validated by the resumed run, which has a best model then."""
+    short = replace(train_run.config(), spt=replace(train_run.config().spt, max_steps=2))
+    stop = train_run.Stop("progress", 1)
+    stop.trainer = Trainer(short, train_run.log(), train_run.split(), tmp_path / "cut", stop)
+    with pytest.raises(Interrupted):
+        stop.trainer.run(("spt",))
+    for out in ("cut", "whole"):
+        Trainer(short, train_run.log(), train_run.split(), tmp_path / out).run(("spt",))
+    cut, whole = (load_state(tmp_path / out / "state.pt") for out in ("cut", "whole"))
+    assert cut["best_epoch"] == 1
+    assert all(torch.equal(cut["best"][name], whole["best"][name]) for name in whole["best"])
 
 
 def test_stopped_twice(whole, tmp_path):
@@ -83,8 +95,6 @@ def test_a_periodic_checkpoint_in_the_middle_of_an_epoch(whole, tmp_path, monkey
     def kill(record):
         if record["event"] == "step" and record["step"] == 2:
             raise KilledError
-
-    from lares_fast.train import Trainer
 
     with pytest.raises(KilledError):
         Trainer(train_run.config(checkpoint_minutes=0.0), train_run.log(), train_run.split(), tmp_path, kill).run(
