@@ -10,6 +10,7 @@
 #include "build_info.h"
 #include "cuda/capability.h"
 #include "random/philox.h"
+#include "simd/level.h"
 #include "topk/topk.h"
 
 namespace py = pybind11;
@@ -22,7 +23,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
-constexpr int ABI = 1;
+constexpr int ABI = 2;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -87,6 +88,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     using Release = py::call_guard<py::gil_scoped_release>;
     m.attr("ABI") = ABI;
     m.def("build_info", &build_info);
+    m.def("use_level", &lares_fast::use_level, arg("name"));
+    m.def("level", &lares_fast::level_name);
     m.def("capability", &lares_fast::capability, Release());
     m.def("topk", &topk, arg("query"), arg("items"), arg("bias"), arg("exclude_offsets"), arg("exclude_ids"), arg("scores"), arg("ids"),
           arg("B"), arg("N"), arg("D"), arg("k"), arg("threads"), Release());

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lares_fast import _settings
 from lares_fast._errors import InputError, NotBuiltError
 from lares_fast._random import Key
 
 # Equal to ABI in csrc/bindings.cpp: pointers cross this line, so a module of other sources must not be called.
-ABI = 1
+ABI = 2
 
 _REMEDY = "run pip install . in the sources' folder"
 
@@ -31,6 +32,10 @@ def _attempt() -> tuple[ModuleType | None, str]:
         return None, _why_missing(error)
     if getattr(module, "ABI", None) != ABI:
         return None, f"the native module {module.__file__} was built from other sources: {_REMEDY} again"
+    try:
+        module.use_level(_settings.simd())
+    except ValueError as error:
+        raise InputError(f"LARES_FAST_SIMD: {error}.") from None
     return module, ""
 
 
@@ -75,7 +80,7 @@ def build_info() -> dict[str, Any]:
     module, reason = _attempt()
     if module is None:
         return {"native": False, "reason": reason, "cuda_built": False, "cuda_reason": "there is no native module"}
-    return {"native": True, "reason": "", "file": str(module.__file__), **module.build_info()}
+    return {"native": True, "reason": "", "file": str(module.__file__), "simd": module.level(), **module.build_info()}
 
 
 def capability() -> str:

@@ -7,6 +7,7 @@ import os
 from lares_fast._errors import InputError
 
 BACKENDS = ("auto", "reference", "native", "triton", "cuda")
+SIMD_LEVELS = ("auto", "generic", "avx2", "avx512")
 
 
 def backend() -> str:
@@ -14,6 +15,14 @@ def backend() -> str:
     value = os.environ.get("LARES_FAST_BACKEND", "auto")
     if value not in BACKENDS:
         raise InputError(f"LARES_FAST_BACKEND must be one of {', '.join(BACKENDS)}, but got {value!r}.")
+    return value
+
+
+def simd() -> str:
+    """``LARES_FAST_SIMD``: the instruction set of the native CPU kernels, or ``auto`` for the best that the CPU has."""
+    value = os.environ.get("LARES_FAST_SIMD") or "auto"
+    if value not in SIMD_LEVELS:
+        raise InputError(f"LARES_FAST_SIMD must be one of {', '.join(SIMD_LEVELS)}, but got {value!r}.")
     return value
 
 

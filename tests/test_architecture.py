@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "_errors": set(),
     "_settings": {"_errors"},
     "_random": set(),
-    "_native": {"_errors", "_random"},
+    "_native": {"_errors", "_random", "_settings"},
     "config": {"_errors"},
     "reference": {"_errors", "_random", "config"},
     "_dispatch": LEAVES | {"ops"},

@@ -1,0 +1,69 @@
+#include "simd/level.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace lares_fast {
+namespace {
+
+constexpr int UNSET = -1;
+constexpr const char* NAMES[] = {"generic", "avx2", "avx512"};
+std::atomic<int> chosen{UNSET};
+
+#if defined(__x86_64__)
+bool runs(Level wanted) {
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (wanted == Level::avx2) return avx2;
+    if (wanted == Level::avx512) {
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    }
+    return true;
+}
+#else
+bool runs(Level wanted) { return wanted == Level::generic; }
+#endif
+
+Level best() {
+    for (const Level candidate : {Level::avx512, Level::avx2}) {
+        if (runs(candidate)) return candidate;
+    }
+    return Level::generic;
+}
+
+}  // namespace
+
+Level level() {
+    int value = chosen.load(std::memory_order_relaxed);
+    if (value == UNSET) {
+        value = static_cast<int>(best());
+        chosen.store(value, std::memory_order_relaxed);
+    }
+    return static_cast<Level>(value);
+}
+
+void use_level(const std::string& name) {
+    if (name == "auto") {
+        chosen.store(static_cast<int>(best()), std::memory_order_relaxed);
+        return;
+    }
+    for (const Level candidate : {Level::generic, Level::avx2, Level::avx512}) {
+        if (name != NAMES[static_cast<int>(candidate)]) continue;
+        if (!runs(candidate)) throw std::invalid_argument("this CPU has no " + name);
+        chosen.store(static_cast<int>(candidate), std::memory_order_relaxed);
+        return;
+    }
+    throw std::invalid_argument("the SIMD level must be auto, generic, avx2 or avx512, not " + name);
+}
+
+const char* level_name() { return NAMES[static_cast<int>(level())]; }
+
+bool has_vnni() {
+#if defined(__x86_64__)
+    return level() == Level::avx512 && __builtin_cpu_supports("avx512vnni");
+#else
+    return false;
+#endif
+}
+
+}  // namespace lares_fast
