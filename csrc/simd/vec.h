@@ -45,6 +45,28 @@ LARES_INLINE void compress_ids(std::int32_t* to, Mask keep, std::int32_t first) 
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(keep), _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
 }
+// a <= b is not known to hold: true where either is NaN.
+LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+// out[c], lane r = rows[r][c] for W rows of four floats.
+template <class Rows>
+LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
+    Vec quarter[4];
+    // Four rows meet in one register by loads alone, which leaves two rounds of shuffles.
+    for (int r = 0; r < 4; ++r) {
+        Vec v = _mm512_castps128_ps512(_mm_loadu_ps(rows(r)));
+        v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(rows(r + 4)));
+        v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(rows(r + 8)));
+        quarter[r] = _mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(rows(r + 12)));
+    }
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(quarter[0], quarter[1]));
+    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(quarter[0], quarter[1]));
+    const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(quarter[2], quarter[3]));
+    const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(quarter[2], quarter[3]));
+    out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+    out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+    out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+    out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+}
 
 #elif defined(__AVX2__)
 
@@ -65,6 +87,22 @@ LARES_INLINE Mask bits(Vec lanes) { return static_cast<Mask>(_mm256_movemask_ps(
 LARES_INLINE Mask greater(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 LARES_INLINE Mask greater_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 LARES_INLINE Mask equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
+template <class Rows>
+LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
+    Vec half[4];
+    for (int r = 0; r < 4; ++r) {
+        half[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows(r))), _mm_loadu_ps(rows(r + 4)), 1);
+    }
+    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(half[0], half[1]));
+    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(half[0], half[1]));
+    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(half[2], half[3]));
+    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(half[2], half[3]));
+    out[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+    out[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+    out[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+    out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+}
 
 #else
 
@@ -98,6 +136,11 @@ LARES_INLINE Mask bits(Lanes lanes) {
 LARES_INLINE Mask greater(Vec a, Vec b) { return bits(a > b); }
 LARES_INLINE Mask greater_equal(Vec a, Vec b) { return bits(a >= b); }
 LARES_INLINE Mask equal(Vec a, Vec b) { return bits(a == b); }
+LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return bits(~(a <= b)); }
+template <class Rows>
+LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
+    for (int c = 0; c < 4; ++c) out[c] = Vec{rows(0)[c], rows(1)[c], rows(2)[c], rows(3)[c]};
+}
 
 #endif
 
@@ -119,6 +162,14 @@ LARES_INLINE float fma_lane(float a, float b, float c) {
 #else
     return a * b + c;
 #endif
+}
+
+// Lane r = rows[r][0].
+template <class Rows>
+LARES_INLINE Vec gather(const Rows& rows) {
+    float lanes[W];
+    for (int r = 0; r < W; ++r) lanes[r] = *rows(r);
+    return load(lanes);
 }
 
 LARES_INLINE int count(Mask mask) { return __builtin_popcount(mask); }

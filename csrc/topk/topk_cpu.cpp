@@ -2,251 +2,181 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <stdexcept>
-#include <utility>
 #include <vector>
 
 #include "parallel.h"
+#include "simd/level.h"
+#include "topk/checks.h"
+#include "topk/query_tiles.h"
+#include "topk/topk_kernel.h"
 
 namespace lares_fast {
+
+namespace generic {
+extern const TopkKernel topk_kernel;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const TopkKernel topk_kernel;
+}
+namespace avx512 {
+extern const TopkKernel topk_kernel;
+}
+#endif
+
+const TopkKernel& topk_kernel() {
+#if defined(__x86_64__)
+    if (level() == Level::avx512) return avx512::topk_kernel;
+    if (level() == Level::avx2) return avx2::topk_kernel;
+#endif
+    return generic::topk_kernel;
+}
+
 namespace {
 
-constexpr int PANEL = 16;                // items that one pass of the dot kernel scores
-constexpr int ROWS = 2;                  // queries in a pass: ROWS * PANEL sums fill half of 16 SSE registers
-constexpr std::int64_t BLOCK = 64;       // queries that share one walk over the catalog
-constexpr std::int64_t TILE_FLOATS = 1 << 15;  // 128 KiB of items: stays in L2 while a block of queries passes over it
+constexpr std::int64_t BLOCK = 1024;             // queries that share one walk over the catalog
+constexpr std::int64_t CANDIDATE_BYTES = 16 << 20;  // of one block, so that a large K takes smaller blocks
+constexpr std::int64_t CHUNK = 32768;            // items a thread takes at a time
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
-void require(bool holds, const char* message) {
-    if (!holds) throw std::invalid_argument(message);
-}
-
 void check(const Topk& t, std::int64_t threads) {
-    require(t.B >= 0 && t.N >= 0 && t.D >= 0, "B, N and D must not be negative");
+    check_sizes(t.B, t.N, t.D, threads);
     require(t.k >= 1, "k must be at least 1");
-    require(threads >= 1, "threads must be at least 1");
-    constexpr std::int64_t limit = std::numeric_limits<std::int64_t>::max() / 8;
-    const std::int64_t width = std::max<std::int64_t>({t.D, t.k, 1});
-    require(t.B <= limit / width && t.N <= limit / width, "B * D, N * D or B * k is too large");
+    require(t.B <= SIZE_LIMIT / std::max<std::int64_t>(t.k, 1), "B * k is too large");
     if (t.B == 0) return;
-    require(t.query || t.D == 0, "query must not be a null pointer");
-    require(t.items || t.D == 0 || t.N == 0, "items must not be a null pointer");
+    check_inputs(t.query, t.items, t.N, t.D);
     require(t.scores && t.ids, "the outputs must not be null pointers");
-    if (!t.exclude_offsets) return;
-    require(t.exclude_offsets[0] == 0, "exclude offsets must start with 0");
-    for (std::int64_t b = 0; b < t.B; ++b) {
-        require(t.exclude_offsets[b] <= t.exclude_offsets[b + 1], "exclude offsets must not decrease");
-    }
-    const std::int64_t count = t.exclude_offsets[t.B];
-    require(t.exclude_ids || count == 0, "exclude ids must not be a null pointer");
-    for (std::int64_t i = 0; i < count; ++i) {
-        require(t.exclude_ids[i] >= 0 && t.exclude_ids[i] < t.N, "exclude ids must be item ids in [0, N)");
-    }
+    check_exclude(t.exclude_offsets, t.exclude_ids, t.B, t.N);
 }
 
-// The best k seen so far of one query, a heap with the worst on top, kept in that query's output rows.
-class Best {
-   public:
-    Best(float* scores, std::int64_t* ids, std::int64_t k) : scores_(scores), ids_(ids), k_(k) {}
-
-    bool full() const { return size_ == k_; }
-    float worst() const { return scores_[0]; }
-
-    // Ids arrive in ascending order, so a tie with the worst of a full heap always loses.
-    void offer(float score, std::int64_t id) {
-        if (!full()) {
-            std::int64_t child = size_++;
-            while (child > 0) {
-                const std::int64_t parent = (child - 1) / 2;
-                if (!worse(score, id, scores_[parent], ids_[parent])) break;
-                move(parent, child);
-                child = parent;
-            }
-            place(child, score, id);
-        } else if (score > worst()) {
-            sink(score, id, size_);
-        }
-    }
-
-    // Heap sort in place, best first; what is missing is filled.
-    void finish() {
-        for (std::int64_t last = size_ - 1; last > 0; --last) {
-            const float score = scores_[last];
-            const std::int64_t id = ids_[last];
-            move(0, last);
-            sink(score, id, last);
-        }
-        std::fill(scores_ + size_, scores_ + k_, LOWEST);
-        std::fill(ids_ + size_, ids_ + k_, std::int64_t{-1});
-    }
-
-   private:
-    static bool worse(float score, std::int64_t id, float other_score, std::int64_t other_id) {
-        return score < other_score || (score == other_score && id > other_id);
-    }
-
-    void place(std::int64_t slot, float score, std::int64_t id) {
-        scores_[slot] = score;
-        ids_[slot] = id;
-    }
-
-    void move(std::int64_t from, std::int64_t to) { place(to, scores_[from], ids_[from]); }
-
-    // Replaces the top of the first `size` slots.
-    void sink(float score, std::int64_t id, std::int64_t size) {
-        std::int64_t slot = 0;
-        for (std::int64_t child; (child = 2 * slot + 1) < size; slot = child) {
-            if (child + 1 < size && worse(scores_[child + 1], ids_[child + 1], scores_[child], ids_[child])) ++child;
-            if (!worse(scores_[child], ids_[child], score, id)) break;
-            move(child, slot);
-        }
-        place(slot, score, id);
-    }
-
-    float* scores_;
-    std::int64_t* ids_;
-    std::int64_t k_, size_ = 0;
-};
-
-// A query's exclusions, ascending, walked once beside the items.
-struct Excluded {
-    const std::int64_t* next;
-    const std::int64_t* end;
-
-    bool contains(std::int64_t id) {
-        while (next != end && *next < id) ++next;
-        return next != end && *next == id;
-    }
-};
-
-// Four lanes that every supported CPU has as one register; gcc and clang lower the arithmetic element by element.
-typedef float Lanes __attribute__((vector_size(16)));
-constexpr int WIDTH = 4;
-
-Lanes load(const float* from) {
-    Lanes lanes;
-    std::memcpy(&lanes, from, sizeof lanes);
-    return lanes;
-}
-
-// Scores R queries against one transposed panel [D, PANEL]. The sum over d is the outer loop, so lanes never mix
-// and no sum is reordered.
-template <int R>
-void score_panel(const float* query, const float* panel, const float* bias, std::int64_t D, float (&scores)[ROWS][PANEL]) {
-    Lanes sums[R][PANEL / WIDTH] = {};
-    for (std::int64_t d = 0; d < D; ++d) {
-        for (int r = 0; r < R; ++r) {
-            const float q = query[r * D + d];
-            for (int v = 0; v < PANEL / WIDTH; ++v) sums[r][v] += q * load(panel + d * PANEL + v * WIDTH);
-        }
-    }
-    for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < PANEL / WIDTH; ++v) {
-            const Lanes score = sums[r][v] + load(bias + v * WIDTH);
-            std::memcpy(scores[r] + v * WIDTH, &score, sizeof score);
-        }
-        for (float& score : scores[r]) score = score == score ? score : LOWEST;
-    }
-}
-
-// One thread's walk over blocks of queries.
+// One thread's candidates for a block of queries.
 class Walk {
    public:
-    explicit Walk(const Topk& call)
-        : call_(call),
-          panels_(std::clamp<std::int64_t>(TILE_FLOATS / (PANEL * std::max<std::int64_t>(call.D, 1)), 1, (call.N + PANEL - 1) / PANEL + 1)),
-          tile_(static_cast<std::size_t>(panels_ * PANEL * call.D)),
-          bias_(static_cast<std::size_t>(panels_ * PANEL)) {}
-
-    void block(std::int64_t first, std::int64_t last) {
-        start(first, last);
-        for (std::int64_t item = 0; item < call_.N; item += panels_ * PANEL) {
-            const std::int64_t end = std::min(call_.N, item + panels_ * PANEL);
-            pack(item, end);
-            std::int64_t b = first;
-            for (; b + ROWS <= last; b += ROWS) scan<ROWS>(b, first, item, end);
-            for (; b < last; ++b) scan<1>(b, first, item, end);
+    Walk(const Topk& call, const float* query, std::int64_t first, std::int64_t B, const TopkKernel& kernel) : call_(call), kernel_(kernel) {
+        const std::int64_t K = std::min(call.k, call.N);
+        Candidates& c = scan_.best;
+        c.K = K;
+        c.capacity = capacity(K, kernel);
+        c.stride = c.capacity + kernel.slack;
+        const auto slots = static_cast<std::size_t>(B * c.stride), rows = static_cast<std::size_t>(B);
+        scores_.reset(new float[slots]);
+        ids_.reset(new std::int32_t[slots]);
+        scratch_.reset(new float[static_cast<std::size_t>(kernel.panel * (call.D + 1))]());
+        size_.assign(rows, 0);
+        clean_.assign(rows, 0);
+        threshold_.assign(rows, std::numeric_limits<float>::quiet_NaN());
+        c.scores = scores_.get();
+        c.ids = ids_.get();
+        c.size = size_.data();
+        c.clean = clean_.data();
+        c.threshold = threshold_.data();
+        if (call.exclude_offsets) {
+            excluded_.assign(call, first, B);
+            c.excluded = excluded_.next.data();
+            c.excluded_end = excluded_.end.data();
         }
-        for (Best& best : best_) best.finish();
+        scan_.items = call.items;
+        scan_.bias = call.bias;
+        scan_.N = call.N;
+        scan_.D = call.D;
+        scan_.query = query;
+        scan_.B = B;
+        scan_.scratch = scratch_.get();
+    }
+
+    static std::int64_t capacity(std::int64_t K, const TopkKernel& kernel) { return std::max(2 * K, K + 96) + kernel.panel; }
+
+    void items(std::int64_t first, std::int64_t last) { kernel_.scan(scan_, first, last); }
+
+    void finish() {
+        for (std::int64_t b = 0; b < scan_.B; ++b) kernel_.compact(scan_.best, b);
+    }
+
+    // Adds the candidates of query b as keys, whose order is that of the results.
+    void keys(std::int64_t b, std::vector<std::uint64_t>& keys) const {
+        const Candidates& c = scan_.best;
+        for (std::int64_t i = 0; i < c.size[b]; ++i) keys.push_back(key(c.scores[b * c.stride + i], c.ids[b * c.stride + i]));
+    }
+
+    static std::uint64_t key(float score, std::int32_t id) {
+        std::int32_t bits;
+        score += 0.0f;  // -0 and 0 tie
+        std::memcpy(&bits, &score, sizeof bits);
+        const auto ascending = static_cast<std::uint32_t>(bits ^ ((bits >> 31) & 0x7fffffff)) ^ 0x80000000u;
+        return std::uint64_t{~ascending} << 32 | static_cast<std::uint32_t>(id);
+    }
+
+    static float score(std::uint64_t key) {
+        const std::uint32_t ascending = ~static_cast<std::uint32_t>(key >> 32) ^ 0x80000000u;
+        auto bits = static_cast<std::int32_t>(ascending);
+        bits ^= (bits >> 31) & 0x7fffffff;
+        float score;
+        std::memcpy(&score, &bits, sizeof score);
+        return score;
     }
 
    private:
-    void start(std::int64_t first, std::int64_t last) {
-        best_.clear();
-        excluded_.clear();
-        sorted_.clear();
-        for (std::int64_t b = first; b < last; ++b) best_.emplace_back(call_.scores + b * call_.k, call_.ids + b * call_.k, call_.k);
-        if (!call_.exclude_offsets) {
-            excluded_.assign(best_.size(), Excluded{nullptr, nullptr});
-            return;
-        }
-        const std::int64_t* offsets = call_.exclude_offsets;
-        sorted_.assign(call_.exclude_ids + offsets[first], call_.exclude_ids + offsets[last]);
-        for (std::int64_t b = first; b < last; ++b) {
-            std::int64_t* const begin = sorted_.data() + (offsets[b] - offsets[first]);
-            std::int64_t* const end = sorted_.data() + (offsets[b + 1] - offsets[first]);
-            if (!std::is_sorted(begin, end)) std::sort(begin, end);
-            excluded_.push_back({begin, end});
-        }
-    }
-
-    // Transposes items [item, end) into panels; the lanes past the end keep finite rubbish that `scan` never reads.
-    void pack(std::int64_t item, std::int64_t end) {
-        for (std::int64_t i = item; i < end; ++i) {
-            const std::int64_t panel = (i - item) / PANEL, lane = (i - item) % PANEL;
-            const float* row = call_.items + i * call_.D;
-            float* column = tile_.data() + panel * PANEL * call_.D + lane;
-            for (std::int64_t d = 0; d < call_.D; ++d) column[d * PANEL] = row[d];
-            bias_[static_cast<std::size_t>(i - item)] = call_.bias ? call_.bias[i] : 0.0f;
-        }
-    }
-
-    template <int R>
-    void scan(std::int64_t b, std::int64_t first, std::int64_t item, std::int64_t end) {
-        float scores[ROWS][PANEL];
-        for (std::int64_t i = item; i < end; i += PANEL) {
-            score_panel<R>(call_.query + b * call_.D, tile_.data() + (i - item) * call_.D, bias_.data() + (i - item), call_.D, scores);
-            const int lanes = static_cast<int>(std::min<std::int64_t>(PANEL, end - i));
-            for (int r = 0; r < R; ++r) select(static_cast<std::size_t>(b + r - first), scores[r], i, lanes);
-        }
-    }
-
-    void select(std::size_t row, const float* scores, std::int64_t id, int lanes) {
-        Best& best = best_[row];
-        if (best.full()) {
-            bool any = false;
-            for (int lane = 0; lane < PANEL; ++lane) any |= scores[lane] > best.worst();
-            if (!any) return;
-        }
-        for (int lane = 0; lane < lanes; ++lane) {
-            if (best.full() && !(scores[lane] > best.worst())) continue;
-            if (!excluded_[row].contains(id + lane)) best.offer(scores[lane], id + lane);
-        }
-    }
-
     const Topk& call_;
-    std::int64_t panels_;
-    std::vector<float> tile_, bias_;
-    std::vector<std::int64_t> sorted_;
-    std::vector<Excluded> excluded_;
-    std::vector<Best> best_;
+    const TopkKernel& kernel_;
+    Scan scan_{};
+    std::unique_ptr<float[]> scores_, scratch_;
+    std::unique_ptr<std::int32_t[]> ids_;
+    std::vector<std::int64_t> size_, clean_;
+    std::vector<float> threshold_;
+    SortedExclusions excluded_;
 };
+
+void write(const Topk& call, std::int64_t b, std::vector<std::uint64_t>& keys) {
+    const std::int64_t found = std::min<std::int64_t>(call.k, static_cast<std::int64_t>(keys.size()));
+    std::partial_sort(keys.begin(), keys.begin() + found, keys.end());
+    float* scores = call.scores + b * call.k;
+    std::int64_t* ids = call.ids + b * call.k;
+    for (std::int64_t i = 0; i < found; ++i) {
+        scores[i] = Walk::score(keys[static_cast<std::size_t>(i)]);
+        ids[i] = static_cast<std::int64_t>(keys[static_cast<std::size_t>(i)] & 0xffffffffu);
+    }
+    std::fill(scores + found, scores + call.k, LOWEST);
+    std::fill(ids + found, ids + call.k, std::int64_t{-1});
+}
 
 }  // namespace
 
 void topk_cpu(const Topk& call, std::int64_t threads) {
     check(call, threads);
     if (call.B == 0) return;
-    threads = std::min({threads, call.B, std::int64_t{1024}});
-    const std::int64_t size = std::min(BLOCK, (call.B + threads - 1) / threads);
-    const std::int64_t blocks = (call.B + size - 1) / size;
-    std::atomic<std::int64_t> next{0};
-    run_on_threads(std::min(threads, blocks), [&] {
-        Walk walk(call);
-        for (std::int64_t block; (block = next.fetch_add(1)) < blocks;) walk.block(block * size, std::min(call.B, (block + 1) * size));
-    });
+    const TopkKernel& kernel = topk_kernel();
+    const std::int64_t K = std::min(call.k, call.N);
+    const std::int64_t candidate = 8 * (Walk::capacity(K, kernel) + kernel.slack);
+    const std::int64_t block = std::clamp<std::int64_t>(CANDIDATE_BYTES / candidate, kernel.rows, BLOCK);
+    const std::int64_t chunk = CHUNK / kernel.panel * kernel.panel;
+    const std::int64_t chunks = (call.N + chunk - 1) / chunk;
+    for (std::int64_t first = 0; first < call.B; first += block) {
+        const std::int64_t B = std::min(block, call.B - first);
+        const std::vector<float> query = query_tiles(call.query + first * call.D, B, call.D, kernel.rows);
+        // Threads share out the catalog: each walks ascending ids of its own, and the order of results is total.
+        const std::int64_t walkers = std::clamp<std::int64_t>(std::min(threads, chunks), 1, 1024);
+        std::vector<std::unique_ptr<Walk>> walks(static_cast<std::size_t>(walkers));
+        std::atomic<std::int64_t> next_walk{0}, next_chunk{0};
+        run_on_threads(walkers, [&] {
+            auto& walk = walks[static_cast<std::size_t>(next_walk.fetch_add(1))];
+            walk = std::make_unique<Walk>(call, query.data(), first, B, kernel);
+            for (std::int64_t c; (c = next_chunk.fetch_add(1)) < chunks;) walk->items(c * chunk, std::min(call.N, (c + 1) * chunk));
+            walk->finish();
+        });
+        std::vector<std::uint64_t> keys;
+        for (std::int64_t b = 0; b < B; ++b) {
+            keys.clear();
+            for (const auto& walk : walks) {
+                if (walk) walk->keys(b, keys);
+            }
+            write(call, first + b, keys);
+        }
+    }
 }
 
 }  // namespace lares_fast

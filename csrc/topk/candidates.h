@@ -1,0 +1,161 @@
+// A query's candidates: appended where they beat the threshold, thinned to about K when the buffer is full.
+#pragma once
+
+#include <limits>
+
+#include "topk/topk_kernel.h"
+#include "simd/panel.h"
+
+namespace lares_fast {
+namespace {
+
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+// Floats as integers of the same order (-0 just below 0), for a bisection that always ends.
+LARES_INLINE std::int32_t ordered(float x) {
+    std::int32_t i;
+    std::memcpy(&i, &x, sizeof i);
+    return i ^ ((i >> 31) & 0x7fffffff);
+}
+
+LARES_INLINE float from_ordered(std::int32_t i) {
+    i ^= (i >> 31) & 0x7fffffff;
+    float x;
+    std::memcpy(&x, &i, sizeof x);
+    return x;
+}
+
+// Scores in [n, n + W) must be readable and are overwritten with -inf.
+inline std::int64_t count_from(const float* scores, std::int64_t n, float t) {
+    const Vec least = broadcast(t);
+    std::int64_t found = 0;
+    std::int64_t i = 0;
+    for (; i + W <= n; i += W) found += count(greater_equal(load(scores + i), least));
+    if (i < n) found += count(greater_equal(load(scores + i), least) & ((1u << (n - i)) - 1));
+    return found;
+}
+
+inline void drop_excluded(const Candidates& c, std::int64_t b) {
+    float* scores = c.scores + b * c.stride;
+    std::int32_t* ids = c.ids + b * c.stride;
+    const std::int64_t* next = c.excluded[b];
+    const std::int64_t* const end = c.excluded_end[b];
+    std::int64_t to = c.clean[b];
+    for (std::int64_t from = to; from < c.size[b]; ++from) {
+        while (next != end && *next < ids[from]) ++next;
+        if (next != end && *next == ids[from]) continue;
+        scores[to] = scores[from];
+        ids[to++] = ids[from];
+    }
+    c.excluded[b] = next;
+    c.size[b] = to;
+}
+
+// Keeps the candidates from t on and, of those equal to t, the first `ties`; order stays.
+inline std::int64_t keep(float* scores, std::int32_t* ids, std::int64_t n, float t, std::int64_t ties) {
+    std::int64_t to = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+        const float score = scores[i];
+        if (!(score > t)) {
+            if (!(score == t) || ties == 0) continue;
+            --ties;
+        }
+        scores[to] = score;
+        ids[to++] = ids[i];
+    }
+    return to;
+}
+
+#if defined(__AVX512F__)
+inline std::int64_t keep_from(float* scores, std::int32_t* ids, std::int64_t n, float t) {
+    std::int64_t to = 0;
+    const Vec least = broadcast(t);
+    for (std::int64_t i = 0; i < n; i += W) {
+        const Vec score = load(scores + i);
+        const __m512i id = _mm512_loadu_si512(ids + i);
+        const Mask mask = greater_equal(score, least) & (n - i < W ? (1u << (n - i)) - 1 : 0xffff);
+        compress(scores + to, mask, score);
+        _mm512_storeu_si512(ids + to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), id));
+        to += count(mask);
+    }
+    return to;
+}
+#else
+inline std::int64_t keep_from(float* scores, std::int32_t* ids, std::int64_t n, float t) { return keep(scores, ids, n, t, n); }
+#endif
+
+inline void compact(const Candidates& c, std::int64_t b) {
+    if (c.excluded) drop_excluded(c, b);
+    float* scores = c.scores + b * c.stride;
+    std::int32_t* ids = c.ids + b * c.stride;
+    const std::int64_t n = c.size[b], K = c.K;
+    if (n >= K) {
+        // count(>= low) >= K and count(>= high) < K, where high is just above the best.
+        Vec worst = broadcast(scores[0]), best = worst;
+        std::int64_t i = 0;
+        for (; i + W <= n; i += W) {
+            worst = min(load(scores + i), worst);
+            best = max(load(scores + i), best);
+        }
+        float lows[W], highs[W];
+        store(lows, worst);
+        store(highs, best);
+        for (int lane = 1; lane < W; ++lane) {
+            lows[0] = lows[lane] < lows[0] ? lows[lane] : lows[0];
+            highs[0] = highs[lane] > highs[0] ? highs[lane] : highs[0];
+        }
+        for (; i < n; ++i) {
+            lows[0] = scores[i] < lows[0] ? scores[i] : lows[0];
+            highs[0] = scores[i] > highs[0] ? scores[i] : highs[0];
+        }
+        std::int64_t low = ordered(lows[0]), high = std::int64_t{ordered(highs[0])} + 1;
+        std::int64_t at_low = n;
+        while (at_low > K + K / 8 && high - low > 1) {
+            const std::int64_t middle = low + (high - low) / 2;
+            const std::int64_t found = count_from(scores, n, from_ordered(static_cast<std::int32_t>(middle)));
+            if (found >= K) {
+                low = middle;
+                at_low = found;
+            } else {
+                high = middle;
+            }
+        }
+        const float t = from_ordered(static_cast<std::int32_t>(low));
+        if (at_low > K + K / 8) {
+            // Masses of ties with t: of these the first win.
+            std::int64_t above = 0;
+            for (std::int64_t j = 0; j < n; ++j) above += scores[j] > t;
+            c.size[b] = keep(scores, ids, n, t, K - above);
+        } else if (at_low < n) {
+            c.size[b] = keep_from(scores, ids, n, t);
+        }
+        c.threshold[b] = t;
+    }
+    c.clean[b] = c.size[b];
+}
+
+// Appends those of PANEL consecutive items from `first` on that beat the threshold; `lanes` of them exist.
+inline void take(const Candidates& c, std::int64_t b, const float* lanes, std::int32_t first, std::int64_t existing) {
+    const float t = c.threshold[b];
+    const bool any = !(t == t);
+    float* scores = c.scores + b * c.stride;
+    std::int32_t* ids = c.ids + b * c.stride;
+    std::int64_t n = c.size[b];
+    for (int v = 0; v < VECS; ++v) {
+        const std::int64_t left = existing - v * W;
+        if (left <= 0) break;
+        // The maximum is its second operand where the first is NaN.
+        const Vec score = max(load(lanes + v * W), broadcast(LOWEST));
+        Mask mask = any ? (1u << W) - 1 : greater(score, broadcast(t));
+        if (left < W) mask &= (1u << left) - 1;
+        if (!mask) continue;
+        compress(scores + n, mask, score);
+        compress_ids(ids + n, mask, first + v * W);
+        n += count(mask);
+    }
+    c.size[b] = n;
+    if (n + PANEL > c.capacity) compact(c, b);
+}
+
+}  // namespace
+}  // namespace lares_fast

@@ -1,0 +1,43 @@
+// A block of queries as the kernels read it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace lares_fast {
+
+// Tiles of `rows` queries, then of 4, 2 and 1: [D][r] each, the tile of query b beginning at b * D.
+inline std::vector<float> query_tiles(const float* query, std::int64_t B, std::int64_t D, std::int64_t rows) {
+    std::vector<float> tiles(static_cast<std::size_t>(B * D));
+    for (std::int64_t b = 0, size = rows; b < B; b += size) {
+        while (size > B - b) size = size > 4 ? 4 : size / 2;
+        for (std::int64_t r = 0; r < size; ++r) {
+            for (std::int64_t d = 0; d < D; ++d) tiles[static_cast<std::size_t>(b * D + d * size + r)] = query[(b + r) * D + d];
+        }
+    }
+    return tiles;
+}
+
+// Each query's exclusions in ascending order, walked once beside the items.
+struct SortedExclusions {
+    std::vector<std::int64_t> ids;
+    std::vector<const std::int64_t*> next, end;
+
+    template <class Call>
+    void assign(const Call& call, std::int64_t first, std::int64_t B) {
+        const std::int64_t* offsets = call.exclude_offsets;
+        ids.assign(call.exclude_ids + offsets[first], call.exclude_ids + offsets[first + B]);
+        next.clear();
+        end.clear();
+        for (std::int64_t b = first; b < first + B; ++b) {
+            std::int64_t* const from = ids.data() + (offsets[b] - offsets[first]);
+            std::int64_t* const to = ids.data() + (offsets[b + 1] - offsets[first]);
+            if (!std::is_sorted(from, to)) std::sort(from, to);
+            next.push_back(from);
+            end.push_back(to);
+        }
+    }
+};
+
+}  // namespace lares_fast

@@ -1,0 +1,45 @@
+// The part of top-K that is compiled once a SIMD level, and the state it shares with csrc/topk/topk_cpu.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace lares_fast {
+
+// Candidates of one block of queries. Those of query b stand in ids' ascending order at b * stride.
+struct Candidates {
+    float* scores;
+    std::int32_t* ids;
+    std::int64_t* size;      // [B]
+    std::int64_t* clean;     // [B]: the first `clean` candidates were compared with the exclusions
+    float* threshold;        // [B]: what does not beat it cannot be among the best K; NaN before K are known
+    const std::int64_t** excluded;      // [B]: the next of the query's ascending exclusions, or null
+    const std::int64_t** excluded_end;  // [B]
+    std::int64_t stride;                // capacity + room for vector stores
+    std::int64_t capacity;
+    std::int64_t K;
+};
+
+struct Scan {
+    const float* items;    // [N, D]
+    const float* panels;   // the same as panels [D][panel], or null
+    const float* bias;     // [N] or null
+    std::int64_t N, D;
+    const float* query;    // tiles of r queries, [D][r] each, beginning at query + b * D
+    std::int64_t B;
+    float* scratch;        // [D][panel] + [panel]
+    Candidates best;
+};
+
+struct TopkKernel {
+    int panel;  // items a panel
+    int rows;   // queries a tile; the rest of a block is cut to tiles of 4, 2 and 1
+    int slack;  // elements that vector stores may write behind a candidate
+    // Offers the items [first, last) of a panel's multiple on; ids must ascend from call to call.
+    void (*scan)(const Scan&, std::int64_t first, std::int64_t last);
+    // Drops what is excluded or cannot be among the best K of query b: at most K + K / 8 candidates remain.
+    void (*compact)(const Candidates&, std::int64_t b);
+};
+
+const TopkKernel& topk_kernel();
+
+}  // namespace lares_fast
