@@ -11,6 +11,7 @@
 #include "cuda/capability.h"
 #include "random/philox.h"
 #include "simd/level.h"
+#include "target_rank/target_rank.h"
 #include "topk/topk.h"
 
 namespace py = pybind11;
@@ -23,7 +24,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
-constexpr int ABI = 2;
+constexpr int ABI = 3;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -62,6 +63,13 @@ void topk(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t exclude_of
                          threads);
 }
 
+void target_rank(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t target, uintptr_t exclude_offsets, uintptr_t exclude_ids,
+                 uintptr_t rank, int64_t B, int64_t N, int64_t D, bool ties_by_id, int64_t threads) {
+    lares_fast::target_rank_cpu({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(target),
+                                 pointer<int64_t>(exclude_offsets), pointer<int64_t>(exclude_ids), pointer<int64_t>(rank), B, N, D, ties_by_id},
+                                threads);
+}
+
 void keep_hidden(std::uint32_t key0, std::uint32_t key1, int64_t threshold, int64_t site, int64_t step, int64_t layer, uintptr_t rows,
                  int64_t B, int64_t L, int64_t D, uintptr_t out) {
     const MaskAddress address{Key{key0, key1}, threshold, step, layer, pointer<int64_t>(rows)};
@@ -93,6 +101,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("capability", &lares_fast::capability, Release());
     m.def("topk", &topk, arg("query"), arg("items"), arg("bias"), arg("exclude_offsets"), arg("exclude_ids"), arg("scores"), arg("ids"),
           arg("B"), arg("N"), arg("D"), arg("k"), arg("threads"), Release());
+    m.def("target_rank", &target_rank, arg("query"), arg("items"), arg("bias"), arg("target"), arg("exclude_offsets"), arg("exclude_ids"),
+          arg("rank"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("threads"), Release());
     m.def("keep_hidden", &keep_hidden, arg("key0"), arg("key1"), arg("threshold"), arg("site"), arg("step"), arg("layer"), arg("rows_ptr"),
           arg("B"), arg("L"), arg("D"), arg("out_ptr"), Release());
     m.def("keep_attention", &keep_attention, arg("key0"), arg("key1"), arg("threshold"), arg("step"), arg("layer"), arg("rows_ptr"),

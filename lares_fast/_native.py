@@ -18,7 +18,7 @@ from lares_fast._errors import InputError, NotBuiltError
 from lares_fast._random import Key
 
 # Equal to ABI in csrc/bindings.cpp: pointers cross this line, so a module of other sources must not be called.
-ABI = 2
+ABI = 3
 
 _REMEDY = "run pip install . in the sources' folder"
 
@@ -107,15 +107,10 @@ def topk(
     batch, width = query.shape
     items = _dense("items", items, torch.float32, (None, width))
     bias = None if bias is None else _dense("bias", bias, torch.float32, (len(items),))
-    offsets = ids = None
-    if exclude is not None:
-        offsets = _dense("exclude offsets", exclude[0], torch.int64, (batch + 1,))
-        ids = _dense("exclude ids", exclude[1], torch.int64, (None,))
-        if int(offsets[-1]) != len(ids):
-            raise InputError(f"exclude offsets must end with the number of ids, {len(ids)}, but end with {int(offsets[-1])}.")
-    threads = torch.get_num_threads() if threads is None else threads
-    if k < 1 or threads < 1:
-        raise InputError(f"k and threads must be at least 1, but got k={k} and threads={threads}.")
+    offsets, ids = _exclude(exclude, batch)
+    threads = _threads(threads)
+    if k < 1:
+        raise InputError(f"k must be at least 1, but got {k}.")
     module = load()
     scores = torch.empty(batch, k, dtype=torch.float32)
     best = torch.empty(batch, k, dtype=torch.int64)
@@ -131,6 +126,33 @@ def topk(
         threads,
     )
     return scores, best
+
+
+def target_rank(
+    query: Tensor,
+    items: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    exclude: tuple[Tensor, Tensor] | None = None,
+    ties: str = "order",
+    threads: int | None = None,
+) -> Tensor:
+    """Rank [B] int64 of each target among ``query @ items.T + bias``; fp32 on the CPU, the same for every ``threads``.
+
+    The contract is that of :func:`lares_fast.ops.target_rank`. Workspace: a panel of items and B counters per thread.
+    """
+    query = _dense("query", query, torch.float32, (None, None))
+    batch, width = query.shape
+    items = _dense("items", items, torch.float32, (None, width))
+    bias = None if bias is None else _dense("bias", bias, torch.float32, (len(items),))
+    target = _dense("target", target, torch.int64, (batch,))
+    offsets, ids = _exclude(exclude, batch)
+    rank = torch.empty(batch, dtype=torch.int64)
+    tensors = (query, items, bias, target, offsets, ids, rank)
+    sizes = (batch, len(items), width, ties == "order", _threads(threads))
+    _call(load().target_rank, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors), *sizes)
+    return rank
 
 
 def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
@@ -163,6 +185,23 @@ def _dense(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int | 
             f"but got {tensor.layout} {tensor.dtype} {list(tensor.shape)} on {tensor.device}."
         )
     return tensor.detach().resolve_neg().contiguous()
+
+
+def _exclude(exclude: tuple[Tensor, Tensor] | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    if exclude is None:
+        return None, None
+    offsets = _dense("exclude offsets", exclude[0], torch.int64, (batch + 1,))
+    ids = _dense("exclude ids", exclude[1], torch.int64, (None,))
+    if int(offsets[-1]) != len(ids):
+        raise InputError(f"exclude offsets must end with the number of ids, {len(ids)}, but end with {int(offsets[-1])}.")
+    return offsets, ids
+
+
+def _threads(threads: int | None) -> int:
+    threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1:
+        raise InputError(f"threads must be at least 1, but got {threads}.")
+    return threads
 
 
 def _mask(*shape: int) -> Tensor:

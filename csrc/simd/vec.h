@@ -172,6 +172,11 @@ LARES_INLINE Vec gather(const Rows& rows) {
     return load(lanes);
 }
 
+constexpr Mask ALL = (1u << W) - 1;
+
+// The first n lanes, for any n.
+LARES_INLINE Mask first_lanes(std::int64_t n) { return n >= W ? ALL : n > 0 ? (1u << n) - 1 : 0; }
+
 LARES_INLINE int count(Mask mask) { return __builtin_popcount(mask); }
 
 }  // namespace

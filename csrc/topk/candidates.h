@@ -25,13 +25,12 @@ LARES_INLINE float from_ordered(std::int32_t i) {
     return x;
 }
 
-// Scores in [n, n + W) must be readable and are overwritten with -inf.
 inline std::int64_t count_from(const float* scores, std::int64_t n, float t) {
     const Vec least = broadcast(t);
     std::int64_t found = 0;
     std::int64_t i = 0;
     for (; i + W <= n; i += W) found += count(greater_equal(load(scores + i), least));
-    if (i < n) found += count(greater_equal(load(scores + i), least) & ((1u << (n - i)) - 1));
+    if (i < n) found += count(greater_equal(load(scores + i), least) & first_lanes(n - i));
     return found;
 }
 
@@ -73,7 +72,7 @@ inline std::int64_t keep_from(float* scores, std::int32_t* ids, std::int64_t n, 
     for (std::int64_t i = 0; i < n; i += W) {
         const Vec score = load(scores + i);
         const __m512i id = _mm512_loadu_si512(ids + i);
-        const Mask mask = greater_equal(score, least) & (n - i < W ? (1u << (n - i)) - 1 : 0xffff);
+        const Mask mask = greater_equal(score, least) & first_lanes(n - i);
         compress(scores + to, mask, score);
         _mm512_storeu_si512(ids + to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), id));
         to += count(mask);
@@ -134,21 +133,17 @@ inline void compact(const Candidates& c, std::int64_t b) {
     c.clean[b] = c.size[b];
 }
 
-// Appends those of PANEL consecutive items from `first` on that beat the threshold; `lanes` of them exist.
-inline void take(const Candidates& c, std::int64_t b, const float* lanes, std::int32_t first, std::int64_t existing) {
-    const float t = c.threshold[b];
-    const bool any = !(t == t);
+// Appends those of PANEL consecutive items from `first` on that beat the threshold. `exists` has a mask a vector.
+// Without a branch on what a vector holds: half of those would be mispredicted.
+inline void append(const Candidates& c, std::int64_t b, const float* lanes, std::int32_t first, const Mask (&exists)[VECS]) {
+    const Vec t = broadcast(c.threshold[b]);
     float* scores = c.scores + b * c.stride;
     std::int32_t* ids = c.ids + b * c.stride;
     std::int64_t n = c.size[b];
     for (int v = 0; v < VECS; ++v) {
-        const std::int64_t left = existing - v * W;
-        if (left <= 0) break;
         // The maximum is its second operand where the first is NaN.
         const Vec score = max(load(lanes + v * W), broadcast(LOWEST));
-        Mask mask = any ? (1u << W) - 1 : greater(score, broadcast(t));
-        if (left < W) mask &= (1u << left) - 1;
-        if (!mask) continue;
+        const Mask mask = not_less_equal(score, t) & exists[v];
         compress(scores + n, mask, score);
         compress_ids(ids + n, mask, first + v * W);
         n += count(mask);

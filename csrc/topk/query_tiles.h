@@ -19,25 +19,25 @@ inline std::vector<float> query_tiles(const float* query, std::int64_t B, std::i
     return tiles;
 }
 
-// Each query's exclusions in ascending order, walked once beside the items.
-struct SortedExclusions {
-    std::vector<std::int64_t> ids;
-    std::vector<const std::int64_t*> next, end;
-
+// Each query's exclusions in ascending order.
+class SortedExclusions {
+   public:
     template <class Call>
     void assign(const Call& call, std::int64_t first, std::int64_t B) {
         const std::int64_t* offsets = call.exclude_offsets;
-        ids.assign(call.exclude_ids + offsets[first], call.exclude_ids + offsets[first + B]);
-        next.clear();
-        end.clear();
-        for (std::int64_t b = first; b < first + B; ++b) {
-            std::int64_t* const from = ids.data() + (offsets[b] - offsets[first]);
-            std::int64_t* const to = ids.data() + (offsets[b + 1] - offsets[first]);
-            if (!std::is_sorted(from, to)) std::sort(from, to);
-            next.push_back(from);
-            end.push_back(to);
+        ids_.assign(call.exclude_ids + offsets[first], call.exclude_ids + offsets[first + B]);
+        offsets_.clear();
+        for (std::int64_t b = first; b <= first + B; ++b) offsets_.push_back(offsets[b] - offsets[first]);
+        for (std::int64_t b = 0; b < B; ++b) {
+            if (!std::is_sorted(begin(b), last(b))) std::sort(begin(b), last(b));
         }
     }
+
+    std::int64_t* begin(std::int64_t b) { return ids_.data() + offsets_[static_cast<std::size_t>(b)]; }
+    std::int64_t* last(std::int64_t b) { return begin(b + 1); }
+
+   private:
+    std::vector<std::int64_t> ids_, offsets_;
 };
 
 }  // namespace lares_fast

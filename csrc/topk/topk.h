@@ -6,8 +6,8 @@
 namespace lares_fast {
 
 // Order: score descending, then id ascending. NaN ranks, and is returned, as -inf; -0 and 0 tie.
-// A score is the fp32 sum over d = 0 .. D-1 in that order, then the bias, each operation rounded: it depends on
-// nothing but its own two rows, so no batch size and no thread count changes a bit of it.
+// A score is the fp32 sum of the bias and the D products in that order, by fused multiply-adds where the SIMD level has
+// them: it depends on nothing but its own two rows, so no batch size and no thread count changes a bit of it.
 // Fewer than k candidates: id -1 and score -inf fill the rest.
 struct Topk {
     const float* query;                   // [B, D]
@@ -20,7 +20,8 @@ struct Topk {
     std::int64_t B, N, D, k;
 };
 
-// Workspace beside the outputs: a tile of items and the exclusions of one block of queries, for each thread.
+// Workspace beside the outputs, a thread: a panel of items and, for a block of queries that takes at most 16 MiB of them,
+// about 2k candidates of each and its exclusions.
 void topk_cpu(const Topk& call, std::int64_t threads);
 
 }  // namespace lares_fast

@@ -2,46 +2,28 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <stdexcept>
 #include <vector>
 
 #include "parallel.h"
-#include "simd/level.h"
+#include "simd/dispatch.h"
 #include "topk/checks.h"
 #include "topk/query_tiles.h"
+#include "topk/scratch.h"
 #include "topk/topk_kernel.h"
 
 namespace lares_fast {
 
-namespace generic {
-extern const TopkKernel topk_kernel;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const TopkKernel topk_kernel;
-}
-namespace avx512 {
-extern const TopkKernel topk_kernel;
-}
-#endif
-
-const TopkKernel& topk_kernel() {
-#if defined(__x86_64__)
-    if (level() == Level::avx512) return avx512::topk_kernel;
-    if (level() == Level::avx2) return avx2::topk_kernel;
-#endif
-    return generic::topk_kernel;
-}
+LARES_DISPATCH(TopkKernel, topk_kernel)
 
 namespace {
 
 constexpr std::int64_t BLOCK = 1024;             // queries that share one walk over the catalog
 constexpr std::int64_t CANDIDATE_BYTES = 16 << 20;  // of one block, so that a large K takes smaller blocks
 constexpr std::int64_t CHUNK = 32768;            // items a thread takes at a time
+constexpr std::size_t FEW = 384;                 // keys below which comparing all pairs beats a sort
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 void check(const Topk& t, std::int64_t threads) {
@@ -66,7 +48,7 @@ class Walk {
         const auto slots = static_cast<std::size_t>(B * c.stride), rows = static_cast<std::size_t>(B);
         scores_.reset(new float[slots]);
         ids_.reset(new std::int32_t[slots]);
-        scratch_.reset(new float[static_cast<std::size_t>(kernel.panel * (call.D + 1))]());
+        scratch_ = make_scratch(kernel.panel * (call.D + 1));
         size_.assign(rows, 0);
         clean_.assign(rows, 0);
         threshold_.assign(rows, std::numeric_limits<float>::quiet_NaN());
@@ -77,13 +59,14 @@ class Walk {
         c.threshold = threshold_.data();
         if (call.exclude_offsets) {
             excluded_.assign(call, first, B);
-            c.excluded = excluded_.next.data();
-            c.excluded_end = excluded_.end.data();
+            for (std::int64_t b = 0; b < B; ++b) {
+                next_.push_back(excluded_.begin(b));
+                end_.push_back(excluded_.last(b));
+            }
+            c.excluded = next_.data();
+            c.excluded_end = end_.data();
         }
-        scan_.items = call.items;
-        scan_.bias = call.bias;
-        scan_.N = call.N;
-        scan_.D = call.D;
+        scan_.catalog = {call.items, nullptr, call.bias, call.N, call.D};
         scan_.query = query;
         scan_.B = B;
         scan_.scratch = scratch_.get();
@@ -124,16 +107,23 @@ class Walk {
     const Topk& call_;
     const TopkKernel& kernel_;
     Scan scan_{};
-    std::unique_ptr<float[]> scores_, scratch_;
+    std::unique_ptr<float[]> scores_;
+    Scratch scratch_;
     std::unique_ptr<std::int32_t[]> ids_;
     std::vector<std::int64_t> size_, clean_;
     std::vector<float> threshold_;
     SortedExclusions excluded_;
+    std::vector<const std::int64_t*> next_, end_;
 };
 
-void write(const Topk& call, std::int64_t b, std::vector<std::uint64_t>& keys) {
+void write(const Topk& call, std::int64_t b, const TopkKernel& kernel, std::vector<std::uint64_t>& keys) {
     const std::int64_t found = std::min<std::int64_t>(call.k, static_cast<std::int64_t>(keys.size()));
-    std::partial_sort(keys.begin(), keys.begin() + found, keys.end());
+    if (keys.size() <= FEW) {
+        const std::vector<std::uint64_t> unsorted = keys;
+        kernel.sort_few(unsorted.data(), static_cast<std::int64_t>(unsorted.size()), keys.data());
+    } else {
+        std::sort(keys.begin(), keys.end());
+    }
     float* scores = call.scores + b * call.k;
     std::int64_t* ids = call.ids + b * call.k;
     for (std::int64_t i = 0; i < found; ++i) {
@@ -174,7 +164,7 @@ void topk_cpu(const Topk& call, std::int64_t threads) {
             for (const auto& walk : walks) {
                 if (walk) walk->keys(b, keys);
             }
-            write(call, first + b, keys);
+            write(call, first + b, kernel, keys);
         }
     }
 }

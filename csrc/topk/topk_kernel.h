@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "topk/catalog.h"
+
 namespace lares_fast {
 
 // Candidates of one block of queries. Those of query b stand in ids' ascending order at b * stride.
@@ -20,13 +22,10 @@ struct Candidates {
 };
 
 struct Scan {
-    const float* items;    // [N, D]
-    const float* panels;   // the same as panels [D][panel], or null
-    const float* bias;     // [N] or null
-    std::int64_t N, D;
-    const float* query;    // tiles of r queries, [D][r] each, beginning at query + b * D
+    Catalog catalog;
+    const float* query;  // tiles of r queries, [D][r] each, beginning at query + b * D
     std::int64_t B;
-    float* scratch;        // [D][panel] + [panel]
+    float* scratch;      // [D][panel] + [panel], at a cache line's beginning
     Candidates best;
 };
 
@@ -38,6 +37,8 @@ struct TopkKernel {
     void (*scan)(const Scan&, std::int64_t first, std::int64_t last);
     // Drops what is excluded or cannot be among the best K of query b: at most K + K / 8 candidates remain.
     void (*compact)(const Candidates&, std::int64_t b);
+    // sorted = keys [n] in ascending order; they differ from each other. For small n: it compares all pairs.
+    void (*sort_few)(const std::uint64_t* keys, std::int64_t n, std::uint64_t* sorted);
 };
 
 const TopkKernel& topk_kernel();

@@ -1,0 +1,90 @@
+#include "target_rank/target_rank.h"
+
+#include <algorithm>
+#include <atomic>
+#include <numeric>
+#include <vector>
+
+#include "parallel.h"
+#include "simd/dispatch.h"
+#include "target_rank/target_rank_kernel.h"
+#include "topk/checks.h"
+#include "topk/query_tiles.h"
+#include "topk/scratch.h"
+
+namespace lares_fast {
+
+LARES_DISPATCH(RankKernel, rank_kernel)
+
+namespace {
+
+constexpr std::int64_t BLOCK = 1024;   // queries that share one walk over the catalog
+constexpr std::int64_t CHUNK = 32768;  // items a thread takes at a time
+
+void check(const TargetRank& t, std::int64_t threads) {
+    check_sizes(t.B, t.N, t.D, threads);
+    if (t.B == 0) return;
+    check_inputs(t.query, t.items, t.N, t.D);
+    require(t.target && t.rank, "target and rank must not be null pointers");
+    for (std::int64_t b = 0; b < t.B; ++b) {
+        require(t.target[b] >= 0 && t.target[b] < t.N, "target must be item ids in [0, N)");
+    }
+    check_exclude(t.exclude_offsets, t.exclude_ids, t.B, t.N);
+}
+
+// The queries [first, first + B) of the call.
+void rank_block(const TargetRank& call, std::int64_t first, std::int64_t B, std::int64_t threads) {
+    const RankKernel& kernel = rank_kernel();
+    const std::vector<float> query = query_tiles(call.query + first * call.D, B, call.D, kernel.rows);
+    const auto size = static_cast<std::size_t>(B);
+    std::vector<std::int64_t> order(size);
+    std::vector<float> own(size);
+    RankScan scan{};
+    scan.catalog = {call.items, nullptr, call.bias, call.N, call.D};
+    scan.rows = call.query + first * call.D;
+    scan.query = query.data();
+    scan.B = B;
+    scan.target = call.target + first;
+    scan.ties_by_id = call.ties_by_id;
+    std::iota(order.begin(), order.end(), std::int64_t{0});
+    std::sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) { return scan.target[a] < scan.target[b]; });
+    for (std::int64_t b = 0; b < B; ++b) own[static_cast<std::size_t>(b)] = kernel.own(scan, b);
+    scan.order = order.data();
+    scan.own = own.data();
+
+    const std::int64_t chunk = CHUNK / kernel.panel * kernel.panel;
+    const std::int64_t chunks = (call.N + chunk - 1) / chunk;
+    std::atomic<std::int64_t> next{0};
+    std::vector<std::atomic<std::int64_t>> total(size);
+    for (auto& count : total) count.store(0);
+    run_on_threads(std::min(threads, chunks), [&] {
+        RankScan mine = scan;
+        std::vector<float> now(size);
+        std::vector<std::int64_t> rank(size);
+        const Scratch scratch = make_scratch(kernel.panel * (call.D + 1));
+        mine.now = now.data();
+        mine.rank = rank.data();
+        mine.scratch = scratch.get();
+        for (std::int64_t c; (c = next.fetch_add(1)) < chunks;) kernel.scan(mine, c * chunk, std::min(call.N, (c + 1) * chunk));
+        for (std::size_t b = 0; b < size; ++b) total[b] += rank[b];
+    });
+    SortedExclusions excluded;
+    if (call.exclude_offsets) excluded.assign(call, first, B);
+    for (std::int64_t b = 0; b < B; ++b) {
+        std::int64_t rank = total[static_cast<std::size_t>(b)];
+        if (call.exclude_offsets) {
+            const auto from = excluded.begin(b), to = std::unique(from, excluded.last(b));
+            rank -= kernel.outranking(scan, b, from, to - from);
+        }
+        call.rank[first + b] = rank;
+    }
+}
+
+}  // namespace
+
+void target_rank_cpu(const TargetRank& call, std::int64_t threads) {
+    check(call, threads);
+    for (std::int64_t first = 0; first < call.B; first += BLOCK) rank_block(call, first, std::min(BLOCK, call.B - first), threads);
+}
+
+}  // namespace lares_fast
