@@ -1,11 +1,13 @@
 // The module lares_fast._C: the only file that knows Python. Pointers arrive as integers; lares_fast/_native.py
 // allocates, checks dtypes, devices and shapes, and is the only caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "build_info.h"
 #include "cuda/capability.h"
@@ -24,7 +26,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
-constexpr int ABI = 3;
+constexpr int ABI = 4;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -56,10 +58,28 @@ py::dict build_info() {
     return info;
 }
 
+// Addresses of centre, panels, codes, start and bounds; of none without an index.
+using Tables = std::vector<uintptr_t>;
+
+lares_fast::IndexTables tables(const Tables& addresses) {
+    if (addresses.empty()) return {};
+    return {pointer<float>(addresses.at(0)), pointer<float>(addresses.at(1)), pointer<std::int8_t>(addresses.at(2)),
+            pointer<std::int32_t>(addresses.at(3)), pointer<float>(addresses.at(4))};
+}
+
+py::tuple index_shape(int64_t N, int64_t D) {
+    const lares_fast::IndexShape shape = lares_fast::index_shape(N, D);
+    return py::make_tuple(shape.panel, shape.panels, shape.words);
+}
+
+void build_index(uintptr_t items, int64_t N, int64_t D, const Tables& index, int64_t threads) {
+    lares_fast::build_index(pointer<float>(items), N, D, tables(index), threads);
+}
+
 void topk(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t exclude_offsets, uintptr_t exclude_ids, uintptr_t scores,
-          uintptr_t ids, int64_t B, int64_t N, int64_t D, int64_t k, int64_t threads) {
+          uintptr_t ids, const Tables& index, int64_t B, int64_t N, int64_t D, int64_t k, int64_t threads) {
     lares_fast::topk_cpu({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(exclude_offsets),
-                          pointer<int64_t>(exclude_ids), pointer<float>(scores), pointer<int64_t>(ids), B, N, D, k},
+                          pointer<int64_t>(exclude_ids), pointer<float>(scores), pointer<int64_t>(ids), B, N, D, k, tables(index)},
                          threads);
 }
 
@@ -100,7 +120,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("level", &lares_fast::level_name);
     m.def("capability", &lares_fast::capability, Release());
     m.def("topk", &topk, arg("query"), arg("items"), arg("bias"), arg("exclude_offsets"), arg("exclude_ids"), arg("scores"), arg("ids"),
-          arg("B"), arg("N"), arg("D"), arg("k"), arg("threads"), Release());
+          arg("index"), arg("B"), arg("N"), arg("D"), arg("k"), arg("threads"), Release());
+    m.def("index_shape", &index_shape, arg("N"), arg("D"));
+    m.def("build_index", &build_index, arg("items"), arg("N"), arg("D"), arg("index"), arg("threads"), Release());
     m.def("target_rank", &target_rank, arg("query"), arg("items"), arg("bias"), arg("target"), arg("exclude_offsets"), arg("exclude_ids"),
           arg("rank"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("threads"), Release());
     m.def("keep_hidden", &keep_hidden, arg("key0"), arg("key1"), arg("threshold"), arg("site"), arg("step"), arg("layer"), arg("rows_ptr"),

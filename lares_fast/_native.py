@@ -18,7 +18,7 @@ from lares_fast._errors import InputError, NotBuiltError
 from lares_fast._random import Key
 
 # Equal to ABI in csrc/bindings.cpp: pointers cross this line, so a module of other sources must not be called.
-ABI = 3
+ABI = 4
 
 _REMEDY = "run pip install . in the sources' folder"
 
@@ -32,8 +32,9 @@ def _attempt() -> tuple[ModuleType | None, str]:
         return None, _why_missing(error)
     if getattr(module, "ABI", None) != ABI:
         return None, f"the native module {module.__file__} was built from other sources: {_REMEDY} again"
+    simd = _settings.simd()
     try:
-        module.use_level(_settings.simd())
+        module.use_level(simd)
     except ValueError as error:
         raise InputError(f"LARES_FAST_SIMD: {error}.") from None
     return module, ""
@@ -96,12 +97,14 @@ def topk(
     *,
     bias: Tensor | None = None,
     exclude: tuple[Tensor, Tensor] | None = None,
+    index: Sequence[Tensor] = (),
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores [B, k] and ids [B, k] of the best ``query @ items.T + bias``; fp32 on the CPU, same bits for every ``threads``.
 
     The contract is that of :func:`lares_fast.ops.topk`, and ``k`` may exceed N. ``exclude`` is (offsets [B + 1], ids).
-    ``threads`` defaults to ``torch.get_num_threads()``. Workspace: 128 KiB and 64 queries' exclusions per thread.
+    ``index`` are the tables that :func:`build_index` made of the same values. ``threads`` defaults to
+    ``torch.get_num_threads()``. Workspace: csrc/topk/topk.h.
     """
     query = _dense("query", query, torch.float32, (None, None))
     batch, width = query.shape
@@ -119,6 +122,7 @@ def topk(
         *(0 if tensor is None else tensor.data_ptr() for tensor in (query, items, bias, offsets, ids)),
         scores.data_ptr(),
         best.data_ptr(),
+        [table.data_ptr() for table in index],
         batch,
         len(items),
         width,
@@ -126,6 +130,25 @@ def topk(
         threads,
     )
     return scores, best
+
+
+def build_index(items: Tensor, *, threads: int | None = None) -> list[Tensor]:
+    """What :func:`topk` can be given as ``index``: the centre [D], panels, and int8 codes, starts and bounds (empty where
+    nothing is screened). fp32 on the CPU."""
+    items = _dense("items", items, torch.float32, (None, None))
+    count, width = items.shape
+    panel, panels, words = load().index_shape(count, width)
+    centre = items.mean(dim=0) if count else torch.zeros(width)
+    tables = [
+        torch.where(centre.isfinite(), centre, 0.0),
+        torch.empty(panels, width, panel),
+        torch.empty(panels * bool(words), words, panel, 4, dtype=torch.int8),
+        torch.empty(panels * bool(words), panel, dtype=torch.int32),
+        torch.empty(panels * bool(words), 3),
+    ]
+    addresses = [table.data_ptr() for table in tables]
+    _call(load().build_index, items.data_ptr(), count, width, addresses, _threads(threads))
+    return tables
 
 
 def target_rank(
@@ -210,7 +233,7 @@ def _mask(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.bool)
 
 
-def _call(function: Callable[..., None], *arguments: int) -> None:
+def _call(function: Callable[..., None], *arguments: object) -> None:
     """The C++ side's complaints as ours: a value out of range there, or an integer too large for its type."""
     try:
         function(*arguments)

@@ -8,8 +8,9 @@
 namespace lares_fast {
 
 // Tiles of `rows` queries, then of 4, 2 and 1: [D][r] each, the tile of query b beginning at b * D.
-inline std::vector<float> query_tiles(const float* query, std::int64_t B, std::int64_t D, std::int64_t rows) {
-    std::vector<float> tiles(static_cast<std::size_t>(B * D));
+template <class T>
+std::vector<T> query_tiles(const T* query, std::int64_t B, std::int64_t D, std::int64_t rows) {
+    std::vector<T> tiles(static_cast<std::size_t>(B * D));
     for (std::int64_t b = 0, size = rows; b < B; b += size) {
         while (size > B - b) size = size > 4 ? 4 : size / 2;
         for (std::int64_t r = 0; r < size; ++r) {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "topk/index.h"
+
 namespace lares_fast {
 
 // Order: score descending, then id ascending. NaN ranks, and is returned, as -inf; -0 and 0 tie.
@@ -18,6 +20,7 @@ struct Topk {
     float* scores;                        // [B, k]
     std::int64_t* ids;                    // [B, k]
     std::int64_t B, N, D, k;
+    IndexTables index;                    // of the same items, or nulls; without effect on the answer
 };
 
 // Workspace beside the outputs, a thread: a panel of items and, for a block of queries that takes at most 16 MiB of them,

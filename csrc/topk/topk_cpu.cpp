@@ -10,8 +10,10 @@
 #include "parallel.h"
 #include "simd/dispatch.h"
 #include "topk/checks.h"
+#include "topk/coded_queries.h"
 #include "topk/query_tiles.h"
 #include "topk/scratch.h"
+#include "topk/screen_kernel.h"
 #include "topk/topk_kernel.h"
 
 namespace lares_fast {
@@ -23,6 +25,7 @@ namespace {
 constexpr std::int64_t BLOCK = 1024;             // queries that share one walk over the catalog
 constexpr std::int64_t CANDIDATE_BYTES = 16 << 20;  // of one block, so that a large K takes smaller blocks
 constexpr std::int64_t CHUNK = 32768;            // items a thread takes at a time
+constexpr std::int64_t SEED = 512 * 48;          // about 24 thousand items, a multiple of every panel
 constexpr std::size_t FEW = 384;                 // keys below which comparing all pairs beats a sort
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
@@ -66,7 +69,7 @@ class Walk {
             c.excluded = next_.data();
             c.excluded_end = end_.data();
         }
-        scan_.catalog = {call.items, nullptr, call.bias, call.N, call.D};
+        scan_.catalog = {call.items, call.index.panels, call.bias, call.N, call.D};
         scan_.query = query;
         scan_.B = B;
         scan_.scratch = scratch_.get();
@@ -74,7 +77,32 @@ class Walk {
 
     static std::int64_t capacity(std::int64_t K, const TopkKernel& kernel) { return std::max(2 * K, K + 96) + kernel.panel; }
 
-    void items(std::int64_t first, std::int64_t last) { kernel_.scan(scan_, first, last); }
+    // Screens with `screener`; the queries' codes must outlive the walk.
+    void screen_with(const ScreenKernel& screener, const CodedQueries& queries, std::int64_t first_query) {
+        screener_ = &screener;
+        pending_.resize(static_cast<std::size_t>(scan_.B * screener.pending_stride));
+        waiting_.assign(static_cast<std::size_t>(scan_.B), 0);
+        const IndexTables& index = call_.index;
+        screen_ = {scan_, call_.query + first_query * call_.D, index.codes, index.start, index.bounds, (call_.D + 3) / 4,
+                   queries.view(), pending_.data(), waiting_.data()};
+    }
+
+    void items(std::int64_t first, std::int64_t last) {
+        while (first < last) {
+            if (!screener_ || plain_ > 0) {
+                const std::int64_t to = screener_ ? std::min(last, first + plain_) : last;
+                kernel_.scan(scan_, first, to);
+                plain_ -= to - first;
+                first = to;
+            } else {
+                first = screener_->screen(screen_, first, last);
+                if (first == last) break;
+                // Too much survives here: fp32 for a while, and for longer each time.
+                plain_ = patience_;
+                patience_ *= 4;
+            }
+        }
+    }
 
     void finish() {
         for (std::int64_t b = 0; b < scan_.B; ++b) kernel_.compact(scan_.best, b);
@@ -112,6 +140,11 @@ class Walk {
     std::unique_ptr<std::int32_t[]> ids_;
     std::vector<std::int64_t> size_, clean_;
     std::vector<float> threshold_;
+    const ScreenKernel* screener_ = nullptr;
+    Screen screen_{};
+    // Items to score in fp32 before the next attempt to screen. The first of them give the threshold.
+    std::int64_t plain_ = SEED, patience_ = SEED;
+    std::vector<std::int32_t> pending_, waiting_;
     SortedExclusions excluded_;
     std::vector<const std::int64_t*> next_, end_;
 };
@@ -150,11 +183,14 @@ void topk_cpu(const Topk& call, std::int64_t threads) {
         const std::vector<float> query = query_tiles(call.query + first * call.D, B, call.D, kernel.rows);
         // Threads share out the catalog: each walks ascending ids of its own, and the order of results is total.
         const std::int64_t walkers = std::clamp<std::int64_t>(std::min(threads, chunks), 1, 1024);
+        const ScreenKernel* screener = call.index.codes && !call.bias ? screen_kernel() : nullptr;
+        const CodedQueries codes(screener ? B : 0, call.query + first * call.D, call.D, call.index.centre, kernel.rows);
         std::vector<std::unique_ptr<Walk>> walks(static_cast<std::size_t>(walkers));
         std::atomic<std::int64_t> next_walk{0}, next_chunk{0};
         run_on_threads(walkers, [&] {
             auto& walk = walks[static_cast<std::size_t>(next_walk.fetch_add(1))];
             walk = std::make_unique<Walk>(call, query.data(), first, B, kernel);
+            if (screener) walk->screen_with(*screener, codes, first);
             for (std::int64_t c; (c = next_chunk.fetch_add(1)) < chunks;) walk->items(c * chunk, std::min(call.N, (c + 1) * chunk));
             walk->finish();
         });

@@ -35,6 +35,13 @@ void scan(const Scan& s, std::int64_t first, std::int64_t last) {
     walk(s.catalog, s.query, s.B, first, last, s.scratch, Select{s.best});
 }
 
+void pack(const float* items, std::int64_t N, std::int64_t D, float* panels, std::int64_t first, std::int64_t last) {
+    for (std::int64_t p = first; p < last; ++p) {
+        const std::int64_t left = N - p * PANEL;
+        pack_panel(items + p * PANEL * D, left < PANEL ? left : PANEL, D, panels + p * PANEL * D);
+    }
+}
+
 void sort_few(const std::uint64_t* keys, std::int64_t n, std::uint64_t* sorted) {
     for (std::int64_t i = 0; i < n; ++i) {
         std::uint64_t place = 0;
@@ -47,7 +54,7 @@ void sort_few(const std::uint64_t* keys, std::int64_t n, std::uint64_t* sorted) 
 
 namespace LARES_LEVEL {
 extern const TopkKernel topk_kernel;
-const TopkKernel topk_kernel{PANEL, ROWS, PANEL, scan, compact, sort_few};
+const TopkKernel topk_kernel{PANEL, ROWS, PANEL, scan, compact, pack, sort_few};
 }  // namespace LARES_LEVEL
 
 }  // namespace lares_fast

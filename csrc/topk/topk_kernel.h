@@ -37,6 +37,8 @@ struct TopkKernel {
     void (*scan)(const Scan&, std::int64_t first, std::int64_t last);
     // Drops what is excluded or cannot be among the best K of query b: at most K + K / 8 candidates remain.
     void (*compact)(const Candidates&, std::int64_t b);
+    // The panels [first, last) of the items, one after the other.
+    void (*pack)(const float* items, std::int64_t N, std::int64_t D, float* panels, std::int64_t first, std::int64_t last);
     // sorted = keys [n] in ascending order; they differ from each other. For small n: it compares all pairs.
     void (*sort_few)(const std::uint64_t* keys, std::int64_t n, std::uint64_t* sorted);
 };

@@ -1,6 +1,7 @@
 """Public ops: each chooses its backend by the call's arguments, and :func:`lares_fast.explain` tells which and why."""
 
 from lares_fast._dispatch import backend
+from lares_fast.ops._catalog_index import CatalogIndex
 from lares_fast.ops.topk import topk
 
-__all__ = ["backend", "topk"]
+__all__ = ["CatalogIndex", "backend", "topk"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from lares_fast import _native, reference
 from lares_fast._dispatch import Backend, register, requested, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
+from lares_fast.ops._catalog_index import CatalogIndex
 from lares_fast.reference.topk import Exclude
 
 
@@ -19,6 +22,7 @@ def topk(
     *,
     bias: Tensor | None = None,
     exclude: Exclude | None = None,
+    index: CatalogIndex | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``torch.topk(query @ items.T + bias, k)`` in one total order, without the [B, N] scores.
@@ -33,6 +37,7 @@ def topk(
         bias: [N], added to every query's scores.
         exclude: ``(offsets [B + 1], ids [E])``, int64: query b never gets ``ids[offsets[b]:offsets[b + 1]]``.
             Any order, repeats allowed.
+        index: of these very ``items``. The answer is the same without it; only the native backend reads it.
         backend: ``auto`` (default), ``native`` (fp32 on the CPU) or ``reference``.
 
     Returns:
@@ -40,12 +45,13 @@ def topk(
         score -inf, id -1.
 
     Raises:
-        InputError: an argument has the wrong shape, dtype, device or range.
+        InputError: an argument has the wrong shape, dtype, device or range, or ``index`` is stale.
         BackendError: the backend asked for by name cannot take these arguments.
     """
     _check(query, items, k, bias, exclude)
     offsets, ids = exclude if exclude is not None else (None, None)
-    scores, best = _OP(query, items, k, bias, offsets, ids, requested(backend))
+    tables = [] if index is None else index.tables(items)
+    scores, best = _OP(query, items, k, bias, offsets, ids, tables, requested(backend))
     return scores, best
 
 
@@ -81,6 +87,7 @@ def _run(
     bias: Tensor | None,
     offsets: Tensor | None,
     ids: Tensor | None,
+    index: list[Tensor],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     exclude = None
@@ -90,29 +97,42 @@ def _run(
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(items):
             raise InputError(f"exclude ids must be in 0..{len(items) - 1}, but they span {int(ids.min())}..{int(ids.max())}.")
         exclude = (offsets, ids)
-    scores, best = run("topk", backend, query.detach(), items.detach(), k, bias, exclude)
+    scores, best = run("topk", backend, query.detach(), items.detach(), k, bias, exclude, index)
     return scores, best
 
 
 def _fake(
-    query: Tensor, items: Tensor, k: int, bias: Tensor | None, offsets: Tensor | None, ids: Tensor | None, backend: str
+    query: Tensor,
+    items: Tensor,
+    k: int,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    ids: Tensor | None,
+    index: list[Tensor],
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return query.new_empty(len(query), k), query.new_empty((len(query), k), dtype=torch.int64)
 
 
-def _reference(query: Tensor, items: Tensor, k: int, bias: Tensor | None, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
+def _reference(
+    query: Tensor, items: Tensor, k: int, bias: Tensor | None, exclude: Exclude | None, index: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
     return reference.topk(query, items, k, bias=bias, exclude=exclude)
 
 
-def _native_topk(query: Tensor, items: Tensor, k: int, bias: Tensor | None, exclude: Exclude | None) -> tuple[Tensor, Tensor]:
-    return _native.topk(query, items, k, bias=bias, exclude=exclude)
+def _native_topk(
+    query: Tensor, items: Tensor, k: int, bias: Tensor | None, exclude: Exclude | None, index: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    return _native.topk(query, items, k, bias=bias, exclude=exclude, index=index)
 
 
-def _native_obstacle(query: Tensor, items: Tensor, k: int, bias: Tensor | None = None, exclude: object = None) -> str | None:
+def _native_obstacle(query: Tensor, items: Tensor, *_: object) -> str | None:
     if query.device.type != "cpu":
         return f"it runs on the CPU, and query is on {query.device}"
     if query.dtype != torch.float32:
         return f"it takes float32, and query is {query.dtype}"
+    if len(items) >= 2**31 - 1024:
+        return f"it takes fewer than 2^31 - 1024 items, and there are {len(items)}"
     built, reason = _native.available()
     return None if built else reason
 
@@ -124,7 +144,8 @@ register(
 )
 
 _OP = register_op(
-    "topk(Tensor query, Tensor items, int k, Tensor? bias, Tensor? exclude_offsets, Tensor? exclude_ids, str backend)"
+    "topk(Tensor query, Tensor items, int k, Tensor? bias, Tensor? exclude_offsets, Tensor? exclude_ids,"
+    " Tensor[] index, str backend)"
     " -> (Tensor, Tensor)",
     _run,
     _fake,

@@ -64,7 +64,7 @@ def check_exactly(B, N, D, k, with_bias, backend):
 
 
 def reversed_ids(topk):
-    def wrong(query, items, k, *, bias, exclude):
+    def wrong(query, items, k, *, bias, exclude, index):
         scores, ids = topk(query, items.flip(0), k, bias=None if bias is None else bias.flip(0), exclude=None)
         return scores, len(items) - 1 - ids
 
@@ -73,15 +73,15 @@ def reversed_ids(topk):
 
 PLANTED = {
     "ties by descending id": reversed_ids,
-    "exclusion ignored": lambda topk: lambda q, i, k, *, bias, exclude: topk(q, i, k, bias=bias, exclude=None),
-    "bias ignored": lambda topk: lambda q, i, k, *, bias, exclude: topk(q, i, k, bias=None, exclude=exclude),
+    "exclusion ignored": lambda topk: lambda q, i, k, *, bias, exclude, index: topk(q, i, k, bias=bias, exclude=None),
+    "bias ignored": lambda topk: lambda q, i, k, *, bias, exclude, index: topk(q, i, k, bias=None, exclude=exclude),
     "first half unseen": lambda topk: (
-        lambda q, i, k, *, bias, exclude: topk(
+        lambda q, i, k, *, bias, exclude, index: topk(
             q, i * (torch.arange(len(i)) >= len(i) // 2)[:, None], k, bias=bias, exclude=exclude
         )
     ),
     "best left out": lambda topk: (
-        lambda q, i, k, *, bias, exclude: [x[:, 1:] for x in topk(q, i, k + 1, bias=bias, exclude=exclude)]
+        lambda q, i, k, *, bias, exclude, index: [x[:, 1:] for x in topk(q, i, k + 1, bias=bias, exclude=exclude)]
     ),
 }
 
@@ -155,7 +155,7 @@ def test_reference_takes_other_dtypes():
 def test_opcheck_and_compile(backend):
     query, items = integers(4, 3), integers(9, 3)
     offsets, ids = csr([[1], [], [2, 2], [8]])
-    torch.library.opcheck(torch.ops.lares_fast.topk, (query, items, 3, None, offsets, ids, backend))
+    torch.library.opcheck(torch.ops.lares_fast.topk, (query, items, 3, None, offsets, ids, [], backend))
     compiled = torch.compile(lambda q, i: ops.topk(q, i, 3, backend=backend)[1] + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(query, items), ops.topk(query, items, 3, backend=backend)[1] + 1)
 
@@ -188,6 +188,104 @@ def test_bad_arguments(change, message):
     arguments = {"query": torch.ones(2, 3), "items": torch.ones(5, 3), "k": 2, **change}
     with pytest.raises(InputError, match=message):
         ops.topk(arguments.pop("query"), arguments.pop("items"), arguments.pop("k"), **arguments)
+
+
+def catalog(kind, N, D):
+    """(query, items) of a shape that screening finds easy, hard or impossible."""
+    query, items = torch.randn(21, D), torch.randn(N, D)
+    if kind == "cone":
+        items = torch.randn(D) + 0.05 * items
+    elif kind == "one large dimension":
+        items[:, 0] *= 30
+    elif kind == "one large dimension that queries ignore":
+        items[:, 0] *= 30
+        query[:, 0] = 0
+    elif kind == "ascending scores":
+        query = torch.randn(D) + 0.1 * query
+        items = items[(items @ query[0]).argsort()]
+    elif kind == "massed ties":
+        query, items = integers(21, D), integers(N, D)
+    elif kind == "one item":
+        items = items[:1].repeat(N, 1)
+    elif kind == "not finite":
+        items[::61] = torch.nan
+        items[5::1009, 0] = torch.inf
+        query[0], query[1], query[2] = 0, torch.nan, torch.inf
+    elif kind == "huge":
+        items = items * 1e19
+    elif kind == "tiny":
+        items = items * 1e-36
+    return query, items
+
+
+CATALOGS = [
+    "Gaussian", "cone", "one large dimension", "one large dimension that queries ignore", "ascending scores", "massed ties",
+    "one item", "not finite", "huge", "tiny",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
+class TestCatalogIndex:
+    @pytest.mark.parametrize("kind", CATALOGS)
+    @pytest.mark.parametrize(("N", "D", "k"), [(300, 16, 300), (66_001, 18, 100)])
+    def test_the_answer_is_the_same_bit_for_bit(self, kind, N, D, k):
+        query, items = catalog(kind, N, D)
+        index = ops.CatalogIndex(items)
+        lists = [torch.randint(0, N, (n,)).tolist() for n in range(len(query))]
+        for size, exclude in ((21, None), (21, csr(lists)), (1, None)):
+            expected = ops.topk(query[:size], items, k, exclude=exclude, backend="native")
+            found = ops.topk(query[:size], items, k, exclude=exclude, index=index, backend="native")
+            assert torch.equal(found[1], expected[1])
+            assert torch.equal(found[0], expected[0])
+
+    def test_threads_and_bias_do_not_enter(self):
+        query, items = catalog("Gaussian", 66_001, 16)
+        tables, bias = ops.CatalogIndex(items).tables(items), torch.randn(66_001)
+        for extra in ({}, {"bias": bias}):
+            expected = _native.topk(query, items, 50, **extra, threads=1)
+            for threads in (1, 2, 3):
+                found = _native.topk(query, items, 50, **extra, index=tables, threads=threads)
+                assert torch.equal(found[1], expected[1])
+
+    def test_a_residual_left_out_of_the_bound_is_caught(self):
+        query, items = catalog("Gaussian", 66_001, 16)
+        tables = ops.CatalogIndex(items).tables(items)
+        if not tables[4].numel():
+            pytest.skip("this CPU screens nothing")
+        expected = _native.topk(query, items, 100)
+        tables[4][:, 1:] = -1.0
+        assert not torch.equal(_native.topk(query, items, 100, index=tables)[1], expected[1])
+
+    def test_a_stale_index_does_not_answer(self):
+        items = torch.randn(100, 4)
+        index = ops.CatalogIndex(items)
+        ops.topk(torch.randn(2, 4), items, 3, index=index)
+        items[3] += 1
+        with pytest.raises(InputError, match="index is stale, because items changed"):
+            ops.topk(torch.randn(2, 4), items, 3, index=index)
+        for other in (items.clone(), items[1:]):
+            with pytest.raises(InputError, match="index was built from another tensor"):
+                ops.topk(torch.randn(2, 4), other, 3, index=index)
+
+    def test_a_view_sees_changes_of_its_base(self):
+        table = torch.nn.Parameter(torch.randn(100, 4))
+        index = ops.CatalogIndex(table[1:])
+        ops.topk(torch.randn(2, 4), table[1:], 3, index=index)
+        with torch.no_grad():
+            table.add_(1)
+        with pytest.raises(InputError, match="stale"):
+            ops.topk(torch.randn(2, 4), table[1:], 3, index=index)
+
+    @pytest.mark.parametrize("items", [torch.ones(3), torch.ones(3, 4).double(), torch.ones(4, 3).T])
+    def test_bad_items(self, items):
+        with pytest.raises(InputError, match="items must be a contiguous torch.float32"):
+            ops.CatalogIndex(items)
+
+    def test_inference_tensors_are_refused(self):
+        with torch.inference_mode():
+            items = torch.ones(3, 4)
+        with pytest.raises(InputError, match="an inference tensor"):
+            ops.CatalogIndex(items)
 
 
 class TestDispatch:
