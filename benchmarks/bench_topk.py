@@ -1,33 +1,183 @@
-"""topk on the CPU against torch: scores of the whole catalog, then torch.topk."""
+"""topk on the CPU against the fastest ways to get exact results from torch and faiss."""
 
+import subprocess
+import sys
+import time
+
+import harness
 import pytest
 import torch
 
 from lares_fast import ops
 
-CASES = [(256, 12_101, 64, 100), (256, 100_000, 64, 100), (1, 100_000, 64, 100), (256, 12_101, 64, 10)]
+try:
+    import faiss
+except ImportError:
+    faiss = None
+
+D, K = 64, 100
+CHUNK = 65_536
+CHECK = "ids equal torch's in > 99.9 % of places; the index changes no bit"
 
 
-@pytest.mark.parametrize(("B", "N", "D", "K"), CASES)
-def test_topk(compare, B, N, D, K):
-    generator = torch.Generator().manual_seed(0)
-    query, items = torch.randn(B, D, generator=generator), torch.randn(N, D, generator=generator)
-    buffer = torch.empty(B, N)
+def catalog(kind, N):
+    """Item tables that screening finds easy (Gaussian) or hard."""
+    items = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    if kind == "cone":
+        items = items[0] + 0.05 * items
+    elif kind == "outlier dimension":
+        items[:, 0] *= 30
+    elif kind == "ids sorted by score":
+        items = items[(items @ items[0]).argsort()]
+    return items.contiguous()
 
-    def full():
-        return torch.topk(query @ items.T, K)
 
-    def reused():
-        return torch.topk(torch.mm(query, items.T, out=buffer), K)
+def queries(B, items, kind="Gaussian"):
+    query = torch.randn(B, D, generator=torch.Generator().manual_seed(1))
+    return items[0] + 0.1 * query if kind == "ids sorted by score" else query
 
-    _, expected = full()
-    for backend in ("reference", "native"):
-        _, ids = ops.topk(query, items, K, backend=backend)
-        assert (ids == expected).double().mean() > 0.999
-    candidates = {
-        "torch mm + topk": full,
-        "torch, buffer reused": reused,
-        "reference": lambda: ops.topk(query, items, K, backend="reference"),
-        "native": lambda: ops.topk(query, items, K, backend="native"),
+
+def torch_full(query, items):
+    return torch.topk(query @ items.T, K)
+
+
+def torch_chunked(query, items):
+    """Scores in a buffer of 65,536 columns that is allocated once, the best of each piece merged at the end."""
+    buffer = torch.empty(len(query), min(CHUNK, len(items)))
+    values, ids = [], []
+    for start in range(0, len(items), CHUNK):
+        piece = items[start : start + CHUNK]
+        out = buffer if len(piece) == buffer.shape[1] else torch.empty(len(query), len(piece))
+        best = torch.topk(torch.mm(query, piece.T, out=out), min(K, len(piece)))
+        values.append(best.values)
+        ids.append(best.indices + start)
+    best = torch.topk(torch.cat(values, 1), K)
+    return best.values, torch.cat(ids, 1).gather(1, best.indices)
+
+
+class Faiss:
+    """IndexFlatIP; ``tuned`` are the settings under which its batched search was fastest among those tried."""
+
+    DEFAULT = (20, 4096, 1024, 100)
+    TUNED = (1, 256, 4096, 1)
+
+    def __init__(self, items, settings):
+        self.settings = settings
+        self.index = faiss.IndexFlatIP(D)
+        self.index.add(items.numpy())
+
+    def __call__(self, query):
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        names = ("blas_threshold", "blas_query_bs", "blas_database_bs", "min_k_reservoir")
+        for name, value in zip(names, self.settings, strict=True):
+            setattr(faiss.cvar, f"distance_compute_{name}", value)
+        return self.index.search(query.numpy(), K)
+
+
+def candidates(query, items, *, screened):
+    """The rivals and ours, each checked."""
+    runs = {
+        "torch mm + topk, chunks in a reused buffer": lambda: torch_chunked(query, items),
+        "torch mm + topk": lambda: torch_full(query, items),
     }
-    compare("topk", f"B{B} N{N} D{D} K{K}", candidates, "ids equal torch's in > 99.9 % of places", rounds=5)
+    if faiss is not None:
+        default, tuned = Faiss(items, Faiss.DEFAULT), Faiss(items, Faiss.TUNED)
+        runs["faiss IndexFlatIP"] = lambda: default(query)
+        runs["faiss IndexFlatIP, tuned"] = lambda: tuned(query)
+    runs["native"] = lambda: ops.topk(query, items, K, backend="native")
+    index = ops.CatalogIndex(items)
+    if screened:
+        runs["native, index"] = lambda: ops.topk(query, items, K, index=index, backend="native")
+    expected = torch_full(query, items)[1]
+    for name, run in runs.items():
+        found = torch.as_tensor(run()[1])
+        assert (found == expected).double().mean() > 0.999, name
+    plain, indexed = ops.topk(query, items, K, backend="native"), ops.topk(query, items, K, index=index, backend="native")
+    assert torch.equal(plain[0], indexed[0])
+    assert torch.equal(plain[1], indexed[1])
+    return runs
+
+
+@pytest.mark.parametrize(("B", "N"), [(256, 12_101), (256, 100_000), (1, 100_000)])
+def test_small(compare, B, N):
+    items = catalog("Gaussian", N)
+    compare("topk", f"B{B} N{N} D{D} K{K}", candidates(queries(B, items), items, screened=N >= 65_536), CHECK, rounds=7)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("B", [256, 1])
+def test_large(compare, B):
+    items = catalog("Gaussian", 1_000_000)
+    compare("topk", f"B{B} N1000000 D{D} K{K}", candidates(queries(B, items), items, screened=True), CHECK, rounds=7)
+
+
+@pytest.mark.large
+def test_threads(compare):
+    items = catalog("Gaussian", 1_000_000)
+    query = queries(256, items)
+
+    def on(threads):
+        torch.set_num_threads(threads)
+        try:
+            return ops.topk(query, items, K, backend="native")
+        finally:
+            torch.set_num_threads(1)
+
+    assert all(torch.equal(a, b) for a, b in zip(on(1), on(2), strict=True))
+    runs = {"native, 1 thread": lambda: on(1), "native, 2 threads": lambda: on(2)}
+    check = "both give the same bits"
+    compare("topk, wall time", f"B256 N1000000 D{D} K{K}", runs, check, rounds=7, clock=time.perf_counter)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("N", [12_101, 1_000_000])
+def test_share_of_peak(note, N):
+    items = catalog("Gaussian", N)
+    query = queries(256, items)
+    run = lambda: ops.topk(query, items, K, backend="native")  # noqa: E731
+    note(harness.share_of_peak("topk", f"B256 N{N} D{D} K{K}", run, 2 * 256 * N * D))
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("kind", ["cone", "outlier dimension", "ids sorted by score"])
+def test_hard_catalogs(compare, kind):
+    items = catalog(kind, 1_000_000)
+    query, index = queries(256, items, kind), ops.CatalogIndex(items)
+    runs = {
+        "native": lambda: ops.topk(query, items, K, backend="native"),
+        "native, index": lambda: ops.topk(query, items, K, index=index, backend="native"),
+    }
+    plain, indexed = (run() for run in runs.values())
+    assert torch.equal(plain[0], indexed[0])
+    assert torch.equal(plain[1], indexed[1])
+    compare("topk, hard", f"{kind}, B256 N1000000 D{D} K{K}", runs, "the index changes no bit", rounds=7)
+
+
+_MEMORY = """
+import resource, sys, time
+import torch
+from lares_fast import ops
+torch.set_num_threads(1)
+N = int(sys.argv[1])
+query, items = torch.randn(256, {D}), torch.randn(N, {D})
+ops.topk(query[:1], items[:1000], {K}, backend="native")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+began = time.process_time()
+scores, _ = ops.topk(query, items, {K}, backend="native")
+seconds = time.process_time() - began
+extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+assert torch.isfinite(scores).all()
+print(extra, seconds)
+"""
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("N", [1_000_000, 10_000_000])
+def test_memory(note, N):
+    """Peak memory of one call beyond its inputs, in a process of its own."""
+    code = _MEMORY.format(D=D, K=K)
+    run = subprocess.run([sys.executable, "-c", code, str(N)], capture_output=True, text=True, check=True)
+    extra, seconds = map(float, run.stdout.split())
+    assert extra <= 32, f"{extra:.1f} MiB"
+    shape = f"B256 N{N} D{D} K{K}"
+    note([harness.Fact("topk", shape, "peak extra MiB", extra), harness.Fact("topk", shape, "CPU s", seconds)])

@@ -1,4 +1,7 @@
-"""``pytest benchmarks/ --benchmark-only [--rows FILE.csv]``: a group an op or phase, ratios printed at the end."""
+"""``pytest benchmarks/ --benchmark-only [--rows FILE.csv]``: a group an op or phase, ratios printed at the end.
+
+``-m large`` chooses what takes minutes or gigabytes, ``-m "not large"`` the rest.
+"""
 
 from pathlib import Path
 
@@ -6,14 +9,16 @@ import harness
 import pytest
 
 _ROWS = pytest.StashKey[list[harness.Row]]()
+_FACTS = pytest.StashKey[list[harness.Fact]]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--rows", type=Path, help="append the A/B rows to this CSV file")
+    parser.addoption("--rows", type=Path, help="append the A/B rows to this CSV file, other numbers to FILE-facts.csv")
 
 
 def pytest_configure(config):
     config.stash[_ROWS] = []
+    config.stash[_FACTS] = []
 
 
 @pytest.fixture
@@ -21,8 +26,8 @@ def compare(benchmark, request):
     """``compare(group, shape, candidates, check, rounds)``: interleaved ratios, then pytest-benchmark's own statistics
     of the last candidate. ``check`` names what the caller has asserted."""
 
-    def run(group, shape, candidates, check, rounds=7):
-        rows = harness.interleave(group, shape, candidates, check, rounds)
+    def run(group, shape, candidates, check, rounds=7, **options):
+        rows = harness.interleave(group, shape, candidates, check, rounds, **options)
         request.config.stash[_ROWS] += rows
         benchmark.group = group
         benchmark.extra_info.update(shape=shape, ratio=rows[-1].ratio_median)
@@ -32,8 +37,24 @@ def compare(benchmark, request):
     return run
 
 
+@pytest.fixture
+def note(benchmark, request):
+    """``note(facts)``: numbers that are no ratios of times, printed and written like the rows."""
+
+    def run(facts):
+        request.config.stash[_FACTS] += facts
+        benchmark.pedantic(lambda: None)
+
+    return run
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[_ROWS]
+    rows, facts = config.stash[_ROWS], config.stash[_FACTS]
+    path = config.getoption("--rows")
+    for fact in facts:
+        terminalreporter.write_line(f"{fact.group:<14} {fact.shape:<34} {fact.name:<28} {fact.value:10.4g}")
+    if facts and path:
+        harness.append(path.with_name(f"{path.stem}-facts.csv"), facts)
     if not rows:
         return
     terminalreporter.write_sep("=", "CPU time against the first candidate of each group (above 1 is faster)")
@@ -42,6 +63,6 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{row.group:<14} {row.shape:<34} {row.candidate:<28} {row.cpu_s_median * 1e3:10.2f} ms   "
             f"x{row.ratio_median:.2f} ({row.ratio_min:.2f}..{row.ratio_max:.2f})"
         )
-    if path := config.getoption("--rows"):
+    if path:
         harness.append(path, rows)
         terminalreporter.write_line(f"rows added to {path}")

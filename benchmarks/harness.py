@@ -6,6 +6,7 @@ a round alike. A result is checked before anything is timed.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import platform
@@ -14,10 +15,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import fma_peak
 import torch
 
 WARM_UP_ROUNDS = 1
@@ -41,23 +43,39 @@ class Row:
     check: str
 
 
+@dataclass(frozen=True)
+class Fact:
+    """One measured number that is no ratio of times."""
+
+    group: str
+    shape: str
+    name: str
+    value: float
+
+
 def interleave(
-    group: str, shape: str, candidates: Mapping[str, Callable[[], object]], check: str, rounds: int = 7
+    group: str,
+    shape: str,
+    candidates: Mapping[str, Callable[[], object]],
+    check: str,
+    rounds: int = 7,
+    clock: Callable[[], float] = time.process_time,
 ) -> list[Row]:
     """Time ``candidates`` (the first is the baseline); ratios are baseline time / candidate time, so above 1 is faster.
 
-    ``check`` says what was verified before; the caller has verified it.
+    ``check`` says what was verified before; the caller has verified it. ``clock`` is the wall's (``time.perf_counter``)
+    only to compare numbers of threads, which each candidate then sets itself.
     """
-    with one_core():
+    with one_core() if clock is time.process_time else contextlib.nullcontext():
         for _ in range(WARM_UP_ROUNDS):
             for run in candidates.values():
                 run()
         seconds: dict[str, list[float]] = {name: [] for name in candidates}
         for _ in range(rounds):
             for name, run in candidates.items():
-                began = time.process_time()
+                began = clock()
                 run()
-                seconds[name].append(time.process_time() - began)
+                seconds[name].append(clock() - began)
     baseline = next(iter(candidates))
     rows = []
     for name, times in seconds.items():
@@ -67,6 +85,16 @@ def interleave(
             min(ratios), statistics.median(ratios), max(ratios), check,
         ))  # fmt: skip
     return rows
+
+
+def share_of_peak(group: str, shape: str, run: Callable[[], object], flops: float, rounds: int = 7) -> list[Fact]:
+    """The part of one core's measured multiply-add peak at which ``run`` does its ``flops``: median, min and max over rounds
+    that each measure both."""
+    done = fma_peak.flops()
+    times = interleave(group, shape, {"peak": fma_peak.flops, "run": run}, "", rounds)[1]
+    scale = 100 * flops / done
+    values = {"median": times.ratio_median, "min": times.ratio_min, "max": times.ratio_max}
+    return [Fact(group, shape, f"% of FMA peak, {name}", scale * value) for name, value in values.items()]
 
 
 class one_core:
@@ -85,8 +113,8 @@ class one_core:
             os.sched_setaffinity(0, self._cores)
 
 
-def append(path: Path, rows: list[Row]) -> None:
-    """Add ``rows`` to a CSV file, each with the machine, the commit and the command it came from."""
+def append(path: Path, rows: Sequence[Row | Fact]) -> None:
+    """Add ``rows``, all of one kind, to a CSV file, each with the machine, the commit and the command it came from."""
     context = {
         "machine": _cpu(),
         "torch": torch.__version__,
@@ -97,7 +125,7 @@ def append(path: Path, rows: list[Row]) -> None:
     }
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*Row.__dataclass_fields__, *context], lineterminator="\n")
+        writer = csv.DictWriter(file, [*rows[0].__dataclass_fields__, *context], lineterminator="\n")
         if new:
             writer.writeheader()
         for row in rows:

@@ -13,8 +13,8 @@ class CatalogIndex:
     """``items`` [N, D] laid out for the native kernel: ``topk(query, items, k, index=index)`` gives the same answer sooner.
 
     Holds a transposed copy and, where the CPU has AVX512_VNNI and N >= 65,536 and D <= 512, int8 tables that prove of
-    most items that they cannot be among the best: about 1.3 times the memory of ``items``. An index is of the values that ``items``
-    had: after an in-place change ``topk`` refuses it. A change through ``.data`` or NumPy goes unseen.
+    most items that they cannot be among the best: about 1.3 times the memory of ``items``. An index is of the values that
+    ``items`` had: after an in-place change ``topk`` refuses it. A change through ``.data`` or NumPy goes unseen.
 
     Raises:
         InputError: ``items`` is not a contiguous fp32 [N, D] on the CPU, or is an inference tensor.

@@ -278,7 +278,7 @@ class TestCatalogIndex:
 
     @pytest.mark.parametrize("items", [torch.ones(3), torch.ones(3, 4).double(), torch.ones(4, 3).T])
     def test_bad_items(self, items):
-        with pytest.raises(InputError, match="items must be a contiguous torch.float32"):
+        with pytest.raises(InputError, match=r"items must be a contiguous torch\.float32"):
             ops.CatalogIndex(items)
 
     def test_inference_tensors_are_refused(self):
