@@ -13,11 +13,10 @@ from lares_fast.reference.topk import Exclude
 def check_arguments(query: Tensor, items: Tensor, bias: Tensor | None, exclude: Exclude | None) -> None:
     """Shapes, dtypes and devices, which compilers know too: query [B, D], items [N, D], bias [N], exclude in CSR."""
     offsets, ids = exclude if exclude is not None else (None, None)
-    tensors = {"query": query, "items": items, "bias": bias, "exclude offsets": offsets, "exclude ids": ids}
+    tensors = {"query": query, "items": items, "bias": bias}
     for name, value in tensors.items():
-        if value is not None and not (isinstance(value, Tensor) and value.layout == torch.strided):
-            got = value.layout if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"{name} must be a dense tensor, but got {got}.")
+        if value is not None:
+            check_dense(name, value)
     if query.dim() != 2 or not query.dtype.is_floating_point:
         raise InputError(f"query must be a floating-point [B, D], but got {query.dtype} {list(query.shape)}.")
     if items.dim() != 2 or items.shape[1] != query.shape[1]:
@@ -35,8 +34,16 @@ def check_arguments(query: Tensor, items: Tensor, bias: Tensor | None, exclude: 
             raise InputError(f"exclude offsets must have B + 1 = {len(query) + 1} entries, but got {len(offsets)}.")
 
 
+def check_dense(name: str, value: object) -> None:
+    """:class:`InputError` unless ``value`` is a tensor with strides."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        got = value.layout if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"{name} must be a dense tensor, but got {got}.")
+
+
 def check_index(name: str, value: Tensor, query: Tensor) -> None:
     """:class:`InputError` unless ``value`` is a list of whole numbers where ``query`` is."""
+    check_dense(name, value)
     if value.dim() != 1 or value.dtype != torch.int64 or value.device != query.device:
         raise InputError(
             f"{name} must be 1-D torch.int64 on {query.device} like query, "

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lares_fast.reference.topk import Exclude, item_chunks, mask_excluded
+
+_ALIGNED = 64
 
 
 def target_rank(
@@ -68,8 +71,12 @@ def outranking(scores: Tensor, start: int, target: Tensor, target_score: Tensor,
 
 
 def _score_chunks(query: Tensor, items: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    width = 0
     for start, chunk in item_chunks(items):
-        scores = query @ chunk.T
+        # One shape for all chunks, and no ragged end: a matrix product may sum either in another order.
+        width = width or -(-len(chunk) // _ALIGNED) * _ALIGNED
+        whole = chunk if len(chunk) == width else F.pad(chunk, (0, 0, 0, width - len(chunk)))
+        scores = (query @ whole.T)[:, : len(chunk)]
         if bias is not None:
             scores = scores + bias[start : start + len(chunk)]
         yield start, scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
