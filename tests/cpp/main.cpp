@@ -1,8 +1,10 @@
 // native_tests LEVEL CALLS LARGE CALLERS SEED [BUG]: random calls of every op of csrc/, valid and invalid, without Python.
+// LEVEL is generic, avx2, avx512 (without VNNI where it is emulated) or avx512vnni.
 // One call in LARGE has items for several threads; CALLERS threads make such rounds of calls at the same time. The last line
 // counts what was done; a planted BUG must end in another way.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <thread>
 
@@ -11,6 +13,8 @@
 namespace {
 
 using op_test::OpTest;
+
+bool vnni = false;
 
 const OpTest* const OPS[] = {&op_test::topk, &op_test::build_index, &op_test::target_rank};
 
@@ -36,13 +40,19 @@ Count round_of_calls(std::int64_t calls, std::int64_t large, std::uint64_t seed)
 
 }  // namespace
 
+// For simde/emulated.h.
+bool emulated(const char* feature) { return vnni || std::strcmp(feature, "avx512vnni") != 0; }
+
 int main(int argc, char** argv) {
     if (argc < 6) return std::fprintf(stderr, "usage: native_tests LEVEL CALLS LARGE CALLERS SEED [BUG]\n"), 2;
     const std::int64_t calls = std::atoll(argv[2]), large = std::atoll(argv[3]), callers = std::atoll(argv[4]);
     const auto seed = static_cast<std::uint64_t>(std::atoll(argv[5]));
     const std::string bug = argc > 6 ? argv[6] : "";
     try {
-        lares_fast::use_level(argv[1]);
+        const std::string level = argv[1];
+        vnni = level == "avx512vnni";
+        lares_fast::use_level(vnni ? "avx512" : level);
+        if (vnni && !lares_fast::has_vnni()) op_test::fail("this CPU has no avx512vnni");
         if (bug == "ties") op_test::ties_to_the_larger_id = true;
         if (bug == "read") op_test::read_beyond_the_items();
         if (bug == "race") op_test::write_one_output_twice();
@@ -65,7 +75,7 @@ int main(int argc, char** argv) {
         }
         for (std::thread& other : others) other.join();
         if (!failure.empty()) op_test::fail(failure);
-        std::printf("level %s: %lld valid, %lld refused\n", lares_fast::level_name(), static_cast<long long>(total.valid),
+        std::printf("level %s: %lld valid, %lld refused\n", argv[1], static_cast<long long>(total.valid),
                     static_cast<long long>(total.refused));
     } catch (const std::exception& error) {
         return std::fprintf(stderr, "%s\n", error.what()), 1;
