@@ -318,8 +318,8 @@ def test_target_rank_refuses(change, message):
 
 @needs_native
 def test_what_does_not_fit_into_memory_is_an_error():
-    huge = torch.zeros(1, 1).expand(2**40, 1)
-    with pytest.raises(InputError, match=r"query \[1099511627776, 1\] does not fit into memory"):
+    huge = torch.zeros(1, 1).expand(2**50, 1)
+    with pytest.raises(InputError, match=r"query \[1125899906842624, 1\] does not fit into memory"):
         _native.topk(huge, torch.ones(3, 1), 1)
     with pytest.raises(InputError, match=r"the result \[1048576, 1073741824\] does not fit into memory"):
         _native.topk(torch.ones(2**20, 1), torch.ones(3, 1), 2**30)
