@@ -73,10 +73,10 @@ def checked():
 def test_fuzz_under_address_and_undefined_behaviour_sanitizers(level, checked):
     if level not in levels():
         pytest.skip(f"this machine has neither {level} nor libsimde-dev on a CPU with AVX2")
-    check(checked, level, 10_000 if level == levels()[-1] else 3_000, large=250)
+    check(checked, level, 10_000, large=100)
 
 
-@pytest.mark.parametrize(("bug", "report"), [("ties", "and should have item"), ("read", "AddressSanitizer")])
+@pytest.mark.parametrize(("bug", "report"), [("ties", "and should"), ("read", "AddressSanitizer")])
 def test_a_planted_bug_ends_the_program(bug, report, checked):
     code, output = run(checked, levels()[-1], 300, large=0, bug=[bug])
     assert code != 0
