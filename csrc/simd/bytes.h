@@ -40,6 +40,13 @@ using Sums = __m256i;
 LARES_INLINE Sums load_sums(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 LARES_INLINE Sums broadcast_word(std::int32_t word) { return _mm256_set1_epi32(word); }
 LARES_INLINE Sums accumulate(Sums sums, Sums query, Sums items) { return _mm256_add_epi16(sums, _mm256_maddubs_epi16(query, items)); }
+// In assembly, because with the items in a register of their own the sixteen do not suffice and a sum would live in memory.
+#define LARES_ACCUMULATE_AT
+LARES_INLINE Sums accumulate_at(Sums sums, Sums query, const void* items) {
+    Sums products;
+    asm("vpmaddubsw %2, %1, %0" : "=x"(products) : "x"(query), "m"(*static_cast<const __m256i_u*>(items)));
+    return _mm256_add_epi16(sums, products);
+}
 LARES_INLINE Sums largest(Sums a, Sums b) { return _mm256_max_epi16(a, b); }
 LARES_INLINE std::uint64_t above(Sums a, Sums b) {
     const __m256i bytes = _mm256_packs_epi16(_mm256_cmpgt_epi16(a, b), _mm256_setzero_si256());
@@ -47,6 +54,11 @@ LARES_INLINE std::uint64_t above(Sums a, Sums b) {
 }
 #endif
 
+#endif
+
+// accumulate(sums, query, load_sums(items)).
+#if !defined(LARES_ACCUMULATE_AT)
+LARES_INLINE Sums accumulate_at(Sums sums, Sums query, const void* items) { return accumulate(sums, query, load_sums(items)); }
 #endif
 
 constexpr int LANES = sizeof(Sums) / sizeof(Lane);

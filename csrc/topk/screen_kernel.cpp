@@ -7,6 +7,7 @@
 namespace lares_fast {
 namespace {
 
+static_assert(VECS == 3, "screen_tile takes three registers of items");
 constexpr int CODED_PANEL = VECS * LANES;
 static_assert(CODED_PANEL % PANEL == 0, "a panel of codes is whole panels of floats");
 // Survivors wait until a vector of them can be scored at once; one panel more may come before that.
@@ -199,13 +200,15 @@ LARES_INLINE std::int64_t screen_tile(const Screen& s, std::int64_t words, std::
     }
 #pragma GCC unroll 2
     for (std::int64_t w = 0; w < words; ++w) {
+        const std::int8_t* panel = codes + w * CODED_PANEL * GROUP;
+        const Sums first = load_sums(panel), second = load_sums(panel + LANES * GROUP);
         for (int r = 0; r < R; ++r) {
             std::int32_t word;
             std::memcpy(&word, query + (w * R + r) * 4, 4);
             const Sums q = broadcast_word(word);
-            for (int v = 0; v < VECS; ++v) {
-                sums[r][v] = accumulate(sums[r][v], q, load_sums(codes + (w * CODED_PANEL + v * LANES) * GROUP));
-            }
+            sums[r][0] = accumulate(sums[r][0], q, first);
+            sums[r][1] = accumulate(sums[r][1], q, second);
+            sums[r][2] = accumulate_at(sums[r][2], q, panel + 2 * LANES * GROUP);
         }
     }
     std::int64_t survivors = 0;

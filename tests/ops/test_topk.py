@@ -210,6 +210,32 @@ class TestCatalogIndex:
             assert torch.equal(found[1], expected[1])
             assert torch.equal(found[0], expected[0])
 
+    @settings(max_examples=40, deadline=None)
+    @given(
+        seed=st.integers(0, 2**31),
+        D=st.sampled_from([1, 2, 3, 5, 16, 63, 64, 65, 130, 257, 512]),
+        k=st.sampled_from([1, 7, 100]),
+        spread=st.sampled_from([0.0, 1.0, 4.0]),
+        size=st.sampled_from([1e-30, 1e-17, 1e-12, 1.0, 1e10, 1e18]),
+    )
+    def test_the_bound_holds_whatever_the_sizes(self, seed, D, k, spread, size):
+        """Dimensions, items and queries of very different sizes, zeros, repeats and a few values that are not finite."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def table(rows):
+            values = torch.randn(rows, D, generator=generator) * (spread * torch.randn(D, generator=generator)).exp()
+            values *= (spread * torch.randn(rows, 1, generator=generator)).exp()
+            return values * (torch.rand(rows, 1, generator=generator) > 0.02)
+
+        items, query = table(33_001) * size, table(5)
+        items[1000:1200] = items[7]
+        for bad in (torch.nan, torch.inf, 3e38):
+            items[torch.randint(0, len(items), (1,), generator=generator), 0] = bad
+        expected = ops.topk(query, items, k, backend="native")
+        found = ops.topk(query, items, k, index=ops.CatalogIndex(items), backend="native")
+        assert torch.equal(found[1], expected[1])
+        assert torch.equal(found[0], expected[0])
+
     def test_threads_and_bias_do_not_enter(self):
         query, items = catalog("Gaussian", 66_001, 16)
         tables, bias = ops.CatalogIndex(items).tables(items), torch.randn(66_001)
@@ -222,10 +248,11 @@ class TestCatalogIndex:
     def test_a_residual_left_out_of_the_bound_is_caught(self):
         query, items = catalog("Gaussian", 66_001, 16)
         tables = ops.CatalogIndex(items).tables(items)
-        if not tables[4].numel():
+        bounds = tables[5]
+        if not bounds.numel():
             pytest.skip("this CPU screens nothing")
         expected = _native.topk(query, items, 100)
-        tables[4][:, 1:] = -1.0
+        bounds[:, 1:] = -1.0
         assert not torch.equal(_native.topk(query, items, 100, index=tables)[1], expected[1])
 
     def test_a_stale_index_does_not_answer(self):
@@ -280,6 +307,26 @@ class TestCatalogIndex:
             items = torch.ones(3, 4)
         with pytest.raises(InputError, match="an inference tensor"):
             ops.CatalogIndex(items)
+
+
+@pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("N", [4096, 12_101, 66_001])
+def test_a_sample_that_misleads(N, indexed):
+    """The panels from which the first threshold is guessed hold all the large scores, too few of them."""
+    panel = _native.load().index_shape(N, 4)[0]
+    panels = min(2048, N // 12) // panel
+    sampled = torch.arange(N) // panel % (N // panel // panels) == 0
+    items = torch.randint(-3, 3, (N, 4)).float()
+    items[sampled.nonzero().flatten()[:90]] += 50
+    query = torch.cat((torch.ones(2, 4), torch.randint(-2, 3, (3, 4)).float()))
+    index = ops.CatalogIndex(items) if indexed else None
+    lists = csr([range(0, N, 2), [], [], [], []])
+    for exclude in (None, lists):
+        expected = ops.topk(query, items, 100, exclude=exclude, backend="reference")
+        found = ops.topk(query, items, 100, exclude=exclude, index=index, backend="native")
+        assert torch.equal(found[1], expected[1])
+        assert torch.equal(found[0], expected[0])
 
 
 class TestDispatch:
