@@ -27,7 +27,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
-constexpr int ABI = 4;
+constexpr int ABI = 5;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -59,18 +59,18 @@ py::dict build_info() {
     return info;
 }
 
-// Addresses of centre, panels, codes, start and bounds; of none without an index.
+// Addresses of centre, scale, panels, codes, start and bounds; of none without an index.
 using Tables = std::vector<uintptr_t>;
 
 lares_fast::IndexTables tables(const Tables& addresses) {
     if (addresses.empty()) return {};
-    return {pointer<float>(addresses.at(0)), pointer<float>(addresses.at(1)), pointer<std::int8_t>(addresses.at(2)),
-            pointer<std::int32_t>(addresses.at(3)), pointer<float>(addresses.at(4))};
+    return {pointer<float>(addresses.at(0)),       pointer<float>(addresses.at(1)), pointer<float>(addresses.at(2)),
+            pointer<std::int8_t>(addresses.at(3)), pointer<void>(addresses.at(4)),  pointer<float>(addresses.at(5))};
 }
 
 py::tuple index_shape(int64_t N, int64_t D) {
     const lares_fast::IndexShape shape = lares_fast::index_shape(N, D);
-    return py::make_tuple(shape.panel, shape.panels, shape.words);
+    return py::make_tuple(shape.panel, shape.panels, shape.coded_panel, shape.coded_panels, shape.code_bytes, shape.lane_bytes);
 }
 
 void build_index(uintptr_t items, int64_t N, int64_t D, const Tables& index, int64_t threads) {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from lares_fast._errors import InputError, NotBuiltError
 from lares_fast._random import Key
 
 # Equal to ABI in csrc/bindings.cpp: pointers cross this line, so a module of other sources must not be called.
-ABI = 4
+ABI = 5
 
 _REMEDY = "run pip install . in the sources' folder"
 
@@ -115,8 +116,9 @@ def topk(
     if k < 1:
         raise InputError(f"k must be at least 1, but got {k}.")
     module = load()
-    scores = torch.empty(batch, k, dtype=torch.float32)
-    best = torch.empty(batch, k, dtype=torch.int64)
+    with _memory(f"the result [{batch}, {k}]"):
+        scores = torch.empty(batch, k, dtype=torch.float32)
+        best = torch.empty(batch, k, dtype=torch.int64)
     _call(
         module.topk,
         *(0 if tensor is None else tensor.data_ptr() for tensor in (query, items, bias, offsets, ids)),
@@ -133,22 +135,35 @@ def topk(
 
 
 def build_index(items: Tensor, *, threads: int | None = None) -> list[Tensor]:
-    """What :func:`topk` can be given as ``index``: the centre [D], panels, and int8 codes, starts and bounds (empty where
-    nothing is screened). fp32 on the CPU."""
+    """What :func:`topk` can be given as ``index``: centre [D], scale [D], panels, and int8 codes, starts and bounds (empty
+    where nothing is screened). fp32 on the CPU. Layout: csrc/topk/index.h."""
     items = _dense("items", items, torch.float32, (None, None))
     count, width = items.shape
-    panel, panels, words = load().index_shape(count, width)
-    centre = items.mean(dim=0) if count else torch.zeros(width)
+    panel, panels, coded_panel, coded_panels, code_bytes, lane_bytes = load().index_shape(count, width)
+    centre, scale = _centre_and_scale(items) if coded_panels else (torch.zeros(width), torch.ones(width))
     tables = [
-        torch.where(centre.isfinite(), centre, 0.0),
+        centre,
+        scale,
         torch.empty(panels, width, panel),
-        torch.empty(panels * bool(words), words, panel, 4, dtype=torch.int8),
-        torch.empty(panels * bool(words), panel, dtype=torch.int32),
-        torch.empty(panels * bool(words), 3),
+        torch.empty(coded_panels, code_bytes, coded_panel, dtype=torch.int8),
+        torch.empty(coded_panels, coded_panel, dtype=torch.int16 if lane_bytes == 2 else torch.int32),
+        torch.empty(coded_panels, 4),
     ]
     addresses = [table.data_ptr() for table in tables]
     _call(load().build_index, items.data_ptr(), count, width, addresses, _threads(threads))
     return tables
+
+
+def _centre_and_scale(items: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D], and a power of two [D] near the spread around it, so that no dimension wastes the codes of the others.
+
+    Any finite centre and any power of two give the same answers; these make the bound tight.
+    """
+    centre = items.mean(dim=0)
+    centre = torch.where(centre.isfinite(), centre, 0.0)
+    spread = (items[:: max(1, len(items) // 16384)] - centre).std(dim=0)
+    exponent = spread.log2().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).round().clamp(-12, 12)
+    return centre, exponent.exp2()
 
 
 def target_rank(
@@ -264,7 +279,17 @@ def _dense(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int | 
             f"{name} must be a dense {dtype} [{wanted}] on the CPU, "
             f"but got {tensor.layout} {tensor.dtype} {list(tensor.shape)} on {tensor.device}."
         )
-    return tensor.detach().resolve_neg().contiguous()
+    with _memory(f"{name} {list(tensor.shape)}"):
+        return tensor.detach().resolve_neg().contiguous()
+
+
+@contextmanager
+def _memory(what: str) -> Iterator[None]:
+    """Torch's complaint about memory as ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(f"{what} does not fit into memory: pass fewer rows at a time ({error}).") from error
 
 
 def _exclude(exclude: tuple[Tensor, Tensor] | None, batch: int) -> tuple[Tensor | None, Tensor | None]:

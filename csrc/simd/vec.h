@@ -51,6 +51,9 @@ LARES_INLINE void compress_ids(std::int32_t* to, Mask keep, std::int32_t first) 
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(keep), _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
 }
+LARES_INLINE void compress_ids(std::int32_t* to, Mask keep, const std::int32_t* from) {
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(keep), _mm512_loadu_si512(from)));
+}
 // a <= b is not known to hold: true where either is NaN.
 LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 // The same for many pairs of registers, of which only any(...) is asked.
@@ -177,7 +180,31 @@ LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
 
 #endif
 
-#if !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// order[mask]: the lanes of `mask`, close together, a byte each.
+struct LaneOrders {
+    std::uint64_t order[256] = {};
+    constexpr LaneOrders() {
+        for (unsigned mask = 0; mask < 256; ++mask) {
+            int place = 0;
+            for (unsigned lane = 0; lane < 8; ++lane) {
+                if (mask >> lane & 1) order[mask] |= std::uint64_t{lane} << 8 * place++;
+            }
+        }
+    }
+};
+constexpr LaneOrders LANES_OF;
+
+LARES_INLINE __m256i lanes_of(Mask keep) { return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(LANES_OF.order[keep]))); }
+LARES_INLINE void compress(float* to, Mask keep, Vec v) { store(to, _mm256_permutevar8x32_ps(v, lanes_of(keep))); }
+LARES_INLINE void compress_ids(std::int32_t* to, Mask keep, std::int32_t first) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_add_epi32(lanes_of(keep), _mm256_set1_epi32(first)));
+}
+LARES_INLINE void compress_ids(std::int32_t* to, Mask keep, const std::int32_t* from) {
+    const __m256i ids = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(ids, lanes_of(keep)));
+}
+#elif !defined(__AVX512F__)
 LARES_INLINE void compress(float* to, Mask keep, Vec v) {
     float lanes[W];
     store(lanes, v);
@@ -185,6 +212,9 @@ LARES_INLINE void compress(float* to, Mask keep, Vec v) {
 }
 LARES_INLINE void compress_ids(std::int32_t* to, Mask keep, std::int32_t first) {
     for (; keep; keep &= keep - 1) *to++ = first + __builtin_ctz(keep);
+}
+LARES_INLINE void compress_ids(std::int32_t* to, Mask keep, const std::int32_t* from) {
+    for (; keep; keep &= keep - 1) *to++ = from[__builtin_ctz(keep)];
 }
 #endif
 

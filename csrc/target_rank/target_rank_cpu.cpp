@@ -34,7 +34,7 @@ void check(const TargetRank& t, std::int64_t threads) {
 }
 
 // The queries [first, first + B) of the call.
-void rank_block(const TargetRank& call, std::int64_t first, std::int64_t B, std::int64_t threads) {
+void rank_block(const TargetRank& call, const SortedExclusions& excluded, std::int64_t first, std::int64_t B, std::int64_t threads) {
     const RankKernel& kernel = rank_kernel();
     const std::vector<float> query = query_tiles(call.query + first * call.D, B, call.D, kernel.rows);
     const auto size = static_cast<std::size_t>(B);
@@ -63,13 +63,10 @@ void rank_block(const TargetRank& call, std::int64_t first, std::int64_t B, std:
         for (std::int64_t c; (c = next.fetch_add(1)) < chunks;) kernel.scan(mine, c * chunk, std::min(call.N, (c + 1) * chunk));
         for (std::size_t b = 0; b < size; ++b) total[b] += rank[b];
     });
-    SortedExclusions excluded;
-    if (call.exclude_offsets) excluded.assign(call, first, B);
     for (std::int64_t b = 0; b < B; ++b) {
         std::int64_t rank = total[static_cast<std::size_t>(b)];
         if (call.exclude_offsets) {
-            const auto from = excluded.begin(b), to = std::unique(from, excluded.last(b));
-            rank -= kernel.outranking(scan, b, from, to - from);
+            rank -= kernel.outranking(scan, b, excluded.begin(first + b), excluded.count(first + b));
         }
         call.rank_of_all[first + b] = total[static_cast<std::size_t>(b)];
         call.rank[first + b] = rank;
@@ -80,7 +77,9 @@ void rank_block(const TargetRank& call, std::int64_t first, std::int64_t B, std:
 
 void target_rank_cpu(const TargetRank& call, std::int64_t threads) {
     check(call, threads);
-    for (std::int64_t first = 0; first < call.B; first += BLOCK) rank_block(call, first, std::min(BLOCK, call.B - first), threads);
+    if (call.B == 0) return;
+    const SortedExclusions excluded(call);
+    for (std::int64_t first = 0; first < call.B; first += BLOCK) rank_block(call, excluded, first, std::min(BLOCK, call.B - first), threads);
 }
 
 }  // namespace lares_fast

@@ -65,23 +65,19 @@ inline std::int64_t keep(float* scores, std::int32_t* ids, std::int64_t n, float
     return to;
 }
 
-#if defined(__AVX512F__)
+// Keeps the candidates from t on; order stays.
 inline std::int64_t keep_from(float* scores, std::int32_t* ids, std::int64_t n, float t) {
     std::int64_t to = 0;
     const Vec least = broadcast(t);
     for (std::int64_t i = 0; i < n; i += W) {
         const Vec score = load(scores + i);
-        const __m512i id = _mm512_loadu_si512(ids + i);
         const Mask mask = greater_equal(score, least) & first_lanes(n - i);
+        compress_ids(ids + to, mask, ids + i);
         compress(scores + to, mask, score);
-        _mm512_storeu_si512(ids + to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), id));
         to += count(mask);
     }
     return to;
 }
-#else
-inline std::int64_t keep_from(float* scores, std::int32_t* ids, std::int64_t n, float t) { return keep(scores, ids, n, t, n); }
-#endif
 
 inline void compact(const Candidates& c, std::int64_t b) {
     if (c.excluded) drop_excluded(c, b);

@@ -5,21 +5,25 @@
 
 namespace lares_fast {
 
-// Sizes of an index of N items of width D at the SIMD level in force.
+// Sizes of an index of N items of width D at the SIMD level in force. Where nothing is screened the last four are 0.
 struct IndexShape {
-    std::int64_t panel;   // items a panel
-    std::int64_t panels;  // P
-    std::int64_t words;   // ceil(D / 4): four codes a 32-bit word; 0 where nothing is screened
+    std::int64_t panel;         // items a panel
+    std::int64_t panels;        // panels of fp32
+    std::int64_t coded_panel;   // items a panel of codes
+    std::int64_t coded_panels;  // S
+    std::int64_t code_bytes;    // of one item
+    std::int64_t lane_bytes;    // of one integer sum
 };
 IndexShape index_shape(std::int64_t N, std::int64_t D);
 
-// Memory of the caller. With c the centre and scale s of a panel, item x is s * code + c, but for a residual.
+// Memory of the caller. Item x is centre + scale * (s * code + residual) with the step s of its panel.
 struct IndexTables {
     const float* centre;  // [D], finite
-    float* panels;        // [P][D][panel]
-    std::int8_t* codes;   // [P][words][panel][4]
-    std::int32_t* start;  // [P][panel]: -128 * sum of the item's codes, since queries are coded with an offset of 128
-    float* bounds;        // [P][3]: 1 / s; largest |residual| + allowance for fp32 sums; largest |s * code|
+    const float* scale;   // [D], powers of two
+    float* panels;        // [panels][D][panel]
+    std::int8_t* codes;   // [S][code_bytes / group][coded_panel][group]
+    void* start;          // [S][coded_panel] integers of lane_bytes: the sum of an item with a query whose codes are all 0
+    float* bounds;        // [S][4]: 1 / s; largest |residual|; largest |s * code|; allowance for fp32 sums
 };
 
 void build_index(const float* items, std::int64_t N, std::int64_t D, const IndexTables& tables, std::int64_t threads);

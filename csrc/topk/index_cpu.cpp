@@ -1,6 +1,7 @@
 #include "topk/index.h"
 
 #include <atomic>
+#include <cmath>
 
 #include "parallel.h"
 #include "simd/level.h"
@@ -11,17 +12,26 @@
 namespace lares_fast {
 
 #if defined(__x86_64__)
-namespace avx512vnni {
-extern const ScreenKernel screen_kernel;
+namespace avx2 { extern const ScreenKernel screen_kernel; }
+namespace avx512 { extern const ScreenKernel screen_kernel; }
+namespace avx512vnni { extern const ScreenKernel screen_kernel; }
+const ScreenKernel* screen_kernel() {
+    if (has_vnni()) return &avx512vnni::screen_kernel;
+    if (level() == Level::avx512) return &avx512::screen_kernel;
+    return level() == Level::avx2 ? &avx2::screen_kernel : nullptr;
 }
-const ScreenKernel* screen_kernel() { return has_vnni() ? &avx512vnni::screen_kernel : nullptr; }
 #else
 const ScreenKernel* screen_kernel() { return nullptr; }
 #endif
 
+float code_norm(std::int64_t D) {
+    // Rounding moves a vector of codes by at most half of sqrt(D); 180.5 squared leaves room below 2^15.
+    return 180.5f - 0.5f * std::sqrt(static_cast<float>(D));
+}
+
 namespace {
 
-constexpr std::int64_t SCREENED_N = 65536;  // below, the fp32 scores that give the first threshold are most of the work
+constexpr std::int64_t SCREENED_N = 32768;  // below, there is little to leave out
 constexpr std::int64_t SCREENED_D = 512;    // the bound's own rounding is allowed for up to here
 constexpr std::int64_t BATCH = 256;         // panels a thread takes at a time
 
@@ -30,22 +40,30 @@ constexpr std::int64_t BATCH = 256;         // panels a thread takes at a time
 IndexShape index_shape(std::int64_t N, std::int64_t D) {
     check_sizes(0, N, D, 1);
     const std::int64_t panel = topk_kernel().panel;
-    const bool screened = screen_kernel() && N >= SCREENED_N && D > 0 && D <= SCREENED_D;
-    return {panel, (N + panel - 1) / panel, screened ? (D + 3) / 4 : 0};
+    IndexShape shape{panel, (N + panel - 1) / panel, 0, 0, 0, 0};
+    if (!screen_kernel() || N < SCREENED_N || D == 0 || D > SCREENED_D) return shape;
+    const Coding& coding = screen_kernel()->coding;
+    shape.coded_panel = coding.panel;
+    shape.coded_panels = (N + coding.panel - 1) / coding.panel;
+    shape.code_bytes = (D + coding.group - 1) / coding.group * coding.group;
+    shape.lane_bytes = coding.lane_bytes;
+    return shape;
 }
 
 void build_index(const float* items, std::int64_t N, std::int64_t D, const IndexTables& tables, std::int64_t threads) {
     check_sizes(0, N, D, threads);
-    check_inputs(items, items, N, D);
+    require(items || N * D == 0, "items must not be a null pointer");
     const IndexShape shape = index_shape(N, D);
+    const bool screened = shape.coded_panels > 0;
     require(tables.panels || N * D == 0, "panels must not be a null pointer");
-    require(!shape.words || (tables.centre && tables.codes && tables.start && tables.bounds), "the tables must not be null pointers");
+    require(!screened || (tables.centre && tables.scale && tables.codes && tables.start && tables.bounds), "the tables must not be null pointers");
+    const std::int64_t panels = screened ? shape.coded_panels : shape.panels;
     std::atomic<std::int64_t> next{0};
-    const std::int64_t batches = (shape.panels + BATCH - 1) / BATCH;
+    const std::int64_t batches = (panels + BATCH - 1) / BATCH;
     run_on_threads(std::max<std::int64_t>(1, std::min(threads, batches)), [&] {
         for (std::int64_t batch; (batch = next.fetch_add(1)) < batches;) {
-            const std::int64_t first = batch * BATCH, last = std::min(shape.panels, first + BATCH);
-            if (shape.words) {
+            const std::int64_t first = batch * BATCH, last = std::min(panels, first + BATCH);
+            if (screened) {
                 screen_kernel()->build(items, N, D, tables, first, last);
             } else {
                 topk_kernel().pack(items, N, D, tables.panels, first, last);

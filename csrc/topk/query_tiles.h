@@ -20,25 +20,27 @@ std::vector<T> query_tiles(const T* query, std::int64_t B, std::int64_t D, std::
     return tiles;
 }
 
-// Each query's exclusions in ascending order.
+// Each query's exclusions in ascending order, each once.
 class SortedExclusions {
    public:
     template <class Call>
-    void assign(const Call& call, std::int64_t first, std::int64_t B) {
-        const std::int64_t* offsets = call.exclude_offsets;
-        ids_.assign(call.exclude_ids + offsets[first], call.exclude_ids + offsets[first + B]);
-        offsets_.clear();
-        for (std::int64_t b = first; b <= first + B; ++b) offsets_.push_back(offsets[b] - offsets[first]);
-        for (std::int64_t b = 0; b < B; ++b) {
-            if (!std::is_sorted(begin(b), last(b))) std::sort(begin(b), last(b));
+    explicit SortedExclusions(const Call& call) {
+        if (!call.exclude_offsets) return;
+        ids_.assign(call.exclude_ids, call.exclude_ids + call.exclude_offsets[call.B]);
+        offsets_.assign(call.exclude_offsets, call.exclude_offsets + call.B + 1);
+        for (std::int64_t b = 0; b < call.B; ++b) {
+            const auto from = ids_.begin() + call.exclude_offsets[b], to = ids_.begin() + call.exclude_offsets[b + 1];
+            if (!std::is_sorted(from, to)) std::sort(from, to);
+            ends_.push_back(std::unique(from, to) - ids_.begin());
         }
     }
 
-    std::int64_t* begin(std::int64_t b) { return ids_.data() + offsets_[static_cast<std::size_t>(b)]; }
-    std::int64_t* last(std::int64_t b) { return begin(b + 1); }
+    const std::int64_t* begin(std::int64_t b) const { return ids_.data() + offsets_[static_cast<std::size_t>(b)]; }
+    const std::int64_t* end(std::int64_t b) const { return ids_.data() + ends_[static_cast<std::size_t>(b)]; }
+    std::int64_t count(std::int64_t b) const { return ends_.empty() ? 0 : end(b) - begin(b); }
 
    private:
-    std::vector<std::int64_t> ids_, offsets_;
+    std::vector<std::int64_t> ids_, offsets_, ends_;
 };
 
 }  // namespace lares_fast

@@ -1,72 +1,120 @@
 #include "topk/screen_kernel.h"
 
+#include "simd/bytes.h"
 #include "topk/candidates.h"
-#include "topk/index.h"
 #include "topk/scores.h"
 
 namespace lares_fast {
 namespace {
 
+static_assert(VECS == 3, "screen_tile takes three registers of items");
+constexpr int CODED_PANEL = VECS * LANES;
+static_assert(CODED_PANEL % PANEL == 0, "a panel of codes is whole panels of floats");
 // Survivors wait until a vector of them can be scored at once; one panel more may come before that.
-constexpr std::int64_t STRIDE = 2 * W + PANEL + W;
-// Survivors cost about as much as thirty screened items: above this share fp32 is the faster way.
+constexpr std::int64_t STRIDE = 2 * W + CODED_PANEL;
+// Survivors cost about as much as a hundred screened items: above this share fp32 is the faster way.
 constexpr float SHARE = 0.03f;
 constexpr float BURST = 0.5f;  // of a panel, beyond the share
 constexpr float ROUNDING = 1.2e-7f;
+constexpr Coding CODING{CODED_PANEL, GROUP, sizeof(Lane), OFFSET, OFFSET - 1, sizeof(Lane) == 2};
 
-float root(float x) { return __builtin_sqrtf(x); }
+LARES_INLINE Vec absolute(Vec x) { return max(x, sub(broadcast(0.0f), x)); }
+
+// To the nearest integer, for |x| below 2^22.
+LARES_INLINE Vec rounded(Vec x) {
+    const Vec shift = broadcast(0x1.8p23f);
+    return sub(add(x, shift), shift);
+}
+
+float highest(Vec x, Mask lanes) {
+    float of[W], best = 0;
+    store(of, x);
+    for (; lanes; lanes &= lanes - 1) best = of[__builtin_ctz(lanes)] > best ? of[__builtin_ctz(lanes)] : best;
+    return best;
+}
+
+// Codes of the panel of up to CODED_PANEL items that stand as panels of floats from `panel` on.
+void code_panel(const float* panel, std::int64_t rows, std::int64_t D, float norm_limit, float centre_norm, const IndexTables& t,
+                std::int8_t* codes, Lane* start, float* bounds) {
+    const auto each = [&](auto&& body) {
+        for (int first = 0; first < rows; first += W) {
+            body(panel + first / PANEL * PANEL * D + first % PANEL, first, first_lanes(rows - first));
+        }
+    };
+    float most = 0, scaled = 0, norm = 0;
+    bool finite = true;
+    each([&](const float* column, int, Mask lanes) {
+        Vec size = broadcast(0.0f), scaled_square = size, square = size;
+        for (std::int64_t d = 0; d < D; ++d) {
+            const Vec item = load(column + d * PANEL);
+            const Vec x = mul(sub(item, broadcast(t.centre[d])), broadcast(1.0f / t.scale[d]));
+            size = max(absolute(x), size);
+            scaled_square = fma(x, x, scaled_square);
+            square = fma(item, item, square);
+        }
+        // A NaN or an infinite item shows in the sum of squares; so does one too large to code.
+        finite &= (greater_equal(broadcast(1e30f), add(scaled_square, square)) & lanes) == lanes;
+        most = __builtin_fmaxf(most, highest(size, lanes));
+        scaled = __builtin_fmaxf(scaled, highest(scaled_square, lanes));
+        norm = __builtin_fmaxf(norm, highest(square, lanes));
+    });
+    float step = most / 127.0f;
+    if (CODING.bounded_norms) step = __builtin_fmaxf(step, __builtin_sqrtf(scaled) / norm_limit);
+    const bool usable = finite && (step == 0 || step > 1e-15f);
+    if (!usable || step == 0) step = 1.0f;
+    const float inverse = 1.0f / step;
+    float residual = 0, coded = 0;
+    each([&](const float* column, int first, Mask lanes) {
+        Vec left_square = broadcast(0.0f), code_square = left_square, sum = left_square;
+        for (std::int64_t d = 0; d < D && usable; ++d) {
+            const Vec x = mul(sub(load(column + d * PANEL), broadcast(t.centre[d])), broadcast(1.0f / t.scale[d]));
+            const Vec code = rounded(mul(x, broadcast(inverse)));
+            const Vec left = sub(x, mul(code, broadcast(step)));
+            left_square = fma(left, left, left_square);
+            code_square = fma(code, code, code_square);
+            sum = add(sum, code);
+            float of[W];
+            store(of, code);
+            std::int8_t* to = codes + (d / GROUP * CODED_PANEL + first) * GROUP + d % GROUP;
+            for (Mask rest = lanes; rest; rest &= rest - 1) {
+                const int lane = __builtin_ctz(rest);
+                to[lane * GROUP] = static_cast<std::int8_t>(of[lane]);
+            }
+        }
+        residual = __builtin_fmaxf(residual, highest(left_square, lanes));
+        coded = __builtin_fmaxf(coded, highest(code_square, lanes));
+        float sums[W];
+        store(sums, sum);
+        for (Mask rest = lanes; rest; rest &= rest - 1) {
+            const int lane = __builtin_ctz(rest);
+            start[first + lane] = static_cast<Lane>(-OFFSET * static_cast<std::int32_t>(sums[lane]));
+        }
+    });
+    // The sums above round too; two parts in a hundred thousand cover that for any D that is screened. A panel without
+    // a usable step gets an infinite bound: all its items survive.
+    constexpr float up = 1.00002f;
+    bounds[0] = inverse;
+    bounds[1] = usable ? up * __builtin_sqrtf(residual) : __builtin_inff();
+    bounds[2] = up * step * __builtin_sqrtf(coded);
+    bounds[3] = up * static_cast<float>(D + 16) * ROUNDING * (__builtin_sqrtf(norm) + centre_norm);
+}
 
 void build(const float* items, std::int64_t N, std::int64_t D, const IndexTables& t, std::int64_t first_panel, std::int64_t last_panel) {
-    const std::int64_t words = (D + 3) / 4;
+    const std::int64_t bytes = (D + GROUP - 1) / GROUP * GROUP * CODED_PANEL;
     float centre_norm = 0;
     for (std::int64_t d = 0; d < D; ++d) centre_norm += t.centre[d] * t.centre[d];
-    centre_norm = root(centre_norm);
-    const float sum_error = static_cast<float>(D + 16) * ROUNDING;
+    centre_norm = __builtin_sqrtf(centre_norm);
+    const float norm_limit = code_norm(D);
     for (std::int64_t p = first_panel; p < last_panel; ++p) {
-        const float* from = items + p * PANEL * D;
-        const std::int64_t rows = N - p * PANEL < PANEL ? N - p * PANEL : PANEL;
-        std::int8_t* codes = t.codes + p * words * PANEL * 4;
-        std::memset(codes, 0, static_cast<std::size_t>(words * PANEL * 4));
-        float largest = 0;
-        bool finite = true;
-        for (std::int64_t r = 0; r < rows; ++r) {
-            for (std::int64_t d = 0; d < D; ++d) {
-                const float distance = __builtin_fabsf(from[r * D + d] - t.centre[d]);
-                finite &= distance < 1e30f;
-                largest = largest > distance ? largest : distance;
-            }
+        const std::int64_t first = p * CODED_PANEL;
+        const std::int64_t rows = N - first < CODED_PANEL ? N - first : CODED_PANEL;
+        float* panel = t.panels + first * D;
+        for (std::int64_t row = 0; row < rows; row += PANEL) {
+            pack_panel(items + (first + row) * D, rows - row < PANEL ? rows - row : PANEL, D, panel + row * D);
         }
-        const bool usable = finite && (largest == 0 || largest > 1e-30f);
-        const float scale = usable && largest > 0 ? largest / 127.0f : 1.0f;
-        const float inverse = 1.0f / scale;
-        float residual = 0, coded = 0, norm = 0;
-        for (std::int64_t r = 0; r < rows; ++r) {
-            float row_residual = 0, row_coded = 0, row_norm = 0;
-            std::int32_t sum = 0;
-            for (std::int64_t d = 0; d < D; ++d) {
-                const float x = from[r * D + d] - t.centre[d];
-                const float code = usable ? __builtin_rintf(x * inverse) : 0.0f;
-                const float left = x - code * scale;
-                row_residual += left * left;
-                row_coded += code * code;
-                row_norm += from[r * D + d] * from[r * D + d];
-                sum += static_cast<std::int32_t>(code);
-                codes[((d / 4) * PANEL + r) * 4 + d % 4] = static_cast<std::int8_t>(code);
-            }
-            t.start[p * PANEL + r] = -128 * sum;
-            residual = residual > row_residual ? residual : row_residual;
-            coded = coded > row_coded ? coded : row_coded;
-            norm = norm > row_norm ? norm : row_norm;
-        }
-        for (std::int64_t r = rows; r < PANEL; ++r) t.start[p * PANEL + r] = 0;
-        // The sums above round too; two parts in a hundred thousand cover that for any D that is screened. A panel without
-        // a usable scale gets an infinite bound: all its items survive.
-        constexpr float up = 1.00002f;
-        float* bounds = t.bounds + 3 * p;
-        bounds[0] = inverse;
-        bounds[1] = usable ? up * (root(residual) + sum_error * (root(norm) + centre_norm)) : __builtin_inff();
-        bounds[2] = up * scale * root(coded);
-        pack_panel(from, rows, D, t.panels + p * D * PANEL);
+        std::memset(t.codes + p * bytes, 0, static_cast<std::size_t>(bytes));
+        std::memset(static_cast<Lane*>(t.start) + first, 0, CODED_PANEL * sizeof(Lane));
+        code_panel(panel, rows, D, norm_limit, centre_norm, t, t.codes + p * bytes, static_cast<Lane*>(t.start) + first, t.bounds + 4 * p);
     }
 }
 
@@ -82,7 +130,7 @@ void rescore(const Screen& s, std::int64_t b, std::int32_t* ids, int n) {
     const Mask mask = not_less_equal(score, broadcast(c.threshold[b])) & first_lanes(n);
     const std::int64_t at = b * c.stride + c.size[b];
     compress(c.scores + at, mask, score);
-    _mm512_storeu_si512(c.ids + at, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), _mm512_loadu_si512(ids)));
+    compress_ids(c.ids + at, mask, ids);
     c.size[b] += count(mask);
     if (c.size[b] + PANEL > c.capacity) compact(c, b);
 }
@@ -100,103 +148,100 @@ void flush(const Screen& s, std::int64_t b, bool all) {
     s.waiting[b] = n - from;
 }
 
-// The largest integer product that proves that a score does not beat the threshold, for eight queries from b on.
-LARES_INLINE void limits(const Screen& s, std::int64_t b, const float* bounds, std::int32_t (&limit)[8], __mmask8 rows) {
-    const auto of = [&](const float* values) __attribute__((always_inline)) { return _mm256_maskz_loadu_ps(rows, values + b); };
-    const __m256 threshold = of(s.scan.best.threshold), centred = of(s.query.centred), inverse = of(s.query.inverse);
-    const __m256 absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    const __m256 sizes = _mm256_add_ps(_mm256_and_ps(threshold, absolute), _mm256_and_ps(centred, absolute));
-    __m256 left = _mm256_sub_ps(threshold, centred);
-    left = _mm256_fnmadd_ps(sizes, _mm256_set1_ps(4 * ROUNDING), left);
-    left = _mm256_fnmadd_ps(of(s.query.norm), _mm256_set1_ps(bounds[1]), left);
-    left = _mm256_fnmadd_ps(of(s.query.error), _mm256_set1_ps(bounds[2]), left);
-    left = _mm256_mul_ps(_mm256_mul_ps(left, inverse), _mm256_set1_ps(bounds[0]));
-    // This arithmetic rounds as well: one unit and four parts in a million less. NaN and what is below all integers convert
-    // to INT_MIN, with which everything survives; what is above them becomes more than any product.
-    left = _mm256_sub_ps(_mm256_fnmadd_ps(_mm256_and_ps(left, absolute), _mm256_set1_ps(4e-6f), left), _mm256_set1_ps(1.0f));
-    const __m256i limits = _mm256_cvttps_epi32(_mm256_floor_ps(_mm256_min_ps(_mm256_set1_ps(2e9f), left)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(limit), limits);
+// limit[b]: a sum of codes up to it proves that the item's score does not beat query b's threshold.
+void set_limits(const Screen& s, const float* bounds) {
+    const CodedView& q = s.query;
+    const std::int64_t B = s.scan.B;
+    for (std::int64_t b = 0; b < B; ++b) {
+        const float threshold = s.scan.best.threshold[b], centred = q.centred[b];
+        const float sizes = __builtin_fabsf(threshold) + __builtin_fabsf(centred);
+        float left = threshold - centred - 4 * ROUNDING * sizes;
+        left -= q.scaled[b] * bounds[1] + q.error[b] * bounds[2] + q.norm[b] * bounds[3];
+        left = left * q.inverse[b] * bounds[0];
+        // This arithmetic rounds as well: two units and four parts in a million less. NaN fails the comparison: everything
+        // survives.
+        left -= 4e-6f * __builtin_fabsf(left) + 2.0f;
+        constexpr float lowest = sizeof(Lane) == 2 ? -32768.0f : -2147483648.0f, highest = sizeof(Lane) == 2 ? 32767.0f : 2147483520.0f;
+        left = left > lowest ? left : lowest;
+        left = left < highest ? left : highest;
+        const auto limit = static_cast<std::int32_t>(left);
+        s.limit[b] = sizeof(Lane) == 2 ? static_cast<std::int32_t>((limit & 0xffff) * 0x10001u) : limit;
+    }
+}
+
+// Takes in the items of a panel whose bits are set; returns how many.
+__attribute__((noinline)) std::int64_t survive(const Screen& s, std::int64_t b, std::int64_t item, std::int64_t last, const std::uint64_t (&lanes)[VECS]) {
+    std::int32_t* const pending = s.pending + b * STRIDE;
+    const std::int32_t before = s.waiting[b];
+    const std::int64_t D = s.scan.catalog.D;
+    std::int32_t n = before;
+    for (int v = 0; v < VECS; ++v) {
+        for (std::uint64_t rest = lanes[v]; rest; rest &= rest - 1) {
+            const std::int64_t id = item + v * LANES + __builtin_ctzll(rest);
+            if (id >= last) break;
+            const float* row = s.scan.catalog.items + id * D;
+            for (std::int64_t d = 0; d < D; d += 16) __builtin_prefetch(row + d);
+            pending[n++] = static_cast<std::int32_t>(id);
+        }
+    }
+    s.waiting[b] = n;
+    if (n >= 2 * W) flush(s, b, false);
+    return n - before;
 }
 
 template <int R>
-LARES_INLINE std::int64_t screen_tile(const Screen& s, std::int64_t b, std::int64_t item, const Mask (&exists)[VECS]) {
-    const std::int64_t panel = item / PANEL;
-    const std::int8_t* codes = s.codes + panel * s.words * PANEL * 4;
-    const std::uint8_t* query = s.query.codes + b * s.words * 4;
-    __m512i sums[R][VECS];
+LARES_INLINE std::int64_t screen_tile(const Screen& s, std::int64_t words, std::int64_t b, std::int64_t item, std::int64_t last) {
+    const std::int8_t* codes = s.index.codes + item * words * GROUP;
+    const std::uint8_t* query = s.query.codes + b * words * 4;
+    const Lane* start = static_cast<const Lane*>(s.index.start) + item;
+    Sums sums[R][VECS];
     for (int v = 0; v < VECS; ++v) {
-        const __m512i start = _mm512_loadu_si512(s.start + panel * PANEL + v * W);
-        for (int r = 0; r < R; ++r) sums[r][v] = start;
+        for (int r = 0; r < R; ++r) sums[r][v] = load_sums(start + v * LANES);
     }
-#pragma GCC unroll 4
-    for (std::int64_t w = 0; w < s.words; ++w) {
-        __m512i item_codes[VECS];
-        for (int v = 0; v < VECS; ++v) item_codes[v] = _mm512_loadu_si512(codes + (w * PANEL + v * W) * 4);
+#pragma GCC unroll 2
+    for (std::int64_t w = 0; w < words; ++w) {
+        const std::int8_t* panel = codes + w * CODED_PANEL * GROUP;
+        const Sums first = load_sums(panel), second = load_sums(panel + LANES * GROUP);
         for (int r = 0; r < R; ++r) {
             std::int32_t word;
             std::memcpy(&word, query + (w * R + r) * 4, 4);
-            const __m512i q = _mm512_set1_epi32(word);
-            for (int v = 0; v < VECS; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], q, item_codes[v]);
+            const Sums q = broadcast_word(word);
+            sums[r][0] = accumulate(sums[r][0], q, first);
+            sums[r][1] = accumulate(sums[r][1], q, second);
+            sums[r][2] = accumulate_at(sums[r][2], q, panel + 2 * LANES * GROUP);
         }
-    }
-    std::int32_t limit[8];
-    limits(s, b, s.bounds + 3 * panel, limit, static_cast<__mmask8>((1u << R) - 1));
-    unsigned hits = 0;
-    for (int r = 0; r < R; ++r) {
-        const __m512i top = _mm512_max_epi32(sums[r][2], _mm512_max_epi32(sums[r][0], sums[r][1]));
-        hits |= (_mm512_cmpge_epi32_mask(top, _mm512_set1_epi32(limit[r])) != 0) << r;
-    }
-    if (__builtin_expect(hits == 0, 1)) return 0;
-    std::int32_t lanes[R][PANEL];
-    for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < VECS; ++v) _mm512_storeu_si512(lanes[r] + v * W, sums[r][v]);
     }
     std::int64_t survivors = 0;
-    for (; hits; hits &= hits - 1) {
-        const int r = __builtin_ctz(hits);
-        std::int32_t* const pending = s.pending + (b + r) * STRIDE;
-        const std::int32_t before = s.waiting[b + r];
-        std::int32_t n = before;
-        for (int v = 0; v < VECS; ++v) {
-            const __m512i sum = _mm512_loadu_si512(lanes[r] + v * W);
-            const Mask mask = _mm512_cmpge_epi32_mask(sum, _mm512_set1_epi32(limit[r])) & exists[v];
-            compress_ids(pending + n, mask, static_cast<std::int32_t>(item) + v * W);
-            n += count(mask);
-        }
-        s.waiting[b + r] = n;
-        survivors += n - before;
-        const std::int64_t D = s.scan.catalog.D;
-        for (std::int32_t i = before; i < n; ++i) {
-            const float* row = s.scan.catalog.items + static_cast<std::int64_t>(pending[i]) * D;
-            for (std::int64_t d = 0; d < D; d += 16) __builtin_prefetch(row + d);
-        }
-        if (n >= 2 * W) flush(s, b + r, false);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        const Sums limit = broadcast_word(s.limit[b + r]);
+        if (__builtin_expect(above(largest(sums[r][0], largest(sums[r][1], sums[r][2])), limit) == 0, 1)) continue;
+        const std::uint64_t lanes[VECS] = {above(sums[r][0], limit), above(sums[r][1], limit), above(sums[r][2], limit)};
+        survivors += survive(s, b + r, item, last, lanes);
     }
     return survivors;
 }
 
 std::int64_t screen(const Screen& s, std::int64_t first, std::int64_t last) {
-    const std::int64_t B = s.scan.B;
+    const std::int64_t B = s.scan.B, words = (s.scan.catalog.D + GROUP - 1) / GROUP, bytes = words * GROUP * CODED_PANEL;
     const auto rows = static_cast<float>(B);
-    float spare = BURST * PANEL * rows;
+    float spare = BURST * CODED_PANEL * rows;
     std::int64_t item = first;
-    for (; item < last && spare >= 0; item += PANEL) {
-        const std::int64_t items = last - item < PANEL ? last - item : PANEL;
-        Mask exists[VECS];
-        for (int v = 0; v < VECS; ++v) exists[v] = first_lanes(items - v * W);
-        const char* ahead = reinterpret_cast<const char*>(s.codes + (item / PANEL + 1) * s.words * PANEL * 4);
-        const char* const ahead_end = last - item >= 2 * PANEL ? ahead + s.words * PANEL * 4 : ahead;
-        const std::int64_t lines_a_tile = s.words * PANEL * 4 / 64 * ROWS / (B + 1) + 1;
+    for (; item < last && spare >= 0; item += CODED_PANEL) {
+        set_limits(s, s.index.bounds + 4 * (item / CODED_PANEL));
+        const char* ahead = reinterpret_cast<const char*>(s.index.codes + (item / CODED_PANEL + 1) * bytes);
+        const char* const ahead_end = last - item >= 2 * CODED_PANEL ? ahead + bytes : ahead;
+        const std::int64_t lines_a_tile = bytes / 64 * ROWS / (B + 1) + 1;
         std::int64_t b = 0, survivors = 0;
         for (; b + ROWS <= B; b += ROWS) {
             for (std::int64_t line = 0; line < lines_a_tile && ahead < ahead_end; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-            survivors += screen_tile<ROWS>(s, b, item, exists);
+            survivors += screen_tile<ROWS>(s, words, b, item, last);
         }
-        if (b + 4 <= B) survivors += screen_tile<4>(s, b, item, exists), b += 4;
-        if (b + 2 <= B) survivors += screen_tile<2>(s, b, item, exists), b += 2;
-        if (b < B) survivors += screen_tile<1>(s, b, item, exists);
-        spare += SHARE * static_cast<float>(items) * rows - static_cast<float>(survivors);
-        if (spare > BURST * PANEL * rows) spare = BURST * PANEL * rows;
+        if (ROWS > 4 && b + 4 <= B) survivors += screen_tile<4>(s, words, b, item, last), b += 4;
+        if (b + 2 <= B) survivors += screen_tile<2>(s, words, b, item, last), b += 2;
+        if (b < B) survivors += screen_tile<1>(s, words, b, item, last);
+        spare += SHARE * CODED_PANEL * rows - static_cast<float>(survivors);
+        if (spare > BURST * CODED_PANEL * rows) spare = BURST * CODED_PANEL * rows;
     }
     for (std::int64_t b = 0; b < B; ++b) flush(s, b, true);
     return item < last ? item : last;
@@ -204,9 +249,9 @@ std::int64_t screen(const Screen& s, std::int64_t first, std::int64_t last) {
 
 }  // namespace
 
-namespace avx512vnni {
+namespace LARES_LEVEL {
 extern const ScreenKernel screen_kernel;
-const ScreenKernel screen_kernel{STRIDE, screen, build};
-}  // namespace avx512vnni
+const ScreenKernel screen_kernel{CODING, STRIDE, screen, build};
+}  // namespace LARES_LEVEL
 
 }  // namespace lares_fast

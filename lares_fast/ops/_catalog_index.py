@@ -7,13 +7,14 @@ from torch import Tensor
 
 from lares_fast import _native
 from lares_fast._errors import InputError
+from lares_fast.ops._catalog_checks import check_dense
 
 
 class CatalogIndex:
     """``items`` [N, D] laid out for the native kernel: ``topk(query, items, k, index=index)`` gives the same answer sooner.
 
-    Holds a transposed copy and, where the CPU has AVX512_VNNI and N >= 65,536 and D <= 512, int8 tables that prove of
-    most items that they cannot be among the best: about 1.3 times the memory of ``items``. An index is of the values that
+    Holds a transposed copy and, where the SIMD level is AVX2 or above and N >= 32,768 and D <= 512, int8 tables that prove
+    of most items that they cannot be among the best: about 1.3 times the memory of ``items``. An index is of the values that
     ``items`` had: after an in-place change ``topk`` refuses it. A change through ``.data`` or NumPy goes unseen.
 
     Raises:
@@ -22,6 +23,7 @@ class CatalogIndex:
     """
 
     def __init__(self, items: Tensor) -> None:
+        check_dense("items", items)
         fits = items.dim() == 2 and items.dtype == torch.float32 and items.device.type == "cpu" and items.is_contiguous()
         if not fits or items.is_inference():
             kind = "an inference tensor" if items.is_inference() else f"{items.dtype} {list(items.shape)} on {items.device}"
@@ -32,7 +34,7 @@ class CatalogIndex:
         self._tables = _native.build_index(self._items)
 
     def __repr__(self) -> str:
-        screened = "int8 screening" if self._tables[2].numel() else "panels only"
+        screened = "int8 screening" if self._tables[3].numel() else "panels only"
         return f"CatalogIndex({list(self._items.shape)}, {screened}, {self.nbytes / 2**20:.0f} MiB)"
 
     @property

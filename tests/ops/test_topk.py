@@ -140,12 +140,22 @@ def test_reference_takes_other_dtypes():
     assert torch.equal(ids, by_sorting(query, items, 3))
 
 
+def test_any_strides(backend):
+    query, items, bias = integers(6, 8), integers(50, 8), integers(1)
+    expected = by_sorting(query, items, 9, bias.repeat(50))
+    strided = (query.repeat_interleave(2, 1)[:, ::2], items.T.contiguous().T)
+    assert torch.equal(ops.topk(*strided, 9, bias=bias.expand(50), backend=backend)[1], expected)
+
+
 def test_opcheck_and_compile(backend):
     query, items = integers(4, 3), integers(9, 3)
     offsets, ids = csr([[1], [], [2, 2], [8]])
     torch.library.opcheck(torch.ops.lares_fast.topk, (query, items, 3, None, offsets, ids, [], backend))
-    compiled = torch.compile(lambda q, i: ops.topk(q, i, 3, backend=backend)[1] + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(query, items), ops.topk(query, items, 3, backend=backend)[1] + 1)
+    compiled = torch.compile(lambda q, i: ops.topk(q, i, 3)[1] + 1, fullgraph=True, backend="aot_eager")
+    with ops.backend(backend):
+        before = _dispatch.calls["topk", backend]
+        assert torch.equal(compiled(query, items), ops.topk(query, items, 3)[1] + 1)
+        assert _dispatch.calls["topk", backend] == before + 2
 
 
 def test_has_no_gradient():
@@ -157,6 +167,14 @@ def test_has_no_gradient():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"query": torch.ones(3)}, "query must be a floating-point"),
+    ({"query": [[1.0]]}, "query must be a dense tensor, but got list"),
+    ({"query": torch.ones(2, 3, device="meta")}, "on meta like query, but got .* on cpu"),
+    ({"items": torch.ones(5, 3, device="meta")}, "on cpu like query, but got .* on meta"),
+    ({"items": torch.ones(5, 3).to_sparse()}, r"items must be a dense tensor, but got torch\.sparse_coo"),
+    ({"bias": [1.0] * 5}, "bias must be a dense tensor, but got list"),
+    ({"exclude": ([0, 0, 1], torch.tensor([1]))}, "exclude offsets must be a dense tensor, but got list"),
+    ({"exclude": (torch.tensor([0, 0, 1], device="meta"), torch.tensor([1]))}, "exclude offsets must be 1-D .* on cpu"),
+    ({"k": -(2**70)}, "k must be in 1..5"),
     ({"query": torch.ones(2, 3, dtype=torch.int64)}, "query must be a floating-point"),
     ({"items": torch.ones(5, 4)}, r"items must be \[N, 3\]"),
     ({"items": torch.ones(5, 3).double()}, "items must be torch.float32"),
@@ -192,6 +210,32 @@ class TestCatalogIndex:
             assert torch.equal(found[1], expected[1])
             assert torch.equal(found[0], expected[0])
 
+    @settings(max_examples=40, deadline=None)
+    @given(
+        seed=st.integers(0, 2**31),
+        D=st.sampled_from([1, 2, 3, 5, 16, 63, 64, 65, 130, 257, 512]),
+        k=st.sampled_from([1, 7, 100]),
+        spread=st.sampled_from([0.0, 1.0, 4.0]),
+        size=st.sampled_from([1e-30, 1e-17, 1e-12, 1.0, 1e10, 1e18]),
+    )
+    def test_the_bound_holds_whatever_the_sizes(self, seed, D, k, spread, size):
+        """Dimensions, items and queries of very different sizes, zeros, repeats and a few values that are not finite."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def table(rows):
+            values = torch.randn(rows, D, generator=generator) * (spread * torch.randn(D, generator=generator)).exp()
+            values *= (spread * torch.randn(rows, 1, generator=generator)).exp()
+            return values * (torch.rand(rows, 1, generator=generator) > 0.02)
+
+        items, query = table(33_001) * size, table(5)
+        items[1000:1200] = items[7]
+        for bad in (torch.nan, torch.inf, 3e38):
+            items[torch.randint(0, len(items), (1,), generator=generator), 0] = bad
+        expected = ops.topk(query, items, k, backend="native")
+        found = ops.topk(query, items, k, index=ops.CatalogIndex(items), backend="native")
+        assert torch.equal(found[1], expected[1])
+        assert torch.equal(found[0], expected[0])
+
     def test_threads_and_bias_do_not_enter(self):
         query, items = catalog("Gaussian", 66_001, 16)
         tables, bias = ops.CatalogIndex(items).tables(items), torch.randn(66_001)
@@ -204,10 +248,11 @@ class TestCatalogIndex:
     def test_a_residual_left_out_of_the_bound_is_caught(self):
         query, items = catalog("Gaussian", 66_001, 16)
         tables = ops.CatalogIndex(items).tables(items)
-        if not tables[4].numel():
+        bounds = tables[5]
+        if not bounds.numel():
             pytest.skip("this CPU screens nothing")
         expected = _native.topk(query, items, 100)
-        tables[4][:, 1:] = -1.0
+        bounds[:, 1:] = -1.0
         assert not torch.equal(_native.topk(query, items, 100, index=tables)[1], expected[1])
 
     def test_a_stale_index_does_not_answer(self):
@@ -230,16 +275,58 @@ class TestCatalogIndex:
         with pytest.raises(InputError, match="stale"):
             ops.topk(torch.randn(2, 4), table[1:], 3, index=index)
 
-    @pytest.mark.parametrize("items", [torch.ones(3), torch.ones(3, 4).double(), torch.ones(4, 3).T])
+    @pytest.mark.parametrize("items", [
+        torch.ones(3), torch.ones(3, 4).double(), torch.ones(4, 3).T, torch.ones(1, 4).expand(3, 4),
+        torch.ones(3, 4, device="meta"),
+    ])  # fmt: skip
     def test_bad_items(self, items):
-        with pytest.raises(InputError, match=r"items must be a contiguous torch\.float32"):
+        with pytest.raises(InputError, match=r"items must be a contiguous torch\.float32 \[N, D\] on the CPU"):
             ops.CatalogIndex(items)
+
+    @pytest.mark.parametrize("items", [[[1.0]], torch.ones(3, 4).to_sparse()])
+    def test_what_is_no_dense_tensor(self, items):
+        with pytest.raises(InputError, match="items must be a dense tensor, but got"):
+            ops.CatalogIndex(items)
+
+    @pytest.mark.parametrize(("N", "D"), [(0, 4), (3, 0), (1, 1)])
+    def test_the_smallest_catalogs(self, N, D):
+        items = torch.ones(N, D)
+        index = ops.CatalogIndex(items)
+        if N:
+            _, ids = ops.topk(torch.ones(2, D), items, N, index=index)
+            assert torch.equal(ids, torch.arange(N).expand(2, N))
+
+    def test_items_that_train_can_be_indexed(self):
+        items = torch.randn(50, 4, requires_grad=True)
+        scores, _ = ops.topk(torch.randn(2, 4), items, 3, index=ops.CatalogIndex(items))
+        with pytest.raises(NotImplementedError, match="topk has no gradient"):
+            scores.sum().backward()
 
     def test_inference_tensors_are_refused(self):
         with torch.inference_mode():
             items = torch.ones(3, 4)
         with pytest.raises(InputError, match="an inference tensor"):
             ops.CatalogIndex(items)
+
+
+@pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("N", [4096, 12_101, 66_001])
+def test_a_sample_that_misleads(N, indexed):
+    """The panels from which the first threshold is guessed hold all the large scores, too few of them."""
+    panel = _native.load().index_shape(N, 4)[0]
+    panels = min(2048, N // 12) // panel
+    sampled = torch.arange(N) // panel % (N // panel // panels) == 0
+    items = torch.randint(-3, 3, (N, 4)).float()
+    items[sampled.nonzero().flatten()[:90]] += 50
+    query = torch.cat((torch.ones(2, 4), torch.randint(-2, 3, (3, 4)).float()))
+    index = ops.CatalogIndex(items) if indexed else None
+    lists = csr([range(0, N, 2), [], [], [], []])
+    for exclude in (None, lists):
+        expected = ops.topk(query, items, 100, exclude=exclude, backend="reference")
+        found = ops.topk(query, items, 100, exclude=exclude, index=index, backend="native")
+        assert torch.equal(found[1], expected[1])
+        assert torch.equal(found[0], expected[0])
 
 
 class TestDispatch:

@@ -1,0 +1,153 @@
+// One thread's walk over items for a block of queries: scores, screening, candidates.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "topk/coded_queries.h"
+#include "topk/query_tiles.h"
+#include "topk/scratch.h"
+#include "topk/screen_kernel.h"
+#include "topk/topk.h"
+#include "topk/topk_kernel.h"
+
+namespace lares_fast {
+
+// A result as an integer: ascending keys are descending scores, then ascending ids. -0 and 0 tie.
+inline std::uint64_t make_key(float score, std::int32_t id) {
+    std::int32_t bits;
+    score += 0.0f;
+    std::memcpy(&bits, &score, sizeof bits);
+    const auto ascending = static_cast<std::uint32_t>(bits ^ ((bits >> 31) & 0x7fffffff)) ^ 0x80000000u;
+    return std::uint64_t{~ascending} << 32 | static_cast<std::uint32_t>(id);
+}
+
+inline float key_score(std::uint64_t key) {
+    auto bits = static_cast<std::int32_t>(~static_cast<std::uint32_t>(key >> 32) ^ 0x80000000u);
+    bits ^= (bits >> 31) & 0x7fffffff;
+    float score;
+    std::memcpy(&score, &bits, sizeof score);
+    return score;
+}
+
+inline std::int64_t key_id(std::uint64_t key) { return static_cast<std::int64_t>(key & 0xffffffffu); }
+
+class Walk {
+   public:
+    // What the walks of one block share: the queries `rows` of `call`. All that is passed must outlive it.
+    struct Work {
+        Work(const Topk& call, const std::vector<std::int64_t>& rows, std::int64_t K, const SortedExclusions& excluded,
+             const TopkKernel& kernel, const ScreenKernel* screen)
+            : call(call), rows(rows.data()), B(static_cast<std::int64_t>(rows.size())), K(K), excluded(excluded), kernel(kernel),
+              screen(screen) {
+            for (const std::int64_t row : rows) query.insert(query.end(), call.query + row * call.D, call.query + (row + 1) * call.D);
+            tiles = query_tiles(query.data(), B, call.D, kernel.rows);
+            if (screen) codes = std::make_unique<CodedQueries>(query.data(), B, call.D, call.index, screen->coding, kernel.rows);
+        }
+
+        const Topk& call;
+        const std::int64_t* rows;
+        std::int64_t B, K;
+        const SortedExclusions& excluded;
+        const TopkKernel& kernel;
+        const ScreenKernel* screen;
+        std::vector<float> query, tiles;
+        std::unique_ptr<const CodedQueries> codes;
+    };
+
+    // For the best K, which may be others than the work's. Starts from `thresholds` [B], or from none where it is empty.
+    Walk(const Work& work, std::int64_t K, const std::vector<float>& thresholds, bool screened) : work_(work), threshold_(thresholds) {
+        const auto B = static_cast<std::size_t>(work.B);
+        Candidates& c = scan_.best;
+        c.K = K;
+        c.capacity = capacity(K, work.kernel);
+        c.stride = c.capacity + work.kernel.slack;
+        scores_.reset(new float[B * static_cast<std::size_t>(c.stride)]);
+        ids_.reset(new std::int32_t[B * static_cast<std::size_t>(c.stride)]);
+        scratch_ = make_scratch(work.kernel.panel * (work.call.D + 1));
+        size_.assign(B, 0);
+        clean_.assign(B, 0);
+        if (threshold_.empty()) threshold_.assign(B, std::numeric_limits<float>::quiet_NaN());
+        c.scores = scores_.get();
+        c.ids = ids_.get();
+        c.size = size_.data();
+        c.clean = clean_.data();
+        c.threshold = threshold_.data();
+        if (work.call.exclude_offsets) {
+            for (std::int64_t b = 0; b < work.B; ++b) {
+                next_.push_back(work.excluded.begin(work.rows[b]));
+                end_.push_back(work.excluded.end(work.rows[b]));
+            }
+            c.excluded = next_.data();
+            c.excluded_end = end_.data();
+        }
+        scan_.catalog = {work.call.items, work.call.index.panels, work.call.bias, work.call.N, work.call.D};
+        scan_.query = work.tiles.data();
+        scan_.B = work.B;
+        scan_.scratch = scratch_.get();
+        if (!work.screen || !screened) return;
+        plain_ = thresholds.empty() ? PATIENCE : 0;
+        pending_.resize(B * static_cast<std::size_t>(work.screen->pending_stride));
+        waiting_.assign(B, 0);
+        limits_.resize(B);
+        screen_ = {scan_, work.query.data(), work.call.index, work.codes->view(), pending_.data(), waiting_.data(), limits_.data()};
+    }
+
+    static std::int64_t bytes_a_query(std::int64_t K, const TopkKernel& kernel) {
+        return static_cast<std::int64_t>(sizeof(float) + sizeof(std::int32_t)) * (capacity(K, kernel) + kernel.slack);
+    }
+
+    // From a panel's beginning on; ids ascend from call to call.
+    void items(std::int64_t first, std::int64_t last) {
+        while (first < last) {
+            if (plain_ > 0) {
+                const std::int64_t to = last - first < plain_ ? last : first + plain_;
+                work_.kernel.scan(scan_, first, to);
+                plain_ -= to - first;
+                first = to;
+            } else {
+                first = work_.screen->screen(screen_, first, last);
+                if (first == last) break;
+                // Too much survives here: fp32 for a while, and for longer each time.
+                plain_ = patience_;
+                patience_ *= 4;
+            }
+        }
+    }
+
+    void finish() {
+        for (std::int64_t b = 0; b < scan_.B; ++b) work_.kernel.compact(scan_.best, b);
+    }
+
+    float threshold(std::int64_t b) const { return threshold_[static_cast<std::size_t>(b)]; }
+
+    // Adds the candidates of query b.
+    void keys(std::int64_t b, std::vector<std::uint64_t>& keys) const {
+        const Candidates& c = scan_.best;
+        for (std::int64_t i = b * c.stride; i < b * c.stride + c.size[b]; ++i) keys.push_back(make_key(c.scores[i], c.ids[i]));
+    }
+
+   private:
+    static constexpr std::int64_t PATIENCE = 512 * 48;  // items, a multiple of every panel
+
+    static std::int64_t capacity(std::int64_t K, const TopkKernel& kernel) { return std::max(2 * K, K + 96) + kernel.panel; }
+
+    const Work& work_;
+    Scan scan_{};
+    Screen screen_{};
+    std::unique_ptr<float[]> scores_;
+    std::unique_ptr<std::int32_t[]> ids_;
+    Scratch scratch_;
+    std::vector<float> threshold_;
+    std::vector<std::int64_t> size_, clean_;
+    std::vector<const std::int64_t*> next_, end_;
+    std::vector<std::int32_t> pending_, waiting_, limits_;
+    // Items to score in fp32 before the next attempt to screen.
+    std::int64_t plain_ = std::numeric_limits<std::int64_t>::max(), patience_ = PATIENCE;
+};
+
+}  // namespace lares_fast
