@@ -28,12 +28,13 @@ LARES_INLINE bool holds_target(const std::int64_t* target, std::int64_t first) {
     return found;
 }
 
-// Makes the highest of `scores` [PANEL] the reference of query b if it is above the present one.
+// Makes the highest of `scores` [PANEL] the reference of query b if it is above the limit, or NaN if one is.
 __attribute__((noinline)) void raise(const SumScan& s, std::int64_t b, const float* scores, const Mask (&exists)[VECS]) {
     float top = s.reference[b];
     for (int i = 0; i < PANEL; ++i) {
         if (exists[i / W] >> i % W & 1 && !(scores[i] <= top) && top == top) top = scores[i];
     }
+    if (top <= s.limit[b]) return;
     float* lanes = s.lanes + b * MOST_LANES;
     Vec factor[1] = {broadcast((s.reference[b] - top) * s.base)};
     exp2(factor);
