@@ -139,7 +139,9 @@ def test_share_of_peak(note):
     hidden, items, target = case(1024, 24_588)
     flops = 2 * 1024 * 24_588 * D
     with torch.no_grad():
-        forward = harness.share_of_peak("cross entropy, forward", f"M1024 N24588 D{D}", lambda: native(hidden, items, target), flops)
+        forward = harness.share_of_peak(
+            "cross entropy, forward", f"M1024 N24588 D{D}", lambda: native(hidden, items, target), flops
+        )
     both = lambda: torch.autograd.grad(native(hidden, items, target).mean(), (hidden, items))  # noqa: E731
     note(forward + harness.share_of_peak("cross entropy, both", f"M1024 N24588 D{D}", both, 4 * flops))
 

@@ -67,7 +67,9 @@ BUGS = {
         plant(rpt, "group_advantage", lambda r: (r - r.mean(0)) / (r.std(0, unbiased=False) + 1e-4))),
     "no advantage at all": (
         lambda golden: golden_file.check_rpt(golden, "recall"), ADD, plant(rpt, "group_advantage", torch.zeros_like)),
-    "ranks off by one": (lambda golden: golden_file.check_rpt(golden, "ndcg"), ADD, plant(reference.LARES, "target_logprob_and_rank", staticmethod(rank_by_id))),
+    "ranks off by one": (
+        lambda golden: golden_file.check_rpt(golden, "ndcg"), ADD,
+        plant(reference.LARES, "target_logprob_and_rank", staticmethod(rank_by_id))),
 }  # fmt: skip
 
 

@@ -41,7 +41,14 @@ def logprob_and_lse(hidden: Tensor, items: Tensor, target: Tensor, scale: float,
 
 
 def gradients(
-    grad: Tensor, hidden: Tensor, items: Tensor, target: Tensor, lse: Tensor, scale: float, skip_pad: bool, needs: tuple[bool, bool]
+    grad: Tensor,
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    scale: float,
+    skip_pad: bool,
+    needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``grad @ logprob`` by ``hidden`` and by ``items``, from probabilities that are computed again."""
     d_hidden = hidden.new_zeros(hidden.shape, dtype=_accumulator(hidden.dtype)) if needs[0] else None

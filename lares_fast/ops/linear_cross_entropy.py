@@ -129,9 +129,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     first = PAD + skip_pad
     if len(target) and not first <= int(target.min()) <= int(target.max()) < len(items):
-        raise InputError(
-            f"target must be in {first}..{len(items) - 1}, but it spans {int(target.min())}..{int(target.max())}."
-        )
+        raise InputError(f"target must be in {first}..{len(items) - 1}, but it spans {int(target.min())}..{int(target.max())}.")
     logprob, rank, lse = run(
         "linear_cross_entropy", backend, hidden.detach(), items.detach(), target, scale, skip_pad, ties, None
     )

@@ -26,7 +26,9 @@ def target_logprob_and_rank(
 ) -> tuple[Tensor, Tensor]:
     """:func:`target_logprob`, and the int64 number of the softmax's items that outrank the target, as in :func:`target_rank`."""
     first = PAD + 1 if skip_pad else PAD
-    scores = (hidden.detach().flatten(0, -2) @ items.detach()[first:].T).nan_to_num(nan=-float("inf"), posinf=float("inf"), neginf=-float("inf"))
+    scores = (hidden.detach().flatten(0, -2) @ items.detach()[first:].T).nan_to_num(
+        nan=-float("inf"), posinf=float("inf"), neginf=-float("inf")
+    )
     own = target.flatten() - first
     rank = outranking(scores, 0, own, scores.gather(1, own[:, None]).squeeze(1), ties=ties).sum(dim=1)
     return target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad), rank.reshape(target.shape)

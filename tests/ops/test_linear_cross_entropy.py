@@ -1,4 +1,4 @@
-"""``ops.linear_cross_entropy`` and ``ops.target_logprob``: values and gradients by the tolerance law, ranks, contracts, errors."""
+"""``ops.linear_cross_entropy`` and ``ops.target_logprob``: the tolerance law, ranks, contracts, errors."""
 
 import multiprocessing
 import threading
@@ -76,7 +76,15 @@ def test_reductions(reduction, scale, skip_pad, backend):
     hidden, items, target, grad = case(37, 1500, 32, skip_pad=skip_pad)
     hidden, items = torch.nn.functional.normalize(hidden), torch.nn.functional.normalize(items)
     check(
-        "linear_cross_entropy", hidden, items, target, grad, backend=backend, reduction=reduction, scale=scale, skip_pad=skip_pad
+        "linear_cross_entropy",
+        hidden,
+        items,
+        target,
+        grad,
+        backend=backend,
+        reduction=reduction,
+        scale=scale,
+        skip_pad=skip_pad,
     )
 
 
@@ -88,7 +96,9 @@ def test_leading_dimensions(backend):
 def test_uniform_over_many_items(backend):
     """Equal terms are where a single fp32 sum over a large catalog drifts furthest."""
     items = (torch.arange(4) - 1.5)[torch.arange(200_000) % 4][:, None].contiguous()
-    check("target_logprob", torch.tensor([[1.0], [0.1]]), items, torch.tensor([0, 7]), torch.tensor([1.0, -2.0]), backend=backend)
+    check(
+        "target_logprob", torch.tensor([[1.0], [0.1]]), items, torch.tensor([0, 7]), torch.tensor([1.0, -2.0]), backend=backend
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -145,7 +155,10 @@ def check_all_options():
 @needs_native
 @pytest.mark.parametrize(
     ("name", "bug"),
-    [*(("target_logprob", bug) for bug in WRONG.items()), *(("target_logprob_backward", bug) for bug in WRONG_BACKWARD.items())],
+    [
+        *(("target_logprob", bug) for bug in WRONG.items()),
+        *(("target_logprob_backward", bug) for bug in WRONG_BACKWARD.items()),
+    ],
     ids=lambda x: x if isinstance(x, str) else x[0],
 )
 def test_a_planted_bug_is_caught(name, bug, monkeypatch):
@@ -291,7 +304,9 @@ def test_other_dtypes_run_in_pieces(dtype, monkeypatch):
         check("target_logprob", hidden, items, target, grad, backend="reference")
         return
     for ours, theirs in zip(
-        run(ops.target_logprob, hidden, items, target, grad), run(reference.target_logprob, hidden, items, target, grad), strict=True
+        run(ops.target_logprob, hidden, items, target, grad),
+        run(reference.target_logprob, hidden, items, target, grad),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
 
@@ -359,7 +374,9 @@ def test_bad_ties_and_backend():
     hidden, items, target, _ = case(2, 5, 3)
     with pytest.raises(InputError, match="ties must be one of order, strict, but got 'id'"):
         ops.target_logprob_and_rank(hidden, items, target, ties="id")
-    with pytest.raises(BackendError, match=r"cannot run on the backend 'native': it takes float32, and hidden is torch\.float64"):
+    with pytest.raises(
+        BackendError, match=r"cannot run on the backend 'native': it takes float32, and hidden is torch\.float64"
+    ):
         ops.target_logprob(hidden.double(), items.double(), target, backend="native")
 
 
