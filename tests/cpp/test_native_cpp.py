@@ -85,9 +85,10 @@ def test_a_planted_bug_ends_the_program(bug, report, checked):
 
 @pytest.fixture(scope="module")
 def raced():
-    # Without randomised addresses: gcc 12's runtime does not know the layout of newer kernels.
-    need("setarch")
-    return ["setarch", "-R", *build("thread", "-DCMAKE_CXX_FLAGS=-fsanitize=thread -g1")]
+    # Without randomised addresses, where that is allowed: gcc 12's runtime does not know the layout of newer kernels.
+    fixed = ["setarch", "-R"]
+    allowed = shutil.which("setarch") and subprocess.run([*fixed, "true"], capture_output=True, check=False).returncode == 0
+    return [*(fixed if allowed else []), *build("thread", "-DCMAKE_CXX_FLAGS=-fsanitize=thread -g1")]
 
 
 @pytest.mark.parametrize("level", ["generic", "avx2"])

@@ -182,6 +182,7 @@ def test_has_no_gradient():
     ({"k": 0}, "k must be in 1..5"),
     ({"k": 6}, "k must be in 1..5"),
     ({"bias": torch.ones(4)}, "bias must be torch.float32"),
+    ({"exclude": torch.zeros(2, 3)}, "exclude must be a pair .* but got Tensor"),
     ({"exclude": (torch.tensor([0, 1]), torch.tensor([1]))}, r"offsets must have B \+ 1 = 3"),
     ({"exclude": (torch.tensor([0, 2, 1]), torch.tensor([1]))}, "offsets must rise"),
     ({"exclude": (torch.tensor([0, 0, 2]), torch.tensor([1]))}, "offsets must rise"),
