@@ -15,7 +15,7 @@ _SCORES = 2**22
 
 
 def _chunks(hidden: Tensor, items: Tensor, scale: float, skip_pad: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first row, rows, scores [M, n] in fp64) of consecutive pieces of the softmax's items; about 4 million scores, or 1024 a row."""
+    """(first row, rows, scores [M, n] in fp64) of pieces of the softmax's items; about 4 million scores, or 1024 a row."""
     # Long pieces of few rows would be long fp32 sums.
     size = min(8192, max(1024, _SCORES // max(1, len(hidden))))
     for start in range(int(skip_pad), len(items), size):

@@ -85,8 +85,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``torch.nn.functional.cross_entropy(scale * hidden @ items.T, target)``, without the [M, N] scores.
 
-    ``-target_logprob`` reduced by ``reduction``: ``none``, ``mean`` (NaN of no rows) or ``sum``. Arguments and errors are those of
-    :func:`target_logprob`.
+    ``-target_logprob`` reduced by ``reduction``: ``none``, ``mean`` (NaN of no rows) or ``sum``. Arguments and errors are those
+    of :func:`target_logprob`.
     """
     loss = -target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad, backend=backend)
     return reduced(loss, reduction)

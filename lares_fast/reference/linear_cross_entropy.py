@@ -24,7 +24,7 @@ def target_logprob(hidden: Tensor, items: Tensor, target: Tensor, *, scale: floa
 def target_logprob_and_rank(
     hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False, ties: str = "order"
 ) -> tuple[Tensor, Tensor]:
-    """:func:`target_logprob`, and the int64 number of the softmax's items that outrank the target, as in :func:`target_rank`."""
+    """:func:`target_logprob`, and how many of the softmax's items outrank the target (int64), as in :func:`target_rank`."""
     first = PAD + 1 if skip_pad else PAD
     scores = (hidden.detach().flatten(0, -2) @ items.detach()[first:].T).nan_to_num(
         nan=-float("inf"), posinf=float("inf"), neginf=-float("inf")
