@@ -13,7 +13,7 @@ constexpr float HEADROOM = 24.0f;          // a sum of terms up to 2^24 is as ac
 constexpr std::int64_t CHUNK = 64 * PANEL;  // items whose terms are summed in fp32
 
 // Queries whose terms are computed step by step together.
-constexpr int GROUP = 2;
+constexpr int GROUP = 4;
 
 // Whether the target of a query is among the panel's items, and which lanes are left when it is not.
 LARES_INLINE Mask others(std::int64_t target, std::int64_t first, int v, Mask exists) {
