@@ -84,9 +84,10 @@ void topk(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t exclude_of
 }
 
 void target_rank(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t target, uintptr_t exclude_offsets, uintptr_t exclude_ids,
-                 uintptr_t rank, int64_t B, int64_t N, int64_t D, bool ties_by_id, int64_t threads) {
+                 uintptr_t rank, uintptr_t rank_of_all, int64_t B, int64_t N, int64_t D, bool ties_by_id, int64_t threads) {
     lares_fast::target_rank_cpu({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(target),
-                                 pointer<int64_t>(exclude_offsets), pointer<int64_t>(exclude_ids), pointer<int64_t>(rank), B, N, D, ties_by_id},
+                                 pointer<int64_t>(exclude_offsets), pointer<int64_t>(exclude_ids), pointer<int64_t>(rank),
+                                 pointer<int64_t>(rank_of_all), B, N, D, ties_by_id},
                                 threads);
 }
 
@@ -124,7 +125,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("index_shape", &index_shape, arg("N"), arg("D"));
     m.def("build_index", &build_index, arg("items"), arg("N"), arg("D"), arg("index"), arg("threads"), Release());
     m.def("target_rank", &target_rank, arg("query"), arg("items"), arg("bias"), arg("target"), arg("exclude_offsets"), arg("exclude_ids"),
-          arg("rank"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("threads"), Release());
+          arg("rank"), arg("rank_of_all"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("threads"), Release());
     m.def("keep_hidden", &keep_hidden, arg("key0"), arg("key1"), arg("threshold"), arg("site"), arg("step"), arg("layer"), arg("rows_ptr"),
           arg("B"), arg("L"), arg("D"), arg("out_ptr"), Release());
     m.def("keep_attention", &keep_attention, arg("key0"), arg("key1"), arg("threshold"), arg("step"), arg("layer"), arg("rows_ptr"),

@@ -173,10 +173,11 @@ def target_rank(
     exclude: tuple[Tensor, Tensor] | None = None,
     ties: str = "order",
     threads: int | None = None,
-) -> Tensor:
-    """Rank [B] int64 of each target among ``query @ items.T + bias``; fp32 on the CPU, the same for every ``threads``.
+) -> tuple[Tensor, Tensor]:
+    """Ranks [B] int64 of each target by ``query @ items.T + bias``, among all items and among those not excluded.
 
-    The contract is that of :func:`lares_fast.ops.target_rank`. Workspace: a panel of items and B counters per thread.
+    fp32 on the CPU, the same for every ``threads``. The contract is that of :func:`lares_fast.ops.target_ranks`.
+    Workspace: a panel of items and B counters a thread.
     """
     query = _dense("query", query, torch.float32, (None, None))
     batch, width = query.shape
@@ -184,11 +185,11 @@ def target_rank(
     bias = None if bias is None else _dense("bias", bias, torch.float32, (len(items),))
     target = _dense("target", target, torch.int64, (batch,))
     offsets, ids = _exclude(exclude, batch)
-    rank = torch.empty(batch, dtype=torch.int64)
-    tensors = (query, items, bias, target, offsets, ids, rank)
+    rank, rank_of_all = torch.empty_like(target), torch.empty_like(target)
+    tensors = (query, items, bias, target, offsets, ids, rank, rank_of_all)
     sizes = (batch, len(items), width, ties == "order", _threads(threads))
     _call(load().target_rank, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors), *sizes)
-    return rank
+    return rank_of_all, rank
 
 
 def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
