@@ -2,7 +2,8 @@
 
 Queries, keys and values are [P, H, E]; sequence b is rows OFFSETS[b]..OFFSETS[b + 1]. A program owns one tile of S rows of
 one head of one sequence and walks the tiles of the other side. No atomics: results do not depend on program order.
-Two warps a program: with four, Hopper and Blackwell would take asynchronous products that older ptxas compiles wrongly.
+Two warps a program in half precision: with four, Hopper and Blackwell would take asynchronous products that some versions
+of ptxas compile wrongly. In fp32 products are exact to fp32 and use no tensor core.
 """
 
 import math
@@ -14,7 +15,7 @@ from lares_fast.kernels._launch import launch, ready
 from lares_fast.kernels._tiles import dropout_factor, load_rows, store_rows, visible
 
 LOG2E = tl.constexpr(1.4426950408889634)
-WARPS = 2
+WARPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
 # Lengths, sizes and addresses must not compile variants of their own.
 _SIZES = ["P", "H", "tiles", "threshold", "step", "layer"]
@@ -165,7 +166,7 @@ def _optional(tensor):
 def _plan(query, offsets, longest, seed, threshold, step, layer):
     """How all three kernels are launched for these sizes, and the numbers they take."""
     P, H, E = query.shape
-    S = tile_size(longest, E, query.dtype)
+    S = tile_size(longest, E * query.element_size())
     tiles = triton.cdiv(longest, S)
     programs = (len(offsets) - 1) * H * tiles if P else 0
     kept = 1 / (1 - threshold / 65536)
@@ -173,12 +174,11 @@ def _plan(query, offsets, longest, seed, threshold, step, layer):
     constants = {"E": E, "C": max(16, triton.next_power_of_2(E)), "S": S, "DROP": seed is not None}
 
     def launch_tiles(kernel, *arguments):
-        launch(kernel, programs, *arguments, warps=WARPS, **constants)
+        launch(kernel, programs, *arguments, warps=WARPS[query.dtype], **constants)
 
     return launch_tiles, numbers
 
 
-def tile_size(longest, E, dtype):
-    """Rows of a tile: few enough for the registers of two warps, and no more than the longest sequence fills."""
-    largest = 64 if E <= 32 and dtype != torch.float32 else 32 if E <= 64 else 16
-    return min(largest, max(16, triton.next_power_of_2(longest)))
+def tile_size(longest, row_bytes):
+    """Rows of a tile: few enough that the registers hold all tiles, no more than the longest sequence fills."""
+    return min(32 if row_bytes <= 128 else 16, max(16, triton.next_power_of_2(longest)))

@@ -85,7 +85,7 @@ def packed_attention_backward(
     weights, dp = p, dout @ v.transpose(-1, -2)
     if draw is not None:
         weights, dp = (draw.attention(x, dropout, step=step, layer=layer) for x in (p, dp))
-    ds = p * (dp - (dp * p).sum(dim=-1, keepdim=True)) / math.sqrt(query.shape[-1])
+    ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype) / math.sqrt(query.shape[-1])
     gradients = ds @ k, ds.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ dout
     dq, dk, dv = (_unpad(x, real) for x in gradients)
     return dq, dk, dv

@@ -6,7 +6,7 @@ bits of bf16, truncates casts to bf16, and reads and writes any address. :func:`
 
 import contextlib
 import importlib.util
-import inspect
+import sys
 from pathlib import Path
 
 import lares_fast.kernels
@@ -132,17 +132,22 @@ def interpreted(monkeypatch, order=None):
             torch.use_deterministic_algorithms(poisoned)
 
 
-def mutant(stem, old, new, folder):
-    """The kernel module ``stem`` with ``old``, which occurs once in its source, replaced by ``new``."""
-    source = (KERNELS / f"{stem}.py").read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {stem}.py"
-    path = folder / f"{stem}_mutant.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert inspect.getsource(module).count(new)
-    return module
+def plant(monkeypatch, folder, files, file, old, new):
+    """Let the ops find kernels built from the sources ``files``, in order of import, where ``old`` reads ``new`` in ``file``.
+
+    ``old`` must occur once, so that a change of the source cannot make the bug vanish unnoticed.
+    """
+    for name in files:
+        source = (KERNELS / f"{name}.py").read_text()
+        if name == file:
+            assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {file}.py"
+            source = source.replace(old, new)
+        path = folder / f"{name}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(f"lares_fast.kernels.{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
 
 
 def between_guards(tensor):

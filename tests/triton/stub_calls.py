@@ -1,0 +1,57 @@
+"""Run by test_stub.py in a process of its own: Triton's own launcher, against a libcuda without a GPU.
+
+Triton's driver is created before torch is imported, because torch would tell it that there is no GPU.
+"""
+
+import os
+import sys
+
+import triton
+
+triton.runtime.driver.active.get_current_device()
+
+import torch
+
+from lares_fast import ops
+from lares_fast._random import Draw
+from lares_fast.ops import _triton
+
+_triton.obstacle = lambda tensor: None
+LOG = os.environ["STUB_LOG"]
+H, E = 2, 32
+
+
+def call(B, longest, lengths, dtype=torch.bfloat16, p=0.2):
+    """The launches of one forward and backward."""
+    open(LOG, "w").close()
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    query = torch.zeros(int(offsets[-1]), H, E, dtype=dtype, requires_grad=True)
+    out = ops.attention(query, query, query, offsets, longest, draw=Draw((1, 2), torch.arange(B)), dropout=p, backend="triton")
+    out.backward(torch.zeros_like(out))
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+names = ["attention_forward", "attention_backward_query", "attention_backward_key_value"]
+variants = set()
+for longest in range(1, 258):
+    launches = call(1, longest, torch.tensor([longest]))
+    S = 16 if longest <= 16 else 32
+    assert [x[0] for x in launches] == names, launches
+    assert {(int(x[2]), int(x[3])) for x in launches} == {(H * -(-longest // S), 1)}, (longest, launches)
+    variants |= {x[1] for x in launches}
+# Tiles of 16 and of 32 rows.
+assert len(variants) == 2 * len(names), len(variants)
+
+for B in (1, 7, 2048, 70_000):
+    launches = call(B, 3, torch.ones(B, dtype=torch.int64))
+    assert {int(x[2]) for x in launches} == {B * H}, (B, launches)
+    variants |= {x[1] for x in launches}
+assert len(variants) == 2 * len(names), "the batch compiled a variant"
+
+assert call(0, 5, torch.zeros(0, dtype=torch.int64)) == []
+assert call(3, 5, torch.zeros(3, dtype=torch.int64)) == []
+
+for dtype in (torch.float16, torch.float32):
+    assert [x[0] for x in call(7, 200, torch.full((7,), 200), dtype, p=0.0)] == names
+print("launched", max(int(x[5]) for x in call(7, 200, torch.full((7,), 200), torch.float32)))
+sys.exit(0)

@@ -1,0 +1,79 @@
+"""What ptxas makes of every kernel: no spilled registers where that is possible, tensor cores used, vector loads kept."""
+
+import pytest
+import torch
+
+from lares_fast import ops
+from lares_fast._random import Draw
+
+pytestmark = pytest.mark.compiled
+
+# D/H, dtype, dropout, longest.
+CASES = [
+    (16, torch.bfloat16, 0.2, 200),
+    (32, torch.bfloat16, 0.2, 50),
+    (64, torch.bfloat16, 0.0, 50),
+    (64, torch.float16, 0.2, 200),
+    (128, torch.bfloat16, 0.2, 50),
+    (32, torch.float32, 0.2, 50),
+    (128, torch.float32, 0.2, 50),
+]
+# Products of tiles, and tiles loaded, in each kernel.
+DOTS = {"attention_forward": 2, "attention_backward_query": 3, "attention_backward_key_value": 4}
+TILES = {"attention_forward": 3, "attention_backward_query": 5, "attention_backward_key_value": 4}
+# By bytes of a row of a head. Two programs of 64 threads leave room for six more at 128 registers a thread.
+REGISTERS = {32: 144, 64: 176, 128: 240, 256: 200, 512: 255}
+# One multiply-add instruction of a tensor core: 16 x 8 x 16.
+PRODUCT = 2048
+
+
+def run(E, dtype, p, longest):
+    query, key, value = (torch.zeros(longest, 2, E, dtype=dtype, requires_grad=True) for _ in range(3))
+    draw = Draw((1, 2), torch.zeros(1, dtype=torch.int64))
+    out = ops.attention(query, key, value, torch.tensor([0, longest]), longest, draw=draw, dropout=p, backend="triton")
+    out.backward(torch.zeros_like(out))
+
+
+@pytest.fixture(params=[80, 86, 90, 100, 120], ids="sm_{}".format)
+def architecture(request):
+    return request.param
+
+
+@pytest.mark.parametrize(("E", "dtype", "p", "longest"), CASES)
+def test_attention(E, dtype, p, longest, architecture, monkeypatch):
+    import triton_gate
+
+    kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: run(E, dtype, p, longest))
+    assert [kernel.name for kernel in kernels] == list(DOTS)
+    for kernel in kernels:
+        S, C, size = kernel.constants["S"], kernel.constants["C"], dtype.itemsize
+        threads = 32 * kernel.warps
+        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
+        assert kernel.registers <= REGISTERS[E * size], kernel
+        assert kernel.stack <= spills(E, dtype, kernel.name), kernel
+        assert kernel.count("LDG.E.128") >= TILES[kernel.name] * S * C * size // 16 // threads, kernel
+        if dtype == torch.float32:
+            # TF32 would be a product of a tensor core.
+            assert kernel.products == 0, kernel
+        else:
+            assert kernel.products >= DOTS[kernel.name] * S * S * C // PRODUCT // kernel.warps, kernel
+            # Neither WGMMA nor tcgen05, which older ptxas and Triton compile wrongly in places.
+            assert kernel.products == kernel.count("HMMA"), kernel
+
+
+def spills(E, dtype, name):
+    """Bytes a thread: none but in fp32 with the widest heads, and a few in the widest tiles of Blackwell."""
+    if dtype == torch.float32:
+        return 288 if E == 128 and name == "attention_backward_query" else 8
+    return 8 if E == 128 else 0
+
+
+def test_the_gate_sees_a_spill_and_a_missing_tensor_core(monkeypatch):
+    import triton_gate
+    from lares_fast.kernels import attention
+
+    monkeypatch.setattr(attention, "tile_size", lambda longest, row_bytes: 64)
+    (wide, *_) = triton_gate.compile_launches(monkeypatch, 80, lambda: run(128, torch.bfloat16, 0.2, 200))
+    assert wide.stack > 0
+    (exact, *_) = triton_gate.compile_launches(monkeypatch, 80, lambda: run(16, torch.float32, 0.0, 50))
+    assert exact.products == 0
