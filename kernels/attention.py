@@ -2,8 +2,6 @@
 
 Queries, keys and values are [P, H, E]; sequence b is rows OFFSETS[b]..OFFSETS[b + 1]. A program owns one tile of S rows of
 one head of one sequence and walks the tiles of the other side. No atomics: results do not depend on program order.
-Two warps a program in half precision: with four, Hopper and Blackwell would take asynchronous products that some versions
-of ptxas compile wrongly. In fp32 products are exact to fp32 and use no tensor core.
 """
 
 import math
@@ -11,12 +9,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import launch, ready
+from lares_fast.kernels._launch import WARPS, launch, ready
 from lares_fast.kernels._tiles import dropout_factor, load_rows, store_rows, visible
 
 LOG2E = tl.constexpr(1.4426950408889634)
-WARPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
-
 # Lengths, sizes and addresses must not compile variants of their own.
 _SIZES = ["P", "H", "tiles", "threshold", "step", "layer"]
 

@@ -21,8 +21,9 @@ def obstacle(tensor: Tensor) -> str | None:
         return f"it runs on an NVIDIA GPU, and the tensors are on {tensor.device}"
     if torch.version.hip is not None:
         return "it was not tried on AMD GPUs"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    for package in ("triton", "lares_fast.kernels"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed"
     major, minor = torch.cuda.get_device_capability(tensor.device)
     if major < 8:
         return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(tensor.device)} has {major}.{minor}"

@@ -68,9 +68,7 @@ def attention(
     return _OP(query, key, value, offsets, longest, rows, seed, dropout, step, layer, backend)[0]
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, draw: Draw | None, dropout: float
-) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, draw: Draw | None, dropout: float) -> None:
     if query.dim() != 3 or not query.dtype.is_floating_point:
         raise InputError(f"query must be a floating-point [P, H, D/H], but got {query.dtype} {list(query.shape)}.")
     for name, x in (("key", key), ("value", value)):

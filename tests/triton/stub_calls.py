@@ -1,14 +1,6 @@
-"""Run by test_stub.py in a process of its own: Triton's own launcher, against a libcuda without a GPU.
-
-Triton's driver is created before torch is imported, because torch would tell it that there is no GPU.
-"""
+"""Imported by test_stub.py in a process of its own, with Triton's own launcher running against a libcuda without a GPU."""
 
 import os
-import sys
-
-import triton
-
-triton.runtime.driver.active.get_current_device()
 
 import torch
 
@@ -53,5 +45,4 @@ assert call(3, 5, torch.zeros(3, dtype=torch.int64)) == []
 
 for dtype in (torch.float16, torch.float32):
     assert [x[0] for x in call(7, 200, torch.full((7,), 200), dtype, p=0.0)] == names
-print("launched", max(int(x[5]) for x in call(7, 200, torch.full((7,), 200), torch.float32)))
-sys.exit(0)
+print("launched as planned")

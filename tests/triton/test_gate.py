@@ -8,15 +8,16 @@ from lares_fast._random import Draw
 
 pytestmark = pytest.mark.compiled
 
-# D/H, dtype, dropout, longest.
+ALL = (80, 86, 90, 100, 120)
+# D/H, dtype, dropout, longest; and for which GPUs. Products in fp32 take minutes to compile, so not for all.
 CASES = [
-    (16, torch.bfloat16, 0.2, 200),
-    (32, torch.bfloat16, 0.2, 50),
-    (64, torch.bfloat16, 0.0, 50),
-    (64, torch.float16, 0.2, 200),
-    (128, torch.bfloat16, 0.2, 50),
-    (32, torch.float32, 0.2, 50),
-    (128, torch.float32, 0.2, 50),
+    (16, torch.bfloat16, 0.2, 200, ALL),
+    (32, torch.bfloat16, 0.2, 50, ALL),
+    (64, torch.bfloat16, 0.0, 50, ALL),
+    (64, torch.float16, 0.2, 200, ALL),
+    (128, torch.bfloat16, 0.2, 50, ALL),
+    (32, torch.float32, 0.2, 50, (80, 90, 120)),
+    (128, torch.float32, 0.2, 50, (86, 100)),
 ]
 # Products of tiles, and tiles loaded, in each kernel.
 DOTS = {"attention_forward": 2, "attention_backward_query": 3, "attention_backward_key_value": 4}
@@ -34,12 +35,10 @@ def run(E, dtype, p, longest):
     out.backward(torch.zeros_like(out))
 
 
-@pytest.fixture(params=[80, 86, 90, 100, 120], ids="sm_{}".format)
-def architecture(request):
-    return request.param
-
-
-@pytest.mark.parametrize(("E", "dtype", "p", "longest"), CASES)
+@pytest.mark.parametrize(
+    ("E", "dtype", "p", "longest", "architecture"),
+    [(*case, architecture) for *case, architectures in CASES for architecture in architectures],
+)
 def test_attention(E, dtype, p, longest, architecture, monkeypatch):
     import triton_gate
 
@@ -62,18 +61,16 @@ def test_attention(E, dtype, p, longest, architecture, monkeypatch):
 
 
 def spills(E, dtype, name):
-    """Bytes a thread: none but in fp32 with the widest heads, and a few in the widest tiles of Blackwell."""
+    """Bytes a thread that may lie in local memory: none in the forward of half precision."""
     if dtype == torch.float32:
         return 288 if E == 128 and name == "attention_backward_query" else 8
-    return 8 if E == 128 else 0
+    return 8 if E >= 64 and name != "attention_forward" else 0
 
 
-def test_the_gate_sees_a_spill_and_a_missing_tensor_core(monkeypatch):
+def test_the_gate_sees_a_spill(monkeypatch):
     import triton_gate
     from lares_fast.kernels import attention
 
     monkeypatch.setattr(attention, "tile_size", lambda longest, row_bytes: 64)
-    (wide, *_) = triton_gate.compile_launches(monkeypatch, 80, lambda: run(128, torch.bfloat16, 0.2, 200))
-    assert wide.stack > 0
-    (exact, *_) = triton_gate.compile_launches(monkeypatch, 80, lambda: run(16, torch.float32, 0.0, 50))
-    assert exact.products == 0
+    *_, wide = triton_gate.compile_launches(monkeypatch, 80, lambda: run(32, torch.bfloat16, 0.2, 200))
+    assert wide.stack > spills(32, torch.bfloat16, wide.name)

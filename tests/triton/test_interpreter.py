@@ -69,7 +69,9 @@ def test_the_order_of_programs_is_chosen(kernels, monkeypatch):
 
 
 def test_casts_to_bf16_round_to_nearest_even(kernels, memory):
-    x = torch.cat((torch.randn(1000), torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3.39e38, 1 + 2**-8, 1 + 3 * 2**-8])))
+    x = torch.cat(
+        (torch.randn(1000), torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3.39e38, 1 + 2**-8, 1 + 3 * 2**-8]))
+    )
     narrow, back = torch.empty(len(x), dtype=torch.bfloat16), torch.empty(len(x))
     kernels.round_trip[(1,)](x, narrow, back, len(x), 1024)
     torch.testing.assert_close(narrow, x.bfloat16(), rtol=0, atol=0, equal_nan=True)

@@ -49,7 +49,7 @@ BROKEN = {
     "x = tl.program_id(1)": "grids have one dimension",
     "x = tl.dot(a, b)": "tl.dot names",
     "tl.atomic_add(p, x)": "no atomics",
-    "for i in range(3):\n    x += tl.dot(a, b, input_precision='ieee')\n    x += tl.dot(c, d, input_precision='ieee')": "one product",
+    "while True:\n    x += tl.dot(a, b, input_precision='ieee')\n    x += tl.dot(c, d, input_precision='ieee')": "one product",
     "kernel[(3,)](x)": "launched by _launch",
     "@triton.autotune(configs)\ndef f(): pass": "configurations are fixed",
 }

@@ -10,6 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.compiled
 HERE = Path(__file__).parent
+# Triton's driver comes before torch, which would tell it that there is no GPU.
+START = "import triton; triton.runtime.driver.active.get_current_device(); import stub_calls"
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +20,11 @@ def stub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stub")
     compiler = shutil.which("gcc") or shutil.which("cc") or pytest.skip("no C compiler")
     library = folder / "libcuda.so.1"
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, HERE / "stub_cuda.c"], check=True
-    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, HERE / "stub_cuda.c"], check=True)
     return folder
 
 
-@pytest.mark.parametrize(("capability", "shared"), [(80, 166_912), (86, 101_376), (90, 232_448), (120, 101_376)])
+@pytest.mark.parametrize(("capability", "shared"), [(80, 166_912), (90, 232_448), (120, 101_376)])
 def test_launches(capability, shared, stub, tmp_path):
     environ = {
         **os.environ,
@@ -36,6 +36,6 @@ def test_launches(capability, shared, stub, tmp_path):
         "STUB_CAPABILITY": str(capability),
         "STUB_SHARED": str(shared),
     }
-    done = subprocess.run([sys.executable, HERE / "stub_calls.py"], env=environ, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", START], env=environ, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("launched")
+    assert done.stdout == "launched as planned\n"

@@ -4,7 +4,6 @@ A stand-in driver answers Triton's question for the GPU, and a launch becomes a 
 specialisations and options of the wrapper.
 """
 
-import contextlib
 import re
 import subprocess
 import tempfile
@@ -88,7 +87,9 @@ def inspect_kernel(kernel, folder):
             opcodes[found[1]] = opcodes.get(found[1], 0) + 1
     names = kernel.src.fn.arg_names
     constants = {names[place[0]]: value for place, value in kernel.src.constants.items()}
-    return Compiled(kernel.metadata.name, constants, kernel.metadata.num_warps, registers, stack, kernel.metadata.shared, opcodes)
+    return Compiled(
+        kernel.metadata.name, constants, kernel.metadata.num_warps, registers, stack, kernel.metadata.shared, opcodes
+    )
 
 
 def tool(name, *arguments):
