@@ -1,4 +1,4 @@
-"""target_rank on the CPU against counting by torch: eagerly, and in chunks whose buffers are allocated once."""
+"""target_rank on the CPU against counting by torch: over all scores, and in chunks whose buffers are allocated once."""
 
 import pytest
 import torch
@@ -16,23 +16,21 @@ def torch_full(query, items, target):
 
 
 class TorchChunked:
-    """Scores, comparisons and counts of 65,536 items at a time, all in reused memory."""
+    """65,536 items at a time in reused memory. Comparisons are written as floats, which torch sums faster than booleans."""
 
     def __init__(self, query, items, target):
         self.arguments = query, items, target
-        width = min(CHUNK, len(items))
-        self.scores, self.better = torch.empty(len(query), width), torch.empty(len(query), width, dtype=torch.bool)
+        self.scores, self.better = torch.empty(2, len(query) * min(CHUNK, len(items)))
 
     def __call__(self):
         query, items, target = self.arguments
         own = (query * items[target]).sum(1, keepdim=True)
-        rank = torch.zeros(len(query), dtype=torch.int64)
+        rank = torch.zeros(len(query))
         for piece in items.split(CHUNK):
-            scores = self.scores.flatten()[: len(query) * len(piece)].view(len(query), len(piece))
-            better = self.better.flatten()[: scores.numel()].view_as(scores)
-            torch.gt(torch.mm(query, piece.T, out=scores), own, out=better)
-            rank += better.sum(1)
-        return rank
+            shape = len(query), len(piece)
+            scores, better = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (self.scores, self.better))
+            rank += torch.gt(torch.mm(query, piece.T, out=scores), own, out=better).sum(1)
+        return rank.long()
 
 
 def candidates(N):

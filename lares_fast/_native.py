@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,8 +116,9 @@ def topk(
     if k < 1:
         raise InputError(f"k must be at least 1, but got {k}.")
     module = load()
-    scores = torch.empty(batch, k, dtype=torch.float32)
-    best = torch.empty(batch, k, dtype=torch.int64)
+    with _memory(f"the result [{batch}, {k}]"):
+        scores = torch.empty(batch, k, dtype=torch.float32)
+        best = torch.empty(batch, k, dtype=torch.int64)
     _call(
         module.topk,
         *(0 if tensor is None else tensor.data_ptr() for tensor in (query, items, bias, offsets, ids)),
@@ -221,7 +223,17 @@ def _dense(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int | 
             f"{name} must be a dense {dtype} [{wanted}] on the CPU, "
             f"but got {tensor.layout} {tensor.dtype} {list(tensor.shape)} on {tensor.device}."
         )
-    return tensor.detach().resolve_neg().contiguous()
+    with _memory(f"{name} {list(tensor.shape)}"):
+        return tensor.detach().resolve_neg().contiguous()
+
+
+@contextmanager
+def _memory(what: str) -> Iterator[None]:
+    """Torch's complaint about memory as ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(f"{what} does not fit into memory: pass fewer rows at a time ({error}).") from error
 
 
 def _exclude(exclude: tuple[Tensor, Tensor] | None, batch: int) -> tuple[Tensor | None, Tensor | None]:

@@ -8,8 +8,8 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
-# Suites of minutes: run only under a ``-m`` expression that speaks of them.
-ON_REQUEST = ("packaging", "interpreted", "compiled")
+# Markers of tests that take minutes.
+SLOW = ("packaging", "native_cpp", "interpreted", "compiled")
 
 
 def pytest_configure(config):
@@ -23,13 +23,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    expression = config.option.markexpr or ""
-    unasked = [name for name in ON_REQUEST if name not in expression]
-    deselected = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
-    if deselected:
-        config.hook.pytest_deselected(items=deselected)
-        gone = set(deselected)
-        items[:] = [item for item in items if item not in gone]
+    """Deselect what is slow unless a ``-m`` expression speaks of it."""
+    left_out = [marker for marker in SLOW if marker not in (config.option.markexpr or "")]
+    slow = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(autouse=True)

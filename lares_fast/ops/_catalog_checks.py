@@ -12,6 +12,8 @@ from lares_fast.reference.topk import Exclude
 
 def check_arguments(query: Tensor, items: Tensor, bias: Tensor | None, exclude: Exclude | None) -> None:
     """Shapes, dtypes and devices, which compilers know too: query [B, D], items [N, D], bias [N], exclude in CSR."""
+    if exclude is not None and not (isinstance(exclude, tuple | list) and len(exclude) == 2):
+        raise InputError(f"exclude must be a pair (offsets [B + 1], ids [E]), but got {type(exclude).__name__}.")
     offsets, ids = exclude if exclude is not None else (None, None)
     tensors = {"query": query, "items": items, "bias": bias}
     for name, value in tensors.items():

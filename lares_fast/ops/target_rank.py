@@ -32,7 +32,7 @@ def target_rank(
     -inf. The target's score is summed like every other, so it cannot outrank itself by rounding.
 
     Args:
-        query: [B, D] float.
+        query: [B, D] float. Any strides, here and below; the native backend copies what is not contiguous.
         items: [N, D], same dtype and device as ``query``.
         target: [B] int64, ids in 0..N - 1.
         bias: [N], added to every query's scores.

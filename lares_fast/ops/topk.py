@@ -32,7 +32,7 @@ def topk(
     -inf.
 
     Args:
-        query: [B, D] float.
+        query: [B, D] float. Any strides, here and below; the native backend copies what is not contiguous.
         items: [N, D], same dtype and device as ``query``.
         k: 1..N.
         bias: [N], added to every query's scores.

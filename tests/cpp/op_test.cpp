@@ -58,8 +58,8 @@ bool Catalog::excluded(std::int64_t b, std::int64_t item) const {
 
 std::string Catalog::describe() const {
     std::ostringstream text;
-    text << "B " << B << ", N " << N << ", D " << D << ", " << kind << (with_bias ? ", bias" : "") << (with_exclude ? ", exclusions" : "")
-         << ", level " << lares_fast::level_name();
+    text << "B " << B << ", N " << N << ", D " << D << ", " << kind << (with_bias ? ", bias" : "")
+         << (with_exclude ? ", exclusions" : "") << ", level " << lares_fast::level_name();
     return text.str();
 }
 
@@ -73,7 +73,8 @@ Catalog random_catalog(Random& random, bool large) {
     c.query = numbers(random, c.kind, c.B * c.D);
     c.items = numbers(random, c.kind, c.N * c.D);
     if (c.kind == "one item") {
-        for (std::size_t i = static_cast<std::size_t>(c.D); i < c.items.size(); ++i) c.items[i] = c.items[i % static_cast<std::size_t>(c.D)];
+        const auto width = static_cast<std::size_t>(c.D);
+        for (std::size_t i = width; i < c.items.size(); ++i) c.items[i] = c.items[i % width];
     }
     c.bias = numbers(random, c.kind, c.N);
     c.with_bias = random.chance(0.4);
@@ -91,17 +92,20 @@ Catalog random_catalog(Random& random, bool large) {
 
 std::int64_t bad_id(Random& random, std::int64_t N) {
     using Limits = std::numeric_limits<std::int64_t>;
-    return random.one_of<std::int64_t>({-1, N, Limits::min(), Limits::max(), -random.between(1, 1000), N + random.between(0, 1000)});
+    const std::int64_t below = -random.between(1, 1000), beyond = N + random.between(0, 1000);
+    return random.one_of<std::int64_t>({-1, N, Limits::min(), Limits::max(), below, beyond});
 }
 
 void spoil_lists(Random& random, std::int64_t N, Lists& lists) {
-    const auto last = static_cast<std::int64_t>(lists.offsets.size()) - 1;
+    const auto any_of = [&](std::size_t size) {
+        return static_cast<std::size_t>(random.between(0, static_cast<std::int64_t>(size) - 1));
+    };
     switch (random.between(0, 3)) {
         case 0: lists.offsets.front() = random.one_of<std::int64_t>({1, -1, std::numeric_limits<std::int64_t>::min()}); break;
-        // Down from a positive end, so that the offsets decrease somewhere.
-        case 1: lists.offsets[static_cast<std::size_t>(random.between(0, last - 1))] = lists.offsets.back() + random.between(1, 1000); break;
+        // Above the last, so that the offsets decrease somewhere.
+        case 1: lists.offsets[any_of(lists.offsets.size() - 1)] = lists.offsets.back() + random.between(1, 1000); break;
         case 2: lists.offsets.back() = -random.between(1, 1000); break;
-        default: lists.ids[static_cast<std::size_t>(random.between(0, static_cast<std::int64_t>(lists.ids.size()) - 1))] = bad_id(random, N);
+        default: lists.ids[any_of(lists.ids.size())] = bad_id(random, N);
     }
 }
 

@@ -262,6 +262,7 @@ def test_a_rank_has_no_gradient(backend):
     ({"target": torch.tensor([1, 5])}, r"target must be in 0\.\.4, but they span 1\.\.5"),
     ({"target": torch.tensor([-1, 4])}, r"target must be in 0\.\.4, but they span -1\.\.4"),
     ({"target": [1, 2]}, "target must be a dense tensor, but got list"),
+    ({"exclude": torch.zeros(2, 3)}, "exclude must be a pair .* but got Tensor"),
     ({"exclude": (torch.tensor([0, 1]), torch.tensor([1]))}, r"offsets must have B \+ 1 = 3"),
     ({"exclude": (torch.tensor([0, 2, 1]), torch.tensor([1]))}, "offsets must rise"),
     ({"exclude": (torch.tensor([0, 0, 1]), torch.tensor([5]))}, r"exclude ids must be in 0\.\.4"),

@@ -140,12 +140,22 @@ def test_reference_takes_other_dtypes():
     assert torch.equal(ids, by_sorting(query, items, 3))
 
 
+def test_any_strides(backend):
+    query, items, bias = integers(6, 8), integers(50, 8), integers(1)
+    expected = by_sorting(query, items, 9, bias.repeat(50))
+    strided = (query.repeat_interleave(2, 1)[:, ::2], items.T.contiguous().T)
+    assert torch.equal(ops.topk(*strided, 9, bias=bias.expand(50), backend=backend)[1], expected)
+
+
 def test_opcheck_and_compile(backend):
     query, items = integers(4, 3), integers(9, 3)
     offsets, ids = csr([[1], [], [2, 2], [8]])
     torch.library.opcheck(torch.ops.lares_fast.topk, (query, items, 3, None, offsets, ids, [], backend))
-    compiled = torch.compile(lambda q, i: ops.topk(q, i, 3, backend=backend)[1] + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(query, items), ops.topk(query, items, 3, backend=backend)[1] + 1)
+    compiled = torch.compile(lambda q, i: ops.topk(q, i, 3)[1] + 1, fullgraph=True, backend="aot_eager")
+    with ops.backend(backend):
+        before = _dispatch.calls["topk", backend]
+        assert torch.equal(compiled(query, items), ops.topk(query, items, 3)[1] + 1)
+        assert _dispatch.calls["topk", backend] == before + 2
 
 
 def test_has_no_gradient():
@@ -157,6 +167,14 @@ def test_has_no_gradient():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"query": torch.ones(3)}, "query must be a floating-point"),
+    ({"query": [[1.0]]}, "query must be a dense tensor, but got list"),
+    ({"query": torch.ones(2, 3, device="meta")}, "on meta like query, but got .* on cpu"),
+    ({"items": torch.ones(5, 3, device="meta")}, "on cpu like query, but got .* on meta"),
+    ({"items": torch.ones(5, 3).to_sparse()}, r"items must be a dense tensor, but got torch\.sparse_coo"),
+    ({"bias": [1.0] * 5}, "bias must be a dense tensor, but got list"),
+    ({"exclude": ([0, 0, 1], torch.tensor([1]))}, "exclude offsets must be a dense tensor, but got list"),
+    ({"exclude": (torch.tensor([0, 0, 1], device="meta"), torch.tensor([1]))}, "exclude offsets must be 1-D .* on cpu"),
+    ({"k": -(2**70)}, "k must be in 1..5"),
     ({"query": torch.ones(2, 3, dtype=torch.int64)}, "query must be a floating-point"),
     ({"items": torch.ones(5, 4)}, r"items must be \[N, 3\]"),
     ({"items": torch.ones(5, 3).double()}, "items must be torch.float32"),
@@ -164,6 +182,7 @@ def test_has_no_gradient():
     ({"k": 0}, "k must be in 1..5"),
     ({"k": 6}, "k must be in 1..5"),
     ({"bias": torch.ones(4)}, "bias must be torch.float32"),
+    ({"exclude": torch.zeros(2, 3)}, "exclude must be a pair .* but got Tensor"),
     ({"exclude": (torch.tensor([0, 1]), torch.tensor([1]))}, r"offsets must have B \+ 1 = 3"),
     ({"exclude": (torch.tensor([0, 2, 1]), torch.tensor([1]))}, "offsets must rise"),
     ({"exclude": (torch.tensor([0, 0, 2]), torch.tensor([1]))}, "offsets must rise"),
@@ -257,10 +276,32 @@ class TestCatalogIndex:
         with pytest.raises(InputError, match="stale"):
             ops.topk(torch.randn(2, 4), table[1:], 3, index=index)
 
-    @pytest.mark.parametrize("items", [torch.ones(3), torch.ones(3, 4).double(), torch.ones(4, 3).T])
+    @pytest.mark.parametrize("items", [
+        torch.ones(3), torch.ones(3, 4).double(), torch.ones(4, 3).T, torch.ones(1, 4).expand(3, 4),
+        torch.ones(3, 4, device="meta"),
+    ])  # fmt: skip
     def test_bad_items(self, items):
-        with pytest.raises(InputError, match=r"items must be a contiguous torch\.float32"):
+        with pytest.raises(InputError, match=r"items must be a contiguous torch\.float32 \[N, D\] on the CPU"):
             ops.CatalogIndex(items)
+
+    @pytest.mark.parametrize("items", [[[1.0]], torch.ones(3, 4).to_sparse()])
+    def test_what_is_no_dense_tensor(self, items):
+        with pytest.raises(InputError, match="items must be a dense tensor, but got"):
+            ops.CatalogIndex(items)
+
+    @pytest.mark.parametrize(("N", "D"), [(0, 4), (3, 0), (1, 1)])
+    def test_the_smallest_catalogs(self, N, D):
+        items = torch.ones(N, D)
+        index = ops.CatalogIndex(items)
+        if N:
+            _, ids = ops.topk(torch.ones(2, D), items, N, index=index)
+            assert torch.equal(ids, torch.arange(N).expand(2, N))
+
+    def test_items_that_train_can_be_indexed(self):
+        items = torch.randn(50, 4, requires_grad=True)
+        scores, _ = ops.topk(torch.randn(2, 4), items, 3, index=ops.CatalogIndex(items))
+        with pytest.raises(NotImplementedError, match="topk has no gradient"):
+            scores.sum().backward()
 
     def test_inference_tensors_are_refused(self):
         with torch.inference_mode():
