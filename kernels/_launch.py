@@ -8,7 +8,7 @@ import torch
 MOST_PROGRAMS = 2**31 - 1
 # Vector loads of 16 bytes; a pointer that is not a multiple would also compile a variant of its own.
 ALIGNMENT = 16
-# Warps of a program. With four, products of half precision would be WGMMA on Hopper and tcgen05 on Blackwell, which some versions
+# Warps of a program. With four, products of half precision are WGMMA on Hopper and tcgen05 on Blackwell, which some versions
 # of ptxas and Triton compile wrongly; with two they are mma.sync everywhere. Products in fp32 use no tensor core.
 WARPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 

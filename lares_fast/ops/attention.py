@@ -100,7 +100,7 @@ def _run(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: in
             raise InputError(f"offsets must rise from 0 to {len(query)}, the rows of query, by at most longest = {longest}.")
     *address, backend = rest
     tensors = (x.detach() for x in (query, key, value))
-    out, lse = run("attention", backend, *tensors, offsets, longest, *address)
+    out, lse = run("attention", backend, *tensors, offsets, longest, *address, None)
     return out, lse
 
 
@@ -126,7 +126,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 def _run_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, backend, out, lse, grad = arguments
-    dq, dk, dv = run("attention_backward", backend, *inputs, out, lse, grad)
+    dq, dk, dv = run("attention", backend, *inputs, (out, lse, grad))
     return dq, dk, dv
 
 
@@ -134,38 +134,41 @@ def _fake_backward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
 
 
-def _options(rows: Tensor | None, seed: Tensor | None, dropout: float, step: int, layer: int) -> dict[str, Any]:
-    """The keyword arguments of the reference."""
+# What a backend needs for the gradients beside the inputs: the results of the forward and the gradient of the first.
+_Gradient = tuple[Tensor, Tensor, Tensor]
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    longest: int,
+    rows: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    step: int,
+    layer: int,
+    gradient: _Gradient | None,
+) -> tuple[Tensor, ...]:
     draw = None
     if rows is not None and seed is not None:
         packed = int(seed)
         draw = Draw((packed & 0xFFFFFFFF, packed >> 32 & 0xFFFFFFFF), rows)
-    return {"draw": draw, "dropout": dropout, "step": step, "layer": layer}
-
-
-def _reference(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, *address: Any
-) -> tuple[Tensor, Tensor]:
-    out = reference.packed_attention(query, key, value, offsets, longest, **_options(*address))
+    how: dict[str, Any] = {"draw": draw, "dropout": dropout, "step": step, "layer": layer}
+    if gradient is not None:
+        return packed_attention_backward(query, key, value, offsets, longest, gradient[2], **how)
+    out = reference.packed_attention(query, key, value, offsets, longest, **how)
     return out, packed_logsumexp(query, key, offsets, longest).to(_statistics(query.dtype))
 
 
-def _reference_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, _, _, grad = arguments
-    query, key, value, offsets, longest, *address = inputs
-    return packed_attention_backward(query, key, value, offsets, longest, grad, **_options(*address))
-
-
-def _triton_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    *tensors, dropout, step, layer = inputs
-    out, lse = _triton.kernels("attention").forward(*tensors, drop_threshold(dropout), step, layer)
-    return out, lse
-
-
-def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, dropout, step, layer, out, lse, grad = arguments
-    dq, dk, dv = _triton.kernels("attention").backward(*tensors, drop_threshold(dropout), step, layer, out, lse, grad)
-    return dq, dk, dv
+def _triton_attention(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, dropout, step, layer, gradient = arguments
+    address = (drop_threshold(dropout), step, layer)
+    kernels = _triton.kernels("attention")
+    if gradient is not None:
+        return kernels.backward(*inputs, *address, *gradient)
+    return kernels.forward(*inputs, *address)
 
 
 def _obstacle(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, *_: Any) -> str | None:
@@ -180,13 +183,8 @@ def _obstacle(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longes
 
 register(
     "attention",
-    Backend("triton", _triton_forward, _obstacle),
+    Backend("triton", _triton_attention, _obstacle),
     Backend("reference", _reference, lambda *_: None),
-)
-register(
-    "attention_backward",
-    Backend("triton", _triton_backward, _obstacle),
-    Backend("reference", _reference_backward, lambda *_: None),
 )
 
 _INPUTS = (
