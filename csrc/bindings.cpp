@@ -11,6 +11,7 @@
 
 #include "build_info.h"
 #include "cuda/capability.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
 #include "random/philox.h"
 #include "simd/level.h"
 #include "target_rank/target_rank.h"
@@ -91,6 +92,21 @@ void target_rank(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t tar
                                 threads);
 }
 
+void target_logprob(uintptr_t hidden, uintptr_t items, uintptr_t target, uintptr_t logprob, uintptr_t lse, uintptr_t rank, int64_t M,
+                    int64_t N, int64_t D, double scale, bool skip_pad, bool ties_by_id, int64_t threads) {
+    lares_fast::target_logprob_cpu({{pointer<float>(hidden), pointer<float>(items), pointer<int64_t>(target), M, N, D, scale, skip_pad},
+                                    pointer<float>(logprob), pointer<double>(lse), pointer<int64_t>(rank), ties_by_id},
+                                   threads);
+}
+
+void target_logprob_backward(uintptr_t hidden, uintptr_t items, uintptr_t target, uintptr_t grad, uintptr_t lse, uintptr_t d_hidden,
+                             uintptr_t d_items, int64_t M, int64_t N, int64_t D, double scale, bool skip_pad, int64_t threads) {
+    lares_fast::target_logprob_backward_cpu(
+        {{pointer<float>(hidden), pointer<float>(items), pointer<int64_t>(target), M, N, D, scale, skip_pad},
+         pointer<float>(grad), pointer<double>(lse), pointer<float>(d_hidden), pointer<float>(d_items)},
+        threads);
+}
+
 void keep_hidden(std::uint32_t key0, std::uint32_t key1, int64_t threshold, int64_t site, int64_t step, int64_t layer, uintptr_t rows,
                  int64_t B, int64_t L, int64_t D, uintptr_t out) {
     const MaskAddress address{Key{key0, key1}, threshold, step, layer, pointer<int64_t>(rows)};
@@ -126,6 +142,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("build_index", &build_index, arg("items"), arg("N"), arg("D"), arg("index"), arg("threads"), Release());
     m.def("target_rank", &target_rank, arg("query"), arg("items"), arg("bias"), arg("target"), arg("exclude_offsets"), arg("exclude_ids"),
           arg("rank"), arg("rank_of_all"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("threads"), Release());
+    m.def("target_logprob", &target_logprob, arg("hidden"), arg("items"), arg("target"), arg("logprob"), arg("lse"), arg("rank"), arg("M"),
+          arg("N"), arg("D"), arg("scale"), arg("skip_pad"), arg("ties_by_id"), arg("threads"), Release());
+    m.def("target_logprob_backward", &target_logprob_backward, arg("hidden"), arg("items"), arg("target"), arg("grad"), arg("lse"),
+          arg("d_hidden"), arg("d_items"), arg("M"), arg("N"), arg("D"), arg("scale"), arg("skip_pad"), arg("threads"), Release());
     m.def("keep_hidden", &keep_hidden, arg("key0"), arg("key1"), arg("threshold"), arg("site"), arg("step"), arg("layer"), arg("rows_ptr"),
           arg("B"), arg("L"), arg("D"), arg("out_ptr"), Release());
     m.def("keep_attention", &keep_attention, arg("key0"), arg("key1"), arg("threshold"), arg("step"), arg("layer"), arg("rows_ptr"),

@@ -23,6 +23,10 @@ class LARES(reference.LARES):
     >>> scores, ids = model.eval().recommend(item_seq, item_seq_len, k=10)  # doctest: +SKIP
     """
 
+    linear_cross_entropy = staticmethod(ops.linear_cross_entropy)
+    target_logprob = staticmethod(ops.target_logprob)
+    target_logprob_and_rank = staticmethod(ops.target_logprob_and_rank)
+
     def _encode(
         self, item_seq: Tensor, item_seq_len: Tensor, depth: Tensor, state: Tensor | None, draw: Draw, return_all_steps: bool
     ) -> Tensor:

@@ -37,6 +37,12 @@ LARES_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 LARES_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 LARES_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 LARES_INLINE Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+// Lanes of `v` in `keep`, zeros elsewhere.
+LARES_INLINE Vec select(Mask keep, Vec v) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(keep), v); }
+// v * 2^n for the n in the lowest bits of `power`, a float in [2^23, 2^24); v and the product are normal numbers.
+LARES_INLINE Vec times_power(Vec v, Vec power) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), _mm512_slli_epi32(_mm512_castps_si512(power), 23)));
+}
 // Lanes of `v` in `keep`, close together from `to` on; writes W lanes, whatever `keep` is.
 LARES_INLINE void compress(float* to, Mask keep, Vec v) {
     _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(keep), v));
@@ -50,6 +56,11 @@ LARES_INLINE void compress_ids(std::int32_t* to, Mask keep, const std::int32_t* 
 }
 // a <= b is not known to hold: true where either is NaN.
 LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+// The same for many pairs of registers, of which only any(...) is asked.
+using Excess = Mask;
+LARES_INLINE Excess excess(Vec a, Vec b) { return not_less_equal(a, b); }
+LARES_INLINE Excess either(Excess a, Excess b) { return a | b; }
+LARES_INLINE bool any(Excess lanes) { return lanes != 0; }
 // out[c], lane r = rows[r][c] for W rows of four floats.
 template <class Rows>
 LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
@@ -90,7 +101,19 @@ LARES_INLINE Mask bits(Vec lanes) { return static_cast<Mask>(_mm256_movemask_ps(
 LARES_INLINE Mask greater(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 LARES_INLINE Mask greater_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 LARES_INLINE Mask equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+LARES_INLINE Vec select(Mask keep, Vec v) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i kept = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(keep)), lane);
+    return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(kept, lane)), v);
+}
+LARES_INLINE Vec times_power(Vec v, Vec power) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_castps_si256(power), 23)));
+}
 LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
+using Excess = Vec;
+LARES_INLINE Excess excess(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_NLE_UQ); }
+LARES_INLINE Excess either(Excess a, Excess b) { return _mm256_or_ps(a, b); }
+LARES_INLINE bool any(Excess lanes) { return bits(lanes) != 0; }
 template <class Rows>
 LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
     Vec half[4];
@@ -139,7 +162,17 @@ LARES_INLINE Mask bits(Lanes lanes) {
 LARES_INLINE Mask greater(Vec a, Vec b) { return bits(a > b); }
 LARES_INLINE Mask greater_equal(Vec a, Vec b) { return bits(a >= b); }
 LARES_INLINE Mask equal(Vec a, Vec b) { return bits(a == b); }
+LARES_INLINE Vec select(Mask keep, Vec v) {
+    const std::int32_t kept = static_cast<std::int32_t>(keep);
+    const Lanes lane{1, 2, 4, 8};
+    return (Vec)((Lanes)v & ((lane & Lanes{kept, kept, kept, kept}) == lane));
+}
+LARES_INLINE Vec times_power(Vec v, Vec power) { return (Vec)((Lanes)v + ((Lanes)power << 23)); }
 LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return bits(~(a <= b)); }
+using Excess = Lanes;
+LARES_INLINE Excess excess(Vec a, Vec b) { return ~(a <= b); }
+LARES_INLINE Excess either(Excess a, Excess b) { return a | b; }
+LARES_INLINE bool any(Excess lanes) { return bits(lanes) != 0; }
 template <class Rows>
 LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
     for (int c = 0; c < 4; ++c) out[c] = Vec{rows(0)[c], rows(1)[c], rows(2)[c], rows(3)[c]};
