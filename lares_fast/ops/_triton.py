@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def kernels(stem: str) -> ModuleType:
     """The module of the kernels of op ``stem``."""

@@ -17,7 +17,6 @@ from lares_fast.reference.attention import packed_attention_backward, packed_log
 
 LONGEST = 512
 HEAD_WIDTHS = range(16, 129, 8)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def attention(
@@ -172,7 +171,7 @@ def _triton_attention(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _obstacle(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, *_: Any) -> str | None:
-    if query.dtype not in DTYPES:
+    if query.dtype not in _triton.DTYPES:
         return f"it takes float32, float16 and bfloat16, and query is {query.dtype}"
     if query.shape[2] not in HEAD_WIDTHS:
         return f"it takes heads of 16 to 128 columns, a multiple of 8, and they have {query.shape[2]}"

@@ -45,4 +45,30 @@ assert call(3, 5, torch.zeros(3, dtype=torch.int64)) == []
 
 for dtype in (torch.float16, torch.float32):
     assert [x[0] for x in call(7, 200, torch.full((7,), 200), dtype, p=0.0)] == names
+
+
+def catalog_call(M, N, D=64):
+    """The launches of one forward with rank and one backward."""
+    open(LOG, "w").close()
+    hidden, items = (torch.zeros(n, D, dtype=torch.bfloat16, requires_grad=True) for n in (M, N))
+    logprob, _ = ops.target_logprob_and_rank(hidden, items, torch.zeros(M, dtype=torch.int64), backend="triton")
+    logprob.sum().backward()
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+S = 32
+variants = set()
+for M, N in ((1, 1), (1, 12_101), (7, 33), (2048, 12_101), (70_000, 31)):
+    launches = catalog_call(M, N)
+    rows, tiles = -(-M // S), -(-N // S)
+    most = max(1, min(tiles // 8, 1024 // rows))
+    parts = -(-tiles // -(-tiles // most))
+    expected = ["target_score", "softmax_forward", "target_score", "softmax_backward_hidden", "softmax_backward_items"]
+    assert [x[0] for x in launches] == expected, launches
+    assert [int(x[2]) for x in launches] == [rows, rows * parts, rows, rows * parts, tiles], (M, N, launches)
+    variants |= {x[1] for x in launches}
+assert len(variants) == 4, "the sizes compiled variants"
+# Without rows, the items' gradient is still written.
+assert [x[0] for x in catalog_call(0, 100)] == ["softmax_backward_items"]
+
 print("launched as planned")

@@ -74,3 +74,46 @@ def test_the_gate_sees_a_spill(monkeypatch):
     monkeypatch.setattr(attention, "tile_size", lambda longest, row_bytes: 64)
     *_, wide = triton_gate.compile_launches(monkeypatch, 80, lambda: run(32, torch.bfloat16, 0.2, 200))
     assert wide.stack > spills(32, torch.bfloat16, wide.name)
+
+
+# D, dtype, and for which GPUs.
+CATALOG_CASES = [
+    (64, torch.bfloat16, ALL),
+    (128, torch.float16, (80, 120)),
+    (256, torch.bfloat16, (90, 100)),
+    (64, torch.float32, (86, 90)),
+]
+# Of the targets' scores the compiler keeps what lies on the diagonal.
+CATALOG_DOTS = {"target_score": 0, "softmax_forward": 1, "softmax_backward_hidden": 2, "softmax_backward_items": 2}
+
+
+@pytest.mark.parametrize(
+    ("D", "dtype", "architecture"),
+    [(*case, architecture) for *case, architectures in CATALOG_CASES for architecture in architectures],
+)
+def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
+    import triton_gate
+
+    def call():
+        hidden = torch.zeros(100, D, dtype=dtype, requires_grad=True)
+        items = torch.zeros(1000, D, dtype=dtype, requires_grad=True)
+        target = torch.ones(100, dtype=torch.int64)
+        logprob, _ = ops.target_logprob_and_rank(hidden, items, target, skip_pad=True, backend="triton")
+        logprob.sum().backward()
+
+    kernels = triton_gate.compile_launches(monkeypatch, architecture, call)
+    # The backward scores the targets again.
+    assert {kernel.name for kernel in kernels} == set(CATALOG_DOTS)
+    assert len(kernels) == 5
+    for kernel in kernels:
+        S, C = kernel.constants["S"], kernel.constants["C"]
+        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
+        assert kernel.registers <= 200, kernel
+        assert kernel.stack <= 16, kernel
+        # Two tiles of rows are loaded, by 16 bytes a thread.
+        assert kernel.count("LDG.E.128") >= 2 * S * C * dtype.itemsize // 16 // (32 * kernel.warps), kernel
+        if dtype == torch.float32:
+            assert kernel.products == 0, kernel
+        else:
+            assert kernel.products >= max(1, CATALOG_DOTS[kernel.name] * S * S * C // PRODUCT // kernel.warps), kernel
+            assert kernel.products == kernel.count("HMMA"), kernel
