@@ -9,7 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 # Markers of tests that take minutes.
-SLOW = ("packaging", "native_cpp", "interpreted", "compiled")
+SLOW = ("packaging", "emulator", "native_cpp", "interpreted", "compiled")
 
 
 def pytest_configure(config):
