@@ -108,7 +108,7 @@ def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
     for kernel in kernels:
         S, C = kernel.constants["S"], kernel.constants["C"]
         assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
-        assert kernel.registers <= 200, kernel
+        assert kernel.registers <= 240, kernel
         assert kernel.stack <= 16, kernel
         # Two tiles of rows are loaded, by 16 bytes a thread.
         assert kernel.count("LDG.E.128") >= 2 * S * C * dtype.itemsize // 16 // (32 * kernel.warps), kernel
