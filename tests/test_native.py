@@ -371,7 +371,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 7)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_works_after_a_fork():
     done = subprocess.run(
-        [sys.executable, "-c", FORK], env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-P", "-c", FORK], env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

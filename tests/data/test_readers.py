@@ -312,4 +312,4 @@ def test_fingerprint_depends_on_the_events_only(tmp_path):
 
 def test_importing_the_data_package_leaves_pyarrow_alone():
     check = "import sys, lares_fast.data; sys.exit('pyarrow' in sys.modules)"
-    assert run([sys.executable, "-c", check], check=False).returncode == 0
+    assert run([sys.executable, "-P", "-c", check], check=False).returncode == 0
