@@ -54,12 +54,18 @@ def backend(name: str) -> Iterator[None]:
 
 def run(op: str, name: str, *args: Any) -> Any:
     """Call ``op`` on backend ``name``, or with ``auto`` on the first that can take ``args``."""
+    chosen = choose(op, name, *args)
+    calls[op, chosen.name] += 1
+    return chosen.run(*args)
+
+
+def choose(op: str, name: str, *args: Any) -> Backend:
+    """The backend that :func:`run` would use."""
     for candidate in _TABLE[op]:
         if name not in ("auto", candidate.name):
             continue
         if (obstacle := candidate.obstacle(*args)) is None:
-            calls[op, candidate.name] += 1
-            return candidate.run(*args)
+            return candidate
         if name == candidate.name:
             raise BackendError(f"{op} cannot run on the backend {name!r}: {obstacle}.")
     raise BackendError(f"{op} has no backend {name!r}; it has: {', '.join(b.name for b in _TABLE[op])}.")

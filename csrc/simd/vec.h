@@ -31,12 +31,21 @@ LARES_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 LARES_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 LARES_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 LARES_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+LARES_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+LARES_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+LARES_INLINE float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 // The second operand where either is NaN.
 LARES_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 LARES_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 LARES_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 LARES_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 LARES_INLINE Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+// Lanes of `v` in `keep`, zeros elsewhere.
+LARES_INLINE Vec select(Mask keep, Vec v) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(keep), v); }
+// v * 2^n for the n in the lowest bits of `power`, a float in [2^23, 2^24); v and the product are normal numbers.
+LARES_INLINE Vec times_power(Vec v, Vec power) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), _mm512_slli_epi32(_mm512_castps_si512(power), 23)));
+}
 // Lanes of `v` in `keep`, close together from `to` on; writes W lanes, whatever `keep` is.
 LARES_INLINE void compress(float* to, Mask keep, Vec v) {
     _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(keep), v));
@@ -84,12 +93,31 @@ LARES_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 LARES_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 LARES_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 LARES_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+LARES_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+LARES_INLINE float sum(Vec v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+LARES_INLINE float largest(Vec v) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
 LARES_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 LARES_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 LARES_INLINE Mask bits(Vec lanes) { return static_cast<Mask>(_mm256_movemask_ps(lanes)); }
 LARES_INLINE Mask greater(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 LARES_INLINE Mask greater_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 LARES_INLINE Mask equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+LARES_INLINE Vec select(Mask keep, Vec v) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i kept = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(keep)), lane);
+    return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(kept, lane)), v);
+}
+LARES_INLINE Vec times_power(Vec v, Vec power) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_castps_si256(power), 23)));
+}
 LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
 template <class Rows>
 LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
@@ -130,6 +158,12 @@ LARES_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 LARES_INLINE Vec add(Vec a, Vec b) { return a + b; }
 LARES_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 LARES_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+LARES_INLINE Vec div(Vec a, Vec b) { return a / b; }
+LARES_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+LARES_INLINE float largest(Vec v) {
+    const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+    return a > b ? a : b;
+}
 LARES_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 LARES_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 LARES_INLINE Mask bits(Lanes lanes) {
@@ -139,6 +173,12 @@ LARES_INLINE Mask bits(Lanes lanes) {
 LARES_INLINE Mask greater(Vec a, Vec b) { return bits(a > b); }
 LARES_INLINE Mask greater_equal(Vec a, Vec b) { return bits(a >= b); }
 LARES_INLINE Mask equal(Vec a, Vec b) { return bits(a == b); }
+LARES_INLINE Vec select(Mask keep, Vec v) {
+    const std::int32_t kept = static_cast<std::int32_t>(keep);
+    const Lanes lane{1, 2, 4, 8};
+    return (Vec)((Lanes)v & ((lane & Lanes{kept, kept, kept, kept}) == lane));
+}
+LARES_INLINE Vec times_power(Vec v, Vec power) { return (Vec)((Lanes)v + ((Lanes)power << 23)); }
 LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return bits(~(a <= b)); }
 template <class Rows>
 LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {

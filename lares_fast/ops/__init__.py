@@ -2,6 +2,7 @@
 
 from lares_fast._dispatch import backend
 from lares_fast.ops._catalog_index import CatalogIndex
+from lares_fast.ops.recurrence import recurrence
 from lares_fast.ops.topk import topk
 
-__all__ = ["CatalogIndex", "backend", "topk"]
+__all__ = ["CatalogIndex", "backend", "recurrence", "topk"]
