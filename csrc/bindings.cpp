@@ -86,9 +86,10 @@ void topk(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t exclude_of
 }
 
 void target_rank(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t target, uintptr_t exclude_offsets, uintptr_t exclude_ids,
-                 uintptr_t rank, int64_t B, int64_t N, int64_t D, bool ties_by_id, int64_t threads) {
+                 uintptr_t rank, uintptr_t rank_of_all, int64_t B, int64_t N, int64_t D, bool ties_by_id, int64_t threads) {
     lares_fast::target_rank_cpu({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(target),
-                                 pointer<int64_t>(exclude_offsets), pointer<int64_t>(exclude_ids), pointer<int64_t>(rank), B, N, D, ties_by_id},
+                                 pointer<int64_t>(exclude_offsets), pointer<int64_t>(exclude_ids), pointer<int64_t>(rank),
+                                 pointer<int64_t>(rank_of_all), B, N, D, ties_by_id},
                                 threads);
 }
 
@@ -158,7 +159,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("index_shape", &index_shape, arg("N"), arg("D"));
     m.def("build_index", &build_index, arg("items"), arg("N"), arg("D"), arg("index"), arg("threads"), Release());
     m.def("target_rank", &target_rank, arg("query"), arg("items"), arg("bias"), arg("target"), arg("exclude_offsets"), arg("exclude_ids"),
-          arg("rank"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("threads"), Release());
+          arg("rank"), arg("rank_of_all"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("threads"), Release());
     m.def("recurrence_forward", &recurrence_forward, arg("sizes"), arg("dropout"), arg("eps"), arg("inputs"), arg("weights"), arg("out"),
           arg("threads"), Release());
     m.def("recurrence_backward", &recurrence_backward, arg("sizes"), arg("dropout"), arg("eps"), arg("inputs"), arg("weights"),

@@ -52,15 +52,19 @@ def backend(name: str) -> Iterator[None]:
         _CHOSEN.reset(token)
 
 
-def run(op: str, name: str, *args: Any) -> Any:
-    """Call ``op`` on backend ``name``, or with ``auto`` on the first that can take ``args``."""
-    chosen = choose(op, name, *args)
+def run(op: str, argument: str | None, *args: Any) -> Any:
+    """Call ``op`` on the backend that :func:`requested` names, or with ``auto`` on the first that can take ``args``.
+
+    Ops ask here, when they run, and not where they are called: a compiler's trace would fix the answer.
+    """
+    chosen = choose(op, argument, *args)
     calls[op, chosen.name] += 1
     return chosen.run(*args)
 
 
-def choose(op: str, name: str, *args: Any) -> Backend:
+def choose(op: str, argument: str | None, *args: Any) -> Backend:
     """The backend that :func:`run` would use."""
+    name = requested(argument)
     for candidate in _TABLE[op]:
         if name not in ("auto", candidate.name):
             continue

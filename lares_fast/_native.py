@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -116,8 +117,9 @@ def topk(
     if k < 1:
         raise InputError(f"k must be at least 1, but got {k}.")
     module = load()
-    scores = torch.empty(batch, k, dtype=torch.float32)
-    best = torch.empty(batch, k, dtype=torch.int64)
+    with _memory(f"the result [{batch}, {k}]"):
+        scores = torch.empty(batch, k, dtype=torch.float32)
+        best = torch.empty(batch, k, dtype=torch.int64)
     _call(
         module.topk,
         *(0 if tensor is None else tensor.data_ptr() for tensor in (query, items, bias, offsets, ids)),
@@ -174,10 +176,11 @@ def target_rank(
     exclude: tuple[Tensor, Tensor] | None = None,
     ties: str = "order",
     threads: int | None = None,
-) -> Tensor:
-    """Rank [B] int64 of each target among ``query @ items.T + bias``; fp32 on the CPU, the same for every ``threads``.
+) -> tuple[Tensor, Tensor]:
+    """Ranks [B] int64 of each target by ``query @ items.T + bias``, among all items and among those not excluded.
 
-    The contract is that of :func:`lares_fast.ops.target_rank`. Workspace: a panel of items and B counters per thread.
+    fp32 on the CPU, the same for every ``threads``. The contract is that of :func:`lares_fast.ops.target_ranks`.
+    Workspace: a panel of items and B counters a thread.
     """
     query = _dense("query", query, torch.float32, (None, None))
     batch, width = query.shape
@@ -185,11 +188,11 @@ def target_rank(
     bias = None if bias is None else _dense("bias", bias, torch.float32, (len(items),))
     target = _dense("target", target, torch.int64, (batch,))
     offsets, ids = _exclude(exclude, batch)
-    rank = torch.empty(batch, dtype=torch.int64)
-    tensors = (query, items, bias, target, offsets, ids, rank)
+    rank, rank_of_all = torch.empty_like(target), torch.empty_like(target)
+    tensors = (query, items, bias, target, offsets, ids, rank, rank_of_all)
     sizes = (batch, len(items), width, ties == "order", _threads(threads))
     _call(load().target_rank, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors), *sizes)
-    return rank
+    return rank_of_all, rank
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,17 @@ def _dense(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int | 
             f"{name} must be a dense {dtype} [{wanted}] on the CPU, "
             f"but got {tensor.layout} {tensor.dtype} {list(tensor.shape)} on {tensor.device}."
         )
-    return tensor.detach().resolve_neg().contiguous()
+    with _memory(f"{name} {list(tensor.shape)}"):
+        return tensor.detach().resolve_neg().contiguous()
+
+
+@contextmanager
+def _memory(what: str) -> Iterator[None]:
+    """Torch's complaint about memory as ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(f"{what} does not fit into memory: pass fewer rows at a time ({error}).") from error
 
 
 def _exclude(exclude: tuple[Tensor, Tensor] | None, batch: int) -> tuple[Tensor | None, Tensor | None]:

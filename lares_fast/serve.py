@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lares_fast import ops
 from lares_fast._errors import InputError
 from lares_fast.model import LARES
+from lares_fast.ops._catalog_checks import native_obstacle
 from lares_fast.train.checkpoint import load_weights
 
 History = Sequence[Any]
@@ -80,16 +82,18 @@ class Recommender:
         known, unknown = self._known(histories)
         scores = torch.full((len(known), k), -torch.inf)
         ids: list[list[Any]] = [[] for _ in known]
+        items = self._items()
+        catalog = _index(items) if sum(map(bool, known)) > batch_size else None
         for index, item_seq, length in self._batches(known, batch_size):
             exclude = None
             if exclude_seen:
-                seen = [torch.tensor(known[i]) for i in index]
+                seen = [torch.tensor(known[i]) - 1 for i in index]
                 offsets = torch.tensor([0, *map(len, seen)]).cumsum(0)
                 exclude = (offsets, torch.cat(seen))
-            best, rows = self.model.recommend(item_seq, length, k, num_steps=num_steps, exclude=exclude)
-            scores[index] = best
-            for i, found in zip(index, rows.tolist(), strict=True):
-                ids[i] = [self.item_ids[row - 1] for row in found if row > 0]
+            query, _ = self.model.query_and_items(self.model.encode(item_seq, length, num_steps=num_steps))
+            scores[index], best = ops.topk(query, items, k, exclude=exclude, index=catalog)
+            for i, found in zip(index, best.tolist(), strict=True):
+                ids[i] = [self.item_ids[item] for item in found if item >= 0]
         return Recommendations(ids, scores, unknown, [i for i, items in enumerate(known) if not items])
 
     @torch.no_grad()
@@ -110,8 +114,11 @@ class Recommender:
     @torch.no_grad()
     def item_vectors(self) -> Tensor:
         """[number of items, D], in the order of :attr:`item_ids`: what an index of nearest neighbours needs."""
+        return self._items().clone()
+
+    def _items(self) -> Tensor:
         width = self.model.config.hidden_size
-        return self.model.query_and_items(torch.zeros(1, width))[1][1:].clone()
+        return self.model.query_and_items(torch.zeros(1, width))[1][1:]
 
     def _known(self, histories: Sequence[History]) -> tuple[list[list[int]], int]:
         """The item rows of each history, and how many items were unknown."""
@@ -135,6 +142,11 @@ class Recommender:
             cut = [torch.tensor(known[i][-longest:]) for i in index]
             item_seq = torch.nn.utils.rnn.pad_sequence(cut, batch_first=True)
             yield index, item_seq, torch.tensor([len(items) for items in cut])
+
+
+def _index(items: Tensor) -> ops.CatalogIndex | None:
+    """For a catalog that is scored more than once, where the kernel that reads an index runs."""
+    return None if native_obstacle(items, items) or items.is_inference() else ops.CatalogIndex(items)
 
 
 def load(run: str | Path) -> Recommender:

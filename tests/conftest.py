@@ -8,6 +8,18 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# Markers of tests that take minutes.
+SLOW = ("packaging", "native_cpp")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect what is slow unless a ``-m`` expression speaks of it."""
+    left_out = [marker for marker in SLOW if marker not in (config.option.markexpr or "")]
+    slow = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
 
 @pytest.fixture(autouse=True)
 def seed():

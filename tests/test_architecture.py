@@ -25,8 +25,8 @@ MAY_IMPORT = {
     "convert": LEAVES | {"reference"},
     "model": LEAVES | {"reference", "ops", "_dispatch"},
     "data": LEAVES,
-    "train": LEAVES | {"reference", "model", "data"},
-    "serve": LEAVES | {"reference", "model", "data", "train"},
+    "train": LEAVES | {"reference", "ops", "model", "data"},
+    "serve": LEAVES | {"reference", "ops", "model", "data", "train"},
     "kernels": set(),
 }
 # Third-party packages that a room may import at module level. The rest is imported where it is used.

@@ -2,6 +2,11 @@
 
 import contextlib
 import importlib
+import os
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -276,9 +281,157 @@ def test_the_module_itself_survives_bad_sizes(sizes, pointers):
     room, ids = torch.zeros(9), torch.zeros(9, dtype=torch.int64)
     at, ids_at = (room.data_ptr(), ids.data_ptr()) if pointers else (0, 0)
     B, N, D, k, threads = sizes
+    fits = min(B, N, D) >= 0 and threads >= 1 and (B == 0 or (pointers and max(B, N, D) <= 3))
     with contextlib.suppress(ValueError):
-        _native.load().topk(at, at, 0, 0, 0, at, ids_at, B, N, D, k, threads)
-        assert min(B, N, D) >= 0 and min(k, threads) >= 1 and (B == 0 or (pointers and max(B, N, D, k) <= 3))
+        _native.load().topk(at, at, 0, 0, 0, at, ids_at, [], B, N, D, k, threads)
+        assert fits and k >= 1 and (B == 0 or k <= 3)
+    with contextlib.suppress(ValueError):
+        _native.load().target_rank(at, at, 0, ids_at, 0, 0, ids_at, ids_at, B, N, D, True, threads)
+        assert fits and (B == 0 or N > 0)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.ones(2, 5)}, r"items must be a dense torch\.float32 \[any, 5\] on the CPU"),
+        ({"query": torch.ones(2, 4, dtype=torch.float64)}, r"query must be a dense torch\.float32 \[any, any\] on the CPU"),
+        ({"query": torch.ones(2, 4, device="meta")}, "query must be .* but got .* on meta"),
+        ({"query": [[1.0]]}, "query must be a tensor, but got list"),
+        ({"target": torch.tensor([0])}, r"target must be a dense torch\.int64 \[2\]"),
+        ({"target": torch.tensor([0, 6])}, r"target_rank: target must be item ids in \[0, N\)"),
+        ({"target": torch.tensor([0, -1])}, r"target_rank: target must be item ids in \[0, N\)"),
+        ({"bias": torch.ones(5)}, r"bias must be a dense torch\.float32 \[6\]"),
+        ({"exclude": csr([0, 1, 2], [0, 6])}, "target_rank: exclude ids must be item ids"),
+        ({"exclude": csr([0, 3, 2], [0, 1])}, "target_rank: exclude offsets must not decrease"),
+        ({"exclude": csr([1, 1, 2], [0, 1])}, "target_rank: exclude offsets must start with 0"),
+        ({"exclude": csr([0, 1, 3], [0, 1])}, "exclude offsets must end with the number of ids, 2"),
+        ({"threads": 0}, "threads must be at least 1, but got 0"),
+    ],
+    ids=str,
+)
+def test_target_rank_refuses(change, message):
+    arguments = {"query": torch.ones(2, 4), "items": torch.ones(6, 4), "target": torch.tensor([0, 1]), **change}
+    with pytest.raises(InputError, match=message):
+        _native.target_rank(**arguments)
+
+
+@needs_native
+def test_what_does_not_fit_into_memory_is_an_error():
+    huge = torch.zeros(1, 1).expand(2**50, 1)
+    with pytest.raises(InputError, match=r"query \[1125899906842624, 1\] does not fit into memory"):
+        _native.topk(huge, torch.ones(3, 1), 1)
+    with pytest.raises(InputError, match=r"the result \[1048576, 1073741824\] does not fit into memory"):
+        _native.topk(torch.ones(2**20, 1), torch.ones(3, 1), 2**30)
+
+
+def on_all_ops(seed=0):
+    """Answers of every catalog op on the same data, as one list of tensors."""
+    query, items, bias, exclude = case(seed, 9, 70_000, 8, longest=20)
+    target = torch.arange(9) * 7000
+    return [
+        *_native.topk(query, items, 20, bias=bias, exclude=exclude, threads=2),
+        *_native.topk(query, items, 20, exclude=exclude, index=_native.build_index(items, threads=2), threads=2),
+        *_native.target_rank(query, items, target, bias=bias, exclude=exclude, threads=2),
+    ]
+
+
+@needs_native
+def test_several_python_threads_at_once_get_their_own_answers():
+    expected = [on_all_ops(seed) for seed in range(4)]
+    found = [None] * 4
+
+    def work(seed):
+        for _ in range(3):
+            found[seed] = on_all_ops(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, wanted in zip(found, expected, strict=True):
+        same(got, wanted)
+
+
+FORK = """
+import os, sys
+import test_native
+before = test_native.on_all_ops()
+child = os.fork()
+if child == 0:
+    test_native.same(test_native.on_all_ops(), before)
+    os._exit(7)
+test_native.same(test_native.on_all_ops(), before)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 7)
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_works_after_a_fork():
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@contextlib.contextmanager
+def ticking():
+    """A Python thread that notes the time and this process's number of threads, again and again."""
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.wait(0.001):
+            ticks.append((time.perf_counter(), len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0))
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        yield ticks
+    finally:
+        stop.set()
+        thread.join()
+
+
+LONG_CALLS = {
+    "topk": lambda query, items: _native.topk(query, items, 10),
+    "build_index": lambda query, items: _native.build_index(items),
+    "target_rank": lambda query, items: _native.target_rank(query, items, torch.zeros(len(query), dtype=torch.int64)),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("op", LONG_CALLS)
+def test_other_python_threads_run_meanwhile(op):
+    """The call holds no lock of Python's: a second thread goes on in the middle of it."""
+    query, items = torch.randn(512, 64), torch.randn(300_000, 64)
+    with ticking() as ticks:
+        began = time.perf_counter()
+        LONG_CALLS[op](query, items)
+        took = time.perf_counter() - began
+    assert any(began + 0.3 * took < at < began + 0.7 * took for at, _ in ticks)
+
+
+@needs_native
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
+@pytest.mark.parametrize("op", ["topk", "target_rank"])
+def test_torch_decides_the_number_of_threads(op):
+    query, items = torch.randn(512, 64), torch.randn(300_000, 64)
+    torch.set_num_threads(1)
+    LONG_CALLS[op](query[:1], items)
+    seen = {}
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            with ticking() as ticks:
+                before = len(os.listdir("/proc/self/task"))
+                LONG_CALLS[op](query, items)
+        finally:
+            torch.set_num_threads(1)
+        seen[threads] = max(count for _, count in ticks) - before
+    assert seen == {1: 0, 3: 2}
 
 
 def test_build_info_never_raises_and_names_its_reason():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lares_fast
-from lares_fast import LARES, LARESConfig
+from lares_fast import LARES, LARESConfig, _native, serve
 from lares_fast._errors import InputError
 from lares_fast.serve import Recommender
 from lares_fast.train.checkpoint import save_weights
@@ -44,6 +44,21 @@ def test_answers_do_not_depend_on_the_batch(recommender):
     assert backwards.ids == together.ids[::-1]
     for history, ids in zip(HISTORIES, together.ids, strict=True):
         assert recommender.recommend([history], 5).ids == [ids]
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cos"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_catalog_that_is_scored_often_is_indexed(similarity, mode, monkeypatch):
+    torch.manual_seed(0)
+    served = Recommender(LARES(LARESConfig.preset("tiny", n_items=N + 1, similarity=similarity)), ["", *raw(*range(1, N + 1))])
+    built = []
+    monkeypatch.setattr(serve, "_index", lambda items, build=serve._index: built.append(build(items)) or built[-1])
+    with mode():
+        once, often = served.recommend(HISTORIES, 5), served.recommend(HISTORIES, 5, batch_size=2)
+    assert len(built) == 1
+    if _native.available()[0] and not (similarity == "cos" and mode is torch.inference_mode):
+        assert built[0] is not None
+    assert often.ids == once.ids
 
 
 def test_answers_are_those_of_the_model(recommender, model):

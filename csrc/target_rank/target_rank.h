@@ -7,6 +7,7 @@ namespace lares_fast {
 
 // rank[b] = #{j: j not excluded, j != target, s_j > s_t, or with ties_by_id s_j == s_t and j < t}. Scores are those of
 // topk, bit for bit, the target's own included; NaN counts as -inf. An exclusion list never takes out the target.
+// rank_of_all[b] is the same without exclusion, from the same scores.
 struct TargetRank {
     const float* query;                   // [B, D]
     const float* items;                   // [N, D]
@@ -15,6 +16,7 @@ struct TargetRank {
     const std::int64_t* exclude_offsets;  // [B + 1] or null: row b leaves out exclude_ids[offsets[b] .. offsets[b + 1])
     const std::int64_t* exclude_ids;      // in any order, repeats allowed
     std::int64_t* rank;                   // [B]
+    std::int64_t* rank_of_all;            // [B]
     std::int64_t B, N, D;
     bool ties_by_id;
 };

@@ -25,7 +25,8 @@ void check(const TargetRank& t, std::int64_t threads) {
     check_sizes(t.B, t.N, t.D, threads);
     if (t.B == 0) return;
     check_inputs(t.query, t.items, t.N, t.D);
-    require(t.target && t.rank, "target and rank must not be null pointers");
+    require(t.target, "target must not be a null pointer");
+    require(t.rank && t.rank_of_all, "the outputs must not be null pointers");
     for (std::int64_t b = 0; b < t.B; ++b) {
         require(t.target[b] >= 0 && t.target[b] < t.N, "target must be item ids in [0, N)");
     }
@@ -73,6 +74,7 @@ void rank_block(const TargetRank& call, const SortedExclusions& excluded, std::i
         if (call.exclude_offsets) {
             rank -= kernel.outranking(scan, b, excluded.begin(first + b), excluded.count(first + b));
         }
+        call.rank_of_all[first + b] = total[static_cast<std::size_t>(b)];
         call.rank[first + b] = rank;
     }
 }

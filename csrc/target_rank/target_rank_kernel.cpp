@@ -6,11 +6,13 @@ namespace lares_fast {
 namespace {
 
 constexpr float INFINITE = __builtin_inff();
+constexpr float LEAST_NORMAL = 0x1p-126f;
 
 // Adding 0 makes -0 and 0 the same bits; a NaN ranks as -inf.
 float own_score(const RankScan& s, std::int64_t b) {
     const std::int64_t target = s.target[b];
-    const float score = score_one(s.rows + b * s.catalog.D, s.catalog.items + target * s.catalog.D, s.catalog.bias ? s.catalog.bias[target] : 0.0f, s.catalog.D) + 0.0f;
+    const float bias = s.catalog.bias ? s.catalog.bias[target] : 0.0f;
+    const float score = score_one(s.rows + b * s.catalog.D, s.catalog.items + target * s.catalog.D, bias, s.catalog.D) + 0.0f;
     return score == score ? score : -INFINITE;
 }
 
@@ -19,8 +21,10 @@ float below(float x) {
     std::int32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     bits = bits == 0 ? static_cast<std::int32_t>(0x80000001) : bits > 0 ? bits - 1 : bits + 1;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    // Where the thread reads subnormal numbers as zeros, none of them is below zero.
+    return y < x ? y : -LEAST_NORMAL;
 }
 
 Vec score_ids(const RankScan& s, std::int64_t b, const std::int64_t (&ids)[W]) {

@@ -52,7 +52,7 @@ IndexShape index_shape(std::int64_t N, std::int64_t D) {
 
 void build_index(const float* items, std::int64_t N, std::int64_t D, const IndexTables& tables, std::int64_t threads) {
     check_sizes(0, N, D, threads);
-    check_inputs(items, items, N, D);
+    require(items || N * D == 0, "items must not be a null pointer");
     const IndexShape shape = index_shape(N, D);
     const bool screened = shape.coded_panels > 0;
     require(tables.panels || N * D == 0, "panels must not be a null pointer");

@@ -76,6 +76,8 @@ def _ops() -> dict[str, str]:
     for device in devices:
         query, items = torch.zeros(4, 64, device=device), torch.zeros(100, 64, device=device)
         said[f"topk, fp32 on {device}"] = _dispatch.explain("topk", query, items, 10, None, None)
+        target = torch.zeros(4, dtype=torch.int64, device=device)
+        said[f"target_rank, fp32 on {device}"] = _dispatch.explain("target_rank", query, items, target)
     return said
 
 

@@ -3,6 +3,7 @@
 from lares_fast._dispatch import backend
 from lares_fast.ops._catalog_index import CatalogIndex
 from lares_fast.ops.recurrence import recurrence
+from lares_fast.ops.target_rank import target_rank, target_ranks
 from lares_fast.ops.topk import topk
 
-__all__ = ["CatalogIndex", "backend", "recurrence", "topk"]
+__all__ = ["CatalogIndex", "backend", "recurrence", "target_rank", "target_ranks", "topk"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lares_fast import _native
 from lares_fast._errors import InputError
+from lares_fast.ops._catalog_checks import check_dense
 
 
 class CatalogIndex:
@@ -22,6 +23,7 @@ class CatalogIndex:
     """
 
     def __init__(self, items: Tensor) -> None:
+        check_dense("items", items)
         fits = items.dim() == 2 and items.dtype == torch.float32 and items.device.type == "cpu" and items.is_contiguous()
         if not fits or items.is_inference():
             kind = "an inference tensor" if items.is_inference() else f"{items.dtype} {list(items.shape)} on {items.device}"

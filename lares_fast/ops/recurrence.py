@@ -74,7 +74,7 @@ def recurrence(
     )  # fmt: skip
     _check(call)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (h, pre, *weights) if x is not None)
-    out: Tensor = _OP(*call.arguments(), keep, requested(backend))[0]
+    out: Tensor = _OP(*call.arguments(), keep, backend)[0]
     return out
 
 
@@ -344,8 +344,8 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _Call(*arguments[:-3]).tensors()]
 
 
-_OP = register_op(f"recurrence({_SCHEMA}, bool keep, str backend) -> (Tensor, Tensor)", _run, _fake, _backward, _setup_context)
+_OP = register_op(f"recurrence({_SCHEMA}, bool keep, str? backend) -> (Tensor, Tensor)", _run, _fake, _backward, _setup_context)
 # Without autograd's knowledge: a second derivative is refused by PyTorch itself.
 _BACKWARD_OP = register_op(
-    f"recurrence_backward({_SCHEMA}, Tensor grad, Tensor tape, str backend) -> Tensor[]", _run_backward, _fake_backward
+    f"recurrence_backward({_SCHEMA}, Tensor grad, Tensor tape, str? backend) -> Tensor[]", _run_backward, _fake_backward
 )

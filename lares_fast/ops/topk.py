@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lares_fast import _native, reference
-from lares_fast._dispatch import Backend, register, requested, run
+from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
+from lares_fast.ops._catalog_checks import check_arguments, checked_exclude, native_obstacle
 from lares_fast.ops._catalog_index import CatalogIndex
 from lares_fast.reference.topk import Exclude
 
@@ -31,7 +32,7 @@ def topk(
     -inf.
 
     Args:
-        query: [B, D] float.
+        query: [B, D] float. Any strides, here and below; the native backend copies what is not contiguous.
         items: [N, D], same dtype and device as ``query``.
         k: 1..N.
         bias: [N], added to every query's scores.
@@ -48,36 +49,13 @@ def topk(
         InputError: an argument has the wrong shape, dtype, device or range, or ``index`` is stale.
         BackendError: the backend asked for by name cannot take these arguments.
     """
-    _check(query, items, k, bias, exclude)
-    offsets, ids = exclude if exclude is not None else (None, None)
-    tables = [] if index is None else index.tables(items)
-    scores, best = _OP(query, items, k, bias, offsets, ids, tables, requested(backend))
-    return scores, best
-
-
-def _check(query: Tensor, items: Tensor, k: int, bias: Tensor | None, exclude: Exclude | None) -> None:
-    if query.dim() != 2 or not query.dtype.is_floating_point:
-        raise InputError(f"query must be a floating-point [B, D], but got {query.dtype} {list(query.shape)}.")
-    if items.dim() != 2 or items.shape[1] != query.shape[1]:
-        raise InputError(f"items must be [N, {query.shape[1]}] like query, but got {list(items.shape)}.")
+    check_arguments(query, items, bias, exclude)
     if not 1 <= k <= len(items):
         raise InputError(f"k must be in 1..{len(items)}, the number of items, but got {k}.")
-    for name, value, shape in (("items", items, items.shape), ("bias", bias, items.shape[:1])):
-        if value is not None and (value.dtype != query.dtype or value.device != query.device or value.shape != shape):
-            raise InputError(
-                f"{name} must be {query.dtype} {list(shape)} on {query.device} like query, "
-                f"but got {value.dtype} {list(value.shape)} on {value.device}."
-            )
-    if exclude is None:
-        return
-    offsets, ids = exclude
-    for name, value in (("exclude offsets", offsets), ("exclude ids", ids)):
-        if value.dim() != 1 or value.dtype != torch.int64 or value.device != query.device:
-            raise InputError(
-                f"{name} must be 1-D int64 on {query.device}, but got {value.dtype} {list(value.shape)} on {value.device}."
-            )
-    if len(offsets) != len(query) + 1:
-        raise InputError(f"exclude offsets must have B + 1 = {len(query) + 1} entries, but got {len(offsets)}.")
+    offsets, ids = exclude if exclude is not None else (None, None)
+    tables = [] if index is None else index.tables(items)
+    scores, best = _OP(query, items, k, bias, offsets, ids, tables, backend)
+    return scores, best
 
 
 def _run(
@@ -88,15 +66,9 @@ def _run(
     offsets: Tensor | None,
     ids: Tensor | None,
     index: list[Tensor],
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    exclude = None
-    if offsets is not None and ids is not None:
-        if int(offsets[0]) != 0 or int(offsets[-1]) != len(ids) or bool((offsets.diff() < 0).any()):
-            raise InputError(f"exclude offsets must rise from 0 to the number of ids, {len(ids)}.")
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(items):
-            raise InputError(f"exclude ids must be in 0..{len(items) - 1}, but they span {int(ids.min())}..{int(ids.max())}.")
-        exclude = (offsets, ids)
+    exclude = checked_exclude(offsets, ids, len(items))
     scores, best = run("topk", backend, query.detach(), items.detach(), k, bias, exclude, index)
     return scores, best
 
@@ -109,7 +81,7 @@ def _fake(
     offsets: Tensor | None,
     ids: Tensor | None,
     index: list[Tensor],
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     return query.new_empty(len(query), k), query.new_empty((len(query), k), dtype=torch.int64)
 
@@ -126,26 +98,15 @@ def _native_topk(
     return _native.topk(query, items, k, bias=bias, exclude=exclude, index=index)
 
 
-def _native_obstacle(query: Tensor, items: Tensor, *_: object) -> str | None:
-    if query.device.type != "cpu":
-        return f"it runs on the CPU, and query is on {query.device}"
-    if query.dtype != torch.float32:
-        return f"it takes float32, and query is {query.dtype}"
-    if len(items) >= 2**31 - 1024:
-        return f"it takes fewer than 2^31 - 1024 items, and there are {len(items)}"
-    built, reason = _native.available()
-    return None if built else reason
-
-
 register(
     "topk",
-    Backend("native", _native_topk, _native_obstacle),
+    Backend("native", _native_topk, native_obstacle),
     Backend("reference", _reference, lambda *_: None),
 )
 
 _OP = register_op(
     "topk(Tensor query, Tensor items, int k, Tensor? bias, Tensor? exclude_offsets, Tensor? exclude_ids,"
-    " Tensor[] index, str backend)"
+    " Tensor[] index, str? backend)"
     " -> (Tensor, Tensor)",
     _run,
     _fake,

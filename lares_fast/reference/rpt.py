@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,12 +47,14 @@ def rpt_loss(
     k: int,
     beta: float,
     reward: str,
+    rank_of: Callable[..., Tensor] | None = None,
 ) -> RPTLoss:
     """``-mean over members and rows of mean over steps of [A exp(lp - sg(lp)) - beta k3]`` (official RPT trainer).
 
     lp [B, T] is log p(target) after each step, always by plain dot products; ``k3 = exp(r) - r - 1`` with
     ``r = lp_reference - lp``; A is the group's advantage of the last step's rank over every row of the
-    table, PAD included and ties in the target's favour. No gradient flows into ``reference`` or A.
+    table, PAD included and ties in the target's favour. No gradient flows into ``reference`` or A. ``rank_of`` computes
+    that rank in place of :func:`target_rank`.
     """
     items = policy.item_embedding.weight
     logprobs, rewards = [], []
@@ -60,7 +62,7 @@ def rpt_loss(
         states = policy_pass.encode(policy, sequences, return_all_steps=True)
         logprobs.append(target_logprob(states, items, target[:, None].expand(states.shape[:2])))
         with torch.no_grad():
-            rank = target_rank(states[:, -1], items, target, ties="strict")
+            rank = (rank_of or target_rank)(states[:, -1], items, target, ties="strict")
         rewards.append(ranking_reward(rank, k, reward))
     group_rewards = torch.stack(rewards)
     advantages = group_advantage(group_rewards)

@@ -6,23 +6,40 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lares_fast.reference.topk import Exclude, item_chunks, mask_excluded
 
+_ALIGNED = 64
 
-def target_rank(query: Tensor, items: Tensor, target: Tensor, *, exclude: Exclude | None = None, ties: str = "order") -> Tensor:
+
+def target_rank(
+    query: Tensor,
+    items: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    exclude: Exclude | None = None,
+    ties: str = "order",
+) -> Tensor:
     """Items that outrank the target: int64 [B], 0 is best.
 
-    ``query`` [B, D], ``items`` [N, D], ``target`` [B] int64. An item j outranks target t if
+    ``query`` [B, D], ``items`` [N, D], ``target`` [B] int64, ``bias`` [N]. An item j outranks target t if
     ``s_j > s_t``, or with ``ties="order"`` also if ``s_j == s_t and j < t`` (so a model whose scores are
     all equal earns nothing); ``ties="strict"`` is the official reward. ``exclude`` takes items out of the
     ranking, never the target itself. A NaN score counts as -inf. Workspace: B x 32768 scores.
     """
-    return target_ranks(query, items, target, [exclude], ties=ties)[0]
+    return target_ranks(query, items, target, [exclude], bias=bias, ties=ties)[0]
 
 
 def target_ranks(
-    query: Tensor, items: Tensor, target: Tensor, excludes: Sequence[Exclude | None], *, ties: str = "order"
+    query: Tensor,
+    items: Tensor,
+    target: Tensor,
+    excludes: Sequence[Exclude | None],
+    *,
+    bias: Tensor | None = None,
+    ties: str = "order",
 ) -> list[Tensor]:
     """:func:`target_rank` under each of several exclusion lists, from the same scores.
 
@@ -30,13 +47,13 @@ def target_ranks(
     embedding ties with it exactly, and the target cannot outrank itself by rounding.
     """
     target_score = query.new_zeros(len(query))
-    for start, scores in _score_chunks(query, items):
+    for start, scores in _score_chunks(query, items, bias):
         inside = (target >= start) & (target < start + scores.shape[1])
         local = torch.where(inside, target - start, 0)
         target_score = torch.where(inside, scores.gather(1, local[:, None]).squeeze(1), target_score)
 
     ranks = [torch.zeros(len(query), dtype=torch.int64, device=query.device) for _ in excludes]
-    for start, scores in _score_chunks(query, items):
+    for start, scores in _score_chunks(query, items, bias):
         better = outranking(scores, start, target, target_score, ties=ties)
         for rank, exclude in zip(ranks, excludes, strict=True):
             kept = better if exclude is None else better & ~mask_excluded(exclude, len(query), start, scores.shape[1])
@@ -53,6 +70,13 @@ def outranking(scores: Tensor, start: int, target: Tensor, target_score: Tensor,
     return better
 
 
-def _score_chunks(query: Tensor, items: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _score_chunks(query: Tensor, items: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    width = 0
     for start, chunk in item_chunks(items):
-        yield start, (query @ chunk.T).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        # One shape for all chunks, and no ragged end: a matrix product may sum either in another order.
+        width = width or -(-len(chunk) // _ALIGNED) * _ALIGNED
+        whole = chunk if len(chunk) == width else F.pad(chunk, (0, 0, 0, width - len(chunk)))
+        scores = (query @ whole.T)[:, : len(chunk)]
+        if bias is not None:
+            scores = scores + bias[start : start + len(chunk)]
+        yield start, scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

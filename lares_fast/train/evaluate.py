@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lares_fast import reference
+from lares_fast import ops, reference
 from lares_fast._random import Draw, Key
 from lares_fast.data import Batch, InteractionLog, Rows, make_batch
-from lares_fast.reference.target_rank import target_ranks
 from lares_fast.reference.topk import Exclude
 
 Progress = Callable[[int, int], None]
@@ -32,13 +31,11 @@ def model_ranks(
 ) -> dict[str, Tensor]:
     """Rank of each row's target (int64 [R], 0 is best, PAD never ranked), with the history masked and not.
 
-    h0 is addressed by ``key`` and the row's index, so the batch size does not enter. Workspace: batch x 32768
-    scores.
+    h0 is addressed by ``key`` and the row's index, so the batch size does not enter. Workspace: that of ``ops.target_rank``.
     """
     ranks = {name: torch.empty(len(rows), dtype=torch.int64) for name in (NOT_MASKED, MASKED)}
     for batch, query, items in _queries(model, log, rows, key, num_steps, batch_size, progress):
-        excludes = (None, history_of(log, rows, batch.rows))
-        of_batch = target_ranks(query, items[1:], batch.target - 1, excludes)
+        of_batch = ops.target_ranks(query, items[1:], batch.target - 1, history_of(log, rows, batch.rows))
         for name, rank in zip((NOT_MASKED, MASKED), of_batch, strict=True):
             ranks[name][batch.rows] = rank
     return ranks
@@ -106,7 +103,7 @@ def keep_rankable(
         part = Rows(rows.users[left], rows.ends[left])
         kept = np.zeros(len(left), dtype=bool)
         for batch, query, items in _queries(model, log, part, key_of_pass(number), None, batch_size, progress):
-            kept[batch.rows.numpy()] = (reference.target_rank(query, items, batch.target) < top).numpy()
+            kept[batch.rows.numpy()] = (ops.target_rank(query, items, batch.target) < top).numpy()
         left = left[~kept]
     keep = np.ones(len(rows), dtype=bool)
     keep[left] = False

@@ -3,31 +3,19 @@
 import oracle
 import pytest
 import torch
+from catalog_cases import BACKENDS, CATALOGS, catalog, csr, integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lares_fast import _dispatch, _native, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
 
-BACKENDS = [
-    "reference",
-    pytest.param("native", marks=pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])),
-]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
-
-
-def integers(*shape):
-    return torch.randint(-2, 3, shape).float()
-
-
-def csr(lists):
-    offsets = torch.tensor([0, *[len(x) for x in lists]]).cumsum(0)
-    return offsets, torch.tensor([i for x in lists for i in x], dtype=torch.int64)
 
 
 def by_sorting(query, items, k, bias=None, lists=None):
@@ -152,12 +140,22 @@ def test_reference_takes_other_dtypes():
     assert torch.equal(ids, by_sorting(query, items, 3))
 
 
+def test_any_strides(backend):
+    query, items, bias = integers(6, 8), integers(50, 8), integers(1)
+    expected = by_sorting(query, items, 9, bias.repeat(50))
+    strided = (query.repeat_interleave(2, 1)[:, ::2], items.T.contiguous().T)
+    assert torch.equal(ops.topk(*strided, 9, bias=bias.expand(50), backend=backend)[1], expected)
+
+
 def test_opcheck_and_compile(backend):
     query, items = integers(4, 3), integers(9, 3)
     offsets, ids = csr([[1], [], [2, 2], [8]])
     torch.library.opcheck(torch.ops.lares_fast.topk, (query, items, 3, None, offsets, ids, [], backend))
-    compiled = torch.compile(lambda q, i: ops.topk(q, i, 3, backend=backend)[1] + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(query, items), ops.topk(query, items, 3, backend=backend)[1] + 1)
+    compiled = torch.compile(lambda q, i: ops.topk(q, i, 3)[1] + 1, fullgraph=True, backend="aot_eager")
+    with ops.backend(backend):
+        before = _dispatch.calls["topk", backend]
+        assert torch.equal(compiled(query, items), ops.topk(query, items, 3)[1] + 1)
+        assert _dispatch.calls["topk", backend] == before + 2
 
 
 def test_has_no_gradient():
@@ -169,6 +167,14 @@ def test_has_no_gradient():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"query": torch.ones(3)}, "query must be a floating-point"),
+    ({"query": [[1.0]]}, "query must be a dense tensor, but got list"),
+    ({"query": torch.ones(2, 3, device="meta")}, "on meta like query, but got .* on cpu"),
+    ({"items": torch.ones(5, 3, device="meta")}, "on cpu like query, but got .* on meta"),
+    ({"items": torch.ones(5, 3).to_sparse()}, r"items must be a dense tensor, but got torch\.sparse_coo"),
+    ({"bias": [1.0] * 5}, "bias must be a dense tensor, but got list"),
+    ({"exclude": ([0, 0, 1], torch.tensor([1]))}, "exclude offsets must be a dense tensor, but got list"),
+    ({"exclude": (torch.tensor([0, 0, 1], device="meta"), torch.tensor([1]))}, "exclude offsets must be 1-D .* on cpu"),
+    ({"k": -(2**70)}, "k must be in 1..5"),
     ({"query": torch.ones(2, 3, dtype=torch.int64)}, "query must be a floating-point"),
     ({"items": torch.ones(5, 4)}, r"items must be \[N, 3\]"),
     ({"items": torch.ones(5, 3).double()}, "items must be torch.float32"),
@@ -176,52 +182,19 @@ def test_has_no_gradient():
     ({"k": 0}, "k must be in 1..5"),
     ({"k": 6}, "k must be in 1..5"),
     ({"bias": torch.ones(4)}, "bias must be torch.float32"),
+    ({"exclude": torch.zeros(2, 3)}, "exclude must be a pair .* but got Tensor"),
     ({"exclude": (torch.tensor([0, 1]), torch.tensor([1]))}, r"offsets must have B \+ 1 = 3"),
     ({"exclude": (torch.tensor([0, 2, 1]), torch.tensor([1]))}, "offsets must rise"),
     ({"exclude": (torch.tensor([0, 0, 2]), torch.tensor([1]))}, "offsets must rise"),
     ({"exclude": (torch.tensor([0, 0, 1]), torch.tensor([5]))}, r"exclude ids must be in 0\.\.4"),
     ({"exclude": (torch.tensor([0, 0, 1]), torch.tensor([-1]))}, r"exclude ids must be in 0\.\.4"),
-    ({"exclude": (torch.tensor([0, 0, 1]), torch.tensor([1.0]))}, "exclude ids must be 1-D int64"),
+    ({"exclude": (torch.tensor([0, 0, 1]), torch.tensor([1.0]))}, r"exclude ids must be 1-D torch\.int64"),
     ({"backend": "fast"}, "backend must be one of"),
 ])  # fmt: skip
 def test_bad_arguments(change, message):
     arguments = {"query": torch.ones(2, 3), "items": torch.ones(5, 3), "k": 2, **change}
     with pytest.raises(InputError, match=message):
         ops.topk(arguments.pop("query"), arguments.pop("items"), arguments.pop("k"), **arguments)
-
-
-def catalog(kind, N, D):
-    """(query, items) of a shape that screening finds easy, hard or impossible."""
-    query, items = torch.randn(21, D), torch.randn(N, D)
-    if kind == "cone":
-        items = torch.randn(D) + 0.05 * items
-    elif kind == "one large dimension":
-        items[:, 0] *= 30
-    elif kind == "one large dimension that queries ignore":
-        items[:, 0] *= 30
-        query[:, 0] = 0
-    elif kind == "ascending scores":
-        query = torch.randn(D) + 0.1 * query
-        items = items[(items @ query[0]).argsort()]
-    elif kind == "massed ties":
-        query, items = integers(21, D), integers(N, D)
-    elif kind == "one item":
-        items = items[:1].repeat(N, 1)
-    elif kind == "not finite":
-        items[::61] = torch.nan
-        items[5::1009, 0] = torch.inf
-        query[0], query[1], query[2] = 0, torch.nan, torch.inf
-    elif kind == "huge":
-        items = items * 1e19
-    elif kind == "tiny":
-        items = items * 1e-36
-    return query, items
-
-
-CATALOGS = [
-    "Gaussian", "cone", "one large dimension", "one large dimension that queries ignore", "ascending scores", "massed ties",
-    "one item", "not finite", "huge", "tiny",
-]  # fmt: skip
 
 
 @pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
@@ -303,10 +276,32 @@ class TestCatalogIndex:
         with pytest.raises(InputError, match="stale"):
             ops.topk(torch.randn(2, 4), table[1:], 3, index=index)
 
-    @pytest.mark.parametrize("items", [torch.ones(3), torch.ones(3, 4).double(), torch.ones(4, 3).T])
+    @pytest.mark.parametrize("items", [
+        torch.ones(3), torch.ones(3, 4).double(), torch.ones(4, 3).T, torch.ones(1, 4).expand(3, 4),
+        torch.ones(3, 4, device="meta"),
+    ])  # fmt: skip
     def test_bad_items(self, items):
-        with pytest.raises(InputError, match=r"items must be a contiguous torch\.float32"):
+        with pytest.raises(InputError, match=r"items must be a contiguous torch\.float32 \[N, D\] on the CPU"):
             ops.CatalogIndex(items)
+
+    @pytest.mark.parametrize("items", [[[1.0]], torch.ones(3, 4).to_sparse()])
+    def test_what_is_no_dense_tensor(self, items):
+        with pytest.raises(InputError, match="items must be a dense tensor, but got"):
+            ops.CatalogIndex(items)
+
+    @pytest.mark.parametrize(("N", "D"), [(0, 4), (3, 0), (1, 1)])
+    def test_the_smallest_catalogs(self, N, D):
+        items = torch.ones(N, D)
+        index = ops.CatalogIndex(items)
+        if N:
+            _, ids = ops.topk(torch.ones(2, D), items, N, index=index)
+            assert torch.equal(ids, torch.arange(N).expand(2, N))
+
+    def test_items_that_train_can_be_indexed(self):
+        items = torch.randn(50, 4, requires_grad=True)
+        scores, _ = ops.topk(torch.randn(2, 4), items, 3, index=ops.CatalogIndex(items))
+        with pytest.raises(NotImplementedError, match="topk has no gradient"):
+            scores.sum().backward()
 
     def test_inference_tensors_are_refused(self):
         with torch.inference_mode():
@@ -365,5 +360,5 @@ class TestDispatch:
         text = explain("topk", self.query.double(), self.items.double(), 2)
         assert text.splitlines()[0] == "topk: reference"
         assert "cannot run: it takes float32" in text
-        with pytest.raises(InputError, match="op must be one of topk"):
+        with pytest.raises(InputError, match="op must be one of target_rank, topk"):
             explain("sort")

@@ -19,16 +19,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def pytest_collection_modifyitems(config, items):
-    """Deselect this folder's tests unless a ``-m`` expression speaks of them."""
-    if "packaging" in (config.option.markexpr or ""):
-        return
-    deselected = [item for item in items if item.get_closest_marker("packaging")]
-    if deselected:
-        config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if not item.get_closest_marker("packaging")]
-
-
 @dataclasses.dataclass
 class Result:
     code: int

@@ -8,14 +8,15 @@ import ir_measures
 import pytest
 import torch
 import train_run
+from catalog_cases import BACKENDS, needs_native
 
 import lares_fast
-from lares_fast import LARESConfig, ops
-from lares_fast._random import Draw, root_key
-from lares_fast.data import leave_one_out, make_batch
+from lares_fast import LARESConfig, _dispatch, ops
+from lares_fast._random import root_key
+from lares_fast.data import leave_one_out
 from lares_fast.train import metrics, model_ranks
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
-from lares_fast.train.evaluate import MASKED, NOT_MASKED, history_of
+from lares_fast.train.evaluate import MASKED, NOT_MASKED, _queries, history_of, keep_rankable
 
 KEY = root_key(5)
 KS = (1, 5, 10, 50)
@@ -61,28 +62,60 @@ def test_batch_size_does_not_enter(batch_size, model):
         assert all(abs(a[name] - b[name]) <= 1e-5 for name in a)
 
 
-@pytest.mark.parametrize("history", [MASKED, NOT_MASKED])
-def test_ranks_equal_topk_and_a_dense_sort(history, model):
+def history_without_target(log, rows, batch):
+    """A user may have bought the target before; evaluation never lets a list hide its own target."""
+    offsets, ids = history_of(log, rows, batch.rows)
+    owner = torch.repeat_interleave(torch.arange(len(batch)), offsets.diff())
+    kept = ids != batch.target[owner] - 1
+    return torch.nn.functional.pad(torch.bincount(owner[kept], minlength=len(batch)).cumsum(0), (1, 0)), ids[kept]
+
+
+def places_in_topk(model, history, backend):
+    """The place of each test row's target in the whole catalog's ``topk`` of the queries that evaluation ranks."""
     log, rows = train_run.log(), train_run.split().test
-    ranks = model_ranks(model, log, rows, key=KEY)[history]
-    batch = make_batch(log, rows, torch.arange(len(rows)), model.config.max_len)
-    model.eval()
-    with torch.no_grad():
-        query, items = model.query_and_items(model.encode(batch.item_seq, batch.item_seq_len, draw=Draw(KEY, batch.rows)))
-    exclude = history_of(log, rows, batch.rows) if history == MASKED else None
-    if exclude is not None:
-        # A user may have bought the target before; evaluation never lets a list hide its own target.
-        owner = torch.repeat_interleave(torch.arange(len(rows)), exclude[0].diff())
-        kept = exclude[1] != batch.target[owner] - 1
-        counts = torch.zeros(len(rows), dtype=torch.int64).index_add_(
-            0, owner[kept], torch.ones(int(kept.sum()), dtype=torch.int64)
-        )
-        exclude = (torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))), exclude[1][kept])
-    for backend in ("reference", "auto"):
+    places = torch.empty(len(rows), dtype=torch.int64)
+    for batch, query, items in _queries(model, log, rows, KEY, None, 17, None):
+        exclude = history_without_target(log, rows, batch) if history == MASKED else None
         _, ids = ops.topk(query, items[1:], len(items) - 1, exclude=exclude, backend=backend)
-        place = (ids + 1 == batch.target[:, None]).int().argmax(dim=1)
-        agree = (place == ranks).double().mean()
-        assert agree == 1 if backend == "reference" else agree > 0.95
+        places[batch.rows] = (ids + 1 == batch.target[:, None]).int().argmax(dim=1)
+    return places
+
+
+@needs_native
+@pytest.mark.parametrize("similarity", ["dot", "cos"])
+@pytest.mark.parametrize("history", [MASKED, NOT_MASKED])
+def test_metrics_are_those_of_topk(history, similarity):
+    """Exactly, near ties included: both ops score alike to the last bit."""
+    torch.manual_seed(3)
+    model = lares_fast.LARES(LARESConfig(n_items=train_run.log().n_items, similarity=similarity, **train_run.MODEL))
+    with ops.backend("native"):
+        ranks = model_ranks(model, train_run.log(), train_run.split().test, key=KEY, batch_size=17)[history]
+    places = places_in_topk(model, history, "native")
+    assert torch.equal(ranks, places)
+    assert metrics(ranks, KS) == metrics(places, KS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("history", [MASKED, NOT_MASKED])
+def test_every_backend_ranks_like_the_reference(history, backend, model):
+    with ops.backend(backend):
+        ranks = model_ranks(model, train_run.log(), train_run.split().test, key=KEY, batch_size=17)[history]
+    agree = ranks == places_in_topk(model, history, "reference")
+    assert agree.double().mean() > 0.95
+
+
+@needs_native
+def test_evaluation_and_filter_run_on_the_kernel(model):
+    log, rows = train_run.log(), train_run.split().test
+    before = _dispatch.calls["target_rank", "native"]
+    model_ranks(model, log, rows, key=KEY, batch_size=20)
+    assert _dispatch.calls["target_rank", "native"] == before + -(-len(rows) // 20), "one pass a batch gives both rankings"
+    with ops.backend("native"):
+        kept = keep_rankable(model, log, rows, key_of_pass=lambda _: KEY, passes=1, top=20)
+    with ops.backend("reference"):
+        theirs = keep_rankable(model, log, rows, key_of_pass=lambda _: KEY, passes=1, top=20)
+    assert 0 < len(kept) < len(rows)
+    assert abs(len(kept) - len(theirs)) <= 2
 
 
 def test_pad_is_never_ranked(model):

@@ -1,0 +1,84 @@
+// native_tests LEVEL CALLS LARGE CALLERS SEED [BUG]: random calls of every op of csrc/, valid and invalid, without Python.
+// LEVEL is generic, avx2, avx512 (without VNNI where it is emulated) or avx512vnni.
+// One call in LARGE has items for several threads; CALLERS threads make such rounds of calls at the same time. The last line
+// counts what was done; a planted BUG must end in another way.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+
+#include "op_test.h"
+
+namespace {
+
+using op_test::OpTest;
+
+bool vnni = false;
+
+const OpTest* const OPS[] = {&op_test::topk, &op_test::build_index, &op_test::target_rank};
+
+struct Count {
+    std::int64_t valid = 0, refused = 0;
+};
+
+Count round_of_calls(std::int64_t calls, std::int64_t large, std::uint64_t seed) {
+    op_test::Random random(seed);
+    Count count;
+    for (std::int64_t call = 0; call < calls; ++call) {
+        const OpTest& op = *OPS[static_cast<std::size_t>(random.between(0, std::size(OPS) - 1))];
+        if (random.chance(0.5)) {
+            op.invalid(random);
+            ++count.refused;
+        } else {
+            op.valid(random, large && call % large == 0, random.between(1, 4));
+            ++count.valid;
+        }
+    }
+    return count;
+}
+
+}  // namespace
+
+// For simde/emulated.h.
+bool emulated(const char* feature) { return vnni || std::strcmp(feature, "avx512vnni") != 0; }
+
+int main(int argc, char** argv) {
+    if (argc < 6) return std::fprintf(stderr, "usage: native_tests LEVEL CALLS LARGE CALLERS SEED [BUG]\n"), 2;
+    const std::int64_t calls = std::atoll(argv[2]), large = std::atoll(argv[3]), callers = std::atoll(argv[4]);
+    const auto seed = static_cast<std::uint64_t>(std::atoll(argv[5]));
+    const std::string bug = argc > 6 ? argv[6] : "";
+    try {
+        const std::string level = argv[1];
+        vnni = level == "avx512vnni";
+        lares_fast::use_level(vnni ? "avx512" : level);
+        if (vnni && !lares_fast::has_vnni()) op_test::fail("this CPU has no avx512vnni");
+        if (bug == "ties") op_test::ties_to_the_larger_id = true;
+        if (bug == "read") op_test::read_beyond_the_items();
+        if (bug == "race") op_test::write_one_output_twice();
+        Count total;
+        std::mutex mutex;
+        std::vector<std::thread> others;
+        std::string failure;
+        for (std::int64_t caller = 0; caller < callers; ++caller) {
+            others.emplace_back([&, caller] {
+                try {
+                    const Count count = round_of_calls(calls, large, seed + static_cast<std::uint64_t>(caller));
+                    const std::lock_guard<std::mutex> lock(mutex);
+                    total.valid += count.valid;
+                    total.refused += count.refused;
+                } catch (const std::exception& error) {
+                    const std::lock_guard<std::mutex> lock(mutex);
+                    failure = error.what();
+                }
+            });
+        }
+        for (std::thread& other : others) other.join();
+        if (!failure.empty()) op_test::fail(failure);
+        std::printf("level %s: %lld valid, %lld refused\n", argv[1], static_cast<long long>(total.valid),
+                    static_cast<long long>(total.refused));
+    } catch (const std::exception& error) {
+        return std::fprintf(stderr, "%s\n", error.what()), 1;
+    }
+    return 0;
+}

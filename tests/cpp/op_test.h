@@ -1,0 +1,109 @@
+// What a test of one op is, and what the tests of all ops share: random sizes and numbers, scores summed one by one, and
+// complaints. An op joins by an OpTest of its own in tests/cpp/<stem>.cpp and a line in main.cpp.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "simd/level.h"
+
+namespace op_test {
+
+struct Failure : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+class Random {
+   public:
+    explicit Random(std::uint64_t seed) : engine_(seed) {}
+
+    // From first to last, both included.
+    std::int64_t between(std::int64_t first, std::int64_t last) {
+        return std::uniform_int_distribution<std::int64_t>(first, last)(engine_);
+    }
+    bool chance(double share) { return std::bernoulli_distribution(share)(engine_); }
+    float normal() { return std::normal_distribution<float>()(engine_); }
+    template <class T>
+    T one_of(const std::vector<T>& values) {
+        return values[static_cast<std::size_t>(between(0, static_cast<std::int64_t>(values.size()) - 1))];
+    }
+
+   private:
+    std::mt19937_64 engine_;
+};
+
+// Exclusion lists as the ops take them: unsorted, with repeats.
+struct Lists {
+    std::vector<std::int64_t> offsets, ids;
+};
+
+// Queries, items and all that may go with them, in memory of exactly their size.
+struct Catalog {
+    std::int64_t B, N, D;
+    std::vector<float> query, items, bias;
+    bool with_bias;
+    Lists exclude;
+    bool with_exclude;
+    std::string kind;
+
+    const float* bias_or_null() const { return with_bias ? bias.data() : nullptr; }
+    const std::int64_t* offsets_or_null() const { return with_exclude ? exclude.offsets.data() : nullptr; }
+    const std::int64_t* ids_or_null() const { return with_exclude ? exclude.ids.data() : nullptr; }
+
+    // The contract of csrc/topk/topk.h: bias first, then product by product, fused where the level has it; NaN is -inf.
+    std::vector<float> scores(std::int64_t b) const;
+    bool excluded(std::int64_t b, std::int64_t item) const;
+    std::string describe() const;
+};
+
+// Sizes around the edges of tiles, panels and blocks; with `large` so many items that threads share them.
+Catalog random_catalog(Random& random, bool large);
+
+// An id that no item has.
+std::int64_t bad_id(Random& random, std::int64_t N);
+
+// Exclusion lists, of at least one id, that no op may take.
+void spoil_lists(Random& random, std::int64_t N, Lists& lists);
+
+// One way to spoil a valid call.
+template <class Call>
+struct Spoiler {
+    const char* name;
+    void (*spoil)(Call&);
+};
+
+inline void fail(const std::string& what) { throw Failure(what); }
+
+template <class Run>
+void must_refuse(const char* op, const char* name, const Run& run) {
+    try {
+        run();
+    } catch (const std::invalid_argument&) {
+        return;
+    }
+    fail(std::string(op) + " took a call with " + name);
+}
+
+struct OpTest {
+    const char* name;
+    // A random valid call on `threads` threads, compared with the contract spelled out.
+    void (*valid)(Random&, bool large, std::int64_t threads);
+    // A random invalid call, which must throw std::invalid_argument.
+    void (*invalid)(Random&);
+};
+
+extern const OpTest topk, build_index, target_rank;
+
+// Planted bugs, which the program must not survive: a wrong order in the expectation, a call that claims an item more than
+// there is, and two calls that write one output.
+extern bool ties_to_the_larger_id;
+void read_beyond_the_items();
+void write_one_output_twice();
+
+}  // namespace op_test

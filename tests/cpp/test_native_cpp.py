@@ -1,0 +1,112 @@
+"""The ops of csrc/ without Python: random calls, valid and invalid, under sanitizers, on aarch64, and with AVX-512 emulated.
+
+Takes minutes, so it runs only under ``-m native_cpp``. What a machine lacks is skipped with its name.
+"""
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
+SIMDE = Path("/usr/include/simde/x86/avx512.h")
+
+pytestmark = pytest.mark.native_cpp
+
+
+def need(*programs):
+    if missing := [program for program in programs if shutil.which(program) is None]:
+        pytest.skip(f"{' and '.join(missing)} not found")
+
+
+def build(name, *options, compiler="g++"):
+    """The program of tests/cpp, built once in build/native_tests-<name>."""
+    need("cmake", "ninja", compiler)
+    folder = ROOT / "build" / f"native_tests-{name}"
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DNATIVE_TESTS=ON", "-DLARES_FAST_CUDA=0"]
+    for command in (
+        [*configure, f"-DCMAKE_CXX_COMPILER={compiler}", *options],
+        ["cmake", "--build", folder, "--parallel", "2"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [folder / "native_tests"]
+
+
+def run(program, level, calls, *, large, callers=1, bug=()):
+    """(exit code, output); sanitizers report on stderr and end the process."""
+    command = [*program, level, calls, large, callers, 1, *bug]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def check(program, level, calls, **options):
+    """Every call was made, at this level, and nothing was reported."""
+    code, output = run(program, level, calls, **options)
+    assert code == 0, output[-3000:]
+    counts = re.fullmatch(rf"level {level}: (\d+) valid, (\d+) refused\n", output)
+    assert counts, output[-3000:]
+    valid, refused = map(int, counts.groups())
+    assert valid + refused == calls * options.get("callers", 1)
+    assert min(valid, refused) > 0.4 * (valid + refused)
+
+
+def levels():
+    """The levels of this CPU, and AVX-512 where it is emulated on AVX2."""
+    flags = Path("/proc/cpuinfo").read_text() if ON_X86 else ""
+    if not {"avx2", "fma"} <= set(flags.split()):
+        return ["generic"]
+    return ["generic", "avx2", *(["avx512", "avx512vnni"] if SIMDE.exists() else [])]
+
+
+@pytest.fixture(scope="module")
+def checked():
+    emulated = ["-DAVX512_BY_SIMDE=ON"] if "avx512" in levels() else []
+    return build("address", "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all -g1", *emulated)
+
+
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512", "avx512vnni"])
+def test_fuzz_under_address_and_undefined_behaviour_sanitizers(level, checked):
+    if level not in levels():
+        pytest.skip(f"this machine has neither {level} nor libsimde-dev on a CPU with AVX2")
+    check(checked, level, 10_000, large=100)
+
+
+@pytest.mark.parametrize(("bug", "report"), [("ties", "and should"), ("read", "AddressSanitizer")])
+def test_a_planted_bug_ends_the_program(bug, report, checked):
+    code, output = run(checked, levels()[-1], 300, large=0, bug=[bug])
+    assert code != 0
+    assert report in output
+
+
+@pytest.fixture(scope="module")
+def raced():
+    # Without randomised addresses, where that is allowed: gcc 12's runtime does not know the layout of newer kernels.
+    fixed = ["setarch", "-R"]
+    allowed = shutil.which("setarch") and subprocess.run([*fixed, "true"], capture_output=True, check=False).returncode == 0
+    return [*(fixed if allowed else []), *build("thread", "-DCMAKE_CXX_FLAGS=-fsanitize=thread -g1")]
+
+
+@pytest.mark.parametrize("level", ["generic", "avx2"])
+def test_several_threads_under_the_thread_sanitizer(level, raced):
+    if level not in levels():
+        pytest.skip(f"this CPU has no {level}")
+    check(raced, level, 100, large=10, callers=3)
+
+
+def test_a_planted_race_is_reported(raced):
+    code, output = run(raced, "generic", 0, large=0, bug=["race"])
+    assert code != 0
+    assert "ThreadSanitizer: data race" in output
+
+
+def test_aarch64():
+    need("qemu-aarch64")
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static"]
+    program = ["qemu-aarch64", *build("aarch64", *target, compiler="aarch64-linux-gnu-g++")]
+    check(program, "generic", 1_000, large=200)
+    assert run(program, "generic", 300, large=0, bug=["ties"])[0] != 0

@@ -1,0 +1,44 @@
+"""The tests of every op with a native backend, once at each SIMD level."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from catalog_cases import needs_native
+
+import lares_fast.ops  # noqa: F401 - fills the table of backends
+from lares_fast import _dispatch
+
+STEMS = sorted(op for op, row in _dispatch._TABLE.items() if any(backend.name == "native" for backend in row))
+RUN = """
+import sys
+import pytest
+from lares_fast import _native
+try:
+    _native.load()
+except ValueError as error:
+    sys.exit(f"skip: {error}")
+code = pytest.main(sys.argv[1:])
+print("ran at level", _native.load().level())
+sys.exit(code)
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+def test_ops_at_the_level(level):
+    files = [str(Path(__file__).with_name(f"test_{stem}.py")) for stem in STEMS]
+    assert len(files) >= 2
+    core = ["-q", "-p", "no:cacheprovider", "-k", "not compile and not bad and not reference"]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *core, *files],
+        env={**os.environ, "LARES_FAST_SIMD": level}, capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    if done.stderr.startswith("skip: "):
+        pytest.skip(done.stderr.strip().removeprefix("skip: "))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert f"ran at level {level}\n" in done.stdout
+    assert " passed" in done.stdout

@@ -1,0 +1,33 @@
+"""The step of phase 2: its reward ranks on the op, and is the reference's."""
+
+import copy
+
+import pytest
+import torch
+import train_run
+from catalog_cases import BACKENDS
+
+import lares_fast
+from lares_fast import LARESConfig, _dispatch, ops
+from lares_fast._random import root_key
+from lares_fast.train import RPTConfig
+from lares_fast.train.rpt import RPT
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_reward_ranks_on_the_op(backend):
+    log, rows = train_run.log(), train_run.split().valid
+    model = lares_fast.LARES(LARESConfig(n_items=log.n_items, **train_run.MODEL))
+    torch.nn.init.normal_(model.item_embedding.weight)
+    phase = RPT(model, copy.deepcopy(model), log, rows, RPTConfig(batch_size=30, group_size=3, k=20))
+    batch = phase.batch(torch.arange(30), root_key(1))
+    with ops.backend("reference"):
+        expected, _ = phase.loss(batch, root_key(2))
+    with ops.backend(backend):
+        before = _dispatch.calls["target_rank", backend]
+        loss, parts = phase.loss(batch, root_key(2))
+        assert _dispatch.calls["target_rank", backend] == before + 3, "one pass a member of the group"
+    torch.testing.assert_close(loss, expected)
+    assert parts["reward"] > 0
+    loss.backward()
+    assert model.item_embedding.weight.grad.abs().sum() > 0
