@@ -6,13 +6,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lares_fast import _native, ops, reference
 from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
 from lares_fast._random import SITE_INPUT, Draw
 from lares_fast.config import LARESConfig
+from lares_fast.reference.sequences import pack, places
 from lares_fast.reference.topk import Exclude
 
 # Backbones whose positions see only themselves and earlier ones.
@@ -38,31 +38,32 @@ class LARES(reference.LARES):
         self, item_seq: Tensor, item_seq_len: Tensor, depth: Tensor, state: Tensor | None, draw: Draw, return_all_steps: bool
     ) -> Tensor:
         """The reference's on packed sequences: exact for a causal block, whose real positions never see a later one."""
-        if self.config.backbone not in _CAUSAL or not len(item_seq):
+        if self.config.backbone not in _CAUSAL or not len(depth):
             return super()._encode(item_seq, item_seq_len, depth, state, draw, return_all_steps)
-        length = int(item_seq_len.max())
-        real = torch.arange(length, device=item_seq.device) < item_seq_len[:, None]
+        if item_seq.dim() == 2:
+            items, offsets = pack(item_seq, item_seq_len)
+            state = None if state is None else pack(state, item_seq_len)[0]
+        else:
+            items, offsets = item_seq, item_seq_len
+        sequence, position = places(offsets)
         if state is None:
-            state = self.initial_state(draw, length)
-        offsets = F.pad(item_seq_len.cumsum(0), (1, 0))
+            state = self._initial_state(draw, draw.rows[sequence.cpu()], position.cpu())
         dropped = draw if self.training else None
-        x = self._input(item_seq[:, :length], real, dropped)
+        x = self._input(items, sequence, position, dropped)
         pre = self._steps(self.pre_block, x, offsets, dropped, output="tokens")
-        h = state[:, :length].to(x)[real]
         depth = depth.to(x.device)
         output = "steps" if return_all_steps else "last"
-        hidden = self._steps(self.recurrence, h, offsets, dropped, pre=pre, depth=depth, output=output)
+        hidden = self._steps(self.recurrence, state.to(x), offsets, dropped, pre=pre, depth=depth, output=output)
         return _rectangle(hidden, depth) if return_all_steps else hidden
 
-    def _input(self, item_seq: Tensor, real: Tensor, draw: Draw | None) -> Tensor:
+    def _input(self, items: Tensor, sequence: Tensor, position: Tensor, draw: Draw | None) -> Tensor:
         """What the pre-block reads, [P, D]."""
-        positions = torch.arange(item_seq.shape[1], device=item_seq.device).expand_as(item_seq)[real]
-        x = self.input_norm(self.item_embedding(item_seq[real]) + self.position_embedding(positions))
+        x = self.input_norm(self.item_embedding(items) + self.position_embedding(position))
         if draw is None or not self.config.dropout:
             return x
-        # Masks are addressed by place, so those of the padded rectangle hold the packed ones.
-        ones = x.new_ones(*item_seq.shape, x.shape[1])
-        return x * _faster(draw).hidden(ones, self.config.dropout, site=SITE_INPUT, step=0, layer=0)[real]
+        # Masks are addressed by place, so those of a padded rectangle hold the packed ones.
+        ones = x.new_ones(len(draw.rows), int(position.max()) + 1, x.shape[1])
+        return x * _faster(draw).hidden(ones, self.config.dropout, site=SITE_INPUT, step=0, layer=0)[sequence, position]
 
     def _steps(self, block: nn.Module, h: Tensor, offsets: Tensor, draw: Draw | None, **arguments: Any) -> Tensor:
         config = self.config
@@ -111,9 +112,9 @@ class LARES(reference.LARES):
 def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
     """Put the fast encoder under ``model``, which other code holds, and say what was replaced.
 
-    ``model`` is a :class:`lares_fast.reference.LARES`. Parameters, their names, optimizer state and hooks stay as they are; ``model`` becomes a :class:`LARES` in place.
-    ``backend`` as in :class:`LARES`. Raises :class:`InputError` for any other class, because a subclass may have changed
-    what is replaced.
+    ``model`` is a :class:`lares_fast.reference.LARES`, and becomes a :class:`LARES` in place: parameters, their names,
+    optimizer state and hooks stay as they are. ``backend`` as in :class:`LARES`. Raises :class:`InputError` for any other
+    class, because a subclass may have changed what is replaced.
     """
     if type(model) not in (reference.LARES, LARES):
         raise InputError(f"model must be a reference.LARES, but is a {type(model).__name__}: build lares_fast.LARES instead.")

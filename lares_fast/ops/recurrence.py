@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lares_fast import _native, reference
-from lares_fast._dispatch import Backend, choose, register, requested, run
+from lares_fast._dispatch import Backend, choose, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import register_op
 from lares_fast._random import Draw, drop_threshold
@@ -112,8 +112,8 @@ class _Call:
 
 
 _SCHEMA = (
-    "Tensor h, Tensor? pre, Tensor offsets, Tensor? depth, int steps, Tensor[] weights, Tensor? rows, int[] key, float[] dropout,"
-    " int n_heads, str adapter, str output, float eps"
+    "Tensor h, Tensor? pre, Tensor offsets, Tensor? depth, int steps, Tensor[] weights, Tensor? rows, int[] key,"
+    " float[] dropout, int n_heads, str adapter, str output, float eps"
 )
 
 
@@ -319,7 +319,7 @@ for _op, _native_run, _reference_run in (
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     call = _Call(*inputs[:-2])
     ctx.rest = replace(call, h=None, pre=None, offsets=None, depth=None, weights=[], rows=None)
-    ctx.keep, ctx.backend = inputs[-2:]
+    ctx.keep = inputs[-2]
     ctx.save_for_backward(call.h, call.pre, call.offsets, call.depth, call.rows, output[1], *call.weights)
 
 
@@ -328,7 +328,8 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         raise InputError("recurrence was called without keep, so it has no gradient.")
     h, pre, offsets, depth, rows, tape, *weights = ctx.saved_tensors
     call = replace(ctx.rest, h=h, pre=pre, offsets=offsets, depth=depth, weights=weights, rows=rows)
-    grads = _BACKWARD_OP(*call.arguments(), grad, tape, ctx.backend)
+    # The backend that ran forwards, whatever is asked for by now: only the native one leaves a tape.
+    grads = _BACKWARD_OP(*call.arguments(), grad, tape, "native" if len(tape) else "reference")
     count = len(grads) - len(weights)
     by_name = {"h": grads[0], "pre": grads[1] if count == 2 else None, "weights": grads[count:]}
     return *(by_name.get(field.name) for field in fields(call)), None, None
