@@ -12,6 +12,7 @@
 
 #include "build_info.h"
 #include "cuda/capability.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
 #include "random/philox.h"
 #include "recurrence/recurrence.h"
 #include "simd/level.h"
@@ -125,6 +126,21 @@ void recurrence_backward(const std::array<int64_t, 7>& sizes, const std::array<s
                                     pointer<float>(pre_grad), pointers(weight_grads).data(), threads);
 }
 
+void target_logprob(uintptr_t hidden, uintptr_t items, uintptr_t target, uintptr_t logprob, uintptr_t lse, uintptr_t rank, int64_t M,
+                    int64_t N, int64_t D, double scale, bool skip_pad, bool ties_by_id, int64_t threads) {
+    lares_fast::target_logprob_cpu({{pointer<float>(hidden), pointer<float>(items), pointer<int64_t>(target), M, N, D, scale, skip_pad},
+                                    pointer<float>(logprob), pointer<double>(lse), pointer<int64_t>(rank), ties_by_id},
+                                   threads);
+}
+
+void target_logprob_backward(uintptr_t hidden, uintptr_t items, uintptr_t target, uintptr_t grad, uintptr_t lse, uintptr_t d_hidden,
+                             uintptr_t d_items, int64_t M, int64_t N, int64_t D, double scale, bool skip_pad, int64_t threads) {
+    lares_fast::target_logprob_backward_cpu(
+        {{pointer<float>(hidden), pointer<float>(items), pointer<int64_t>(target), M, N, D, scale, skip_pad},
+         pointer<float>(grad), pointer<double>(lse), pointer<float>(d_hidden), pointer<float>(d_items)},
+        threads);
+}
+
 void keep_hidden(std::uint32_t key0, std::uint32_t key1, int64_t threshold, int64_t site, int64_t step, int64_t layer, uintptr_t rows,
                  int64_t B, int64_t L, int64_t D, uintptr_t out) {
     const MaskAddress address{Key{key0, key1}, threshold, step, layer, pointer<int64_t>(rows)};
@@ -164,6 +180,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           arg("threads"), Release());
     m.def("recurrence_backward", &recurrence_backward, arg("sizes"), arg("dropout"), arg("eps"), arg("inputs"), arg("weights"),
           arg("out_grad"), arg("h_grad"), arg("pre_grad"), arg("weight_grads"), arg("threads"), Release());
+    m.def("target_logprob", &target_logprob, arg("hidden"), arg("items"), arg("target"), arg("logprob"), arg("lse"), arg("rank"), arg("M"),
+          arg("N"), arg("D"), arg("scale"), arg("skip_pad"), arg("ties_by_id"), arg("threads"), Release());
+    m.def("target_logprob_backward", &target_logprob_backward, arg("hidden"), arg("items"), arg("target"), arg("grad"), arg("lse"),
+          arg("d_hidden"), arg("d_items"), arg("M"), arg("N"), arg("D"), arg("scale"), arg("skip_pad"), arg("threads"), Release());
     m.def("keep_hidden", &keep_hidden, arg("key0"), arg("key1"), arg("threshold"), arg("site"), arg("step"), arg("layer"), arg("rows_ptr"),
           arg("B"), arg("L"), arg("D"), arg("out_ptr"), Release());
     m.def("keep_attention", &keep_attention, arg("key0"), arg("key1"), arg("threshold"), arg("step"), arg("layer"), arg("rows_ptr"),

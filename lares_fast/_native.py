@@ -248,6 +248,62 @@ def recurrence_backward(
     return h_grad, pre_grad, weight_grads
 
 
+def target_logprob(
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    *,
+    scale: float = 1.0,
+    skip_pad: bool = False,
+    ties: str | None = None,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(log-probabilities [M], ranks [M] int64 if ``ties`` is given, log-sum-exp [M] fp64) of each target; fp32 on the CPU, same
+    bits for every ``threads``.
+
+    The contract is that of :func:`lares_fast.ops.target_logprob`. Workspace: csrc/linear_cross_entropy/linear_cross_entropy.h.
+    """
+    hidden, items, target = _softmax(hidden, items, target)
+    logprob, lse = hidden.new_empty(len(hidden)), hidden.new_empty(len(hidden), dtype=torch.float64)
+    rank = None if ties is None else torch.empty_like(target)
+    tensors = (hidden, items, target, logprob, lse, rank)
+    sizes = (len(hidden), *items.shape, scale, skip_pad, ties == "order", _threads(threads))
+    _call(load().target_logprob, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors), *sizes)
+    return logprob, rank, lse
+
+
+def target_logprob_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    *,
+    scale: float = 1.0,
+    skip_pad: bool = False,
+    needs: tuple[bool, bool] = (True, True),
+    threads: int | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by ``hidden`` [M, D] and ``items`` [N, D], each if it ``needs`` one, of ``grad @ target_logprob(...)``."""
+    hidden, items, target = _softmax(hidden, items, target)
+    grad = _dense("grad", grad, torch.float32, (len(hidden),))
+    lse = _dense("lse", lse, torch.float64, (len(hidden),))
+    gradients = [torch.empty_like(tensor) if needed else None for tensor, needed in zip((hidden, items), needs, strict=True)]
+    tensors = (hidden, items, target, grad, lse, *gradients)
+    sizes = (len(hidden), *items.shape, scale, skip_pad, _threads(threads))
+    _call(load().target_logprob_backward, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors), *sizes)
+    return gradients[0], gradients[1]
+
+
+def _softmax(hidden: Tensor, items: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = _dense("hidden", hidden, torch.float32, (None, None))
+    return (
+        hidden,
+        _dense("items", items, torch.float32, (None, hidden.shape[1])),
+        _dense("target", target, torch.int64, (len(hidden),)),
+    )
+
+
 def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
     """:func:`lares_fast._random.keep_hidden`, bit for bit."""
     rows = _dense("rows", rows, torch.int64, (None,))

@@ -34,6 +34,18 @@ class LARES(reference.LARES):
         super().__init__(config)
         self.backend = backend
 
+    def linear_cross_entropy(self, *arguments: Any, **options: Any) -> Tensor:
+        """:func:`lares_fast.ops.linear_cross_entropy` on this model's backend."""
+        return ops.linear_cross_entropy(*arguments, backend=self.backend, **options)
+
+    def target_logprob(self, *arguments: Any, **options: Any) -> Tensor:
+        """:func:`lares_fast.ops.target_logprob` on this model's backend."""
+        return ops.target_logprob(*arguments, backend=self.backend, **options)
+
+    def target_logprob_and_rank(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """:func:`lares_fast.ops.target_logprob_and_rank` on this model's backend."""
+        return ops.target_logprob_and_rank(*arguments, backend=self.backend, **options)
+
     def _encode(
         self, item_seq: Tensor, item_seq_len: Tensor, depth: Tensor, state: Tensor | None, draw: Draw, return_all_steps: bool
     ) -> Tensor:

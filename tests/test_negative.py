@@ -41,8 +41,9 @@ def detached_anchor(x, y, tau):
     return reference.info_nce(x.detach(), y, tau)
 
 
-def rank_by_id(query, items, target, *, ties):
-    return reference.target_rank(query, items, target, ties="order") + 1
+def rank_by_id(hidden, items, target, *, ties):
+    logprob, rank = reference.target_logprob_and_rank(hidden, items, target, ties="order")
+    return logprob, rank + 1
 
 
 BUGS = {
@@ -66,7 +67,9 @@ BUGS = {
         plant(rpt, "group_advantage", lambda r: (r - r.mean(0)) / (r.std(0, unbiased=False) + 1e-4))),
     "no advantage at all": (
         lambda golden: golden_file.check_rpt(golden, "recall"), ADD, plant(rpt, "group_advantage", torch.zeros_like)),
-    "ranks off by one": (lambda golden: golden_file.check_rpt(golden, "ndcg"), ADD, plant(rpt, "target_rank", rank_by_id)),
+    "ranks off by one": (
+        lambda golden: golden_file.check_rpt(golden, "ndcg"), ADD,
+        plant(reference.LARES, "target_logprob_and_rank", staticmethod(rank_by_id))),
 }  # fmt: skip
 
 

@@ -59,6 +59,11 @@ LARES_INLINE void compress_ids(std::int32_t* to, Mask keep, const std::int32_t* 
 }
 // a <= b is not known to hold: true where either is NaN.
 LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+// The same for many pairs of registers, of which only any(...) is asked.
+using Excess = Mask;
+LARES_INLINE Excess excess(Vec a, Vec b) { return not_less_equal(a, b); }
+LARES_INLINE Excess either(Excess a, Excess b) { return a | b; }
+LARES_INLINE bool any(Excess lanes) { return lanes != 0; }
 // out[c], lane r = rows[r][c] for W rows of four floats.
 template <class Rows>
 LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
@@ -119,6 +124,10 @@ LARES_INLINE Vec times_power(Vec v, Vec power) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_castps_si256(power), 23)));
 }
 LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
+using Excess = Vec;
+LARES_INLINE Excess excess(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_NLE_UQ); }
+LARES_INLINE Excess either(Excess a, Excess b) { return _mm256_or_ps(a, b); }
+LARES_INLINE bool any(Excess lanes) { return bits(lanes) != 0; }
 template <class Rows>
 LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
     Vec half[4];
@@ -180,6 +189,10 @@ LARES_INLINE Vec select(Mask keep, Vec v) {
 }
 LARES_INLINE Vec times_power(Vec v, Vec power) { return (Vec)((Lanes)v + ((Lanes)power << 23)); }
 LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return bits(~(a <= b)); }
+using Excess = Lanes;
+LARES_INLINE Excess excess(Vec a, Vec b) { return ~(a <= b); }
+LARES_INLINE Excess either(Excess a, Excess b) { return a | b; }
+LARES_INLINE bool any(Excess lanes) { return bits(lanes) != 0; }
 template <class Rows>
 LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
     for (int c = 0; c < 4; ++c) out[c] = Vec{rows(0)[c], rows(1)[c], rows(2)[c], rows(3)[c]};

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <numeric>
 #include <vector>
 
 #include "parallel.h"
 #include "simd/dispatch.h"
+#include "target_rank/rank_queries.h"
 #include "target_rank/target_rank_kernel.h"
 #include "topk/checks.h"
 #include "topk/query_tiles.h"
@@ -38,8 +38,6 @@ void rank_block(const TargetRank& call, const SortedExclusions& excluded, std::i
     const RankKernel& kernel = rank_kernel();
     const std::vector<float> query = query_tiles(call.query + first * call.D, B, call.D, kernel.rows);
     const auto size = static_cast<std::size_t>(B);
-    std::vector<std::int64_t> order(size);
-    std::vector<float> own(size);
     RankScan scan{};
     scan.catalog = {call.items, nullptr, call.bias, call.N, call.D};
     scan.rows = call.query + first * call.D;
@@ -47,11 +45,7 @@ void rank_block(const TargetRank& call, const SortedExclusions& excluded, std::i
     scan.B = B;
     scan.target = call.target + first;
     scan.ties_by_id = call.ties_by_id;
-    std::iota(order.begin(), order.end(), std::int64_t{0});
-    std::sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) { return scan.target[a] < scan.target[b]; });
-    for (std::int64_t b = 0; b < B; ++b) own[static_cast<std::size_t>(b)] = kernel.own(scan, b);
-    scan.order = order.data();
-    scan.own = own.data();
+    const RankQueries queries(scan, kernel);
 
     const std::int64_t chunk = CHUNK / kernel.panel * kernel.panel;
     const std::int64_t chunks = (call.N + chunk - 1) / chunk;

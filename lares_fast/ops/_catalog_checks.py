@@ -69,12 +69,12 @@ def check_ids(name: str, ids: Tensor, count: int) -> None:
         raise InputError(f"{name} must be in 0..{count - 1}, but they span {int(ids.min())}..{int(ids.max())}.")
 
 
-def native_obstacle(query: Tensor, items: Tensor, *_: object) -> str | None:
+def native_obstacle(query: Tensor, items: Tensor, *_: object, name: str = "query") -> str | None:
     """Why the C++ code cannot take a call."""
     if query.device.type != "cpu":
-        return f"it runs on the CPU, and query is on {query.device}"
+        return f"it runs on the CPU, and {name} is on {query.device}"
     if query.dtype != torch.float32:
-        return f"it takes float32, and query is {query.dtype}"
+        return f"it takes float32, and {name} is {query.dtype}"
     if len(items) >= 2**31 - 1024:
         return f"it takes fewer than 2^31 - 1024 items, and there are {len(items)}"
     built, reason = _native.available()

@@ -3,7 +3,7 @@
 from lares_fast.reference.attention import attention, attention_mask
 from lares_fast.reference.backbone import register_backbone
 from lares_fast.reference.depth import sample_depth
-from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, target_logprob
+from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, target_logprob, target_logprob_and_rank
 from lares_fast.reference.model import LARES
 from lares_fast.reference.recurrence import Recurrence, recurrence
 from lares_fast.reference.rpt import RPTLoss, group_advantage, ranking_reward, rpt_loss
@@ -30,6 +30,7 @@ __all__ = [
     "sample_depth",
     "spt_loss",
     "target_logprob",
+    "target_logprob_and_rank",
     "target_rank",
     "topk",
 ]

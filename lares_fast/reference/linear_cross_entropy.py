@@ -5,26 +5,44 @@ from __future__ import annotations
 from torch import Tensor
 
 from lares_fast._errors import InputError
+from lares_fast.reference.target_rank import outranking
 
 PAD = 0
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def target_logprob(hidden: Tensor, items: Tensor, target: Tensor, *, skip_pad: bool = False) -> Tensor:
-    """``log_softmax(hidden @ items.T)[..., target]`` for ``hidden`` [..., D], ``items`` [N, D], ``target`` [...] int64.
+def target_logprob(hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False) -> Tensor:
+    """``log_softmax(scale * hidden @ items.T)[..., target]`` for ``hidden`` [..., D], ``items`` [N, D], ``target`` [...] int64.
 
-    ``skip_pad`` takes row 0 out of the softmax. Holds the scores [..., N].
+    ``skip_pad`` takes row 0 out of the softmax; no target is 0 then. Holds the scores [..., N].
     """
-    scores = hidden @ items.T
+    scores = hidden @ items.T * scale
     own = scores.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return own - (scores[..., PAD + 1 :] if skip_pad else scores).logsumexp(dim=-1)
 
 
+def target_logprob_and_rank(
+    hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False, ties: str = "order"
+) -> tuple[Tensor, Tensor]:
+    """:func:`target_logprob`, and how many of the softmax's items outrank the target (int64), as in :func:`target_rank`."""
+    first = PAD + 1 if skip_pad else PAD
+    scores = (hidden.detach().flatten(0, -2) @ items.detach()[first:].T).nan_to_num(
+        nan=-float("inf"), posinf=float("inf"), neginf=-float("inf")
+    )
+    own = target.flatten() - first
+    rank = outranking(scores, 0, own, scores.gather(1, own[:, None]).squeeze(1), ties=ties).sum(dim=1)
+    return target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad), rank.reshape(target.shape)
+
+
 def linear_cross_entropy(
-    hidden: Tensor, items: Tensor, target: Tensor, *, skip_pad: bool = False, reduction: str = "mean"
+    hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False, reduction: str = "mean"
 ) -> Tensor:
     """``-target_logprob`` reduced by ``reduction``: ``none``, ``mean`` or ``sum``."""
-    loss = -target_logprob(hidden, items, target, skip_pad=skip_pad)
+    return reduced(-target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad), reduction)
+
+
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    """``loss``, its mean or its sum."""
     if reduction not in REDUCTIONS:
         raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, but got {reduction!r}.")
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()

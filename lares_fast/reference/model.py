@@ -14,7 +14,7 @@ from lares_fast.config import LARESConfig
 from lares_fast.reference.attention import attention_mask
 from lares_fast.reference.backbone import build_block
 from lares_fast.reference.depth import sample_depth
-from lares_fast.reference.linear_cross_entropy import PAD
+from lares_fast.reference.linear_cross_entropy import PAD, linear_cross_entropy, target_logprob, target_logprob_and_rank
 from lares_fast.reference.recurrence import Recurrence
 from lares_fast.reference.sequences import pad
 
@@ -23,6 +23,11 @@ _EVALUATION_KEY = root_key(0)
 
 class LARES(nn.Module):
     """Item embeddings -> pre-block once -> core-block T times -> last position -> scores of every item."""
+
+    # The head of the losses, which a subclass may compute another way.
+    linear_cross_entropy = staticmethod(linear_cross_entropy)
+    target_logprob = staticmethod(target_logprob)
+    target_logprob_and_rank = staticmethod(target_logprob_and_rank)
 
     def __init__(self, config: LARESConfig) -> None:
         super().__init__()

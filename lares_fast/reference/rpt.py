@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lares_fast.reference.linear_cross_entropy import target_logprob
 from lares_fast.reference.model import LARES
 from lares_fast.reference.spt import Pass, Sequences
-from lares_fast.reference.target_rank import target_rank
 
 REWARDS = ("recall", "ndcg")
 
@@ -47,23 +45,21 @@ def rpt_loss(
     k: int,
     beta: float,
     reward: str,
-    rank_of: Callable[..., Tensor] | None = None,
 ) -> RPTLoss:
     """``-mean over members and rows of mean over steps of [A exp(lp - sg(lp)) - beta k3]`` (official RPT trainer).
 
     lp [B, T] is log p(target) after each step, always by plain dot products; ``k3 = exp(r) - r - 1`` with
     ``r = lp_reference - lp``; A is the group's advantage of the last step's rank over every row of the
-    table, PAD included and ties in the target's favour. No gradient flows into ``reference`` or A. ``rank_of`` computes
-    that rank in place of :func:`target_rank`.
+    table, PAD included and ties in the target's favour. No gradient flows into ``reference`` or A.
     """
     items = policy.item_embedding.weight
     logprobs, rewards = [], []
     for policy_pass in policy_passes:
         states = policy_pass.encode(policy, sequences, return_all_steps=True)
-        logprobs.append(target_logprob(states, items, target[:, None].expand(states.shape[:2])))
-        with torch.no_grad():
-            rank = (rank_of or target_rank)(states[:, -1], items, target, ties="strict")
-        rewards.append(ranking_reward(rank, k, reward))
+        steps = target[:, None].expand(states.shape[:2])
+        logprob, rank = policy.target_logprob_and_rank(states, items, steps, ties="strict")
+        logprobs.append(logprob)
+        rewards.append(ranking_reward(rank[:, -1], k, reward))
     group_rewards = torch.stack(rewards)
     advantages = group_advantage(group_rewards)
 
@@ -71,7 +67,8 @@ def rpt_loss(
     for member, logprob in enumerate(logprobs):
         with torch.no_grad():
             states = reference_passes[member].encode(reference, sequences, return_all_steps=True)
-            frozen = target_logprob(states, reference.item_embedding.weight, target[:, None].expand(states.shape[:2]))
+            steps = target[:, None].expand(states.shape[:2])
+            frozen = reference.target_logprob(states, reference.item_embedding.weight, steps)
         ratio = frozen - logprob
         k3 = ratio.exp() - ratio - 1
         gain = advantages[member][:, None] * (logprob - logprob.detach()).exp()

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lares_fast._random import Draw
-from lares_fast.reference.linear_cross_entropy import linear_cross_entropy
 from lares_fast.reference.model import LARES
 
 # (item_seq [B, L], item_seq_len [B]), or packed (items [P], offsets [B + 1])
@@ -68,7 +67,7 @@ def spt_loss(
     tau = model.config.tau
 
     query, items = model.query_and_items(ce_pass.encode(model, sequences))
-    cross_entropy = linear_cross_entropy(query, items, target, skip_pad=not model.config.pad_in_softmax)
+    cross_entropy = model.linear_cross_entropy(query, items, target, skip_pad=not model.config.pad_in_softmax)
 
     trajectory_states = model.compared(anchor_pass.encode(model, sequences, return_all_steps=True))
     anchor = trajectory_states[:, -1]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lares_fast import ops, reference
+from lares_fast import reference
 from lares_fast._random import Draw, Key, fold, generator
 from lares_fast.data import Batch, InteractionLog, Rows, make_batch
 from lares_fast.reference.depth import sample_depth
@@ -55,7 +55,6 @@ class RPT:
             k=settings.k,
             beta=settings.beta,
             reward=settings.reward,
-            rank_of=ops.target_rank,
         )
         parts = {
             "reward": loss.rewards.mean().item(),
