@@ -12,12 +12,15 @@
 
 #include "build_info.h"
 #include "cuda/capability.h"
+#include "cuda/plan.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "random/philox.h"
 #include "recurrence/recurrence.h"
 #include "simd/level.h"
 #include "target_rank/target_rank.h"
+#include "target_rank/target_rank_cuda.h"
 #include "topk/topk.h"
+#include "topk/topk_cuda.h"
 
 namespace py = pybind11;
 
@@ -29,7 +32,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
-constexpr int ABI = 5;
+constexpr int ABI = 6;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -126,6 +129,55 @@ void recurrence_backward(const std::array<int64_t, 7>& sizes, const std::array<s
                                     pointer<float>(pre_grad), pointers(weight_grads).data(), threads);
 }
 
+// Multiprocessors, shared memory a block, shared memory a multiprocessor.
+using DeviceLimits = std::array<int64_t, 3>;
+
+lares_fast::Limits limits_of(const DeviceLimits& limits) { return {limits[0], limits[1], limits[2]}; }
+
+DeviceLimits device_limits(int device) {
+    const lares_fast::Limits limits = lares_fast::device_limits(device);
+    return {limits.multiprocessors, limits.shared_a_block, limits.shared_a_multiprocessor};
+}
+
+py::dict walk_plan(const lares_fast::WalkPlan& walk) {
+    using py::literals::operator""_a;
+    return py::dict("query_tiles"_a = walk.query_tiles, "splits"_a = walk.splits, "item_tiles"_a = walk.item_tiles,
+                    "chunks"_a = walk.chunks, "resident"_a = walk.resident, "shared_bytes"_a = walk.shared_bytes);
+}
+
+py::dict plan_topk(int64_t B, int64_t N, int64_t D, int64_t k, const DeviceLimits& limits) {
+    const lares_fast::TopkPlan plan = lares_fast::plan_topk(B, N, D, k, limits_of(limits));
+    py::dict all = walk_plan(plan.walk);
+    all["stride"] = plan.stride;
+    all["step"] = plan.step;
+    all["sorted"] = plan.sorted;
+    all["merge_warps"] = plan.merge_warps;
+    all["workspace_bytes"] = plan.workspace_bytes;
+    return all;
+}
+
+py::dict plan_target_rank(int64_t B, int64_t N, int64_t D, const DeviceLimits& limits) {
+    return walk_plan(lares_fast::plan_target_rank(B, N, D, limits_of(limits)));
+}
+
+std::string topk_cuda(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t exclude_offsets, uintptr_t exclude_ids, uintptr_t scores,
+                      uintptr_t ids, uintptr_t workspace, int64_t B, int64_t N, int64_t D, int64_t k, bool plain, const DeviceLimits& limits,
+                      int device, uintptr_t stream) {
+    return lares_fast::topk_cuda({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(exclude_offsets),
+                                  pointer<int64_t>(exclude_ids), pointer<float>(scores), pointer<int64_t>(ids),
+                                  pointer<void>(workspace), B, N, D, k, plain},
+                                 limits_of(limits), device, stream);
+}
+
+std::string target_rank_cuda(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t target, uintptr_t exclude_offsets,
+                             uintptr_t exclude_ids, uintptr_t of_all, uintptr_t of_kept, int64_t B, int64_t N, int64_t D, bool ties_by_id,
+                             bool plain, const DeviceLimits& limits, int device, uintptr_t stream) {
+    return lares_fast::target_rank_cuda({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(target),
+                                         pointer<int64_t>(exclude_offsets), pointer<int64_t>(exclude_ids), pointer<int64_t>(of_all),
+                                         pointer<int64_t>(of_kept), B, N, D, ties_by_id, plain},
+                                        limits_of(limits), device, stream);
+}
+
 void target_logprob(uintptr_t hidden, uintptr_t items, uintptr_t target, uintptr_t logprob, uintptr_t lse, uintptr_t rank, int64_t M,
                     int64_t N, int64_t D, double scale, bool skip_pad, bool ties_by_id, int64_t threads) {
     lares_fast::target_logprob_cpu({{pointer<float>(hidden), pointer<float>(items), pointer<int64_t>(target), M, N, D, scale, skip_pad},
@@ -169,7 +221,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("build_info", &build_info);
     m.def("use_level", &lares_fast::use_level, arg("name"));
     m.def("level", &lares_fast::level_name);
-    m.def("capability", &lares_fast::capability, Release());
+    m.def("capability", &lares_fast::capability, arg("device"), Release());
+    m.def("device_limits", &device_limits, arg("device"), Release());
+    m.def("plan_topk", &plan_topk, arg("B"), arg("N"), arg("D"), arg("k"), arg("limits"));
+    m.def("plan_target_rank", &plan_target_rank, arg("B"), arg("N"), arg("D"), arg("limits"));
+    m.def("topk_cuda", &topk_cuda, arg("query"), arg("items"), arg("bias"), arg("exclude_offsets"), arg("exclude_ids"), arg("scores"),
+          arg("ids"), arg("workspace"), arg("B"), arg("N"), arg("D"), arg("k"), arg("plain"), arg("limits"), arg("device"), arg("stream"),
+          Release());
+    m.def("target_rank_cuda", &target_rank_cuda, arg("query"), arg("items"), arg("bias"), arg("target"), arg("exclude_offsets"),
+          arg("exclude_ids"), arg("of_all"), arg("of_kept"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("plain"), arg("limits"),
+          arg("device"), arg("stream"), Release());
     m.def("topk", &topk, arg("query"), arg("items"), arg("bias"), arg("exclude_offsets"), arg("exclude_ids"), arg("scores"), arg("ids"),
           arg("index"), arg("B"), arg("N"), arg("D"), arg("k"), arg("threads"), Release());
     m.def("index_shape", &index_shape, arg("N"), arg("D"));

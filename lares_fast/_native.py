@@ -20,7 +20,7 @@ from lares_fast._errors import InputError, NotBuiltError
 from lares_fast._random import Key
 
 # Equal to ABI in csrc/bindings.cpp: pointers cross this line, so a module of other sources must not be called.
-ABI = 5
+ABI = 6
 
 _REMEDY = "run pip install . in the sources' folder"
 
@@ -86,10 +86,10 @@ def build_info() -> dict[str, Any]:
     return {"native": True, "reason": "", "file": str(module.__file__), "simd": module.level(), **module.build_info()}
 
 
-def capability() -> str:
-    """Whether the module's CUDA code can run on the current device: ``ok: ...``, or why not. Asks the driver."""
+def capability(device: int = -1) -> str:
+    """Whether the module's CUDA code can run on ``device``, or on the current one: ``ok: ...``, or why not. Asks the driver."""
     module, reason = _attempt()
-    return str(module.capability()) if module is not None else reason
+    return str(module.capability(device)) if module is not None else reason
 
 
 def topk(

@@ -8,6 +8,7 @@ from lares_fast._errors import InputError
 
 BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 SIMD_LEVELS = ("auto", "generic", "avx2", "avx512")
+CUDA_PRODUCTS = ("3xtf32", "ffma")
 
 
 def backend() -> str:
@@ -23,6 +24,14 @@ def simd() -> str:
     value = os.environ.get("LARES_FAST_SIMD") or "auto"
     if value not in SIMD_LEVELS:
         raise InputError(f"LARES_FAST_SIMD must be one of {', '.join(SIMD_LEVELS)}, but got {value!r}.")
+    return value
+
+
+def cuda_products() -> str:
+    """``LARES_FAST_CUDA_PRODUCTS``: how the CUDA kernels multiply fp32, on tensor cores or in plain order."""
+    value = os.environ.get("LARES_FAST_CUDA_PRODUCTS") or "3xtf32"
+    if value not in CUDA_PRODUCTS:
+        raise InputError(f"LARES_FAST_CUDA_PRODUCTS must be one of {', '.join(CUDA_PRODUCTS)}, but got {value!r}.")
     return value
 
 

@@ -9,7 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 # Markers of tests that take minutes.
-SLOW = ("packaging", "native_cpp")
+SLOW = ("packaging", "emulator", "native_cpp")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"_errors", "_settings", "_random", "_native", "config"}
+LEAVES = {"_errors", "_settings", "_random", "_native", "_cuda", "config"}
 
 # Room -> rooms of lares_fast that it may import, besides itself. What is not listed may not be imported.
 MAY_IMPORT = {
@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "_settings": {"_errors"},
     "_random": set(),
     "_native": {"_errors", "_random", "_settings"},
+    "_cuda": {"_errors", "_native", "_settings"},
     "config": {"_errors"},
     "reference": {"_errors", "_random", "config"},
     "_dispatch": LEAVES | {"ops"},

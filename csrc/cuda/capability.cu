@@ -1,5 +1,7 @@
 #include <cuda_runtime_api.h>
 
+#include <stdexcept>
+
 #include "cuda/capability.h"
 
 namespace lares_fast {
@@ -16,10 +18,26 @@ std::string words(cudaError_t error) {
     return cudaGetErrorString(error);
 }
 
+cudaError_t find_image(int device, int current) {
+    cudaFuncAttributes attributes{};
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, image_probe);
+    cudaSetDevice(current);
+    return error;
+}
+
+std::int64_t attribute(cudaDeviceAttr name, int device) {
+    int value = 0;
+    if (const cudaError_t error = cudaDeviceGetAttribute(&value, name, device); error != cudaSuccess) {
+        throw std::runtime_error(words(error));
+    }
+    return value;
+}
+
 }  // namespace
 
-std::string capability() {
-    int driver = 0, devices = 0, device = 0;
+std::string capability(int device) {
+    int driver = 0, devices = 0, current = 0;
     if (const cudaError_t error = cudaDriverGetVersion(&driver); error != cudaSuccess) return "the driver does not answer: " + words(error);
     if (driver == 0) return "no driver: install the NVIDIA driver, or hide nothing of it from this process";
     if (const cudaError_t error = cudaGetDeviceCount(&devices); error != cudaSuccess) {
@@ -31,18 +49,24 @@ std::string capability() {
         return (error == cudaErrorNoDevice ? "no device: " : "the driver does not answer: ") + said;
     }
     if (devices == 0) return "no device: the driver counts none";
+    if (device >= devices) return "no device " + std::to_string(device) + ": the driver counts " + std::to_string(devices);
+    if (const cudaError_t error = cudaGetDevice(&current); error != cudaSuccess) return "the device does not answer: " + words(error);
+    if (device < 0) device = current;
     cudaDeviceProp properties{};
-    if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return "the device does not answer: " + words(error);
-    if (cudaError_t error = cudaGetDeviceProperties(&properties, device); error != cudaSuccess) {
+    if (const cudaError_t error = cudaGetDeviceProperties(&properties, device); error != cudaSuccess) {
         return "the device does not answer: " + words(error);
     }
     const std::string name =
         std::string(properties.name) + " (sm_" + std::to_string(properties.major) + std::to_string(properties.minor) + ")";
-    cudaFuncAttributes attributes{};
-    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, image_probe); error != cudaSuccess) {
+    if (const cudaError_t error = find_image(device, current); error != cudaSuccess) {
         return "no kernel image for this device: " + name + ": " + words(error);
     }
     return "ok: " + name + ", driver for CUDA " + version(driver) + ", built with CUDA " + version(CUDART_VERSION);
+}
+
+Limits device_limits(int device) {
+    return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
 }
 
 }  // namespace lares_fast

@@ -2,10 +2,15 @@
 
 #include <string>
 
+#include "cuda/plan.h"
+
 namespace lares_fast {
 
-// Whether the CUDA objects of this build can run on the current device, in words that start with "ok" when they can.
-// Touches the driver, so nothing calls it at import.
-std::string capability();
+// Whether the CUDA objects of this build can run on `device` (-1: the current one), in words that start with "ok" when they
+// can. Touches the driver, so nothing calls it at import.
+std::string capability(int device);
+
+// Throws std::runtime_error where the driver does not answer.
+Limits device_limits(int device);
 
 }  // namespace lares_fast

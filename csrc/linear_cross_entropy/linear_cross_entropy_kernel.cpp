@@ -203,6 +203,16 @@ void terms_of_tile(const GradientScan& s, const float* panels, std::int64_t item
     if (b < last_row) tile(Constant<1>{}, b);
 }
 
+// Of at most COLUMNS floats.
+LARES_INLINE void copy(const float* from, std::int64_t n, float* to) {
+    if (n == COLUMNS) {
+        store(to, load(from));
+        store(to + W, load(from + W));
+    } else {
+        for (std::int64_t d = 0; d < n; ++d) to[d] = from[d];
+    }
+}
+
 std::int64_t gradient_scratch(std::int64_t D, std::int64_t width) { return TILE * D + 2 * TILE * width + BLOCK * TILE; }
 
 void gradients(const GradientScan& s, std::int64_t first, std::int64_t last) {
@@ -217,9 +227,9 @@ void gradients(const GradientScan& s, std::int64_t first, std::int64_t last) {
         for (std::int64_t i = 0; i < items; i += PANEL) {
             pack_panel(from + i * D, items - i < PANEL ? items - i : PANEL, D, panels + i * D);
         }
-        for (std::int64_t d = 0; d < D; ++d) {
-            float* column = rows + d / COLUMNS * TILE * COLUMNS + d % COLUMNS;
-            for (std::int64_t i = 0; i < items; ++i) column[i * COLUMNS] = from[i * D + d];
+        for (std::int64_t c = 0; c < D; c += COLUMNS) {
+            const std::int64_t n = D - c < COLUMNS ? D - c : COLUMNS;
+            for (std::int64_t i = 0; i < items; ++i) copy(from + i * D + c, n, rows + c * TILE + i * COLUMNS);
         }
         if (s.d_items) std::memset(sum, 0, sizeof(float) * static_cast<std::size_t>(TILE * width));
         for (std::int64_t b = 0; b < s.B; b += BLOCK) {
@@ -230,11 +240,16 @@ void gradients(const GradientScan& s, std::int64_t first, std::int64_t last) {
                 if (s.d_items) product<PRODUCT_ROWS, 1, TILE>(terms, s.weighted + c * s.B + b * COLUMNS, items, B, sum + c * TILE);
             }
         }
-        for (std::int64_t i = 0; s.d_items && i < items; ++i) {
-            float* out = s.d_items + (item + i) * D;
-            for (std::int64_t d = 0; d < D; ++d) {
-                const float gradient = sum[d / COLUMNS * TILE * COLUMNS + i * COLUMNS + d % COLUMNS];
-                out[d] = s.add ? out[d] + gradient : gradient;
+        for (std::int64_t c = 0; s.d_items && c < D; c += COLUMNS) {
+            const std::int64_t n = D - c < COLUMNS ? D - c : COLUMNS;
+            for (std::int64_t i = 0; i < items; ++i) {
+                const float* gradient = sum + c * TILE + i * COLUMNS;
+                float* out = s.d_items + (item + i) * D + c;
+                if (s.add) {
+                    for (std::int64_t d = 0; d < n; ++d) out[d] += gradient[d];
+                } else {
+                    copy(gradient, n, out);
+                }
             }
         }
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lares_fast import _native
+from lares_fast import _cuda, _native
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
@@ -38,7 +38,7 @@ def target_rank(
         bias: [N], added to every query's scores.
         exclude: as in :func:`topk`; an excluded item outranks nothing, and a target is never excluded by its own list.
         ties: ``order``, or ``strict`` where only s_j > s_t counts (the official reward of phase 2).
-        backend: ``auto`` (default), ``native`` (fp32 on the CPU) or ``reference``.
+        backend: ``auto`` (default), ``cuda`` (fp32), ``native`` (fp32 on the CPU) or ``reference``.
 
     Returns:
         int64 [B].
@@ -131,8 +131,20 @@ def _native_ranks(
     return _native.target_rank(query, items, target, bias=bias, exclude=exclude, ties=ties)
 
 
+def _cuda_ranks(
+    query: Tensor,
+    items: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    exclude: Exclude | None = None,
+    ties: str = "order",
+) -> tuple[Tensor, Tensor]:
+    return _cuda.target_rank(query, items, target, bias=bias, exclude=exclude, ties=ties)
+
+
 register(
     "target_rank",
+    Backend("cuda", _cuda_ranks, _cuda.obstacle),
     Backend("native", _native_ranks, native_obstacle),
     Backend("reference", _reference, lambda *_: None),
 )

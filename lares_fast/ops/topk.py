@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lares_fast import _native, reference
+from lares_fast import _cuda, _native, reference
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
@@ -39,7 +39,7 @@ def topk(
         exclude: ``(offsets [B + 1], ids [E])``, int64: query b never gets ``ids[offsets[b]:offsets[b + 1]]``.
             Any order, repeats allowed.
         index: of these very ``items``. The answer is the same without it; only the native backend reads it.
-        backend: ``auto`` (default), ``native`` (fp32 on the CPU) or ``reference``.
+        backend: ``auto`` (default), ``cuda`` (fp32, k up to 1024), ``native`` (fp32 on the CPU) or ``reference``.
 
     Returns:
         scores [B, k] in the query's dtype and ids [B, k] int64. Where exclusion leaves fewer than k items, the rest is
@@ -98,8 +98,15 @@ def _native_topk(
     return _native.topk(query, items, k, bias=bias, exclude=exclude, index=index)
 
 
+def _cuda_topk(
+    query: Tensor, items: Tensor, k: int, bias: Tensor | None, exclude: Exclude | None, index: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    return _cuda.topk(query, items, k, bias=bias, exclude=exclude)
+
+
 register(
     "topk",
+    Backend("cuda", _cuda_topk, _cuda.topk_obstacle),
     Backend("native", _native_topk, native_obstacle),
     Backend("reference", _reference, lambda *_: None),
 )

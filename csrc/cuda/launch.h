@@ -1,0 +1,102 @@
+// What every launcher does around its kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace lares_fast {
+
+// Whether a call was merely refused. Every other error ends all work of the process on the device.
+inline bool refused(cudaError_t error) {
+    switch (error) {
+        case cudaErrorInvalidValue:
+        case cudaErrorInvalidConfiguration:
+        case cudaErrorInvalidDevice:
+        case cudaErrorInvalidDeviceFunction:
+        case cudaErrorInsufficientDriver:
+        case cudaErrorNoDevice:
+        case cudaErrorNoKernelImageForDevice:
+        case cudaErrorInvalidPtx:
+        case cudaErrorUnsupportedPtxVersion:
+        case cudaErrorJitCompilerNotFound:
+        case cudaErrorMemoryAllocation:
+        case cudaErrorLaunchOutOfResources:
+        case cudaErrorNotSupported:
+            return true;
+        default:
+            return false;
+    }
+}
+
+// Work on one stream of one device, made current meanwhile. After the first error nothing more is enqueued.
+class DeviceQueue {
+public:
+    DeviceQueue(int device, std::uintptr_t stream) : device_(device), stream_(reinterpret_cast<cudaStream_t>(stream)) {
+        note(cudaGetDevice(&before_));
+        if (error_ == cudaSuccess && before_ != device) {
+            note(cudaSetDevice(device));
+            switched_ = error_ == cudaSuccess;
+        }
+    }
+    ~DeviceQueue() {
+        if (switched_) cudaSetDevice(before_);
+    }
+    DeviceQueue(const DeviceQueue&) = delete;
+    DeviceQueue& operator=(const DeviceQueue&) = delete;
+
+    void clear(void* pointer, std::size_t bytes) {
+        if (error_ == cudaSuccess) note(cudaMemsetAsync(pointer, 0, bytes, stream_));
+    }
+
+    template <class... Parameters, class... Arguments>
+    void launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::int64_t shared_bytes, Arguments... arguments) {
+        if (error_ == cudaSuccess) allow(reinterpret_cast<const void*>(kernel), static_cast<int>(shared_bytes));
+        if (error_ != cudaSuccess) return;
+        cudaLaunchConfig_t config{};
+        config.gridDim = grid;
+        config.blockDim = dim3(static_cast<unsigned>(threads));
+        config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+        config.stream = stream_;
+        note(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+    }
+
+    // Why the device refused, or "".
+    std::string refusal() const {
+        if (error_ == cudaSuccess) return "";
+        const std::string said = std::string(cudaGetErrorName(error_)) + ": " + cudaGetErrorString(error_);
+        if (refused(error_)) return said;
+        throw std::runtime_error(said + "; no further work on the device is possible, so start the process again");
+    }
+
+private:
+    void note(cudaError_t error) {
+        error_ = error;
+        // Reading an error clears it, so that the process's next CUDA call does not report ours.
+        if (error != cudaSuccess) cudaGetLastError();
+    }
+
+    // A kernel must be allowed more than 48 KiB once a device. The allowance only grows, because another thread may need it.
+    void allow(const void* kernel, int bytes) {
+        static std::mutex mutex;
+        static std::map<std::pair<int, const void*>, int> allowed;
+        const std::lock_guard<std::mutex> lock(mutex);
+        int& most = allowed[{device_, kernel}];
+        if (bytes <= most) return;
+        note(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        if (error_ == cudaSuccess) most = bytes;
+    }
+
+    int device_, before_ = 0;
+    bool switched_ = false;
+    cudaStream_t stream_;
+    cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace lares_fast

@@ -1,0 +1,84 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <string>
+
+#include "topk/checks.h"
+
+namespace lares_fast {
+namespace {
+
+constexpr std::int64_t RESERVED = 1024;  // what a multiprocessor keeps of its shared memory for each block
+constexpr std::int64_t QUERY_BYTES = std::int64_t{sizeof(float)} * TILE_QUERIES * CHUNK;
+constexpr std::int64_t ITEM_BYTES = std::int64_t{sizeof(float)} * TILE_ITEMS * (CHUNK + 1);
+constexpr std::int64_t WORD_BYTES = std::int64_t{sizeof(int)} * TILE_QUERIES;
+
+std::int64_t divide_up(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }
+
+std::int64_t shared_bytes(std::int64_t query_chunks) { return query_chunks * QUERY_BYTES + 2 * ITEM_BYTES + WORD_BYTES; }
+
+std::int64_t blocks_a_multiprocessor(std::int64_t bytes, const Limits& limits) {
+    return bytes > limits.shared_a_block ? 0 : limits.shared_a_multiprocessor / (bytes + RESERVED);
+}
+
+// Coprime with `tiles` and near its golden section, so that ascending scores reach the kernel in a mixed order.
+std::int64_t mixing_stride(std::int64_t tiles) {
+    std::int64_t stride = std::max<std::int64_t>(tiles * 618 / 1000, 1);
+    while (std::gcd(stride, tiles) > 1) ++stride;
+    return stride;
+}
+
+WalkPlan plan_walk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t tiles_a_split, const Limits& limits) {
+    require(B >= 1 && N >= 0 && D >= 0, "B must be at least 1, and N and D must not be negative");
+    require(limits.multiprocessors >= 1, "a device has at least one multiprocessor");
+    // The id that all bits of a key's lower half would give stands for no item.
+    require(N < std::numeric_limits<std::uint32_t>::max(), "N must stay below 2^32 - 1");
+    const std::int64_t width = std::max<std::int64_t>(D, 1);
+    require(width <= std::numeric_limits<std::int32_t>::max() - CHUNK, "D is too large");
+    require(B <= std::numeric_limits<std::int32_t>::max() - TILE_QUERIES && B <= SIZE_LIMIT / width && N <= SIZE_LIMIT / width,
+            "B * D or N * D is too large");
+
+    WalkPlan plan{};
+    plan.query_tiles = divide_up(B, TILE_QUERIES);
+    plan.item_tiles = divide_up(N, TILE_ITEMS);
+    plan.chunks = divide_up(width, CHUNK);
+    plan.resident = plan.chunks <= 2 || blocks_a_multiprocessor(shared_bytes(plan.chunks), limits) >= 2;
+    plan.shared_bytes = shared_bytes(plan.resident ? plan.chunks : 2);
+    const std::int64_t blocks = blocks_a_multiprocessor(plan.shared_bytes, limits);
+    if (blocks == 0) {
+        throw std::invalid_argument("the kernel needs " + std::to_string(plan.shared_bytes) +
+                                    " bytes of shared memory a block, and the device has " + std::to_string(limits.shared_a_block));
+    }
+    const std::int64_t wanted = divide_up(limits.multiprocessors * std::min<std::int64_t>(blocks, 4), plan.query_tiles);
+    // 65535 is the limit of a grid's second dimension.
+    plan.splits = std::clamp<std::int64_t>(std::min(wanted, plan.item_tiles / tiles_a_split), 1, 65535);
+    return plan;
+}
+
+}  // namespace
+
+WalkPlan plan_target_rank(std::int64_t B, std::int64_t N, std::int64_t D, const Limits& limits) {
+    // Each split also scores the targets themselves, two tiles a block.
+    return plan_walk(B, N, D, 8, limits);
+}
+
+TopkPlan plan_topk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t k, const Limits& limits) {
+    require(k >= 1 && k <= TOPK_LIMIT, "k must be in 1..1024");
+    TopkPlan plan{};
+    plan.sorted = divide_up(k, WARP) * WARP;
+    // A split that sees less than twice its list's length drops hardly anything.
+    plan.walk = plan_walk(B, N, D, std::max<std::int64_t>(4, divide_up(2 * plan.sorted, TILE_ITEMS)), limits);
+    plan.stride = mixing_stride(std::max<std::int64_t>(plan.walk.item_tiles, 1));
+    plan.step = plan.walk.splits * plan.stride % std::max<std::int64_t>(plan.walk.item_tiles, 1);
+    plan.merge_warps = 1;
+    while (plan.merge_warps < 16 && plan.merge_warps < plan.walk.splits) plan.merge_warps *= 2;
+    // Thresholds [B], then a list and its queue for every split and query.
+    const std::int64_t words = 1 + plan.walk.splits * (plan.sorted + QUEUE);
+    require(B <= SIZE_LIMIT / words / 8, "B * k is too large");
+    plan.workspace_bytes = 8 * B * words;
+    return plan;
+}
+
+}  // namespace lares_fast

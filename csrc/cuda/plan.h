@@ -1,0 +1,45 @@
+// How the catalog kernels are launched: a pure function of the sizes and of the device's limits.
+#pragma once
+
+#include <cstdint>
+
+namespace lares_fast {
+
+// A block's share of the score matrix. Every warp owns WARP_QUERIES rows of it, and no two warps share a query.
+constexpr int WARP = 32;
+constexpr int WARPS = 4;
+constexpr int THREADS = WARP * WARPS;
+constexpr int WARP_QUERIES = 32;
+constexpr int TILE_QUERIES = WARPS * WARP_QUERIES;
+constexpr int TILE_ITEMS = 64;
+// Dimensions that lie in shared memory at a time.
+constexpr int CHUNK = 32;
+// Candidates of a query that wait for being sorted into its list.
+constexpr int QUEUE = 32;
+constexpr std::int64_t TOPK_LIMIT = 1024;
+
+struct Limits {
+    std::int64_t multiprocessors, shared_a_block, shared_a_multiprocessor;  // bytes
+};
+
+struct WalkPlan {
+    std::int64_t query_tiles, splits;  // the grid
+    std::int64_t item_tiles, chunks;
+    bool resident;  // the queries stay in shared memory; otherwise they are read again with every tile
+    std::int64_t shared_bytes;
+};
+
+struct TopkPlan {
+    WalkPlan walk;
+    std::int64_t stride;       // between the first tiles of two splits, modulo the number of tiles and coprime with it
+    std::int64_t step;         // between two tiles of a split: splits strides
+    std::int64_t sorted;       // k rounded up to a multiple of WARP
+    std::int64_t merge_warps;  // a power of two
+    std::int64_t workspace_bytes;
+};
+
+// Both throw std::invalid_argument where the kernels cannot take the sizes.
+WalkPlan plan_target_rank(std::int64_t B, std::int64_t N, std::int64_t D, const Limits& limits);
+TopkPlan plan_topk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t k, const Limits& limits);
+
+}  // namespace lares_fast

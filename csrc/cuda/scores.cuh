@@ -1,0 +1,252 @@
+// Scores of a block's queries with tiles of items, in registers: what top-K and the target's rank have in common.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+
+#include "cuda/device.cuh"
+#include "cuda/plan.h"
+
+namespace lares_fast {
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+// Sums that a lane holds: PAIRS columns of two neighbouring items for each of LANE_ROWS queries.
+constexpr int LANE_ROWS = WARP_QUERIES / 8;
+constexpr int PAIRS = TILE_ITEMS / 8;
+constexpr int ROW_SUMS = 2 * PAIRS;
+constexpr int SUMS = LANE_ROWS * ROW_SUMS;
+static_assert(SUMS == 64, "a lane's sums are addressed by the bits of one 64-bit word");
+
+struct Scores {
+    const float* query;  // [B, D]
+    const float* items;  // [N, D]
+    const float* bias;   // [N] or null
+    std::int64_t N;
+    int B, D, chunks;
+    bool resident;
+    bool vectors;  // rows start at multiples of 16 bytes
+};
+
+// Of a call and its plan, on the host.
+template <class Call>
+Scores make_scores(const Call& call, const WalkPlan& plan) {
+    const bool vectors = call.D % 4 == 0 && reinterpret_cast<std::uintptr_t>(call.query) % 16 == 0 &&
+                         reinterpret_cast<std::uintptr_t>(call.items) % 16 == 0;
+    return {call.query, call.items, call.bias, call.N, static_cast<int>(call.B), static_cast<int>(call.D),
+            static_cast<int>(plan.chunks), plan.resident, vectors};
+}
+
+// Where a lane's sums lie in its warp's part of the score matrix; those of mma.m16n8k8's accumulators.
+struct Lane {
+    int lane, group, member;
+    __device__ __forceinline__ Lane() : lane(static_cast<int>(threadIdx.x) % WARP), group(lane / 4), member(lane % 4) {}
+    __device__ __forceinline__ int row(int i) const { return group + 8 * i; }
+    __device__ __forceinline__ int column(int n) const { return 8 * (n / 2) + 2 * member + n % 2; }
+};
+
+// Items of one step: consecutive, or the listed ones.
+struct Tile {
+    const std::int64_t* ids;
+    std::uint32_t first;
+    int count;
+    // -1 where there is none. An id out of range is none either, so that no bad input reads out of bounds.
+    __device__ __forceinline__ std::int64_t item(int row, std::int64_t N) const {
+        if (row >= count) return -1;
+        const std::int64_t id = ids ? ids[row] : std::int64_t{first} + row;
+        return id < 0 || id >= N ? -1 : id;
+    }
+};
+
+__device__ __forceinline__ Tile consecutive(int tile, std::int64_t N) {
+    const std::int64_t first = std::int64_t{tile} * TILE_ITEMS, left = N - first;
+    return {nullptr, static_cast<std::uint32_t>(first), left < TILE_ITEMS ? static_cast<int>(left) : TILE_ITEMS};
+}
+
+__device__ __forceinline__ bool finite(float x) { return fabsf(x) <= FLT_MAX; }
+
+__device__ __forceinline__ float nan_to_lowest(float x) { return x == x ? x : -INFINITY; }
+
+// The plain fp32 score. Splitting a value for the tensor cores makes NaN of infinity and of what rounds to it, so
+// every score that is not finite there is computed again here.
+__device__ inline float plain_score(const Scores& s, std::int64_t b, std::int64_t item) {
+    const float *q = s.query + b * s.D, *x = s.items + item * s.D;
+    float sum = s.bias ? s.bias[item] : 0.0f;
+#pragma unroll 1
+    for (int d = 0; d < s.D; ++d) sum = fmaf(q[d], x[d], sum);
+    return nan_to_lowest(sum);
+}
+
+// sums[index] without an array in local memory.
+template <int FIRST = 0, int LAST = SUMS>
+__device__ __forceinline__ float pick(const float (&sums)[SUMS], int index) {
+    if constexpr (LAST - FIRST == 1) {
+        return sums[FIRST];
+    } else {
+        constexpr int MIDDLE = (FIRST + LAST) / 2;
+        const float low = pick<FIRST, MIDDLE>(sums, index), high = pick<MIDDLE, LAST>(sums, index);
+        return index < MIDDLE ? low : high;
+    }
+}
+
+// Rows of CHUNK floats in shared memory, their pieces of 16 bytes permuted so that neither 8-byte loads of a column pair nor
+// 16-byte stores of a row meet in a bank.
+__device__ __forceinline__ int place(int row, int d) { return row * CHUNK + (((d / 4) ^ (row % 4 * 2)) * 4 + d % 4); }
+
+template <int ROWS, class Row>
+__device__ __forceinline__ void start_rows(float* to, const float* table, const Scores& s, int chunk, const Row& row_of) {
+    const int d0 = chunk * CHUNK;
+    if (s.vectors) {
+#pragma unroll 1
+        for (int p = threadIdx.x; p < ROWS * (CHUNK / 4); p += THREADS) {
+            const int row = p / (CHUNK / 4), d = p % (CHUNK / 4) * 4;
+            const std::int64_t source = row_of(row);
+            const bool real = source >= 0 && d0 + d < s.D;
+            start_copy<16>(to + place(row, d), real ? table + source * s.D + d0 + d : table, real);
+        }
+    } else {
+#pragma unroll 1
+        for (int p = threadIdx.x; p < ROWS * CHUNK; p += THREADS) {
+            const int row = p / CHUNK, d = p % CHUNK;
+            const std::int64_t source = row_of(row);
+            const bool real = source >= 0 && d0 + d < s.D;
+            start_copy<4>(to + place(row, d), real ? table + source * s.D + d0 + d : table, real);
+        }
+    }
+}
+
+// x = high + low with 11 significant bits each, but for an error of 2^-23 |x|.
+__device__ __forceinline__ void split(float x, std::uint32_t& high, std::uint32_t& low) {
+    high = round_to_tf32(x);
+    low = round_to_tf32(x - __uint_as_float(high));
+}
+
+// One chunk by tensor cores. `query` are the warp's rows, `first_row` their place in the block. Each step's eight
+// products are summed apart, because tensor cores truncate where they add.
+__device__ __forceinline__ void multiply_tensor(const float* query, int first_row, const float* items, int depth, const Lane& lane,
+                                                float (&sums)[SUMS]) {
+#pragma unroll 1
+    for (int d = 0; d < depth; d += 8) {
+        // A fragment's columns k and k + 4 are dimensions 2k and 2k + 1: for the sum it is the same, and they lie together.
+        const int column = d + 2 * lane.member;
+        std::uint32_t q_high[2][4], q_low[2][4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float2 q = *reinterpret_cast<const float2*>(query + place(first_row + 16 * m + 8 * half + lane.group, column));
+                split(q.x, q_high[m][half], q_low[m][half]);
+                split(q.y, q_high[m][half + 2], q_low[m][half + 2]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j) {
+            const float2 x = *reinterpret_cast<const float2*>(items + place(8 * j + lane.group, column));
+            std::uint32_t x_high[2], x_low[2];
+            split(x.x, x_high[0], x_low[0]);
+            split(x.y, x_high[1], x_low[1]);
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                float step[4] = {};
+                mma_tf32(step, q_low[m], x_high);
+                mma_tf32(step, q_high[m], x_low);
+                mma_tf32(step, q_high[m], x_high);
+#pragma unroll
+                for (int r = 0; r < 4; ++r) sums[(2 * m + r / 2) * ROW_SUMS + 2 * j + r % 2] += step[r];
+            }
+        }
+    }
+}
+
+// The same with one fused multiply-add after the other in the order of D: the bits of the CPU's kernels.
+__device__ __forceinline__ void multiply_plain(const float* query, int first_row, const float* items, int depth, const Lane& lane,
+                                               float (&sums)[SUMS]) {
+#pragma unroll 1
+    for (int d = 0; d < depth; d += 4) {
+        float4 q[LANE_ROWS];
+#pragma unroll
+        for (int i = 0; i < LANE_ROWS; ++i) q[i] = *reinterpret_cast<const float4*>(query + place(first_row + lane.row(i), d));
+#pragma unroll
+        for (int n = 0; n < ROW_SUMS; ++n) {
+            const float4 x = *reinterpret_cast<const float4*>(items + place(lane.column(n), d));
+#pragma unroll
+            for (int i = 0; i < LANE_ROWS; ++i) {
+                float& sum = sums[i * ROW_SUMS + n];
+                sum = fmaf(q[i].x, x.x, sum);
+                sum = fmaf(q[i].y, x.y, sum);
+                sum = fmaf(q[i].z, x.z, sum);
+                sum = fmaf(q[i].w, x.w, sum);
+            }
+        }
+    }
+}
+
+// What a block keeps in shared memory: chunks of queries, two stages of items and of their biases, and a word a query.
+__device__ __forceinline__ int* query_words(const Scores& s) {
+    float* const query = reinterpret_cast<float*>(shared_memory());
+    return reinterpret_cast<int*>(query + (s.resident ? s.chunks : 2) * (TILE_QUERIES * CHUNK) + 2 * TILE_ITEMS * (CHUNK + 1));
+}
+
+// Hands the sums of the block's queries with each of `tiles` tiles to `use(tile, sums)`, which runs on the warps that have
+// queries. The tiles are numbers, from `first` on to `after(number)`; `tile_of(number)` knows the items. While a chunk is worked
+// on, the next one is on its way.
+template <bool PLAIN, class After, class TileOf, class Use>
+__device__ __forceinline__ void walk(const Scores& s, int tiles, int first, After&& after, TileOf&& tile_of, Use&& use) {
+    float* const query = reinterpret_cast<float*>(shared_memory());
+    float* const items = query + (s.resident ? s.chunks : 2) * (TILE_QUERIES * CHUNK);
+    float* const bias = items + 2 * (TILE_ITEMS * CHUNK);
+    const Lane lane;
+    const int first_query = static_cast<int>(blockIdx.x) * TILE_QUERIES;
+    const int first_row = static_cast<int>(threadIdx.x) / WARP * WARP_QUERIES;
+    int stage = 0;
+    // Chunk `chunk` of the n-th tile in use.
+    const auto load = [&](int number, int n, int chunk, int to) {
+        const Tile tile = tile_of(number);
+        if (!s.resident || n == 0) {
+            start_rows<TILE_QUERIES>(query + (s.resident ? chunk : to) * (TILE_QUERIES * CHUNK), s.query, s, chunk, [&](int row) {
+                return std::int64_t{first_query + row < s.B ? first_query + row : -1};
+            });
+        }
+        start_rows<TILE_ITEMS>(items + to * (TILE_ITEMS * CHUNK), s.items, s, chunk, [&](int row) { return tile.item(row, s.N); });
+        if (s.bias && chunk == 0 && threadIdx.x < TILE_ITEMS) {
+            const int row = static_cast<int>(threadIdx.x);
+            const std::int64_t item = tile.item(row, s.N);
+            start_copy<4>(bias + n % 2 * TILE_ITEMS + row, item < 0 ? s.bias : s.bias + item, item >= 0);
+        }
+    };
+    int ahead = first;
+    if (tiles > 0) load(ahead, 0, 0, stage);
+    for (int n = 0; n < tiles; ++n) {
+        const int now = ahead;
+        if (n + 1 < tiles) ahead = after(now);
+        float sums[SUMS];
+        for (int chunk = 0; chunk < s.chunks; ++chunk) {
+            finish_copies();
+            // Now all threads' copies have arrived, and nobody reads the other stage any more.
+            __syncthreads();
+            const bool last = chunk + 1 == s.chunks;
+            if (!last || n + 1 < tiles) load(last ? ahead : now, last ? n + 1 : n, last ? 0 : chunk + 1, stage ^ 1);
+            if (chunk == 0) {
+#pragma unroll
+                for (int column = 0; column < ROW_SUMS; ++column) {
+                    const float start = s.bias ? bias[n % 2 * TILE_ITEMS + lane.column(column)] : 0.0f;
+#pragma unroll
+                    for (int i = 0; i < LANE_ROWS; ++i) sums[i * ROW_SUMS + column] = start;
+                }
+            }
+            if (first_query + first_row < s.B) {
+                const float* const q = query + (s.resident ? chunk : stage) * (TILE_QUERIES * CHUNK);
+                const float* const x = items + stage * (TILE_ITEMS * CHUNK);
+                const int left = s.D - chunk * CHUNK, depth = left < CHUNK ? left : CHUNK;
+                if constexpr (PLAIN) {
+                    multiply_plain(q, first_row, x, depth, lane, sums);
+                } else {
+                    multiply_tensor(q, first_row, x, depth, lane, sums);
+                }
+            }
+            stage ^= 1;
+        }
+        if (first_query + first_row < s.B) use(tile_of(now), sums);
+    }
+}
+
+}  // namespace lares_fast

@@ -1,0 +1,368 @@
+// The emulated device: fibers, barriers, warp operations, delayed copies, and what ASan and TSan must be told of them.
+#include "emulator/device.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#if !defined(__x86_64__)
+#error "the emulator switches stacks in x86-64 assembly"
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(LARES_EMULATOR_TSAN)
+// This file itself is compiled without -fsanitize=thread: the emulator's state is no part of the kernel's memory.
+#include <sanitizer/tsan_interface.h>
+#endif
+
+// Saves the callee-saved registers and the stack pointer in *from, and goes on where `to` was left.
+extern "C" void lares_switch_stack(void** from, void* to);
+asm(R"(
+.text
+.type lares_switch_stack, @function
+lares_switch_stack:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size lares_switch_stack, .-lares_switch_stack
+.section .note.GNU-stack,"",@progbits
+.text
+)");
+
+namespace lares_fast::emulator {
+namespace {
+
+constexpr int LANES = 32;
+constexpr std::size_t STACK = std::size_t{1} << 18;
+
+struct Fiber {
+    void* stack_pointer = nullptr;
+    char* stack = nullptr;
+    int index = 0;
+    bool live = false;
+    // Blocked while *generation == seen.
+    const unsigned* generation = nullptr;
+    unsigned seen = 0;
+    Site site{};
+    std::vector<Copy> copies;
+    void* fake_stack = nullptr;
+    void* thread = nullptr;
+};
+
+struct Cargo {
+    unsigned char bytes[24];
+};
+
+struct WarpState {
+    unsigned arrived = 0, mask = 0, generation = 0, gone = 0;
+    const char* operation = nullptr;
+    Site site{};
+    // What the lanes bring to an operation, and what they brought to the last one.
+    Cargo brought[LANES], given[LANES];
+    char order[2];  // stands for __syncwarp in TSan's eyes
+};
+
+struct Machine {
+    std::vector<Fiber> fibers;
+    std::vector<WarpState> warps;
+    Fiber* current = nullptr;
+    void* scheduler = nullptr;
+    void* scheduler_fake_stack = nullptr;
+    const void* scheduler_stack = nullptr;
+    std::size_t scheduler_stack_size = 0;
+    void* scheduler_thread = nullptr;
+    const std::function<void()>* body = nullptr;
+    unsigned arrived = 0, live = 0, generation = 0;
+    Site barrier{};
+    char order[2];  // stands for __syncthreads in TSan's eyes
+    char whole_block = 0;
+    dim3 block{}, threads{};
+    char* shared = nullptr;
+};
+
+Machine machine;
+
+[[noreturn]] void fail(const char* what, const Fiber& fiber, Site site) {
+    const dim3 block = machine.block;
+    std::printf("EMULATOR: %s: thread %d of block (%u, %u) at %s:%d\n", what, fiber.index, block.x, block.y, site.file, site.line);
+    std::fflush(stdout);
+    std::_Exit(3);
+}
+
+#if defined(LARES_EMULATOR_TSAN)
+void happens_before(void* mark) { __tsan_release(mark); }
+void happens_after(void* mark) { __tsan_acquire(mark); }
+#else
+void happens_before(void*) {}
+void happens_after(void*) {}
+#endif
+
+void to_scheduler(bool last) {
+    Fiber& fiber = *machine.current;
+#if defined(LARES_EMULATOR_TSAN)
+    __tsan_switch_to_fiber(machine.scheduler_thread, 1);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, machine.scheduler_stack, machine.scheduler_stack_size);
+#endif
+    (void)last;
+    lares_switch_stack(&fiber.stack_pointer, machine.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+#endif
+}
+
+void to_fiber(Fiber& fiber) {
+    machine.current = &fiber;
+#if defined(LARES_EMULATOR_TSAN)
+    __tsan_switch_to_fiber(fiber.thread, 1);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, STACK);
+#endif
+    lares_switch_stack(&machine.scheduler, fiber.stack_pointer);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+void wait_for(const unsigned* generation, unsigned seen, Site site) {
+    Fiber& fiber = *machine.current;
+    fiber.generation = generation;
+    fiber.seen = seen;
+    fiber.site = site;
+    to_scheduler(false);
+}
+
+void open_barrier() {
+    machine.arrived = 0;
+    ++machine.generation;
+}
+
+void run_fiber() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_size);
+#endif
+    happens_after(&machine.whole_block);
+    (*machine.body)();
+    Fiber& fiber = *machine.current;
+    if (!fiber.copies.empty()) fail("copies that nobody waited for", fiber, fiber.site);
+    happens_before(&machine.whole_block);
+    fiber.live = false;
+    machine.warps[fiber.index / LANES].gone |= 1u << fiber.index % LANES;
+    --machine.live;
+    if (machine.live > 0 && machine.arrived == machine.live) open_barrier();
+    to_scheduler(true);
+    std::abort();
+}
+
+// The lane's turn in an operation of its warp: leaves `value`, and returns when all lanes of the mask have come.
+WarpState& meet(const char* operation, unsigned mask, const void* value, std::size_t bytes, Site site) {
+    Fiber& fiber = *machine.current;
+    WarpState& warp = machine.warps[fiber.index / LANES];
+    const int lane = fiber.index % LANES;
+    if (mask != 0xffffffffu) fail("a mask that is not the whole warp", fiber, site);
+    if (warp.gone) fail("a warp operation without lanes that have ended", fiber, site);
+    if (warp.arrived == 0) {
+        warp.operation = operation;
+        warp.site = site;
+    } else if (warp.operation != operation || warp.site.line != site.line || std::strcmp(warp.site.file, site.file) != 0) {
+        fail("lanes of a warp at different operations", fiber, site);
+    }
+    // By hand, because TSan looks into memcpy even when it is called from here.
+    for (std::size_t i = 0; i < bytes; ++i) warp.brought[lane].bytes[i] = static_cast<const unsigned char*>(value)[i];
+    warp.arrived |= 1u << lane;
+    if (warp.arrived == mask) {
+        for (int i = 0; i < LANES; ++i) warp.given[i] = warp.brought[i];
+        warp.arrived = 0;
+        ++warp.generation;
+    } else {
+        wait_for(&warp.generation, warp.generation, site);
+    }
+    return warp;
+}
+
+void prepare(Fiber& fiber, int index) {
+    if (!fiber.stack) {
+        fiber.stack = static_cast<char*>(mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    }
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(fiber.stack, STACK);
+#endif
+#if defined(LARES_EMULATOR_TSAN)
+    if (!fiber.thread) fiber.thread = __tsan_create_fiber(0);
+#endif
+    fiber.index = index;
+    fiber.live = true;
+    fiber.generation = nullptr;
+    fiber.fake_stack = nullptr;
+    // Six registers, then the address that the switch returns to, then the place of a return address nobody uses: the
+    // stack is aligned as at a call.
+    void** top = reinterpret_cast<void**>(fiber.stack + STACK) - 1;
+    *top = nullptr;
+    *--top = reinterpret_cast<void*>(&run_fiber);
+    for (int i = 0; i < 6; ++i) *--top = nullptr;
+    fiber.stack_pointer = top;
+}
+
+void run_block(int threads, std::mt19937* random) {
+    machine.live = static_cast<unsigned>(threads);
+    machine.arrived = 0;
+    if (machine.fibers.size() < static_cast<std::size_t>(threads)) machine.fibers.resize(static_cast<std::size_t>(threads));
+    machine.warps.assign(static_cast<std::size_t>((threads + LANES - 1) / LANES), WarpState{});
+    std::vector<int> order(static_cast<std::size_t>(threads));
+    std::iota(order.begin(), order.end(), 0);
+    for (int i = 0; i < threads; ++i) prepare(machine.fibers[static_cast<std::size_t>(i)], i);
+    happens_before(&machine.whole_block);
+    while (machine.live > 0) {
+        if (random) std::shuffle(order.begin(), order.end(), *random);
+        bool progress = false;
+        for (const int i : order) {
+            Fiber& fiber = machine.fibers[static_cast<std::size_t>(i)];
+            if (!fiber.live || (fiber.generation && *fiber.generation == fiber.seen)) continue;
+            fiber.generation = nullptr;
+            progress = true;
+            to_fiber(fiber);
+        }
+        if (progress) continue;
+        for (const Fiber& fiber : machine.fibers) {
+            if (fiber.live) fail("deadlock", fiber, fiber.site);
+        }
+    }
+    happens_after(&machine.whole_block);
+}
+
+}  // namespace
+
+dim3 thread_index() { return dim3(static_cast<unsigned>(machine.current->index), 0, 0); }
+dim3 block_index() { return machine.block; }
+dim3 block_size() { return machine.threads; }
+char* shared_memory() { return machine.shared; }
+
+void block_barrier(Site site) {
+    Fiber& fiber = *machine.current;
+    char* const order = machine.order + machine.generation % 2;
+    if (machine.arrived == 0) {
+        machine.barrier = site;
+    } else if (machine.barrier.line != site.line) {
+        fail("threads of a block at different barriers", fiber, site);
+    }
+    happens_before(order);
+    if (++machine.arrived == machine.live) {
+        open_barrier();
+    } else {
+        wait_for(&machine.generation, machine.generation, site);
+    }
+    happens_after(order);
+}
+
+void warp_barrier(unsigned mask, Site site) {
+    WarpState& warp = machine.warps[machine.current->index / LANES];
+    char* const order = warp.order + warp.generation % 2;
+    happens_before(order);
+    meet("__syncwarp", mask, nullptr, 0, site);
+    happens_after(order);
+}
+
+void shuffle(unsigned mask, void* value, std::size_t bytes, int from, Site site) {
+    if (from < 0 || from >= LANES) fail("a shuffle from no lane", *machine.current, site);
+    const Cargo& cargo = meet("shuffle", mask, value, bytes, site).given[from];
+    for (std::size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(value)[i] = cargo.bytes[i];
+}
+
+unsigned ballot(unsigned mask, bool vote, Site site) {
+    const WarpState& warp = meet("vote", mask, &vote, sizeof vote, site);
+    unsigned votes = 0;
+    for (int lane = 0; lane < LANES; ++lane) votes |= unsigned{warp.given[lane].bytes[0]} << lane;
+    return votes;
+}
+
+void remember(const Copy& copy, Site site) {
+    const std::uintptr_t bytes = sizeof(float) * static_cast<std::uintptr_t>(copy.floats);
+    if (reinterpret_cast<std::uintptr_t>(copy.to) % bytes || reinterpret_cast<std::uintptr_t>(copy.from) % bytes) {
+        fail("a misaligned copy", *machine.current, site);
+    }
+    machine.current->site = site;
+    machine.current->copies.push_back(copy);
+}
+
+bool recall(Copy& copy) {
+    std::vector<Copy>& copies = machine.current->copies;
+    if (copies.empty()) return false;
+    copy = copies.back();
+    copies.pop_back();
+    return true;
+}
+
+// Fragments by the tables of the PTX manual, mma.m16n8k8 with .tf32: group = lane / 4, member = lane % 4;
+// a_i: row group (+ 8 for i = 1, 3), column member (+ 4 for i >= 2); b_i: row member (+ 4 for i = 1), column group;
+// c_i: row group (+ 8 for i >= 2), column 2 member + i % 2.
+void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], Site site) {
+    std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    for (const std::uint32_t operand : mine) {
+        if (operand & 0x1fffu) fail("an operand of mma that is not rounded to tf32", *machine.current, site);
+    }
+    const WarpState& warp = meet("mma", 0xffffffffu, mine, sizeof mine, site);
+    const auto operand = [&](int lane, int i) {
+        float x;
+        std::memcpy(&x, warp.given[lane].bytes + 4 * i, sizeof x);
+        return double{x};
+    };
+    const int lane = machine.current->index % LANES;
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = 2 * (lane % 4) + i % 2;
+        double sum = double{d[i]};
+        for (int k = 0; k < 8; ++k) {
+            const double left = operand(row % 8 * 4 + k % 4, (row >= 8 ? 1 : 0) + (k >= 4 ? 2 : 0));
+            const double right = operand(column * 4 + k % 4, 4 + (k >= 4 ? 1 : 0));
+            sum += left * right;
+        }
+        // Tensor cores cut off what does not fit.
+        float cut = static_cast<float>(sum);
+        if (std::isfinite(cut) && std::fabs(double{cut}) > std::fabs(sum)) cut = std::nextafterf(cut, 0.0f);
+        d[i] = cut;
+    }
+}
+
+void run_grid(dim3 grid, int threads, std::size_t shared_bytes, unsigned seed, const std::function<void()>& body) {
+#if defined(LARES_EMULATOR_TSAN)
+    machine.scheduler_thread = __tsan_get_current_fiber();
+#endif
+    machine.body = &body;
+    machine.threads = dim3(static_cast<unsigned>(threads));
+    std::mt19937 random(seed);
+    std::vector<unsigned> blocks(grid.x * grid.y);
+    std::iota(blocks.begin(), blocks.end(), 0u);
+    if (seed) std::shuffle(blocks.begin(), blocks.end(), random);
+    for (const unsigned block : blocks) {
+        machine.block = dim3(block % grid.x, block / grid.x, 0);
+        // A fresh heap block, so that a sanitizer sees what lies beyond it; its bytes are NaN, in case one is read too early.
+        const std::unique_ptr<char, void (*)(void*)> shared(static_cast<char*>(std::malloc(shared_bytes)), &std::free);
+        std::memset(shared.get(), 0xff, shared_bytes);
+        machine.shared = shared.get();
+        run_block(threads, seed ? &random : nullptr);
+    }
+}
+
+}  // namespace lares_fast::emulator
