@@ -9,7 +9,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 # Markers of tests that take minutes.
-SLOW = ("packaging", "emulator", "native_cpp")
+SLOW = ("packaging", "emulator", "native_cpp", "interpreted", "compiled")
+
+
+def pytest_configure(config):
+    """Triton reads TRITON_INTERPRET once, when it is imported, so a process interprets kernels or compiles them."""
+    asked = [kind for kind in ("interpreted", "compiled") if kind in (config.option.markexpr or "")]
+    if len(asked) == 2:
+        raise pytest.UsageError("-m interpreted and -m compiled need a process each")
+    if asked:
+        os.environ["TRITON_INTERPRET"] = str(int(asked == ["interpreted"]))
+        os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -395,10 +395,18 @@ def ticking():
         thread.join()
 
 
+def zeros(query, dtype=torch.int64):
+    return torch.zeros(len(query), dtype=dtype)
+
+
 LONG_CALLS = {
     "topk": lambda query, items: _native.topk(query, items, 10),
     "build_index": lambda query, items: _native.build_index(items),
-    "target_rank": lambda query, items: _native.target_rank(query, items, torch.zeros(len(query), dtype=torch.int64)),
+    "target_rank": lambda query, items: _native.target_rank(query, items, zeros(query)),
+    "target_logprob": lambda query, items: _native.target_logprob(query, items, zeros(query)),
+    "target_logprob_backward": lambda query, items: _native.target_logprob_backward(
+        zeros(query, torch.float32), query, items, zeros(query), zeros(query, torch.float64)
+    ),
 }
 
 
@@ -416,7 +424,7 @@ def test_other_python_threads_run_meanwhile(op):
 
 @needs_native
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
-@pytest.mark.parametrize("op", ["topk", "target_rank"])
+@pytest.mark.parametrize("op", ["topk", "target_rank", "target_logprob", "target_logprob_backward"])
 def test_torch_decides_the_number_of_threads(op):
     query, items = torch.randn(512, 64), torch.randn(300_000, 64)
     torch.set_num_threads(1)

@@ -63,10 +63,10 @@ void target_logprob_backward_cpu(const TargetLogprobBackward& call, std::int64_t
     const SoftmaxView view(call.softmax, threads, kernel.panel);
     const Softmax& s = view.softmax;
     const std::int64_t M = s.M, N = s.N, D = s.D;
+    require(M == 0 || (call.grad && call.lse), "grad and lse must not be null pointers");
     float* const d_items = call.d_items ? call.d_items + (call.softmax.N - N) * D : nullptr;
     if (call.d_items) std::fill(call.d_items, M == 0 ? call.d_items + N * D : d_items, 0.0f);
     if (M == 0) return;
-    require(call.grad && call.lse, "grad and lse must not be null pointers");
 
     for (std::int64_t first = 0; first < M; first += BLOCK) {
         const Rows rows(call, view, kernel, first, std::min(BLOCK, M - first));

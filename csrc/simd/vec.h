@@ -150,6 +150,7 @@ LARES_INLINE void transpose4(const Rows& rows, Vec (&out)[4]) {
 constexpr int W = 4;
 typedef float Vec __attribute__((vector_size(16)));
 typedef std::int32_t Lanes __attribute__((vector_size(16)));
+typedef std::uint32_t Words __attribute__((vector_size(16)));
 using Mask = std::uint32_t;
 
 LARES_INLINE Vec load(const float* from) {
@@ -187,7 +188,7 @@ LARES_INLINE Vec select(Mask keep, Vec v) {
     const Lanes lane{1, 2, 4, 8};
     return (Vec)((Lanes)v & ((lane & Lanes{kept, kept, kept, kept}) == lane));
 }
-LARES_INLINE Vec times_power(Vec v, Vec power) { return (Vec)((Lanes)v + ((Lanes)power << 23)); }
+LARES_INLINE Vec times_power(Vec v, Vec power) { return (Vec)((Words)v + ((Words)power << 23)); }
 LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return bits(~(a <= b)); }
 using Excess = Lanes;
 LARES_INLINE Excess excess(Vec a, Vec b) { return ~(a <= b); }

@@ -77,7 +77,8 @@ def _ops() -> dict[str, str]:
         query, items = torch.zeros(4, 64, device=device), torch.zeros(100, 64, device=device)
         said[f"topk, fp32 on {device}"] = _dispatch.explain("topk", query, items, 10, None, None)
         target = torch.zeros(4, dtype=torch.int64, device=device)
-        said[f"target_rank, fp32 on {device}"] = _dispatch.explain("target_rank", query, items, target)
+        for op in ("target_rank", "linear_cross_entropy"):
+            said[f"{op}, fp32 on {device}"] = _dispatch.explain(op, query, items, target)
     return said
 
 

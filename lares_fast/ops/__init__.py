@@ -2,6 +2,7 @@
 
 from lares_fast._dispatch import backend
 from lares_fast.ops._catalog_index import CatalogIndex
+from lares_fast.ops.attention import attention
 from lares_fast.ops.linear_cross_entropy import linear_cross_entropy, target_logprob, target_logprob_and_rank
 from lares_fast.ops.recurrence import recurrence
 from lares_fast.ops.target_rank import target_rank, target_ranks
@@ -9,6 +10,7 @@ from lares_fast.ops.topk import topk
 
 __all__ = [
     "CatalogIndex",
+    "attention",
     "backend",
     "linear_cross_entropy",
     "recurrence",

@@ -11,13 +11,15 @@ from lares_fast import _native
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
-from lares_fast.ops import _chunked_softmax
+from lares_fast.ops import _chunked_softmax, _triton
 from lares_fast.ops._catalog_checks import check_dense, native_obstacle
 from lares_fast.ops.target_rank import TIES
 from lares_fast.reference.linear_cross_entropy import PAD, reduced
 from lares_fast.reference.target_rank import target_rank
 
 _LOWEST_SCALE, _HIGHEST_SCALE = 2.0**-100, 2.0**100
+# Of the Triton kernels.
+_WIDEST, _MOST_ITEMS = 256, 2**30
 
 
 def target_logprob(
@@ -41,7 +43,8 @@ def target_logprob(
         target: [...] int64, ids in 0..N - 1, with ``skip_pad`` in 1..N - 1.
         scale: a positive number, such as 1 / temperature.
         skip_pad: take row 0 out of the softmax.
-        backend: ``auto`` (default), ``native`` (fp32 on the CPU) or ``reference`` (PyTorch, 4 million scores at a time).
+        backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU), ``native`` (fp32 on the CPU) or
+            ``reference`` (PyTorch, 4 million scores at a time).
 
     Returns:
         [...] in the dtype of ``hidden``.
@@ -215,8 +218,35 @@ def _reference(
     return logprob, rank, lse
 
 
+def _triton_softmax(
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    scale: float = 1.0,
+    skip_pad: bool = False,
+    ties: str | None = None,
+    gradient: _Gradient | None = None,
+) -> tuple[Tensor | None, ...]:
+    kernels = _triton.kernels("linear_cross_entropy")
+    if gradient is None:
+        return kernels.forward(hidden, items, target, scale, skip_pad, ties)
+    grad, lse, needs = gradient
+    return kernels.backward(grad, hidden, items, target, lse, scale, skip_pad, needs)
+
+
+def _triton_obstacle(hidden: Tensor, items: Tensor, *_: object) -> str | None:
+    if hidden.dtype not in _triton.DTYPES:
+        return f"it takes float32, float16 and bfloat16, and hidden is {hidden.dtype}"
+    if not 1 <= hidden.shape[-1] <= _WIDEST:
+        return f"it takes 1 to {_WIDEST} columns, and hidden has {hidden.shape[-1]}"
+    if len(items) > _MOST_ITEMS:
+        return f"it takes up to 2^30 items, and there are {len(items)}"
+    return _triton.obstacle(hidden)
+
+
 register(
     "linear_cross_entropy",
+    Backend("triton", _triton_softmax, _triton_obstacle),
     Backend("native", _native_softmax, lambda hidden, items, *_: native_obstacle(hidden, items, name="hidden")),
     Backend("reference", _reference, lambda *_: None),
 )

@@ -1,6 +1,6 @@
 """LARES in readable PyTorch: the oracle that every faster implementation is tested against."""
 
-from lares_fast.reference.attention import attention, attention_mask
+from lares_fast.reference.attention import attention, attention_mask, packed_attention
 from lares_fast.reference.backbone import register_backbone
 from lares_fast.reference.depth import sample_depth
 from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, target_logprob, target_logprob_and_rank
@@ -23,6 +23,7 @@ __all__ = [
     "group_advantage",
     "info_nce",
     "linear_cross_entropy",
+    "packed_attention",
     "ranking_reward",
     "recurrence",
     "register_backbone",

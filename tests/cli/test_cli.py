@@ -162,7 +162,9 @@ def test_demo_replaces_nothing_but_a_demo(cli, trained, tmp_path):
 def test_doctor(cli):
     text, report = cli("doctor"), cli("doctor", "--json")
     assert text.code == report.code == 0
-    assert "topk" in text.out and "target_rank" in text.out and "[train]" in text.out and "would run" in text.out
+    assert "[train]" in text.out and "would run" in text.out
+    for op in ("topk", "target_rank", "linear_cross_entropy"):
+        assert f"\n{op}, fp32 on cpu\n" in text.out
     assert json.loads(report.out)["extras"]["train"]["rich"] is True
 
 

@@ -35,18 +35,29 @@ std::vector<float> numbers(Random& random, const std::string& kind, std::int64_t
 
 bool ties_to_the_larger_id = false;
 
+float Catalog::score(std::int64_t b, std::int64_t item) const {
+    float score = with_bias ? bias[static_cast<std::size_t>(item)] : 0.0f;
+    const bool fuse = fused();
+    const float* q = query.data() + b * D;
+    const float* x = items.data() + item * D;
+    for (std::int64_t d = 0; d < D; ++d) score = fuse ? std::fma(q[d], x[d], score) : q[d] * x[d] + score;
+    // Adding 0 makes -0 and 0 the same bits.
+    return score + 0.0f;
+}
+
 std::vector<float> Catalog::scores(std::int64_t b) const {
     std::vector<float> scores(static_cast<std::size_t>(N));
-    const bool fuse = fused();
     for (std::int64_t item = 0; item < N; ++item) {
-        float score = with_bias ? bias[static_cast<std::size_t>(item)] : 0.0f;
-        const float* q = query.data() + b * D;
-        const float* x = items.data() + item * D;
-        for (std::int64_t d = 0; d < D; ++d) score = fuse ? std::fma(q[d], x[d], score) : q[d] * x[d] + score;
-        // Adding 0 makes -0 and 0 the same bits.
-        scores[static_cast<std::size_t>(item)] = std::isnan(score) ? -std::numeric_limits<float>::infinity() : score + 0.0f;
+        const float own = score(b, item);
+        scores[static_cast<std::size_t>(item)] = std::isnan(own) ? -std::numeric_limits<float>::infinity() : own;
     }
     return scores;
+}
+
+bool outranks(const std::vector<float>& scores, std::int64_t item, std::int64_t target, bool ties_by_id) {
+    const float score = scores[static_cast<std::size_t>(item)], own = scores[static_cast<std::size_t>(target)];
+    const bool earlier = ties_to_the_larger_id ? item > target : item < target;
+    return item != target && (score > own || (ties_by_id && score == own && earlier));
 }
 
 bool Catalog::excluded(std::int64_t b, std::int64_t item) const {
@@ -63,12 +74,11 @@ std::string Catalog::describe() const {
     return text.str();
 }
 
-Catalog random_catalog(Random& random, bool large) {
+Catalog random_rows(Random& random, std::int64_t B, std::int64_t N, std::int64_t D) {
     Catalog c{};
-    c.B = large ? random.between(1, 9) : random.one_of<std::int64_t>({0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33});
-    c.N = large ? random.between(65000, 70000)
-                : random.one_of<std::int64_t>({1, 2, 11, 12, 13, 23, 24, 25, 47, 48, 49, 95, 96, 97, random.between(1, 700)});
-    c.D = random.one_of<std::int64_t>({0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 31, large ? 18 : 64});
+    c.B = B;
+    c.N = N;
+    c.D = D;
     c.kind = random.one_of<std::string>({"integers", "Gaussian", "not finite", "huge", "tiny", "one item"});
     c.query = numbers(random, c.kind, c.B * c.D);
     c.items = numbers(random, c.kind, c.N * c.D);
@@ -76,6 +86,15 @@ Catalog random_catalog(Random& random, bool large) {
         const auto width = static_cast<std::size_t>(c.D);
         for (std::size_t i = width; i < c.items.size(); ++i) c.items[i] = c.items[i % width];
     }
+    return c;
+}
+
+Catalog random_catalog(Random& random, bool large) {
+    const std::int64_t B = large ? random.between(1, 9) : random.one_of<std::int64_t>({0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33});
+    const std::int64_t N = large ? random.between(65000, 70000)
+                : random.one_of<std::int64_t>({1, 2, 11, 12, 13, 23, 24, 25, 47, 48, 49, 95, 96, 97, random.between(1, 700)});
+    const std::int64_t D = random.one_of<std::int64_t>({0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 31, large ? 18 : 64});
+    Catalog c = random_rows(random, B, N, D);
     c.bias = numbers(random, c.kind, c.N);
     c.with_bias = random.chance(0.4);
     c.with_exclude = random.chance(0.6);

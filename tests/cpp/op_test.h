@@ -56,7 +56,9 @@ struct Catalog {
     const std::int64_t* offsets_or_null() const { return with_exclude ? exclude.offsets.data() : nullptr; }
     const std::int64_t* ids_or_null() const { return with_exclude ? exclude.ids.data() : nullptr; }
 
-    // The contract of csrc/topk/topk.h: bias first, then product by product, fused where the level has it; NaN is -inf.
+    // The contract of csrc/topk/topk.h: bias first, then product by product, fused where the level has it.
+    float score(std::int64_t b, std::int64_t item) const;
+    // Of all items; NaN is -inf.
     std::vector<float> scores(std::int64_t b) const;
     bool excluded(std::int64_t b, std::int64_t item) const;
     std::string describe() const;
@@ -64,6 +66,12 @@ struct Catalog {
 
 // Sizes around the edges of tiles, panels and blocks; with `large` so many items that threads share them.
 Catalog random_catalog(Random& random, bool large);
+
+// Queries and items alone.
+Catalog random_rows(Random& random, std::int64_t B, std::int64_t N, std::int64_t D);
+
+// Whether `item` is above `target` in the order of csrc/target_rank/target_rank.h.
+bool outranks(const std::vector<float>& scores, std::int64_t item, std::int64_t target, bool ties_by_id);
 
 // An id that no item has.
 std::int64_t bad_id(Random& random, std::int64_t N);
@@ -98,11 +106,12 @@ struct OpTest {
     void (*invalid)(Random&);
 };
 
-extern const OpTest topk, build_index, target_rank;
+extern const OpTest topk, build_index, target_rank, linear_cross_entropy;
 
-// Planted bugs, which the program must not survive: a wrong order in the expectation, a call that claims an item more than
-// there is, and two calls that write one output.
+// Planted bugs, which the program must not survive: a wrong order in the expectation, an output of linear_cross_entropy
+// that is expected a thousandth too large, a call that claims an item more than there is, and two calls that write one output.
 extern bool ties_to_the_larger_id;
+extern std::string too_large;
 void read_beyond_the_items();
 void write_one_output_twice();
 

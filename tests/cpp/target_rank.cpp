@@ -31,12 +31,9 @@ void valid(Random& random, bool large, std::int64_t threads) {
     for (std::int64_t b = 0; b < test.catalog.B; ++b) {
         const std::vector<float> scores = test.catalog.scores(b);
         const std::int64_t target = test.target[static_cast<std::size_t>(b)];
-        const float own = scores[static_cast<std::size_t>(target)];
         std::int64_t of_all = 0, rank = 0;
         for (std::int64_t item = 0; item < test.catalog.N; ++item) {
-            const float score = scores[static_cast<std::size_t>(item)];
-            const bool earlier = ties_to_the_larger_id ? item > target : item < target;
-            if (item == target || !(score > own || (test.call.ties_by_id && score == own && earlier))) continue;
+            if (!outranks(scores, item, target, test.call.ties_by_id)) continue;
             ++of_all;
             rank += !test.catalog.excluded(b, item);
         }

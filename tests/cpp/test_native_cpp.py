@@ -48,10 +48,10 @@ def check(program, level, calls, **options):
     """Every call was made, at this level, and nothing was reported."""
     code, output = run(program, level, calls, **options)
     assert code == 0, output[-3000:]
-    counts = re.fullmatch(rf"level {level}: (\d+) valid, (\d+) refused\n", output)
+    counts = re.fullmatch(rf"level {level}, (\d+) ops: (\d+) valid, (\d+) refused\n", output)
     assert counts, output[-3000:]
-    valid, refused = map(int, counts.groups())
-    assert valid + refused == calls * options.get("callers", 1)
+    ops, valid, refused = map(int, counts.groups())
+    assert valid + refused == ops * calls * options.get("callers", 1)
     assert min(valid, refused) > 0.4 * (valid + refused)
 
 
@@ -73,10 +73,18 @@ def checked():
 def test_fuzz_under_address_and_undefined_behaviour_sanitizers(level, checked):
     if level not in levels():
         pytest.skip(f"this machine has neither {level} nor libsimde-dev on a CPU with AVX2")
-    check(checked, level, 10_000, large=100)
+    # Of the ops only topk and its index have code of their own for avx512vnni.
+    check(checked, level, 2_500 if level == "avx512vnni" else 10_000, large=400)
 
 
-@pytest.mark.parametrize(("bug", "report"), [("ties", "and should"), ("read", "AddressSanitizer")])
+@pytest.mark.parametrize(
+    ("bug", "report"),
+    [
+        ("ties", "and should"),
+        *((output, f": {output}[") for output in ("logprob", "d_hidden", "d_items")),
+        ("read", "AddressSanitizer"),
+    ],
+)
 def test_a_planted_bug_ends_the_program(bug, report, checked):
     code, output = run(checked, levels()[-1], 300, large=0, bug=[bug])
     assert code != 0
@@ -95,7 +103,7 @@ def raced():
 def test_several_threads_under_the_thread_sanitizer(level, raced):
     if level not in levels():
         pytest.skip(f"this CPU has no {level}")
-    check(raced, level, 100, large=10, callers=3)
+    check(raced, level, 30, large=10, callers=3)
 
 
 def test_a_planted_race_is_reported(raced):
@@ -108,5 +116,5 @@ def test_aarch64():
     need("qemu-aarch64")
     target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static"]
     program = ["qemu-aarch64", *build("aarch64", *target, compiler="aarch64-linux-gnu-g++")]
-    check(program, "generic", 1_000, large=200)
+    check(program, "generic", 300, large=100)
     assert run(program, "generic", 300, large=0, bug=["ties"])[0] != 0

@@ -11,6 +11,7 @@ from catalog_cases import BACKENDS, integers, needs_native
 from lares_fast import LARESConfig, _dispatch, _native, model, ops, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
+from lares_fast.ops import _triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -166,6 +167,143 @@ def test_a_planted_bug_is_caught(name, bug, monkeypatch):
     monkeypatch.setattr(_native, name, bug[1](getattr(_native, name)))
     with pytest.raises(AssertionError):
         check_all_options()
+
+
+# M, N, D, dtype, skip_pad, scale. A tile is 16, 32 or 64 rows by the bytes of a row; a part at least 8 tiles of items.
+TRITON = [
+    (1, 1, 1, torch.float32, False, 1.0),
+    (5, 63, 17, torch.float32, False, 0.5),
+    (64, 65, 16, torch.float32, True, 1 / 0.07),
+    (33, 600, 64, torch.float32, True, 1.0),
+    (15, 257, 130, torch.float32, False, 1.0),
+    (17, 300, 256, torch.bfloat16, True, 1.0),
+    (65, 64, 32, torch.bfloat16, False, 0.5),
+    (31, 129, 64, torch.bfloat16, True, 1.0),
+    (32, 520, 24, torch.float16, False, 1.0),
+    (2, 2, 8, torch.float16, True, 1.0),
+]
+
+
+def check_triton(M, N, D, dtype, skip_pad, scale):
+    hidden, items, target, grad = case(M, N, D, skip_pad=skip_pad, size=D**-0.5)
+    inputs = [x.to(dtype) for x in (hidden, items)]
+    check("target_logprob", *inputs, target, grad.to(dtype), backend="triton", scale=scale, skip_pad=skip_pad)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    import triton_interpreter
+
+    with triton_interpreter.interpreted(monkeypatch) as memory:
+        yield memory
+
+
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("interpreted")
+class TestTriton:
+    """The kernels' source, run on the CPU: every address checked, outputs poisoned with NaN."""
+
+    @pytest.mark.parametrize("arguments", TRITON, ids=str)
+    def test_law(self, arguments):
+        check_triton(*arguments)
+
+    @pytest.mark.parametrize("ties", ["order", "strict"])
+    @pytest.mark.parametrize("skip_pad", [False, True])
+    @pytest.mark.parametrize("N", [2, 65, 700])
+    def test_rank(self, ties, skip_pad, N):
+        test_rank_is_that_of_target_rank(ties, skip_pad, N, "triton")
+
+    def test_rank_in_bf16(self):
+        """Of scores that are exact in bf16 products and fp32 sums, many of them equal."""
+        hidden, items, target = integers(30, 5).bfloat16(), integers(300, 5).bfloat16(), torch.randint(0, 300, (30,))
+        rank = ops.target_logprob_and_rank(hidden, items, target, backend="triton")[1]
+        assert torch.equal(rank, reference.target_rank(hidden.float(), items.float(), target))
+
+    @pytest.mark.parametrize("gap", [4.0, 20.0])
+    def test_saturated(self, gap):
+        test_saturated(gap, "triton")
+
+    def test_large_logits(self):
+        test_large_logits(1, "triton")
+
+    def test_ascending_scores(self):
+        test_ascending_scores("triton")
+
+    def test_uniform_over_many_items(self, monkeypatch):
+        kernels = _triton.kernels("linear_cross_entropy")
+        # One part: the longest sums.
+        monkeypatch.setattr(kernels, "PROGRAMS", 1)
+        items = torch.zeros(20_000, 4)
+        check("target_logprob", torch.ones(2, 4), items, torch.tensor([0, 7]), torch.tensor([1.0, -2.0]), backend="triton")
+
+    def test_infinities_and_nan(self):
+        test_infinities_and_nan("triton")
+
+    def test_a_row_that_is_not_finite_spoils_the_gradients(self):
+        test_a_row_that_is_not_finite_spoils_the_gradients("triton")
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_gradient_of_one_argument(self, which):
+        test_gradient_of_one_argument(which, "triton")
+
+    def test_no_rows(self):
+        test_no_rows("triton")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_order_of_programs_changes_no_bit(dtype, monkeypatch):
+    import triton_interpreter
+
+    hidden, items, target, grad = (x.to(dtype) if x.is_floating_point() else x for x in case(40, 600, 16, size=0.3))
+
+    def bits(order):
+        with triton_interpreter.interpreted(monkeypatch, order):
+            value, gradients = run(ops.target_logprob, hidden, items, target, grad, backend="triton")
+            rank = ops.target_logprob_and_rank(hidden, items, target, backend="triton")[1]
+        return [rank, *value.values(), *gradients.values()]
+
+    first = bits(None)
+    for order in (lambda n: range(n - 1, -1, -1), lambda n: torch.randperm(n).tolist()):
+        assert all(map(torch.equal, first, bits(order)))
+
+
+TRITON_BUGS = {
+    "one item too many": ("(item[None, :] < high) & (item[None, :] !=", "(item[None, :] <= high) & (item[None, :] !="),
+    "PAD is not skipped": ("len(items), int(skip_pad)", "len(items), 0"),
+    "scale forgotten in the backward": ("p = tl.exp(raw * scale -", "p = tl.exp(raw -"),
+    "a tile of items without gradient": ('triton.cdiv(N, run.keywords["S"])', 'N // run.keywords["S"]'),
+    "a tile of rows unwritten": (
+        "run(softmax_backward_hidden, tiles * parts,",
+        "run(softmax_backward_hidden, tiles * parts - 1,",
+    ),
+    "a part written to the first": ("tl.store(COUNT + number * M + row", "tl.store(COUNT + row"),
+    "sum not moved with its origin": ("total = total * shrink", "total = total * 1"),
+    "the target's own column": ("miss[:, None], -p)", "-p, -p)"),
+}
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("bug", TRITON_BUGS)
+def test_a_bug_planted_in_triton_is_caught(bug, monkeypatch, tmp_path):
+    import triton_interpreter
+    from triton.runtime.errors import InterpreterError
+
+    stem = "linear_cross_entropy"
+    triton_interpreter.plant(monkeypatch, tmp_path, (stem,), stem, *TRITON_BUGS[bug])
+    with triton_interpreter.interpreted(monkeypatch), pytest.raises((AssertionError, InterpreterError)):
+        check_triton(37, 1030, 16, torch.float32, True, 0.5)
+        test_rank_is_that_of_target_rank("order", True, 1030, "triton")
+
+
+@pytest.mark.parametrize(("hidden", "reason"), [
+    (torch.ones(2, 3), "it runs on an NVIDIA GPU, and the tensors are on cpu"),
+    (torch.ones(2, 3).double(), "it takes float32, float16 and bfloat16, and hidden is torch.float64"),
+    (torch.ones(2, 257), "it takes 1 to 256 columns, and hidden has 257"),
+])  # fmt: skip
+def test_triton_says_why_not(hidden, reason):
+    with pytest.raises(BackendError, match=reason):
+        ops.target_logprob(hidden, hidden, torch.tensor([0, 1]), backend="triton")
 
 
 @pytest.mark.parametrize("ties", ["order", "strict"])

@@ -33,7 +33,7 @@ def test_ops_at_the_level(level):
     assert len(files) >= 2
     core = ["-q", "-p", "no:cacheprovider", "-k", "not compile and not bad and not reference"]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *core, *files],
+        [sys.executable, "-P", "-c", RUN, *core, *files],
         env={**os.environ, "LARES_FAST_SIMD": level}, capture_output=True, text=True, check=False,
         cwd=Path(__file__).parents[2],
     )  # fmt: skip

@@ -360,5 +360,5 @@ class TestDispatch:
         text = explain("topk", self.query.double(), self.items.double(), 2)
         assert text.splitlines()[0] == "topk: reference"
         assert "cannot run: it takes float32" in text
-        with pytest.raises(InputError, match="op must be one of linear_cross_entropy, target_rank, topk"):
+        with pytest.raises(InputError, match=r"op must be one of .*topk, but got 'sort'"):
             explain("sort")

@@ -1,0 +1,180 @@
+"""Causal attention of packed sequences: one pass forward, two backward, each element written by one program.
+
+Queries, keys and values are [P, H, E]; sequence b is rows OFFSETS[b]..OFFSETS[b + 1]. A program owns one tile of S rows of
+one head of one sequence and walks the tiles of the other side. No atomics: results do not depend on program order.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from lares_fast.kernels._launch import WARPS, launch, ready
+from lares_fast.kernels._tiles import dropout_factor, load_rows, store_rows, visible
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Lengths, sizes and addresses must not compile variants of their own.
+_SIZES = ["P", "H", "tiles", "threshold", "step", "layer"]
+
+
+@triton.jit
+def _place(OFFSETS, H, tiles, S: tl.constexpr):
+    """(sequence, head, first row of this program's tile, first packed row, length) of a program."""
+    pid = tl.program_id(0)
+    sequence = pid // (H * tiles)
+    first = tl.load(OFFSETS + sequence)
+    length = (tl.load(OFFSETS + sequence + 1) - first).to(tl.int32)
+    return sequence, pid // tiles % H, pid % tiles * S, first, length
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attention_forward(
+    Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, P, H, tiles, scale, threshold, kept, step, layer,
+    E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    """OUT [P, H, E] and the scores' logsumexp LSE [H, P] of one tile of queries."""
+    sequence, head, start, first, length = _place(OFFSETS, H, tiles, S)
+    if start >= length:
+        return
+    at = (first * H + head) * E
+    row, column = start + tl.arange(0, S), tl.arange(0, C)
+    q = load_rows(Q + at, row, column, H * E, length, E)
+    top = tl.full((S,), -float("inf"), tl.float32)
+    total = tl.zeros((S,), tl.float32)
+    out = tl.zeros((S, C), tl.float32)
+    for begin in range(0, start + S, S):
+        key = begin + tl.arange(0, S)
+        k = load_rows(K + at, key, column, H * E, length, E)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(visible(row, key, length), scores, -float("inf"))
+        # Finite from the first tile on: every row of it sees key 0.
+        higher = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        if DROP:
+            p *= dropout_factor(kept, SEED, threshold, step, layer, ROWS + sequence, head, start, begin, S)
+        v = load_rows(V + at, key, column, H * E, length, E)
+        out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    store_rows(OUT + at, out / total[:, None], row, column, H * E, length, E)
+    lse = (top + tl.log2(total)) / LOG2E
+    tl.store(LSE + head.to(tl.int64) * P + first + row, lse, mask=row < length)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attention_backward_query(
+    Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, DOUT, DQ, DELTA, P, H, tiles, scale, threshold, kept, step, layer,
+    E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    """DQ of one tile of queries, and DELTA [H, P] = sum(OUT * DOUT) for the other pass."""
+    sequence, head, start, first, length = _place(OFFSETS, H, tiles, S)
+    if start >= length:
+        return
+    at = (first * H + head) * E
+    row, column = start + tl.arange(0, S), tl.arange(0, C)
+    q = load_rows(Q + at, row, column, H * E, length, E)
+    dout = load_rows(DOUT + at, row, column, H * E, length, E)
+    out = load_rows(OUT + at, row, column, H * E, length, E)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    flat = head.to(tl.int64) * P + first + row
+    tl.store(DELTA + flat, delta, mask=row < length)
+    lse = tl.load(LSE + flat, mask=row < length, other=0.0) * LOG2E
+    dq = tl.zeros((S, C), tl.float32)
+    for begin in range(0, start + S, S):
+        key = begin + tl.arange(0, S)
+        k = load_rows(K + at, key, column, H * E, length, E)
+        v = load_rows(V + at, key, column, H * E, length, E)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        p = tl.where(visible(row, key, length), tl.exp2(scores - lse[:, None]), 0.0)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        if DROP:
+            dp *= dropout_factor(kept, SEED, threshold, step, layer, ROWS + sequence, head, start, begin, S)
+        ds = p * (dp - delta[:, None])
+        dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+    store_rows(DQ + at, dq * (scale / LOG2E), row, column, H * E, length, E)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attention_backward_key_value(
+    Q, K, V, OFFSETS, ROWS, SEED, LSE, DOUT, DELTA, DK, DV, P, H, tiles, scale, threshold, kept, step, layer,
+    E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    """DK and DV of one tile of keys."""
+    sequence, head, start, first, length = _place(OFFSETS, H, tiles, S)
+    if start >= length:
+        return
+    at = (first * H + head) * E
+    key, column = start + tl.arange(0, S), tl.arange(0, C)
+    k = load_rows(K + at, key, column, H * E, length, E)
+    v = load_rows(V + at, key, column, H * E, length, E)
+    dk = tl.zeros((S, C), tl.float32)
+    dv = tl.zeros((S, C), tl.float32)
+    for begin in range(start, length, S):
+        row = begin + tl.arange(0, S)
+        flat = head.to(tl.int64) * P + first + row
+        lse = tl.load(LSE + flat, mask=row < length, other=0.0) * LOG2E
+        delta = tl.load(DELTA + flat, mask=row < length, other=0.0)
+        q = load_rows(Q + at, row, column, H * E, length, E)
+        dout = load_rows(DOUT + at, row, column, H * E, length, E)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        p = tl.where(visible(row, key, length), tl.exp2(scores - lse[:, None]), 0.0)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        weight = p
+        if DROP:
+            factor = dropout_factor(kept, SEED, threshold, step, layer, ROWS + sequence, head, begin, start, S)
+            dp *= factor
+            weight = p * factor
+        dv += tl.dot(tl.trans(weight.to(dout.dtype)), dout, input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee")
+    store_rows(DK + at, dk * (scale / LOG2E), key, column, H * E, length, E)
+    store_rows(DV + at, dv, key, column, H * E, length, E)
+
+
+def forward(query, key, value, offsets, longest, rows, seed, threshold, step, layer):
+    """(out [P, H, E], lse [H, P] fp32); ``rows`` and ``seed`` are None where nothing is dropped."""
+    query, key, value, offsets = map(ready, (query, key, value, offsets))
+    P, H, _ = query.shape
+    out = torch.empty_like(query)
+    lse = torch.empty(H, P, dtype=torch.float32, device=query.device)
+    launch_tiles, numbers = _plan(query, offsets, longest, seed, threshold, step, layer)
+    launch_tiles(attention_forward, query, key, value, offsets, _optional(rows), seed, out, lse, *numbers)
+    return out, lse
+
+
+def backward(query, key, value, offsets, longest, rows, seed, threshold, step, layer, out, lse, grad):
+    """The gradients of query, key and value."""
+    query, key, value, offsets, grad = map(ready, (query, key, value, offsets, grad))
+    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    delta = torch.empty_like(lse)
+    launch_tiles, numbers = _plan(query, offsets, longest, seed, threshold, step, layer)
+    shared = (query, key, value, offsets, _optional(rows), seed)
+    launch_tiles(attention_backward_query, *shared, out, lse, grad, dq, delta, *numbers)
+    launch_tiles(attention_backward_key_value, *shared, lse, grad, delta, dk, dv, *numbers)
+    return dq, dk, dv
+
+
+def _optional(tensor):
+    return None if tensor is None else ready(tensor)
+
+
+def _plan(query, offsets, longest, seed, threshold, step, layer):
+    """How all three kernels are launched for these sizes, and the numbers they take."""
+    P, H, E = query.shape
+    S = tile_size(longest, E * query.element_size())
+    tiles = triton.cdiv(longest, S)
+    programs = (len(offsets) - 1) * H * tiles if P else 0
+    kept = 1 / (1 - threshold / 65536)
+    numbers = (P, H, tiles, LOG2E.value / math.sqrt(E), threshold, kept, step, layer)
+    constants = {"E": E, "C": max(16, triton.next_power_of_2(E)), "S": S, "DROP": seed is not None}
+
+    def launch_tiles(kernel, *arguments):
+        launch(kernel, programs, *arguments, warps=WARPS[query.dtype], **constants)
+
+    return launch_tiles, numbers
+
+
+def tile_size(longest, row_bytes):
+    """Rows of a tile: few enough that the registers hold all tiles, no more than the longest sequence fills."""
+    return min(32 if row_bytes <= 128 else 16, max(16, triton.next_power_of_2(longest)))

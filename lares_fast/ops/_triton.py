@@ -1,0 +1,32 @@
+"""Triton kernels as the ops see them: loaded on first use, and what keeps them from a call, in words."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def kernels(stem: str) -> ModuleType:
+    """The module of the kernels of op ``stem``."""
+    return importlib.import_module(f"lares_fast.kernels.{stem}")
+
+
+def obstacle(tensor: Tensor) -> str | None:
+    """Why no Triton kernel can take a call on the device of ``tensor``, or ``None``."""
+    if tensor.device.type != "cuda":
+        return f"it runs on an NVIDIA GPU, and the tensors are on {tensor.device}"
+    if torch.version.hip is not None:
+        return "it was not tried on AMD GPUs"
+    for package in ("triton", "lares_fast.kernels"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed"
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    if major < 8:
+        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(tensor.device)} has {major}.{minor}"
+    return None

@@ -1,0 +1,74 @@
+"""Imported by test_stub.py in a process of its own, with Triton's own launcher running against a libcuda without a GPU."""
+
+import os
+
+import torch
+
+from lares_fast import ops
+from lares_fast._random import Draw
+from lares_fast.ops import _triton
+
+_triton.obstacle = lambda tensor: None
+LOG = os.environ["STUB_LOG"]
+H, E = 2, 32
+
+
+def call(B, longest, lengths, dtype=torch.bfloat16, p=0.2):
+    """The launches of one forward and backward."""
+    open(LOG, "w").close()
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    query = torch.zeros(int(offsets[-1]), H, E, dtype=dtype, requires_grad=True)
+    out = ops.attention(query, query, query, offsets, longest, draw=Draw((1, 2), torch.arange(B)), dropout=p, backend="triton")
+    out.backward(torch.zeros_like(out))
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+names = ["attention_forward", "attention_backward_query", "attention_backward_key_value"]
+variants = set()
+for longest in range(1, 258):
+    launches = call(1, longest, torch.tensor([longest]))
+    S = 16 if longest <= 16 else 32
+    assert [x[0] for x in launches] == names, launches
+    assert {(int(x[2]), int(x[3])) for x in launches} == {(H * -(-longest // S), 1)}, (longest, launches)
+    variants |= {x[1] for x in launches}
+# Tiles of 16 and of 32 rows.
+assert len(variants) == 2 * len(names), len(variants)
+
+for B in (1, 7, 2048, 70_000):
+    launches = call(B, 3, torch.ones(B, dtype=torch.int64))
+    assert {int(x[2]) for x in launches} == {B * H}, (B, launches)
+    variants |= {x[1] for x in launches}
+assert len(variants) == 2 * len(names), "the batch compiled a variant"
+
+assert call(0, 5, torch.zeros(0, dtype=torch.int64)) == []
+assert call(3, 5, torch.zeros(3, dtype=torch.int64)) == []
+
+for dtype in (torch.float16, torch.float32):
+    assert [x[0] for x in call(7, 200, torch.full((7,), 200), dtype, p=0.0)] == names
+
+
+def catalog_call(M, N, D=64):
+    """The launches of one forward with rank and one backward."""
+    open(LOG, "w").close()
+    hidden, items = (torch.zeros(n, D, dtype=torch.bfloat16, requires_grad=True) for n in (M, N))
+    logprob, _ = ops.target_logprob_and_rank(hidden, items, torch.zeros(M, dtype=torch.int64), backend="triton")
+    logprob.sum().backward()
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+S = 32
+variants = set()
+for M, N in ((1, 1), (1, 12_101), (7, 33), (2048, 12_101), (70_000, 31)):
+    launches = catalog_call(M, N)
+    rows, tiles = -(-M // S), -(-N // S)
+    most = max(1, min(tiles // 8, 1024 // rows))
+    parts = -(-tiles // -(-tiles // most))
+    expected = ["target_score", "softmax_forward", "target_score", "softmax_backward_hidden", "softmax_backward_items"]
+    assert [x[0] for x in launches] == expected, launches
+    assert [int(x[2]) for x in launches] == [rows, rows * parts, rows, rows * parts, tiles], (M, N, launches)
+    variants |= {x[1] for x in launches}
+assert len(variants) == 4, "the sizes compiled variants"
+# Without rows, the items' gradient is still written.
+assert [x[0] for x in catalog_call(0, 100)] == ["softmax_backward_items"]
+
+print("launched as planned")

@@ -1,0 +1,119 @@
+"""What ptxas makes of every kernel: no spilled registers where that is possible, tensor cores used, vector loads kept."""
+
+import pytest
+import torch
+
+from lares_fast import ops
+from lares_fast._random import Draw
+
+pytestmark = pytest.mark.compiled
+
+ALL = (80, 86, 90, 100, 120)
+# D/H, dtype, dropout, longest; and for which GPUs. Products in fp32 take minutes to compile, so not for all.
+CASES = [
+    (16, torch.bfloat16, 0.2, 200, ALL),
+    (32, torch.bfloat16, 0.2, 50, ALL),
+    (64, torch.bfloat16, 0.0, 50, ALL),
+    (64, torch.float16, 0.2, 200, ALL),
+    (128, torch.bfloat16, 0.2, 50, ALL),
+    (32, torch.float32, 0.2, 50, (80, 90, 120)),
+    (128, torch.float32, 0.2, 50, (86, 100)),
+]
+# Products of tiles, and tiles loaded, in each kernel.
+DOTS = {"attention_forward": 2, "attention_backward_query": 3, "attention_backward_key_value": 4}
+TILES = {"attention_forward": 3, "attention_backward_query": 5, "attention_backward_key_value": 4}
+# By bytes of a row of a head. Two programs of 64 threads leave room for six more at 128 registers a thread.
+REGISTERS = {32: 144, 64: 176, 128: 240, 256: 200, 512: 255}
+# One multiply-add instruction of a tensor core: 16 x 8 x 16.
+PRODUCT = 2048
+
+
+def run(E, dtype, p, longest):
+    query, key, value = (torch.zeros(longest, 2, E, dtype=dtype, requires_grad=True) for _ in range(3))
+    draw = Draw((1, 2), torch.zeros(1, dtype=torch.int64))
+    out = ops.attention(query, key, value, torch.tensor([0, longest]), longest, draw=draw, dropout=p, backend="triton")
+    out.backward(torch.zeros_like(out))
+
+
+@pytest.mark.parametrize(
+    ("E", "dtype", "p", "longest", "architecture"),
+    [(*case, architecture) for *case, architectures in CASES for architecture in architectures],
+)
+def test_attention(E, dtype, p, longest, architecture, monkeypatch):
+    import triton_gate
+
+    kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: run(E, dtype, p, longest))
+    assert [kernel.name for kernel in kernels] == list(DOTS)
+    for kernel in kernels:
+        S, C, size = kernel.constants["S"], kernel.constants["C"], dtype.itemsize
+        threads = 32 * kernel.warps
+        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
+        assert kernel.registers <= REGISTERS[E * size], kernel
+        assert kernel.stack <= spills(E, dtype, kernel.name), kernel
+        assert kernel.count("LDG.E.128") >= TILES[kernel.name] * S * C * size // 16 // threads, kernel
+        if dtype == torch.float32:
+            # TF32 would be a product of a tensor core.
+            assert kernel.products == 0, kernel
+        else:
+            assert kernel.products >= DOTS[kernel.name] * S * S * C // PRODUCT // kernel.warps, kernel
+            # Neither WGMMA nor tcgen05, which older ptxas and Triton compile wrongly in places.
+            assert kernel.products == kernel.count("HMMA"), kernel
+
+
+def spills(E, dtype, name):
+    """Bytes a thread that may lie in local memory: none in the forward of half precision."""
+    if dtype == torch.float32:
+        return 288 if E == 128 and name == "attention_backward_query" else 8
+    return 8 if E >= 64 and name != "attention_forward" else 0
+
+
+def test_the_gate_sees_a_spill(monkeypatch):
+    import triton_gate
+    from lares_fast.kernels import attention
+
+    monkeypatch.setattr(attention, "tile_size", lambda longest, row_bytes: 64)
+    *_, wide = triton_gate.compile_launches(monkeypatch, 80, lambda: run(32, torch.bfloat16, 0.2, 200))
+    assert wide.stack > spills(32, torch.bfloat16, wide.name)
+
+
+# D, dtype, and for which GPUs.
+CATALOG_CASES = [
+    (64, torch.bfloat16, ALL),
+    (128, torch.float16, (80, 120)),
+    (256, torch.bfloat16, (90, 100)),
+    (64, torch.float32, (86, 90)),
+]
+# Of the targets' scores the compiler keeps what lies on the diagonal.
+CATALOG_DOTS = {"target_score": 0, "softmax_forward": 1, "softmax_backward_hidden": 2, "softmax_backward_items": 2}
+
+
+@pytest.mark.parametrize(
+    ("D", "dtype", "architecture"),
+    [(*case, architecture) for *case, architectures in CATALOG_CASES for architecture in architectures],
+)
+def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
+    import triton_gate
+
+    def call():
+        hidden = torch.zeros(100, D, dtype=dtype, requires_grad=True)
+        items = torch.zeros(1000, D, dtype=dtype, requires_grad=True)
+        target = torch.ones(100, dtype=torch.int64)
+        logprob, _ = ops.target_logprob_and_rank(hidden, items, target, skip_pad=True, backend="triton")
+        logprob.sum().backward()
+
+    kernels = triton_gate.compile_launches(monkeypatch, architecture, call)
+    # The backward scores the targets again.
+    assert {kernel.name for kernel in kernels} == set(CATALOG_DOTS)
+    assert len(kernels) == 5
+    for kernel in kernels:
+        S, C = kernel.constants["S"], kernel.constants["C"]
+        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
+        assert kernel.registers <= 240, kernel
+        assert kernel.stack <= 16, kernel
+        # Two tiles of rows are loaded, by 16 bytes a thread.
+        assert kernel.count("LDG.E.128") >= 2 * S * C * dtype.itemsize // 16 // (32 * kernel.warps), kernel
+        if dtype == torch.float32:
+            assert kernel.products == 0, kernel
+        else:
+            assert kernel.products >= max(1, CATALOG_DOTS[kernel.name] * S * S * C // PRODUCT // kernel.warps), kernel
+            assert kernel.products == kernel.count("HMMA"), kernel

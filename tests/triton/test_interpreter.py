@@ -1,0 +1,92 @@
+"""The interpreter as a harness catches what it promises to, and computes bf16 as a GPU does."""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.interpreted
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    import triton_toys
+
+    return triton_toys
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    import triton_interpreter
+
+    with triton_interpreter.interpreted(monkeypatch) as memory:
+        yield memory
+
+
+@pytest.fixture
+def error():
+    from triton.runtime.errors import InterpreterError
+
+    return InterpreterError
+
+
+def test_a_copy_is_allowed(kernels, memory):
+    x, y = torch.randn(SIZE), torch.empty(SIZE)
+    kernels.copy[(4,)](x, y, 0, 16)
+    assert torch.equal(x, y)
+    assert memory.launches == 1
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_an_address_outside_is_caught(kernels, memory, error, shift):
+    # In the middle of its storage, where a stray address hits memory that exists.
+    whole = torch.randn(3 * SIZE)
+    with pytest.raises(error, match="1 loads are outside every tensor"):
+        kernels.copy[(4,)](whole[SIZE : 2 * SIZE], torch.empty(SIZE), shift, 16)
+    with pytest.raises(error, match="1 stores are outside every tensor"):
+        kernels.scatter[(4,)](whole[SIZE : 2 * SIZE], shift, 16)
+
+
+def test_two_programs_that_store_to_one_element_are_caught(kernels, memory, error):
+    with pytest.raises(error, match="two programs store to one element"):
+        kernels.overlap[(4,)](torch.empty(SIZE), 16)
+
+
+def test_what_is_not_written_is_nan(memory):
+    for made in (torch.empty(5), torch.empty_like(torch.ones(5)), torch.ones(2).new_empty(5)):
+        assert made.isnan().all()
+
+
+def test_the_order_of_programs_is_chosen(kernels, monkeypatch):
+    import triton_interpreter
+
+    # Program i adds a digit, so the number spells the order.
+    for order, digits in ((None, 123), (lambda n: range(n - 1, -1, -1), 321)):
+        spelled = torch.zeros(1)
+        with triton_interpreter.interpreted(monkeypatch, order) as memory:
+            memory.check = lambda *_, **__: None
+            kernels.spell[(3,)](spelled)
+        assert spelled.item() == digits
+
+
+def test_casts_to_bf16_round_to_nearest_even(kernels, memory):
+    x = torch.cat(
+        (torch.randn(1000), torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3.39e38, 1 + 2**-8, 1 + 3 * 2**-8]))
+    )
+    narrow, back = torch.empty(len(x), dtype=torch.bfloat16), torch.empty(len(x))
+    kernels.round_trip[(1,)](x, narrow, back, len(x), 1024)
+    torch.testing.assert_close(narrow, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(back, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dot_multiplies_the_values(kernels, memory, dtype):
+    a, b = (torch.randint(-8, 9, (16, 16)).to(dtype) for _ in range(2))
+    c = torch.empty(16, 16)
+    kernels.product[(1,)](a, b, c, 16)
+    assert torch.equal(c, a.float() @ b.float())
+
+
+def test_arithmetic_in_bf16_is_refused(kernels, memory, error):
+    x = torch.ones(16, dtype=torch.bfloat16)
+    with pytest.raises(error, match="bf16 may only be"):
+        kernels.double[(1,)](x, 16)

@@ -1,0 +1,60 @@
+"""Rules of every Triton kernel, read from the sources: each forbids something that fails on a GPU and nowhere else."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+FILES = sorted(KERNELS.glob("*.py"))
+TREES = {path.name: ast.parse(path.read_text()) for path in FILES}
+
+
+def calls(tree, name):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
+            yield node
+
+
+def faults(tree):
+    for call in calls(tree, "tl.program_id"):
+        if ast.unparse(call.args[0]) != "0":
+            yield "grids have one dimension: the others end at 65535"
+    for call in calls(tree, "tl.dot"):
+        if "input_precision" not in [keyword.arg for keyword in call.keywords]:
+            yield "tl.dot names its input_precision: the default rounds fp32 to TF32"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("tl.atomic"):
+            yield "no atomics: results must not depend on program order"
+        if isinstance(node, (ast.For, ast.While)):
+            steps = [x for x in ast.walk(node) if isinstance(x, ast.AugAssign)]
+            sums = [ast.unparse(x.target) for x in steps if "tl.dot(" in ast.unparse(x.value)]
+            if len(sums) != len(set(sums)):
+                yield "one product per accumulator and iteration: two are compiled wrongly on some GPUs"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            yield "kernels are launched by _launch.launch alone"
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "triton.autotune":
+            yield "launch configurations are fixed"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_kernels_keep_the_rules(name):
+    found = set(faults(TREES[name]))
+    if name == "_launch.py":
+        found.remove("kernels are launched by _launch.launch alone")
+    assert not found
+
+
+BROKEN = {
+    "x = tl.program_id(1)": "grids have one dimension",
+    "x = tl.dot(a, b)": "tl.dot names",
+    "tl.atomic_add(p, x)": "no atomics",
+    "while True:\n    x += tl.dot(a, b, input_precision='ieee')\n    x += tl.dot(c, d, input_precision='ieee')": "one product",
+    "kernel[(3,)](x)": "launched by _launch",
+    "@triton.autotune(configs)\ndef f(): pass": "configurations are fixed",
+}
+
+
+@pytest.mark.parametrize("source", BROKEN)
+def test_a_broken_rule_is_found(source):
+    assert any(BROKEN[source] in fault for fault in faults(ast.parse(source)))

@@ -1,0 +1,46 @@
+"""Kernels with and without faults, for the tests of the harness itself."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def copy(X, Y, shift, S: tl.constexpr):
+    at = tl.program_id(0) * S + tl.arange(0, S)
+    tl.store(Y + at, tl.load(X + at + shift))
+
+
+@triton.jit
+def scatter(X, shift, S: tl.constexpr):
+    tl.store(X + tl.program_id(0) * S + tl.arange(0, S) + shift, 1.0)
+
+
+@triton.jit
+def overlap(X, S: tl.constexpr):
+    tl.store(X + tl.program_id(0) * (S - 1) + tl.arange(0, S), 1.0)
+
+
+@triton.jit
+def spell(X):
+    tl.store(X, tl.load(X) * 10 + tl.program_id(0) + 1)
+
+
+@triton.jit
+def round_trip(X, NARROW, BACK, n, S: tl.constexpr):
+    at = tl.arange(0, S)
+    narrow = tl.load(X + at, mask=at < n).to(tl.bfloat16)
+    tl.store(NARROW + at, narrow, mask=at < n)
+    tl.store(BACK + at, narrow.to(tl.float32), mask=at < n)
+
+
+@triton.jit
+def product(A, B, C, S: tl.constexpr):
+    at = tl.arange(0, S)[:, None] * S + tl.arange(0, S)[None, :]
+    tl.store(C + at, tl.dot(tl.load(A + at), tl.load(B + at), input_precision="ieee"))
+
+
+@triton.jit
+def double(X, S: tl.constexpr):
+    at = tl.arange(0, S)
+    x = tl.load(X + at)
+    tl.store(X + at, x + x)
