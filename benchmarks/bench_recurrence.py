@@ -38,9 +38,7 @@ def case(kind, p):
     for sdpa in (False, True):
         torch.testing.assert_close(ours(0.0), rival(sdpa, 0.0), rtol=1e-4, atol=1e-4)
     forwards = {"packed torch, softmax": lambda: rival(False), "packed torch, SDPA": lambda: rival(True), "native": ours}
-    runs = {
-        name: lambda run=run: torch.autograd.grad(run(), [h, pre, *weights], upstream) for name, run in forwards.items()
-    }
+    runs = {name: lambda run=run: torch.autograd.grad(run(), [h, pre, *weights], upstream) for name, run in forwards.items()}
     # The last layer of the last step needs keys and values of all tokens, the rest of the last ones.
     layer = 2 * (4 * D * D + 2 * D * INNER)
     flops = P * layer * (T * LAYERS - 1) + P * 4 * D * D + B * (layer - 4 * D * D)

@@ -171,7 +171,13 @@ def _shapes(call: _Call) -> list[tuple[str, tuple[int, ...]]]:
     layer = [(f"attention.{name}.{kind}", (width, width)[: 2 - (kind == "bias")])
              for name in ("query", "key", "value", "output") for kind in ("weight", "bias")]  # fmt: skip
     norm = [("norm.weight", (width,)), ("norm.bias", (width,))]
-    feed_forward = [("up.weight", (inner, width)), ("up.bias", (inner,)), ("down.weight", (width, inner)), ("down.bias", (width,)), *norm]
+    feed_forward = [
+        ("up.weight", (inner, width)),
+        ("up.bias", (inner,)),
+        ("down.weight", (width, inner)),
+        ("down.bias", (width,)),
+        *norm,
+    ]
     layer += [(f"attention.{name}", shape) for name, shape in norm]
     layer += [(f"feed_forward.{name}", shape) for name, shape in feed_forward]
     return joining + [(f"layers.{i}.{name}", shape) for i in range(layers) for name, shape in layer]
@@ -338,9 +344,7 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _Call(*arguments[:-3]).tensors()]
 
 
-_OP = register_op(
-    f"recurrence({_SCHEMA}, bool keep, str backend) -> (Tensor, Tensor)", _run, _fake, _backward, _setup_context
-)
+_OP = register_op(f"recurrence({_SCHEMA}, bool keep, str backend) -> (Tensor, Tensor)", _run, _fake, _backward, _setup_context)
 # Without autograd's knowledge: a second derivative is refused by PyTorch itself.
 _BACKWARD_OP = register_op(
     f"recurrence_backward({_SCHEMA}, Tensor grad, Tensor tape, str backend) -> Tensor[]", _run_backward, _fake_backward

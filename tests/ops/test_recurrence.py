@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import oracle
 import pytest
@@ -24,7 +25,9 @@ class Case:
 
     def __init__(self, lengths=LENGTHS, D=64, H=2, inner=128, layers=2, adapter="add", depth=3, output="last", p=0.5):
         torch.manual_seed(0)
-        config = LARESConfig(n_items=2, hidden_size=D, n_heads=H, inner_size=inner, n_core_layers=layers, adapter=adapter or "add")
+        config = LARESConfig(
+            n_items=2, hidden_size=D, n_heads=H, inner_size=inner, n_core_layers=layers, adapter=adapter or "add"
+        )
         module = reference.Recurrence(config) if adapter else build_block(config, layers)
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
@@ -149,7 +152,7 @@ def test_at_every_simd_level(level):
         pytest.skip(str(error))
     _C.use_level(now)
     code = "import test_recurrence as t; t.Case(depth=t.RAGGED, adapter='concat').check(); t.Case(D=48, inner=80).check()"
-    environment = {"LARES_FAST_SIMD": level, "PYTHONPATH": ":".join(path for path in sys.path if path)}
+    environment = {"LARES_FAST_SIMD": level, "PYTHONPATH": ":".join([str(Path(__file__).parent), *filter(None, sys.path)])}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
 
