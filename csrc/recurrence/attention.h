@@ -1,7 +1,7 @@
 // Causal attention of one head of one sequence, four queries at a time, because four share their dropout draws.
 #pragma once
 
-#include "recurrence/keep_bits.h"
+#include "recurrence/draws.h"
 #include "recurrence/product.h"
 #include "simd/exp2.h"
 
@@ -16,7 +16,8 @@ struct Attention {
     Matrix context;    // [rows, A]
     // Backward only: of the context, and what it becomes.
     Matrix context_grad, query_grad, key_value_grad;
-    std::int64_t panels, head_panels, head;  // of A, of a head, and a head's columns
+    std::int64_t panels, head_panels;  // of A and of a head
+    float scale;                       // of the scores
     Site dropout;
     float* scratch;  // attention_floats
 };
@@ -55,27 +56,47 @@ LARES_INLINE void transpose_head(Matrix from, std::int64_t panel, std::int64_t h
     }
 }
 
-// N rows of x times the transposed tiles: out[r * stride + key].
-template <int N>
-LARES_INLINE void times_tiles(Matrix x, std::int64_t panel, std::int64_t row, const float* tiles, std::int64_t head_panels, std::int64_t count,
-                              float* out, std::int64_t stride) {
-    for (std::int64_t t = 0; t < count; ++t) {
-        Vec sums[N][V];
+// Chains of sums that a tile of `sums` registers is split into: a multiply-add waits for the one before.
+constexpr int chains(int sums) { return sums >= 8 ? 1 : sums >= 4 ? 2 : 4; }
+
+// N rows of x times one transposed tile, of whose keys the first REGISTERS * W are wanted: out[r * stride + key].
+template <int N, int REGISTERS>
+LARES_INLINE void times_tile(Matrix x, std::int64_t panel, std::int64_t row, const float* tile, std::int64_t head_panels, float* out,
+                             std::int64_t stride) {
+    constexpr int C = chains(N * REGISTERS);
+    Vec sums[C][N][REGISTERS];
+    for (int c = 0; c < C; ++c) {
         for (int r = 0; r < N; ++r) {
-            for (int v = 0; v < V; ++v) sums[r][v] = broadcast(0.0f);
+            for (int v = 0; v < REGISTERS; ++v) sums[c][r][v] = broadcast(0.0f);
         }
-        for (std::int64_t p = 0; p < head_panels; ++p, tiles += COLUMNS * COLUMNS) {
-            const float* const factors = x.at(panel + p, row);
+    }
+    for (std::int64_t p = 0; p < head_panels; ++p, tile += COLUMNS * COLUMNS) {
+        const float* const factors = x.at(panel + p, row);
 #pragma GCC unroll 16
-            for (int k = 0; k < COLUMNS; ++k) {
-                for (int v = 0; v < V; ++v) {
-                    const Vec column = load(tiles + k * COLUMNS + v * W);
-                    for (int r = 0; r < N; ++r) sums[r][v] = fma(broadcast(factors[r * COLUMNS + k]), column, sums[r][v]);
-                }
+        for (int k = 0; k < COLUMNS; ++k) {
+            for (int v = 0; v < REGISTERS; ++v) {
+                const Vec column = load(tile + k * COLUMNS + v * W);
+                for (int r = 0; r < N; ++r) sums[k % C][r][v] = fma(broadcast(factors[r * COLUMNS + k]), column, sums[k % C][r][v]);
             }
         }
-        for (int r = 0; r < N; ++r) {
-            for (int v = 0; v < V; ++v) store(out + r * stride + t * COLUMNS + v * W, sums[r][v]);
+    }
+    for (int r = 0; r < N; ++r) {
+        for (int v = 0; v < REGISTERS; ++v) {
+            for (int c = 1; c < C; ++c) sums[0][r][v] = add(sums[0][r][v], sums[c][r][v]);
+            store(out + r * stride + v * W, sums[0][r][v]);
+        }
+    }
+}
+
+// The same for all tiles of the first `keys` keys.
+template <int N>
+LARES_INLINE void times_tiles(Matrix x, std::int64_t panel, std::int64_t row, const float* tiles, std::int64_t head_panels, std::int64_t keys,
+                              float* out, std::int64_t stride) {
+    for (; keys > 0; keys -= COLUMNS, tiles += head_panels * COLUMNS * COLUMNS, out += COLUMNS) {
+        if (2 * W == COLUMNS && keys <= W) {
+            times_tile<N, 1>(x, panel, row, tiles, head_panels, out, stride);
+        } else {
+            times_tile<N, V>(x, panel, row, tiles, head_panels, out, stride);
         }
     }
 }
@@ -84,23 +105,33 @@ LARES_INLINE void times_tiles(Matrix x, std::int64_t panel, std::int64_t row, co
 template <int N>
 LARES_INLINE void times_rows(const float* weights, std::int64_t stride, Matrix x, std::int64_t x_panel, std::int64_t first, std::int64_t keys,
                              std::int64_t head_panels, const float* factor, Matrix out, std::int64_t out_panel, std::int64_t row) {
+    constexpr int C = chains(N * V);
     for (std::int64_t p = 0; p < head_panels; ++p) {
-        Vec sums[N][V];
-        for (int r = 0; r < N; ++r) {
-            for (int v = 0; v < V; ++v) sums[r][v] = broadcast(0.0f);
+        Vec sums[C][N][V];
+        for (int c = 0; c < C; ++c) {
+            for (int r = 0; r < N; ++r) {
+                for (int v = 0; v < V; ++v) sums[c][r][v] = broadcast(0.0f);
+            }
         }
         const float* const from = x.at(x_panel + p, first);
-#pragma GCC unroll 4
-        for (std::int64_t j = 0; j < keys; ++j) {
+        const auto key = [&](std::int64_t j, int c) __attribute__((always_inline)) {
             Vec value[V];
             for (int v = 0; v < V; ++v) value[v] = load(from + j * COLUMNS + v * W);
             for (int r = 0; r < N; ++r) {
                 const Vec weight = broadcast(weights[r * stride + j]);
-                for (int v = 0; v < V; ++v) sums[r][v] = fma(weight, value[v], sums[r][v]);
+                for (int v = 0; v < V; ++v) sums[c][r][v] = fma(weight, value[v], sums[c][r][v]);
             }
+        };
+        std::int64_t j = 0;
+        for (; j + C <= keys; j += C) {
+            for (int c = 0; c < C; ++c) key(j + c, c);
         }
+        for (; j < keys; ++j) key(j, 0);
         for (int r = 0; r < N; ++r) {
-            for (int v = 0; v < V; ++v) store(out.at(out_panel + p, row + r) + v * W, mul(sums[r][v], broadcast(factor[r])));
+            for (int v = 0; v < V; ++v) {
+                for (int c = 1; c < C; ++c) sums[0][r][v] = add(sums[0][r][v], sums[c][r][v]);
+                store(out.at(out_panel + p, row + r) + v * W, mul(sums[0][r][v], broadcast(factor[r])));
+            }
         }
     }
 }
@@ -126,91 +157,85 @@ LARES_INLINE void add_outer(const float* weights, std::int64_t stride, Matrix x,
     }
 }
 
-// row[key] = 2^(scale (row[key] - their largest)) for the visible keys, 0 for the others of their tiles; returns the sum.
-LARES_INLINE float exponentials(float* row, std::int64_t visible, std::int64_t keys, float scale) {
-    Vec top = broadcast(-__builtin_inff());
-    for (std::int64_t j = 0; j + W <= visible; j += W) top = max(load(row + j), top);
-    float most = largest(top);
-    for (std::int64_t j = visible / W * W; j < visible; ++j) most = row[j] > most ? row[j] : most;
-    const Vec largest_score = broadcast(most), factor = broadcast(scale);
-    Vec total = broadcast(0.0f);
-    for (std::int64_t j = 0; j < keys; j += W) {
-        const Vec e = select(first_lanes(visible - j), exp2(mul(sub(load(row + j), largest_score), factor)));
-        store(row + j, e);
-        total = add(total, e);
-    }
-    return sum(total);
-}
-
 constexpr float LOG2_E = 1.44269504f;
 
-// Bits of N queries from `query` on for a tile of keys.
-template <int N>
-LARES_INLINE void quad_bits(const Attention& a, const Attended& s, std::int64_t h, std::int64_t query, std::int64_t tile, std::uint16_t (&bits)[N]) {
-    std::uint16_t words[QUAD];
-    draw_attention(a.dropout, s.row, static_cast<std::uint32_t>(h), static_cast<std::uint32_t>(query / QUAD), static_cast<std::uint32_t>(tile), words);
-    for (int r = 0; r < N; ++r) bits[r] = words[query % QUAD + r];
+LARES_INLINE float largest_of(const float* row, std::int64_t n) {
+    Vec top = broadcast(-__builtin_inff());
+    for (std::int64_t j = 0; j + W <= n; j += W) top = max(load(row + j), top);
+    float most = largest(top);
+    for (std::int64_t j = n / W * W; j < n; ++j) most = row[j] > most ? row[j] : most;
+    return most;
+}
+
+// Turns the scores of N queries from `query` on into 2^(scale (score - largest)), 0 where a key is not visible, tile by tile:
+// `take(r, place, exponential, kept)` gets each register and its dropout decisions, or null where nothing is dropped.
+// Returns the sum of each row in `total`.
+template <int N, class Take>
+LARES_INLINE void for_exponentials(const Attention& a, const Attended& s, std::int64_t h, std::int64_t query, std::int64_t tiles, const float* scores,
+                                   std::int64_t stride, float scale, float (&total)[N], const Take& take) {
+    Vec most[N], sums[N];
+    const Vec factor = broadcast(scale);
+    for (int r = 0; r < N; ++r) {
+        most[r] = broadcast(largest_of(scores + r * stride, query + r + 1));
+        sums[r] = broadcast(0.0f);
+    }
+    for (std::int64_t t = 0; t < tiles; ++t) {
+        Lane kept[QUAD][LANES];
+        if (a.dropout.threshold) {
+            draw_attention(a.dropout, s.row, static_cast<std::uint32_t>(h), static_cast<std::uint32_t>(query / QUAD), static_cast<std::uint32_t>(t), kept);
+        }
+        for (int r = 0; r < N; ++r) {
+            for (int v = 0; v < V; ++v) {
+                const std::int64_t key = t * COLUMNS + v * W, place = r * stride + key;
+                const Vec e = select(first_lanes(query + r + 1 - key), exp2(mul(sub(load(scores + place), most[r]), factor)));
+                sums[r] = add(sums[r], e);
+                take(r, place, e, a.dropout.threshold ? kept[query % QUAD + r] + v * W : nullptr);
+            }
+        }
+    }
+    for (int r = 0; r < N; ++r) total[r] = sum(sums[r]);
 }
 
 template <int N>
 LARES_INLINE void attend_quad(const Attention& a, const Attended& s, std::int64_t h, const HeadScratch& w, std::int64_t query, std::int64_t row) {
     const std::int64_t panel = h * a.head_panels, tiles = (query + N - 1) / COLUMNS + 1;
-    const float scale = LOG2_E / __builtin_sqrtf(static_cast<float>(a.head)), kept = kept_scale(a.dropout.threshold);
     float* const p = w.rows[0];
-    times_tiles<N>(a.query, panel, row, w.keys, a.head_panels, tiles, p, w.stride);
-    float factor[N];
-    for (int r = 0; r < N; ++r) factor[r] = kept / exponentials(p + r * w.stride, query + r + 1, tiles * COLUMNS, scale);
-    for (std::int64_t t = 0; t < tiles && a.dropout.threshold; ++t) {
-        std::uint16_t bits[N];
-        quad_bits<N>(a, s, h, query, t, bits);
-        for (int r = 0; r < N; ++r) {
-            for (int v = 0; v < V; ++v) {
-                float* const place = p + r * w.stride + t * COLUMNS + v * W;
-                store(place, select((static_cast<Mask>(bits[r]) >> (v * W)) & ALL, load(place)));
-            }
-        }
-    }
-    times_rows<N>(p, w.stride, a.key_value, a.panels + panel, s.first, query + N, a.head_panels, factor, a.context, panel, row);
+    times_tiles<N>(a.query, panel, row, w.keys, a.head_panels, query + N, p, w.stride);
+    float total[N];
+    for_exponentials<N>(a, s, h, query, tiles, p, w.stride, LOG2_E * a.scale, total, [&](int, std::int64_t place, Vec e, const Lane* kept) {
+        store(p + place, kept ? select(kept, e) : e);
+    });
+    for (int r = 0; r < N; ++r) total[r] = a.dropout.scale / total[r];
+    times_rows<N>(p, w.stride, a.key_value, a.panels + panel, s.first, query + N, a.head_panels, total, a.context, panel, row);
 }
 
 template <int N>
 LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, std::int64_t h, const HeadScratch& w, std::int64_t query,
                                        std::int64_t row) {
     const std::int64_t panel = h * a.head_panels, tiles = (query + N - 1) / COLUMNS + 1, keys = query + N;
-    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.head)), kept = kept_scale(a.dropout.threshold);
     float *const p = w.rows[0], *const dropped = w.rows[1], *const grad = w.rows[2];
-    times_tiles<N>(a.query, panel, row, w.keys, a.head_panels, tiles, p, w.stride);
-    times_tiles<N>(a.context_grad, panel, row, w.values, a.head_panels, tiles, grad, w.stride);
-    Vec inverse[N], along[N];
+    times_tiles<N>(a.query, panel, row, w.keys, a.head_panels, query + N, p, w.stride);
+    times_tiles<N>(a.context_grad, panel, row, w.values, a.head_panels, query + N, grad, w.stride);
+    Vec along[N];
+    for (int r = 0; r < N; ++r) along[r] = broadcast(0.0f);
+    float total[N];
+    const Vec scale = broadcast(a.dropout.scale);
+    // The sums that make them probabilities are not known yet.
+    for_exponentials<N>(a, s, h, query, tiles, p, w.stride, LOG2_E * a.scale, total, [&](int r, std::int64_t place, Vec e, const Lane* kept) {
+        // A gradient beyond the visible keys is of another sequence or of none.
+        Vec g = select(first_lanes(query + r + 1 - (place - r * w.stride)), load(grad + place)), d = e;
+        if (kept) g = mul(select(kept, g), scale), d = mul(select(kept, e), scale);
+        store(p + place, e);
+        store(dropped + place, d);
+        store(grad + place, g);
+        along[r] = fma(e, g, along[r]);
+    });
     for (int r = 0; r < N; ++r) {
-        inverse[r] = broadcast(1.0f / exponentials(p + r * w.stride, query + r + 1, tiles * COLUMNS, LOG2_E * scale));
-        along[r] = broadcast(0.0f);
-    }
-    for (std::int64_t t = 0; t < tiles; ++t) {
-        std::uint16_t bits[N];
-        if (a.dropout.threshold) {
-            quad_bits<N>(a, s, h, query, t, bits);
-        } else {
-            for (int r = 0; r < N; ++r) bits[r] = 0xffff;
-        }
-        for (int r = 0; r < N; ++r) {
-            for (int v = 0; v < V; ++v) {
-                const std::int64_t j = r * w.stride + t * COLUMNS + v * W;
-                // A gradient beyond the visible keys is of another sequence or of none.
-                const Mask drawn = (static_cast<Mask>(bits[r]) >> (v * W)) & first_lanes(query + r + 1 - t * COLUMNS - v * W);
-                const Vec probability = mul(load(p + j), inverse[r]);
-                const Vec g = mul(select(drawn, load(grad + j)), broadcast(kept));
-                store(dropped + j, mul(select(drawn, probability), broadcast(kept)));
-                store(p + j, probability);
-                store(grad + j, g);
-                along[r] = fma(probability, g, along[r]);
-            }
-        }
-    }
-    for (int r = 0; r < N; ++r) {
-        const Vec mean = broadcast(sum(along[r]));
+        const float inverse = 1.0f / total[r];
+        const Vec mean = broadcast(sum(along[r]) * inverse), factor = broadcast(inverse * a.scale), probability = broadcast(inverse);
         for (std::int64_t j = r * w.stride; j < r * w.stride + tiles * COLUMNS; j += W) {
-            store(grad + j, mul(mul(load(p + j), broadcast(scale)), sub(load(grad + j), mean)));
+            store(dropped + j, mul(load(dropped + j), probability));
+            store(grad + j, mul(mul(load(p + j), factor), sub(load(grad + j), mean)));
         }
     }
     float one[N];

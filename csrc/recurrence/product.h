@@ -51,9 +51,9 @@ LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t pan
     }
 }
 
-template <int N, class Finish>
+template <int N, class Finish, class After>
 LARES_INLINE void product_panels(Matrix x, std::int64_t x_panels, const float* b, const float* bias, std::int64_t panel, std::int64_t from,
-                                 std::int64_t to, const Finish& finish) {
+                                 std::int64_t to, const Finish& finish, const After& after) {
     for (std::int64_t row = from; row < to; row += R) {
         Vec sums[R][N * V];
         for (int v = 0; v < N * V; ++v) {
@@ -66,17 +66,22 @@ LARES_INLINE void product_panels(Matrix x, std::int64_t x_panels, const float* b
                 for (int v = 0; v < V; ++v) finish(panel + n, row + r, v, sums[r][n * V + v]);
             }
         }
+        for (int n = 0; n < N; ++n) after(panel + n, row);
     }
 }
 
+struct Nothing {
+    LARES_INLINE void operator()(std::int64_t, std::int64_t) const {}
+};
+
 // Rows [from, to) of x times B [16 * x_panels, 16 * panels], plus bias; `finish(panel, row, v, sums)` takes what becomes of
-// them. Computes whole tiles: up to R - 1 rows behind `to` are worked on, too.
-template <class Finish>
+// them, and `after(panel, row)` follows each tile of R rows. Computes whole tiles: up to R - 1 rows behind `to` are worked on, too.
+template <class Finish, class After = Nothing>
 LARES_INLINE void product(Matrix x, std::int64_t x_panels, const float* b, const float* bias, std::int64_t panels, std::int64_t from,
-                          std::int64_t to, const Finish& finish) {
+                          std::int64_t to, const Finish& finish, const After& after = {}) {
     std::int64_t panel = 0;
-    for (; WIDE > 1 && panel + WIDE <= panels; panel += WIDE) product_panels<WIDE>(x, x_panels, b, bias, panel, from, to, finish);
-    for (; panel < panels; ++panel) product_panels<1>(x, x_panels, b, bias, panel, from, to, finish);
+    for (; WIDE > 1 && panel + WIDE <= panels; panel += WIDE) product_panels<WIDE>(x, x_panels, b, bias, panel, from, to, finish, after);
+    for (; panel < panels; ++panel) product_panels<1>(x, x_panels, b, bias, panel, from, to, finish, after);
 }
 
 // sums [out][in] += y^T x over `rows` rows, for TILE columns of y and N panels of x.
@@ -134,11 +139,18 @@ LARES_INLINE void accumulate(Matrix y, std::int64_t y_panels, Matrix x, std::int
 // sums [16 * panels] += the sum of the first `rows` rows of y.
 inline void accumulate_rows(Matrix y, std::int64_t panels, std::int64_t rows, float* sums) {
     for (std::int64_t p = 0; p < panels; ++p) {
+        // Even and odd rows apart, because an addition waits for the one before.
+        Vec sum[2][V];
+        for (int v = 0; v < V; ++v) sum[0][v] = sum[1][v] = broadcast(0.0f);
+        for (std::int64_t m = 0; m < rows; m += 2) {
+            for (int v = 0; v < V; ++v) {
+                sum[0][v] = add(sum[0][v], load(y.at(p, m) + v * W));
+                if (m + 1 < rows) sum[1][v] = add(sum[1][v], load(y.at(p, m + 1) + v * W));
+            }
+        }
         for (int v = 0; v < V; ++v) {
-            Vec sum = broadcast(0.0f);
-            for (std::int64_t m = 0; m < rows; ++m) sum = add(sum, load(y.at(p, m) + v * W));
             float* const to = sums + p * COLUMNS + v * W;
-            store(to, add(load(to), sum));
+            store(to, add(load(to), add(sum[0][v], sum[1][v])));
         }
     }
 }

@@ -218,8 +218,8 @@ struct Worker {
 
     Attention attention(std::int64_t step, std::int64_t layer) const {
         const Shape& s = model.shape;
-        return {w.query, w.key_value, w.context, w.context_grad, w.query_grad, w.key_value_grad, attention_panels, s.head_panels(), s.head(),
-                site(SITE_ATTENTION, step, layer), w.attention};
+        return {w.query, w.key_value, w.context, w.context_grad, w.query_grad, w.key_value_grad, attention_panels, s.head_panels(),
+                1.0f / __builtin_sqrtf(static_cast<float>(s.head())), site(SITE_ATTENTION, step, layer), w.attention};
     }
 
     // The T-invariant half of the adapter.
@@ -239,22 +239,16 @@ struct Worker {
         const Vec share = broadcast(a.share), rest = broadcast(1.0f - a.share);
         for (std::int64_t from = 0; from < tokens; from += CHUNK) {
             const std::int64_t n = smaller(CHUNK, tokens - from);
+            const Norm norm{a.scale, a.shift, model.eps};
             if (model.shape.adapter == Adapter::concat) {
-                product(w.middle, panels, a.state, nullptr, panels, from, from + n, [&](std::int64_t p, std::int64_t m, int v, Vec sum) {
-                    store(w.x.at(p, m) + v * W, add(sum, load(w.base.at(p, m) + v * W)));
+                product(w.middle, panels, a.state, nullptr, panels, from, from + n, to(w.x));
+                fill_and_normalise(w.x, from, n, panels, norm, normal, [&](std::int64_t p, std::int64_t m, int v) {
+                    return add(load(w.x.at(p, m) + v * W), load(w.base.at(p, m) + v * W));
                 });
             } else {
-                each(panels, from, n, [&](std::int64_t p, std::int64_t m, int v) {
-                    const Vec mine = mul(load(w.base.at(p, m) + v * W), rest);
-                    store(w.x.at(p, m) + v * W, fma(load(w.middle.at(p, m) + v * W), share, mine));
+                fill_and_normalise(w.x, from, n, panels, norm, normal, [&](std::int64_t p, std::int64_t m, int v) {
+                    return fma(load(w.middle.at(p, m) + v * W), share, mul(load(w.base.at(p, m) + v * W), rest));
                 });
-            }
-            for (std::int64_t m = from; m < from + n; ++m) {
-                Vec total = broadcast(0.0f);
-                for (std::int64_t p = 0; p < panels; ++p) {
-                    for (int v = 0; v < V; ++v) total = add(total, load(w.x.at(p, m) + v * W));
-                }
-                normalise(w.x, m, panels, total, {a.scale, a.shift, model.eps}, normal);
             }
         }
     }
@@ -267,12 +261,21 @@ struct Worker {
     // y = LN(dropout(input B + bias) + residual).
     void close(Matrix input, std::int64_t input_panels, const float* b, const float* bias, const Site& at, const Extent& e, Matrix residual,
                Matrix y, const Norm& norm, const Normal& normal) {
-        KeepBits bits;
+        Decisions kept;
         for (std::int64_t from = 0; from < e.rows; from += CHUNK) {
             const std::int64_t n = smaller(CHUNK, e.rows - from);
             product(input, input_panels, b, bias, panels, from, from + n, to(y));
-            chunk_bits(at, addresses(e), from, n, panels, bits);
-            drop_add_normalise(y, residual, from, n, panels, bits, kept_scale(at.threshold), norm, normal);
+            decide(at, addresses(e), from, n, panels, kept);
+            if (at.threshold) {
+                const Vec scale = broadcast(at.scale);
+                fill_and_normalise(y, from, n, panels, norm, normal, [&](std::int64_t p, std::int64_t m, int v) {
+                    return fma(select(kept[p][m - from] + v * W, load(y.at(p, m) + v * W)), scale, load(residual.at(p, m) + v * W));
+                });
+            } else {
+                fill_and_normalise(y, from, n, panels, norm, normal, [&](std::int64_t p, std::int64_t m, int v) {
+                    return add(load(y.at(p, m) + v * W), load(residual.at(p, m) + v * W));
+                });
+            }
         }
     }
 
@@ -285,8 +288,8 @@ struct Worker {
         for_attended(e, [&](const Attended& s) { attend(a, s); });
         close(w.context, attention_panels, l.output, l.output_bias, site(AFTER_ATTENTION, step, layer), e, x, w.middle,
               {l.scale1, l.shift1, model.eps}, kept.first);
-        product(w.middle, panels, l.up, l.up_bias, inner_panels, 0, e.rows,
-                [&](std::int64_t p, std::int64_t m, int v, Vec sum) { store(w.inner.at(p, m) + v * W, gelu(sum)); });
+        product(w.middle, panels, l.up, l.up_bias, inner_panels, 0, e.rows, to(w.inner),
+                [&](std::int64_t p, std::int64_t m) { gelu_all(w.inner.at(p, m), R * COLUMNS); });
         close(w.inner, inner_panels, l.down, l.down_bias, site(AFTER_FEED_FORWARD, step, layer), e, w.middle, w.x,
               {l.scale2, l.shift2, model.eps}, kept.second);
     }
@@ -303,11 +306,8 @@ struct Worker {
         };
         close_backward(AFTER_FEED_FORWARD, kept.second, l.scale2, {sums.scale2, sums.shift2, sums.down_bias});
         unnormalise(kept.first.rows, e.rows, panels, l.scale1, l.shift1, w.middle);
-        product(w.middle, panels, l.up, l.up_bias, inner_panels, 0, e.rows, [&](std::int64_t p, std::int64_t m, int v, Vec sum) {
-            Vec slope;
-            store(w.inner.at(p, m) + v * W, gelu_and_slope(sum, slope));
-            store(w.slope.at(p, m) + v * W, slope);
-        });
+        product(w.middle, panels, l.up, l.up_bias, inner_panels, 0, e.rows, to(w.inner),
+                [&](std::int64_t p, std::int64_t m) { gelu_and_slope_all(w.inner.at(p, m), R * COLUMNS, w.slope.at(p, m)); });
         accumulate(w.dropped, panels, w.inner, inner_panels, e.rows, sums.down);
         product(w.dropped, panels, l.down_back, nullptr, inner_panels, 0, e.rows, [&](std::int64_t p, std::int64_t m, int v, Vec sum) {
             float* const place = w.slope.at(p, m) + v * W;
@@ -382,7 +382,7 @@ struct Worker {
     void enter_backward(std::int64_t tokens, const AdapterGradients& sums) {
         const AdapterWeights& a = model.adapter;
         if (model.shape.adapter == Adapter::none) return;
-        normalise_backward(w.grad, {w.normal, w.inverse}, a.scale, tokens, panels, {}, {}, w.grad, {}, {sums.scale, sums.shift, nullptr});
+        normalise_backward(w.grad, {w.normal, w.inverse}, a.scale, tokens, panels, site(0, 0, 0), {}, w.grad, {}, {sums.scale, sums.shift, nullptr});
         if (model.shape.adapter == Adapter::concat) accumulate(w.grad, panels, w.middle, panels, tokens, sums.state);
         Vec share_grad = broadcast(0.0f);
         each(panels, 0, tokens, [&](std::int64_t p, std::int64_t m, int v) {

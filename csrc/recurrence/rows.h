@@ -1,7 +1,7 @@
 // Row by row: dropout, residual and LayerNorm, forward and backward.
 #pragma once
 
-#include "recurrence/keep_bits.h"
+#include "recurrence/draws.h"
 #include "recurrence/product.h"
 
 namespace lares_fast {
@@ -16,18 +16,14 @@ struct RowAddresses {
     const std::uint32_t *row, *position;
 };
 
-using KeepBits = std::uint16_t[MAX_PANELS][CHUNK];
+// Dropout decisions for the rows of a chunk.
+using Decisions = Lane[MAX_PANELS][CHUNK][LANES];
 
-// Bits of the rows [from, from + n); bit 1 for all of them where nothing is dropped.
-inline void chunk_bits(const Site& at, RowAddresses rows, std::int64_t from, std::int64_t n, std::int64_t panels, KeepBits& bits) {
-    if (at.threshold == 0) {
-        std::memset(bits, 0xff, sizeof bits);
-        return;
+inline void decide(const Site& at, RowAddresses rows, std::int64_t from, std::int64_t n, std::int64_t panels, Decisions& kept) {
+    for (std::int64_t i = 0; i < n && at.threshold; ++i) {
+        draw_hidden(at, rows.row[from + i], rows.position[from + i], panels, CHUNK * LANES, kept[0][i]);
     }
-    for (std::int64_t i = 0; i < n; ++i) draw_hidden(at, rows.row[from + i], rows.position[from + i], panels, CHUNK, &bits[0][i]);
 }
-
-LARES_INLINE Mask lanes(std::uint16_t bits, int v) { return (static_cast<Mask>(bits) >> (v * W)) & ALL; }
 
 struct Norm {
     const float *scale, *shift;
@@ -40,47 +36,60 @@ struct Normal {
     float* inverse;
 };
 
-// y = LN(y) on row `m`, whose lanes add up to `total`.
-LARES_INLINE void normalise(Matrix y, std::int64_t m, std::int64_t panels, Vec total, const Norm& norm, const Normal& normal) {
-    const float columns = static_cast<float>(panels * COLUMNS);
-    const Vec centre = broadcast(sum(total) / columns);
-    Vec squares = broadcast(0.0f);
-    for (std::int64_t p = 0; p < panels; ++p) {
-        for (int v = 0; v < V; ++v) {
-            const Vec d = sub(load(y.at(p, m) + v * W), centre);
-            squares = fma(d, d, squares);
+// y = LN(y) for the rows [from, from + n), n <= CHUNK, whose means are known. Pass by pass over all rows: within one row,
+// each sum would wait for the one before.
+inline void normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const float (&mean)[CHUNK], const Norm& norm,
+                      const Normal& normal) {
+    float inverse[CHUNK];
+    for (std::int64_t i = 0; i < n; ++i) {
+        const Vec centre = broadcast(mean[i]);
+        Vec squares[V];
+        for (int v = 0; v < V; ++v) squares[v] = broadcast(0.0f);
+        for (std::int64_t p = 0; p < panels; ++p) {
+            for (int v = 0; v < V; ++v) {
+                const Vec d = sub(load(y.at(p, from + i) + v * W), centre);
+                squares[v] = fma(d, d, squares[v]);
+            }
         }
+        for (int v = 1; v < V; ++v) squares[0] = add(squares[0], squares[v]);
+        inverse[i] = sum(squares[0]);
     }
-    const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / columns + norm.eps);
-    if (normal.inverse) normal.inverse[m] = inverse;
-    const Vec factor = broadcast(inverse);
+    const float columns = static_cast<float>(panels * COLUMNS);
+    for (std::int64_t i = 0; i < n; ++i) inverse[i] = 1.0f / __builtin_sqrtf(inverse[i] / columns + norm.eps);
+    if (normal.inverse) std::memcpy(normal.inverse + from, inverse, sizeof(float) * static_cast<std::size_t>(n));
     for (std::int64_t p = 0; p < panels; ++p) {
         for (int v = 0; v < V; ++v) {
-            float* const place = y.at(p, m) + v * W;
-            const Vec value = mul(sub(load(place), centre), factor);
-            if (normal.rows.data) store(normal.rows.at(p, m) + v * W, value);
-            store(place, fma(value, load(norm.scale + p * COLUMNS + v * W), load(norm.shift + p * COLUMNS + v * W)));
+            const Vec scale = load(norm.scale + p * COLUMNS + v * W), shift = load(norm.shift + p * COLUMNS + v * W);
+            float* const place = y.at(p, from) + v * W;
+            float* const kept = normal.inverse ? normal.rows.at(p, from) + v * W : nullptr;
+            for (std::int64_t i = 0; i < n; ++i) {
+                const Vec value = mul(sub(load(place + i * COLUMNS), broadcast(mean[i])), broadcast(inverse[i]));
+                if (kept) store(kept + i * COLUMNS, value);
+                store(place + i * COLUMNS, fma(value, scale, shift));
+            }
         }
     }
 }
 
-// y = LN(dropout(y) + residual) for the rows [from, from + n) of y.
-inline void drop_add_normalise(Matrix y, Matrix residual, std::int64_t from, std::int64_t n, std::int64_t panels, const KeepBits& bits,
-                               float kept, const Norm& norm, const Normal& normal) {
-    const Vec factor = broadcast(kept);
+// Fills y by `value(panel, row, v)` and normalises it, for the rows [from, from + n).
+template <class Value>
+LARES_INLINE void fill_and_normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const Norm& norm, const Normal& normal,
+                                     const Value& value) {
+    float mean[CHUNK];
     for (std::int64_t i = 0; i < n; ++i) {
-        const std::int64_t m = from + i;
-        Vec total = broadcast(0.0f);
+        Vec total[V];
+        for (int v = 0; v < V; ++v) total[v] = broadcast(0.0f);
         for (std::int64_t p = 0; p < panels; ++p) {
             for (int v = 0; v < V; ++v) {
-                float* const place = y.at(p, m) + v * W;
-                const Vec sum = fma(select(lanes(bits[p][i], v), load(place)), factor, load(residual.at(p, m) + v * W));
-                store(place, sum);
-                total = add(total, sum);
+                const Vec x = value(p, from + i, v);
+                store(y.at(p, from + i) + v * W, x);
+                total[v] = add(total[v], x);
             }
         }
-        normalise(y, m, panels, total, norm, normal);
+        for (int v = 1; v < V; ++v) total[0] = add(total[0], total[v]);
+        mean[i] = sum(total[0]) / static_cast<float>(panels * COLUMNS);
     }
+    normalise(y, from, n, panels, mean, norm, normal);
 }
 
 // x = xhat * scale + shift for `rows` rows.
@@ -102,8 +111,8 @@ struct NormGradients {
 // `dropped`, unless its data is null.
 inline void normalise_backward(Matrix grad, const Normal& normal, const float* scale, std::int64_t rows, std::int64_t panels,
                                const Site& at, RowAddresses addresses, Matrix to, Matrix dropped, const NormGradients& sums) {
-    const float columns = static_cast<float>(panels * COLUMNS), kept = kept_scale(at.threshold);
-    KeepBits bits;
+    const float columns = static_cast<float>(panels * COLUMNS);
+    Decisions kept;
     for (std::int64_t from = 0; from < rows; from += CHUNK) {
         const std::int64_t n = rows - from < CHUNK ? rows - from : CHUNK;
         float mean[CHUNK], slope[CHUNK];
@@ -119,11 +128,11 @@ inline void normalise_backward(Matrix grad, const Normal& normal, const float* s
             mean[i] = sum(total) / columns;
             slope[i] = sum(product) / columns;
         }
-        if (dropped.data) chunk_bits(at, addresses, from, n, panels, bits);
+        if (dropped.data) decide(at, addresses, from, n, panels, kept);
         for (std::int64_t p = 0; p < panels; ++p) {
             for (int v = 0; v < V; ++v) {
                 const std::int64_t column = p * COLUMNS + v * W;
-                const Vec a = load(scale + column), factor = broadcast(kept);
+                const Vec a = load(scale + column), factor = broadcast(at.scale);
                 Vec scale_sum = broadcast(0.0f), shift_sum = broadcast(0.0f), bias_sum = broadcast(0.0f);
                 for (std::int64_t i = 0; i < n; ++i) {
                     const std::int64_t m = from + i;
@@ -134,7 +143,7 @@ inline void normalise_backward(Matrix grad, const Normal& normal, const float* s
                     const Vec d = mul(centred, broadcast(normal.inverse[m]));
                     store(to.at(p, m) + v * W, d);
                     if (dropped.data) {
-                        const Vec f = mul(select(lanes(bits[p][i], v), d), factor);
+                        const Vec f = at.threshold ? mul(select(kept[p][i] + v * W, d), factor) : d;
                         store(dropped.at(p, m) + v * W, f);
                         bias_sum = add(bias_sum, f);
                     }
