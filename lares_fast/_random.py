@@ -101,11 +101,13 @@ def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Ten
     return _by_rows(some, rows, calls_per_row=heads * quads * tiles * 8)
 
 
-def truncated_normal(key: Key, rows: Tensor, length: int, width: int, bound: float = 3.0) -> Tensor:
-    """Standard normal draws [B, L, D] (fp32) truncated to [-bound, bound], by inversion of 32-bit uniforms."""
+def truncated_normal(key: Key, rows: Tensor, positions: Tensor, width: int, bound: float = 3.0) -> Tensor:
+    """Standard normal draws [..., D] (fp32) truncated to [-bound, bound], by inversion of 32-bit uniforms.
+
+    ``rows`` and ``positions`` are int64 of shapes that broadcast to [...].
+    """
     c0 = torch.arange(-(-width // 4)) | SITE_STATE << 16
-    c1 = torch.arange(length)[:, None]
-    words = philox((c0, c1, rows[:, None, None], torch.tensor(0)), key)
+    words = philox((c0, positions[..., None], rows[..., None], torch.tensor(0)), key)
     uniform = (torch.stack(words, dim=-1).flatten(-2)[..., :width].double() + 0.5) / 2**32
     edge = math.erf(bound / math.sqrt(2))
     return (math.sqrt(2) * torch.erfinv((2 * uniform - 1) * edge)).float()
@@ -127,9 +129,9 @@ class Draw:
         """A generator for draws that belong to the pass as a whole, such as its depth."""
         return generator(self.key)
 
-    def initial_state(self, length: int, width: int) -> Tensor:
-        """Standard normal draws [B, L, D] (fp32), truncated at three standard deviations."""
-        return truncated_normal(self.key, self.rows, length, width)
+    def initial_state(self, rows: Tensor, positions: Tensor, width: int) -> Tensor:
+        """Standard normal draws [..., D] (fp32) at ``rows`` and ``positions`` [...], truncated at three standard deviations."""
+        return truncated_normal(self.key, rows, positions, width)
 
     def hidden(self, x: Tensor, p: float, *, site: int, step: int, layer: int) -> Tensor:
         """Dropout of a hidden activation ``x`` [B, L, D]."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lares_fast import _native, ops, reference
+from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
-from lares_fast._random import Draw, Key
+from lares_fast._random import SITE_INPUT, Draw
+from lares_fast.config import LARESConfig
+from lares_fast.reference.sequences import pack, places
 from lares_fast.reference.topk import Exclude
 
 # Backbones whose positions see only themselves and earlier ones.
 _CAUSAL = {"transformer"}
-# More groups skip more padding, smaller ones cost more calls.
-_GROUPS, _SMALLEST_GROUP = 6, 32
 
 
 class LARES(reference.LARES):
@@ -23,35 +26,72 @@ class LARES(reference.LARES):
     >>> scores, ids = model.eval().recommend(item_seq, item_seq_len, k=10)  # doctest: +SKIP
     """
 
-    linear_cross_entropy = staticmethod(ops.linear_cross_entropy)
-    target_logprob = staticmethod(ops.target_logprob)
-    target_logprob_and_rank = staticmethod(ops.target_logprob_and_rank)
+    # Of every op; None means as the context, the environment or the arguments say.
+    backend: str | None = None
+
+    def __init__(self, config: LARESConfig, *, backend: str | None = None) -> None:
+        requested(backend)
+        super().__init__(config)
+        self.backend = backend
+
+    def linear_cross_entropy(self, *arguments: Any, **options: Any) -> Tensor:
+        """:func:`lares_fast.ops.linear_cross_entropy` on this model's backend."""
+        return ops.linear_cross_entropy(*arguments, backend=self.backend, **options)
+
+    def target_logprob(self, *arguments: Any, **options: Any) -> Tensor:
+        """:func:`lares_fast.ops.target_logprob` on this model's backend."""
+        return ops.target_logprob(*arguments, backend=self.backend, **options)
+
+    def target_logprob_and_rank(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """:func:`lares_fast.ops.target_logprob_and_rank` on this model's backend."""
+        return ops.target_logprob_and_rank(*arguments, backend=self.backend, **options)
 
     def _encode(
         self, item_seq: Tensor, item_seq_len: Tensor, depth: Tensor, state: Tensor | None, draw: Draw, return_all_steps: bool
     ) -> Tensor:
-        """The reference's, in groups of similar length that are cropped to their longest.
-
-        That is exact for a causal block, whose real positions never see a later one, because random numbers are
-        addressed by row and position and not by the shape they are drawn in. Other blocks run uncropped.
-        """
-        if self.config.backbone not in _CAUSAL or not len(item_seq):
+        """The reference's on packed sequences: exact for a causal block, whose real positions never see a later one."""
+        if self.config.backbone not in _CAUSAL or not len(depth):
             return super()._encode(item_seq, item_seq_len, depth, state, draw, return_all_steps)
-        # Random numbers are drawn on the CPU, so the groups are chosen there too.
-        order = item_seq_len.cpu().argsort()
-        groups = []
-        for group in order.tensor_split(max(1, min(_GROUPS, len(order) // _SMALLEST_GROUP))):
-            length = int(item_seq_len[group].max())
-            hidden = super()._encode(
-                item_seq[group, :length],
-                item_seq_len[group],
-                depth[group],
-                None if state is None else state[group, :length],
-                _draw(draw.key, draw.rows[group]),
-                return_all_steps,
-            )
-            groups.append(hidden)
-        return torch.cat(_same_steps(groups) if return_all_steps else groups)[order.argsort()]
+        if item_seq.dim() == 2:
+            items, offsets = pack(item_seq, item_seq_len)
+            state = None if state is None else pack(state, item_seq_len)[0]
+        else:
+            items, offsets = item_seq, item_seq_len
+        sequence, position = places(offsets)
+        if state is None:
+            state = self._initial_state(draw, draw.rows[sequence.cpu()], position.cpu())
+        dropped = draw if self.training else None
+        x = self._input(items, sequence, position, dropped)
+        pre = self._steps(self.pre_block, x, offsets, dropped, output="tokens")
+        depth = depth.to(x.device)
+        output = "steps" if return_all_steps else "last"
+        hidden = self._steps(self.recurrence, state.to(x), offsets, dropped, pre=pre, depth=depth, output=output)
+        return _rectangle(hidden, depth) if return_all_steps else hidden
+
+    def _input(self, items: Tensor, sequence: Tensor, position: Tensor, draw: Draw | None) -> Tensor:
+        """What the pre-block reads, [P, D]."""
+        x = self.input_norm(self.item_embedding(items) + self.position_embedding(position))
+        if draw is None or not self.config.dropout:
+            return x
+        # Masks are addressed by place, so those of a padded rectangle hold the packed ones.
+        ones = x.new_ones(len(draw.rows), int(position.max()) + 1, x.shape[1])
+        return x * _faster(draw).hidden(ones, self.config.dropout, site=SITE_INPUT, step=0, layer=0)[sequence, position]
+
+    def _steps(self, block: nn.Module, h: Tensor, offsets: Tensor, draw: Draw | None, **arguments: Any) -> Tensor:
+        config = self.config
+        return ops.recurrence(
+            h,
+            offsets,
+            list(block.parameters()),
+            n_heads=config.n_heads,
+            adapter=config.adapter,
+            draw=draw,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            eps=config.layer_norm_eps,
+            backend=self.backend,
+            **arguments,
+        )
 
     @torch.no_grad()
     def recommend(
@@ -81,6 +121,27 @@ class LARES(reference.LARES):
         return scores, torch.where(rows < 0, rows, rows + 1)
 
 
+def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
+    """Put the fast encoder under ``model``, which other code holds, and say what was replaced.
+
+    ``model`` is a :class:`lares_fast.reference.LARES`, and becomes a :class:`LARES` in place: parameters, their names,
+    optimizer state and hooks stay as they are. ``backend`` as in :class:`LARES`. Raises :class:`InputError` for any other
+    class, because a subclass may have changed what is replaced.
+    """
+    if type(model) not in (reference.LARES, LARES):
+        raise InputError(f"model must be a reference.LARES, but is a {type(model).__name__}: build lares_fast.LARES instead.")
+    requested(backend)
+    model.__class__ = LARES
+    cast(LARES, model).backend = backend
+    if model.config.backbone not in _CAUSAL:
+        return f"encode: as before, because the backbone {model.config.backbone!r} is not causal\nrecommend: ops.topk"
+    h = torch.empty(1, model.config.hidden_size, device=model.item_embedding.weight.device)
+    arguments = (h, torch.tensor([0, 1]), list(model.recurrence.parameters()))
+    return (
+        f"encode: packed sequences, ops.recurrence\n{explain('recurrence', *arguments, backend=backend)}\nrecommend: ops.topk"
+    )
+
+
 class _NativeDraw(Draw):
     """The same masks, bit for bit, from the native module."""
 
@@ -88,14 +149,15 @@ class _NativeDraw(Draw):
     _keep_attention = staticmethod(_native.keep_attention)
 
 
-def _draw(key: Key, rows: Tensor) -> Draw:
-    return _NativeDraw(key, rows) if _native.available()[0] else Draw(key, rows)
+def _faster(draw: Draw) -> Draw:
+    return _NativeDraw(draw.key, draw.rows) if _native.available()[0] else draw
 
 
-def _same_steps(groups: list[Tensor]) -> list[Tensor]:
-    """Groups [b, T_g, D] brought to one T: a group that stopped earlier repeats its last state."""
-    steps = max(group.shape[1] for group in groups)
-    return [torch.cat((group, group[:, -1:].expand(-1, steps - group.shape[1], -1)), dim=1) for group in groups]
+def _rectangle(states: Tensor, depth: Tensor) -> Tensor:
+    """States [sum T, D] of sequences that stand one behind the other as [B, T, D]: one that stopped repeats its last."""
+    steps = torch.arange(int(depth.max()), device=depth.device)
+    first = depth.cumsum(0) - depth
+    return states[first[:, None] + steps.minimum(depth[:, None] - 1)]
 
 
 def _without_pad(exclude: Exclude) -> Exclude:

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "_library": LEAVES,
     "ops": LEAVES | {"reference", "_dispatch", "_library", "kernels"},
     "convert": LEAVES | {"reference"},
-    "model": LEAVES | {"reference", "ops"},
+    "model": LEAVES | {"reference", "ops", "_dispatch"},
     "data": LEAVES,
     "train": LEAVES | {"reference", "ops", "model", "data"},
     "serve": LEAVES | {"reference", "ops", "model", "data", "train"},

@@ -27,5 +27,11 @@ LARES_INLINE void exp2(Vec (&x)[R]) {
     for (int r = 0; r < R; ++r) x[r] = times_power(p[r], whole[r]);
 }
 
+LARES_INLINE Vec exp2(Vec x) {
+    Vec one[1] = {x};
+    exp2(one);
+    return one[0];
+}
+
 }  // namespace
 }  // namespace lares_fast

@@ -31,6 +31,9 @@ LARES_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 LARES_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 LARES_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 LARES_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+LARES_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+LARES_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+LARES_INLINE float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 // The second operand where either is NaN.
 LARES_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 LARES_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
@@ -95,6 +98,17 @@ LARES_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 LARES_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 LARES_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 LARES_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+LARES_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+LARES_INLINE float sum(Vec v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+LARES_INLINE float largest(Vec v) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
 LARES_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 LARES_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 LARES_INLINE Mask bits(Vec lanes) { return static_cast<Mask>(_mm256_movemask_ps(lanes)); }
@@ -154,6 +168,12 @@ LARES_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 LARES_INLINE Vec add(Vec a, Vec b) { return a + b; }
 LARES_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 LARES_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+LARES_INLINE Vec div(Vec a, Vec b) { return a / b; }
+LARES_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+LARES_INLINE float largest(Vec v) {
+    const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+    return a > b ? a : b;
+}
 LARES_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 LARES_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 LARES_INLINE Mask bits(Lanes lanes) {

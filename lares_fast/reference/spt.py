@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lares_fast._random import Draw
 from lares_fast.reference.model import LARES
 
-# (item_seq [B, L], item_seq_len [B])
+# (item_seq [B, L], item_seq_len [B]), or packed (items [P], offsets [B + 1])
 Sequences = tuple[Tensor, Tensor]
 
 

@@ -48,7 +48,7 @@ class RPT:
         loss = reference.rpt_loss(
             self.model,
             self._start,
-            (batch.item_seq, batch.item_seq_len),
+            batch.sequences,
             batch.target,
             policy,
             frozen,
