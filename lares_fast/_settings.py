@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lares_fast._errors import InputError
 
@@ -41,3 +43,17 @@ def wait_patiently() -> None:
     Only before torch is imported. On a machine with other work, spinning makes small models ten times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def temporarily(name: str, value: str) -> Iterator[None]:
+    """Have another tool's variable ``name`` set to ``value`` within the ``with`` block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "data": LEAVES,
     "train": LEAVES | {"reference", "ops", "model", "data"},
     "serve": LEAVES | {"reference", "ops", "model", "data", "train"},
-    "kernels": set(),
+    "kernels": {"_settings"},
 }
 # Third-party packages that a room may import at module level. The rest is imported where it is used.
 CORE = {"torch", "numpy", "safetensors"}

@@ -76,6 +76,19 @@ def test_the_gate_sees_a_spill(monkeypatch):
     assert wide.stack > spills(32, torch.bfloat16, wide.name)
 
 
+@pytest.mark.parametrize(("ptxas", "wgmma"), [((12, 9), False), ((13, 3), True)])
+def test_the_gate_sees_products_that_are_not_sound(ptxas, wgmma, monkeypatch):
+    import triton_gate
+    from lares_fast.kernels import _launch, attention
+
+    monkeypatch.setitem(attention.WARPS, torch.bfloat16, 4)
+    monkeypatch.setattr(attention, "tile_size", lambda longest, row_bytes: 64)
+    monkeypatch.setattr(_launch, "_ptxas", lambda architecture: ptxas)
+    forward, *_ = triton_gate.compile_launches(monkeypatch, 90, lambda: run(64, torch.bfloat16, 0.0, 64))
+    assert (forward.count("HGMMA") > 0) == wgmma
+    assert forward.products
+
+
 # D, dtype, and for which GPUs.
 CATALOG_CASES = [
     (64, torch.bfloat16, ALL),
