@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from lares_fast._errors import InputError
 
@@ -35,6 +36,13 @@ def cuda_products() -> str:
     if value not in CUDA_PRODUCTS:
         raise InputError(f"LARES_FAST_CUDA_PRODUCTS must be one of {', '.join(CUDA_PRODUCTS)}, but got {value!r}.")
     return value
+
+
+def cache_folder() -> Path:
+    """``LARES_FAST_CACHE``: where verdicts on kernels are kept."""
+    if value := os.environ.get("LARES_FAST_CACHE"):
+        return Path(value)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lares_fast"
 
 
 def wait_patiently() -> None:

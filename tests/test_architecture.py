@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"_errors", "_settings", "_random", "_native", "_cuda", "config"}
+LEAVES = {"_errors", "_law", "_settings", "_random", "_native", "_cuda", "config"}
 
 # Room -> rooms of lares_fast that it may import, besides itself. What is not listed may not be imported.
 MAY_IMPORT = {
     "_errors": set(),
     "_settings": {"_errors"},
+    "_law": set(),
     "_random": set(),
     "_native": {"_errors", "_random", "_settings"},
     "_cuda": {"_errors", "_native", "_settings"},

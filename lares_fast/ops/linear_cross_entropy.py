@@ -242,7 +242,7 @@ def _triton_obstacle(hidden: Tensor, items: Tensor, *_: object) -> str | None:
         return f"it takes 1 to {_WIDEST} columns, and hidden has {hidden.shape[-1]}"
     if len(items) > _MOST_ITEMS:
         return f"it takes up to 2^30 items, and there are {len(items)}"
-    return _triton.obstacle(hidden)
+    return _triton.refusal("linear_cross_entropy", hidden, width=hidden.shape[-1])
 
 
 register(

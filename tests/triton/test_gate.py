@@ -100,6 +100,14 @@ CATALOG_CASES = [
 CATALOG_DOTS = {"target_score": 0, "softmax_forward": 1, "softmax_backward_hidden": 2, "softmax_backward_items": 2}
 
 
+def catalog(D, dtype):
+    hidden = torch.zeros(100, D, dtype=dtype, requires_grad=True)
+    items = torch.zeros(1000, D, dtype=dtype, requires_grad=True)
+    target = torch.ones(100, dtype=torch.int64)
+    logprob, _ = ops.target_logprob_and_rank(hidden, items, target, skip_pad=True, backend="triton")
+    logprob.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("D", "dtype", "architecture"),
     [(*case, architecture) for *case, architectures in CATALOG_CASES for architecture in architectures],
@@ -107,14 +115,7 @@ CATALOG_DOTS = {"target_score": 0, "softmax_forward": 1, "softmax_backward_hidde
 def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
     import triton_gate
 
-    def call():
-        hidden = torch.zeros(100, D, dtype=dtype, requires_grad=True)
-        items = torch.zeros(1000, D, dtype=dtype, requires_grad=True)
-        target = torch.ones(100, dtype=torch.int64)
-        logprob, _ = ops.target_logprob_and_rank(hidden, items, target, skip_pad=True, backend="triton")
-        logprob.sum().backward()
-
-    kernels = triton_gate.compile_launches(monkeypatch, architecture, call)
+    kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: catalog(D, dtype))
     # The backward scores the targets again.
     assert {kernel.name for kernel in kernels} == set(CATALOG_DOTS)
     assert len(kernels) == 5
