@@ -33,7 +33,7 @@ MAY_IMPORT = {
 }
 # Third-party packages that a room may import at module level. The rest is imported where it is used.
 CORE = {"torch", "numpy", "safetensors"}
-PACKAGES = {"reference": {"torch"}, "kernels": {"torch", "triton"}, "_random": {"torch"}}
+PACKAGES = {"reference": {"torch"}, "kernels": {"numpy", "torch", "triton"}, "_random": {"torch"}}
 
 
 def sources():

@@ -237,3 +237,10 @@ _TRIALS: dict[str, Callable[..., Trial]] = {
     "target_rank": _target_rank,
     "topk": _topk,
 }
+
+
+def shipped(op: str) -> list[dict[str, Any]]:
+    """The variants of the kernels of ``op`` that published model sizes use."""
+    if op == "attention":
+        return [{"width": width, "drop": drop, "short": False} for width in (32, 64) for drop in (False, True)]
+    return [{"width": width} for width in (64, 128)]

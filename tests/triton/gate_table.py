@@ -68,8 +68,8 @@ def page(found):
         "# The compile gate on older Tritons",
         "",
         f"What each Triton makes of the kernels in bf16, per GPU: {COLUMNS} of tensor cores.",
-        "All products are `HMMA`: neither WGMMA nor tcgen05 occurs, or the command fails. Compiled on a machine without a GPU; none of it "
-        "ran on one.",
+        "All products are `HMMA`: neither WGMMA nor tcgen05 occurs, or the command fails.",
+        "Compiled on a machine without a GPU; none of it ran on one.",
         "The full gate, tests/triton/test_gate.py, runs in CI on the Triton that is installed there.",
         "",
         "```",
