@@ -205,10 +205,10 @@ def page():
         "",
         "Each cell is eager PyTorch (the padded reference, without dropout) / kernels. It assumes:",
         "- eager: every operation that computes is one launch, reads its operands and writes its results once;",
-        "- kernels: a launch moves each tensor that it is given once; what programs read again comes from the L2 cache. PyTorch's",
-        f"  own operations around the launches are not counted. The recurrence: {recurrence_by};",
-        f"- a time is the longest of launches x {1e6 * LAUNCH:g} us, bytes / bandwidth, and operations / peak, of which kernels are",
-        f"  given {SHARE:.0%} for their small products; tiles are padded to 16 rows;",
+        "- kernels: a launch moves each tensor that it is given once; what programs read again comes from the L2 cache.",
+        f"  PyTorch's own operations around the launches are not counted. The recurrence: {recurrence_by};",
+        f"- a time is the longest of launches x {1e6 * LAUNCH:g} us, bytes / bandwidth, and operations / peak, of which",
+        f"  kernels are given {SHARE:.0%} for their small products; tiles are padded to 16 rows;",
         f"- data sheets: {sheets}.",
     ]
 
