@@ -26,7 +26,8 @@ def draw(runs: dict[str, Run], experiments: Sequence[Experiment], folder: Path) 
     shown = [runs[experiment.name] for experiment in experiments if runs[experiment.name].phases()]
     for data in dict.fromkeys(run.experiment.data for run in shown):
         of_data = [run for run in shown if run.experiment.data == data and run.experiment.section in ("main", "rival")]
-        _draw_curves(of_data, folder / Path(picture("curves", data)).name)
+        if of_data:
+            _draw_curves(of_data, folder / Path(picture("curves", data)).name)
     ablations = [run for run in shown if run.experiment.section == "ablation"]
     if ablations:
         _draw_curves(ablations, folder / Path(picture("ablations")).name)

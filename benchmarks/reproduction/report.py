@@ -201,9 +201,10 @@ def _ablations(shown: Sequence[Run]) -> str:
         tested = [run.final(history) for history in _HISTORIES]
         cells = [_number(row[metric]) if row else "-" for row in tested for metric in ("recall@10", "ndcg@10")]
         rows.append((f"`{run.experiment.name}`", run.experiment.what, *cells, "" if all(tested) else run.state))
-    picture = f"![Validation NDCG@10 of the ablations]({picture('ablations')})\n\n" if any(run.phases() for run in runs) else ""
+    drawn = any(run.phases() for run in runs)
+    curves = f"![Validation NDCG@10 of the ablations]({picture('ablations')})\n\n" if drawn else ""
     head = ("run", "", *(f"{metric}@10, {history}" for history in _HISTORIES for metric in ("R", "N")), "state")
-    return "## Ablations: Beauty, ten epochs of phase 1\n" + picture + _table(head, rows)
+    return "## Ablations: Beauty, ten epochs of phase 1\n" + curves + _table(head, rows)
 
 
 def _rewards(runs: dict[str, Run]) -> str:
