@@ -93,20 +93,35 @@ def test_a_planted_bug_ends_the_program(bug, report, checked):
 
 # name: (file of csrc/recurrence, text that stands there once, text instead of it)
 PLANTS = {
-    "a LayerNorm whose gradient lacks a term":
-        ("rows.h", "fma(xhat, broadcast(slope[i]), broadcast(mean[i]))", "broadcast(mean[i])"),
-    "masks of other columns": ("draws.h", "static_cast<std::uint32_t>(p / 4) << 3", "static_cast<std::uint32_t>(p / 4 + 1) << 3"),
+    "a LayerNorm whose gradient lacks a term": (
+        "rows.h",
+        "fma(xhat, broadcast(slope[i]), broadcast(mean[i]))",
+        "broadcast(mean[i])",
+    ),
+    "masks of other columns": (
+        "draws.h",
+        "static_cast<std::uint32_t>(p / 4) << 3",
+        "static_cast<std::uint32_t>(p / 4 + 1) << 3",
+    ),
     "a mask of other keys": ("draws.h", "quad | key_tile << 16", "quad | (key_tile + 1) << 16"),
     "a sequence that begins one token early": ("plan.cpp", "push_back({first,", "push_back({first - (b > 0),"),
     "another dropout site": (
-        "recurrence_kernel.cpp", "l.down_bias, site(AFTER_FEED_FORWARD,", "l.down_bias, site(AFTER_ATTENTION,"),
-    "a row that is not written": ("recurrence_kernel.cpp", "put(s.start, s.length, s.out, false)", "put(s.start, s.length - 1, s.out, false)"),
+        "recurrence_kernel.cpp",
+        "l.down_bias, site(AFTER_FEED_FORWARD,",
+        "l.down_bias, site(AFTER_ATTENTION,",
+    ),
+    "a row that is not written": (
+        "recurrence_kernel.cpp",
+        "put(s.start, s.length, s.out, false)",
+        "put(s.start, s.length - 1, s.out, false)",
+    ),
     "the token before the last instead of the last": (
         "recurrence_kernel.cpp",
         "(block.sequences[i].start + block.sequences[i].length - 1)",
-        "(block.sequences[i].start + (block.sequences[i].length - 1) / 2)"),
+        "(block.sequences[i].start + (block.sequences[i].length - 1) / 2)",
+    ),
     "a query that sees the next token": ("attention.h", "first_lanes(query + r + 1 - key)", "first_lanes(query + r + 2 - key)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("bug", PLANTS)
