@@ -12,7 +12,7 @@ from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
 from lares_fast._random import SITE_INPUT, Draw
 from lares_fast.config import LARESConfig
-from lares_fast.reference.sequences import pack, places
+from lares_fast.reference.sequences import pack, places, repeat
 from lares_fast.reference.topk import Exclude
 
 # Backbones whose positions see only themselves and earlier ones.
@@ -47,26 +47,38 @@ class LARES(reference.LARES):
         return ops.target_logprob_and_rank(*arguments, backend=self.backend, **options)
 
     def _encode(
-        self, item_seq: Tensor, item_seq_len: Tensor, depth: Tensor, state: Tensor | None, draw: Draw, return_all_steps: bool
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor,
+        passes: int,
+        depth: Tensor,
+        state: Tensor | None,
+        draw: Draw,
+        every_step: bool,
     ) -> Tensor:
         """The reference's on packed sequences: exact for a causal block, whose real positions never see a later one."""
         if self.config.backbone not in _CAUSAL or not len(depth):
-            return super()._encode(item_seq, item_seq_len, depth, state, draw, return_all_steps)
+            return super()._encode(item_seq, item_seq_len, passes, depth, state, draw, every_step)
         if item_seq.dim() == 2:
-            items, offsets = pack(item_seq, item_seq_len)
-            state = None if state is None else pack(state, item_seq_len)[0]
-        else:
-            items, offsets = item_seq, item_seq_len
+            state = None if state is None else pack(state, item_seq_len.repeat(passes))[0]
+            item_seq, item_seq_len = pack(item_seq, item_seq_len)
+        items, offsets = repeat(item_seq, item_seq_len, passes)
         sequence, position = places(offsets)
         if state is None:
             state = self._initial_state(draw, draw.rows[sequence.cpu()], position.cpu())
-        dropped = draw if self.training else None
-        x = self._input(items, sequence, position, dropped)
-        pre = self._steps(self.pre_block, x, offsets, dropped, output="tokens")
-        depth = depth.to(x.device)
-        output = "steps" if return_all_steps else "last"
-        hidden = self._steps(self.recurrence, state.to(x), offsets, dropped, pre=pre, depth=depth, output=output)
-        return _rectangle(hidden, depth) if return_all_steps else hidden
+        dropped = draw if self.training and (self.config.dropout or self.config.attention_dropout) else None
+        if dropped is None:
+            # No masks tell the passes apart before their h0 does.
+            pre, _ = repeat(self._before(item_seq, item_seq_len, None), item_seq_len, passes)
+        else:
+            pre = self._before(items, offsets, dropped)
+        output = "steps" if every_step else "last"
+        return self._steps(self.recurrence, state.to(pre), offsets, dropped, pre=pre, depth=depth, output=output)
+
+    def _before(self, items: Tensor, offsets: Tensor, draw: Draw | None) -> Tensor:
+        """What every step reads, [P, D]."""
+        x = self._input(items, *places(offsets), draw)
+        return self._steps(self.pre_block, x, offsets, draw, output="tokens")
 
     def _input(self, items: Tensor, sequence: Tensor, position: Tensor, draw: Draw | None) -> Tensor:
         """What the pre-block reads, [P, D]."""
@@ -151,13 +163,6 @@ class _NativeDraw(Draw):
 
 def _faster(draw: Draw) -> Draw:
     return _NativeDraw(draw.key, draw.rows) if _native.available()[0] else draw
-
-
-def _rectangle(states: Tensor, depth: Tensor) -> Tensor:
-    """States [sum T, D] of sequences that stand one behind the other as [B, T, D]: one that stopped repeats its last."""
-    steps = torch.arange(int(depth.max()), device=depth.device)
-    first = depth.cumsum(0) - depth
-    return states[first[:, None] + steps.minimum(depth[:, None] - 1)]
 
 
 def _without_pad(exclude: Exclude) -> Exclude:

@@ -18,7 +18,10 @@ Sequences = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass is free to choose: its depth T, its random numbers, and (for parity) its h0 [B, L, D]."""
+    """What one forward pass is free to choose: its depth T, its random numbers, and (for parity) its h0 [B, L, D].
+
+    Or what G passes over the same sequences choose, as ``LARES.trajectories`` takes it.
+    """
 
     num_steps: int | Tensor
     draw: Draw | None = None
@@ -29,6 +32,10 @@ class Pass:
         return model.encode(
             *sequences, num_steps=self.num_steps, state=self.state, draw=self.draw, return_all_steps=return_all_steps
         )
+
+    def trajectories(self, model: LARES, sequences: Sequences) -> Tensor:
+        """``model.trajectories`` with these passes' choices."""
+        return model.trajectories(*sequences, torch.as_tensor(self.num_steps), state=self.state, draw=self.draw)
 
 
 class SPTLoss(NamedTuple):
