@@ -65,7 +65,7 @@ class LARES(reference.LARES):
         items, offsets = repeat(item_seq, item_seq_len, passes)
         sequence, position = places(offsets)
         if state is None:
-            state = self._initial_state(draw, draw.rows[sequence.cpu()], position.cpu())
+            state = self._packed_state(draw, sequence.cpu(), position.cpu())
         dropped = draw if self.training and (self.config.dropout or self.config.attention_dropout) else None
         if dropped is None:
             # No masks tell the passes apart before their h0 does.
@@ -74,6 +74,13 @@ class LARES(reference.LARES):
             pre = self._before(items, offsets, dropped)
         output = "steps" if every_step else "last"
         return self._steps(self.recurrence, state.to(pre), offsets, dropped, pre=pre, depth=depth, output=output)
+
+    def _packed_state(self, draw: Draw, sequence: Tensor, position: Tensor) -> Tensor:
+        """h0 [P, D]."""
+        if bool((draw.rows == draw.rows[0]).all()):
+            # As without a draw in evaluation: every sequence has the same.
+            return self._initial_state(draw, draw.rows[:1], torch.arange(int(position.max()) + 1))[position]
+        return self._initial_state(draw, draw.rows[sequence], position)
 
     def _before(self, items: Tensor, offsets: Tensor, draw: Draw | None) -> Tensor:
         """What every step reads, [P, D]."""

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lares_fast._random import Draw
 from lares_fast.reference.model import LARES
@@ -47,9 +46,9 @@ class SPTLoss(NamedTuple):
     step: Tensor
 
 
-def info_nce(x: Tensor, y: Tensor, tau: float) -> Tensor:
+def info_nce(model: LARES, x: Tensor, y: Tensor) -> Tensor:
     """Cross entropy of ``x @ y^T / tau`` [B, B] against the diagonal: every other row of the batch is a negative."""
-    return F.cross_entropy(x @ y.T / tau, torch.arange(len(x), device=x.device))
+    return model.linear_cross_entropy(x, y, torch.arange(len(x), device=x.device), scale=1 / model.config.tau)
 
 
 def spt_loss(
@@ -71,18 +70,16 @@ def spt_loss(
     step has no step-level term.
     """
     ce_pass, anchor_pass, partner_pass = passes
-    tau = model.config.tau
-
     query, items = model.query_and_items(ce_pass.encode(model, sequences))
     cross_entropy = model.linear_cross_entropy(query, items, target, skip_pad=not model.config.pad_in_softmax)
 
     trajectory_states = model.compared(anchor_pass.encode(model, sequences, return_all_steps=True))
     anchor = trajectory_states[:, -1]
     partner = model.compared(partner_pass.encode(model, partners))
-    trajectory = alpha / 2 * (info_nce(anchor, partner, tau) + info_nce(partner, anchor, tau))
+    trajectory = alpha / 2 * (info_nce(model, anchor, partner) + info_nce(model, partner, anchor))
 
     step = torch.zeros_like(trajectory)
     if trajectory_states.shape[1] > 1:
         state = trajectory_states[:, step_index]
-        step = gamma / 2 * (info_nce(anchor, state, tau) + info_nce(state, anchor, tau))
+        step = gamma / 2 * (info_nce(model, anchor, state) + info_nce(model, state, anchor))
     return SPTLoss(cross_entropy + trajectory + step, cross_entropy, trajectory, step)
