@@ -1,7 +1,7 @@
-"""One training step of each phase with its optimizer: what the official code does and its rivals against the model users build.
+"""One training step of each phase with its optimizer: what the official code does, and its rivals, against lares_fast.LARES.
 
-Every candidate steps in a process of its own, because an allocator's settings are a process's and so is its peak memory; the two
-of a comparison take turns.
+Every candidate steps in a process of its own, because an allocator's settings are a process's and so is its peak memory; the
+two of a comparison take turns.
 """
 
 from dataclasses import replace
@@ -9,7 +9,6 @@ from statistics import median
 
 import harness
 import pytest
-import train_step
 from train_step import CANDIDATES, CASES, OURS, Step, Worker
 
 WARM_UP = 3

@@ -1,4 +1,4 @@
-"""The model of official.py on packed sequences in plain PyTorch, dead work left out: the strongest eager rival of a whole step."""
+"""The model of official.py on packed sequences in plain PyTorch: the strongest eager rival of a whole step."""
 
 import packed_torch
 import torch

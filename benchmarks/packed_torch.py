@@ -25,9 +25,8 @@ def buckets(lengths, count=7):
 
 def recurrence(h, pre, lengths, plan, weights, n_heads, depth, p, *, sdpa):
     """The state of each sequence's last token, [B, D]; weights as ``ops.recurrence`` takes them."""
-    for h in states(h, pre, lengths, plan, weights, n_heads, depth, p, sdpa=sdpa):
-        pass
-    return h
+    *_, last = states(h, pre, lengths, plan, weights, n_heads, depth, p, sdpa=sdpa)
+    return last
 
 
 def states(h, pre, lengths, plan, weights, n_heads, depth, p, *, sdpa):

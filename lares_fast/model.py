@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lares_fast import _native, ops, reference
 from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
-from lares_fast._random import SITE_INPUT, Draw
+from lares_fast._random import SITE_INPUT, Draw, drop_threshold, dropped, keep_hidden, normal_of
 from lares_fast.config import LARESConfig
 from lares_fast.reference.sequences import pack, places, repeat
 from lares_fast.reference.topk import Exclude
@@ -66,21 +66,23 @@ class LARES(reference.LARES):
         sequence, position = places(offsets)
         if state is None:
             state = self._packed_state(draw, sequence.cpu(), position.cpu())
-        dropped = draw if self.training and (self.config.dropout or self.config.attention_dropout) else None
-        if dropped is None:
+        masks = draw if self.training and (self.config.dropout or self.config.attention_dropout) else None
+        if masks is None:
             # No masks tell the passes apart before their h0 does.
             pre, _ = repeat(self._before(item_seq, item_seq_len, None), item_seq_len, passes)
         else:
-            pre = self._before(items, offsets, dropped)
+            pre = self._before(items, offsets, masks)
         output = "steps" if every_step else "last"
-        return self._steps(self.recurrence, state.to(pre), offsets, dropped, pre=pre, depth=depth, output=output)
+        return self._steps(self.recurrence, state.to(pre), offsets, masks, pre=pre, depth=depth, output=output)
 
     def _packed_state(self, draw: Draw, sequence: Tensor, position: Tensor) -> Tensor:
         """h0 [P, D]."""
         if bool((draw.rows == draw.rows[0]).all()):
             # As without a draw in evaluation: every sequence has the same.
             return self._initial_state(draw, draw.rows[:1], torch.arange(int(position.max()) + 1))[position]
-        return self._initial_state(draw, draw.rows[sequence], position)
+        return self._initial_state(
+            _NativeDraw(draw.key, draw.rows) if _native.available()[0] else draw, draw.rows[sequence], position
+        )
 
     def _before(self, items: Tensor, offsets: Tensor, draw: Draw | None) -> Tensor:
         """What every step reads, [P, D]."""
@@ -92,9 +94,15 @@ class LARES(reference.LARES):
         x = self.input_norm(self.item_embedding(items) + self.position_embedding(position))
         if draw is None or not self.config.dropout:
             return x
-        # Masks are addressed by place, so those of a padded rectangle hold the packed ones.
-        ones = x.new_ones(len(draw.rows), int(position.max()) + 1, x.shape[1])
-        return x * _faster(draw).hidden(ones, self.config.dropout, site=SITE_INPUT, step=0, layer=0)[sequence, position]
+        sequence, position = sequence.cpu(), position.cpu()
+        threshold, width = drop_threshold(self.config.dropout), x.shape[1]
+        address: dict[str, Any] = {"site": SITE_INPUT, "step": 0, "layer": 0, "width": width}
+        if _native.available()[0]:
+            keep = _native.keep_hidden(draw.key, threshold, **address, rows=draw.rows[sequence], positions=position)
+        else:
+            length = int(position.max()) + 1
+            keep = keep_hidden(draw.key, threshold, **address, rows=draw.rows, length=length)[sequence, position]
+        return dropped(x, keep.to(x.device), threshold)
 
     def _steps(self, block: nn.Module, h: Tensor, offsets: Tensor, draw: Draw | None, **arguments: Any) -> Tensor:
         config = self.config
@@ -136,7 +144,7 @@ class LARES(reference.LARES):
         if exclude is not None:
             exclude = _without_pad(exclude)
         # Row 0 is PAD: rank the rows behind it, and shift ids back.
-        scores, rows = ops.topk(query, items[1:], k, exclude=exclude, backend=backend)
+        scores, rows = ops.topk(query, items[1:], k, exclude=exclude, backend=backend or self.backend)
         return scores, torch.where(rows < 0, rows, rows + 1)
 
 
@@ -152,24 +160,23 @@ def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
     requested(backend)
     model.__class__ = LARES
     cast(LARES, model).backend = backend
-    if model.config.backbone not in _CAUSAL:
-        return f"encode: as before, because the backbone {model.config.backbone!r} is not causal\nrecommend: ops.topk"
-    h = torch.empty(1, model.config.hidden_size, device=model.item_embedding.weight.device)
-    arguments = (h, torch.tensor([0, 1]), list(model.recurrence.parameters()))
-    return (
-        f"encode: packed sequences, ops.recurrence\n{explain('recurrence', *arguments, backend=backend)}\nrecommend: ops.topk"
-    )
+    items = model.item_embedding.weight.detach()
+    h = items.new_empty(1, model.config.hidden_size)
+    calls: dict[str, tuple[Any, ...]] = {"linear_cross_entropy": (h, items), "topk": (h, items, 1)}
+    if model.config.backbone in _CAUSAL:
+        encode = "encode: packed sequences, ops.recurrence"
+        calls = {"recurrence": (h, torch.tensor([0, 1]), list(model.recurrence.parameters())), **calls}
+    else:
+        encode = f"encode: as before, because the backbone {model.config.backbone!r} is not causal"
+    return "\n".join([encode, *(explain(op, *arguments, backend=backend) for op, arguments in calls.items())])
 
 
 class _NativeDraw(Draw):
-    """The same masks, bit for bit, from the native module."""
+    """The same h0 from the native module."""
 
-    _keep_hidden = staticmethod(_native.keep_hidden)
-    _keep_attention = staticmethod(_native.keep_attention)
-
-
-def _faster(draw: Draw) -> Draw:
-    return _NativeDraw(draw.key, draw.rows) if _native.available()[0] else draw
+    def initial_state(self, rows: Tensor, positions: Tensor, width: int) -> Tensor:
+        """``rows`` and ``positions`` [P]."""
+        return normal_of(_native.state_uniforms(self.key, rows, positions, width))
 
 
 def _without_pad(exclude: Exclude) -> Exclude:
