@@ -56,6 +56,12 @@ def test_the_last_step_is_its_own_best_match():
     assert last.step < first.step
 
 
+def group(*depths, key=1):
+    """G passes; a depth is one int or one of each row."""
+    num_steps = torch.stack([torch.as_tensor(T).expand(B) for T in depths])
+    return Pass(num_steps, Draw((key, 0), torch.arange(len(depths) * B)))
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_linear_cross_entropy_equals_torch(reduction):
     hidden, items = torch.randn(5, 8, dtype=torch.float64), torch.randn(30, 8, dtype=torch.float64)
@@ -82,9 +88,9 @@ def test_shared_noise_removes_the_kl_floor():
     model, sequences, target = setup(dropout=0.0)
     frozen = copy.deepcopy(model).eval()
     arguments = {"k": 10, "beta": 1.0, "reward": "recall"}
-    shared = reference.rpt_loss(model, frozen, sequences, target, passes(2, 3), passes(2, 3), **arguments)
+    shared = reference.rpt_loss(model, frozen, sequences, target, group(2, 3), group(2, 3), **arguments)
     assert shared.kl.abs() < 1e-6
-    own = reference.rpt_loss(model, frozen, sequences, target, passes(2, 3), passes(2, 3, key=9), **arguments)
+    own = reference.rpt_loss(model, frozen, sequences, target, group(2, 3), group(2, 3, key=9), **arguments)
     assert own.kl > 1e-4
     own.total.backward()
     assert all(p.grad is None for p in frozen.parameters())
@@ -95,10 +101,8 @@ def test_depths_of_their_own_average_over_own_steps():
     frozen = copy.deepcopy(model).eval()
     arguments = {"k": 10, "beta": 1.0, "reward": "ndcg"}
     depth = torch.where(torch.arange(B) < B // 2, 2, 5)
-    mixed = [Pass(depth, p.draw) for p in passes(1, 1)]
-    uniform = reference.rpt_loss(model, frozen, sequences, target, passes(5, 5), passes(5, 5, key=9), **arguments)
-    frozen_mixed = [Pass(depth, p.draw) for p in passes(5, 5, key=9)]
-    loss = reference.rpt_loss(model, frozen, sequences, target, mixed, frozen_mixed, **arguments)
+    uniform = reference.rpt_loss(model, frozen, sequences, target, group(5, 5), group(5, 5, key=9), **arguments)
+    loss = reference.rpt_loss(model, frozen, sequences, target, group(depth, depth), group(depth, depth, key=9), **arguments)
     torch.testing.assert_close(loss.rewards[:, B // 2 :], uniform.rewards[:, B // 2 :])
     assert torch.isfinite(loss.total)
     assert loss.total != uniform.total
