@@ -6,6 +6,7 @@ contract shared with the C++ and Triton code and stand in docs/numerics.md; they
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,9 +76,10 @@ def _by_rows(mask: Callable[[Tensor], Tensor], rows: Tensor, calls_per_row: int)
 def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
     """Keep-mask [B, L, D] (bool) of a hidden activation; ``rows`` [B] int64 are global batch rows."""
     groups = -(-width // 64)
-    c0 = torch.arange(8) | torch.arange(groups)[:, None] << 3 | site << 16
-    c1 = torch.arange(length)[:, None, None]
-    c3 = torch.tensor(step << 16 | layer)
+    count = functools.partial(torch.arange, device=rows.device)
+    c0 = count(8) | count(groups)[:, None] << 3 | site << 16
+    c1 = count(length)[:, None, None]
+    c3 = step << 16 | layer
 
     def some(rows: Tensor) -> Tensor:
         draws = _sixteen_bit(philox((c0, c1, rows[:, None, None, None], c3), key))  # [R, L, groups, 4, 16]
@@ -89,9 +91,10 @@ def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, r
 def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:
     """Keep-mask [B, H, L, L] (bool) of attention probabilities, indexed (row, head, query, key)."""
     quads, tiles = -(-length // 4), -(-length // 16)
-    c0 = torch.arange(8) | torch.arange(heads)[:, None, None, None] << 3 | SITE_ATTENTION << 16
-    c1 = torch.arange(quads)[:, None, None] | torch.arange(tiles)[:, None] << 16
-    c3 = torch.tensor(step << 16 | layer)
+    count = functools.partial(torch.arange, device=rows.device)
+    c0 = count(8) | count(heads)[:, None, None, None] << 3 | SITE_ATTENTION << 16
+    c1 = count(quads)[:, None, None] | count(tiles)[:, None] << 16
+    c3 = step << 16 | layer
 
     def some(rows: Tensor) -> Tensor:
         draws = _sixteen_bit(philox((c0, c1, rows[:, None, None, None, None], c3), key))  # [R, H, quads, tiles, 4, 16]
@@ -111,8 +114,8 @@ def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Ten
 
     ``rows`` and ``positions`` are int64 of shapes that broadcast to [...].
     """
-    c0 = torch.arange(-(-width // 4)) | SITE_STATE << 16
-    words = philox((c0, positions[..., None], rows[..., None], torch.tensor(0)), key)
+    c0 = torch.arange(-(-width // 4), device=rows.device) | SITE_STATE << 16
+    words = philox((c0, positions[..., None], rows[..., None], 0), key)
     return (torch.stack(words, dim=-1).flatten(-2)[..., :width].double() + 0.5) / 2**32
 
 

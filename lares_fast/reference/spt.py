@@ -67,19 +67,21 @@ def spt_loss(
     ``partners`` are other sequences with the same ``target`` [B]. ``passes`` are the cross-entropy pass,
     the anchor pass a (the same sequences again) and the partner pass p; the official code gives the last two one
     depth. s is the anchor's state after step ``step_index`` + 1, the last step included; an anchor of a single
-    step has no step-level term.
+    step has no step-level term. A term of weight 0 is 0, and a pass that only such terms need is not made.
     """
     ce_pass, anchor_pass, partner_pass = passes
     query, items = model.query_and_items(ce_pass.encode(model, sequences))
     cross_entropy = model.linear_cross_entropy(query, items, target, skip_pad=not model.config.pad_in_softmax)
 
+    trajectory = step = torch.zeros_like(cross_entropy)
+    if not alpha and not gamma:
+        return SPTLoss(cross_entropy, cross_entropy, trajectory, step)
     trajectory_states = model.compared(anchor_pass.encode(model, sequences, return_all_steps=True))
     anchor = trajectory_states[:, -1]
-    partner = model.compared(partner_pass.encode(model, partners))
-    trajectory = alpha / 2 * (info_nce(model, anchor, partner) + info_nce(model, partner, anchor))
-
-    step = torch.zeros_like(trajectory)
-    if trajectory_states.shape[1] > 1:
+    if alpha:
+        partner = model.compared(partner_pass.encode(model, partners))
+        trajectory = alpha / 2 * (info_nce(model, anchor, partner) + info_nce(model, partner, anchor))
+    if gamma and trajectory_states.shape[1] > 1:
         state = trajectory_states[:, step_index]
         step = gamma / 2 * (info_nce(model, anchor, state) + info_nce(model, state, anchor))
     return SPTLoss(cross_entropy + trajectory + step, cross_entropy, trajectory, step)

@@ -32,6 +32,21 @@ def test_a_single_step_has_no_step_level_term():
     assert deeper.step > 0
 
 
+@pytest.mark.parametrize(("alpha", "gamma", "encoded"), [(0.1, 0.5, 3), (0.1, 0.0, 3), (0.0, 0.5, 2), (0.0, 0.0, 1)])
+def test_a_term_of_weight_0_costs_no_pass(alpha, gamma, encoded, monkeypatch):
+    model, sequences, target = setup()
+    three = tuple(passes(3, 2, 2))
+    whole = reference.spt_loss(model, sequences, target, sequences, three, 0, alpha=0.1, gamma=0.5)
+    made, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda *args, **kwargs: made.append(kwargs) or encode(*args, **kwargs))
+    loss = reference.spt_loss(model, sequences, target, sequences, three, 0, alpha=alpha, gamma=gamma)
+    assert len(made) == encoded
+    assert loss.cross_entropy == whole.cross_entropy
+    assert loss.trajectory == (whole.trajectory if alpha else 0)
+    assert loss.step == (whole.step if gamma else 0)
+    assert loss.total == loss.cross_entropy + loss.trajectory + loss.step
+
+
 def test_the_last_step_is_its_own_best_match():
     """The official draw includes the last step: then s == a, and each NCE is the smallest this batch allows."""
     model, sequences, target = setup(similarity="cos", tau=0.07)

@@ -76,6 +76,19 @@ def test_the_gate_sees_a_spill(monkeypatch):
     assert wide.stack > spills(32, torch.bfloat16, wide.name)
 
 
+@pytest.mark.parametrize(("ptxas", "wgmma"), [((12, 9), False), ((13, 3), True)])
+def test_the_gate_sees_products_that_are_not_sound(ptxas, wgmma, monkeypatch):
+    import triton_gate
+    from lares_fast.kernels import _launch, attention
+
+    monkeypatch.setitem(attention.WARPS, torch.bfloat16, 4)
+    monkeypatch.setattr(attention, "tile_size", lambda longest, row_bytes: 64)
+    monkeypatch.setattr(_launch, "_ptxas", lambda architecture: ptxas)
+    forward, *_ = triton_gate.compile_launches(monkeypatch, 90, lambda: run(64, torch.bfloat16, 0.0, 64))
+    assert (forward.count("HGMMA") > 0) == wgmma
+    assert forward.products
+
+
 # D, dtype, and for which GPUs.
 CATALOG_CASES = [
     (64, torch.bfloat16, ALL),
@@ -87,6 +100,14 @@ CATALOG_CASES = [
 CATALOG_DOTS = {"target_score": 0, "softmax_forward": 1, "softmax_backward_hidden": 2, "softmax_backward_items": 2}
 
 
+def catalog(D, dtype):
+    hidden = torch.zeros(100, D, dtype=dtype, requires_grad=True)
+    items = torch.zeros(1000, D, dtype=dtype, requires_grad=True)
+    target = torch.ones(100, dtype=torch.int64)
+    logprob, _ = ops.target_logprob_and_rank(hidden, items, target, skip_pad=True, backend="triton")
+    logprob.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("D", "dtype", "architecture"),
     [(*case, architecture) for *case, architectures in CATALOG_CASES for architecture in architectures],
@@ -94,14 +115,7 @@ CATALOG_DOTS = {"target_score": 0, "softmax_forward": 1, "softmax_backward_hidde
 def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
     import triton_gate
 
-    def call():
-        hidden = torch.zeros(100, D, dtype=dtype, requires_grad=True)
-        items = torch.zeros(1000, D, dtype=dtype, requires_grad=True)
-        target = torch.ones(100, dtype=torch.int64)
-        logprob, _ = ops.target_logprob_and_rank(hidden, items, target, skip_pad=True, backend="triton")
-        logprob.sum().backward()
-
-    kernels = triton_gate.compile_launches(monkeypatch, architecture, call)
+    kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: catalog(D, dtype))
     # The backward scores the targets again.
     assert {kernel.name for kernel in kernels} == set(CATALOG_DOTS)
     assert len(kernels) == 5

@@ -11,30 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from lares_fast.kernels._offline import compiling
 
 from lares_fast.ops import _triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Bytes of shared memory that one program may have.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-
-
-class Driver:
-    """What Triton asks of a driver before it compiles."""
-
-    def __init__(self, architecture):
-        self.target = GPUTarget("cuda", architecture, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 @dataclass(frozen=True)
@@ -60,19 +43,11 @@ class Compiled:
 
 def compile_launches(monkeypatch, architecture, call):
     """Every kernel that ``call()`` launches through the Triton backend on CPU tensors; nothing runs."""
-    compiled = []
-    run = JITFunction.run
-
-    def compile_only(self, *arguments, grid, warmup, **options):
-        self.device_caches.clear()
-        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
-
     with monkeypatch.context() as patch, tempfile.TemporaryDirectory() as cache:
         patch.setenv("TRITON_CACHE_DIR", cache)
-        patch.setattr(JITFunction, "run", compile_only)
-        patch.setattr(triton.runtime.driver, "_active", Driver(architecture))
         patch.setattr(_triton, "obstacle", lambda tensor: None)
-        call()
+        with compiling(architecture) as compiled:
+            call()
         return [inspect_kernel(kernel, Path(cache)) for kernel in compiled]
 
 
