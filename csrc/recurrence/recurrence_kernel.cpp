@@ -331,7 +331,9 @@ struct Worker {
         accumulate(w.query_grad, attention_panels, x, panels, e.rows, sums.query);
         accumulate_rows(w.query_grad, attention_panels, e.rows, sums.query_bias);
         accumulate(w.key_value_grad, 2 * attention_panels, w.x, panels, e.tokens, sums.key_value);
-        accumulate_rows(w.key_value_grad, 2 * attention_panels, e.tokens, sums.key_value_bias);
+        // A key's bias adds the same to all scores of a query, so its gradient is zero: only the values' is summed.
+        const Matrix value_grad{w.key_value_grad.at(attention_panels, 0), w.key_value_grad.rows};
+        accumulate_rows(value_grad, attention_panels, e.tokens, sums.key_value_bias + attention_panels * COLUMNS);
         product(w.key_value_grad, 2 * attention_panels, l.key_value_back, nullptr, panels, 0, e.tokens, to(w.grad));
         product(w.query_grad, attention_panels, l.query_back, nullptr, panels, 0, e.rows, plus_residual(w.residual));
         each(panels, 0, e.rows, [&](std::int64_t p, std::int64_t m, int v) {
@@ -384,16 +386,21 @@ struct Worker {
         if (model.shape.adapter == Adapter::none) return;
         normalise_backward(w.grad, {w.normal, w.inverse}, a.scale, tokens, panels, site(0, 0, 0), {}, w.grad, {}, {sums.scale, sums.shift, nullptr});
         if (model.shape.adapter == Adapter::concat) accumulate(w.grad, panels, w.middle, panels, tokens, sums.state);
-        Vec share_grad = broadcast(0.0f);
-        each(panels, 0, tokens, [&](std::int64_t p, std::int64_t m, int v) {
-            const Vec g = load(w.grad.at(p, m) + v * W);
-            float* const place = w.base_grad.at(p, m) + v * W;
-            store(place, add(load(place), g));
-            if (model.shape.adapter == Adapter::concat) return;
-            share_grad = fma(g, sub(load(w.middle.at(p, m) + v * W), load(w.base.at(p, m) + v * W)), share_grad);
-            store(w.grad.at(p, m) + v * W, mul(g, broadcast(a.share)));
-        });
-        if (model.shape.adapter == Adapter::linear) *sums.share += sum(share_grad);
+        // One number takes a term of every element.
+        double share_grad = 0;
+        for (std::int64_t m = 0; m < tokens; ++m) {
+            Vec of_row = broadcast(0.0f);
+            each(panels, m, 1, [&](std::int64_t p, std::int64_t, int v) {
+                const Vec g = load(w.grad.at(p, m) + v * W);
+                float* const place = w.base_grad.at(p, m) + v * W;
+                store(place, add(load(place), g));
+                if (model.shape.adapter == Adapter::concat) return;
+                of_row = fma(g, sub(load(w.middle.at(p, m) + v * W), load(w.base.at(p, m) + v * W)), of_row);
+                store(w.grad.at(p, m) + v * W, mul(g, broadcast(a.share)));
+            });
+            share_grad += sum(of_row);
+        }
+        if (model.shape.adapter == Adapter::linear) *sums.share += static_cast<float>(share_grad);
         if (model.shape.adapter == Adapter::concat) {
             product(w.grad, panels, a.state_back, nullptr, panels, 0, tokens, to(w.residual));
             swap(w.grad, w.residual);
