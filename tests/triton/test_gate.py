@@ -45,6 +45,7 @@ def test_attention(E, dtype, p, longest, architecture, monkeypatch):
     kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: run(E, dtype, p, longest))
     assert [kernel.name for kernel in kernels] == list(DOTS)
     for kernel in kernels:
+        assert not kernel.wrapping, kernel
         S, C, size = kernel.constants["S"], kernel.constants["C"], dtype.itemsize
         threads = 32 * kernel.warps
         assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
@@ -74,6 +75,19 @@ def test_the_gate_sees_a_spill(monkeypatch):
     monkeypatch.setattr(attention, "tile_size", lambda longest, row_bytes: 64)
     *_, wide = triton_gate.compile_launches(monkeypatch, 80, lambda: run(32, torch.bfloat16, 0.2, 200))
     assert wide.stack > spills(32, torch.bfloat16, wide.name)
+
+
+def test_the_gate_sees_an_offset_that_wraps(monkeypatch):
+    import triton_gate
+    import triton_toys
+    from lares_fast.kernels._launch import launch
+
+    def call():
+        launch(triton_toys.copy, 4, torch.zeros(64), torch.zeros(64), 0, warps=4, S=16)
+
+    (naive,) = triton_gate.compile_launches(monkeypatch, 80, call)
+    # The load and the store.
+    assert len(naive.wrapping) == 2
 
 
 @pytest.mark.parametrize(("ptxas", "wgmma"), [((12, 9), False), ((13, 3), True)])
@@ -120,6 +134,7 @@ def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
     assert {kernel.name for kernel in kernels} == set(CATALOG_DOTS)
     assert len(kernels) == 5
     for kernel in kernels:
+        assert not kernel.wrapping, kernel
         S, C = kernel.constants["S"], kernel.constants["C"]
         assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
         assert kernel.registers <= 240, kernel
