@@ -32,7 +32,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
-constexpr int ABI = 6;
+constexpr int ABI = 7;
 
 template <class T>
 T* pointer(uintptr_t address) {

@@ -150,7 +150,7 @@ def _check(call: _Call) -> None:
 
 
 def _check_integers(name: str, vector: Tensor, length: int | None) -> None:
-    wanted = "[B + 1]" if length is None else f"[{length}], as offsets say,"
+    wanted = "[B + 1]" if length is None else f"[{length}] as offsets say"
     if not isinstance(vector, Tensor):
         raise InputError(f"{name} must be int64 {wanted}, but got {type(vector).__name__}.")
     if vector.dim() != 1 or vector.dtype != torch.int64 or length not in (None, len(vector)):
