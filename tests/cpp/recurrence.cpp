@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
 
 #include "op_test.h"
 #include "random/philox.h"
@@ -322,7 +323,12 @@ private:
 
     Rows hidden_factors(std::int64_t site, std::int64_t step, std::int64_t layer) const {
         std::vector<std::uint8_t> keep(place(L_ * D_));
-        lares_fast::keep_hidden(address(c_.dropout.hidden, step, layer), site, 1, L_, D_, keep.data());
+        const std::vector<std::int64_t> rows(place(L_), c_.rows[place(b_)]);
+        std::vector<std::int64_t> positions(place(L_));
+        std::iota(positions.begin(), positions.end(), 0);
+        lares_fast::MaskAddress at = address(c_.dropout.hidden, step, layer);
+        at.rows = rows.data();
+        lares_fast::keep_hidden(at, positions.data(), site, L_, D_, keep.data());
         Rows factors;
         for (const std::uint8_t kept : keep) factors.push_back(kept * scale_of(c_.dropout.hidden));
         return factors;

@@ -1,9 +1,6 @@
 """``ops.recurrence``: the native backend against the padded reference in fp64, dropout included, and its contract."""
 
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import oracle
 import pytest
@@ -140,22 +137,6 @@ def test_a_sequence_does_not_depend_on_its_batch():
     alone = {**case.tensors, "h": case.tensors["h"][first:last], "pre": case.tensors["pre"][first:last]}
     case.offsets = torch.tensor([0, last - first])
     assert torch.allclose(case.call(alone, "native")[0], whole[4], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-def test_at_every_simd_level(level):
-    from lares_fast import _C
-
-    now = _C.level()
-    try:
-        _C.use_level(level)
-    except ValueError as error:
-        pytest.skip(str(error))
-    _C.use_level(now)
-    code = "import test_recurrence as t; t.Case(depth=t.RAGGED, adapter='concat').check(); t.Case(D=48, inner=80).check()"
-    environment = {"LARES_FAST_SIMD": level, "PYTHONPATH": ":".join([str(Path(__file__).parent), *filter(None, sys.path)])}
-    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
 
 
 def test_opcheck_and_compile():
