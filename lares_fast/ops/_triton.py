@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -15,6 +16,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def kernels(stem: str) -> ModuleType:
     """The module of the kernels of op ``stem``."""
     return importlib.import_module(f"lares_fast.kernels.{stem}")
+
+
+def seed(key: Sequence[int], device: torch.device) -> Tensor:
+    """The folded ``key`` as the kernels read it; a kernel fills it: no copy from the host, which would wait."""
+    packed = key[0] | key[1] << 32
+    return torch.full((1,), packed - (packed >> 63 << 64), dtype=torch.int64, device=device)
 
 
 def obstacle(tensor: Tensor) -> str | None:

@@ -15,6 +15,7 @@ from lares_fast._errors import InputError
 from lares_fast._library import register_op
 from lares_fast._random import Draw, drop_threshold
 from lares_fast.config import ADAPTERS
+from lares_fast.ops import _recurrence_triton
 
 # In the order of the enumerations of csrc/recurrence.
 _ADAPTERS = ("none", "add", "linear", "concat")
@@ -36,6 +37,7 @@ def recurrence(
     dropout: float = 0.0,
     attention_dropout: float | None = None,
     eps: float = 1e-12,
+    longest: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``for _ in range(depth): h = layers(norm(adapter(h, pre)))`` over sequences that stand one behind the other.
@@ -57,20 +59,23 @@ def recurrence(
             Steps count from 1, without ``pre`` from 0.
         dropout, attention_dropout: in [0, 1); ``None`` means "as dropout".
         eps: of the layer norms.
-        backend: ``auto`` (default), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size a multiple of
-            16) or ``reference``.
+        longest: at least the length of every sequence; an integer, so that no GPU is waited for. Only ``triton`` needs it.
+        backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
+            ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size a
+            multiple of 16) or ``reference``.
 
     Gradients: of ``h``, ``pre`` and all weights, through every step, once.
 
     Raises:
-        InputError: an argument has the wrong shape, dtype, device or range.
+        InputError: an argument has the wrong shape, dtype, device or range. The values of ``offsets`` and of a ``depth`` of
+            each sequence's own are checked on the CPU only; on a GPU wrong ones read and write where they should not.
         BackendError: the backend asked for by name cannot take these arguments.
     """
     call = _Call(
         h, pre, offsets, None if isinstance(depth, int) else depth, depth if isinstance(depth, int) else 0, list(weights),
         None if draw is None else draw.rows, [0, 0] if draw is None else list(draw.key),
         [dropout, dropout if attention_dropout is None else attention_dropout],
-        n_heads, "none" if pre is None else adapter, output, eps,
+        n_heads, "none" if pre is None else adapter, output, eps, longest,
     )  # fmt: skip
     _check(call)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (h, pre, *weights) if x is not None)
@@ -95,6 +100,7 @@ class _Call:
     adapter: str
     output: str
     eps: float
+    longest: int | None
 
     def arguments(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
@@ -113,7 +119,7 @@ class _Call:
 
 _SCHEMA = (
     "Tensor h, Tensor? pre, Tensor offsets, Tensor? depth, int steps, Tensor[] weights, Tensor? rows, int[] key,"
-    " float[] dropout, int n_heads, str adapter, str output, float eps"
+    " float[] dropout, int n_heads, str adapter, str output, float eps, int? longest"
 )
 
 
@@ -191,9 +197,13 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_values(call: _Call) -> None:
+    if call.offsets.device.type != "cpu":
+        return
     lengths, depths = call.offsets.diff(), call.depths()
     if int(call.offsets[0]) != 0 or int(call.offsets[-1]) != len(call.h) or bool((lengths < 1).any()):
         raise InputError(f"offsets must rise from 0 to the number of tokens, {len(call.h)}, by at least 1 a sequence.")
+    if call.longest is not None and bool((lengths > call.longest).any()):
+        raise InputError(f"longest must be at least the length of every sequence, {int(lengths.max())}, but got {call.longest}.")
     if len(depths) and int(depths.min()) < 1:
         raise InputError(f"depth must be at least 1, but it falls to {int(depths.min())}.")
 
@@ -222,9 +232,24 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
         new_size = torch.library.get_ctx().new_dynamic_size
         rows = new_size() if call.output == "steps" else _rows_of_output(call, 0)
         taped = new_size()
-    if not keep or choose("recurrence", backend, call.h, call.offsets, call.weights).name == "reference":
+    name = choose("recurrence", backend, call.h, call.offsets, call.weights, call).name
+    if name == "triton":
+        steps = call.steps if call.depth is None else torch.library.get_ctx().new_dynamic_size()
+        taped = len(call.h) * steps
+    if not keep or name == "reference":
         taped = 0
-    return call.h.new_empty(rows, width), call.h.new_empty((taped, 2 * width + 2), dtype=torch.int32)
+    return call.h.new_empty(rows, width), call.h.new_empty((taped, _columns_of_tape(call.h, name)), dtype=torch.int32)
+
+
+def _columns_of_tape(h: Tensor, backend: str) -> int:
+    return _recurrence_triton.tape_columns(h) if backend == "triton" else 2 * h.shape[1] + 2
+
+
+def _backend_of_tape(h: Tensor, tape: Tensor) -> str:
+    """Which backend ran forwards: the reference leaves no tape, and those of the others differ in width."""
+    if not len(tape):
+        return "reference"
+    return "triton" if tape.shape[1] == _columns_of_tape(h, "triton") else "native"
 
 
 def _native_call(call: _Call) -> _native.RecurrenceCall:
@@ -309,11 +334,22 @@ def _reference_backward(
         return list(torch.autograd.grad(_reference(fresh), inputs, grad))
 
 
-for _op, _native_run, _reference_run in (
-    ("recurrence", _native_forward, _reference_forward),
-    ("recurrence_backward", _native_backward, _reference_backward),
+def _triton_forward(h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, keep: bool) -> tuple[Tensor, Tensor]:
+    return _recurrence_triton.forward(call, keep)
+
+
+def _triton_backward(
+    h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, grad: Tensor, tape: Tensor
+) -> list[Tensor]:
+    return _recurrence_triton.backward(call, grad, tape)
+
+
+for _op, *_runs in (
+    ("recurrence", _triton_forward, _native_forward, _reference_forward),
+    ("recurrence_backward", _triton_backward, _native_backward, _reference_backward),
 ):
-    register(_op, Backend("native", _native_run, _native_obstacle), Backend("reference", _reference_run, lambda *_: None))
+    _obstacles = (_recurrence_triton.obstacle, _native_obstacle, lambda *_: None)
+    register(_op, *map(Backend, ("triton", "native", "reference"), _runs, _obstacles))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -328,8 +364,8 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         raise InputError("recurrence was called without keep, so it has no gradient.")
     h, pre, offsets, depth, rows, tape, *weights = ctx.saved_tensors
     call = replace(ctx.rest, h=h, pre=pre, offsets=offsets, depth=depth, weights=weights, rows=rows)
-    # The backend that ran forwards, whatever is asked for by now: only the native one leaves a tape.
-    grads = _BACKWARD_OP(*call.arguments(), grad, tape, "native" if len(tape) else "reference")
+    # Whatever is asked for by now.
+    grads = _BACKWARD_OP(*call.arguments(), grad, tape, _backend_of_tape(h, tape))
     count = len(grads) - len(weights)
     by_name = {"h": grads[0], "pre": grads[1] if count == 2 else None, "weights": grads[count:]}
     return *(by_name.get(field.name) for field in fields(call)), None, None
