@@ -74,16 +74,17 @@ def vector(base, size: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, source, real, D: tl.constexpr):
-    """Rows ``source`` [G, 16] of a matrix [P, D] as [G, 16, D] fp32, zero where they are not ``real``."""
-    at = source[:, :, None] * D + tl.arange(0, D)[None, None, :]
+def load_tile(base, source, real, STRIDE: tl.constexpr, C: tl.constexpr = None):
+    """The first C numbers (all, if not given) of rows ``source`` [G, 16], STRIDE long, as [G, 16, C] fp32, zero where not ``real``."""
+    COLUMNS: tl.constexpr = STRIDE if C is None else C
+    at = source[:, :, None] * STRIDE + tl.arange(0, COLUMNS)[None, None, :]
     return tl.load(base + at, mask=real[:, :, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_tile(base, tile, source, real, D: tl.constexpr):
+def store_tile(base, tile, source, real, STRIDE: tl.constexpr):
     """The inverse of :func:`load_tile`."""
-    at = source[:, :, None] * D + tl.arange(0, D)[None, None, :]
+    at = source[:, :, None] * STRIDE + tl.arange(0, tile.shape[2])[None, None, :]
     tl.store(base + at, tile.to(base.dtype.element_ty), mask=real[:, :, None])
 
 

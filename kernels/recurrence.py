@@ -49,7 +49,11 @@ def join(x, PRE, ADAPTER, hold, source, real, KIND: tl.constexpr, D: tl.constexp
         x = share * x + (1 - share) * pre
     else:
         state = rows_times(x, tl.trans(matrix(ADAPTER + hold, D, D, 2 * D)), G)
-        x = state + rows_times(pre, tl.trans(matrix(ADAPTER + hold + D, D, D, 2 * D)), G) + vector(ADAPTER + hold + 2 * D * D, D)
+        x = (
+            state
+            + rows_times(pre, tl.trans(matrix(ADAPTER + hold + D, D, D, 2 * D)), G)
+            + vector(ADAPTER + hold + 2 * D * D, D)
+        )
     return x
 
 
@@ -148,6 +152,10 @@ class Call:
     def layers(self):
         return len(self.weights) // len(ORDER)
 
+    @property
+    def inner(self):
+        return self.weights[-6].shape[0]
+
     @functools.cached_property
     def joining(self):
         """How many weights the adapter and its norm have."""
@@ -184,7 +192,7 @@ class Call:
 
     def launch(self, kernel, programs, *arguments, **constants):
         D, half = self.h.shape[1], self.h.dtype != torch.float32
-        sizes = {"D": D, "E": D // self.n_heads, "I": self.weights[-6].shape[0], "G": self.groups}
+        sizes = {"D": D, "E": D // self.n_heads, "I": self.inner, "G": self.groups}
         taken = {name: value for name, value in sizes.items() if name in kernel.arg_names}
         warps = self.groups if half else 8
         launch(kernel, programs, *arguments, warps=warps, maxnreg=MOST_REGISTERS, **taken, **constants)

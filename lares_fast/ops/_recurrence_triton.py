@@ -56,6 +56,8 @@ def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor]:
 
 def backward(call: Any, grad: Tensor, tape: Tensor) -> list[Tensor]:
     """The gradients of ``h``, ``pre`` and all weights."""
+    if not len(call.h):
+        return [torch.zeros_like(x) for x in call.tensors()]
     states = tape.view(call.h.dtype).view(-1, *call.h.shape)
     gradients: list[Tensor] = _triton.kernels("_recurrence_backward").backward(_kernel_call(call, call.depths()), grad, states)
     return gradients

@@ -203,7 +203,9 @@ def _check_values(call: _Call) -> None:
     if int(call.offsets[0]) != 0 or int(call.offsets[-1]) != len(call.h) or bool((lengths < 1).any()):
         raise InputError(f"offsets must rise from 0 to the number of tokens, {len(call.h)}, by at least 1 a sequence.")
     if call.longest is not None and bool((lengths > call.longest).any()):
-        raise InputError(f"longest must be at least the length of every sequence, {int(lengths.max())}, but got {call.longest}.")
+        raise InputError(
+            f"longest must be at least the length of every sequence, {int(lengths.max())}, but got {call.longest}."
+        )
     if len(depths) and int(depths.min()) < 1:
         raise InputError(f"depth must be at least 1, but it falls to {int(depths.min())}.")
 
