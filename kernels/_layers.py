@@ -5,7 +5,7 @@ they would be WGMMA on Hopper and tcgen05 on Blackwell, which some versions of p
 Sequences begin at tile rows that 4 divides, so that a call of the generator serves 4 queries of one sequence.
 
 The weights of a layer's halves stand one behind the other, each matrices first, then biases, then its norm:
-query, key, value, output [D, D] and 4 D + 2 D numbers; up [I, D], down [D, I] and I + D + 2 D numbers.
+query, key, value, output [D, D] and 4 D + 2 D numbers; up [INNER, D], down [D, INNER] and INNER + D + 2 D numbers.
 """
 
 import triton
@@ -75,7 +75,7 @@ def vector(base, size: tl.constexpr):
 
 @triton.jit
 def load_tile(base, source, real, STRIDE: tl.constexpr, C: tl.constexpr = None):
-    """The first C numbers (all, if not given) of rows ``source`` [G, 16], STRIDE long, as [G, 16, C] fp32, zero where not ``real``."""
+    """The first C numbers of rows ``source`` [G, 16], STRIDE (by default C) long, as [G, 16, C] fp32; zero if not ``real``."""
     COLUMNS: tl.constexpr = STRIDE if C is None else C
     at = source[:, :, None] * STRIDE + tl.arange(0, COLUMNS)[None, None, :]
     return tl.load(base + at, mask=real[:, :, None], other=0.0).to(tl.float32)
@@ -153,7 +153,7 @@ def attend(
     x, W, begin, scale, SEED, threshold, kept, step, layer, quad_row, quad, pair,
     D: tl.constexpr, E: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """The attention's output projection [G, 16, D], before dropout; without dropout added to x, which registers then hold once."""
+    """The attention's output projection [G, 16, D]. Without dropout x is added: registers then hold one sum in place of two."""
     out = tl.zeros((G, 16, D), tl.float32) if DROP else x
     x = x.to(W.dtype.element_ty)
     C: tl.constexpr = min(E, PIECE)
@@ -171,14 +171,14 @@ def attend(
 
 
 @triton.jit
-def feed(x, W, D: tl.constexpr, I: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr):
+def feed(x, W, D: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr):
     """As :func:`attend`, the feed-forward's second product; W is its part of a layer's weights."""
     DTYPE: tl.constexpr = W.dtype.element_ty
     out = tl.zeros((G, 16, D), tl.float32) if DROP else x
     x = x.to(DTYPE)
-    DOWN = W + I * D
-    BIAS = W + 2 * I * D
-    for i in range(0, I, PIECE):
+    DOWN = W + INNER * D
+    BIAS = W + 2 * INNER * D
+    for i in range(0, INNER, PIECE):
         g = gelu(linear(x, W + i * D, BIAS + i, D, PIECE, G))
-        out += rows_times(g, tl.trans(matrix(DOWN + i, D, PIECE, I)), G)
-    return out + vector(BIAS + I, D)
+        out += rows_times(g, tl.trans(matrix(DOWN + i, D, PIECE, INNER)), G)
+    return out + vector(BIAS + INNER, D)

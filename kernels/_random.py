@@ -48,7 +48,7 @@ def keep_attention(key, threshold, step, layer, row, head, query, column, Q: tl.
 
 @triton.jit
 def keep_attention_pairs(key, threshold, step, layer, row, head, quad, pair, Q: tl.constexpr, J: tl.constexpr):
-    """Mask [Q, J] of rows that are not one sequence: ``row`` and ``quad`` (query // 4) are [Q / 4], ``pair`` (key // 2) [J / 2]."""
+    """Mask [Q, J] over several sequences: ``row`` and ``quad`` (query // 4) are [Q / 4], ``pair`` (key // 2) [J / 2]."""
     c0 = (pair & 7 | head << 3 | _SITE_ATTENTION << 16)[None, :]
     c1 = quad[:, None] | (pair >> 3 << 16)[None, :]
     keep = _decisions(key, threshold, c0, c1, row[:, None], step << 16 | layer)

@@ -1,7 +1,7 @@
 """The gradients of the recurrence: step by step backwards, each half of a layer in a kernel of its own.
 
-A step is computed again from its saved state. The kernel of a half leaves what the weights' gradients are products of; a product
-over all rows is split over a fixed number of slots, each summed by one program in one order. There are no atomics.
+A step is computed again from its saved state. The kernel of a half leaves what the weights' gradients are products of; such a
+product over all rows is split over slots; an element of a slot is summed by one program in one order. There are no atomics.
 """
 
 import torch
@@ -55,8 +55,8 @@ def attention_half_backward(
     t, step, layer, eps, scale, threshold, kept, attention_threshold, attention_kept,
     D: tl.constexpr, E: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """From GRAD [P, D] of the half's output that of its residual sum, in place; DSUM [P, D] of the output projection, DQKV [P, 3 D]
-    of queries, keys and values, and CONTEXT [P, D], what the output projection multiplied."""
+    """From GRAD [P, D] of the half's output that of its residual sum, in place; the gradients DSUM [P, D] of the projection and
+    DQKV [P, 3 D] of queries, keys and values; and CONTEXT [P, D], what the output projection multiplied."""
     low, high = tl.load(FIRST + tl.program_id(0)), tl.load(FIRST + tl.program_id(0) + 1)
     if low == high:
         return
@@ -113,38 +113,38 @@ def attention_half_backward(
 
 @triton.jit(do_not_specialize=_SIZES)
 def feed_half_backward(
-    X, GRAD, OFFSETS, ALIGNED, FIRST, DEPTH, ROWS, SEED, W, INNER, DINNER, DSUM, PARTIAL,
+    X, GRAD, OFFSETS, ALIGNED, FIRST, DEPTH, ROWS, SEED, W, GELU, DINNER, DSUM, PARTIAL,
     t, step, layer, eps, threshold, kept,
-    D: tl.constexpr, I: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
+    D: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`attention_half_backward`: INNER [P, I] is what the second product multiplied, DINNER [P, I] goes to the first."""
+    """As :func:`attention_half_backward`; GELU [P, INNER] is what the second product multiplied, DINNER the first's grad."""
     low, high = tl.load(FIRST + tl.program_id(0)), tl.load(FIRST + tl.program_id(0) + 1)
     if low == high:
         return
-    origin, sequence, begin, source, position, length = places(OFFSETS, ALIGNED, low, high, G)
+    origin, sequence, _, source, position, length = places(OFFSETS, ALIGNED, low, high, G)
     real = (position < length) & (t < tl.load(DEPTH + sequence))
     DTYPE: tl.constexpr = W.dtype.element_ty
-    BIAS = W + 2 * I * D
+    BIAS = W + 2 * INNER * D
     x = load_tile(X + origin * D, source, real, D)
-    y = feed(x, W, D, I, G, DROP)
+    y = feed(x, W, D, INNER, G, DROP)
     if DROP:
-        flat_row, flat_position, quad_row, quad, pair = drop_places(ALIGNED, ROWS, low, high, G)
+        flat_row, flat_position, _, _, _ = drop_places(ALIGNED, ROWS, low, high, G)
         factor = hidden_factor(SEED, threshold, kept, SITE_FEED_FORWARD_OUT, step, layer, flat_row, flat_position, D, G)
         y = x + y * factor
     dy = load_tile(GRAD + origin * D, source, real, D)
-    dsum = norm_backward(y, dy, BIAS + I + D, PARTIAL + tl.program_id(0) * 2 * D, eps, D)
+    dsum = norm_backward(y, dy, BIAS + INNER + D, PARTIAL + tl.program_id(0) * 2 * D, eps, D)
     store_tile(GRAD + origin * D, dsum, source, real, D)
     if DROP:
         dsum *= factor
     store_tile(DSUM + origin * D, dsum, source, real, D)
     dsum, x = dsum.to(DTYPE), x.to(DTYPE)
-    for i in range(0, I, PIECE):
+    for i in range(0, INNER, PIECE):
         u = linear(x, W + i * D, BIAS + i, D, PIECE, G)
         below = 0.5 * (1 + tl.erf(u * 0.7071067811865476))
-        store_tile(INNER + origin * I + i, u * below, source, real, I)
+        store_tile(GELU + origin * INNER + i, u * below, source, real, INNER)
         slope = below + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
-        dg = rows_times(dsum, matrix(W + I * D + i, D, PIECE, I), G)
-        store_tile(DINNER + origin * I + i, dg * slope, source, real, I)
+        dg = rows_times(dsum, matrix(W + INNER * D + i, D, PIECE, INNER), G)
+        store_tile(DINNER + origin * INNER + i, dg * slope, source, real, INNER)
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def weight_gradient(
     A, B, ROW_DEPTH, SLOTS_GRAD, place, bias, P, t, size, rows,
     M: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Adds A' B [M, N] of the rows of one slot to ``place`` of that slot, rows STRIDE apart, and A's column sums to ``bias``."""
+    """Adds A' B [M, N] of one slot's rows at ``place`` of that slot, rows STRIDE apart, and A's column sums at ``bias``."""
     tiles: tl.constexpr = (M // SIDE) * (N // SIDE)
     slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     m, n = tile // (N // SIDE) * SIDE, tile % (N // SIDE) * SIDE
@@ -229,7 +229,7 @@ class _Backward:
     """The buffers of one backward pass and the kernels on them, in the order of :meth:`run`."""
 
     def __init__(self, call, grad, states):
-        h, layers, D, I = call.h, call.layers, call.h.shape[1], call.inner
+        h, layers, D = call.h, call.layers, call.h.shape[1]
         self.call, self.grad, self.states = call, grad, states
         self.adapter, self.norm, packed = call.packed
         self.weights = packed.view(layers, -1)
@@ -242,7 +242,7 @@ class _Backward:
         self.row_depth = torch.repeat_interleave(call.depth, self.lengths, output_size=P)
         self.halves, self.dqkv = h.new_empty(2 * layers, P, D), h.new_empty(P, 3 * D)
         self.multiplied, self.dsum = h.new_empty(P, D), h.new_empty(P, D)
-        self.inner, self.dinner = h.new_empty(P, I), h.new_empty(P, I)
+        self.inner, self.dinner = h.new_empty(P, call.inner), h.new_empty(P, call.inner)
 
         def zeros(*shape):
             return torch.zeros(shape, dtype=torch.float32, device=h.device)
@@ -279,7 +279,7 @@ class _Backward:
         self.dstate[call.offsets[1:] - 1] += torch.where(here[:, None], grad.float(), 0.0)
 
     def feed_half(self, t, step, layer):
-        call, D, I = self.call, self.call.h.shape[1], self.call.inner
+        call, size = self.call, self.call.inner * self.call.h.shape[1]
         x, W, dW = self.halves[2 * layer + 1], self.weights[layer, self.attention_size :], self.dweights[layer]
         dW = dW[:, self.attention_size :]
         eps, _, threshold, kept, *_ = call.numbers()
@@ -298,8 +298,8 @@ class _Backward:
             threshold,
             kept,
         )
-        self.product(self.dinner, x, dW, 0, 2 * I * D, t)
-        self.product(self.dsum, self.inner, dW, I * D, 2 * I * D + I, t)
+        self.product(self.dinner, x, dW, 0, 2 * size, t)
+        self.product(self.dsum, self.inner, dW, size, 2 * size + call.inner, t)
         self.back(self.dinner, W, self.dstate, t)
 
     def attention_half(self, t, step, layer):

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional as F
-from lares_fast.kernels._launch import launch, ready
+from lares_fast.kernels._launch import launch
 from lares_fast.kernels._layers import (
     LOG2E,
     SITE_ATTENTION_OUT,
@@ -29,6 +28,7 @@ from lares_fast.kernels._layers import (
     tile_rows,
     vector,
 )
+from torch.nn import functional as F
 
 # Where the reference's order of a layer's parameters has them in the order of _layers.py.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7, 8, 9, 10, 12, 11, 13, 14, 15)
@@ -59,8 +59,8 @@ def join(x, PRE, ADAPTER, hold, source, real, KIND: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def places(OFFSETS, ALIGNED, low, high, G: tl.constexpr):
-    """(first packed row of the tile; of each tile row [G, 16]: sequence, tile row of its beginning, packed row behind the first,
-    position, length)."""
+    """(first packed row of the tile; of each tile row [G, 16]: sequence, tile row where that begins, packed row behind the
+    first of the tile, position, length of the sequence)."""
     row = tile_rows(G)
     sequence, begin = owners(row, ALIGNED, low, high)
     origin = tl.load(OFFSETS + low)
@@ -73,7 +73,7 @@ def places(OFFSETS, ALIGNED, low, high, G: tl.constexpr):
 def recurrence_forward(
     STATE, PRE, OFFSETS, ALIGNED, FIRST, DEPTH, OUT_ROW, ROWS, SEED, ADAPTER, NORM, WEIGHTS, OUT, STATES,
     P, layers, first_step, eps, scale, threshold, kept, attention_threshold, attention_kept, zero,
-    D: tl.constexpr, E: tl.constexpr, I: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr,
     KIND: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """OUT: the states that are asked for, or with OUTPUT "halves" what goes into every half of a layer, [2 layers, P, D].
@@ -92,7 +92,7 @@ def recurrence_forward(
     else:
         flat_row, flat_position, quad_row, quad, pair = 0, 0, 0, 0, 0
     attention_size: tl.constexpr = 4 * D * D + 6 * D
-    size: tl.constexpr = attention_size + 2 * I * D + I + 3 * D
+    size: tl.constexpr = attention_size + 2 * INNER * D + INNER + 3 * D
     for t in range(0, tl.max(tl.max(depth, 1), 0)):
         if SAVE:
             store_tile(STATES + (origin + t * P.to(tl.int64)) * D, x, source, real, D)
@@ -116,12 +116,12 @@ def recurrence_forward(
             if OUTPUT == "halves":
                 store_tile(OUT + (origin + (2 * layer + 1) * P.to(tl.int64)) * D, x, source, real, D)
             W += attention_size
-            y = feed(x, W, D, I, G, DROP)
+            y = feed(x, W, D, INNER, G, DROP)
             if DROP:
                 y = x + y * hidden_factor(
                     SEED, threshold, kept, SITE_FEED_FORWARD_OUT, first_step + t, layer, flat_row, flat_position, D, G
                 )
-            x = layer_norm(y, W + 2 * I * D + I + D, eps, D)
+            x = layer_norm(y, W + 2 * INNER * D + INNER + D, eps, D)
         if OUTPUT == "last":
             store_tile(OUT, x, sequence, last & (t + 1 == depth), D)
         elif OUTPUT == "steps":
@@ -150,10 +150,12 @@ class Call:
 
     @functools.cached_property
     def layers(self):
+        """How many layers the weights have."""
         return len(self.weights) // len(ORDER)
 
     @property
     def inner(self):
+        """The width between the products of a feed-forward."""
         return self.weights[-6].shape[0]
 
     @functools.cached_property
@@ -178,7 +180,7 @@ class Call:
     def tiles(self):
         """(first row of each sequence, counted in rows of tiles [B + 1]; first sequence of each tile and of none).
 
-        A tile takes sequences as long as they fit. How many tiles that makes only the device knows, so some at the end are empty.
+        A tile takes sequences as long as they fit. Only the device knows how many tiles that makes: some at the end are empty.
         """
         P, B, R = len(self.h), len(self.offsets) - 1, 16 * self.groups
         aligned = F.pad(((self.offsets.diff() + 3) // 4 * 4).cumsum(0), (1, 0))
@@ -191,8 +193,9 @@ class Call:
         return aligned, first[: most + 1].contiguous()
 
     def launch(self, kernel, programs, *arguments, **constants):
+        """As :func:`launch`, with the sizes that ``kernel`` takes; a warp has 16 rows, in fp32 more warps hold less each."""
         D, half = self.h.shape[1], self.h.dtype != torch.float32
-        sizes = {"D": D, "E": D // self.n_heads, "I": self.inner, "G": self.groups}
+        sizes = {"D": D, "E": D // self.n_heads, "INNER": self.inner, "G": self.groups}
         taken = {name: value for name, value in sizes.items() if name in kernel.arg_names}
         warps = self.groups if half else 8
         launch(kernel, programs, *arguments, warps=warps, maxnreg=MOST_REGISTERS, **taken, **constants)

@@ -64,16 +64,16 @@ def backward(call: Any, grad: Tensor, tape: Tensor) -> list[Tensor]:
 
 
 def _kernel_call(call: Any, depths: Tensor) -> Any:
-    kernels = _triton.kernels("recurrence")
+    kernels, ready = _triton.kernels("recurrence"), _triton.kernels("_launch").ready
     thresholds = (0, 0) if call.rows is None else tuple(map(drop_threshold, call.dropout))
     dropped = any(thresholds)
     return kernels.Call(
-        h=kernels.ready(call.h),
-        pre=None if call.pre is None else kernels.ready(call.pre),
-        offsets=kernels.ready(call.offsets),
-        depth=kernels.ready(depths),
+        h=ready(call.h),
+        pre=None if call.pre is None else ready(call.pre),
+        offsets=ready(call.offsets),
+        depth=ready(depths),
         weights=call.weights,
-        rows=kernels.ready(call.rows) if dropped else None,
+        rows=ready(call.rows) if dropped else None,
         seed=_triton.seed(call.key, call.h.device) if dropped else None,
         thresholds=thresholds,
         n_heads=call.n_heads,
