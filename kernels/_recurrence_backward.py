@@ -31,6 +31,8 @@ from lares_fast.kernels.recurrence import ORDER, join, places
 
 # Rows that a slot has at least, and how many slots there are at most.
 SLOT_ROWS, SLOTS = 256, 32
+# In place of where a bias's gradient is added.
+NO_BIAS = -16
 # Side of a tile of a weight's gradient.
 SIDE = tl.constexpr(64)
 
@@ -213,11 +215,11 @@ def weight_gradient(
         total += tl.dot(tl.trans(a), b, input_precision="ieee")
         sums += tl.sum(a.to(tl.float32), 0)
     SLOT = SLOTS_GRAD + slot.to(tl.int64) * size
-    at = place + (m + side)[:, None] * STRIDE + (n + side)[None, :]
+    at = tl.multiple_of(place, 16) + (m + side)[:, None] * STRIDE + (n + side)[None, :]
     tl.store(SLOT + at, tl.load(SLOT + at) + total)
-    if n == 0:
-        at = bias + m + side
-        tl.store(SLOT + at, tl.load(SLOT + at) + sums)
+    if (n == 0) & (bias >= 0):
+        SUMS = SLOT + tl.multiple_of(bias, 16) + m + side
+        tl.store(SUMS, tl.load(SUMS) + sums)
 
 
 def backward(call, grad, states):
@@ -280,8 +282,8 @@ class _Backward:
 
     def feed_half(self, t, step, layer):
         call, size = self.call, self.call.inner * self.call.h.shape[1]
-        x, W, dW = self.halves[2 * layer + 1], self.weights[layer, self.attention_size :], self.dweights[layer]
-        dW = dW[:, self.attention_size :]
+        start = self.attention_size
+        x, W, dW = self.halves[2 * layer + 1], self.weights[layer, start:], self.dweights[layer]
         eps, _, threshold, kept, *_ = call.numbers()
         self.half(
             feed_half_backward,
@@ -298,8 +300,8 @@ class _Backward:
             threshold,
             kept,
         )
-        self.product(self.dinner, x, dW, 0, 2 * size, t)
-        self.product(self.dsum, self.inner, dW, size, 2 * size + call.inner, t)
+        self.product(self.dinner, x, dW, start, start + 2 * size, t)
+        self.product(self.dsum, self.inner, dW, start + size, start + 2 * size + call.inner, t)
         self.back(self.dinner, W, self.dstate, t)
 
     def attention_half(self, t, step, layer):
@@ -324,8 +326,8 @@ class _Backward:
             self.dpre, self.dsum, self.dgate, self.dnorm, len(state), t, call.eps, KIND=call.adapter,
         )  # fmt: skip
         if call.adapter == "concat":
-            for column, x, dx in ((0, state, self.dstate), (D, call.pre, self.dpre)):
-                self.product(self.dsum, x, self.dadapter, column, 2 * D * D, t, stride=2 * D)
+            for column, bias, x, dx in ((0, 2 * D * D, state, self.dstate), (D, NO_BIAS, call.pre, self.dpre)):
+                self.product(self.dsum, x, self.dadapter, column, bias, t, stride=2 * D)
                 self.back(self.dsum, self.adapter[column:], dx, t, add=float(column > 0), stride=2 * D)
 
     def product(self, a, b, slots, place, bias, t, stride=None):

@@ -79,7 +79,7 @@ PLANTED = {
     "off-by-one offset": ("recurrence", "place = tl.load(OFFSETS + sequence)", "place = tl.load(OFFSETS + sequence) + 1"),
     "missing centring": ("_layers", "x -= (tl.sum(x, 2) / D)[:, :, None]", "x -= 0 * (tl.sum(x, 2) / D)[:, :, None]"),
     "missing norm bias": ("_layers", "* vector(base, D) + vector(base + D, D)", "* vector(base, D)"),
-    "unwritten tile": ("recurrence", "recurrence_forward, len(first) - 1,", "recurrence_forward, len(first) - 2,"),
+    "unwritten tile": ("recurrence", "recurrence_forward, len(first) - 1,", "recurrence_forward, len(first) - 3,"),
     "wrong dropout site": ("_layers", "SITE_FEED_FORWARD_OUT = tl.constexpr(2)", "SITE_FEED_FORWARD_OUT = tl.constexpr(1)"),
     "wrong dropout quad": ("_layers", "(four - begin_four) // 4", "four // 4"),
     "one step too few": ("recurrence", "real & (t + 1 == depth)", "real & (t + 2 == depth)"),
