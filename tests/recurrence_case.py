@@ -15,14 +15,14 @@ RAGGED = [(5 * b) % 8 + 1 for b in range(len(LENGTHS))]
 class Case:
     """A call with random weights, whose gradients are those of a random linear function of the output."""
 
-    def __init__(self, lengths=LENGTHS, D=64, H=2, inner=128, layers=2, adapter="add", depth=3, output="last", p=0.5):
+    def __init__(self, lengths=LENGTHS, D=64, H=2, inner=128, layers=2, adapter="add", depth=3, output="last", p=0.5, std=0.15):
         torch.manual_seed(0)
         config = LARESConfig(
             n_items=2, hidden_size=D, n_heads=H, inner_size=inner, n_core_layers=layers, adapter=adapter or "add"
         )
         module = reference.Recurrence(config) if adapter else build_block(config, layers)
         for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+            torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
         tokens = sum(lengths)
         self.tensors = {"h": 2 * torch.randn(tokens, D)}
         if adapter:

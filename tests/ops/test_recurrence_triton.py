@@ -33,7 +33,8 @@ CASES = [
 def test_obeys_the_tolerance_law(dtype, longest, case, monkeypatch):
     import triton_interpreter
 
-    case = Case(**{"layers": 1, "inner": 64, **case})
+    # In half precision the reference itself breaks the law's ceiling with larger weights: the softmax is too sharp.
+    case = Case(**{"layers": 1, "inner": 64, "std": 0.15 if dtype == torch.float32 else 0.05, **case})
     case.options["longest"] = longest
     before = _dispatch.calls["recurrence_backward", "triton"]
     with triton_interpreter.interpreted(monkeypatch):
