@@ -1,7 +1,7 @@
 """The official way: what the published LARES code computes in one training step, dead work included, as padded eager PyTorch.
 
 It exists to be timed. Written from the description of what the official code does, with the parameter names of
-``reference.LARES``; bench_training.py checks its loss and gradients against the reference before it times anything. Dead
+``reference.LARES``; bench_train_step.py checks its loss and gradients against the reference before it times anything. Dead
 work: padding, scores of every step in the anchor pass that nobody reads, the softmax over the catalog of every step and
 trajectory kept whole for both models, stacks padded to the deepest trajectory, and a graph through the frozen model.
 """
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lares_fast import LARESConfig
-from lares_fast.reference.spt import info_nce
 
 _MASKED = -10000.0
 
@@ -123,6 +122,11 @@ def spt_loss(model, sequences, target, partners, depths, step_index, *, alpha, g
     tau, state = model.config.tau, trajectory[:, step_index]
     loss = loss + alpha / 2 * (info_nce(anchor, partner, tau) + info_nce(partner, anchor, tau))
     return loss + gamma / 2 * (info_nce(anchor, state, tau) + info_nce(state, anchor, tau))
+
+
+def info_nce(x, y, tau):
+    """Every other row of the batch is a negative."""
+    return F.cross_entropy(x @ y.T / tau, torch.arange(len(x)))
 
 
 def rpt_loss(model, start, sequences, target, depths, *, k, beta, dead_work=True, states=None, frozen_states=None):

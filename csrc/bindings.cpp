@@ -32,7 +32,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
-constexpr int ABI = 6;
+constexpr int ABI = 7;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -194,9 +194,13 @@ void target_logprob_backward(uintptr_t hidden, uintptr_t items, uintptr_t target
 }
 
 void keep_hidden(std::uint32_t key0, std::uint32_t key1, int64_t threshold, int64_t site, int64_t step, int64_t layer, uintptr_t rows,
-                 int64_t B, int64_t L, int64_t D, uintptr_t out) {
+                 uintptr_t positions, int64_t P, int64_t D, uintptr_t out) {
     const MaskAddress address{Key{key0, key1}, threshold, step, layer, pointer<int64_t>(rows)};
-    lares_fast::keep_hidden(address, site, B, L, D, pointer<std::uint8_t>(out));
+    lares_fast::keep_hidden(address, pointer<int64_t>(positions), site, P, D, pointer<std::uint8_t>(out));
+}
+
+void state_uniforms(std::uint32_t key0, std::uint32_t key1, uintptr_t rows, uintptr_t positions, int64_t P, int64_t D, uintptr_t out) {
+    lares_fast::state_uniforms(Key{key0, key1}, pointer<int64_t>(rows), pointer<int64_t>(positions), P, D, pointer<double>(out));
 }
 
 void keep_attention(std::uint32_t key0, std::uint32_t key1, int64_t threshold, int64_t step, int64_t layer, uintptr_t rows, int64_t B,
@@ -246,7 +250,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("target_logprob_backward", &target_logprob_backward, arg("hidden"), arg("items"), arg("target"), arg("grad"), arg("lse"),
           arg("d_hidden"), arg("d_items"), arg("M"), arg("N"), arg("D"), arg("scale"), arg("skip_pad"), arg("threads"), Release());
     m.def("keep_hidden", &keep_hidden, arg("key0"), arg("key1"), arg("threshold"), arg("site"), arg("step"), arg("layer"), arg("rows_ptr"),
-          arg("B"), arg("L"), arg("D"), arg("out_ptr"), Release());
+          arg("positions_ptr"), arg("P"), arg("D"), arg("out_ptr"), Release());
+    m.def("state_uniforms", &state_uniforms, arg("key0"), arg("key1"), arg("rows_ptr"), arg("positions_ptr"), arg("P"), arg("D"),
+          arg("out_ptr"), Release());
     m.def("keep_attention", &keep_attention, arg("key0"), arg("key1"), arg("threshold"), arg("step"), arg("layer"), arg("rows_ptr"),
           arg("B"), arg("H"), arg("L"), arg("out_ptr"), Release());
     m.def("philox", &philox, arg("c0"), arg("c1"), arg("c2"), arg("c3"), arg("key0"), arg("key1"));

@@ -20,7 +20,7 @@ from lares_fast._errors import InputError, NotBuiltError
 from lares_fast._random import Key
 
 # Equal to ABI in csrc/bindings.cpp: pointers cross this line, so a module of other sources must not be called.
-ABI = 6
+ABI = 7
 
 _REMEDY = "run pip install . in the sources' folder"
 
@@ -304,13 +304,28 @@ def _softmax(hidden: Tensor, items: Tensor, target: Tensor) -> tuple[Tensor, Ten
     )
 
 
-def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
-    """:func:`lares_fast._random.keep_hidden`, bit for bit."""
+def keep_hidden(
+    key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, positions: Tensor, width: int
+) -> Tensor:
+    """Keep-mask [P, D] (bool) of tokens at ``rows`` [P] and ``positions`` [P]: the bits of ``_random.keep_hidden`` there."""
     rows = _dense("rows", rows, torch.int64, (None,))
-    keep = _mask(len(rows), length, width)
-    address = (*key, threshold, site, step, layer, rows.data_ptr())
-    _call(load().keep_hidden, *address, len(rows), length, width, keep.data_ptr())
+    positions = _dense("positions", positions, torch.int64, rows.shape)
+    keep = _mask(len(rows), width)
+    address = (*key, threshold, site, step, layer, rows.data_ptr(), positions.data_ptr())
+    _call(load().keep_hidden, *address, len(rows), width, keep.data_ptr())
     return keep
+
+
+def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Tensor:
+    """:func:`lares_fast._random.state_uniforms` [P, D], bit for bit, of ``rows`` [P] and ``positions`` [P]."""
+    rows = _dense("rows", rows, torch.int64, (None,))
+    positions = _dense("positions", positions, torch.int64, rows.shape)
+    if width < 0:
+        raise InputError(f"width must not be negative, but is {width}.")
+    uniforms = torch.empty(len(rows), width, dtype=torch.float64)
+    address = (*key, rows.data_ptr(), positions.data_ptr())
+    _call(load().state_uniforms, *address, len(rows), width, uniforms.data_ptr())
+    return uniforms
 
 
 def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:

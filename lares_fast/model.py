@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lares_fast import _native, ops, reference
 from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
-from lares_fast._random import SITE_INPUT, Draw
+from lares_fast._random import SITE_INPUT, Draw, drop_threshold, dropped, keep_hidden, normal_of
 from lares_fast.config import LARESConfig
-from lares_fast.reference.sequences import pack, places
+from lares_fast.reference.sequences import pack, places, repeat
 from lares_fast.reference.topk import Exclude
 
 # Backbones whose positions see only themselves and earlier ones.
@@ -47,35 +47,62 @@ class LARES(reference.LARES):
         return ops.target_logprob_and_rank(*arguments, backend=self.backend, **options)
 
     def _encode(
-        self, item_seq: Tensor, item_seq_len: Tensor, depth: Tensor, state: Tensor | None, draw: Draw, return_all_steps: bool
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor,
+        passes: int,
+        depth: Tensor,
+        state: Tensor | None,
+        draw: Draw,
+        every_step: bool,
     ) -> Tensor:
         """The reference's on packed sequences: exact for a causal block, whose real positions never see a later one."""
         if self.config.backbone not in _CAUSAL or not len(depth):
-            return super()._encode(item_seq, item_seq_len, depth, state, draw, return_all_steps)
+            return super()._encode(item_seq, item_seq_len, passes, depth, state, draw, every_step)
         if item_seq.dim() == 2:
-            items, offsets = pack(item_seq, item_seq_len)
-            state = None if state is None else pack(state, item_seq_len)[0]
-        else:
-            items, offsets = item_seq, item_seq_len
+            state = None if state is None else pack(state, item_seq_len.repeat(passes))[0]
+            item_seq, item_seq_len = pack(item_seq, item_seq_len)
+        items, offsets = repeat(item_seq, item_seq_len, passes)
         sequence, position = places(offsets)
         if state is None:
-            state = self._initial_state(draw, draw.rows[sequence.cpu()], position.cpu())
-        dropped = draw if self.training else None
-        x = self._input(items, sequence, position, dropped)
-        pre = self._steps(self.pre_block, x, offsets, dropped, output="tokens")
-        depth = depth.to(x.device)
-        output = "steps" if return_all_steps else "last"
-        hidden = self._steps(self.recurrence, state.to(x), offsets, dropped, pre=pre, depth=depth, output=output)
-        return _rectangle(hidden, depth) if return_all_steps else hidden
+            state = self._packed_state(draw, sequence.cpu(), position.cpu())
+        masks = draw if self.training and (self.config.dropout or self.config.attention_dropout) else None
+        if masks is None:
+            # No masks tell the passes apart before their h0 does.
+            pre, _ = repeat(self._before(item_seq, item_seq_len, None), item_seq_len, passes)
+        else:
+            pre = self._before(items, offsets, masks)
+        output = "steps" if every_step else "last"
+        return self._steps(self.recurrence, state.to(pre), offsets, masks, pre=pre, depth=depth, output=output)
+
+    def _packed_state(self, draw: Draw, sequence: Tensor, position: Tensor) -> Tensor:
+        """h0 [P, D]."""
+        if bool((draw.rows == draw.rows[0]).all()):
+            # As without a draw in evaluation: every sequence has the same.
+            return self._initial_state(draw, draw.rows[:1], torch.arange(int(position.max()) + 1))[position]
+        return self._initial_state(
+            _NativeDraw(draw.key, draw.rows) if _native.available()[0] else draw, draw.rows[sequence], position
+        )
+
+    def _before(self, items: Tensor, offsets: Tensor, draw: Draw | None) -> Tensor:
+        """What every step reads, [P, D]."""
+        x = self._input(items, *places(offsets), draw)
+        return self._steps(self.pre_block, x, offsets, draw, output="tokens")
 
     def _input(self, items: Tensor, sequence: Tensor, position: Tensor, draw: Draw | None) -> Tensor:
         """What the pre-block reads, [P, D]."""
         x = self.input_norm(self.item_embedding(items) + self.position_embedding(position))
         if draw is None or not self.config.dropout:
             return x
-        # Masks are addressed by place, so those of a padded rectangle hold the packed ones.
-        ones = x.new_ones(len(draw.rows), int(position.max()) + 1, x.shape[1])
-        return x * _faster(draw).hidden(ones, self.config.dropout, site=SITE_INPUT, step=0, layer=0)[sequence, position]
+        sequence, position = sequence.cpu(), position.cpu()
+        threshold, width = drop_threshold(self.config.dropout), x.shape[1]
+        address: dict[str, Any] = {"site": SITE_INPUT, "step": 0, "layer": 0, "width": width}
+        if _native.available()[0]:
+            keep = _native.keep_hidden(draw.key, threshold, **address, rows=draw.rows[sequence], positions=position)
+        else:
+            length = int(position.max()) + 1
+            keep = keep_hidden(draw.key, threshold, **address, rows=draw.rows, length=length)[sequence, position]
+        return dropped(x, keep.to(x.device), threshold)
 
     def _steps(self, block: nn.Module, h: Tensor, offsets: Tensor, draw: Draw | None, **arguments: Any) -> Tensor:
         config = self.config
@@ -117,7 +144,7 @@ class LARES(reference.LARES):
         if exclude is not None:
             exclude = _without_pad(exclude)
         # Row 0 is PAD: rank the rows behind it, and shift ids back.
-        scores, rows = ops.topk(query, items[1:], k, exclude=exclude, backend=backend)
+        scores, rows = ops.topk(query, items[1:], k, exclude=exclude, backend=backend or self.backend)
         return scores, torch.where(rows < 0, rows, rows + 1)
 
 
@@ -133,31 +160,23 @@ def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
     requested(backend)
     model.__class__ = LARES
     cast(LARES, model).backend = backend
-    if model.config.backbone not in _CAUSAL:
-        return f"encode: as before, because the backbone {model.config.backbone!r} is not causal\nrecommend: ops.topk"
-    h = torch.empty(1, model.config.hidden_size, device=model.item_embedding.weight.device)
-    arguments = (h, torch.tensor([0, 1]), list(model.recurrence.parameters()))
-    return (
-        f"encode: packed sequences, ops.recurrence\n{explain('recurrence', *arguments, backend=backend)}\nrecommend: ops.topk"
-    )
+    items = model.item_embedding.weight.detach()
+    h = items.new_empty(1, model.config.hidden_size)
+    calls: dict[str, tuple[Any, ...]] = {"linear_cross_entropy": (h, items), "topk": (h, items, 1)}
+    if model.config.backbone in _CAUSAL:
+        encode = "encode: packed sequences, ops.recurrence"
+        calls = {"recurrence": (h, torch.tensor([0, 1]), list(model.recurrence.parameters())), **calls}
+    else:
+        encode = f"encode: as before, because the backbone {model.config.backbone!r} is not causal"
+    return "\n".join([encode, *(explain(op, *arguments, backend=backend) for op, arguments in calls.items())])
 
 
 class _NativeDraw(Draw):
-    """The same masks, bit for bit, from the native module."""
+    """The same h0 from the native module."""
 
-    _keep_hidden = staticmethod(_native.keep_hidden)
-    _keep_attention = staticmethod(_native.keep_attention)
-
-
-def _faster(draw: Draw) -> Draw:
-    return _NativeDraw(draw.key, draw.rows) if _native.available()[0] else draw
-
-
-def _rectangle(states: Tensor, depth: Tensor) -> Tensor:
-    """States [sum T, D] of sequences that stand one behind the other as [B, T, D]: one that stopped repeats its last."""
-    steps = torch.arange(int(depth.max()), device=depth.device)
-    first = depth.cumsum(0) - depth
-    return states[first[:, None] + steps.minimum(depth[:, None] - 1)]
+    def initial_state(self, rows: Tensor, positions: Tensor, width: int) -> Tensor:
+        """``rows`` and ``positions`` [P]."""
+        return normal_of(_native.state_uniforms(self.key, rows, positions, width))
 
 
 def _without_pad(exclude: Exclude) -> Exclude:

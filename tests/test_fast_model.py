@@ -12,6 +12,7 @@ import lares_fast
 from lares_fast import LARESConfig, _dispatch, _native, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
+from lares_fast.reference.sequences import pack
 
 needs_native = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
 N, L = 60, 12
@@ -149,3 +150,19 @@ class TestAccelerate:
     def test_a_model_of_another_kind_is_refused(self):
         with pytest.raises(InputError, match=r"model must be a reference\.LARES, but is a Linear"):
             lares_fast.accelerate(torch.nn.Linear(2, 2))
+
+
+@needs_native
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", [reference.LARES, lares_fast.LARES])
+def test_trajectories_are_passes_on_their_own(kind, dropout, B=24):
+    """Masks and h0 of pass g are those of its own rows, whether or not what precedes the first step is shared."""
+    model = next(model for model in twins(dropout=dropout) if type(model) is kind)
+    depth, rows = torch.stack((torch.full((B,), 3), torch.arange(B) % 4 + 1)), torch.arange(2 * B)
+    states = model.trajectories(*batch(), depth, draw=Draw((1, 2), rows)).split(depth.sum(1).tolist())
+    packed = model.trajectories(*pack(*batch()), depth, draw=Draw((1, 2), rows))
+    torch.testing.assert_close(packed, torch.cat(states))
+    for g, (found, part) in enumerate(zip(states, rows.split(B), strict=True)):
+        alone = model.encode(*batch(), num_steps=depth[g], draw=Draw((1, 2), part), return_all_steps=True)
+        own = torch.arange(alone.shape[1]) < depth[g][:, None]
+        torch.testing.assert_close(found, alone[own])

@@ -18,7 +18,8 @@ constexpr std::size_t PAGE = std::size_t{2} << 20;
 constexpr std::size_t KEPT = 32;
 
 std::mutex mutex;
-std::vector<std::pair<float*, std::int64_t>> idle;
+// Never destroyed: a thread may outlive the end of main.
+auto& idle = *new std::vector<std::pair<float*, std::int64_t>>;
 
 void release(float* memory) { ::operator delete[](memory, std::align_val_t{64}); }
 

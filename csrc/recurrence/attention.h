@@ -59,31 +59,31 @@ LARES_INLINE void transpose_head(Matrix from, std::int64_t panel, std::int64_t h
 // Chains of sums that a tile of `sums` registers is split into: a multiply-add waits for the one before.
 constexpr int chains(int sums) { return sums >= 8 ? 1 : sums >= 4 ? 2 : 4; }
 
-// N rows of x times one transposed tile, of whose keys the first REGISTERS * W are wanted: out[r * stride + key].
+// N rows of x times one transposed tile, of whose keys the first REGISTERS * W are wanted: out[r * stride + key]. Each panel
+// has sums of its own, as in a product.
 template <int N, int REGISTERS>
 LARES_INLINE void times_tile(Matrix x, std::int64_t panel, std::int64_t row, const float* tile, std::int64_t head_panels, float* out,
                              std::int64_t stride) {
     constexpr int C = chains(N * REGISTERS);
-    Vec sums[C][N][REGISTERS];
-    for (int c = 0; c < C; ++c) {
-        for (int r = 0; r < N; ++r) {
-            for (int v = 0; v < REGISTERS; ++v) sums[c][r][v] = broadcast(0.0f);
-        }
-    }
     for (std::int64_t p = 0; p < head_panels; ++p, tile += COLUMNS * COLUMNS) {
+        Vec sums[C][N][REGISTERS];
         const float* const factors = x.at(panel + p, row);
 #pragma GCC unroll 16
         for (int k = 0; k < COLUMNS; ++k) {
             for (int v = 0; v < REGISTERS; ++v) {
                 const Vec column = load(tile + k * COLUMNS + v * W);
-                for (int r = 0; r < N; ++r) sums[k % C][r][v] = fma(broadcast(factors[r * COLUMNS + k]), column, sums[k % C][r][v]);
+                for (int r = 0; r < N; ++r) {
+                    const Vec factor = broadcast(factors[r * COLUMNS + k]);
+                    sums[k % C][r][v] = k < C ? mul(factor, column) : fma(factor, column, sums[k % C][r][v]);
+                }
             }
         }
-    }
-    for (int r = 0; r < N; ++r) {
-        for (int v = 0; v < REGISTERS; ++v) {
-            for (int c = 1; c < C; ++c) sums[0][r][v] = add(sums[0][r][v], sums[c][r][v]);
-            store(out + r * stride + v * W, sums[0][r][v]);
+        for (int r = 0; r < N; ++r) {
+            for (int v = 0; v < REGISTERS; ++v) {
+                for (int c = 1; c < C; ++c) sums[0][r][v] = add(sums[0][r][v], sums[c][r][v]);
+                float* const place = out + r * stride + v * W;
+                store(place, p == 0 ? sums[0][r][v] : add(load(place), sums[0][r][v]));
+            }
         }
     }
 }

@@ -86,7 +86,8 @@ void pack(const Shape& s, const float* const* weights, bool backward, PackedMode
         pack_matrix(weights[0], D, D, D, heads, same, 0, D, l.query, A, back(l.query_back));
         pack_vector(weights[1], D, heads, l.query_bias);
         pack_matrix(weights[2], D, D, D, heads, same, 0, D, l.key_value, 2 * A, back(l.key_value_back));
-        pack_vector(weights[3], D, heads, l.key_value_bias);
+        // A key's bias adds the same to all scores of a query, which the softmax does not see; without it scores keep more digits.
+        std::fill(l.key_value_bias, l.key_value_bias + A, 0.0f);
         pack_matrix(weights[4], D, D, D, heads, same, A, D, l.key_value, 2 * A, back(l.key_value_back));
         pack_vector(weights[5], D, heads, l.key_value_bias + A);
         pack_matrix(weights[6], D, D, D, same, heads, 0, A, l.output, D, back(l.output_back));

@@ -32,11 +32,13 @@ struct Matrix {
     LARES_INLINE float* at(std::int64_t panel, std::int64_t row) const { return data + (panel * rows + row) * COLUMNS; }
 };
 
-// sums += R rows of x [., depth] times `N` panels [depth][16] that stand `depth` rows apart.
+// sums += R rows of x [., depth] times `N` panels [depth][16] that stand `depth` rows apart. Each panel of x has sums of its
+// own that join at its end: a chain of sixteen keeps more digits than one over the whole depth.
 template <int N>
 LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t panels, const float* b, Vec (&sums)[R][N * V]) {
     const std::int64_t apart = panels * COLUMNS * COLUMNS;
     for (std::int64_t p = 0; p < panels; ++p, x += x_rows * COLUMNS, b += COLUMNS * COLUMNS) {
+        Vec part[R][N * V];
 #pragma GCC unroll 16
         for (int k = 0; k < COLUMNS; ++k) {
             Vec column[N * V];
@@ -45,8 +47,11 @@ LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t pan
             }
             for (int r = 0; r < R; ++r) {
                 const Vec factor = broadcast(x[r * COLUMNS + k]);
-                for (int v = 0; v < N * V; ++v) sums[r][v] = fma(factor, column[v], sums[r][v]);
+                for (int v = 0; v < N * V; ++v) part[r][v] = k == 0 ? mul(factor, column[v]) : fma(factor, column[v], part[r][v]);
             }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int v = 0; v < N * V; ++v) sums[r][v] = add(sums[r][v], part[r][v]);
         }
     }
 }

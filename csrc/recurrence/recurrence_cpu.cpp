@@ -44,7 +44,7 @@ void check(const Recurrence& c, std::int64_t threads) {
     require(c.offsets[0] == 0, "offsets must begin with 0");
     for (std::int64_t b = 0; b < c.B; ++b) {
         require(c.offsets[b + 1] > c.offsets[b] && c.offsets[b + 1] - c.offsets[b] <= MAX_LENGTH, "lengths must be in 1..512");
-        require(c.depth[b] >= 1 && c.depth[b] + c.dropout.first_step <= MAX_STEPS, "depth must be in 1..65534");
+        require(c.depth[b] >= 1 && c.depth[b] <= MAX_STEPS - std::int64_t{c.dropout.first_step}, "depth must be in 1..65534");
         require(!c.rows || (c.rows[b] >= 0 && c.rows[b] <= std::numeric_limits<std::uint32_t>::max()), "rows must be in [0, 2**32)");
     }
 }

@@ -39,7 +39,7 @@ def tape_columns(h: Tensor) -> int:
     return h.shape[1] * h.element_size() // 4
 
 
-def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor]:
+def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
     """(output, tape); a depth of each sequence's own is waited for where the size of one of them follows from it."""
     h, depths = call.h, call.depths()
     steps = 0
@@ -49,9 +49,7 @@ def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor]:
     if out_rows is None:
         out_rows = len(depths) * call.steps if call.depth is None else int(depths.sum())
     out, states = _triton.kernels("recurrence").forward(_kernel_call(call, depths), out_rows, steps)
-    columns = tape_columns(h)
-    tape = h.new_empty((0, columns), dtype=torch.int32) if states is None else states.view(torch.int32).view(-1, columns)
-    return out, tape
+    return out, None if states is None else states.view(torch.int32).view(-1, tape_columns(h))
 
 
 def backward(call: Any, grad: Tensor, tape: Tensor) -> list[Tensor]:

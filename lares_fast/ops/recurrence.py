@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lares_fast import _native, reference
-from lares_fast._dispatch import Backend, choose, register, run
+from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import register_op
 from lares_fast._random import Draw, drop_threshold
@@ -21,6 +21,7 @@ from lares_fast.ops import _recurrence_triton
 _ADAPTERS = ("none", "add", "linear", "concat")
 _OUTPUTS = ("last", "steps", "tokens")
 _WEIGHTS_A_LAYER = 16
+_LONGEST = 512
 
 
 def recurrence(
@@ -61,8 +62,8 @@ def recurrence(
         eps: of the layer norms.
         longest: at least the length of every sequence; an integer, so that no GPU is waited for. Only ``triton`` needs it.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
-            ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size a
-            multiple of 16) or ``reference``.
+            ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size a multiple of
+            16, sequences of up to 512 tokens) or ``reference``.
 
     Gradients: of ``h``, ``pre`` and all weights, through every step, once.
 
@@ -71,12 +72,11 @@ def recurrence(
             each sequence's own are checked on the CPU only; on a GPU wrong ones read and write where they should not.
         BackendError: the backend asked for by name cannot take these arguments.
     """
-    call = _Call(
-        h, pre, offsets, None if isinstance(depth, int) else depth, depth if isinstance(depth, int) else 0, list(weights),
-        None if draw is None else draw.rows, [0, 0] if draw is None else list(draw.key),
-        [dropout, dropout if attention_dropout is None else attention_dropout],
-        n_heads, "none" if pre is None else adapter, output, eps, longest,
-    )  # fmt: skip
+    each, all_alike = (None, depth) if isinstance(depth, int) else (depth, 0)
+    rows, key = (None, [0, 0]) if draw is None else (draw.rows, list(draw.key))
+    rates = [dropout, dropout if attention_dropout is None else attention_dropout]
+    joined_by = "none" if pre is None else adapter
+    call = _Call(h, pre, offsets, each, rows, list(weights), all_alike, key, rates, n_heads, joined_by, output, eps, longest)
     _check(call)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (h, pre, *weights) if x is not None)
     out: Tensor = _OP(*call.arguments(), keep, backend)[0]
@@ -85,15 +85,16 @@ def recurrence(
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments that forward and backward share, in the order of their schemas."""
+    """The arguments that forward and backward share, in the order of their schemas: first those that are tensors."""
 
     h: Tensor
     pre: Tensor | None
     offsets: Tensor
     depth: Tensor | None
-    steps: int
-    weights: list[Tensor]
     rows: Tensor | None
+    weights: list[Tensor]
+    # Of every sequence, where there is no `depth`.
+    steps: int
     key: list[int]
     dropout: list[float]
     n_heads: int
@@ -117,8 +118,10 @@ class _Call:
         return None if self.rows is None else Draw((self.key[0], self.key[1]), self.rows)
 
 
+# h to weights.
+_TENSORS = 6
 _SCHEMA = (
-    "Tensor h, Tensor? pre, Tensor offsets, Tensor? depth, int steps, Tensor[] weights, Tensor? rows, int[] key,"
+    "Tensor h, Tensor? pre, Tensor offsets, Tensor? depth, Tensor? rows, Tensor[] weights, int steps, int[] key,"
     " float[] dropout, int n_heads, str adapter, str output, float eps, int? longest"
 )
 
@@ -133,37 +136,50 @@ def _check(call: _Call) -> None:
         raise InputError(f"output must be one of {', '.join(_OUTPUTS)}, but got {call.output!r}.")
     if call.n_heads < 1 or h.shape[1] % call.n_heads:
         raise InputError(f"n_heads must divide the width of h, {h.shape[1]}, but got {call.n_heads}.")
-    for name, value in zip(("dropout", "attention_dropout"), call.dropout, strict=True):
-        if not 0 <= value < 1:
-            raise InputError(f"{name} must be in [0, 1), but got {value}.")
-    integers = {"offsets": (offsets, None), "depth": (call.depth, len(offsets) - 1), "draw.rows": (call.rows, len(offsets) - 1)}
-    for name, (vector, length) in integers.items():
-        if vector is not None and (vector.dim() != 1 or vector.dtype != torch.int64 or length not in (None, len(vector))):
-            wanted = "[B + 1]" if length is None else f"[{length}], as offsets say,"
-            raise InputError(f"{name} must be int64 {wanted}, but got {vector.dtype} {list(vector.shape)}.")
+    for name, rate in zip(("dropout", "attention_dropout"), call.dropout, strict=True):
+        if not 0 <= rate < 1:
+            raise InputError(f"{name} must be in [0, 1), but got {rate}.")
+    _check_integers("offsets", offsets, None)
     if not len(offsets):
         raise InputError("offsets must have B + 1 entries, but are empty.")
+    for name, vector in (("depth", call.depth), ("draw.rows", call.rows)):
+        if vector is not None:
+            _check_integers(name, vector, len(offsets) - 1)
+    if any(vector.device != h.device for vector in (offsets, call.depth) if vector is not None):
+        raise InputError(f"offsets and depth must be on {h.device} like h.")
     if call.depth is None and call.steps < 1:
         raise InputError(f"depth must be at least 1, but got {call.steps}.")
-    shapes = _shapes(call)
-    given = [("pre", call.pre, h.shape), *((name, w, shape) for (name, shape), w in zip(shapes, call.weights, strict=True))]
-    for name, value, shape in given:
-        if value is not None and (value.dtype != h.dtype or value.device != h.device or value.shape != torch.Size(shape)):
-            raise InputError(
-                f"{name} must be {h.dtype} {list(shape)} on {h.device} like h, "
-                f"but got {value.dtype} {list(value.shape)} on {value.device}."
-            )
+    if call.pre is not None:
+        _check_like_h(call, "pre", call.pre, tuple(h.shape))
+    for (name, shape), weight in zip(_shapes(call), call.weights, strict=True):
+        _check_like_h(call, name, weight, shape)
+
+
+def _check_integers(name: str, vector: Tensor, length: int | None) -> None:
+    wanted = "[B + 1]" if length is None else f"[{length}] as offsets say"
+    if not isinstance(vector, Tensor):
+        raise InputError(f"{name} must be int64 {wanted}, but got {type(vector).__name__}.")
+    if vector.dim() != 1 or vector.dtype != torch.int64 or length not in (None, len(vector)):
+        raise InputError(f"{name} must be int64 {wanted}, but got {vector.dtype} {list(vector.shape)}.")
+
+
+def _check_like_h(call: _Call, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    h = call.h
+    if value.dtype != h.dtype or value.device != h.device or value.shape != torch.Size(shape):
+        raise InputError(
+            f"{name} must be {h.dtype} {list(shape)} on {h.device} like h, "
+            f"but got {value.dtype} {list(value.shape)} on {value.device}."
+        )
 
 
 def _shapes(call: _Call) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of every weight, as the reference's parameters are ordered."""
     width = call.h.shape[1]
-    joining = {
-        "none": [],
-        "add": [],
-        "concat": [("adapter.linear.weight", (width, 2 * width)), ("adapter.linear.bias", (width,))],
-        "linear": [("adapter.gate", ())],
-    }[call.adapter]
+    joining: list[tuple[str, tuple[int, ...]]] = []
+    if call.adapter == "concat":
+        joining = [("adapter.linear.weight", (width, 2 * width)), ("adapter.linear.bias", (width,))]
+    if call.adapter == "linear":
+        joining = [("adapter.gate", ())]
     if call.adapter != "none":
         joining = [*joining, ("norm.weight", (width,)), ("norm.bias", (width,))]
     layers, rest = divmod(len(call.weights) - len(joining), _WEIGHTS_A_LAYER)
@@ -174,23 +190,19 @@ def _shapes(call: _Call) -> list[tuple[str, tuple[int, ...]]]:
         )
     up = call.weights[len(joining) + 10]
     inner = up.shape[0] if up.dim() else 0
-    layer = [(f"attention.{name}.{kind}", (width, width)[: 2 - (kind == "bias")])
-             for name in ("query", "key", "value", "output") for kind in ("weight", "bias")]  # fmt: skip
-    norm = [("norm.weight", (width,)), ("norm.bias", (width,))]
-    feed_forward = [
-        ("up.weight", (inner, width)),
-        ("up.bias", (inner,)),
-        ("down.weight", (width, inner)),
-        ("down.bias", (width,)),
-        *norm,
-    ]
-    layer += [(f"attention.{name}", shape) for name, shape in norm]
-    layer += [(f"feed_forward.{name}", shape) for name, shape in feed_forward]
+    layer: list[tuple[str, tuple[int, ...]]] = []
+    for name, out, into in (
+        ("attention.query", width, width), ("attention.key", width, width), ("attention.value", width, width),
+        ("attention.output", width, width), ("attention.norm", width, 0),
+        ("feed_forward.up", inner, width), ("feed_forward.down", width, inner), ("feed_forward.norm", width, 0),
+    ):  # fmt: skip
+        layer += [(f"{name}.weight", (out, into) if into else (out,)), (f"{name}.bias", (out,))]
     return joining + [(f"layers.{i}.{name}", shape) for i in range(layers) for name, shape in layer]
 
 
 def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call, keep, backend = _Call(*arguments[:-2]), *arguments[-2:]
+    *inputs, keep, backend = arguments
+    call = _Call(*inputs)
     _check_values(call)
     result: tuple[Tensor, Tensor] = run("recurrence", backend, call.h, call.offsets, call.weights, call, keep)
     return result
@@ -210,14 +222,19 @@ def _check_values(call: _Call) -> None:
         raise InputError(f"depth must be at least 1, but it falls to {int(depths.min())}.")
 
 
-def _rows_of_output(call: _Call, total_depth: Any) -> Any:
-    return {"last": len(call.offsets) - 1, "steps": total_depth, "tokens": len(call.h)}[call.output]
+# In a compiler's trace some numbers of rows are symbols.
+_Rows = int | torch.SymInt
 
 
-def _rows_of_tape(call: _Call, token_steps: Any) -> Any:
+def _rows_of_output(call: _Call, total_depth: _Rows) -> _Rows:
+    rows: dict[str, _Rows] = {"last": len(call.offsets) - 1, "steps": total_depth, "tokens": len(call.h)}
+    return rows[call.output]
+
+
+def _rows_of_tape(call: _Call) -> int:
     """One for each token, step and layer that is computed."""
     unread = 0 if call.output == "tokens" else len(call.h) - (len(call.offsets) - 1)
-    return token_steps * _layers(call) - unread
+    return int((call.offsets.diff() * call.depths()).sum()) * _layers(call) - unread
 
 
 def _layers(call: _Call) -> int:
@@ -225,33 +242,19 @@ def _layers(call: _Call) -> int:
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call, keep, backend = _Call(*arguments[:-2]), *arguments[-2:]
-    width = call.h.shape[1]
-    if call.depth is None:
-        rows = _rows_of_output(call, (len(call.offsets) - 1) * call.steps)
-        taped = _rows_of_tape(call, len(call.h) * call.steps)
-    else:
-        new_size = torch.library.get_ctx().new_dynamic_size
-        rows = new_size() if call.output == "steps" else _rows_of_output(call, 0)
-        taped = new_size()
-    name = choose("recurrence", backend, call.h, call.offsets, call.weights, call).name
-    if name == "triton":
-        steps = call.steps if call.depth is None else torch.library.get_ctx().new_dynamic_size()
-        taped = len(call.h) * steps
-    if not keep or name == "reference":
-        taped = 0
-    return call.h.new_empty(rows, width), call.h.new_empty((taped, _columns_of_tape(call.h, name)), dtype=torch.int32)
+    *inputs, keep, _ = arguments
+    call = _Call(*inputs)
+    new_size = torch.library.get_ctx().new_dynamic_size
+    unknown = call.output == "steps" and call.depth is not None
+    rows = _rows_of_output(call, new_size() if unknown else (len(call.offsets) - 1) * call.steps)
+    # The backend is chosen when the op runs, and each has a tape of its own.
+    tape = call.h.new_empty((new_size(), new_size()), dtype=torch.int32) if keep else _new_tape(call, 0)
+    return call.h.new_empty(rows, call.h.shape[1]), tape
 
 
-def _columns_of_tape(h: Tensor, backend: str) -> int:
-    return _recurrence_triton.tape_columns(h) if backend == "triton" else 2 * h.shape[1] + 2
-
-
-def _backend_of_tape(h: Tensor, tape: Tensor) -> str:
-    """Which backend ran forwards: the reference leaves no tape, and those of the others differ in width."""
-    if not len(tape):
-        return "reference"
-    return "triton" if tape.shape[1] == _columns_of_tape(h, "triton") else "native"
+def _new_tape(call: _Call, rows: _Rows) -> Tensor:
+    # Opaque: as floating-point numbers it would be taken for a result that has a gradient.
+    return call.h.new_empty((rows, 2 * call.h.shape[1] + 2), dtype=torch.int32)
 
 
 def _native_call(call: _Call) -> _native.RecurrenceCall:
@@ -261,7 +264,7 @@ def _native_call(call: _Call) -> _native.RecurrenceCall:
         offsets=call.offsets.contiguous(),
         depth=call.depths().contiguous(),
         weights=[weight.contiguous() for weight in call.weights],
-        rows=None if call.rows is None else call.rows.contiguous(),
+        rows=None if call.rows is None else call.rows.cpu().contiguous(),
         key=(call.key[0], call.key[1]),
         thresholds=(0, 0) if call.rows is None else (drop_threshold(call.dropout[0]), drop_threshold(call.dropout[1])),
         n_heads=call.n_heads,
@@ -274,12 +277,8 @@ def _native_call(call: _Call) -> _native.RecurrenceCall:
 
 
 def _native_forward(h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, keep: bool) -> tuple[Tensor, Tensor]:
-    depths = call.depths()
-    rows = _rows_of_output(call, int(depths.sum()))
-    taped = _rows_of_tape(call, int((offsets.diff() * depths).sum())) if keep else 0
-    out = h.new_empty(rows, h.shape[1])
-    # Opaque: as floating-point numbers it would be taken for a result that has a gradient.
-    tape = h.new_empty((taped, 2 * h.shape[1] + 2), dtype=torch.int32)
+    out = h.new_empty(_rows_of_output(call, int(call.depths().sum())), h.shape[1])
+    tape = _new_tape(call, _rows_of_tape(call) if keep else 0)
     _native.recurrence_forward(_native_call(call), out, tape if keep else None)
     return out, tape
 
@@ -301,6 +300,9 @@ def _native_obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], *_: 
         return f"it takes widths that are multiples of 16 up to 256, and h has {width}"
     if inner % 16 or not 16 <= inner <= 65536:
         return f"it takes inner sizes that are multiples of 16 up to 65536, and the weights have {inner}"
+    longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
+    if longest > _LONGEST:
+        return f"it takes sequences of up to {_LONGEST} tokens, and one has {longest}"
     built, reason = _native.available()
     return None if built else reason
 
@@ -323,7 +325,7 @@ def _reference(call: _Call) -> Tensor:
 
 
 def _reference_forward(h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, keep: bool) -> tuple[Tensor, Tensor]:
-    return _reference(call), h.new_empty((0, 2 * h.shape[1] + 2), dtype=torch.int32)
+    return _reference(call), _new_tape(call, 0)
 
 
 def _reference_backward(
@@ -337,7 +339,8 @@ def _reference_backward(
 
 
 def _triton_forward(h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, keep: bool) -> tuple[Tensor, Tensor]:
-    return _recurrence_triton.forward(call, keep)
+    out, tape = _recurrence_triton.forward(call, keep)
+    return out, _new_tape(call, 0) if tape is None else tape
 
 
 def _triton_backward(
@@ -355,36 +358,41 @@ for _op, *_runs in (
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    call = _Call(*inputs[:-2])
-    ctx.rest = replace(call, h=None, pre=None, offsets=None, depth=None, weights=[], rows=None)
-    ctx.keep = inputs[-2]
-    ctx.save_for_backward(call.h, call.pre, call.offsets, call.depth, call.rows, output[1], *call.weights)
+    *tensors, weights = inputs[:_TENSORS]
+    *ctx.rest, ctx.keep, _ = inputs[_TENSORS:]
+    ctx.save_for_backward(output[1], *tensors, *weights)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     if not ctx.keep:
         raise InputError("recurrence was called without keep, so it has no gradient.")
-    h, pre, offsets, depth, rows, tape, *weights = ctx.saved_tensors
-    call = replace(ctx.rest, h=h, pre=pre, offsets=offsets, depth=depth, weights=weights, rows=rows)
-    # Whatever is asked for by now.
-    grads = _BACKWARD_OP(*call.arguments(), grad, tape, _backend_of_tape(h, tape))
+    tape, *saved = ctx.saved_tensors
+    tensors, weights = saved[: _TENSORS - 1], saved[_TENSORS - 1 :]
+    call = _Call(*(*tensors, weights, *ctx.rest))
+    grads = _BACKWARD_OP(*call.arguments(), grad, tape)
     count = len(grads) - len(weights)
     by_name = {"h": grads[0], "pre": grads[1] if count == 2 else None, "weights": grads[count:]}
     return *(by_name.get(field.name) for field in fields(call)), None, None
 
 
 def _run_backward(*arguments: Any) -> list[Tensor]:
-    call, grad, tape, backend = _Call(*arguments[:-3]), *arguments[-3:]
+    *inputs, grad, tape = arguments
+    call = _Call(*inputs)
+    # The backend that ran forwards, whatever is asked for by now: its tape says which, and the reference leaves none.
+    backend = "reference"
+    if len(tape):
+        backend = "triton" if tape.shape[1] == _recurrence_triton.tape_columns(call.h) else "native"
     result: list[Tensor] = run("recurrence_backward", backend, call.h, call.offsets, call.weights, call, grad, tape)
     return result
 
 
 def _fake_backward(*arguments: Any) -> list[Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _Call(*arguments[:-3]).tensors()]
+    *inputs, _, _ = arguments
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _Call(*inputs).tensors()]
 
 
 _OP = register_op(f"recurrence({_SCHEMA}, bool keep, str? backend) -> (Tensor, Tensor)", _run, _fake, _backward, _setup_context)
 # Without autograd's knowledge: a second derivative is refused by PyTorch itself.
 _BACKWARD_OP = register_op(
-    f"recurrence_backward({_SCHEMA}, Tensor grad, Tensor tape, str? backend) -> Tensor[]", _run_backward, _fake_backward
+    f"recurrence_backward({_SCHEMA}, Tensor grad, Tensor tape) -> Tensor[]", _run_backward, _fake_backward
 )

@@ -16,7 +16,7 @@ from lares_fast.reference.backbone import build_block
 from lares_fast.reference.depth import sample_depth
 from lares_fast.reference.linear_cross_entropy import PAD, linear_cross_entropy, target_logprob, target_logprob_and_rank
 from lares_fast.reference.recurrence import Recurrence
-from lares_fast.reference.sequences import pad
+from lares_fast.reference.sequences import pad, rectangle, repeat
 
 _EVALUATION_KEY = root_key(0)
 
@@ -80,22 +80,58 @@ class LARES(nn.Module):
         self._check_sequences(item_seq, item_seq_len)
         batch = len(item_seq_len) - (item_seq.dim() == 1)
         draw = draw or self._default_draw(batch)
-        depth = self._depth(num_steps, batch, draw)
-        return self._encode(item_seq, item_seq_len, depth, state, draw, return_all_steps)
+        depth = self._depth(num_steps, batch, draw).to(item_seq.device)
+        states = self._encode(item_seq, item_seq_len, 1, depth, state, draw, return_all_steps)
+        return rectangle(states, depth) if return_all_steps else states
+
+    def trajectories(
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor,
+        num_steps: Tensor,
+        *,
+        state: Tensor | None = None,
+        draw: Draw | None = None,
+    ) -> Tensor:
+        """The latent state at each sequence's last position after every step of G passes over the same B sequences.
+
+        ``num_steps`` [G, B] int64; ``state`` [G * B, L, D], packed [G * P, D], and ``draw`` with G * B rows, pass by pass; the
+        rest as in :meth:`encode`. Returns [sum of ``num_steps``, D]: pass by pass, sequence by sequence, step by step.
+        """
+        self._check_sequences(item_seq, item_seq_len)
+        passes, batch = num_steps.shape
+        draw = draw or self._default_draw(passes * batch)
+        depth = self._depth(num_steps.flatten(), passes * batch, draw).to(item_seq.device)
+        return self._encode(item_seq, item_seq_len, passes, depth, state, draw, True)
 
     def _encode(
-        self, item_seq: Tensor, item_seq_len: Tensor, depth: Tensor, state: Tensor | None, draw: Draw, return_all_steps: bool
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor,
+        passes: int,
+        depth: Tensor,
+        state: Tensor | None,
+        draw: Draw,
+        every_step: bool,
     ) -> Tensor:
-        """:meth:`encode` with every choice made: ``depth`` [B] int64."""
+        """``passes`` passes over B sequences with every choice made, ``depth`` [passes * B] int64.
+
+        Returns the last states [passes * B, D], or those of every step as :meth:`trajectories` has them.
+        """
         if item_seq.dim() == 1:
-            state = None if state is None else pad(state, item_seq_len, self.config.max_len)[0]
-            item_seq, item_seq_len = pad(item_seq, item_seq_len, self.config.max_len)
+            item_seq, offsets = repeat(item_seq, item_seq_len, passes)
+            state = None if state is None else pad(state, offsets, self.config.max_len)[0]
+            item_seq, item_seq_len = pad(item_seq, offsets, self.config.max_len)
+        else:
+            item_seq, item_seq_len = item_seq.repeat(passes, 1), item_seq_len.repeat(passes)
         if state is None:
             state = self.initial_state(draw, item_seq.shape[1])
-        depth = depth.to(item_seq.device)
         last = (item_seq_len - 1)[:, None, None].expand(-1, 1, self.config.hidden_size)
         at_last = [h.gather(1, last) for h in self._states(item_seq, state, depth, draw if self.training else None)]
-        return torch.cat(at_last, dim=1) if return_all_steps else at_last[-1].squeeze(1)
+        if not every_step:
+            return at_last[-1].squeeze(1)
+        running = torch.arange(len(at_last), device=depth.device) < depth[:, None]
+        return torch.cat(at_last, dim=1)[running]
 
     def _states(self, item_seq: Tensor, state: Tensor, depth: Tensor, draw: Draw | None) -> Iterator[Tensor]:
         x = self.item_embedding(item_seq) + self.position_embedding.weight[: item_seq.shape[1]]

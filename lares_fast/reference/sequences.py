@@ -20,6 +20,22 @@ def pad(packed: Tensor, offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return padded.index_put((sequence, position), packed), offsets.diff()
 
 
+def repeat(packed: Tensor, offsets: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """The sequences ``times`` times over, as ``(rows, offsets)``."""
+    first = len(packed) * torch.arange(times, device=offsets.device)
+    offsets = torch.cat((offsets[:1], (first[:, None] + offsets[1:]).flatten()))
+    return packed.repeat(times, *(1 for _ in packed.shape[1:])), offsets
+
+
+def rectangle(states: Tensor, depth: Tensor) -> Tensor:
+    """States [sum of depth, D] of sequences one behind the other as [B, T, D]: one that stopped repeats its last."""
+    steps = torch.arange(int(depth.max()) if len(depth) else 1, device=depth.device)
+    if len(states) == len(depth) * len(steps):
+        return states.unflatten(0, (len(depth), len(steps)))
+    first = depth.cumsum(0) - depth
+    return states[first[:, None] + steps.minimum(depth[:, None] - 1)]
+
+
 def places(offsets: Tensor) -> tuple[Tensor, Tensor]:
     """``(sequence [P], position [P])`` of every packed row."""
     lengths = offsets.diff()

@@ -91,6 +91,59 @@ def test_a_planted_bug_ends_the_program(bug, report, checked):
     assert report in output
 
 
+# name: (file of csrc/recurrence, text that stands there once, text instead of it)
+PLANTS = {
+    "a LayerNorm whose gradient lacks a term": (
+        "rows.h",
+        "fma(xhat, broadcast(slope[i]), broadcast(mean[i]))",
+        "broadcast(mean[i])",
+    ),
+    "masks of other columns": (
+        "draws.h",
+        "static_cast<std::uint32_t>(p / 4) << 3",
+        "static_cast<std::uint32_t>(p / 4 + 1) << 3",
+    ),
+    "a mask of other keys": ("draws.h", "quad | key_tile << 16", "quad | (key_tile + 1) << 16"),
+    "a sequence that begins one token early": ("plan.cpp", "push_back({first,", "push_back({first - (b > 0),"),
+    "another dropout site": (
+        "recurrence_kernel.cpp",
+        "l.down_bias, site(AFTER_FEED_FORWARD,",
+        "l.down_bias, site(AFTER_ATTENTION,",
+    ),
+    "a row that is not written": (
+        "recurrence_kernel.cpp",
+        "put(s.start, s.length, s.out, false)",
+        "put(s.start, s.length - 1, s.out, false)",
+    ),
+    "the token before the last instead of the last": (
+        "recurrence_kernel.cpp",
+        "(block.sequences[i].start + block.sequences[i].length - 1)",
+        "(block.sequences[i].start + (block.sequences[i].length - 1) / 2)",
+    ),
+    "a query that sees the next token": ("attention.h", "first_lanes(query + r + 1 - key)", "first_lanes(query + r + 2 - key)"),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTS)
+def test_a_bug_planted_in_the_recurrence_is_found(bug, checked, tmp_path):
+    name, text, instead = PLANTS[bug]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    file = tmp_path / "csrc" / "recurrence" / name
+    assert file.read_text().count(text) == 1, f"{name} has changed: plant the bug elsewhere"
+    file.write_text(file.read_text().replace(text, instead))
+    spoilt = "plan.cpp" if name == "plan.cpp" else "recurrence_kernel.cpp"
+    target = "native_tests.dir" if name == "plan.cpp" else "lares_fast_generic.dir"
+    objects = [x for x in checked[0].parent.rglob("*.o") if x.name != f"{spoilt}.o" or target not in str(x)]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fsanitize=address,undefined", "-DLARES_LEVEL=generic"]
+    source = tmp_path / "csrc" / "recurrence" / spoilt
+    command = ["g++", *flags, f"-I{tmp_path / 'csrc'}", source, *objects, "-pthread", "-o", tmp_path / "native_tests"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    code, output = run([tmp_path / "native_tests"], "generic", 300, large=0)
+    assert code != 0
+    assert re.search(r"recurrence, .* and should be", output), output[-3000:]
+
+
 @pytest.fixture(scope="module")
 def raced():
     # Without randomised addresses, where that is allowed: gcc 12's runtime does not know the layout of newer kernels.

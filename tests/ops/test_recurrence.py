@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import oracle
@@ -9,9 +10,10 @@ import pytest
 import torch
 from recurrence_case import LENGTHS, RAGGED, Case
 
-from lares_fast import _dispatch, _native, explain, ops
+from lares_fast import _dispatch, _native, _random, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
+from lares_fast.config import LARESConfig
 
 pytestmark = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
 
@@ -110,7 +112,7 @@ def test_at_every_simd_level(level):
     _C.use_level(now)
     code = "import test_recurrence as t; t.Case(depth=t.RAGGED, adapter='concat').check(); t.Case(D=48, inner=80).check()"
     environment = {"LARES_FAST_SIMD": level, "PYTHONPATH": ":".join([str(Path(__file__).parent), *filter(None, sys.path)])}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
 
 
@@ -124,9 +126,9 @@ def test_opcheck_and_compile():
         pre,
         case.offsets,
         None,
-        2,
-        weights,
         rows,
+        weights,
+        2,
         [3, 7],
         [0.5, 0.5],
         2,
@@ -155,6 +157,8 @@ def test_opcheck_and_compile():
     ({"depth": 0}, "depth must be at least 1, but got 0"),
     ({"depth": torch.tensor([1, 0])}, "depth must be at least 1, but it falls to 0"),
     ({"depth": torch.tensor([1])}, r"depth must be int64 \[2\]"),
+    ({"depth": 1.5}, r"depth must be int64 \[2\] as offsets say, but got float"),
+    ({"offsets": torch.tensor([0, 2, 5], device="meta")}, "offsets and depth must be on cpu like h"),
     ({"adapter": "sum"}, "adapter must be one of"),
     ({"output": "all"}, "output must be one of"),
     ({"n_heads": 3}, "n_heads must divide the width"),
@@ -180,3 +184,111 @@ def test_what_the_native_backend_leaves_to_the_reference():
     h, _, *weights = case.tensors.values()
     assert explain("recurrence", h, case.offsets, weights).startswith("recurrence: reference")
     assert case.run(None)[0]["out"].shape == (2, 24)
+
+
+class Revealed:
+    """A model that shows a mask of its last layer in the signs of its states: all its weights are zero but those set here."""
+
+    def __init__(self, D, H, layers, lengths):
+        config = LARESConfig(n_items=2, hidden_size=D, n_heads=H, inner_size=32, n_core_layers=layers, adapter="concat")
+        module = reference.Recurrence(config)
+        self.weights = {name: torch.full_like(x, float("norm.weight" in name)) for name, x in module.named_parameters()}
+        self.lengths, self.H, self.last = lengths, H, f"core.layers.{layers - 1}"
+        # A step's state is `pre` alone.
+        self.weights["adapter.linear.weight"][:, D:] = torch.eye(D)
+
+    def states(self, pre, draw, depth, **rates):
+        offsets = torch.tensor([0, *self.lengths]).cumsum(0)
+        weights = list(self.weights.values())
+        options = {"n_heads": self.H, "pre": pre, "adapter": "concat", "depth": depth, "output": "tokens", "draw": draw}
+        out = ops.recurrence(torch.zeros_like(pre), offsets, weights, backend="native", **options, **rates)
+        return out.split(self.lengths)
+
+
+@pytest.mark.parametrize(("p", "key"), [(0.1, (1, 2)), (0.5, (2**32 - 1, 7))])
+@pytest.mark.parametrize(("layers", "depth"), [(1, 1), (1, 3), (3, 2)])
+class TestMasksBitForBit:
+    """Those that the kernel applies are those of ``_random``, at rows and steps far from zero, too."""
+
+    lengths = (1, 5, 17, 50)
+    draw_rows = torch.tensor([2**32 - 1, 0, 70000, 3])
+
+    @pytest.mark.parametrize("D", [64, 208])
+    @pytest.mark.parametrize(("bias", "site"), [("attention.output", 1), ("feed_forward.down", 2)])
+    def test_hidden(self, bias, site, D, layers, depth, p, key):
+        model = Revealed(D, 2, layers, self.lengths)
+        # Far above the state and column 0: whether a column is kept decides on which side of the mean it lies.
+        model.weights[f"{model.last}.{bias}.bias"][1:] = 1e4
+        draw = Draw(key, self.draw_rows)
+        found = model.states(torch.randn(sum(self.lengths), D), draw, depth, dropout=p, attention_dropout=0.0)
+        address = {"site": site, "step": depth, "layer": layers - 1, "rows": self.draw_rows, "length": 50, "width": D}
+        keep = _random.keep_hidden(key, _random.drop_threshold(p), **address)
+        for states, mask in zip(found, keep, strict=True):
+            assert torch.equal(states[:, 1:] > 0, mask[: len(states), 1:])
+
+    @pytest.mark.parametrize(("D", "H"), [(64, 1), (128, 2), (256, 4)])
+    def test_attention(self, D, H, layers, depth, p, key):
+        model = Revealed(D, H, layers, self.lengths)
+        width = D // H
+        # Token j has a column of its own in each head, behind one that is no token's.
+        pre = torch.cat([torch.eye(width)[1 : length + 1].repeat(1, H) for length in self.lengths])
+        low, high = torch.nn.functional.layer_norm(pre[0], (D,)).aminmax()
+        model.weights[f"{model.last}.attention.value.weight"] += torch.eye(D) / (high - low)
+        model.weights[f"{model.last}.attention.value.bias"] -= low / (high - low)
+        # All visible keys weigh the same, and what is kept of them is far above the state; where nothing is, that column is.
+        model.weights[f"{model.last}.attention.output.weight"] += 1e6 * torch.eye(D)
+        model.weights[f"{model.last}.attention.output.bias"][0] = 1e4
+        draw = Draw(key, self.draw_rows)
+        found = model.states(pre, draw, depth, dropout=0.0, attention_dropout=p)
+        address = {"step": depth, "layer": layers - 1, "rows": self.draw_rows, "heads": H, "length": 50}
+        keep = _random.keep_attention(key, _random.drop_threshold(p), **address).tril()
+        for states, mask in zip(found, keep, strict=True):
+            length = len(states)
+            by_head = states.view(length, H, width)[..., 1 : length + 1].transpose(0, 1)
+            assert torch.equal(by_head > 0, mask[:, :length, :length])
+
+
+def test_depths_by_sequence_compile_with_all_steps():
+    case = Case(lengths=[3, 1, 18], D=16, H=2, inner=32, layers=1, depth=[2, 1, 3], output="steps")
+    case.tensors = {name: x.requires_grad_() for name, x in case.tensors.items()}
+    tensors = list(case.tensors.values())
+
+    def step(x):
+        return case.call({**case.tensors, "h": x}, None).square().sum()
+
+    expected = torch.autograd.grad(step(tensors[0]), tensors)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for found, grad in zip(torch.autograd.grad(compiled(tensors[0]), tensors), expected, strict=True):
+        assert torch.equal(found, grad)
+
+
+def test_the_backward_runs_where_the_forward_did():
+    case = Case(lengths=[3, 4], D=16, H=2, inner=32, layers=1)
+    tensors = {name: x.requires_grad_() for name, x in case.tensors.items()}
+    out = case.call(tensors, "reference").sum()
+    before = Counter(_dispatch.calls)
+    with _dispatch.backend("native"):
+        out.backward()
+    assert _dispatch.calls - before == Counter({("recurrence_backward", "reference"): 1})
+
+
+def test_views_and_expanded_gradients():
+    case = Case(lengths=[3, 4], D=16, H=2, inner=32, layers=1)
+    expected = case.call(case.tensors, "native")
+    strided = {name: torch.stack((x, x), dim=-1)[..., 0].requires_grad_() for name, x in case.tensors.items()}
+    out = case.call(strided, "native")
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    dense = {name: x.detach().clone().requires_grad_() for name, x in case.tensors.items()}
+    case.call(dense, "native").backward(torch.ones_like(expected))
+    for name, x in dense.items():
+        assert torch.equal(strided[name].grad, x.grad), name
+
+
+def test_a_sequence_too_long_for_the_native_backend():
+    case = Case(lengths=[513], D=16, H=1, inner=16, layers=1, depth=1, p=0)
+    with pytest.raises(BackendError, match="sequences of up to 512 tokens, and one has 513"):
+        case.call(case.tensors, "native")
+    before = Counter(_dispatch.calls)
+    case.call(case.tensors, None)
+    assert _dispatch.calls - before == Counter({("recurrence", "reference"): 1})

@@ -129,7 +129,7 @@ def test_never_waits_for_the_device(monkeypatch):
     case = small(lengths=[20, 3])
     h, pre, *weights = case.tensors.values()
     rows = case.options["draw"].rows
-    call = module._Call(h, pre, case.offsets, None, 2, weights, rows, [3, 7], [0.5, 0.5], 2, "add", "steps", 1e-12, 64)
+    call = module._Call(h, pre, case.offsets, None, rows, weights, 2, [3, 7], [0.5, 0.5], 2, "add", "steps", 1e-12, 64)
     with triton_interpreter.interpreted(monkeypatch), NoScalarReads():
         out, tape = _dispatch.run("recurrence", "triton", h, case.offsets, weights, call, True)
         _dispatch.run("recurrence_backward", "triton", h, case.offsets, weights, call, out, tape)
