@@ -62,8 +62,8 @@ def recurrence(
         eps: of the layer norms.
         longest: at least the length of every sequence; an integer, so that no GPU is waited for. Only ``triton`` needs it.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
-            ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size a multiple of
-            16, sequences of up to 512 tokens) or ``reference``.
+            ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size
+            a multiple of 16, sequences of up to 512 tokens) or ``reference``.
 
     Gradients: of ``h``, ``pre`` and all weights, through every step, once.
 
@@ -215,9 +215,7 @@ def _check_values(call: _Call) -> None:
     if int(call.offsets[0]) != 0 or int(call.offsets[-1]) != len(call.h) or bool((lengths < 1).any()):
         raise InputError(f"offsets must rise from 0 to the number of tokens, {len(call.h)}, by at least 1 a sequence.")
     if call.longest is not None and bool((lengths > call.longest).any()):
-        raise InputError(
-            f"longest must be at least the length of every sequence, {int(lengths.max())}, but got {call.longest}."
-        )
+        raise InputError(f"longest must be at least every length, up to {int(lengths.max())}, but got {call.longest}.")
     if len(depths) and int(depths.min()) < 1:
         raise InputError(f"depth must be at least 1, but it falls to {int(depths.min())}.")
 

@@ -166,7 +166,7 @@ def test_opcheck_and_compile():
     ({"weights": [torch.ones(16)] * 4}, "weights must be the 2 of the adapter"),
     ({"weights": [torch.ones(3)] * 18}, "norm.weight must be"),
     ({"draw": Draw((0, 0), torch.arange(3))}, r"draw\.rows must be int64 \[2\]"),
-    ({"longest": 2}, "longest must be at least the length of every sequence, 3"),
+    ({"longest": 2}, "longest must be at least every length, up to 3, but got 2"),
     ({"backend": "fast"}, "backend must be one of"),
 ])  # fmt: skip
 def test_bad_arguments(change, message):
