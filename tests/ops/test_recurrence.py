@@ -121,24 +121,8 @@ def test_opcheck_and_compile():
     case.tensors = {name: x.requires_grad_() for name, x in case.tensors.items()}
     h, pre, *weights = case.tensors.values()
     rows = case.options["draw"].rows
-    arguments = (
-        h,
-        pre,
-        case.offsets,
-        None,
-        rows,
-        weights,
-        2,
-        [3, 7],
-        [0.5, 0.5],
-        2,
-        "add",
-        "last",
-        1e-12,
-        None,
-        True,
-        "native",
-    )
+    numbers = (2, [3, 7], [0.5, 0.5], 2, "add", "last", 1e-12, None)
+    arguments = (h, pre, case.offsets, None, rows, weights, *numbers, True, "native")
     torch.library.opcheck(torch.ops.lares_fast.recurrence, arguments)
     compiled = torch.compile(lambda x: case.call({**case.tensors, "h": x}, "native") * 2, fullgraph=True, backend="aot_eager")
     out = compiled(h)
