@@ -24,7 +24,7 @@ def implementations():
     found = {}
     for stem in ("attention", "linear_cross_entropy", "recurrence", "target_rank", "topk"):
         module = sys.modules[f"lares_fast.ops.{stem}"]
-        for op, run in (("_OP", "_run"), ("_BACKWARD", "_run_backward")):
+        for op, run in (("_OP", "_run"), ("_BACKWARD", "_run_backward"), ("_BACKWARD_OP", "_run_backward")):
             if hasattr(module, op):
                 found[getattr(module, op)._qualified_op_name] = getattr(module, run)
     return found
