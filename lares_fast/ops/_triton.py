@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,12 @@ _anywhere = False
 def kernels(stem: str) -> ModuleType:
     """The module of the kernels of op ``stem``."""
     return importlib.import_module(f"lares_fast.kernels.{stem}")
+
+
+def seed(key: Sequence[int], device: torch.device) -> Tensor:
+    """The folded ``key`` as the kernels read it; a kernel fills it: no copy from the host, which would wait."""
+    packed = key[0] | key[1] << 32
+    return torch.full((1,), packed - (packed >> 63 << 64), dtype=torch.int64, device=device)
 
 
 def refusal(op: str, tensor: Tensor, **variant: Any) -> str | None:

@@ -60,9 +60,7 @@ def attention(
     _check(query, key, value, offsets, longest, draw, dropout)
     rows = seed = None
     if draw is not None and drop_threshold(dropout):
-        packed = draw.key[0] | draw.key[1] << 32
-        # A kernel fills it: no copy from the host, which would wait.
-        seed = torch.full((1,), packed - (packed >> 63 << 64), dtype=torch.int64, device=query.device)
+        seed = _triton.seed(draw.key, query.device)
         rows = draw.rows
     return _OP(query, key, value, offsets, longest, rows, seed, dropout, step, layer, backend)[0]
 

@@ -15,6 +15,7 @@ from lares_fast._errors import InputError
 from lares_fast._library import register_op
 from lares_fast._random import Draw, drop_threshold
 from lares_fast.config import ADAPTERS
+from lares_fast.ops import _recurrence_triton
 
 # In the order of the enumerations of csrc/recurrence.
 _ADAPTERS = ("none", "add", "linear", "concat")
@@ -37,6 +38,7 @@ def recurrence(
     dropout: float = 0.0,
     attention_dropout: float | None = None,
     eps: float = 1e-12,
+    longest: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``for _ in range(depth): h = layers(norm(adapter(h, pre)))`` over sequences that stand one behind the other.
@@ -58,20 +60,23 @@ def recurrence(
             Steps count from 1, without ``pre`` from 0.
         dropout, attention_dropout: in [0, 1); ``None`` means "as dropout".
         eps: of the layer norms.
-        backend: ``auto`` (default), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size a multiple of
-            16, sequences of up to 512 tokens) or ``reference``.
+        longest: at least the length of every sequence; an integer, so that no GPU is waited for. Only ``triton`` needs it.
+        backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
+            ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size
+            a multiple of 16, sequences of up to 512 tokens) or ``reference``.
 
     Gradients: of ``h``, ``pre`` and all weights, through every step, once.
 
     Raises:
-        InputError: an argument has the wrong shape, dtype, device or range.
+        InputError: an argument has the wrong shape, dtype, device or range. The values of ``offsets`` and of a ``depth`` of
+            each sequence's own are checked on the CPU only; on a GPU wrong ones read and write where they should not.
         BackendError: the backend asked for by name cannot take these arguments.
     """
     each, all_alike = (None, depth) if isinstance(depth, int) else (depth, 0)
     rows, key = (None, [0, 0]) if draw is None else (draw.rows, list(draw.key))
     rates = [dropout, dropout if attention_dropout is None else attention_dropout]
     joined_by = "none" if pre is None else adapter
-    call = _Call(h, pre, offsets, each, rows, list(weights), all_alike, key, rates, n_heads, joined_by, output, eps)
+    call = _Call(h, pre, offsets, each, rows, list(weights), all_alike, key, rates, n_heads, joined_by, output, eps, longest)
     _check(call)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (h, pre, *weights) if x is not None)
     out: Tensor = _OP(*call.arguments(), keep, backend)[0]
@@ -96,6 +101,7 @@ class _Call:
     adapter: str
     output: str
     eps: float
+    longest: int | None
 
     def arguments(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
@@ -116,7 +122,7 @@ class _Call:
 _TENSORS = 6
 _SCHEMA = (
     "Tensor h, Tensor? pre, Tensor offsets, Tensor? depth, Tensor? rows, Tensor[] weights, int steps, int[] key,"
-    " float[] dropout, int n_heads, str adapter, str output, float eps"
+    " float[] dropout, int n_heads, str adapter, str output, float eps, int? longest"
 )
 
 
@@ -203,9 +209,13 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_values(call: _Call) -> None:
+    if call.offsets.device.type != "cpu":
+        return
     lengths, depths = call.offsets.diff(), call.depths()
     if int(call.offsets[0]) != 0 or int(call.offsets[-1]) != len(call.h) or bool((lengths < 1).any()):
         raise InputError(f"offsets must rise from 0 to the number of tokens, {len(call.h)}, by at least 1 a sequence.")
+    if call.longest is not None and bool((lengths > call.longest).any()):
+        raise InputError(f"longest must be at least every length, up to {int(lengths.max())}, but got {call.longest}.")
     if len(depths) and int(depths.min()) < 1:
         raise InputError(f"depth must be at least 1, but it falls to {int(depths.min())}.")
 
@@ -235,9 +245,9 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     new_size = torch.library.get_ctx().new_dynamic_size
     unknown = call.output == "steps" and call.depth is not None
     rows = _rows_of_output(call, new_size() if unknown else (len(call.offsets) - 1) * call.steps)
-    # The backend is chosen when the op runs, and the reference leaves no tape.
-    taped = new_size() if keep else 0
-    return call.h.new_empty(rows, call.h.shape[1]), _new_tape(call, taped)
+    # The backend is chosen when the op runs, and each has a tape of its own.
+    tape = call.h.new_empty((new_size(), new_size()), dtype=torch.int32) if keep else _new_tape(call, 0)
+    return call.h.new_empty(rows, call.h.shape[1]), tape
 
 
 def _new_tape(call: _Call, rows: _Rows) -> Tensor:
@@ -326,11 +336,23 @@ def _reference_backward(
         return list(torch.autograd.grad(_reference(fresh), inputs, grad))
 
 
-for _op, _native_run, _reference_run in (
-    ("recurrence", _native_forward, _reference_forward),
-    ("recurrence_backward", _native_backward, _reference_backward),
+def _triton_forward(h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, keep: bool) -> tuple[Tensor, Tensor]:
+    out, tape = _recurrence_triton.forward(call, keep)
+    return out, _new_tape(call, 0) if tape is None else tape
+
+
+def _triton_backward(
+    h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, grad: Tensor, tape: Tensor
+) -> list[Tensor]:
+    return _recurrence_triton.backward(call, grad, tape)
+
+
+for _op, *_runs in (
+    ("recurrence", _triton_forward, _native_forward, _reference_forward),
+    ("recurrence_backward", _triton_backward, _native_backward, _reference_backward),
 ):
-    register(_op, Backend("native", _native_run, _native_obstacle), Backend("reference", _reference_run, lambda *_: None))
+    _obstacles = (_recurrence_triton.obstacle, _native_obstacle, lambda *_: None)
+    register(_op, *map(Backend, ("triton", "native", "reference"), _runs, _obstacles))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -354,8 +376,10 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 def _run_backward(*arguments: Any) -> list[Tensor]:
     *inputs, grad, tape = arguments
     call = _Call(*inputs)
-    # The backend that ran forwards, whatever is asked for by now: only the native one leaves a tape.
-    backend = "native" if len(tape) else "reference"
+    # The backend that ran forwards, whatever is asked for by now: its tape says which, and the reference leaves none.
+    backend = "reference"
+    if len(tape):
+        backend = "triton" if tape.shape[1] == _recurrence_triton.tape_columns(call.h) else "native"
     result: list[Tensor] = run("recurrence_backward", backend, call.h, call.offsets, call.weights, call, grad, tape)
     return result
 

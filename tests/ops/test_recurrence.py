@@ -5,56 +5,14 @@ from collections import Counter
 import oracle
 import pytest
 import torch
+from recurrence_case import LENGTHS, RAGGED, Case
 
 from lares_fast import _dispatch, _native, _random, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
-from lares_fast.reference.backbone import build_block
 
 pytestmark = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
-
-LENGTHS = [1, 2, 20, 49, 50, 63, 64, 65, 128]
-RAGGED = [(5 * b) % 8 + 1 for b in range(len(LENGTHS))]
-
-
-class Case:
-    """A call with random weights, whose gradients are those of a random linear function of the output."""
-
-    def __init__(self, lengths=LENGTHS, D=64, H=2, inner=128, layers=2, adapter="add", depth=3, output="last", p=0.5):
-        torch.manual_seed(0)
-        config = LARESConfig(
-            n_items=2, hidden_size=D, n_heads=H, inner_size=inner, n_core_layers=layers, adapter=adapter or "add"
-        )
-        module = reference.Recurrence(config) if adapter else build_block(config, layers)
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
-        tokens = sum(lengths)
-        self.tensors = {"h": 2 * torch.randn(tokens, D)}
-        if adapter:
-            self.tensors["pre"] = torch.randn(tokens, D)
-        self.tensors |= {name: x.detach().clone() for name, x in module.named_parameters()}
-        self.offsets = torch.tensor([0, *lengths]).cumsum(0)
-        draw = Draw((3, 7), torch.randperm(1000)[: len(lengths)]) if p else None
-        depth = depth if isinstance(depth, int) else torch.tensor(depth)
-        self.options = {"n_heads": H, "adapter": adapter or "add", "depth": depth, "output": output, "draw": draw, "dropout": p}
-
-    def call(self, tensors, backend, **changes):
-        h, pre, *weights = tensors.values() if "pre" in tensors else (tensors["h"], None, *list(tensors.values())[1:])
-        return ops.recurrence(h, self.offsets, weights, pre=pre, backend=backend, **{**self.options, **changes})
-
-    def run(self, backend, dtype=torch.float32, **changes):
-        """(output, gradients) by name."""
-        tensors = {name: x.to(dtype).requires_grad_() for name, x in self.tensors.items()}
-        out = self.call(tensors, backend, **changes)
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        grads = torch.autograd.grad(out, list(tensors.values()), upstream)
-        return {"out": out.detach()}, dict(zip(tensors, grads, strict=True))
-
-    def check(self):
-        found, twin, truth = self.run("native"), self.run("reference"), self.run("reference", torch.float64)
-        oracle.check("forward", found[0], twin[0], truth[0])
-        oracle.check("gradient", found[1], twin[1], truth[1])
 
 
 @pytest.mark.parametrize("case", [
@@ -144,7 +102,8 @@ def test_opcheck_and_compile():
     case.tensors = {name: x.requires_grad_() for name, x in case.tensors.items()}
     h, pre, *weights = case.tensors.values()
     rows = case.options["draw"].rows
-    arguments = (h, pre, case.offsets, None, rows, weights, 2, [3, 7], [0.5, 0.5], 2, "add", "last", 1e-12, True, "native")
+    numbers = (2, [3, 7], [0.5, 0.5], 2, "add", "last", 1e-12, None)
+    arguments = (h, pre, case.offsets, None, rows, weights, *numbers, True, "native")
     torch.library.opcheck(torch.ops.lares_fast.recurrence, arguments)
     compiled = torch.compile(lambda x: case.call({**case.tensors, "h": x}, "native") * 2, fullgraph=True, backend="aot_eager")
     out = compiled(h)
@@ -172,6 +131,7 @@ def test_opcheck_and_compile():
     ({"weights": [torch.ones(16)] * 4}, "weights must be the 2 of the adapter"),
     ({"weights": [torch.ones(3)] * 18}, "norm.weight must be"),
     ({"draw": Draw((0, 0), torch.arange(3))}, r"draw\.rows must be int64 \[2\]"),
+    ({"longest": 2}, "longest must be at least every length, up to 3, but got 2"),
     ({"backend": "fast"}, "backend must be one of"),
 ])  # fmt: skip
 def test_bad_arguments(change, message):

@@ -146,3 +146,68 @@ def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
         else:
             assert kernel.products >= max(1, CATALOG_DOTS[kernel.name] * S * S * C // PRODUCT // kernel.warps), kernel
             assert kernel.products == kernel.count("HMMA"), kernel
+
+
+# D, H, dtype, dropout, longest, adapter, whether the backward is compiled too; and for which GPUs.
+RECURRENCE_CASES = [
+    (64, 2, torch.bfloat16, 0.0, 50, "add", False, ALL),
+    (64, 2, torch.float16, 0.0, 128, "concat", False, (80, 90)),
+    (128, 2, torch.bfloat16, 0.0, 50, "add", False, (80, 90, 120)),
+    (128, 4, torch.bfloat16, 0.0, 128, "add", False, (80, 100)),
+    (64, 2, torch.bfloat16, 0.5, 50, "add", True, (80, 90)),
+    (64, 2, torch.float32, 0.0, 20, "add", False, (90,)),
+]
+
+
+def recurrence_stack(D, dtype, p, architecture):
+    """Bytes a thread that the forward kernel may have in local memory."""
+    if dtype == torch.float32:
+        return 512
+    if p:
+        return 224
+    if D == 64:
+        return 16 if architecture < 90 else 0
+    return 256 if architecture < 90 else 128
+
+
+# The same for the kernels of the backward, at D = 64 and with dropout.
+BACKWARD_STACK = {
+    "attention_half_backward": 64,
+    "feed_half_backward": 16,
+    "input_gradient": 16,
+    "join_backward": 0,
+    "weight_gradient": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("D", "H", "dtype", "p", "longest", "adapter", "backward", "architecture"),
+    [(*case, architecture) for *case, architectures in RECURRENCE_CASES for architecture in architectures],
+)
+def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, monkeypatch):
+    import triton_gate
+    from recurrence_case import Case
+
+    case = Case(lengths=[longest, 3], D=D, H=H, inner=4 * D, layers=1, adapter=adapter, depth=1, p=p)
+    case.options["longest"] = longest
+    tensors = {name: x.to(dtype).requires_grad_(backward) for name, x in case.tensors.items()}
+
+    def call():
+        out = case.call(tensors, "triton")
+        if backward:
+            out.backward(torch.zeros_like(out))
+
+    kernels = triton_gate.compile_launches(monkeypatch, architecture, call)
+    assert {kernel.name for kernel in kernels} == {"recurrence_forward", *(BACKWARD_STACK if backward else ())}
+    for kernel in kernels:
+        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
+        limit = (
+            recurrence_stack(D, dtype, p, architecture) if kernel.name == "recurrence_forward" else BACKWARD_STACK[kernel.name]
+        )
+        assert kernel.stack <= limit, kernel
+        if dtype == torch.float32:
+            assert kernel.products == 0, kernel
+        elif kernel.name != "join_backward":
+            assert kernel.products > 0, kernel
+            assert kernel.products == kernel.count("HMMA"), kernel
+            assert kernel.count("LDG.E.128") > 0, kernel
