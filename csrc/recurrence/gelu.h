@@ -1,4 +1,4 @@
-// The exact GELU and its derivative.
+// The exact GELU and its derivative, by the tail of the normal law: docs/kernels/recurrence.md.
 #pragma once
 
 #include "simd/exp2.h"
@@ -6,51 +6,56 @@
 namespace lares_fast {
 namespace {
 
-// erf(x / sqrt 2) within 1e-7: x P(x^2) / Q(x^2), a minimax fit up to |x| = 5.4, from where on it rounds to 1.
-LARES_INLINE Vec erf_of_normal(Vec x) {
-    x = min(max(x, broadcast(-5.4f)), broadcast(5.4f));
-    const Vec s = mul(x, x);
-    Vec p = broadcast(4.71814836551e-8f), q = broadcast(1.21978043081e-6f);
-    p = fma(p, s, broadcast(1.2646458429e-5f));
-    q = fma(q, s, broadcast(7.11629788341e-5f));
-    p = fma(p, s, broadcast(3.21338231767e-4f));
-    q = fma(q, s, broadcast(1.83850924961e-3f));
-    p = fma(p, s, broadcast(9.25760356444e-3f));
-    q = fma(q, s, broadcast(2.81787652647e-2f));
-    p = fma(p, s, broadcast(6.60543304422e-2f));
-    q = fma(q, s, broadcast(2.49453291538e-1f));
-    p = fma(p, s, broadcast(7.9788455088e-1f));
-    q = fma(q, s, broadcast(1.0f));
-    return div(mul(x, p), q);
+// |x|, up to where nothing of the tail is left.
+LARES_INLINE Vec distance(Vec x) { return min(broadcast(8.0f), abs(x)); }
+
+// 2 Phi(-a) = 2^(a P(a)), the tail within 1e-8: near 0 the exponent is small, and far out what it is the exponent of.
+LARES_INLINE Vec two_tails(Vec a) {
+    Vec p = broadcast(-2.84171074e-6f);
+    p = fma(p, a, broadcast(3.94601884e-5f));
+    p = fma(p, a, broadcast(-1.86578094e-4f));
+    p = fma(p, a, broadcast(-1.35957991e-4f));
+    p = fma(p, a, broadcast(7.06211245e-3f));
+    p = fma(p, a, broadcast(-5.24952449e-2f));
+    p = fma(p, a, broadcast(-0.459208518f));
+    p = fma(p, a, broadcast(-1.15110517f));
+    return exp2(mul(a, p));
 }
 
-LARES_INLINE Vec gelu(Vec x) {
-    const Vec half = mul(x, broadcast(0.5f));
-    return fma(half, erf_of_normal(x), half);
+// 1 - a phi(a) / Phi(-a): what a tail is multiplied by in the derivative, times the tail within 1e-8.
+LARES_INLINE Vec bend(Vec a) {
+    Vec p = broadcast(2.5591894e-6f);
+    p = fma(p, a, broadcast(-4.47390812e-5f));
+    p = fma(p, a, broadcast(3.20619118e-4f));
+    p = fma(p, a, broadcast(-1.06530311e-3f));
+    p = fma(p, a, broadcast(-1.26827319e-4f));
+    p = fma(p, a, broadcast(1.93704832e-2f));
+    p = fma(p, a, broadcast(-0.109105125f));
+    p = fma(p, a, broadcast(-0.63660121f));
+    p = fma(p, a, broadcast(-0.797885716f));
+    return fma(p, a, broadcast(1.0f));
 }
 
-// gelu(x), and gelu'(x) = Phi(x) + x phi(x) in `slope`.
-LARES_INLINE Vec gelu_and_slope(Vec x, Vec& slope) {
-    const Vec phi = fma(broadcast(0.5f), erf_of_normal(x), broadcast(0.5f));
-    // phi(x) = 2^(-x^2 / (2 ln 2)) / sqrt(2 pi)
-    const Vec density = mul(exp2(mul(mul(x, x), broadcast(-0.72134752f))), broadcast(0.39894228f));
-    slope = fma(x, density, phi);
-    return mul(x, phi);
-}
+// x Phi(x) = max(x, 0) - |x| Phi(-|x|)
+LARES_INLINE Vec gelu(Vec x, Vec a, Vec tails) { return fma(mul(a, broadcast(-0.5f)), tails, max(broadcast(0.0f), x)); }
 
 // In place for n floats, a multiple of two registers. Functions of their own, because their constants and a product's sums
 // do not fit in the registers together.
 __attribute__((noinline)) void gelu_all(float* x, std::int64_t n) {
 #pragma GCC unroll 2
-    for (std::int64_t i = 0; i < n; i += W) store(x + i, gelu(load(x + i)));
+    for (std::int64_t i = 0; i < n; i += W) {
+        const Vec v = load(x + i), a = distance(v);
+        store(x + i, gelu(v, a, two_tails(a)));
+    }
 }
 
 __attribute__((noinline)) void gelu_and_slope_all(float* x, std::int64_t n, float* slopes) {
 #pragma GCC unroll 2
     for (std::int64_t i = 0; i < n; i += W) {
-        Vec slope;
-        store(x + i, gelu_and_slope(load(x + i), slope));
-        store(slopes + i, slope);
+        const Vec v = load(x + i), a = distance(v), tails = two_tails(a);
+        store(x + i, gelu(v, a, tails));
+        const Vec above = fma(mul(tails, broadcast(-0.5f)), bend(a), broadcast(0.5f));
+        store(slopes + i, add(broadcast(0.5f), with_sign(above, v)));
     }
 }
 
