@@ -216,8 +216,9 @@ LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, st
     float *const p = w.rows[0], *const dropped = w.rows[1], *const grad = w.rows[2];
     times_tiles<N>(a.query, panel, row, w.keys, a.head_panels, query + N, p, w.stride);
     times_tiles<N>(a.context_grad, panel, row, w.values, a.head_panels, query + N, grad, w.stride);
-    Vec along[N];
-    for (int r = 0; r < N; ++r) along[r] = broadcast(0.0f);
+    // The mean of a row's gradients is subtracted from each: counted from one of them, it keeps its digits where all are alike.
+    Vec along[N], base[N];
+    for (int r = 0; r < N; ++r) along[r] = broadcast(0.0f), base[r] = broadcast(grad[r * w.stride]);
     float total[N];
     const Vec scale = broadcast(a.dropout.scale);
     // The sums that make them probabilities are not known yet.
@@ -225,6 +226,7 @@ LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, st
         // A gradient beyond the visible keys is of another sequence or of none.
         Vec g = select(first_lanes(query + r + 1 - (place - r * w.stride)), load(grad + place)), d = e;
         if (kept) g = mul(select(kept, g), scale), d = mul(select(kept, e), scale);
+        g = sub(g, base[r]);
         store(p + place, e);
         store(dropped + place, d);
         store(grad + place, g);

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not _native.available()[0], reason=_native.avail
 def test_obeys_the_tolerance_law(case):
     before = _dispatch.calls["recurrence_backward", "native"]
     Case(**case).check()
-    assert _dispatch.calls["recurrence_backward", "native"] == before + 1
+    assert _dispatch.calls["recurrence_backward", "native"] > before
 
 
 def change(**changes):
