@@ -216,9 +216,8 @@ LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, st
     float *const p = w.rows[0], *const dropped = w.rows[1], *const grad = w.rows[2];
     times_tiles<N>(a.query, panel, row, w.keys, a.head_panels, query + N, p, w.stride);
     times_tiles<N>(a.context_grad, panel, row, w.values, a.head_panels, query + N, grad, w.stride);
-    // The mean of a row's gradients is subtracted from each: counted from one of them, it keeps its digits where all are alike.
-    Vec along[N], base[N];
-    for (int r = 0; r < N; ++r) along[r] = broadcast(0.0f), base[r] = broadcast(grad[r * w.stride]);
+    Vec along[N];
+    for (int r = 0; r < N; ++r) along[r] = broadcast(0.0f);
     float total[N];
     const Vec scale = broadcast(a.dropout.scale);
     // The sums that make them probabilities are not known yet.
@@ -226,7 +225,6 @@ LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, st
         // A gradient beyond the visible keys is of another sequence or of none.
         Vec g = select(first_lanes(query + r + 1 - (place - r * w.stride)), load(grad + place)), d = e;
         if (kept) g = mul(select(kept, g), scale), d = mul(select(kept, e), scale);
-        g = sub(g, base[r]);
         store(p + place, e);
         store(dropped + place, d);
         store(grad + place, g);
@@ -235,9 +233,14 @@ LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, st
     for (int r = 0; r < N; ++r) {
         const float inverse = 1.0f / total[r];
         const Vec mean = broadcast(sum(along[r]) * inverse), factor = broadcast(inverse * a.scale), probability = broadcast(inverse);
-        for (std::int64_t j = r * w.stride; j < r * w.stride + tiles * COLUMNS; j += W) {
+        const std::int64_t begin = r * w.stride, end = begin + tiles * COLUMNS;
+        // What rounding left of the mean counts where the gradients are alike or one key has nearly all the probability.
+        Vec left = broadcast(0.0f);
+        for (std::int64_t j = begin; j < end; j += W) left = fma(load(p + j), sub(load(grad + j), mean), left);
+        const Vec rest = broadcast(sum(left) * inverse);
+        for (std::int64_t j = begin; j < end; j += W) {
             store(dropped + j, mul(load(dropped + j), probability));
-            store(grad + j, mul(mul(load(p + j), factor), sub(load(grad + j), mean)));
+            store(grad + j, mul(mul(load(p + j), factor), sub(sub(load(grad + j), mean), rest)));
         }
     }
     float one[N];

@@ -1,6 +1,7 @@
 #include "recurrence/recurrence.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -475,7 +476,8 @@ struct Size {
     double rms() const { return count > 0 ? std::sqrt(squares / count) : 0.0; }
 };
 
-void compare(const Case& c, const std::string& name, const Tensor& found, const Rows& truth, double floor) {
+// What is wrong with a tensor, or nothing.
+std::string fault(const Case& c, const std::string& name, const Tensor& found, const Rows& truth, double floor) {
     Size size;
     size.add(truth);
     double most = 0.0;
@@ -487,8 +489,9 @@ void compare(const Case& c, const std::string& name, const Tensor& found, const 
         text.precision(9);
         text << "recurrence, " << c.describe() << ": " << name << '[' << i << "] is " << found[i] << ", and should be " << truth[i]
              << " within " << bound;
-        fail(text.str());
+        return text.str();
     }
+    return "";
 }
 
 // A tenth of the rms of all gradients: the floor of the law, because some are zero but for rounding.
@@ -525,16 +528,30 @@ bool is_ill_conditioned(const Case& c, const Truth& truth) {
     return any;
 }
 
+std::string fault(const Case& c, const Results& found, const Truth& truth) {
+    const double floor = floor_of(truth);
+    std::string text = fault(c, "out", found.out, truth.out, 0.0);
+    const auto look = [&](const std::string& name, const Tensor& grad, const Rows& right) {
+        if (text.empty()) text = fault(c, name, grad, right, floor);
+    };
+    look("h_grad", found.h_grad, truth.h_grad);
+    look("pre_grad", found.pre_grad, truth.pre_grad);
+    for (std::size_t i = 0; i < truth.weight_grads.size(); ++i) {
+        look("gradient of weight " + std::to_string(i), found.weight_grads[i], truth.weight_grads[i]);
+    }
+    return text;
+}
+
+// Cases that were compared with the truth, and those of them that were excused as ill-conditioned.
+std::atomic<std::int64_t> compared{0}, excused{0};
+
 void compare(const Case& c, const Results& found) {
     const Truth truth(c);
-    if (is_ill_conditioned(c, truth)) return;
-    compare(c, "out", found.out, truth.out, 0.0);
-    const double floor = floor_of(truth);
-    compare(c, "h_grad", found.h_grad, truth.h_grad, floor);
-    compare(c, "pre_grad", found.pre_grad, truth.pre_grad, floor);
-    for (std::size_t i = 0; i < truth.weight_grads.size(); ++i) {
-        compare(c, "gradient of weight " + std::to_string(i), found.weight_grads[i], truth.weight_grads[i], floor);
-    }
+    ++compared;
+    const std::string text = fault(c, found, truth);
+    if (text.empty()) return;
+    if (!is_ill_conditioned(c, truth)) fail(text);
+    if (++excused > 2 + compared / 400) fail("too many cases are excused as ill-conditioned; the last: " + text);
 }
 
 // Memory is kept from call to call, and must be no way for a NaN to get from one to the next.
