@@ -106,17 +106,17 @@ PLANTS = {
     "a mask of other keys": ("draws.h", "quad | key_tile << 16", "quad | (key_tile + 1) << 16"),
     "a sequence that begins one token early": ("plan.cpp", "push_back({first,", "push_back({first - (b > 0),"),
     "another dropout site": (
-        "recurrence_kernel.cpp",
+        "forward.h",
         "l.down_bias, site(AFTER_FEED_FORWARD,",
         "l.down_bias, site(AFTER_ATTENTION,",
     ),
     "a row that is not written": (
-        "recurrence_kernel.cpp",
+        "block.h",
         "put(s.start, s.length, s.out, false)",
         "put(s.start, s.length - 1, s.out, false)",
     ),
     "the token before the last instead of the last": (
-        "recurrence_kernel.cpp",
+        "block.h",
         "(block.sequences[i].start + block.sequences[i].length - 1)",
         "(block.sequences[i].start + (block.sequences[i].length - 1) / 2)",
     ),
@@ -134,11 +134,14 @@ def test_a_bug_planted_in_the_recurrence_is_found(bug, checked, tmp_path):
     spoilt = "plan.cpp" if name == "plan.cpp" else "recurrence_kernel.cpp"
     target = "native_tests.dir" if name == "plan.cpp" else "lares_fast_generic.dir"
     objects = [x for x in checked[0].parent.rglob("*.o") if x.name != f"{spoilt}.o" or target not in str(x)]
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fsanitize=address,undefined", "-DLARES_LEVEL=generic"]
-    source = tmp_path / "csrc" / "recurrence" / spoilt
-    command = ["g++", *flags, f"-I{tmp_path / 'csrc'}", source, *objects, "-pthread", "-o", tmp_path / "native_tests"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-DLARES_LEVEL=generic", f"-I{tmp_path / 'csrc'}"]
+    # Its results are wrong, which shows without sanitizers, and those would take most of the time.
+    for command in (
+        ["g++", *flags, "-c", tmp_path / "csrc" / "recurrence" / spoilt, "-o", tmp_path / "spoilt.o"],
+        ["g++", "-fsanitize=address,undefined", tmp_path / "spoilt.o", *objects, "-pthread", "-o", tmp_path / "native_tests"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
     code, output = run([tmp_path / "native_tests"], "generic", 300, large=0)
     assert code != 0
     assert re.search(r"recurrence, .* and should be", output), output[-3000:]
