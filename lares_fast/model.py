@@ -116,6 +116,7 @@ class LARES(reference.LARES):
             dropout=config.dropout,
             attention_dropout=config.attention_dropout,
             eps=config.layer_norm_eps,
+            longest=config.max_len,
             backend=self.backend,
             **arguments,
         )

@@ -44,10 +44,8 @@ class Case:
         # The twin's error on a single number, a gate, can be nil by chance: hence several upstream gradients.
         upstreams = 4 if any(x.numel() == 1 for x in tensors.values()) else 1
         draw = torch.Generator().manual_seed(1)
-        grads = [
-            torch.autograd.grad(out, list(tensors.values()), torch.randn(out.shape, generator=draw).to(dtype), retain_graph=True)
-            for _ in range(upstreams)
-        ]
+        weightings = [torch.randn(out.shape, generator=draw).to(dtype) for _ in range(upstreams)]
+        grads = [torch.autograd.grad(out, list(tensors.values()), weights, retain_graph=True) for weights in weightings]
         return {"out": out.detach()}, dict(zip(tensors, map(torch.stack, zip(*grads, strict=True)), strict=True))
 
     def check(self, backend="native", dtype=torch.float32):

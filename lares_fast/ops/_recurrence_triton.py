@@ -31,7 +31,7 @@ def obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], call: Any = 
             return "it needs longest, the length of the longest sequence"
         if call.longest > LONGEST[h.dtype]:
             return f"it takes sequences of up to {LONGEST[h.dtype]} rows in {h.dtype}, and longest is {call.longest}"
-    return _triton.obstacle(h)
+    return _triton.refusal("recurrence", h, width=h.shape[1])
 
 
 def tape_columns(h: Tensor) -> int:

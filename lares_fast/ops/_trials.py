@@ -180,7 +180,7 @@ def _recurrence(integers: bool, width: int = 64) -> Trial:
         h, pre, *rest = leaves.values()
         draw = Draw((5, 7), torch.arange(len(depth), device=h.device))
         places = (offsets.to(h.device), depth.to(h.device))
-        return {"out": recurrence(h, places[0], rest, pre=pre, depth=places[1], draw=draw, backend=backend, **how)}
+        return {"out": recurrence(h, places[0], rest, pre=pre, depth=places[1], draw=draw, longest=20, backend=backend, **how)}
 
     def plain(leaves: Values) -> dict[str, Tensor]:
         h, pre, *rest = leaves.values()

@@ -11,7 +11,7 @@ from lares_fast.ops import _canary, _trials, _triton
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-WITH_KERNELS = ["attention", "linear_cross_entropy"]
+WITH_KERNELS = ["attention", "linear_cross_entropy", "recurrence"]
 
 
 @pytest.fixture
@@ -53,6 +53,8 @@ def test_the_reference_passes_every_trial(op, dtype, monkeypatch):
         ("attention", torch.bfloat16, {"width": 128, "drop": True, "short": False}),
         *[("linear_cross_entropy", dtype, {"width": 64}) for dtype in DTYPES],
         *[("linear_cross_entropy", torch.float32, {"width": width}) for width in (1, 40, 256)],
+        ("recurrence", torch.float32, {"width": 64}),
+        ("recurrence", torch.bfloat16, {"width": 64}),
     ],
 )
 def test_the_kernels_pass(op, dtype, variant, monkeypatch):
