@@ -11,6 +11,7 @@ from lares_fast import _native, ops, reference
 from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
 from lares_fast._random import SITE_INPUT, Draw, drop_threshold, dropped, keep_hidden, normal_of
+from lares_fast._transfer import sent
 from lares_fast.config import LARESConfig
 from lares_fast.reference.sequences import pack, places, repeat
 from lares_fast.reference.topk import Exclude
@@ -73,7 +74,9 @@ class LARES(reference.LARES):
         else:
             pre = self._before(items, offsets, masks)
         output = "steps" if every_step else "last"
-        return self._steps(self.recurrence, state.to(pre), offsets, masks, pre=pre, depth=depth, output=output)
+        return self._steps(
+            self.recurrence, sent(state, pre.device).to(pre), offsets, masks, pre=pre, depth=depth, output=output
+        )
 
     def _packed_state(self, draw: Draw, sequence: Tensor, position: Tensor) -> Tensor:
         """h0 [P, D]."""
@@ -91,7 +94,7 @@ class LARES(reference.LARES):
 
     def _input(self, items: Tensor, sequence: Tensor, position: Tensor, draw: Draw | None) -> Tensor:
         """What the pre-block reads, [P, D]."""
-        x = self.input_norm(self.item_embedding(items) + self.position_embedding(position))
+        x = self.input_norm(self.item_embedding(items) + self.position_embedding(sent(position, items.device)))
         if draw is None or not self.config.dropout:
             return x
         sequence, position = sequence.cpu(), position.cpu()
@@ -102,13 +105,13 @@ class LARES(reference.LARES):
         else:
             length = int(position.max()) + 1
             keep = keep_hidden(draw.key, threshold, **address, rows=draw.rows, length=length)[sequence, position]
-        return dropped(x, keep.to(x.device), threshold)
+        return dropped(x, sent(keep, x.device), threshold)
 
     def _steps(self, block: nn.Module, h: Tensor, offsets: Tensor, draw: Draw | None, **arguments: Any) -> Tensor:
         config = self.config
         return ops.recurrence(
             h,
-            offsets,
+            sent(offsets, h.device),
             list(block.parameters()),
             n_heads=config.n_heads,
             adapter=config.adapter,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"_errors", "_law", "_settings", "_random", "_native", "_cuda", "config"}
+LEAVES = {"_errors", "_law", "_settings", "_random", "_transfer", "_native", "_cuda", "config"}
 
 # Room -> rooms of lares_fast that it may import, besides itself. What is not listed may not be imported.
 MAY_IMPORT = {
@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "_settings": {"_errors"},
     "_law": set(),
     "_random": set(),
+    "_transfer": set(),
     "_native": {"_errors", "_random", "_settings"},
     "_cuda": {"_errors", "_native", "_settings"},
     "config": {"_errors"},
-    "reference": {"_errors", "_random", "config"},
+    "reference": {"_errors", "_random", "_transfer", "config"},
     "_dispatch": LEAVES | {"ops"},
     "_library": LEAVES,
     "ops": LEAVES | {"reference", "_dispatch", "_library", "kernels"},

@@ -7,10 +7,11 @@ import pytest
 import torch
 from elsewhere import DEVICE, Elsewhere, sent
 
-from lares_fast import _cuda, _dispatch, _native, ops, reference
+from lares_fast import LARES, _cuda, _dispatch, _native, ops, reference
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
 from lares_fast.ops import _triton
+from lares_fast.reference.sequences import pack
 
 P, B, N, D, H = 9, 3, 70, 32, 2
 LENGTHS = [4, 0, 5]
@@ -47,12 +48,12 @@ def attention(backend):
     return ops.attention(query, key, value, offsets, 5, draw=draw, dropout=0.2, backend=backend)
 
 
-def recurrence(backend):
+def recurrence(backend, depth=2, output="last"):
     config = LARESConfig(n_items=9, hidden_size=64, n_heads=H, inner_size=64, n_core_layers=1)
     weights = [leaf(*parameter.shape) for parameter in reference.Recurrence(config).parameters()]
     draw = Draw((1, 2), sent(torch.arange(2)))
     offsets = sent(torch.tensor([0, 4, P]))
-    how = {"depth": 2, "longest": 5, "draw": draw, "dropout": 0.2}
+    how = {"depth": depth, "output": output, "longest": 5, "draw": draw, "dropout": 0.2}
     return ops.recurrence(leaf(P, 64), offsets, weights, n_heads=H, pre=leaf(P, 64), **how, backend=backend)
 
 
@@ -92,6 +93,47 @@ def test_kernels_are_launched_without_waiting(name, launched):
         if name in DIFFERENTIABLE:
             out.sum().backward()
             assert len(launched) > forward
+
+
+@pytest.mark.parametrize("output", ["last", "steps", "tokens"])
+def test_a_depth_on_the_cpu_is_not_waited_for(output, launched):
+    with Elsewhere():
+        out = recurrence("triton", torch.tensor([3, 1]), output)
+        assert len(out) == {"last": 2, "steps": 4, "tokens": P}[output]
+        out.sum().backward()
+    assert launched.count("recurrence_forward") == 1 + 3
+    with Elsewhere(), pytest.raises(AssertionError, match="waits for the device"):
+        recurrence("triton", sent(torch.tensor([3, 1])), output)
+
+
+def moved(model):
+    """``model`` with its parameters elsewhere."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = sent(parameter).requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("each", [False, True])
+def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, launched, monkeypatch):
+    """With lengths, depths and rows on the CPU."""
+    monkeypatch.setattr(_native, "available", lambda: (False, "its loader is a stand-in here"))
+    config = LARESConfig(n_items=N, hidden_size=64, n_heads=H, inner_size=64, max_len=6, dropout=0.2)
+    model = moved(LARES(config, backend="triton")).train()
+    lengths, rows = torch.tensor([4, 1, 6]), torch.arange(B)
+    items, sizes = torch.arange(18).view(B, 6) % N, lengths
+    if packed:
+        items, sizes = pack(items, lengths)
+    depth = torch.tensor([3, 1, 2]) if each else 3
+    passes = tuple(reference.Pass(depth, Draw((1, i), rows)) for i in range(3))
+    with Elsewhere():
+        sequences = (sent(items), sizes)
+        loss = reference.spt_loss(model, sequences, sent(torch.arange(B)), sequences, passes, 1, alpha=0.1, gamma=0.5).total
+        loss.backward()
+        model.eval().encode(*sequences, num_steps=depth)
+    assert {"recurrence_forward", "softmax_backward_items", "attention_half_backward"} <= set(launched)
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lares_fast._random import drop_threshold
+from lares_fast._transfer import sent
 from lares_fast.ops import _triton
 
 WIDTHS = (64, 128)
@@ -40,15 +41,15 @@ def tape_columns(h: Tensor) -> int:
 
 
 def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """(output, tape); a depth of each sequence's own is waited for where the size of one of them follows from it."""
-    h, depths = call.h, call.depths()
+    """(output, tape); a depth of each sequence's own on a GPU is waited for where the size of one of them follows from it."""
+    h, B, depth = call.h, len(call.offsets) - 1, call.depth
     steps = 0
     if keep and len(h):
-        steps = call.steps if call.depth is None else int(depths.max())
-    out_rows = {"last": len(depths), "tokens": len(h)}.get(call.output)
+        steps = call.steps if depth is None else int(depth.max())
+    out_rows = {"last": B, "tokens": len(h)}.get(call.output)
     if out_rows is None:
-        out_rows = len(depths) * call.steps if call.depth is None else int(depths.sum())
-    out, states = _triton.kernels("recurrence").forward(_kernel_call(call, depths), out_rows, steps)
+        out_rows = B * call.steps if depth is None else int(depth.sum())
+    out, states = _triton.kernels("recurrence").forward(_kernel_call(call), out_rows, steps)
     return out, None if states is None else states.view(torch.int32).view(-1, tape_columns(h))
 
 
@@ -57,11 +58,11 @@ def backward(call: Any, grad: Tensor, tape: Tensor) -> list[Tensor]:
     if not len(call.h):
         return [torch.zeros_like(x) for x in call.tensors()]
     states = tape.view(call.h.dtype).view(-1, *call.h.shape)
-    gradients: list[Tensor] = _triton.kernels("_recurrence_backward").backward(_kernel_call(call, call.depths()), grad, states)
+    gradients: list[Tensor] = _triton.kernels("_recurrence_backward").backward(_kernel_call(call), grad, states)
     return gradients
 
 
-def _kernel_call(call: Any, depths: Tensor) -> Any:
+def _kernel_call(call: Any) -> Any:
     kernels, ready = _triton.kernels("recurrence"), _triton.kernels("_launch").ready
     thresholds = (0, 0) if call.rows is None else tuple(map(drop_threshold, call.dropout))
     dropped = any(thresholds)
@@ -69,9 +70,9 @@ def _kernel_call(call: Any, depths: Tensor) -> Any:
         h=ready(call.h),
         pre=None if call.pre is None else ready(call.pre),
         offsets=ready(call.offsets),
-        depth=ready(depths),
+        depth=ready(sent(call.depths(), call.h.device)),
         weights=call.weights,
-        rows=ready(call.rows) if dropped else None,
+        rows=ready(sent(call.rows, call.h.device)) if dropped else None,
         seed=_triton.seed(call.key, call.h.device) if dropped else None,
         thresholds=thresholds,
         n_heads=call.n_heads,

@@ -168,7 +168,7 @@ def _linear_cross_entropy(integers: bool, width: int = 64) -> Trial:
 def _recurrence(integers: bool, width: int = 64) -> Trial:
     from lares_fast.ops import recurrence
 
-    offsets, depth = torch.tensor([0, 5, 6, 15, 35]), torch.tensor([2, 1, 3, 2])
+    offsets, depth = torch.tensor([0, 5, 6, 15, 35]), torch.tensor([2, 1, 2, 1])
     config = LARESConfig(n_items=2, hidden_size=width, n_heads=2, inner_size=2 * width, n_core_layers=1, adapter="concat")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

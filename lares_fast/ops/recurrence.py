@@ -22,6 +22,7 @@ _ADAPTERS = ("none", "add", "linear", "concat")
 _OUTPUTS = ("last", "steps", "tokens")
 _WEIGHTS_A_LAYER = 16
 _LONGEST = 512
+_CPU = torch.device("cpu")
 
 
 def recurrence(
@@ -53,11 +54,11 @@ def recurrence(
         n_heads: H, a divisor of D.
         pre: [P, D], what the adapter joins with each state.
         adapter: ``add``, ``concat`` or ``linear``; only read where ``pre`` is given.
-        depth: T, one int or int64 [B], at least 1.
+        depth: T, one int or int64 [B], at least 1; on the CPU, or where ``h`` is: then ``steps`` and gradients wait for it.
         output: ``last``: the state of each sequence's last token after its last step, [B, D]; ``steps``: the same after every
             step, one sequence behind the other, [sum of depth, D]; ``tokens``: all states after the last step, [P, D].
-        draw: the addresses of the dropout masks, whose ``rows`` are the B rows of the global batch; ``None`` drops nothing.
-            Steps count from 1, without ``pre`` from 0.
+        draw: the addresses of the dropout masks, whose ``rows`` are the B rows of the global batch, on the CPU or where ``h``
+            is; ``None`` drops nothing. Steps count from 1, without ``pre`` from 0.
         dropout, attention_dropout: in [0, 1); ``None`` means "as dropout".
         eps: of the layer norms.
         longest: at least the length of every sequence; an integer, so that no GPU is waited for. Only ``triton`` needs it.
@@ -145,8 +146,11 @@ def _check(call: _Call) -> None:
     for name, vector in (("depth", call.depth), ("draw.rows", call.rows)):
         if vector is not None:
             _check_integers(name, vector, len(offsets) - 1)
-    if any(vector.device != h.device for vector in (offsets, call.depth) if vector is not None):
-        raise InputError(f"offsets and depth must be on {h.device} like h.")
+    if offsets.device != h.device:
+        raise InputError(f"offsets must be on {h.device} like h, but are on {offsets.device}.")
+    for name, vector in (("depth", call.depth), ("draw.rows", call.rows)):
+        if vector is not None and vector.device not in (h.device, _CPU):
+            raise InputError(f"{name} must be on the CPU or on {h.device} like h, but is on {vector.device}.")
     if call.depth is None and call.steps < 1:
         raise InputError(f"depth must be at least 1, but got {call.steps}.")
     if call.pre is not None:
@@ -209,15 +213,15 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_values(call: _Call) -> None:
-    if call.offsets.device.type != "cpu":
+    if call.depth is not None and call.depth.device == _CPU and len(call.depth) and int(call.depth.min()) < 1:
+        raise InputError(f"depth must be at least 1, but it falls to {int(call.depth.min())}.")
+    if call.offsets.device != _CPU:
         return
-    lengths, depths = call.offsets.diff(), call.depths()
+    lengths = call.offsets.diff()
     if int(call.offsets[0]) != 0 or int(call.offsets[-1]) != len(call.h) or bool((lengths < 1).any()):
         raise InputError(f"offsets must rise from 0 to the number of tokens, {len(call.h)}, by at least 1 a sequence.")
     if call.longest is not None and bool((lengths > call.longest).any()):
         raise InputError(f"longest must be at least every length, up to {int(lengths.max())}, but got {call.longest}.")
-    if len(depths) and int(depths.min()) < 1:
-        raise InputError(f"depth must be at least 1, but it falls to {int(depths.min())}.")
 
 
 # In a compiler's trace some numbers of rows are symbols.
@@ -313,7 +317,7 @@ def _reference(call: _Call) -> Tensor:
         n_heads=call.n_heads,
         pre=call.pre,
         adapter="add" if call.pre is None else call.adapter,
-        depth=call.depths(),
+        depth=call.depths().to(call.h.device),
         output=call.output,
         draw=call.draw(),
         dropout=call.dropout[0],

@@ -68,7 +68,8 @@ class LARES(nn.Module):
 
         ``item_seq`` [B, L] int64 item ids, right-padded with 0, L <= ``max_len``; ``item_seq_len`` [B] int64, each
         at least 1. Or packed: ``item_seq`` [P], one sequence behind the other, with offsets [B + 1] in the place of
-        ``item_seq_len``. ``num_steps`` T, one int or int64 [B] (default: drawn in training, ``config.steps`` in
+        ``item_seq_len``. Lengths, offsets and depths may be on the CPU while items are on a GPU: nothing then waits for the
+        GPU, whose values are not checked but by PyTorch's embedding. ``num_steps`` T, one int or int64 [B] (default: drawn in training, ``config.steps`` in
         evaluation); ``state`` h0 [B, L, D], packed [P, D] (default: drawn by ``config.state_init``); ``draw`` addresses
         the random numbers of this pass. Without ``draw``, training takes a fresh key from torch's global
         generator, and evaluation gives every sequence the same fixed h0, so that equal histories give equal
@@ -80,7 +81,7 @@ class LARES(nn.Module):
         self._check_sequences(item_seq, item_seq_len)
         batch = len(item_seq_len) - (item_seq.dim() == 1)
         draw = draw or self._default_draw(batch)
-        depth = self._depth(num_steps, batch, draw).to(item_seq.device)
+        depth = self._depth(num_steps, batch, draw)
         states = self._encode(item_seq, item_seq_len, 1, depth, state, draw, return_all_steps)
         return rectangle(states, depth) if return_all_steps else states
 
@@ -101,7 +102,7 @@ class LARES(nn.Module):
         self._check_sequences(item_seq, item_seq_len)
         passes, batch = num_steps.shape
         draw = draw or self._default_draw(passes * batch)
-        depth = self._depth(num_steps.flatten(), passes * batch, draw).to(item_seq.device)
+        depth = self._depth(num_steps.flatten(), passes * batch, draw)
         return self._encode(item_seq, item_seq_len, passes, depth, state, draw, True)
 
     def _encode(
@@ -114,10 +115,11 @@ class LARES(nn.Module):
         draw: Draw,
         every_step: bool,
     ) -> Tensor:
-        """``passes`` passes over B sequences with every choice made, ``depth`` [passes * B] int64.
+        """``passes`` passes over B sequences with every choice made, ``depth`` [passes * B] int64 on the CPU.
 
         Returns the last states [passes * B, D], or those of every step as :meth:`trajectories` has them.
         """
+        item_seq_len, depth = item_seq_len.to(item_seq.device), depth.to(item_seq.device)
         if item_seq.dim() == 1:
             item_seq, offsets = repeat(item_seq, item_seq_len, passes)
             state = None if state is None else pad(state, offsets, self.config.max_len)[0]
@@ -164,7 +166,7 @@ class LARES(nn.Module):
             else:
                 size = batch if self.config.per_sequence_depth else 1
                 num_steps = sample_depth(self.config, size, draw.generator())
-        depth = torch.as_tensor(num_steps, dtype=torch.int64).expand(batch)
+        depth = torch.as_tensor(num_steps, dtype=torch.int64, device="cpu").expand(batch)
         if batch and int(depth.min()) < 1:
             raise InputError(f"num_steps must be at least 1, but got {int(depth.min())}.")
         return depth
@@ -195,7 +197,11 @@ class LARES(nn.Module):
                 f"item_seq_len must be in 1..{item_seq.shape[1]}, but it spans "
                 f"{int(item_seq_len.min())}..{int(item_seq_len.max())}; drop empty histories."
             )
-        if len(item_seq) and not 0 <= int(item_seq.min()) <= int(item_seq.max()) < self.config.n_items:
+        if (
+            item_seq.device.type == "cpu"
+            and len(item_seq)
+            and not 0 <= int(item_seq.min()) <= int(item_seq.max()) < self.config.n_items
+        ):
             raise InputError(
                 f"item_seq must hold ids in 0..{self.config.n_items - 1}, but it spans "
                 f"{int(item_seq.min())}..{int(item_seq.max())}."

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lares_fast._transfer import sent
+
 
 def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """``(rows [P, ...], offsets [B + 1])`` of ``padded`` [B, L, ...] with ``lengths`` [B] int64."""
-    real = torch.arange(padded.shape[1], device=lengths.device) < lengths[:, None]
-    return padded[real], F.pad(lengths.cumsum(0), (1, 0))
+    """``(rows [P, ...], offsets [B + 1])`` of ``padded`` [B, L, ...] with ``lengths`` [B] int64, on the CPU or where it is."""
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    sequence, position = (sent(place, padded.device) for place in places(offsets))
+    return padded[sequence, position], offsets
 
 
 def pad(packed: Tensor, offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -28,12 +31,15 @@ def repeat(packed: Tensor, offsets: Tensor, times: int) -> tuple[Tensor, Tensor]
 
 
 def rectangle(states: Tensor, depth: Tensor) -> Tensor:
-    """States [sum of depth, D] of sequences one behind the other as [B, T, D]: one that stopped repeats its last."""
-    steps = torch.arange(int(depth.max()) if len(depth) else 1, device=depth.device)
+    """States [sum of depth, D] of sequences one behind the other as [B, T, D]: one that stopped repeats its last.
+
+    ``depth`` [B] is on the CPU.
+    """
+    steps = torch.arange(int(depth.max()) if len(depth) else 1)
     if len(states) == len(depth) * len(steps):
         return states.unflatten(0, (len(depth), len(steps)))
     first = depth.cumsum(0) - depth
-    return states[first[:, None] + steps.minimum(depth[:, None] - 1)]
+    return states[sent(first[:, None] + steps.minimum(depth[:, None] - 1), states.device)]
 
 
 def places(offsets: Tensor) -> tuple[Tensor, Tensor]:

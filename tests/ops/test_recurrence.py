@@ -123,7 +123,7 @@ def test_opcheck_and_compile():
     ({"depth": torch.tensor([1, 0])}, "depth must be at least 1, but it falls to 0"),
     ({"depth": torch.tensor([1])}, r"depth must be int64 \[2\]"),
     ({"depth": 1.5}, r"depth must be int64 \[2\] as offsets say, but got float"),
-    ({"offsets": torch.tensor([0, 2, 5], device="meta")}, "offsets and depth must be on cpu like h"),
+    ({"offsets": torch.tensor([0, 2, 5], device="meta")}, "offsets must be on cpu like h, but are on meta"),
     ({"adapter": "sum"}, "adapter must be one of"),
     ({"output": "all"}, "output must be one of"),
     ({"n_heads": 3}, "n_heads must divide the width"),

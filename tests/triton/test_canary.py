@@ -79,6 +79,13 @@ PLANTED = {
         "(item[None, :] < high - 1) &",
     ),
     "wrong target's slope": ("linear_cross_entropy", "linear_cross_entropy", "miss[:, None], -p)", "miss[:, None], p)"),
+    "sequences see each other": ("recurrence", "_layers", "(column >= begin[:, :, None])", "(column >= 0 * begin[:, :, None])"),
+    "keys' gradient not turned": ("recurrence", "_recurrence_backward", "rows_times(turned, q, G)", "rows_times(ds, q, G)"),
+}
+FILES = {
+    "attention": ("_random", "_tiles", "attention"),
+    "linear_cross_entropy": ("_random", "_tiles", "linear_cross_entropy"),
+    "recurrence": ("_random", "_layers", "recurrence", "_recurrence_backward"),
 }
 
 
@@ -88,7 +95,7 @@ def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
     import triton_interpreter
 
     op, *where = PLANTED[bug]
-    triton_interpreter.plant(monkeypatch, tmp_path, ("_random", "_tiles", op), *where)
+    triton_interpreter.plant(monkeypatch, tmp_path, FILES[op], *where)
     with triton_interpreter.interpreted(monkeypatch):
         assert "its canary came out wrong on this GPU" in _canary.try_out(op, CPU, torch.bfloat16)
 
@@ -101,8 +108,7 @@ def test_a_wrong_kernel_gives_way_and_a_right_one_is_tried_once(wrong, gpu, monk
     if wrong:
         folder = tmp_path / "planted"
         folder.mkdir()
-        files = ("_random", "_tiles", "linear_cross_entropy")
-        triton_interpreter.plant(monkeypatch, folder, files, *PLANTED["ties lost"][1:])
+        triton_interpreter.plant(monkeypatch, folder, FILES["linear_cross_entropy"], *PLANTED["ties lost"][1:])
     with triton_interpreter.interpreted(monkeypatch) as memory:
         used = backend_of(lambda: ops.target_logprob(*softmax()))
         assert used[-1] != "triton" if wrong else used[-1] == "triton"
