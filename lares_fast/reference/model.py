@@ -69,11 +69,11 @@ class LARES(nn.Module):
         ``item_seq`` [B, L] int64 item ids, right-padded with 0, L <= ``max_len``; ``item_seq_len`` [B] int64, each
         at least 1. Or packed: ``item_seq`` [P], one sequence behind the other, with offsets [B + 1] in the place of
         ``item_seq_len``. Lengths, offsets and depths may be on the CPU while items are on a GPU: nothing then waits for the
-        GPU, whose values are not checked but by PyTorch's embedding. ``num_steps`` T, one int or int64 [B] (default: drawn in training, ``config.steps`` in
-        evaluation); ``state`` h0 [B, L, D], packed [P, D] (default: drawn by ``config.state_init``); ``draw`` addresses
-        the random numbers of this pass. Without ``draw``, training takes a fresh key from torch's global
-        generator, and evaluation gives every sequence the same fixed h0, so that equal histories give equal
-        answers in any batch.
+        GPU, and items are checked by PyTorch's embedding alone. ``num_steps`` T, one int or int64 [B] (default: drawn in
+        training, ``config.steps`` in evaluation); ``state`` h0 [B, L, D], packed [P, D] (default: drawn by
+        ``config.state_init``); ``draw`` addresses the random numbers of this pass. Without ``draw``, training takes a fresh
+        key from torch's global generator, and evaluation gives every sequence the same fixed h0, so that equal histories
+        give equal answers in any batch.
 
         Returns [B, D], or [B, T, D] with ``return_all_steps`` (T the largest depth; a sequence that
         stopped earlier repeats its last state). Raises :class:`InputError` for arguments that do not fit.
