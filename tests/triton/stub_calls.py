@@ -117,6 +117,16 @@ assert recurrence_call(torch.zeros(0, dtype=torch.int64), 5, train=True) == []
 half = ["weight_gradient"] * 2 + ["input_gradient"]
 step = ["recurrence_forward", "feed_half_backward", *half, "attention_half_backward", *half, "join_backward"]
 for T in (1, 3):
-    assert [x[0] for x in recurrence_call(torch.tensor([5, 7]), 7, T, train=True)] == ["recurrence_forward", *step * T]
+    launches = recurrence_call(torch.tensor([5, 7]), 7, T, train=True)
+    assert [x[0] for x in launches] == ["recurrence_forward", *step * T]
+    variants = {x[1] for x in launches}
+# The two forwards save the states or what goes into the halves; the products' matrices have three shapes.
+for B, longest in ((1, 1), (1, 20), (1, 64), (7, 50), (2048, 3), (70_000, 1)):
+    launches = recurrence_call(torch.full((B,), longest), longest, train=True)
+    assert [x[0] for x in launches] == ["recurrence_forward", *step], launches
+    tiles = most_tiles(B, B * longest, longest)
+    ours = ("recurrence_forward", "feed_half_backward", "attention_half_backward")
+    assert {int(x[2]) for x in launches if x[0] in ours} == {tiles}, (B, longest, launches)
+    assert {x[1] for x in launches} <= variants, "the sizes compiled a variant"
 
 print("launched as planned")
