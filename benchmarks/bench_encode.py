@@ -1,21 +1,45 @@
-"""Encoding for serving: the padded reference against the model users build, which skips padding."""
+"""Encoding for serving: padded and packed PyTorch against the model users build."""
 
+import cases
 import pytest
 import torch
-from cases import models, sequences
+from official import OfficialLARES
+from packed_model import PackedLARES
 
-B, L, T = 256, 20, 4
+import lares_fast
+from lares_fast import LARESConfig
+from lares_fast.reference.sequences import pack
+
+B, L, T = 256, 50, 4
 
 
-@pytest.mark.parametrize("kind", ["short", "full"])
+@pytest.mark.large
+@pytest.mark.parametrize("kind", ["mean 8.75", "full"])
 def test_encode(compare, kind):
-    slow, fast = (model.eval() for model in models())
-    batch = sequences(kind, B, L)
-
-    @torch.no_grad()
-    def run(model):
-        return model.encode(*batch, num_steps=T)
-
-    torch.testing.assert_close(run(fast), run(slow), rtol=1e-4, atol=1e-5)
-    candidates = {"reference, padded": lambda: run(slow), "lares_fast": lambda: run(fast)}
-    compare("encode", f"{kind} B{B} L{L} T{T} 2+2 layers D64", candidates, "states equal to 1e-5", rounds=7)
+    """The others are given h0, which ours makes."""
+    torch.manual_seed(0)
+    ours = lares_fast.LARES(LARESConfig(n_items=cases.N, max_len=L, n_pre_layers=1, n_core_layers=1)).eval()
+    eager, softmax, sdpa = (
+        build(ours.config)
+        for build in (OfficialLARES, lambda c: PackedLARES(c, sdpa=False), lambda c: PackedLARES(c, sdpa=True))
+    )
+    padded = cases.sequences(kind, B, L)
+    packed = pack(*padded)
+    state = ours.initial_state(ours._default_draw(B), L)
+    compiled = torch.compile(eager.encode)
+    candidates = {
+        "eager, padded": lambda: eager.encode(*padded, T, state)[:, -1],
+        "torch.compile, padded": lambda: compiled(*padded, T, state)[:, -1],
+        "packed torch, softmax": lambda: softmax.encode(*padded, T, state)[:, -1],
+        "packed torch, SDPA": lambda: sdpa.encode(*padded, T, state)[:, -1],
+        "lares_fast": lambda: ours.encode(*packed, num_steps=T),
+    }
+    for model in (eager, softmax, sdpa):
+        model.eval().load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        expected = candidates["eager, padded"]()
+        for run in candidates.values():
+            torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)
+        lengths = f"all lengths {L}" if kind == "full" else f"lengths of {kind}"
+        shape = f"B {B}, {lengths}, T {T}, 1+1 layers, D 64"
+        compare("encode", shape, candidates, "states equal to 1e-5", warm_up=3)

@@ -10,12 +10,15 @@ B, L, D, H = 256, 20, 64, 2
 def test_hidden_masks(compare):
     rows = torch.arange(B)
     address = {"site": 1, "step": 2, "layer": 0, "rows": rows, "length": L, "width": D}
-    assert torch.equal(_random.keep_hidden((1, 2), 32768, **address), _native.keep_hidden((1, 2), 32768, **address))
+    tokens = {**address, "rows": rows.repeat_interleave(L), "positions": torch.arange(L).repeat(B)}
+    del tokens["length"]
+    expected = _random.keep_hidden((1, 2), 32768, **address)
+    assert torch.equal(expected, _native.keep_hidden((1, 2), 32768, **tokens).view_as(expected))
     buffer = torch.empty(B, L, D)
     candidates = {
         "bernoulli_": lambda: buffer.bernoulli_(0.5),
         "PyTorch Philox": lambda: _random.keep_hidden((1, 2), 32768, **address),
-        "C++ Philox": lambda: _native.keep_hidden((1, 2), 32768, **address),
+        "C++ Philox": lambda: _native.keep_hidden((1, 2), 32768, **tokens),
     }
     compare("random", f"hidden B{B} L{L} D{D}", candidates, "C++ bits equal PyTorch's", rounds=11)
 

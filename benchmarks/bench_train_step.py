@@ -1,66 +1,53 @@
-"""One training step of each phase, forward and backward: the padded reference against the model users build."""
+"""One training step of each phase with its optimizer: what the official code does, and its rivals, against lares_fast.LARES.
 
-import copy
+Every candidate steps in a process of its own, because an allocator's settings are a process's and so is its peak memory; the
+two of a comparison take turns.
+"""
 
+from dataclasses import replace
+from statistics import median
+
+import harness
 import pytest
-import torch
-from cases import N, draw, models, sequences
+from train_step import CANDIDATES, CASES, OURS, Step, Worker
 
-from lares_fast import reference
-
-L = 20
+WARM_UP = 3
+CHECK = "without dropout: loss 1e-5, every gradient 1e-3, rewards equal"
 
 
-def loss_and_gradient(model, loss):
-    model.zero_grad(set_to_none=True)
-    total = loss(model)
-    total.backward()
-    return total.detach(), model.item_embedding.weight.grad
+def check(name, rival):
+    """Both candidates on the same h0 and without dropout, 32 rows."""
+    case = replace(CASES[name], B=32, dropout=0.0)
+    steps = {}
+    for candidate in (rival, OURS):
+        step = Step(case, candidate, fixed=True)
+        loss, rewards = step.loss()
+        loss.backward()
+        steps[candidate] = loss, rewards, {name: p.grad for name, p in step.model.named_parameters()}
+    (loss, rewards, gradients), (our_loss, our_rewards, our_gradients) = steps.values()
+    assert abs(loss - our_loss) <= 1e-5 * max(1, abs(loss))
+    assert rewards is None or (rewards == our_rewards).all()
+    total = sum(g.norm() ** 2 for g in gradients.values()) ** 0.5
+    for name, gradient in gradients.items():
+        assert (gradient - our_gradients[name]).norm() <= 1e-3 * gradient.norm() + 1e-6 * total, name
 
 
-def check(slow, fast, loss):
-    a, b = loss_and_gradient(slow, loss), loss_and_gradient(fast, loss)
-    torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-5)
-    assert (a[1] - b[1]).norm() <= 1e-3 * a[1].norm()
-
-
-@pytest.mark.parametrize("kind", ["short", "full"])
-def test_spt_step(compare, kind, B=256, T=5):
-    slow, fast = (model.train() for model in models())
-    batch, partners = sequences(kind, B, L), sequences(kind, B, L)
-    target = torch.randint(1, N, (B,), generator=torch.Generator().manual_seed(3))
-    passes = tuple(reference.Pass(T, draw(i, B)) for i in range(3))
-
-    def loss(model):
-        return reference.spt_loss(model, batch, target, partners, passes, 2, alpha=0.1, gamma=0.5).total
-
-    check(slow, fast, loss)
-    candidates = {
-        "reference, padded": lambda: loss_and_gradient(slow, loss),
-        "lares_fast": lambda: loss_and_gradient(fast, loss),
-    }
-    compare("spt step", f"{kind} B{B} L{L} T{T} N{N} 2+2 layers", candidates, "loss 1e-5, item gradient 1e-3", rounds=3)
-
-
-@pytest.mark.parametrize("kind", ["short", "full"])
-def test_rpt_step(compare, kind, B=64, depths=(3, 8, 5, 4)):
-    slow, fast = models()
-    for model in (slow, fast):
-        model.set_dropout(0.1)
-        model.train()
-    batch = sequences(kind, B, L)
-    target = torch.randint(1, N, (B,), generator=torch.Generator().manual_seed(3))
-    policy = [reference.Pass(T, draw(i, B)) for i, T in enumerate(depths)]
-    frozen = [reference.Pass(T, draw(10 + i, B)) for i, T in enumerate(depths)]
-    starts = {id(model): copy.deepcopy(model).eval() for model in (slow, fast)}
-
-    def loss(model):
-        start = starts[id(model)]
-        return reference.rpt_loss(model, start, batch, target, policy, frozen, k=10, beta=1.0, reward="recall").total
-
-    check(slow, fast, loss)
-    candidates = {
-        "reference, padded": lambda: loss_and_gradient(slow, loss),
-        "lares_fast": lambda: loss_and_gradient(fast, loss),
-    }
-    compare("rpt step", f"{kind} B{B} G4 L{L} N{N} 2+2 layers", candidates, "loss 1e-5, item gradient 1e-3", rounds=3)
+@pytest.mark.large
+@pytest.mark.parametrize("rival", [name for name in CANDIDATES if name != OURS])
+@pytest.mark.parametrize("case", CASES)
+def test_step(record, case, rival, rounds=3):
+    check(case, rival)
+    workers = {name: Worker(case, name) for name in (rival, OURS)}
+    times = {name: [] for name in workers}
+    for turn in range(WARM_UP + rounds):
+        for name, worker in workers.items():
+            seconds = worker.step()
+            if turn >= WARM_UP:
+                times[name].append(seconds)
+    group, shape = f"{CASES[case].phase} step", CASES[case].shape
+    facts = []
+    for name, worker in workers.items():
+        values = {"user s": median(user for user, _ in times[name]), "system s": median(system for _, system in times[name])}
+        values["peak MiB over the idle process"] = worker.close()
+        facts += [harness.Fact(group, f"{name}, {shape}", what, value) for what, value in values.items()]
+    record(harness.rows(group, shape, {name: [sum(t) for t in ts] for name, ts in times.items()}, CHECK), facts)

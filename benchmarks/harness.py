@@ -22,8 +22,6 @@ from pathlib import Path
 import fma_peak
 import torch
 
-WARM_UP_ROUNDS = 1
-
 
 @dataclass(frozen=True)
 class Row:
@@ -60,6 +58,7 @@ def interleave(
     check: str,
     rounds: int = 7,
     clock: Callable[[], float] = time.process_time,
+    warm_up: int = 1,
 ) -> list[Row]:
     """Time ``candidates`` (the first is the baseline); ratios are baseline time / candidate time, so above 1 is faster.
 
@@ -67,7 +66,7 @@ def interleave(
     only to compare numbers of threads, which each candidate then sets itself.
     """
     with one_core() if clock is time.process_time else contextlib.nullcontext():
-        for _ in range(WARM_UP_ROUNDS):
+        for _ in range(warm_up):
             for run in candidates.values():
                 run()
         seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -76,15 +75,20 @@ def interleave(
                 began = clock()
                 run()
                 seconds[name].append(clock() - began)
-    baseline = next(iter(candidates))
-    rows = []
+    return rows(group, shape, seconds, check)
+
+
+def rows(group: str, shape: str, seconds: Mapping[str, Sequence[float]], check: str) -> list[Row]:
+    """A row for each candidate, whose ``seconds`` in round after round are given; the first is the baseline."""
+    baseline = next(iter(seconds))
+    result = []
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(seconds[baseline], times, strict=True)]
-        rows.append(Row(
-            group, name, baseline, shape, rounds, min(times), statistics.median(times), max(times),
+        result.append(Row(
+            group, name, baseline, shape, len(times), min(times), statistics.median(times), max(times),
             min(ratios), statistics.median(ratios), max(ratios), check,
         ))  # fmt: skip
-    return rows
+    return result
 
 
 def share_of_peak(group: str, shape: str, run: Callable[[], object], flops: float, rounds: int = 7) -> list[Fact]:

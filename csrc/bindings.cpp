@@ -15,6 +15,7 @@
 #include "cuda/plan.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "random/philox.h"
+#include "recurrence/recurrence.h"
 #include "simd/level.h"
 #include "target_rank/target_rank.h"
 #include "target_rank/target_rank_cuda.h"
@@ -31,7 +32,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
-constexpr int ABI = 6;
+constexpr int ABI = 7;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -94,6 +95,38 @@ void target_rank(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t tar
                                  pointer<int64_t>(exclude_offsets), pointer<int64_t>(exclude_ids), pointer<int64_t>(rank),
                                  pointer<int64_t>(rank_of_all), B, N, D, ties_by_id},
                                 threads);
+}
+
+std::vector<float*> pointers(const std::vector<uintptr_t>& addresses) {
+    std::vector<float*> result;
+    for (const uintptr_t address : addresses) result.push_back(pointer<float>(address));
+    return result;
+}
+
+// `sizes` are D, H, I, layers, adapter, output and B; `dropout` the key's halves, both thresholds and the first step.
+lares_fast::Recurrence recurrence(const std::array<int64_t, 7>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
+                                  const std::array<uintptr_t, 6>& inputs, const std::vector<float*>& weights) {
+    using lares_fast::Adapter;
+    using lares_fast::Output;
+    const lares_fast::Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], static_cast<Adapter>(sizes[4])};
+    if (lares_fast::weight_count(shape) != static_cast<int64_t>(weights.size())) throw std::invalid_argument("the number of weights is wrong");
+    return {shape, static_cast<Output>(sizes[5]), eps, {Key{dropout[0], dropout[1]}, dropout[2], dropout[3], dropout[4]},
+            pointer<float>(inputs[0]), pointer<float>(inputs[1]), pointer<int64_t>(inputs[2]), pointer<int64_t>(inputs[3]),
+            pointer<int64_t>(inputs[4]), sizes[6], weights.data(), pointer<float>(inputs[5])};
+}
+
+void recurrence_forward(const std::array<int64_t, 7>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
+                        const std::array<uintptr_t, 6>& inputs, const std::vector<uintptr_t>& weights, uintptr_t out, int64_t threads) {
+    const std::vector<float*> tensors = pointers(weights);
+    lares_fast::recurrence_forward(recurrence(sizes, dropout, eps, inputs, tensors), pointer<float>(out), threads);
+}
+
+void recurrence_backward(const std::array<int64_t, 7>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
+                         const std::array<uintptr_t, 6>& inputs, const std::vector<uintptr_t>& weights, uintptr_t out_grad,
+                         uintptr_t h_grad, uintptr_t pre_grad, const std::vector<uintptr_t>& weight_grads, int64_t threads) {
+    const std::vector<float*> tensors = pointers(weights);
+    lares_fast::recurrence_backward(recurrence(sizes, dropout, eps, inputs, tensors), pointer<float>(out_grad), pointer<float>(h_grad),
+                                    pointer<float>(pre_grad), pointers(weight_grads).data(), threads);
 }
 
 // Multiprocessors, shared memory a block, shared memory a multiprocessor.
@@ -161,9 +194,13 @@ void target_logprob_backward(uintptr_t hidden, uintptr_t items, uintptr_t target
 }
 
 void keep_hidden(std::uint32_t key0, std::uint32_t key1, int64_t threshold, int64_t site, int64_t step, int64_t layer, uintptr_t rows,
-                 int64_t B, int64_t L, int64_t D, uintptr_t out) {
+                 uintptr_t positions, int64_t P, int64_t D, uintptr_t out) {
     const MaskAddress address{Key{key0, key1}, threshold, step, layer, pointer<int64_t>(rows)};
-    lares_fast::keep_hidden(address, site, B, L, D, pointer<std::uint8_t>(out));
+    lares_fast::keep_hidden(address, pointer<int64_t>(positions), site, P, D, pointer<std::uint8_t>(out));
+}
+
+void state_uniforms(std::uint32_t key0, std::uint32_t key1, uintptr_t rows, uintptr_t positions, int64_t P, int64_t D, uintptr_t out) {
+    lares_fast::state_uniforms(Key{key0, key1}, pointer<int64_t>(rows), pointer<int64_t>(positions), P, D, pointer<double>(out));
 }
 
 void keep_attention(std::uint32_t key0, std::uint32_t key1, int64_t threshold, int64_t step, int64_t layer, uintptr_t rows, int64_t B,
@@ -204,12 +241,18 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("build_index", &build_index, arg("items"), arg("N"), arg("D"), arg("index"), arg("threads"), Release());
     m.def("target_rank", &target_rank, arg("query"), arg("items"), arg("bias"), arg("target"), arg("exclude_offsets"), arg("exclude_ids"),
           arg("rank"), arg("rank_of_all"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("threads"), Release());
+    m.def("recurrence_forward", &recurrence_forward, arg("sizes"), arg("dropout"), arg("eps"), arg("inputs"), arg("weights"), arg("out"),
+          arg("threads"), Release());
+    m.def("recurrence_backward", &recurrence_backward, arg("sizes"), arg("dropout"), arg("eps"), arg("inputs"), arg("weights"),
+          arg("out_grad"), arg("h_grad"), arg("pre_grad"), arg("weight_grads"), arg("threads"), Release());
     m.def("target_logprob", &target_logprob, arg("hidden"), arg("items"), arg("target"), arg("logprob"), arg("lse"), arg("rank"), arg("M"),
           arg("N"), arg("D"), arg("scale"), arg("skip_pad"), arg("ties_by_id"), arg("threads"), Release());
     m.def("target_logprob_backward", &target_logprob_backward, arg("hidden"), arg("items"), arg("target"), arg("grad"), arg("lse"),
           arg("d_hidden"), arg("d_items"), arg("M"), arg("N"), arg("D"), arg("scale"), arg("skip_pad"), arg("threads"), Release());
     m.def("keep_hidden", &keep_hidden, arg("key0"), arg("key1"), arg("threshold"), arg("site"), arg("step"), arg("layer"), arg("rows_ptr"),
-          arg("B"), arg("L"), arg("D"), arg("out_ptr"), Release());
+          arg("positions_ptr"), arg("P"), arg("D"), arg("out_ptr"), Release());
+    m.def("state_uniforms", &state_uniforms, arg("key0"), arg("key1"), arg("rows_ptr"), arg("positions_ptr"), arg("P"), arg("D"),
+          arg("out_ptr"), Release());
     m.def("keep_attention", &keep_attention, arg("key0"), arg("key1"), arg("threshold"), arg("step"), arg("layer"), arg("rows_ptr"),
           arg("B"), arg("H"), arg("L"), arg("out_ptr"), Release());
     m.def("philox", &philox, arg("c0"), arg("c1"), arg("c2"), arg("c3"), arg("key0"), arg("key1"));

@@ -1,8 +1,13 @@
 """The one way kernels are launched: what the hardware and Triton's launcher assume is checked here, once."""
 
-from contextlib import nullcontext
+import re
+import threading
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
+
+from lares_fast import _settings
 
 # Triton's launcher multiplies the grid's sizes in 32 bits and launches nothing where the product wraps.
 MOST_PROGRAMS = 2**31 - 1
@@ -10,7 +15,14 @@ MOST_PROGRAMS = 2**31 - 1
 ALIGNMENT = 16
 # Warps of a program. With four, products of half precision are WGMMA on Hopper and tcgen05 on Blackwell, which some versions
 # of ptxas and Triton compile wrongly; with two they are mma.sync everywhere. Products in fp32 use no tensor core.
+# A kernel that needs more has :func:`sound_products` to choose.
 WARPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+
+# Called in place of Triton's launch with (kernel, programs, arguments, options), by tools that compile or count what would run.
+stand_in = ContextVar("stand_in", default=None)
+
+# The compiler reads the process's environment.
+_compiling = threading.Lock()
 
 # Variants that ran here: the first launch of one compiles and loads it, which a graph capture forbids.
 _ran = set()
@@ -38,12 +50,53 @@ def launch(kernel, programs, *arguments, warps, stages=1, **constants):
             raise ValueError(f"{_name(kernel)} has tensors on {device} and {tensor.device}.")
         if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
             raise ValueError(f"{_name(kernel)} takes contiguous tensors at addresses that {ALIGNMENT} divides.")
+    options = {**constants, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if (instead := stand_in.get()) is not None:
+        instead(kernel, programs, arguments, options)
+        return
     with _on(device):
         variant = (_name(kernel), device, *map(_kind, arguments), *constants.items())
-        if variant not in _ran and _capturing(device):
+        if variant in _ran:
+            kernel[(programs,)](*arguments, **options)
+            return
+        if _capturing(device):
             raise RuntimeError(f"{_name(kernel)} was not run before the graph capture: run it once with such arguments first.")
-        kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        with sound_products(_architecture(device)):
+            kernel[(programs,)](*arguments, **options)
         _ran.add(variant)
+
+
+@contextmanager
+def sound_products(architecture):
+    """Keep what is compiled for ``architecture`` (90 is Hopper) from products that this ptxas gets wrong.
+
+    Before 13.3 it may overwrite registers that a WGMMA still reads. Triton keeps what was compiled so apart from the rest.
+    """
+    if architecture != 90 or _ptxas(architecture) >= (13, 3):
+        yield
+        return
+    with _compiling, _settings.temporarily("DISABLE_MMA_V3", "1"):
+        yield
+
+
+def _ptxas(architecture):
+    """The version of the assembler for ``architecture``; (0,) where it does not say."""
+    from triton.backends.nvidia import compiler
+
+    try:
+        said = compiler.get_ptxas_version(architecture)
+    except TypeError:
+        # Triton 3.5 has one assembler for all.
+        said = compiler.get_ptxas_version()
+    found = re.search(r"V(\d+)\.(\d+)", said)
+    return tuple(map(int, found.groups())) if found else (0,)
+
+
+def _architecture(device):
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
 
 
 def _name(kernel):

@@ -44,3 +44,12 @@ def keep_attention(key, threshold, step, layer, row, head, query, column, Q: tl.
     c2 = tl.full((1, 1, 1), row, tl.uint32)
     keep = _decisions(key, threshold, c0, c1, c2, step << 16 | layer)
     return tl.reshape(tl.permute(keep, (0, 5, 4, 1, 2, 3)), (Q, J))
+
+
+@triton.jit
+def keep_attention_pairs(key, threshold, step, layer, row, head, quad, pair, Q: tl.constexpr, J: tl.constexpr):
+    """Mask [Q, J] over several sequences: ``row`` and ``quad`` (query // 4) are [Q / 4], ``pair`` (key // 2) [J / 2]."""
+    c0 = (pair & 7 | head << 3 | _SITE_ATTENTION << 16)[None, :]
+    c1 = quad[:, None] | (pair >> 3 << 16)[None, :]
+    keep = _decisions(key, threshold, c0, c1, row[:, None], step << 16 | layer)
+    return tl.reshape(tl.permute(keep, (0, 4, 3, 1, 2)), (Q, J))

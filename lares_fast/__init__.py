@@ -12,6 +12,7 @@ _PUBLIC = {
     "LARES": "lares_fast.model",
     "LARESConfig": "lares_fast.config",
     "Recommender": "lares_fast.serve",
+    "accelerate": "lares_fast.model",
     "build_info": "lares_fast._native",
     "explain": "lares_fast._dispatch",
     "load": "lares_fast.serve",

@@ -57,13 +57,19 @@ def run(op: str, argument: str | None, *args: Any) -> Any:
 
     Ops ask here, when they run, and not where they are called: a compiler's trace would fix the answer.
     """
+    chosen = choose(op, argument, *args)
+    calls[op, chosen.name] += 1
+    return chosen.run(*args)
+
+
+def choose(op: str, argument: str | None, *args: Any) -> Backend:
+    """The backend that :func:`run` would use."""
     name = requested(argument)
     for candidate in _TABLE[op]:
         if name not in ("auto", candidate.name):
             continue
         if (obstacle := candidate.obstacle(*args)) is None:
-            calls[op, candidate.name] += 1
-            return candidate.run(*args)
+            return candidate
         if name == candidate.name:
             raise BackendError(f"{op} cannot run on the backend {name!r}: {obstacle}.")
     raise BackendError(f"{op} has no backend {name!r}; it has: {', '.join(b.name for b in _TABLE[op])}.")

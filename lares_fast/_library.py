@@ -15,19 +15,20 @@ def register_op(
     schema: str,
     run: Callable[..., Any],
     fake: Callable[..., Any],
-    backward: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
 ) -> Any:
     """Define ``schema`` ("name(args) -> results") with its implementation, its fake and its backward; return the op.
 
     ``backward(ctx, *grads)`` returns one gradient per input, from what ``save(ctx, inputs, output)`` kept. An op that has no
-    gradient raises there.
+    gradient raises there, or is itself a backward and has none.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lares_fast::{name}", fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"lares_fast::{name}", backward, setup_context=save, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"lares_fast::{name}", backward, setup_context=save, lib=_LIBRARY)
     return getattr(torch.ops.lares_fast, name)
 
 

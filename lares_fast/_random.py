@@ -6,10 +6,11 @@ contract shared with the C++ and Triton code and stand in docs/numerics.md; they
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,9 +76,10 @@ def _by_rows(mask: Callable[[Tensor], Tensor], rows: Tensor, calls_per_row: int)
 def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
     """Keep-mask [B, L, D] (bool) of a hidden activation; ``rows`` [B] int64 are global batch rows."""
     groups = -(-width // 64)
-    c0 = torch.arange(8) | torch.arange(groups)[:, None] << 3 | site << 16
-    c1 = torch.arange(length)[:, None, None]
-    c3 = torch.tensor(step << 16 | layer)
+    count = functools.partial(torch.arange, device=rows.device)
+    c0 = count(8) | count(groups)[:, None] << 3 | site << 16
+    c1 = count(length)[:, None, None]
+    c3 = step << 16 | layer
 
     def some(rows: Tensor) -> Tensor:
         draws = _sixteen_bit(philox((c0, c1, rows[:, None, None, None], c3), key))  # [R, L, groups, 4, 16]
@@ -89,9 +91,10 @@ def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, r
 def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:
     """Keep-mask [B, H, L, L] (bool) of attention probabilities, indexed (row, head, query, key)."""
     quads, tiles = -(-length // 4), -(-length // 16)
-    c0 = torch.arange(8) | torch.arange(heads)[:, None, None, None] << 3 | SITE_ATTENTION << 16
-    c1 = torch.arange(quads)[:, None, None] | torch.arange(tiles)[:, None] << 16
-    c3 = torch.tensor(step << 16 | layer)
+    count = functools.partial(torch.arange, device=rows.device)
+    c0 = count(8) | count(heads)[:, None, None, None] << 3 | SITE_ATTENTION << 16
+    c1 = count(quads)[:, None, None] | count(tiles)[:, None] << 16
+    c3 = step << 16 | layer
 
     def some(rows: Tensor) -> Tensor:
         draws = _sixteen_bit(philox((c0, c1, rows[:, None, None, None, None], c3), key))  # [R, H, quads, tiles, 4, 16]
@@ -101,14 +104,25 @@ def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Ten
     return _by_rows(some, rows, calls_per_row=heads * quads * tiles * 8)
 
 
-def truncated_normal(key: Key, rows: Tensor, length: int, width: int, bound: float = 3.0) -> Tensor:
-    """Standard normal draws [B, L, D] (fp32) truncated to [-bound, bound], by inversion of 32-bit uniforms."""
-    c0 = torch.arange(-(-width // 4)) | SITE_STATE << 16
-    c1 = torch.arange(length)[:, None]
-    words = philox((c0, c1, rows[:, None, None], torch.tensor(0)), key)
-    uniform = (torch.stack(words, dim=-1).flatten(-2)[..., :width].double() + 0.5) / 2**32
+def truncated_normal(key: Key, rows: Tensor, positions: Tensor, width: int, bound: float = 3.0) -> Tensor:
+    """Standard normal draws [..., D] (fp32) truncated to [-bound, bound], by inversion of :func:`state_uniforms`."""
+    return normal_of(state_uniforms(key, rows, positions, width), bound)
+
+
+def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Tensor:
+    """Uniform draws [..., D] (fp64) in (0, 1), of 32 bits.
+
+    ``rows`` and ``positions`` are int64 of shapes that broadcast to [...].
+    """
+    c0 = torch.arange(-(-width // 4), device=rows.device) | SITE_STATE << 16
+    words = philox((c0, positions[..., None], rows[..., None], 0), key)
+    return (torch.stack(words, dim=-1).flatten(-2)[..., :width].double() + 0.5) / 2**32
+
+
+def normal_of(uniform: Tensor, bound: float = 3.0) -> Tensor:
+    """The standard normal law truncated to [-bound, bound], inverted at ``uniform`` (fp64), which it overwrites."""
     edge = math.erf(bound / math.sqrt(2))
-    return (math.sqrt(2) * torch.erfinv((2 * uniform - 1) * edge)).float()
+    return uniform.mul_(2).sub_(1).mul_(edge).erfinv_().mul_(math.sqrt(2)).float()
 
 
 @dataclass(frozen=True)
@@ -119,36 +133,31 @@ class Draw:
     key: Key
     rows: Tensor
 
-    # A subclass may compute the same masks faster.
-    _keep_hidden: ClassVar[Callable[..., Tensor]] = staticmethod(keep_hidden)
-    _keep_attention: ClassVar[Callable[..., Tensor]] = staticmethod(keep_attention)
-
     def generator(self) -> torch.Generator:
         """A generator for draws that belong to the pass as a whole, such as its depth."""
         return generator(self.key)
 
-    def initial_state(self, length: int, width: int) -> Tensor:
-        """Standard normal draws [B, L, D] (fp32), truncated at three standard deviations."""
-        return truncated_normal(self.key, self.rows, length, width)
+    def initial_state(self, rows: Tensor, positions: Tensor, width: int) -> Tensor:
+        """Standard normal draws [..., D] (fp32) at ``rows`` and ``positions`` [...], truncated at three standard deviations."""
+        return truncated_normal(self.key, rows, positions, width)
 
     def hidden(self, x: Tensor, p: float, *, site: int, step: int, layer: int) -> Tensor:
         """Dropout of a hidden activation ``x`` [B, L, D]."""
         if not (threshold := drop_threshold(p)):
             return x
         _, length, width = x.shape
-        keep = self._keep_hidden(
-            self.key, threshold, site=site, step=step, layer=layer, rows=self.rows, length=length, width=width
-        )
-        return _drop(x, keep, threshold)
+        keep = keep_hidden(self.key, threshold, site=site, step=step, layer=layer, rows=self.rows, length=length, width=width)
+        return dropped(x, keep, threshold)
 
     def attention(self, probabilities: Tensor, p: float, *, step: int, layer: int) -> Tensor:
         """Dropout of attention ``probabilities`` [B, H, L, L]."""
         if not (threshold := drop_threshold(p)):
             return probabilities
         _, heads, length, _ = probabilities.shape
-        keep = self._keep_attention(self.key, threshold, step=step, layer=layer, rows=self.rows, heads=heads, length=length)
-        return _drop(probabilities, keep, threshold)
+        keep = keep_attention(self.key, threshold, step=step, layer=layer, rows=self.rows, heads=heads, length=length)
+        return dropped(probabilities, keep, threshold)
 
 
-def _drop(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
+def dropped(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
+    """``x`` where ``keep`` is true, scaled by the realised rate, and 0 elsewhere."""
     return x * keep.to(x).mul_(1 / (1 - threshold / 65536))

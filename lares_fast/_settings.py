@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from lares_fast._errors import InputError
 
@@ -35,9 +38,30 @@ def cuda_products() -> str:
     return value
 
 
+def cache_folder() -> Path:
+    """``LARES_FAST_CACHE``: where verdicts on kernels are kept."""
+    if value := os.environ.get("LARES_FAST_CACHE"):
+        return Path(value)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lares_fast"
+
+
 def wait_patiently() -> None:
     """Have OpenMP threads sleep while they wait for each other, unless ``OMP_WAIT_POLICY`` says otherwise.
 
     Only before torch is imported. On a machine with other work, spinning makes small models ten times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def temporarily(name: str, value: str) -> Iterator[None]:
+    """Have another tool's variable ``name`` set to ``value`` within the ``with`` block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

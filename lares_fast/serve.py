@@ -84,13 +84,13 @@ class Recommender:
         ids: list[list[Any]] = [[] for _ in known]
         items = self._items()
         catalog = _index(items) if sum(map(bool, known)) > batch_size else None
-        for index, item_seq, length in self._batches(known, batch_size):
+        for index, *sequences in self._batches(known, batch_size):
             exclude = None
             if exclude_seen:
                 seen = [torch.tensor(known[i]) - 1 for i in index]
                 offsets = torch.tensor([0, *map(len, seen)]).cumsum(0)
                 exclude = (offsets, torch.cat(seen))
-            query, _ = self.model.query_and_items(self.model.encode(item_seq, length, num_steps=num_steps))
+            query, _ = self.model.query_and_items(self.model.encode(*sequences, num_steps=num_steps))
             scores[index], best = ops.topk(query, items, k, exclude=exclude, index=catalog)
             for i, found in zip(index, best.tolist(), strict=True):
                 ids[i] = [self.item_ids[item] for item in found if item >= 0]
@@ -106,8 +106,8 @@ class Recommender:
         if empty := [i for i, items in enumerate(known) if not items]:
             raise InputError(f"history {empty[0]} holds no item that the model knows.")
         queries = torch.empty(len(known), self.model.config.hidden_size)
-        for index, item_seq, length in self._batches(known, batch_size):
-            hidden = self.model.encode(item_seq, length, num_steps=num_steps)
+        for index, *sequences in self._batches(known, batch_size):
+            hidden = self.model.encode(*sequences, num_steps=num_steps)
             queries[index] = self.model.query_and_items(hidden)[0]
         return queries
 
@@ -132,7 +132,7 @@ class Recommender:
         return known, unknown
 
     def _batches(self, known: list[list[int]], batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """(indices, item_seq [B, L], item_seq_len [B]) of the histories that hold something, in order of length."""
+        """(indices, items [P], offsets [B + 1]) of the histories that hold something, in order of length."""
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, but got {batch_size}.")
         longest = self.model.config.max_len
@@ -140,8 +140,7 @@ class Recommender:
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
             cut = [torch.tensor(known[i][-longest:]) for i in index]
-            item_seq = torch.nn.utils.rnn.pad_sequence(cut, batch_first=True)
-            yield index, item_seq, torch.tensor([len(items) for items in cut])
+            yield index, torch.cat(cut), torch.tensor([0, *map(len, cut)]).cumsum(0)
 
 
 def _index(items: Tensor) -> ops.CatalogIndex | None:

@@ -9,12 +9,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 # Markers of tests that take minutes.
-SLOW = ("packaging", "emulator", "native_cpp", "interpreted", "compiled")
+SLOW = ("packaging", "emulator", "native_cpp", "interpreted", "compiled", "gpu")
 
 
 def pytest_configure(config):
     """Triton reads TRITON_INTERPRET once, when it is imported, so a process interprets kernels or compiles them."""
-    asked = [kind for kind in ("interpreted", "compiled") if kind in (config.option.markexpr or "")]
+    asked = [kind for kind in ("interpreted", "compiled", "gpu") if kind in (config.option.markexpr or "")]
     if len(asked) == 2:
         raise pytest.UsageError("-m interpreted and -m compiled need a process each")
     if asked:

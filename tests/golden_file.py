@@ -33,6 +33,11 @@ class Golden:
     def passes(self, prefix, depths):
         return [Pass(int(T), state=self[f"{prefix}{i}"]) for i, T in enumerate(depths)]
 
+    def group_pass(self, prefix, depths):
+        """The passes of phase 2 as one."""
+        states = [self[f"{prefix}{i}"] for i in range(len(depths))]
+        return Pass(depths[:, None].expand(-1, len(states[0])), state=torch.cat(states))
+
 
 def assert_close(name, ours, official):
     scale = official.abs().max()
@@ -102,8 +107,8 @@ def check_rpt(golden, reward):
         golden.model("reference"),
         golden.sequences,
         golden["pos_items"],
-        golden.passes("rpt.h0_policy_", depths),
-        golden.passes("rpt.h0_reference_", depths),
+        golden.group_pass("rpt.h0_policy_", depths),
+        golden.group_pass("rpt.h0_reference_", depths),
         k=int(golden["rpt.k"]),
         beta=float(golden["rpt.beta"]),
         reward=reward,

@@ -4,6 +4,7 @@
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import golden_file
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import lares_fast
-from lares_fast import convert, reference
+from lares_fast import _dispatch, _native, convert, reference
 
 GOLDEN_DIR = Path(os.environ.get("LARES_GOLDEN_DIR", Path(__file__).parent / "golden"))
 FILES = sorted(GOLDEN_DIR.glob("*.npz"))
@@ -26,10 +27,22 @@ def file(request):
     return golden_file.Golden(request.param)
 
 
-@pytest.fixture(params=[reference.LARES, lares_fast.LARES], ids=["reference", "lares_fast"])
+@pytest.fixture(params=["plain", "reference", "native"])
 def golden(request, file, monkeypatch):
-    monkeypatch.setattr(file, "model_class", request.param)
-    return file
+    """The file, checked with ``reference.LARES``, then with ``lares_fast.LARES`` on each backend of this machine."""
+    if request.param == "plain":
+        monkeypatch.setattr(file, "model_class", reference.LARES)
+        yield file
+        return
+    if request.param == "native" and not _native.available()[0]:
+        pytest.skip(_native.available()[1])
+    monkeypatch.setattr(file, "model_class", lares_fast.LARES)
+    monkeypatch.setenv("LARES_FAST_BACKEND", request.param)
+    before = Counter(_dispatch.calls)
+    yield file
+    ran = _dispatch.calls - before
+    assert ran["recurrence", request.param]
+    assert {backend for _, backend in ran} == {request.param}
 
 
 def test_forward(golden):

@@ -180,15 +180,23 @@ def test_philox_known_answers(counter, key, words):
 @pytest.mark.parametrize(("length", "width"), [(1, 1), (3, 64), (50, 65), (7, 200)])
 @pytest.mark.parametrize("threshold", [0, 6554, 65535])
 def test_hidden_masks_are_the_reference_bits(rows, length, width, threshold):
-    arguments = {
-        "site": 4,
-        "step": 9,
-        "layer": 3,
-        "rows": torch.tensor(rows, dtype=torch.int64),
-        "length": length,
-        "width": width,
-    }
-    same([_native.keep_hidden(KEY, threshold, **arguments)], [_random.keep_hidden(KEY, threshold, **arguments)])
+    rows = torch.tensor(rows, dtype=torch.int64)
+    arguments = {"site": 4, "step": 9, "layer": 3, "width": width}
+    token_rows, positions = rows.repeat_interleave(length), torch.arange(length).repeat(len(rows))
+    ours = _native.keep_hidden(KEY, threshold, **arguments, rows=token_rows, positions=positions)
+    expected = _random.keep_hidden(KEY, threshold, **arguments, rows=rows, length=length)
+    same([ours.view_as(expected)], [expected])
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [[], [0], [5, 2**32 - 1, 5, 17]])
+@pytest.mark.parametrize("width", [1, 64, 65, 200])
+def test_uniforms_of_h0_are_the_reference_bits(rows, width):
+    rows = torch.tensor(rows, dtype=torch.int64)
+    arguments = (KEY, rows, rows.flip(0), width)
+    same([_native.state_uniforms(*arguments)], [_random.state_uniforms(*arguments)])
+    with pytest.raises(InputError):
+        _native.state_uniforms(KEY, rows, rows[1:] if len(rows) else rows - 1, -1)
 
 
 @needs_native
@@ -249,7 +257,9 @@ def test_topk_refuses(change):
         {"rows": torch.tensor([-1])},
         {"rows": torch.tensor([2**32])},
         {"rows": torch.tensor([0.5])},
-        {"length": -1},
+        {"positions": torch.tensor([-1])},
+        {"positions": torch.tensor([2**32])},
+        {"positions": torch.tensor([1, 2])},
         {"width": -1},
         {"width": 64 * 8192 + 1},
         {"key": (-1, 0)},
@@ -265,7 +275,7 @@ def test_hidden_mask_refuses(change):
         "step": 0,
         "layer": 0,
         "rows": torch.tensor([1]),
-        "length": 2,
+        "positions": torch.tensor([2]),
         "width": 3,
         **change,
     }

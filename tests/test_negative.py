@@ -37,8 +37,8 @@ def skip_pad(hidden, items, target, **_):
     return reference.target_logprob(hidden, items, target, skip_pad=True)
 
 
-def detached_anchor(x, y, tau):
-    return reference.info_nce(x.detach(), y, tau)
+def detached_anchor(model, x, y):
+    return reference.info_nce(model, x.detach(), y)
 
 
 def rank_by_id(hidden, items, target, *, ties):

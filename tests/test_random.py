@@ -61,7 +61,7 @@ def test_vectors_of_the_documentation():
     rows = torch.tensor([0, 5])
     hidden = _random.keep_hidden((1, 2), 32768, site=1, step=2, layer=1, rows=rows, length=3, width=64)
     attention = _random.keep_attention((1, 2), 6554, step=1, layer=0, rows=rows, heads=2, length=20)
-    normal = _random.truncated_normal((1, 2), rows, 2, 4)
+    normal = _random.truncated_normal((1, 2), rows[:, None], torch.arange(2), 4)
     assert pack(hidden[1, 2]) == HIDDEN
     assert pack(attention[1, 1, 19]) == ATTENTION
     assert torch.allclose(normal[1, 1], torch.tensor(NORMAL), rtol=1e-6, atol=0)
@@ -100,8 +100,8 @@ def test_a_mask_does_not_depend_on_the_batch_or_the_padding():
     whole = _random.keep_attention((3, 4), 1000, step=1, layer=0, rows=rows, heads=4, length=20)
     part = _random.keep_attention((3, 4), 1000, step=1, layer=0, rows=rows[250:], heads=2, length=7)
     assert torch.equal(whole[250:, :2, :7, :7], part)
-    whole = _random.truncated_normal((3, 4), rows, 20, 64)
-    assert torch.equal(whole[5:7, :3, :10], _random.truncated_normal((3, 4), rows[5:7], 3, 10))
+    whole = _random.truncated_normal((3, 4), rows[:, None], torch.arange(20), 64)
+    assert torch.equal(whole[5:7, :3, :10], _random.truncated_normal((3, 4), rows[5:7, None], torch.arange(3), 10))
 
 
 @pytest.mark.parametrize("threshold", [1, 6554, 32768, 65535])
@@ -116,7 +116,7 @@ def test_the_realised_rate_and_independence(threshold):
 
 
 def test_truncated_normal_law():
-    x = _random.truncated_normal((8, 9), torch.arange(500), 20, 64).double()
+    x = _random.truncated_normal((8, 9), torch.arange(500)[:, None], torch.arange(20), 64).double()
     assert x.abs().max() <= 3
     assert abs(x.mean()) < 5 / math.sqrt(x.numel())
     # Variance of a standard normal cut at 3: 1 - 2 * 3 * phi(3) / (2 * Phi(3) - 1).

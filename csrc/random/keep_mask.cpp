@@ -13,15 +13,19 @@ void require(bool holds, const char* message) {
 }
 
 // The counter's fields have fixed widths; a value outside would silently share another address's draws.
+void check(const std::int64_t* values, std::int64_t count, const std::string& name) {
+    require(count == 0 || values != nullptr, (name + " must not be a null pointer").c_str());
+    for (std::int64_t i = 0; i < count; ++i) {
+        require(values[i] >= 0 && values[i] < (std::int64_t{1} << 32), (name + " must be in [0, 2**32)").c_str());
+    }
+}
+
 void check(const MaskAddress& address, std::int64_t B) {
     require(B >= 0, "the number of rows must not be negative");
     require(address.threshold >= 0 && address.threshold <= 65536, "threshold must be in [0, 65536]");
     require(address.step >= 0 && address.step < 65536, "step must be in [0, 65536)");
     require(address.layer >= 0 && address.layer < 65536, "layer must be in [0, 65536)");
-    require(B == 0 || address.rows != nullptr, "rows must not be a null pointer");
-    for (std::int64_t b = 0; b < B; ++b) {
-        require(address.rows[b] >= 0 && address.rows[b] < (std::int64_t{1} << 32), "rows must be in [0, 2**32)");
-    }
+    check(address.rows, B, "rows");
 }
 
 std::uint32_t step_and_layer(const MaskAddress& address) {
@@ -30,21 +34,40 @@ std::uint32_t step_and_layer(const MaskAddress& address) {
 
 }  // namespace
 
-void keep_hidden(const MaskAddress& address, std::int64_t site, std::int64_t B, std::int64_t L, std::int64_t D, std::uint8_t* keep) {
-    check(address, B);
+void keep_hidden(const MaskAddress& address, const std::int64_t* positions, std::int64_t site, std::int64_t P, std::int64_t D,
+                 std::uint8_t* keep) {
+    check(address, P);
+    check(positions, P, "positions");
     require(site >= 0 && site < 65536, "site must be in [0, 65536)");
-    require(L >= 0 && L < (std::int64_t{1} << 32), "length must be in [0, 2**32)");
     require(D >= 0 && D <= 64 * 8192, "width must be in [0, 524288]");
-    if (B == 0 || L == 0 || D == 0) return;
+    if (P == 0 || D == 0) return;
     require(keep != nullptr, "out must not be a null pointer");
     std::uint8_t tile[4][16];
-    for (std::int64_t b = 0; b < B; ++b) {
-        for (std::int64_t position = 0; position < L; ++position) {
-            for (std::int64_t column = 0; column < D; column += 64) {
-                keep_tile(static_cast<std::uint32_t>(column / 64 << 3 | site << 16), static_cast<std::uint32_t>(position),
-                          static_cast<std::uint32_t>(address.rows[b]), step_and_layer(address), address.key,
-                          static_cast<std::uint32_t>(address.threshold), tile);
-                std::memcpy(keep + (b * L + position) * D + column, tile, static_cast<std::size_t>(std::min<std::int64_t>(64, D - column)));
+    for (std::int64_t i = 0; i < P; ++i) {
+        for (std::int64_t column = 0; column < D; column += 64) {
+            keep_tile(static_cast<std::uint32_t>(column / 64 << 3 | site << 16), static_cast<std::uint32_t>(positions[i]),
+                      static_cast<std::uint32_t>(address.rows[i]), step_and_layer(address), address.key,
+                      static_cast<std::uint32_t>(address.threshold), tile);
+            std::memcpy(keep + i * D + column, tile, static_cast<std::size_t>(std::min<std::int64_t>(64, D - column)));
+        }
+    }
+}
+
+void state_uniforms(Key key, const std::int64_t* rows, const std::int64_t* positions, std::int64_t P, std::int64_t D, double* out) {
+    require(P >= 0, "the number of rows must not be negative");
+    check(rows, P, "rows");
+    check(positions, P, "positions");
+    require(D >= 0 && D <= 4 * 65536, "width must be in [0, 262144]");
+    if (P == 0 || D == 0) return;
+    require(out != nullptr, "out must not be a null pointer");
+    constexpr std::int64_t CALLS = 8;
+    std::uint32_t counters[CALLS], words[4][CALLS];
+    for (std::int64_t i = 0; i < P; ++i) {
+        for (std::int64_t column = 0; column < D; column += 4 * CALLS) {
+            for (std::int64_t call = 0; call < CALLS; ++call) counters[call] = static_cast<std::uint32_t>(column / 4 + call) | SITE_STATE << 16;
+            philox(counters, static_cast<std::uint32_t>(positions[i]), static_cast<std::uint32_t>(rows[i]), 0u, key, words);
+            for (std::int64_t d = column; d < std::min(D, column + 4 * CALLS); ++d) {
+                out[i * D + d] = (words[d % 4][(d - column) / 4] + 0.5) / 4294967296.0;
             }
         }
     }

@@ -53,16 +53,20 @@ inline void keep_tile(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std:
     }
 }
 
-constexpr std::uint32_t SITE_ATTENTION = 3;
+constexpr std::uint32_t SITE_ATTENTION = 3, SITE_STATE = 4;
 
 struct MaskAddress {
     Key key;
     std::int64_t threshold, step, layer;
-    const std::int64_t* rows;  // [B], global batch rows
+    const std::int64_t* rows;  // global batch rows
 };
 
-// keep [B, L, D], one byte an element.
-void keep_hidden(const MaskAddress& address, std::int64_t site, std::int64_t B, std::int64_t L, std::int64_t D, std::uint8_t* keep);
+// keep [P, D], one byte an element, of tokens at `address.rows` [P] and `positions` [P].
+void keep_hidden(const MaskAddress& address, const std::int64_t* positions, std::int64_t site, std::int64_t P, std::int64_t D,
+                 std::uint8_t* keep);
+
+// The uniform draws in (0, 1) behind h0, [P, D], of tokens at `rows` [P] and `positions` [P].
+void state_uniforms(Key key, const std::int64_t* rows, const std::int64_t* positions, std::int64_t P, std::int64_t D, double* out);
 
 // keep [B, H, L, L], one byte an element, indexed (row, head, query, key).
 void keep_attention(const MaskAddress& address, std::int64_t B, std::int64_t H, std::int64_t L, std::uint8_t* keep);

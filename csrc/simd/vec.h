@@ -31,9 +31,17 @@ LARES_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 LARES_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 LARES_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 LARES_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+LARES_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+LARES_INLINE float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 // The second operand where either is NaN.
 LARES_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 LARES_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+LARES_INLINE Vec abs(Vec v) { return _mm512_abs_ps(v); }
+// v, negated where `like` is negative.
+LARES_INLINE Vec with_sign(Vec v, Vec like) {
+    const __m512i sign = _mm512_and_si512(_mm512_castps_si512(like), _mm512_set1_epi32(INT32_MIN));
+    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(v), sign));
+}
 LARES_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 LARES_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 LARES_INLINE Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
@@ -95,8 +103,20 @@ LARES_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 LARES_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 LARES_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 LARES_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+LARES_INLINE float sum(Vec v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+LARES_INLINE float largest(Vec v) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
 LARES_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 LARES_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+LARES_INLINE Vec abs(Vec v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+LARES_INLINE Vec with_sign(Vec v, Vec like) { return _mm256_xor_ps(v, _mm256_and_ps(like, _mm256_set1_ps(-0.0f))); }
 LARES_INLINE Mask bits(Vec lanes) { return static_cast<Mask>(_mm256_movemask_ps(lanes)); }
 LARES_INLINE Mask greater(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 LARES_INLINE Mask greater_equal(Vec a, Vec b) { return bits(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
@@ -154,8 +174,15 @@ LARES_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 LARES_INLINE Vec add(Vec a, Vec b) { return a + b; }
 LARES_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 LARES_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+LARES_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+LARES_INLINE float largest(Vec v) {
+    const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+    return a > b ? a : b;
+}
 LARES_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 LARES_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+LARES_INLINE Vec abs(Vec v) { return (Vec)((Lanes)v & INT32_MAX); }
+LARES_INLINE Vec with_sign(Vec v, Vec like) { return (Vec)((Lanes)v ^ ((Lanes)like & INT32_MIN)); }
 LARES_INLINE Mask bits(Lanes lanes) {
     const Lanes weighted = lanes & Lanes{1, 2, 4, 8};
     return static_cast<Mask>(weighted[0] | weighted[1] | weighted[2] | weighted[3]);

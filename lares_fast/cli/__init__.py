@@ -18,6 +18,9 @@ _COMMANDS = {
     "eval": ("evaluate", "rank every item for a trained run and print the results table"),
     "recommend": ("recommend", "recommend items to one user, one history or a whole file"),
     "demo": ("demo", "train on a synthetic log in a few minutes and show the results"),
+    "report": ("report", "hold every op on every backend of this machine to the tolerance law"),
+    "warmup": ("warmup", "compile the GPU kernels of published model sizes and try them"),
+    "gpu-day": ("gpu_day", "find out all that a GPU can tell about the kernels, into one report file"),
     "doctor": ("doctor", "say what is installed, what was built and what would run"),
 }
 

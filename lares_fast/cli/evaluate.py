@@ -17,7 +17,9 @@ from lares_fast.data import InteractionLog
 from lares_fast.serve import Recommender, load
 from lares_fast.train import RunConfig, metrics, model_ranks
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
+from lares_fast.train.checkpoint import write_text
 from lares_fast.train.loop import evaluation_key
+from lares_fast.train.metrics import rows_csv
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -26,6 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", metavar="PATH", help="the log, if it is no longer where the run found it")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="which rows to rank (default: test)")
     parser.add_argument("--steps", metavar="T", type=int, help="one number of reasoning steps (default: all of the run's)")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="also write every metric as CSV")
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], dest="assignments", help="change one setting")
 
 
@@ -62,6 +65,9 @@ def command(arguments: Namespace) -> int:
                 {"phase": arguments.split, "test_T": depth, "history": history, **metrics(rank, evaluation.ks)}
                 for history, rank in ranks.items()
             ]
+        if arguments.csv is not None:
+            labels = {"split": arguments.split, "noise_seed": evaluation.noise_seed}
+            write_text(arguments.csv, rows_csv([{**labels, **row} for row in rows]))
         console.say("\n" + results_text(rows, evaluation.ks))
         console.say("\n" + protocol_text(log, split, arguments.split, evaluation))
     return 0

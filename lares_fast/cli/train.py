@@ -39,6 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], dest="assignments", help="change one setting")
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/<data>-<config>-seed<seed>)")
     parser.add_argument("--resume", metavar="DIR", type=Path, help="go on with the interrupted run in this folder")
+    parser.add_argument("--start-from", metavar="DIR", type=Path, help="begin --phase rpt from the phase-1 model of this run")
     parser.add_argument("--tensorboard", action="store_true", help="also write events for TensorBoard into the run folder")
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML and stop")
 
@@ -49,11 +50,16 @@ def command(arguments: Namespace) -> int:
     if arguments.print_config:
         print(settings.dump(config), end="")
         return 0
-    if arguments.phase == "rpt" and not arguments.resume:
-        raise InputError("--phase rpt goes on from a trained model: add --resume DIR with a run whose phase spt is over.")
+    if arguments.phase == "rpt" and not (arguments.resume or arguments.start_from):
+        raise InputError(
+            "--phase rpt goes on from a trained model: add --resume or --start-from DIR with a run whose phase spt is over."
+        )
+    if arguments.start_from and (arguments.phase != "rpt" or arguments.resume):
+        raise InputError("--start-from begins a new run of phase 2: give --phase rpt, and no --resume.")
     if not arguments.resume and (out / "state.pt").exists():
         raise InputError(f"{out} holds a run already: go on with --resume {out}, or choose another --out.")
-    train(config, out, PHASES if arguments.phase == "both" else (arguments.phase,), use_tensorboard=arguments.tensorboard)
+    phases = PHASES if arguments.phase == "both" else (arguments.phase,)
+    train(config, out, phases, start_from=arguments.start_from, use_tensorboard=arguments.tensorboard)
     print(f"next     lares-fast recommend --run {shlex.quote(str(out))} --k 10 --user {_an_example(config)}")
     return 0
 
@@ -75,7 +81,14 @@ def _config_and_folder(arguments: Namespace) -> tuple[RunConfig, Path]:
     return config, arguments.resume or arguments.out or Path("runs") / f"{log_label(config.data)}-{name}-seed{config.seed}"
 
 
-def train(config: RunConfig, out: Path, phases: tuple[str, ...], *, use_tensorboard: bool = False) -> InteractionLog:
+def train(
+    config: RunConfig,
+    out: Path,
+    phases: tuple[str, ...],
+    *,
+    start_from: Path | None = None,
+    use_tensorboard: bool = False,
+) -> InteractionLog:
     """Train into ``out`` with bars, a results table, plots and orderly ends on signals; return the log.
 
     Bad input writes nothing.
@@ -96,6 +109,8 @@ def train(config: RunConfig, out: Path, phases: tuple[str, ...], *, use_tensorbo
                 listen(event)
 
         trainer = Trainer(config, log, split, out, emit=emit)
+        if start_from is not None:
+            trainer.start_from(start_from)
         parameters = sum(value.numel() for value in trainer.model.parameters())
         console.say(f"model    {parameters:,} parameters, T = {trainer.model.config.steps} at evaluation")
         settings.save(out / "config.yaml", config)

@@ -1,4 +1,4 @@
-"""Batches of rows as padded tensors."""
+"""Batches of rows as packed tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lares_fast.data.split import Rows
 class Batch:
     """B rows, all int64 tensors on one device.
 
-    ``item_seq``
-        [B, L] dense items, oldest first, padded with 0 on the right.
-    ``item_seq_len``
-        [B] in 1..L.
+    ``items``
+        [P] dense items, one row's input behind the other, each oldest first.
+    ``offsets``
+        [B + 1]: row b's input is ``items[offsets[b]:offsets[b + 1]]``, of 1..``max_len`` items.
     ``target``
         [B] dense item that came next.
     ``rows``
@@ -31,14 +31,19 @@ class Batch:
         [B] index of the user.
     """
 
-    item_seq: Tensor
-    item_seq_len: Tensor
+    items: Tensor
+    offsets: Tensor
     target: Tensor
     rows: Tensor
     users: Tensor
 
     def __len__(self) -> int:
         return len(self.target)
+
+    @property
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """``(items, offsets)``, which models encode."""
+        return self.items, self.offsets
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on ``device``; copies from pinned memory do not wait."""
@@ -54,13 +59,11 @@ def make_batch(log: InteractionLog, rows: Rows, index: Tensor | NDArray[Any], ma
     chosen = np.asarray(index, dtype=np.int64)
     ends, users = rows.ends[chosen], rows.users[chosen].astype(np.int64)
     starts = np.maximum(log.offsets[users], ends - max_len)
-    lengths = ends - starts
-    column = np.arange(max_len)
-    # Columns past a row's end read its target, and are then zeroed.
-    items = log.items[np.minimum(starts[:, None] + column, ends[:, None])]
-    seq = np.where(column < lengths[:, None], items, 0).astype(np.int64)
+    offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(ends - starts)))
+    flat = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
+    items = log.items[flat].astype(np.int64)
     target = log.items[ends].astype(np.int64)
-    return Batch(*map(torch.from_numpy, (seq, lengths, target, chosen.copy(), users)))
+    return Batch(*map(torch.from_numpy, (items, offsets, target, chosen.copy(), users)))
 
 
 def epoch_order(n_rows: int, key: _random.Key) -> Tensor:

@@ -4,6 +4,7 @@ from lares_fast._dispatch import backend
 from lares_fast.ops._catalog_index import CatalogIndex
 from lares_fast.ops.attention import attention
 from lares_fast.ops.linear_cross_entropy import linear_cross_entropy, target_logprob, target_logprob_and_rank
+from lares_fast.ops.recurrence import recurrence
 from lares_fast.ops.target_rank import target_rank, target_ranks
 from lares_fast.ops.topk import topk
 
@@ -12,6 +13,7 @@ __all__ = [
     "attention",
     "backend",
     "linear_cross_entropy",
+    "recurrence",
     "target_logprob",
     "target_logprob_and_rank",
     "target_rank",

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lares_fast.ops import _canary
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Not a context variable: a backward may run in a thread of its own.
+_anywhere = False
 
 
 def kernels(stem: str) -> ModuleType:
@@ -17,9 +25,40 @@ def kernels(stem: str) -> ModuleType:
     return importlib.import_module(f"lares_fast.kernels.{stem}")
 
 
+def seed(key: Sequence[int], device: torch.device) -> Tensor:
+    """The folded ``key`` as the kernels read it; a kernel fills it: no copy from the host, which would wait."""
+    packed = key[0] | key[1] << 32
+    return torch.full((1,), packed - (packed >> 63 << 64), dtype=torch.int64, device=device)
+
+
+def refusal(op: str, tensor: Tensor, **variant: Any) -> str | None:
+    """:func:`obstacle`, and on a GPU what the canary of the kernels of ``op`` found; ``variant`` says which kernels."""
+    said = obstacle(tensor)
+    if said is None and _is_gpu(tensor) and not _anywhere:
+        said = _canary.refusal(op, tensor.device, tensor.dtype, **variant)
+    return said
+
+
+def _is_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+@contextmanager
+def anywhere() -> Iterator[None]:
+    """Let kernels take tensors of any device: for tools that interpret, compile or count them."""
+    global _anywhere
+    before, _anywhere = _anywhere, True
+    try:
+        yield
+    finally:
+        _anywhere = before
+
+
 def obstacle(tensor: Tensor) -> str | None:
     """Why no Triton kernel can take a call on the device of ``tensor``, or ``None``."""
-    if tensor.device.type != "cuda":
+    if _anywhere:
+        return None
+    if not _is_gpu(tensor):
         return f"it runs on an NVIDIA GPU, and the tensors are on {tensor.device}"
     if torch.version.hip is not None:
         return "it was not tried on AMD GPUs"

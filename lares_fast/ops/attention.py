@@ -60,9 +60,7 @@ def attention(
     _check(query, key, value, offsets, longest, draw, dropout)
     rows = seed = None
     if draw is not None and drop_threshold(dropout):
-        packed = draw.key[0] | draw.key[1] << 32
-        # A kernel fills it: no copy from the host, which would wait.
-        seed = torch.full((1,), packed - (packed >> 63 << 64), dtype=torch.int64, device=query.device)
+        seed = _triton.seed(draw.key, query.device)
         rows = draw.rows
     return _OP(query, key, value, offsets, longest, rows, seed, dropout, step, layer, backend)[0]
 
@@ -170,14 +168,15 @@ def _triton_attention(*arguments: Any) -> tuple[Tensor, ...]:
     return kernels.forward(*inputs, *address)
 
 
-def _obstacle(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, *_: Any) -> str | None:
+def _obstacle(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, *rest: Any) -> str | None:
     if query.dtype not in _triton.DTYPES:
         return f"it takes float32, float16 and bfloat16, and query is {query.dtype}"
     if query.shape[2] not in HEAD_WIDTHS:
         return f"it takes heads of 16 to 128 columns, a multiple of 8, and they have {query.shape[2]}"
     if longest > LONGEST:
         return f"it takes sequences of up to {LONGEST} rows, and longest is {longest}"
-    return _triton.obstacle(query)
+    drop = len(rest) > 1 and rest[1] is not None
+    return _triton.refusal("attention", query, width=query.shape[2], drop=drop, short=longest <= 16)
 
 
 register(

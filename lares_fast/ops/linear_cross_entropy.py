@@ -50,7 +50,8 @@ def target_logprob(
         [...] in the dtype of ``hidden``.
 
     Raises:
-        InputError: an argument has the wrong shape, dtype, device or range.
+        InputError: an argument has the wrong shape, dtype, device or range. The values of ``target`` are checked on the CPU
+            only: a check on a GPU would wait for it, and a wrong one reads where it should not.
         BackendError: the backend asked for by name cannot take these arguments.
     """
     return _logprob(hidden, items, target, scale, skip_pad, None, backend)[0]
@@ -131,7 +132,7 @@ def _run(
     hidden: Tensor, items: Tensor, target: Tensor, scale: float, skip_pad: bool, ties: str | None, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     first = PAD + skip_pad
-    if len(target) and not first <= int(target.min()) <= int(target.max()) < len(items):
+    if target.device.type == "cpu" and len(target) and not first <= int(target.min()) <= int(target.max()) < len(items):
         raise InputError(f"target must be in {first}..{len(items) - 1}, but it spans {int(target.min())}..{int(target.max())}.")
     logprob, rank, lse = run(
         "linear_cross_entropy", backend, hidden.detach(), items.detach(), target, scale, skip_pad, ties, None
@@ -241,7 +242,7 @@ def _triton_obstacle(hidden: Tensor, items: Tensor, *_: object) -> str | None:
         return f"it takes 1 to {_WIDEST} columns, and hidden has {hidden.shape[-1]}"
     if len(items) > _MOST_ITEMS:
         return f"it takes up to 2^30 items, and there are {len(items)}"
-    return _triton.obstacle(hidden)
+    return _triton.refusal("linear_cross_entropy", hidden, width=hidden.shape[-1])
 
 
 register(

@@ -44,7 +44,8 @@ def target_rank(
         int64 [B].
 
     Raises:
-        InputError: an argument has the wrong shape, dtype, device or range.
+        InputError: an argument has the wrong shape, dtype, device or range. The values of ``target`` and ``exclude``
+            are checked on the CPU only.
         BackendError: the backend asked for by name cannot take these arguments.
     """
     return _ranks(query, items, target, bias, exclude, ties, backend)[1]

@@ -46,7 +46,8 @@ def topk(
         score -inf, id -1.
 
     Raises:
-        InputError: an argument has the wrong shape, dtype, device or range, or ``index`` is stale.
+        InputError: an argument has the wrong shape, dtype, device or range, or ``index`` is stale. The values of
+            ``exclude`` are checked on the CPU only.
         BackendError: the backend asked for by name cannot take these arguments.
     """
     check_arguments(query, items, bias, exclude)

@@ -5,7 +5,7 @@ from lares_fast.reference.backbone import register_backbone
 from lares_fast.reference.depth import sample_depth
 from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, target_logprob, target_logprob_and_rank
 from lares_fast.reference.model import LARES
-from lares_fast.reference.recurrence import Recurrence
+from lares_fast.reference.recurrence import Recurrence, recurrence
 from lares_fast.reference.rpt import RPTLoss, group_advantage, ranking_reward, rpt_loss
 from lares_fast.reference.spt import Pass, Sequences, SPTLoss, info_nce, spt_loss
 from lares_fast.reference.target_rank import target_rank
@@ -25,6 +25,7 @@ __all__ = [
     "linear_cross_entropy",
     "packed_attention",
     "ranking_reward",
+    "recurrence",
     "register_backbone",
     "rpt_loss",
     "sample_depth",

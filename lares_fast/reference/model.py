@@ -16,6 +16,7 @@ from lares_fast.reference.backbone import build_block
 from lares_fast.reference.depth import sample_depth
 from lares_fast.reference.linear_cross_entropy import PAD, linear_cross_entropy, target_logprob, target_logprob_and_rank
 from lares_fast.reference.recurrence import Recurrence
+from lares_fast.reference.sequences import pad, rectangle, repeat
 
 _EVALUATION_KEY = root_key(0)
 
@@ -66,8 +67,9 @@ class LARES(nn.Module):
         """The latent state at each sequence's last position.
 
         ``item_seq`` [B, L] int64 item ids, right-padded with 0, L <= ``max_len``; ``item_seq_len`` [B] int64, each
-        at least 1; ``num_steps`` T, one int or int64 [B] (default: drawn in training, ``config.steps`` in
-        evaluation); ``state`` h0 [B, L, D] (default: drawn by ``config.state_init``); ``draw`` addresses
+        at least 1. Or packed: ``item_seq`` [P], one sequence behind the other, with offsets [B + 1] in the place of
+        ``item_seq_len``. ``num_steps`` T, one int or int64 [B] (default: drawn in training, ``config.steps`` in
+        evaluation); ``state`` h0 [B, L, D], packed [P, D] (default: drawn by ``config.state_init``); ``draw`` addresses
         the random numbers of this pass. Without ``draw``, training takes a fresh key from torch's global
         generator, and evaluation gives every sequence the same fixed h0, so that equal histories give equal
         answers in any batch.
@@ -76,20 +78,60 @@ class LARES(nn.Module):
         stopped earlier repeats its last state). Raises :class:`InputError` for arguments that do not fit.
         """
         self._check_sequences(item_seq, item_seq_len)
-        draw = draw or self._default_draw(len(item_seq))
-        depth = self._depth(num_steps, len(item_seq), draw)
-        return self._encode(item_seq, item_seq_len, depth, state, draw, return_all_steps)
+        batch = len(item_seq_len) - (item_seq.dim() == 1)
+        draw = draw or self._default_draw(batch)
+        depth = self._depth(num_steps, batch, draw).to(item_seq.device)
+        states = self._encode(item_seq, item_seq_len, 1, depth, state, draw, return_all_steps)
+        return rectangle(states, depth) if return_all_steps else states
+
+    def trajectories(
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor,
+        num_steps: Tensor,
+        *,
+        state: Tensor | None = None,
+        draw: Draw | None = None,
+    ) -> Tensor:
+        """The latent state at each sequence's last position after every step of G passes over the same B sequences.
+
+        ``num_steps`` [G, B] int64; ``state`` [G * B, L, D], packed [G * P, D], and ``draw`` with G * B rows, pass by pass; the
+        rest as in :meth:`encode`. Returns [sum of ``num_steps``, D]: pass by pass, sequence by sequence, step by step.
+        """
+        self._check_sequences(item_seq, item_seq_len)
+        passes, batch = num_steps.shape
+        draw = draw or self._default_draw(passes * batch)
+        depth = self._depth(num_steps.flatten(), passes * batch, draw).to(item_seq.device)
+        return self._encode(item_seq, item_seq_len, passes, depth, state, draw, True)
 
     def _encode(
-        self, item_seq: Tensor, item_seq_len: Tensor, depth: Tensor, state: Tensor | None, draw: Draw, return_all_steps: bool
+        self,
+        item_seq: Tensor,
+        item_seq_len: Tensor,
+        passes: int,
+        depth: Tensor,
+        state: Tensor | None,
+        draw: Draw,
+        every_step: bool,
     ) -> Tensor:
-        """:meth:`encode` with every choice made: ``depth`` [B] int64."""
+        """``passes`` passes over B sequences with every choice made, ``depth`` [passes * B] int64.
+
+        Returns the last states [passes * B, D], or those of every step as :meth:`trajectories` has them.
+        """
+        if item_seq.dim() == 1:
+            item_seq, offsets = repeat(item_seq, item_seq_len, passes)
+            state = None if state is None else pad(state, offsets, self.config.max_len)[0]
+            item_seq, item_seq_len = pad(item_seq, offsets, self.config.max_len)
+        else:
+            item_seq, item_seq_len = item_seq.repeat(passes, 1), item_seq_len.repeat(passes)
         if state is None:
             state = self.initial_state(draw, item_seq.shape[1])
-        depth = depth.to(item_seq.device)
         last = (item_seq_len - 1)[:, None, None].expand(-1, 1, self.config.hidden_size)
         at_last = [h.gather(1, last) for h in self._states(item_seq, state, depth, draw if self.training else None)]
-        return torch.cat(at_last, dim=1) if return_all_steps else at_last[-1].squeeze(1)
+        if not every_step:
+            return at_last[-1].squeeze(1)
+        running = torch.arange(len(at_last), device=depth.device) < depth[:, None]
+        return torch.cat(at_last, dim=1)[running]
 
     def _states(self, item_seq: Tensor, state: Tensor, depth: Tensor, draw: Draw | None) -> Iterator[Tensor]:
         x = self.item_embedding(item_seq) + self.position_embedding.weight[: item_seq.shape[1]]
@@ -102,10 +144,13 @@ class LARES(nn.Module):
 
     def initial_state(self, draw: Draw, length: int) -> Tensor:
         """h0 [B, L, D] by ``config.state_init``: noise (fp32) addressed by ``draw``, or zeros."""
+        return self._initial_state(draw, draw.rows[:, None], torch.arange(length))
+
+    def _initial_state(self, draw: Draw, rows: Tensor, positions: Tensor) -> Tensor:
         config = self.config
         if config.state_init == "zero" or (config.state_init == "normal_zero" and not self.training):
-            return torch.zeros(len(draw.rows), length, config.hidden_size)
-        return draw.initial_state(length, config.hidden_size) * (config.state_std * config.state_scale)
+            return torch.zeros(*torch.broadcast_shapes(rows.shape, positions.shape), config.hidden_size)
+        return draw.initial_state(rows, positions, config.hidden_size) * (config.state_std * config.state_scale)
 
     def _default_draw(self, batch: int) -> Draw:
         if self.training:
@@ -125,11 +170,27 @@ class LARES(nn.Module):
         return depth
 
     def _check_sequences(self, item_seq: Tensor, item_seq_len: Tensor) -> None:
-        if item_seq.dim() != 2 or item_seq.shape[1] > self.config.max_len:
-            raise InputError(f"item_seq must be [B, L] with L <= {self.config.max_len}, but got {list(item_seq.shape)}.")
-        if item_seq_len.shape != item_seq.shape[:1]:
+        longest = self.config.max_len
+        if item_seq.dim() == 1:
+            lengths = item_seq_len.diff()
+            if (
+                item_seq_len.dim() != 1
+                or not len(item_seq_len)
+                or int(item_seq_len[0])
+                or int(item_seq_len[-1]) != len(item_seq)
+            ):
+                raise InputError(
+                    f"the offsets of packed sequences must be [B + 1] from 0 to {len(item_seq)}, the number of items."
+                )
+            if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= longest:
+                raise InputError(
+                    f"packed sequences must have 1..{longest} items, but have {int(lengths.min())}..{int(lengths.max())}."
+                )
+        elif item_seq.dim() != 2 or item_seq.shape[1] > longest:
+            raise InputError(f"item_seq must be [B, L] with L <= {longest}, but got {list(item_seq.shape)}.")
+        elif item_seq_len.shape != item_seq.shape[:1]:
             raise InputError(f"item_seq_len must be [{len(item_seq)}], but got {list(item_seq_len.shape)}.")
-        if len(item_seq) and not 1 <= int(item_seq_len.min()) <= int(item_seq_len.max()) <= item_seq.shape[1]:
+        elif len(item_seq) and not 1 <= int(item_seq_len.min()) <= int(item_seq_len.max()) <= item_seq.shape[1]:
             raise InputError(
                 f"item_seq_len must be in 1..{item_seq.shape[1]}, but it spans "
                 f"{int(item_seq_len.min())}..{int(item_seq_len.max())}; drop empty histories."

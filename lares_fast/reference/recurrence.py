@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
+from lares_fast.reference.attention import attention_mask
 from lares_fast.reference.backbone import build_block
 
 
@@ -75,3 +76,69 @@ class Recurrence(nn.Module):
             running = step <= depth
             h = advanced if running.all() else torch.where(running[:, None, None], advanced, h)
             yield h
+
+
+def recurrence(
+    h: Tensor,
+    offsets: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    n_heads: int,
+    pre: Tensor | None = None,
+    adapter: str = "add",
+    depth: Tensor,
+    output: str = "last",
+    draw: Draw | None = None,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    eps: float = 1e-12,
+) -> Tensor:
+    """:func:`lares_fast.ops.recurrence` on padded sequences; ``depth`` [B]."""
+    lengths = offsets.diff()
+    longest = int(lengths.max()) if len(lengths) else 0
+    real = torch.arange(longest, device=h.device) < lengths[:, None]
+
+    def padded(x: Tensor) -> Tensor:
+        return x.new_zeros(*real.shape, x.shape[1]).index_put((real,), x)
+
+    config = LARESConfig(
+        n_items=2,
+        hidden_size=h.shape[1],
+        n_heads=n_heads,
+        inner_size=weights[-6].shape[0],
+        n_core_layers=len(weights) // 16,
+        adapter=adapter,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        layer_norm_eps=eps,
+    )
+    with torch.device("meta"):
+        steps = _Steps(config, with_adapter=pre is not None)
+    named = dict(zip((name for name, _ in steps.named_parameters()), weights, strict=True))
+    mask = attention_mask(real, h.dtype)
+    arguments = (padded(h), None if pre is None else padded(pre), mask, depth, draw)
+    states = torch.func.functional_call(steps, named, arguments)
+    if output == "tokens":
+        return states[-1][real]
+    last = (lengths - 1)[:, None, None].expand(-1, 1, h.shape[1])
+    at_last = torch.cat([state.gather(1, last) for state in states], dim=1)
+    if output == "last":
+        return at_last[:, -1]
+    return at_last[torch.arange(1, len(states) + 1, device=h.device) <= depth[:, None]]
+
+
+class _Steps(nn.Module):
+    """All states of a recurrence, or of a block that is applied to its own output."""
+
+    def __init__(self, config: LARESConfig, *, with_adapter: bool) -> None:
+        super().__init__()
+        self.inner = Recurrence(config) if with_adapter else build_block(config, config.n_core_layers)
+
+    def forward(self, h: Tensor, pre: Tensor | None, mask: Tensor, depth: Tensor, draw: Draw | None) -> list[Tensor]:
+        if pre is not None:
+            return list(self.inner(h, pre, mask, depth, draw=draw))
+        states = []
+        for step in range(int(depth.max()) if len(depth) else 1):
+            h = torch.where((step < depth)[:, None, None], self.inner(h, mask, draw=draw, step=step), h)
+            states.append(h)
+        return states

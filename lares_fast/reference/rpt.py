@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,8 +38,8 @@ def rpt_loss(
     reference: LARES,
     sequences: Sequences,
     target: Tensor,
-    policy_passes: Sequence[Pass],
-    reference_passes: Sequence[Pass],
+    policy_pass: Pass,
+    reference_pass: Pass,
     *,
     k: int,
     beta: float,
@@ -48,37 +47,36 @@ def rpt_loss(
 ) -> RPTLoss:
     """``-mean over members and rows of mean over steps of [A exp(lp - sg(lp)) - beta k3]`` (official RPT trainer).
 
-    lp [B, T] is log p(target) after each step, always by plain dot products; ``k3 = exp(r) - r - 1`` with
-    ``r = lp_reference - lp``; A is the group's advantage of the last step's rank over every row of the
-    table, PAD included and ties in the target's favour. No gradient flows into ``reference`` or A.
+    Both passes have the same ``num_steps`` [G, B]. lp is log p(target) after a step, always by plain dot products;
+    ``k3 = exp(r) - r - 1`` with ``r = lp_reference - lp``; A is the group's advantage of the last step's rank over every row
+    of the table, PAD included and ties in the target's favour. No gradient flows into ``reference`` or A.
     """
-    items = policy.item_embedding.weight
-    logprobs, rewards = [], []
-    for policy_pass in policy_passes:
-        states = policy_pass.encode(policy, sequences, return_all_steps=True)
-        steps = target[:, None].expand(states.shape[:2])
-        logprob, rank = policy.target_logprob_and_rank(states, items, steps, ties="strict")
-        logprobs.append(logprob)
-        rewards.append(ranking_reward(rank[:, -1], k, reward))
-    group_rewards = torch.stack(rewards)
-    advantages = group_advantage(group_rewards)
+    num_steps = torch.as_tensor(policy_pass.num_steps, device=target.device)
+    depth = num_steps.flatten()
+    member = torch.repeat_interleave(torch.arange(len(depth), device=target.device), depth)
+    last = depth.cumsum(0) - 1
+    # Ranks are counted after the last steps only, which therefore stand behind all others.
+    earlier = torch.ones_like(member).index_fill(0, last, 0).nonzero().squeeze(1)
+    order = torch.cat((earlier, last))
+    owner = member[order]
+    wanted = target.repeat(len(num_steps))[owner]
+    count = len(earlier)
 
-    objectives, kls = [], []
-    for member, logprob in enumerate(logprobs):
-        with torch.no_grad():
-            states = reference_passes[member].encode(reference, sequences, return_all_steps=True)
-            steps = target[:, None].expand(states.shape[:2])
-            frozen = reference.target_logprob(states, reference.item_embedding.weight, steps)
-        ratio = frozen - logprob
-        k3 = ratio.exp() - ratio - 1
-        gain = advantages[member][:, None] * (logprob - logprob.detach()).exp()
-        own = _own_steps(policy_passes[member].num_steps, logprob)
-        objectives.append(((gain - beta * k3) * own).sum(dim=1) / own.sum(dim=1))
-        kls.append(((k3 * own).sum(dim=1) / own.sum(dim=1)).detach())
-    return RPTLoss(-torch.stack(objectives).mean(), group_rewards, advantages, torch.stack(kls).mean())
+    states, items = policy_pass.trajectories(policy, sequences)[order], policy.item_embedding.weight
+    before = policy.target_logprob(states[:count], items, wanted[:count])
+    after, rank = policy.target_logprob_and_rank(states[count:], items, wanted[count:], ties="strict")
+    logprob = torch.cat((before, after))
+    with torch.no_grad():
+        states = reference_pass.trajectories(reference, sequences)[order]
+        frozen = reference.target_logprob(states, reference.item_embedding.weight, wanted)
 
+    rewards = ranking_reward(rank, k, reward).reshape(num_steps.shape)
+    advantages = group_advantage(rewards)
+    ratio = frozen - logprob
+    k3 = ratio.exp() - ratio - 1
+    gain = advantages.flatten()[owner] * (logprob - logprob.detach()).exp()
 
-def _own_steps(num_steps: int | Tensor, logprob: Tensor) -> Tensor:
-    """[B, T] 1 where the step is one of the sequence's own, 0 where a deeper sequence is still running."""
-    depth = torch.as_tensor(num_steps, device=logprob.device).expand(len(logprob))
-    return (torch.arange(logprob.shape[1], device=logprob.device) < depth[:, None]).to(logprob.dtype)
+    def mean(value: Tensor) -> Tensor:
+        return (value / depth[owner]).sum() / len(depth)
+
+    return RPTLoss(-mean(gain - beta * k3), rewards, advantages, mean(k3.detach()))

@@ -125,12 +125,16 @@ class RPTConfig(PhaseConfig):
 class EvalConfig:
     """Full ranking of every item. ``ks`` cut-offs; ``depth_ratios`` times the mean depth are the T's tested (T = 1
     always is); ``noise_seed`` addresses h0, so that every evaluation of the same weights gives the same numbers.
+    Early stopping watches the ranking with the history in it, or with ``watch_masked`` the one without. ``test`` ranks
+    the test rows when a phase is over; a trial of settings leaves them alone.
     """
 
     batch_size: int = 256
     ks: tuple[int, ...] = (5, 10, 20, 50)
     depth_ratios: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
     noise_seed: int = 0
+    watch_masked: bool = False
+    test: bool = True
 
     def __post_init__(self) -> None:
         _positive(self, "batch_size")

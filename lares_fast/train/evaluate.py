@@ -57,7 +57,7 @@ def _queries(
     try:
         for done, batch in _batches(log, rows, model.config.max_len, batch_size):
             draw = Draw(key, batch.rows)
-            hidden = model.encode(batch.item_seq, batch.item_seq_len, num_steps=num_steps, draw=draw)
+            hidden = model.encode(*batch.sequences, num_steps=num_steps, draw=draw)
             yield batch, *model.query_and_items(hidden)
             if progress is not None:
                 progress(done, len(rows))
@@ -66,7 +66,7 @@ def _queries(
 
 
 def _batches(log: InteractionLog, rows: Rows, max_len: int, batch_size: int) -> Iterator[tuple[int, Batch]]:
-    """(rows done, batch) in order of length, each batch cropped to its longest input: PAD columns change nothing."""
+    """(rows done, batch) in order of length, which makes batches of like cost."""
     lengths = np.minimum(rows.ends - log.offsets[rows.users], max_len)
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):

@@ -7,8 +7,6 @@ after any step continues as if it had not been cut.
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import json
 import math
 import time
@@ -27,8 +25,8 @@ from lares_fast.model import LARES
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
 from lares_fast.train.checkpoint import load_state, save_state, save_weights, write_text
 from lares_fast.train.config import PHASES, PhaseConfig, RunConfig
-from lares_fast.train.evaluate import NOT_MASKED, keep_rankable, model_ranks
-from lares_fast.train.metrics import metrics
+from lares_fast.train.evaluate import MASKED, NOT_MASKED, keep_rankable, model_ranks
+from lares_fast.train.metrics import metrics, rows_csv
 from lares_fast.train.rpt import RPT
 from lares_fast.train.spt import SPT
 
@@ -81,10 +79,22 @@ class Trainer:
         """Have the run save its state after the current step and raise :class:`Interrupted`."""
         self._stop = True
 
+    def start_from(self, run: str | Path) -> None:
+        """Let phase ``rpt`` begin from the best ``spt`` model of the run in the folder ``run``, which stays as it is.
+
+        Raises :class:`InputError` if that run is of another model or other data, or has no such model.
+        """
+        state = load_state(Path(run) / "state.pt")
+        self._require_same({**state["identity"], "seed": self.config.seed}, Path(run), "start from")
+        weights = state["best"] if state["phase"] == "spt" else state["start"]
+        if not weights:
+            raise InputError(f"{run} holds no model of phase spt: run --phase spt there first.")
+        self.state["best"] = weights
+
     def run(self, phases: tuple[str, ...]) -> list[dict[str, Any]]:
         """Train ``phases`` (of ``spt``, ``rpt``), each with a test of its best model; return the rows of metrics.csv.
 
-        ``rpt`` alone needs a folder whose ``spt`` is over.
+        ``rpt`` alone needs a folder whose ``spt`` is over, or :meth:`start_from`.
         """
         try:
             self._run(phases)
@@ -103,7 +113,8 @@ class Trainer:
             if phase != self.state["phase"]:
                 self._enter(phase)
             self._train(self._phase(phase), self.config.spt if phase == "spt" else self.config.rpt)
-            self._test(phase)
+            if self.config.evaluation.test:
+                self._test(phase)
 
     # One phase
 
@@ -171,13 +182,13 @@ class Trainer:
             else min(len(batches), state["step"] + settings.max_steps - state["steps"])
         )
         saved_at = began = time.monotonic()
-        waited, first = 0.0, state["step"]
+        earlier, first = state["seconds"], state["step"]
         self.model.train()
         while state["step"] < last:
             step_key = fold(key, _STEP, state["step"])
             fetched_at = time.monotonic()
             batch: Any = phase.batch(batches[state["step"]], step_key)
-            waited += time.monotonic() - fetched_at
+            state["waited"] += time.monotonic() - fetched_at
             loss, parts = phase.loss(batch, step_key)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -189,6 +200,7 @@ class Trainer:
             state["step"] += 1
             state["steps"] += 1
             elapsed = time.monotonic() - began
+            state["seconds"] = earlier + elapsed
             self._emit(
                 "step",
                 phase=phase.name,
@@ -197,17 +209,17 @@ class Trainer:
                 step=state["step"],
                 steps=last,
                 means=self._means(),
-                data_wait=waited / elapsed,
+                data_wait=state["waited"] / state["seconds"],
                 users_per_s=(state["step"] - first) * settings.batch_size / elapsed,
             )
             self._heed_stop()
             if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
                 self._save()
                 saved_at = time.monotonic()
-        seconds = time.monotonic() - began
+        cost = {"seconds": state["seconds"], "data_wait": state["waited"] / (state["seconds"] or 1.0)}
         # A stop during validation leaves the state at the epoch's last step, from where a resumed run validates again.
-        self._validate(phase.name, {**self._means(), "seconds": seconds, "data_wait": waited / seconds}, state["epoch"] + 1)
-        state |= {"epoch": state["epoch"] + 1, "step": 0, "sums": {}}
+        self._validate(phase.name, {**self._means(), **cost}, state["epoch"] + 1)
+        state |= {"epoch": state["epoch"] + 1, "step": 0, "sums": {}, "seconds": 0.0, "waited": 0.0}
         self._save()
 
     def _means(self) -> dict[str, float]:
@@ -222,14 +234,15 @@ class Trainer:
     def _validate(self, phase: str, means: dict[str, float], epoch: int) -> None:
         state = self.state
         results = self._evaluate(self.split.valid, "valid", phase, epoch, self.model.config.steps, means)
-        value = results[NOT_MASKED][WATCHED]
+        watched = results[MASKED if self.config.evaluation.watch_masked else NOT_MASKED]
+        value = watched[WATCHED]
         # As in RecBole, a tie counts as an improvement.
         if better := value >= state["best_value"]:
             state |= {"best_value": value, "best_epoch": epoch, "bad_epochs": 0, "best": _weights(self.model)}
             self._export()
         else:
             state["bad_epochs"] += 1
-        self._emit("valid", phase=phase, epoch=epoch, metrics=results[NOT_MASKED], means=means, best=better)
+        self._emit("valid", phase=phase, epoch=epoch, metrics=watched, means=means, best=better)
 
     def _test(self, phase: str) -> None:
         """The best model of ``phase`` at every test depth."""
@@ -288,20 +301,23 @@ class Trainer:
             "optimizer": self.state["optimizer"] if self._optimizer is None else self._optimizer.state_dict(),
         }
         save_state(self.out / "state.pt", {**self.state, **snapshot})
-        write_text(self.out / "metrics.csv", _csv(self.state["history"]))
+        write_text(self.out / "metrics.csv", rows_csv(self.state["history"]))
+
+    def _require_same(self, identity: dict[str, Any], run: Path, purpose: str) -> None:
+        # A setting that the model had before it had a name is the default.
+        theirs = {**identity, "model": LARESConfig.from_dict(identity["model"]).to_dict()}
+        for name, value in self.state["identity"].items():
+            if theirs[name] != value:
+                raise InputError(f"{run} holds a run with another {name}: {purpose} the same one, or choose another folder.")
 
     def _restore(self, state: dict[str, Any]) -> None:
-        for name, value in self.state["identity"].items():
-            if state["identity"][name] != value:
-                raise InputError(
-                    f"{self.out} holds a run with another {name}: resume with the same one, or choose another --out."
-                )
+        self._require_same(state["identity"], self.out, "resume with")
         self.model.load_state_dict(state.pop("model"))
         if (start := state.pop("start")) is not None:
             self._start = copy.deepcopy(self.model)
             self._start.load_state_dict(start)
-        del state["format"]
-        self.state = state
+        del state["format"], state["identity"]
+        self.state |= state
 
     # Events
 
@@ -332,6 +348,8 @@ def _fresh_phase() -> dict[str, Any]:
         "step": 0,
         "steps": 0,
         "sums": {},
+        "seconds": 0.0,
+        "waited": 0.0,
         "best_value": -1.0,
         "best_epoch": 0,
         "bad_epochs": 0,
@@ -348,12 +366,3 @@ def _identity(config: RunConfig, model_config: LARESConfig, log: InteractionLog,
 
 def _weights(model: LARES) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def _csv(history: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(name for row in history for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    return text.getvalue()

@@ -1,8 +1,11 @@
-"""Ranking metrics of one target a row, from its 0-based rank among all items."""
+"""Ranking metrics of one target a row, from its 0-based rank among all items, and their file."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,3 +19,13 @@ def metrics(rank: Tensor, ks: Sequence[int]) -> dict[str, float]:
         for k in ks:
             result[f"{name}@{k}"] = torch.where(place <= k, gain, 0.0).mean().item()
     return result
+
+
+def rows_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """``rows`` as CSV with every column that one of them has."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

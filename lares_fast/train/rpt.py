@@ -37,18 +37,16 @@ class RPT:
         """The loss of one :meth:`batch` and its parts; everything random is a function of ``key``."""
         config, settings, size = self.model.config, self.settings, len(batch)
         choices = generator(fold(key, _DEPTHS))
-        rows = torch.arange(size)
-        depths, policy, frozen = [], [], []
-        for member in range(settings.group_size):
-            depth = sample_depth(config, size if config.per_sequence_depth else 1, choices).expand(size)
-            depths.append(depth.double().mean().item())
-            policy.append(reference.Pass(depth, Draw(fold(key, _POLICY, member), rows)))
-            theirs = fold(key, _POLICY if config.share_reference_noise else _REFERENCE, member)
-            frozen.append(replace(policy[-1], draw=Draw(theirs, rows)))
+        group = settings.group_size
+        depths = [sample_depth(config, size if config.per_sequence_depth else 1, choices).expand(size) for _ in range(group)]
+        rows = torch.arange(group * size)
+        policy = reference.Pass(torch.stack(depths), Draw(fold(key, _POLICY), rows))
+        theirs = fold(key, _POLICY if config.share_reference_noise else _REFERENCE)
+        frozen = replace(policy, draw=Draw(theirs, rows))
         loss = reference.rpt_loss(
             self.model,
             self._start,
-            (batch.item_seq, batch.item_seq_len),
+            batch.sequences,
             batch.target,
             policy,
             frozen,
@@ -60,6 +58,6 @@ class RPT:
             "reward": loss.rewards.mean().item(),
             "kl": loss.kl.item(),
             "adv-nonzero": (loss.advantages != 0).double().mean().item(),
-            "T": sum(depths) / len(depths),
+            "T": torch.stack(depths).double().mean().item(),
         }
         return loss.total, parts

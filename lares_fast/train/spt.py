@@ -32,7 +32,7 @@ class SPT:
         length = self.model.config.max_len
         own = make_batch(self.log, self.rows, index, length)
         partner = make_batch(self.log, self.rows, self._partners.sample(index, choices), length)
-        return (own.item_seq, own.item_seq_len), own.target, (partner.item_seq, partner.item_seq_len), choices
+        return own.sequences, own.target, partner.sequences, choices
 
     def loss(
         self, batch: tuple[reference.Sequences, Tensor, reference.Sequences, torch.Generator], key: Key

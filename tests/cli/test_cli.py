@@ -108,6 +108,25 @@ def test_eval_of_one_depth_on_validation_rows(cli, trained):
     assert [name for name in results_of(result.out, "history masked") if "LARES" in name] == ["LARES valid T=3"]
 
 
+def test_eval_writes_csv(cli, trained, tmp_path):
+    file = tmp_path / "noise.csv"
+    result = cli("eval", "--run", trained, "--steps", "2", "--set", "evaluation.noise_seed=3", "--csv", file)
+    assert result.code == 0
+    rows = [row for row in csv.DictReader(file.open()) if row["test_T"]]
+    assert {(row["split"], row["noise_seed"], row["test_T"]) for row in rows} == {("test", "3", "2")}
+    for row in rows:
+        printed = results_of(result.out, f"history {row['history']}")["LARES test T=2"]
+        assert printed["N@10"] == f"{float(row['ndcg@10']):.4f}"
+
+
+def test_phase_2_starts_from_another_run(cli, trained, small_settings, log_file):
+    start = ["train", *small_settings, "--data", log_file, "--start-from", trained, "--out", "second"]
+    wrong = cli(*start)
+    assert wrong.code == 2 and is_one_sentence(wrong.err) and "give --phase rpt" in wrong.err and wrong.written == []
+    result = cli(*start, "--phase", "rpt", "--set", "rpt.reward=ndcg")
+    assert result.code == 0 and "LARES rpt T=2" in result.out and "LARES spt" not in result.out
+
+
 def test_recommend_to_a_user_leaves_out_what_they_had(cli, trained, log_file):
     history = log_file.read_text().splitlines()[0].split()[1:]
     result = cli("recommend", "--run", trained, "--user", "u1", "--k", "7")

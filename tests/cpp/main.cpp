@@ -16,7 +16,8 @@ using op_test::OpTest;
 
 bool vnni = false;
 
-const OpTest* const OPS[] = {&op_test::topk, &op_test::build_index, &op_test::target_rank, &op_test::linear_cross_entropy};
+const OpTest* const OPS[] = {&op_test::topk, &op_test::build_index, &op_test::target_rank, &op_test::linear_cross_entropy,
+                             &op_test::recurrence};
 
 struct Count {
     std::int64_t valid = 0, refused = 0;

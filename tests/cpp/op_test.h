@@ -106,7 +106,7 @@ struct OpTest {
     void (*invalid)(Random&);
 };
 
-extern const OpTest topk, build_index, target_rank, linear_cross_entropy;
+extern const OpTest topk, build_index, target_rank, linear_cross_entropy, recurrence;
 
 // Planted bugs, which the program must not survive: a wrong order in the expectation, an output of linear_cross_entropy
 // that is expected a thousandth too large, a call that claims an item more than there is, and two calls that write one output.

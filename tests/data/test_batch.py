@@ -21,12 +21,10 @@ def test_batch_equals_a_loop_over_rows(log, part, max_len):
     rows = getattr(leave_one_out(log), part)
     index = epoch_order(len(rows), root_key(1))[:100]
     batch = make_batch(log, rows, index, max_len)
-    assert batch.item_seq.shape == (len(batch), max_len)
     for b, row in enumerate(index.tolist()):
         start, end = log.offsets[rows.users[row]], rows.ends[row]
         expected = log.items[start:end].tolist()[-max_len:]
-        assert batch.item_seq[b].tolist() == expected + [0] * (max_len - len(expected))
-        assert batch.item_seq_len[b] == len(expected)
+        assert batch.items[batch.offsets[b] : batch.offsets[b + 1]].tolist() == expected
         assert (batch.target[b], batch.rows[b], batch.users[b]) == (log.items[end], row, rows.users[row])
     assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
 
@@ -38,13 +36,13 @@ def test_arrays_and_tensors_choose_the_same_rows_and_are_not_shared(log):
     index[:] = 1
     assert batch.rows.tolist() == [5, 0, 5]
     assert all(torch.equal(one, two) for one, two in zip(vars(batch).values(), vars(other).values(), strict=True))
-    assert torch.equal(batch.to("cpu").item_seq, batch.item_seq)
+    assert torch.equal(batch.to("cpu").items, batch.items)
 
 
 def test_the_last_row_of_the_log_stays_inside_it():
     log = log_from_sequences({1: [1, 2, 3]})
     batch = make_batch(log, leave_one_out(log).test, np.array([0]), 50)
-    assert batch.item_seq[0, :3].tolist() == [1, 2, 0]
+    assert batch.items.tolist() == [1, 2]
 
 
 def test_an_empty_batch_is_empty(log):

@@ -546,8 +546,10 @@ class TestLosses:
             ).total
         else:
             frozen = build(frozen_weights).eval().requires_grad_(False)
+            depth = torch.tensor([2, 3, 3])[:, None].expand(-1, self.B)
+            group = reference.Pass(depth, Draw((1, 0), torch.arange(3 * self.B)))
             loss = reference.rpt_loss(
-                trained, frozen, (seq, lengths), target, passes, passes, k=10, beta=1.0, reward="ndcg"
+                trained, frozen, (seq, lengths), target, group, group, k=10, beta=1.0, reward="ndcg"
             ).total
         loss.backward()
         return {"loss": loss.detach()}, {name: p.grad for name, p in trained.named_parameters()}

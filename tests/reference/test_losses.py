@@ -32,6 +32,21 @@ def test_a_single_step_has_no_step_level_term():
     assert deeper.step > 0
 
 
+@pytest.mark.parametrize(("alpha", "gamma", "encoded"), [(0.1, 0.5, 3), (0.1, 0.0, 3), (0.0, 0.5, 2), (0.0, 0.0, 1)])
+def test_a_term_of_weight_0_costs_no_pass(alpha, gamma, encoded, monkeypatch):
+    model, sequences, target = setup()
+    three = tuple(passes(3, 2, 2))
+    whole = reference.spt_loss(model, sequences, target, sequences, three, 0, alpha=0.1, gamma=0.5)
+    made, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda *args, **kwargs: made.append(kwargs) or encode(*args, **kwargs))
+    loss = reference.spt_loss(model, sequences, target, sequences, three, 0, alpha=alpha, gamma=gamma)
+    assert len(made) == encoded
+    assert loss.cross_entropy == whole.cross_entropy
+    assert loss.trajectory == (whole.trajectory if alpha else 0)
+    assert loss.step == (whole.step if gamma else 0)
+    assert loss.total == loss.cross_entropy + loss.trajectory + loss.step
+
+
 def test_the_last_step_is_its_own_best_match():
     """The official draw includes the last step: then s == a, and each NCE is the smallest this batch allows."""
     model, sequences, target = setup(similarity="cos", tau=0.07)
@@ -39,6 +54,12 @@ def test_the_last_step_is_its_own_best_match():
     last = reference.spt_loss(model, sequences, target, sequences, three, 3, alpha=0.1, gamma=0.5)
     first = reference.spt_loss(model, sequences, target, sequences, three, 0, alpha=0.1, gamma=0.5)
     assert last.step < first.step
+
+
+def group(*depths, key=1):
+    """G passes; a depth is one int or one of each row."""
+    num_steps = torch.stack([torch.as_tensor(T).expand(B) for T in depths])
+    return Pass(num_steps, Draw((key, 0), torch.arange(len(depths) * B)))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -67,9 +88,9 @@ def test_shared_noise_removes_the_kl_floor():
     model, sequences, target = setup(dropout=0.0)
     frozen = copy.deepcopy(model).eval()
     arguments = {"k": 10, "beta": 1.0, "reward": "recall"}
-    shared = reference.rpt_loss(model, frozen, sequences, target, passes(2, 3), passes(2, 3), **arguments)
+    shared = reference.rpt_loss(model, frozen, sequences, target, group(2, 3), group(2, 3), **arguments)
     assert shared.kl.abs() < 1e-6
-    own = reference.rpt_loss(model, frozen, sequences, target, passes(2, 3), passes(2, 3, key=9), **arguments)
+    own = reference.rpt_loss(model, frozen, sequences, target, group(2, 3), group(2, 3, key=9), **arguments)
     assert own.kl > 1e-4
     own.total.backward()
     assert all(p.grad is None for p in frozen.parameters())
@@ -80,10 +101,8 @@ def test_depths_of_their_own_average_over_own_steps():
     frozen = copy.deepcopy(model).eval()
     arguments = {"k": 10, "beta": 1.0, "reward": "ndcg"}
     depth = torch.where(torch.arange(B) < B // 2, 2, 5)
-    mixed = [Pass(depth, p.draw) for p in passes(1, 1)]
-    uniform = reference.rpt_loss(model, frozen, sequences, target, passes(5, 5), passes(5, 5, key=9), **arguments)
-    frozen_mixed = [Pass(depth, p.draw) for p in passes(5, 5, key=9)]
-    loss = reference.rpt_loss(model, frozen, sequences, target, mixed, frozen_mixed, **arguments)
+    uniform = reference.rpt_loss(model, frozen, sequences, target, group(5, 5), group(5, 5, key=9), **arguments)
+    loss = reference.rpt_loss(model, frozen, sequences, target, group(depth, depth), group(depth, depth, key=9), **arguments)
     torch.testing.assert_close(loss.rewards[:, B // 2 :], uniform.rewards[:, B // 2 :])
     assert torch.isfinite(loss.total)
     assert loss.total != uniform.total

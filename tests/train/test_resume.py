@@ -1,5 +1,6 @@
 """A run cut anywhere and resumed ends with the same bits as one that was never cut."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import train_run
 
 from lares_fast._errors import InputError
 from lares_fast.train import Interrupted, Trainer
-from lares_fast.train.checkpoint import load_state
+from lares_fast.train.checkpoint import load_state, save_state
 
 WALL_TIME = ("seconds", "data_wait")
 
@@ -111,6 +112,71 @@ def test_a_periodic_checkpoint_in_the_middle_of_an_epoch(whole, tmp_path, monkey
 def test_another_run_is_not_resumed(change, named, whole):
     with pytest.raises(InputError, match=named):
         train_run.train(whole, **change)
+
+
+def test_rpt_from_the_model_of_another_run(whole, tmp_path):
+    """As if phase 1 had been made in the same folder, whether the other run is still in phase 1 or past it."""
+    train_run.train(tmp_path / "spt", ("spt",))
+    for parent in (whole, tmp_path / "spt"):
+        out = tmp_path / f"from-{parent.name}"
+        before = (parent / "state.pt").read_bytes()
+        stop = train_run.Stop("step", 3)
+        stop.trainer = Trainer(train_run.config(), train_run.log(), train_run.split(), out, stop)
+        stop.trainer.start_from(parent)
+        with pytest.raises(Interrupted):
+            stop.trainer.run(("rpt",))
+        train_run.train(out, ("rpt",))
+        assert (parent / "state.pt").read_bytes() == before
+        ended, expected = load_state(out / "state.pt"), load_state(whole / "state.pt")
+        for part in ("model", "best", "start"):
+            assert all(torch.equal(ended[part][name], expected[part][name]) for name in expected[part])
+        assert {row["phase"] for row in ended["history"]} == {"popularity", "markov", "rpt"}
+
+
+def test_rpt_does_not_start_from_another_model(whole, tmp_path):
+    trainer = Trainer(train_run.config(model={"mean_depth": 3}), train_run.log(), train_run.split(), tmp_path)
+    with pytest.raises(InputError, match="another model: start from the same one"):
+        trainer.start_from(whole)
+
+
+def test_a_state_without_newer_settings_and_counters_is_resumed(whole, tmp_path):
+    train_run.train(tmp_path, ("spt",))
+    state = load_state(tmp_path / "state.pt")
+    del state["seconds"], state["waited"], state["identity"]["model"]["per_sequence_depth"], state["format"]
+    save_state(tmp_path / "state.pt", state)
+    train_run.train(tmp_path)
+    assert_same(whole, tmp_path)
+
+
+def test_an_epoch_that_was_cut_counts_all_its_seconds(tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("lares_fast.train.loop.time.monotonic", lambda: next(clock))
+    train_run.train(tmp_path / "whole", ("spt",), spt_epochs=1)
+    with pytest.raises(Interrupted):
+        train_run.train(tmp_path / "cut", ("spt",), spt_epochs=1, stop=train_run.Stop("step", 2))
+    train_run.train(tmp_path / "cut", ("spt",), spt_epochs=1)
+    whole, cut = (
+        next(row["seconds"] for row in load_state(tmp_path / name / "state.pt")["history"] if "seconds" in row)
+        for name in ("whole", "cut")
+    )
+    # The clock ticks at every reading, and a stop leaves out or adds one.
+    assert abs(cut - whole) <= 1
+
+
+def test_a_trial_leaves_the_test_rows_alone(tmp_path):
+    trial = replace(train_run.config(), evaluation=replace(train_run.config().evaluation, test=False))
+    rows = Trainer(trial, train_run.log(), train_run.split(), tmp_path).run(train_run.BOTH)
+    assert {row["phase"] for row in rows if row["split"] == "test"} == {"popularity", "markov"}
+    assert {row["phase"] for row in rows if row["split"] == "valid"} == {"spt", "rpt"}
+
+
+@pytest.mark.parametrize(("watch_masked", "history"), [(False, "not masked"), (True, "masked")])
+def test_early_stopping_watches_the_ranking_that_it_is_told(watch_masked, history, tmp_path):
+    settings = replace(train_run.config().evaluation, watch_masked=watch_masked)
+    trainer = Trainer(replace(train_run.config(), evaluation=settings), train_run.log(), train_run.split(), tmp_path)
+    rows = [row for row in trainer.run(("spt",)) if row["split"] == "valid"]
+    assert trainer.state["best_value"] == max(row["ndcg@10"] for row in rows if row["history"] == history)
+    assert len({row["ndcg@10"] for row in rows}) == len(rows)
 
 
 def test_rpt_needs_a_model(tmp_path):

@@ -27,7 +27,7 @@ def test_the_reward_ranks_on_the_op(backend):
         before = _dispatch.calls["linear_cross_entropy", backend]
         loss, parts = phase.loss(batch, root_key(2))
         after = _dispatch.calls["linear_cross_entropy", backend]
-    assert after == before + 6, "a pass of the policy, ranks included, and one of the start model for each member of the group"
+    assert after == before + 3, "the policy's last steps with their ranks, its other steps, and the start model's steps"
     torch.testing.assert_close(loss, expected)
     assert parts["reward"] > 0
     loss.backward()

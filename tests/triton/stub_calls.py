@@ -5,6 +5,7 @@ import os
 import torch
 
 from lares_fast import ops
+from lares_fast._errors import BackendError
 from lares_fast._random import Draw
 from lares_fast.ops import _triton
 
@@ -70,5 +71,52 @@ for M, N in ((1, 1), (1, 12_101), (7, 33), (2048, 12_101), (70_000, 31)):
 assert len(variants) == 4, "the sizes compiled variants"
 # Without rows, the items' gradient is still written.
 assert [x[0] for x in catalog_call(0, 100)] == ["softmax_backward_items"]
+
+
+def recurrence_call(lengths, longest, depth=1, train=False, D=64):
+    """The launches of one call, with ``train`` forwards and backwards."""
+    open(LOG, "w").close()
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    shapes = [(D,)] * 2 + [*[(D, D), (D,)] * 4, (D,), (D,), (D, D), (D,), (D, D), (D,), (D,), (D,)]
+    weights = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=train) for shape in shapes]
+    h = torch.zeros(int(offsets[-1]), D, dtype=torch.bfloat16)
+    draw = Draw((1, 2), torch.arange(len(lengths))) if train else None
+    how = {"draw": draw, "dropout": 0.2, "longest": longest, "backend": "triton"}
+    out = ops.recurrence(h, offsets, weights, n_heads=2, pre=h, depth=depth, **how)
+    if train:
+        out.backward(torch.zeros_like(out))
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+def most_tiles(B, P, longest):
+    return min(B, 2 * (P + 3 * B) // (64 if longest <= 64 else 128) + 1)
+
+
+variants = set()
+for longest in range(1, 129):
+    ((name, variant, programs, *_),) = recurrence_call(torch.full((3,), longest), longest)
+    assert name == "recurrence_forward"
+    assert int(programs) == most_tiles(3, 3 * longest, longest), longest
+    variants.add(variant)
+# Tiles of 64 and of 128 rows.
+assert len(variants) == 2, variants
+for B in (1, 7, 2048, 70_000):
+    ((name, variant, programs, *_),) = recurrence_call(torch.full((B,), 3), 20, depth=4)
+    assert int(programs) == most_tiles(B, 3 * B, 20), B
+    variants.add(variant)
+assert len(variants) == 2, "the batch compiled a variant"
+for longest in (129, 200):
+    try:
+        recurrence_call(torch.full((2,), longest), longest)
+    except BackendError as error:
+        assert f"sequences of up to 128 rows in torch.bfloat16, and longest is {longest}" in str(error)
+    else:
+        raise AssertionError(longest)
+assert recurrence_call(torch.zeros(0, dtype=torch.int64), 5, train=True) == []
+
+half = ["weight_gradient"] * 2 + ["input_gradient"]
+step = ["recurrence_forward", "feed_half_backward", *half, "attention_half_backward", *half, "join_backward"]
+for T in (1, 3):
+    assert [x[0] for x in recurrence_call(torch.tensor([5, 7]), 7, T, train=True)] == ["recurrence_forward", *step * T]
 
 print("launched as planned")

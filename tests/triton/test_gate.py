@@ -45,6 +45,7 @@ def test_attention(E, dtype, p, longest, architecture, monkeypatch):
     kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: run(E, dtype, p, longest))
     assert [kernel.name for kernel in kernels] == list(DOTS)
     for kernel in kernels:
+        assert not kernel.wrapping, kernel
         S, C, size = kernel.constants["S"], kernel.constants["C"], dtype.itemsize
         threads = 32 * kernel.warps
         assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
@@ -76,6 +77,32 @@ def test_the_gate_sees_a_spill(monkeypatch):
     assert wide.stack > spills(32, torch.bfloat16, wide.name)
 
 
+def test_the_gate_sees_an_offset_that_wraps(monkeypatch):
+    import triton_gate
+    import triton_toys
+    from lares_fast.kernels._launch import launch
+
+    def call():
+        launch(triton_toys.copy, 4, torch.zeros(64), torch.zeros(64), 0, warps=4, S=16)
+
+    (naive,) = triton_gate.compile_launches(monkeypatch, 80, call)
+    # The load and the store.
+    assert len(naive.wrapping) == 2
+
+
+@pytest.mark.parametrize(("ptxas", "wgmma"), [((12, 9), False), ((13, 3), True)])
+def test_the_gate_sees_products_that_are_not_sound(ptxas, wgmma, monkeypatch):
+    import triton_gate
+    from lares_fast.kernels import _launch, attention
+
+    monkeypatch.setitem(attention.WARPS, torch.bfloat16, 4)
+    monkeypatch.setattr(attention, "tile_size", lambda longest, row_bytes: 64)
+    monkeypatch.setattr(_launch, "_ptxas", lambda architecture: ptxas)
+    forward, *_ = triton_gate.compile_launches(monkeypatch, 90, lambda: run(64, torch.bfloat16, 0.0, 64))
+    assert (forward.count("HGMMA") > 0) == wgmma
+    assert forward.products
+
+
 # D, dtype, and for which GPUs.
 CATALOG_CASES = [
     (64, torch.bfloat16, ALL),
@@ -87,6 +114,14 @@ CATALOG_CASES = [
 CATALOG_DOTS = {"target_score": 0, "softmax_forward": 1, "softmax_backward_hidden": 2, "softmax_backward_items": 2}
 
 
+def catalog(D, dtype):
+    hidden = torch.zeros(100, D, dtype=dtype, requires_grad=True)
+    items = torch.zeros(1000, D, dtype=dtype, requires_grad=True)
+    target = torch.ones(100, dtype=torch.int64)
+    logprob, _ = ops.target_logprob_and_rank(hidden, items, target, skip_pad=True, backend="triton")
+    logprob.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("D", "dtype", "architecture"),
     [(*case, architecture) for *case, architectures in CATALOG_CASES for architecture in architectures],
@@ -94,18 +129,12 @@ CATALOG_DOTS = {"target_score": 0, "softmax_forward": 1, "softmax_backward_hidde
 def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
     import triton_gate
 
-    def call():
-        hidden = torch.zeros(100, D, dtype=dtype, requires_grad=True)
-        items = torch.zeros(1000, D, dtype=dtype, requires_grad=True)
-        target = torch.ones(100, dtype=torch.int64)
-        logprob, _ = ops.target_logprob_and_rank(hidden, items, target, skip_pad=True, backend="triton")
-        logprob.sum().backward()
-
-    kernels = triton_gate.compile_launches(monkeypatch, architecture, call)
+    kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: catalog(D, dtype))
     # The backward scores the targets again.
     assert {kernel.name for kernel in kernels} == set(CATALOG_DOTS)
     assert len(kernels) == 5
     for kernel in kernels:
+        assert not kernel.wrapping, kernel
         S, C = kernel.constants["S"], kernel.constants["C"]
         assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
         assert kernel.registers <= 240, kernel
@@ -117,3 +146,68 @@ def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
         else:
             assert kernel.products >= max(1, CATALOG_DOTS[kernel.name] * S * S * C // PRODUCT // kernel.warps), kernel
             assert kernel.products == kernel.count("HMMA"), kernel
+
+
+# D, H, dtype, dropout, longest, adapter, whether the backward is compiled too; and for which GPUs.
+RECURRENCE_CASES = [
+    (64, 2, torch.bfloat16, 0.0, 50, "add", False, ALL),
+    (64, 2, torch.float16, 0.0, 128, "concat", False, (80, 90)),
+    (128, 2, torch.bfloat16, 0.0, 50, "add", False, (80, 90, 120)),
+    (128, 4, torch.bfloat16, 0.0, 128, "add", False, (80, 100)),
+    (64, 2, torch.bfloat16, 0.5, 50, "add", True, (80, 90)),
+    (64, 2, torch.float32, 0.0, 20, "add", False, (90,)),
+]
+
+
+def recurrence_stack(D, dtype, p, architecture):
+    """Bytes a thread that the forward kernel may have in local memory."""
+    if dtype == torch.float32:
+        return 512
+    if p:
+        return 224
+    if D == 64:
+        return 16 if architecture < 90 else 0
+    return 256 if architecture < 90 else 128
+
+
+# The same for the kernels of the backward, at D = 64 and with dropout.
+BACKWARD_STACK = {
+    "attention_half_backward": 64,
+    "feed_half_backward": 16,
+    "input_gradient": 16,
+    "join_backward": 0,
+    "weight_gradient": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("D", "H", "dtype", "p", "longest", "adapter", "backward", "architecture"),
+    [(*case, architecture) for *case, architectures in RECURRENCE_CASES for architecture in architectures],
+)
+def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, monkeypatch):
+    import triton_gate
+    from recurrence_case import Case
+
+    case = Case(lengths=[longest, 3], D=D, H=H, inner=4 * D, layers=1, adapter=adapter, depth=1, p=p)
+    case.options["longest"] = longest
+    tensors = {name: x.to(dtype).requires_grad_(backward) for name, x in case.tensors.items()}
+
+    def call():
+        out = case.call(tensors, "triton")
+        if backward:
+            out.backward(torch.zeros_like(out))
+
+    kernels = triton_gate.compile_launches(monkeypatch, architecture, call)
+    assert {kernel.name for kernel in kernels} == {"recurrence_forward", *(BACKWARD_STACK if backward else ())}
+    for kernel in kernels:
+        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
+        limit = (
+            recurrence_stack(D, dtype, p, architecture) if kernel.name == "recurrence_forward" else BACKWARD_STACK[kernel.name]
+        )
+        assert kernel.stack <= limit, kernel
+        if dtype == torch.float32:
+            assert kernel.products == 0, kernel
+        elif kernel.name != "join_backward":
+            assert kernel.products > 0, kernel
+            assert kernel.products == kernel.count("HMMA"), kernel
+            assert kernel.count("LDG.E.128") > 0, kernel

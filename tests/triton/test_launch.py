@@ -1,5 +1,7 @@
 """The launch wrapper: what it refuses, what it guards. A recorder stands in for the kernel; nothing is compiled."""
 
+import os
+
 import pytest
 import torch
 from lares_fast.kernels import _launch
@@ -94,3 +96,44 @@ def test_the_device_of_the_tensors_is_made_current(monkeypatch):
         with _launch._on(torch.device(device)):
             pass
     assert entered == [torch.device("cuda:1")]
+
+
+def test_a_stand_in_takes_the_place_of_the_launch(kernel):
+    seen = []
+    token = _launch.stand_in.set(lambda *call: seen.append(call))
+    try:
+        x = torch.zeros(4, device="meta")
+        _launch.launch(kernel, 5, x, 3, warps=2, S=16)
+        with pytest.raises(ValueError, match="the call needs -1"):
+            _launch.launch(kernel, -1, x, warps=2)
+    finally:
+        _launch.stand_in.reset(token)
+    assert not kernel.launches
+    assert seen == [(kernel, 5, (x, 3), {"S": 16, "num_warps": 2, "num_stages": 1, "enable_fp_fusion": True})]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "ptxas", "forbidden"),
+    [
+        (90, (12, 8), True),
+        (90, (13, 2), True),
+        (90, (0,), True),
+        (90, (13, 3), False),
+        (80, (12, 8), False),
+        (None, (0,), False),
+    ],
+)
+def test_wgmma_is_off_where_the_assembler_gets_it_wrong(architecture, ptxas, forbidden, monkeypatch):
+    monkeypatch.setattr(_launch, "_ptxas", lambda architecture: ptxas)
+    for before in (None, "0"):
+        if before is None:
+            monkeypatch.delenv("DISABLE_MMA_V3", raising=False)
+        else:
+            monkeypatch.setenv("DISABLE_MMA_V3", before)
+        with _launch.sound_products(architecture):
+            assert (os.environ.get("DISABLE_MMA_V3") == "1") == forbidden
+        assert os.environ.get("DISABLE_MMA_V3") == before
+
+
+def test_the_assembler_tells_its_version():
+    assert _launch._ptxas(90) >= (12, 0)

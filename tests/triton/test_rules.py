@@ -1,6 +1,7 @@
 """Rules of every Triton kernel, read from the sources: each forbids something that fails on a GPU and nowhere else."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,19 @@ def calls(tree, name):
             yield node
 
 
+def accumulated(statement):
+    """The variable to which ``statement`` adds products, once for each."""
+    if isinstance(statement, ast.AugAssign):
+        target, earlier = statement.target, True
+    elif isinstance(statement, ast.Assign):
+        target = statement.targets[0]
+        earlier = ast.unparse(target) in [ast.unparse(x) for x in ast.walk(statement.value) if isinstance(x, ast.Name)]
+    else:
+        return
+    if earlier:
+        yield from [ast.unparse(target)] * len(list(calls(statement.value, "tl.dot")))
+
+
 def faults(tree):
     for call in calls(tree, "tl.program_id"):
         if ast.unparse(call.args[0]) != "0":
@@ -27,9 +41,8 @@ def faults(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("tl.atomic"):
             yield "no atomics: results must not depend on program order"
         if isinstance(node, (ast.For, ast.While)):
-            steps = [x for x in ast.walk(node) if isinstance(x, ast.AugAssign)]
-            sums = [ast.unparse(x.target) for x in steps if "tl.dot(" in ast.unparse(x.value)]
-            if len(sums) != len(set(sums)):
+            sums = Counter(name for statement in ast.walk(node) for name in accumulated(statement))
+            if any(count > 1 for count in sums.values()):
                 yield "one product per accumulator and iteration: two are compiled wrongly on some GPUs"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
             yield "kernels are launched by _launch.launch alone"
@@ -50,6 +63,8 @@ BROKEN = {
     "x = tl.dot(a, b)": "tl.dot names",
     "tl.atomic_add(p, x)": "no atomics",
     "while True:\n    x += tl.dot(a, b, input_precision='ieee')\n    x += tl.dot(c, d, input_precision='ieee')": "one product",
+    "while True:\n    x = x * s + tl.dot(a, b, input_precision='')\n    x += tl.dot(c, d, input_precision='')": "one product",
+    "while True:\n    x += tl.dot(a, b, input_precision='') + tl.dot(c, d, input_precision='')": "one product",
     "kernel[(3,)](x)": "launched by _launch",
     "@triton.autotune(configs)\ndef f(): pass": "configurations are fixed",
 }

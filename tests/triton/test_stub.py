@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lares_fast.cli.steps import run_step
+
 pytestmark = pytest.mark.compiled
 HERE = Path(__file__).parent
 # Triton's driver comes before torch, which would tell it that there is no GPU.
@@ -24,9 +26,8 @@ def stub(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("capability", "shared"), [(80, 166_912), (90, 232_448), (120, 101_376)])
-def test_launches(capability, shared, stub, tmp_path):
-    environ = {
+def environment(stub, tmp_path, capability=80, shared=166_912):
+    return {
         **os.environ,
         "TRITON_LIBCUDA_PATH": str(stub),
         "LD_LIBRARY_PATH": str(stub),
@@ -36,6 +37,36 @@ def test_launches(capability, shared, stub, tmp_path):
         "STUB_CAPABILITY": str(capability),
         "STUB_SHARED": str(shared),
     }
+
+
+@pytest.mark.parametrize(("capability", "shared"), [(80, 166_912), (90, 232_448), (120, 101_376)])
+def test_launches(capability, shared, stub, tmp_path):
+    environ = environment(stub, tmp_path, capability, shared)
     done = subprocess.run([sys.executable, "-c", START], env=environ, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "launched as planned\n"
+
+
+TRIAL = """
+import triton; triton.runtime.driver.active.get_current_device()
+import torch
+from lares_fast.ops import _trials, _triton
+with _triton.anywhere():
+    _trials.trial("linear_cross_entropy", integers=False).results("triton", torch.bfloat16)
+"""
+
+
+def test_what_was_compiled_elsewhere_is_not_compiled_again(stub, tmp_path):
+    """Triton's cache has the same keys with and without the GPU."""
+    environ = environment(stub, tmp_path)
+
+    def compiled():
+        return {path.relative_to(tmp_path / "cache") for path in (tmp_path / "cache").rglob("*.cubin")}
+
+    how = {"ops": ["linear_cross_entropy"], "dtypes": ["bfloat16"], "architectures": [80]}
+    plain = {"TRITON_CACHE_DIR": environ["TRITON_CACHE_DIR"], "TRITON_INTERPRET": "0"}
+    assert run_step("compile_for", seconds=300, environ=plain, **how)["status"] == "passed"
+    before = compiled()
+    subprocess.run([sys.executable, "-P", "-c", TRIAL], env=environ, cwd=HERE, check=True)
+    assert (tmp_path / "log").read_text()
+    assert compiled() == before

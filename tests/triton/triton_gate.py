@@ -11,30 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from lares_fast.kernels._offline import compiling
 
 from lares_fast.ops import _triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Bytes of shared memory that one program may have.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-
-
-class Driver:
-    """What Triton asks of a driver before it compiles."""
-
-    def __init__(self, architecture):
-        self.target = GPUTarget("cuda", architecture, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +31,7 @@ class Compiled:
     stack: int
     shared: int
     opcodes: dict
+    wrapping: list
 
     @property
     def products(self):
@@ -60,19 +44,11 @@ class Compiled:
 
 def compile_launches(monkeypatch, architecture, call):
     """Every kernel that ``call()`` launches through the Triton backend on CPU tensors; nothing runs."""
-    compiled = []
-    run = JITFunction.run
-
-    def compile_only(self, *arguments, grid, warmup, **options):
-        self.device_caches.clear()
-        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
-
     with monkeypatch.context() as patch, tempfile.TemporaryDirectory() as cache:
         patch.setenv("TRITON_CACHE_DIR", cache)
-        patch.setattr(JITFunction, "run", compile_only)
-        patch.setattr(triton.runtime.driver, "_active", Driver(architecture))
         patch.setattr(_triton, "obstacle", lambda tensor: None)
-        call()
+        with compiling(architecture) as compiled:
+            call()
         return [inspect_kernel(kernel, Path(cache)) for kernel in compiled]
 
 
@@ -88,9 +64,49 @@ def inspect_kernel(kernel, folder):
     names = kernel.src.fn.arg_names
     constants = {names[place[0]]: value for place, value in kernel.src.constants.items()}
     return Compiled(
-        kernel.metadata.name, constants, kernel.metadata.num_warps, registers, stack, kernel.metadata.shared, opcodes
+        kernel.metadata.name,
+        constants,
+        kernel.metadata.num_warps,
+        registers,
+        stack,
+        kernel.metadata.shared,
+        opcodes,
+        wrapping_offsets(kernel.asm["ttir"]),
     )
 
 
 def tool(name, *arguments):
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def wrapping_offsets(ttir):
+    """Lines that add to a pointer a 32-bit offset in which a program's number was multiplied: it wraps for large tensors.
+
+    A remainder bounds what it is taken of, and what is loaded is no number of a program. In 64 bits nothing wraps.
+    """
+    numbers, products, found = set(), set(), []
+    for line in ttir.splitlines():
+        names = re.findall(r"%[\w]+", line.split(" loc(")[0])
+        if "=" not in line or not names:
+            continue
+        result, operands = names[0], set(names[1:])
+        looped = re.findall(r"(%\w+) = (%\w+)", line) if "scf.for" in line else []
+        counter = re.search(r"scf\.for (%\w+) = (%\w+) to (%\w+)", line)
+        looped += [(counter[1], counter[2]), (counter[1], counter[3])] if counter else []
+        for inner, outer in looped:
+            for known in (numbers, products):
+                known |= {inner} & ({inner} if outer in known else set())
+        narrow = re.search(r":.*\bi32\b|:.*xi32>", line) and "i64" not in line.rsplit(":", 1)[1]
+        if "tt.get_program_id" in line:
+            numbers.add(result)
+        if "arith.rem" in line or "tt.load" in line:
+            continue
+        if operands & numbers:
+            numbers.add(result)
+        if operands & products and "arith.extsi" not in line:
+            products.add(result)
+        if "arith.muli" in line and narrow and operands & numbers:
+            products.add(result)
+        if "tt.addptr" in line and narrow and names[2] in products:
+            found.append(line.strip())
+    return found

@@ -12,48 +12,12 @@ from pathlib import Path
 import lares_fast.kernels
 import numpy as np
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+from lares_fast.kernels._interpreted import HONEST
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from lares_fast.ops import _triton
 
 KERNELS = Path(lares_fast.kernels.__file__).parent
-BF16 = tl.bfloat16
-
-
-def to_bf16(x):
-    """Round fp32 to the nearest bf16, ties to even; bits as uint16."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
-
-
-def from_bf16(bits):
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def wide(handle):
-    return from_bf16(handle.data) if handle.dtype.scalar == BF16 else handle.data
-
-
-def cast(self, source, to, *_):
-    data = wide(source)
-    data = to_bf16(data) if to.scalar == BF16 else data.astype(interpreter._get_np_dtype(to.scalar))
-    return TensorHandle(data, to.scalar)
-
-
-def dot(self, a, b, c, *_):
-    """Products of bf16 are exact in fp32, so only the order of the sums differs from a tensor core's."""
-    return TensorHandle(np.matmul(wide(a), wide(b), dtype=c.data.dtype) + c.data, c.dtype.scalar)
-
-
-def arithmetic(self, left, right, op):
-    assert BF16 not in (left.dtype.scalar, right.dtype.scalar), "bf16 may only be loaded, stored, cast and multiplied by tl.dot"
-    return stock_arithmetic(self, left, right, op)
-
-
-stock_arithmetic = InterpreterBuilder.binary_op
 
 
 class Memory:
@@ -112,10 +76,7 @@ def interpreted(monkeypatch, order=None):
 
     with monkeypatch.context() as patch:
         for name, function in {
-            "cast_impl": cast,
-            "create_fp_to_fp": cast,
-            "create_dot": dot,
-            "binary_op": arithmetic,
+            **HONEST,
             "create_masked_load": checked_load,
             "create_masked_store": checked_store,
             "set_grid_idx": place,

@@ -1,0 +1,32 @@
+"""The model of official.py on packed sequences in plain PyTorch: the strongest eager rival of a whole step."""
+
+import packed_torch
+import torch
+from official import OfficialLARES
+from torch import nn
+from torch.nn import functional as F
+
+from lares_fast.reference.sequences import pack
+
+
+class PackedLARES(OfficialLARES):
+    """Padded sequences in, which it packs, and the states of :class:`OfficialLARES` out."""
+
+    def __init__(self, config, *, sdpa):
+        super().__init__(config)
+        self.sdpa = sdpa
+
+    def encode(self, item_seq, item_seq_len, T, state=None):
+        p = self.config.dropout if self.training else 0.0
+        items, _ = pack(item_seq, item_seq_len)
+        positions, _ = pack(torch.arange(item_seq.shape[1]).expand_as(item_seq), item_seq_len)
+        x = F.dropout(self.input_norm(self.item_embedding(items) + self.position_embedding(positions)), p)
+        plan = packed_torch.buckets(item_seq_len)
+        pre = packed_torch.block(list(self.pre_block.parameters()), plan, self.config.n_heads, p, sdpa=self.sdpa)(x)
+        if state is None:
+            state = nn.init.trunc_normal_(torch.empty_like(x), a=-3, b=3) * self.config.state_scale
+        else:
+            state, _ = pack(state, item_seq_len)
+        weights = list(self.recurrence.parameters())
+        steps = packed_torch.states(state, pre, item_seq_len, plan, weights, self.config.n_heads, T, p, sdpa=self.sdpa)
+        return torch.stack(list(steps), 1)

@@ -1,0 +1,68 @@
+"""The recurrence with the ``add`` adapter in plain PyTorch on packed tokens: the strongest eager rival.
+
+Linear, norm and GELU on flattened tokens, one product for query, key and value, attention per bucket of similar lengths.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+def buckets(lengths, count=7):
+    """(indices of tokens [b, L] into the packed buffer, additive mask [b, 1, L, L]) of each bucket."""
+    starts = lengths.cumsum(0) - lengths
+    result = []
+    for group in lengths.argsort().tensor_split(count):
+        longest = int(lengths[group].max())
+        place = torch.arange(longest)
+        index = starts[group][:, None] + place.clamp(max=longest).minimum(lengths[group][:, None] - 1)
+        real = place < lengths[group][:, None]
+        visible = (place[:, None] >= place) & real[:, None, :]
+        result.append((index, real, torch.where(visible, 0.0, -torch.inf)[:, None]))
+    return result
+
+
+def recurrence(h, pre, lengths, plan, weights, n_heads, depth, p, *, sdpa):
+    """The state of each sequence's last token, [B, D]; weights as ``ops.recurrence`` takes them."""
+    *_, last = states(h, pre, lengths, plan, weights, n_heads, depth, p, sdpa=sdpa)
+    return last
+
+
+def states(h, pre, lengths, plan, weights, n_heads, depth, p, *, sdpa):
+    """Yield what :func:`recurrence` returns after every step."""
+    norm, last = weights[:2], lengths.cumsum(0) - 1
+    run = block(weights[2:], plan, n_heads, p, sdpa=sdpa)
+    for _ in range(depth):
+        h = run(F.layer_norm((h + pre) / 2, (h.shape[1],), *norm, eps=1e-12))
+        yield h[last]
+
+
+def block(weights, plan, n_heads, p, *, sdpa):
+    """The function of packed tokens [P, D] that layers with these weights, 16 each, are."""
+    layers = [weights[i : i + 16] for i in range(0, len(weights), 16)]
+    fused = [(torch.cat(layer[0:6:2]), torch.cat(layer[1:6:2])) for layer in layers]
+
+    def attend(qkv):
+        context = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        parts, places = [], []
+        for index, real, mask in plan:
+            q, k, v = qkv[index].unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
+            if sdpa:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+            else:
+                probabilities = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask).softmax(-1)
+                y = F.dropout(probabilities, p) @ v
+            parts.append(y.transpose(1, 2).flatten(-2)[real])
+            places.append(index[real])
+        return context.index_copy(0, torch.cat(places), torch.cat(parts))
+
+    def run(h):
+        for layer, (weight, bias) in zip(layers, fused, strict=True):
+            y = F.dropout(F.linear(attend(F.linear(h, weight, bias)), *layer[6:8]), p)
+            h = F.layer_norm(y + h, h.shape[1:], *layer[8:10], eps=1e-12)
+            y = F.dropout(F.linear(F.gelu(F.linear(h, *layer[10:12])), *layer[12:14]), p)
+            h = F.layer_norm(y + h, h.shape[1:], *layer[14:16], eps=1e-12)
+        return h
+
+    return run

@@ -1,0 +1,130 @@
+"""Which runs reproduce the paper, in the order in which they are made.
+
+Every run is ``lares-fast train --config instruments`` (the published Musical Instruments settings) with what its entry
+changes. Settings may be tuned on the validation rows alone: trials never rank the test rows.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+# sha256 of the logs: the numbers hold for these bytes alone.
+DATA = {
+    "Instruments.inter.json": "9c4cda137811b76d3e1fe63dd9b1766ad8dbe6ea9221685c7d6f1c466b8697d4",
+    "Beauty.txt": "226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
+}
+
+# Arguments of lares-fast eval that encode in bf16; None as long as no such option exists.
+BF16: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One run folder.
+
+    ``section`` of the document that shows it: main, rival, ablation, rpt or trial. ``start_from`` names the experiment
+    whose phase-1 model phase 2 begins with. ``evaluations``: name of a CSV file in the folder -> further arguments of
+    ``lares-fast eval`` that makes it from the finished run.
+    """
+
+    name: str
+    data: str
+    section: str
+    what: str
+    config: str = "instruments"
+    phase: str = "spt"
+    settings: Mapping[str, object] = field(default_factory=dict)
+    start_from: str | None = None
+    evaluations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def assignments(self) -> list[str]:
+        """``--set`` arguments."""
+        return [word for key, value in self.settings.items() for word in ("--set", f"{key}={_text(value)}")]
+
+    def command(self) -> str:
+        """What makes this run in a folder ``runs`` beside the data."""
+        start = ["--start-from", f"runs/{self.start_from}"] if self.start_from else []
+        words = ["lares-fast", "train", "--config", self.config, "--data", self.data, "--phase", self.phase, *start]
+        return shlex.join([*words, *self.assignments(), "--out", f"runs/{self.name}"])
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "[" + ",".join(map(_text, value)) + "]" if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+
+
+def _instruments(name: str, section: str, what: str, **rest: object) -> Experiment:
+    return Experiment(name=name, data="Instruments.inter.json", section=section, what=what, **rest)  # type: ignore[arg-type]
+
+
+def _beauty(name: str, section: str, what: str, settings: Mapping[str, object], **rest: object) -> Experiment:
+    settings = {"evaluation.watch_masked": True, **settings}
+    return Experiment(name=name, data="Beauty.txt", section=section, what=what, settings=settings, **rest)  # type: ignore[arg-type]
+
+
+# T = 1..16 around the mean depth 4, and the mean depth alone (T = 1 is always tested).
+_EVERY_T = {"evaluation.depth_ratios": [step / 4 for step in range(1, 17)]}
+_OWN_T = {"evaluation.depth_ratios": [1.0]}
+
+_NOISE = {f"noise-{seed}": ("--steps", "4", "--set", f"evaluation.noise_seed={seed}") for seed in (1, 2, 3, 4)}
+_FINAL = _NOISE if BF16 is None else {**_NOISE, "bf16": ("--steps", "4", *BF16)}
+
+# One causal transformer of 2 + 2 layers that never sees noise.
+_SASREC = {
+    "model.mean_depth": 1,
+    "model.depth_sampling": "non-recurrent",
+    "model.state_init": "zero",
+    "spt.alpha": 0.0,
+    "spt.gamma": 0.0,
+    **_OWN_T,
+}
+_NOISY_SASREC = {**_SASREC, "model.state_init": "normal"}
+
+_TEN = {"spt.epochs": 10, **_OWN_T}
+_TRIAL = {"spt.epochs": 10, "evaluation.test": False}
+
+
+EXPERIMENTS = (
+    _beauty("beauty-sasrec", "rival", "SASRec-style: T = 1, h0 = 0, no alignments, no RPT", _SASREC),
+    _beauty(
+        "beauty",
+        "main",
+        "both phases, L 20",
+        {"rpt.epochs": 3, **_EVERY_T},
+        phase="both",
+        evaluations=_FINAL,
+    ),
+    _instruments(
+        "instruments",
+        "main",
+        "both phases, L 20",
+        phase="both",
+        settings={"rpt.epochs": 3, **_EVERY_T},
+        evaluations=_FINAL,
+    ),
+    _instruments("instruments-sasrec", "rival", "SASRec-style: T = 1, h0 = 0, no alignments, no RPT", settings=_SASREC),
+    _beauty("beauty-10", "ablation", "as published: both alignments, adapter add, mean T 4", _TEN),
+    _beauty("beauty-10-no-trajectory", "ablation", "without trajectory-level alignment", {**_TEN, "spt.alpha": 0.0}),
+    _beauty("beauty-10-no-step", "ablation", "without step-level alignment", {**_TEN, "spt.gamma": 0.0}),
+    _beauty("beauty-10-concat", "ablation", "adapter concat", {**_TEN, "model.adapter": "concat"}),
+    _beauty("beauty-10-linear", "ablation", "adapter linear", {**_TEN, "model.adapter": "linear"}),
+    _beauty("beauty-10-mean-2", "ablation", "mean T 2", {**_TEN, "model.mean_depth": 2}),
+    _beauty("beauty-10-mean-8", "ablation", "mean T 8", {**_TEN, "model.mean_depth": 8}),
+    _beauty(
+        "beauty-rpt-ndcg",
+        "rpt",
+        "RPT with the reward ndcg",
+        {"rpt.epochs": 3, "rpt.reward": "ndcg", **_OWN_T},
+        phase="rpt",
+        start_from="beauty",
+    ),
+    _beauty("beauty-50", "main", "phase 1, L 50", {"model.max_len": 50, **_EVERY_T}, evaluations=_FINAL),
+    _beauty("trial-batch-256", "trial", "batch 256", {**_TRIAL, "spt.batch_size": 256}),
+    _beauty("trial-lr-2e-3", "trial", "learning rate 2e-3", {**_TRIAL, "spt.lr": 0.002}),
+    _beauty("trial-dropout-0.3", "trial", "dropout .3", {**_TRIAL, "model.dropout": 0.3}),
+    _beauty("trial-alignments", "trial", "alpha .2, gamma .1", {**_TRIAL, "spt.alpha": 0.2, "spt.gamma": 0.1}),
+    _beauty("beauty-sasrec-noise", "rival", "SASRec-style, but h0 noise as in LARES", _NOISY_SASREC),
+)

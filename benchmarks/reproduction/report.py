@@ -1,0 +1,330 @@
+"""Write docs/results.md and its plots from run folders.
+
+``python benchmarks/reproduction/report.py --runs RUNS`` first copies what describes the runs (settings, metrics, record;
+neither data nor models) to benchmarks/results/runs; without ``--runs`` the document is made from those copies alone. What
+was learned is kept in learned.md, which is not generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import BF16, DATA, EXPERIMENTS, Experiment
+from pictures import draw, picture
+from published import PUBLISHED
+from runs import MASKED, NOT_MASKED, USUAL, Run, collect
+
+_ROOT = Path(__file__).parents[2]
+_KEPT = _ROOT / "benchmarks" / "results" / "runs"
+_LEARNED = Path(__file__).parent / "learned.md"
+
+_HISTORIES = (NOT_MASKED, MASKED)
+_SHORT = {"recall": "R", "ndcg": "N", "mrr": "MRR"}
+_METRICS = [f"{metric}@{k}" for metric in _SHORT for k in (5, 10, 20, 50)]
+_TITLES = {
+    "Instruments.inter.json": "Musical Instruments (Amazon Reviews 2023, 5-core)",
+    "Beauty.txt": "Beauty (Amazon 2014, 5-core)",
+}
+Cells = Sequence[str]
+
+
+def document(runs: dict[str, Run], experiments: Sequence[Experiment], learned: str = "") -> str:
+    """The text of docs/results.md."""
+    shown = [runs[experiment.name] for experiment in experiments]
+    parts = [_HEAD, _aims(runs), _states(shown)]
+    for data in dict.fromkeys(run.experiment.data for run in shown):
+        parts.append(_quality(data, [run for run in shown if run.experiment.data == data]))
+    parts += [
+        _depths(shown),
+        _noise(shown),
+        _ablations(shown),
+        _rewards(runs),
+        _trials(runs, shown),
+        _bf16(shown),
+        learned.strip(),
+        _made(shown),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_HEAD = """# Results on real logs
+
+`python benchmarks/reproduction/runner.py` makes the runs of `benchmarks/reproduction/experiments.py`. This page is written
+by `python benchmarks/reproduction/report.py` from `benchmarks/results/runs`, which holds the settings, every metric of
+every epoch and the record of each run.
+
+**Protocol.** Leave-one-out; the target is ranked among all items, PAD never; no sampled metrics. "Masked" leaves the
+user's own history out of the ranking, "not masked" keeps it in, as the LARES papers do. One target a user, so recall (R)
+is hit rate; N is NDCG. The best model by validation NDCG@10 (not masked for Instruments, masked for Beauty) is tested.
+Floors use the training events `s[:-2]` only. A run that is not finished is listed with its state, and has no test numbers
+of the phase that is not over. The data files have their own licences and are not part of this repository."""
+
+
+# Parts of the document
+
+
+def _aims(runs: dict[str, Run]) -> str:
+    """What the reproduction must reach, and whether it does."""
+    rows: list[Cells] = []
+
+    def aim(what: str, value: float | None, reached: Callable[[float], bool], must: str, shown: Callable[[float], str]) -> None:
+        told = ("-", "not measured yet") if value is None else (shown(value), "yes" if reached(value) else "**no**")
+        rows.append((what, must, *told))
+
+    for title, run, history, least in (
+        ("Instruments", runs.get("instruments"), NOT_MASKED, 0.0302),
+        ("Beauty", _better_beauty(runs), MASKED, 0.0580),
+    ):
+        source = f" (`{run.experiment.name}` after {row['phase'].upper()})" if run and (row := run.final(history)) else ""
+        value = _final(run, history)
+        aim(f"{title} NDCG@10, {history}{source}", value, lambda v, least=least: v >= least, f">= {_number(least)}", _number)
+    for title, name, history in (("Instruments", "instruments", NOT_MASKED), ("Beauty", "beauty", MASKED)):
+        ours, base = _final(runs.get(name), history), _final(runs.get(f"{name}-sasrec"), history)
+        gain = None if ours is None or base is None else 100 * (ours / base - 1)
+        aim(f"{title}: LARES over the SASRec-style run, NDCG@10", gain, lambda v: v > 5, "> +5 %", lambda v: f"{v:+.1f} %")
+    run = runs.get("instruments")
+    over = run is not None and bool(run.tested("spt", NOT_MASKED))
+    hours = run.training_seconds("spt") / 3600 if run is not None and over else None
+    aim("Instruments, phase 1 to early stopping, one thread", hours, lambda v: True, "reported", lambda v: f"{v:.1f} h")
+    return "## Against what was asked\n" + _table(("", "asked", "here", "reached"), rows)
+
+
+def _better_beauty(runs: dict[str, Run]) -> Run | None:
+    """The finished LARES run on Beauty that validation prefers."""
+    candidates = [runs[name] for name in ("beauty", "beauty-50") if name in runs and runs[name].tested("spt", MASKED)]
+    return max(candidates, key=lambda run: max(run.validation(phase, MASKED)[1] for phase in run.phases()), default=None)
+
+
+def _final(run: Run | None, history: str) -> float | None:
+    """NDCG@10 of a run's last tested phase at its own T."""
+    row = None if run is None else run.final(history)
+    return None if row is None else row["ndcg@10"]
+
+
+def _states(shown: Sequence[Run]) -> str:
+    rows = []
+    for run in shown:
+        phases = run.phases()
+        epochs = [f"{phase.upper()} {count} (best {best})" for phase in phases for count, best in [run.epochs(phase)]]
+        hours = sum(run.training_seconds(phase) for phase in phases) / 3600
+        best = [_number(run.validation(phases[-1], history)[1]) if phases else "-" for history in _HISTORIES]
+        cells = (", ".join(epochs) or "-", f"{hours:.2f}" if epochs else "-", *best)
+        rows.append((f"`{run.experiment.name}`", run.experiment.what, run.state, *cells))
+    validation = [f"validation N@10, {history}" for history in _HISTORIES]
+    head = ("run", "what", "state", "epochs", "hours of training steps", *validation)
+    return "## The runs and their state\n" + _table(head, rows)
+
+
+def _quality(data: str, runs: Sequence[Run]) -> str:
+    """Floors, LARES after both phases, the SASRec-style rival and what is published, on one log."""
+    main = [run for run in runs if run.experiment.section in ("main", "rival") and run.rows]
+    parts = [
+        f"## {_TITLES.get(data, data)}",
+        f"sha256 of the file: `{DATA[data][:12]}...`." if data in DATA else "",
+        _plot(data, main),
+    ]
+    for history in _HISTORIES:
+        rows = []
+        for floor, title in (("popularity", "popularity"), ("markov", "first-order Markov")):
+            found = [row for run in main[:1] for row in run.tested(floor, history)]
+            rows += [(title, *_cells(row)) for row in found]
+        for run in main:
+            for phase in run.phases():
+                if row := run.at_own_depth(phase, history):
+                    rows.append((f"`{run.experiment.name}` after {phase.upper()}, T = {row['test_T']:.0f}", *_cells(row)))
+        rows += [
+            (f"published: {model} ({source})", *_cells(values))
+            for model, of, source, values in PUBLISHED.get(data, [])
+            if of == history
+        ]
+        if rows:
+            parts.append(f"### History {history}\n" + _table(("", *map(_heading, _METRICS)), rows))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _plot(data: str, runs: Sequence[Run]) -> str:
+    drawn = any(run.phases() for run in runs)
+    return (
+        f"![Validation NDCG@10 by epoch]({picture('curves', data)})" if drawn else "No run on this log has ended an epoch yet."
+    )
+
+
+def _depths(shown: Sequence[Run]) -> str:
+    parts, pictures = [], []
+    for run in shown:
+        if run.experiment.section != "main":
+            continue
+        history = USUAL[run.experiment.data]
+        curves = {phase: run.tested(phase, history) for phase in run.phases()}
+        steps = sorted({int(row["test_T"]) for rows in curves.values() for row in rows})
+        if not steps:
+            continue
+        rows = []
+        for phase, found in curves.items():
+            values = {int(row["test_T"]): _number(row["ndcg@10"]) for row in found}
+            if values:
+                rows.append((f"`{run.experiment.name}` after {phase.upper()}", *(values.get(step, "-") for step in steps)))
+        parts.append(_table((f"NDCG@10, {history}; T =", *map(str, steps)), rows))
+        pictures = [f"![Test NDCG@10 against T]({picture('depth')})"]
+    return "## Quality against the number of steps T at test time\n" + ("\n\n".join([*pictures, *parts]) or "Not measured yet.")
+
+
+def _noise(shown: Sequence[Run]) -> str:
+    rows = []
+    for run in shown:
+        for history in _HISTORIES:
+            own = run.final(history)
+            others = [row for name in run.evaluations if name.startswith("noise-") for row in run.evaluated(name, history)]
+            if own is None or not others:
+                continue
+            for metric in ("recall@10", "ndcg@10"):
+                values = [row[metric] for row in (own, *others)]
+                spread = (statistics.mean(values), min(values), max(values), statistics.stdev(values))
+                cells = (_number(value, 5) for value in spread)
+                rows.append((f"`{run.experiment.name}`", history, _heading(metric), str(len(values)), *cells))
+    table = _table(("run", "history", "", "seeds", "mean", "lowest", "highest", "standard deviation"), rows)
+    return (
+        "## Spread over evaluation noise\nh0 is noise at evaluation too: the same model, ranked with other seeds of it.\n\n"
+        + (table if rows else "Not measured yet.")
+    )
+
+
+def _ablations(shown: Sequence[Run]) -> str:
+    runs = [run for run in shown if run.experiment.section == "ablation"]
+    rows = []
+    for run in runs:
+        tested = [run.final(history) for history in _HISTORIES]
+        cells = [_number(row[metric]) if row else "-" for row in tested for metric in ("recall@10", "ndcg@10")]
+        rows.append((f"`{run.experiment.name}`", run.experiment.what, *cells, "" if all(tested) else run.state))
+    drawn = any(run.phases() for run in runs)
+    curves = f"![Validation NDCG@10 of the ablations]({picture('ablations')})\n\n" if drawn else ""
+    head = ("run", "", *(f"{metric}@10, {history}" for history in _HISTORIES for metric in ("R", "N")), "state")
+    return "## Ablations: Beauty, ten epochs of phase 1\n" + curves + _table(head, rows)
+
+
+def _rewards(runs: dict[str, Run]) -> str:
+    """Phase 2 off and on, from one phase-1 model."""
+    rows = []
+    for title, name, phase in (
+        ("no RPT", "beauty", "spt"),
+        ("RPT, reward recall@10", "beauty", "rpt"),
+        ("RPT, reward ndcg@10", "beauty-rpt-ndcg", "rpt"),
+    ):
+        run = runs.get(name)
+        tested = [run.at_own_depth(phase, history) if run else None for history in _HISTORIES]
+        cells = [_number(row[metric]) if row else "-" for row in tested for metric in ("recall@10", "ndcg@10")]
+        epoch = f"{run.epochs(phase)[1]}" if run and all(tested) else (run.state if run else "not begun")
+        rows.append((title, f"`{name}`", *cells, epoch))
+    head = ("", "run", *(f"{metric}@10, {history}" for history in _HISTORIES for metric in ("R", "N")), "best epoch or state")
+    return (
+        "## Phase 2 from one phase-1 model: Beauty\nThe phase counts its start model as epoch 0: a best epoch of 0 says that"
+        " none of its epochs was better on the validation rows.\n\n" + _table(head, rows)
+    )
+
+
+def _trials(runs: dict[str, Run], shown: Sequence[Run]) -> str:
+    """Settings that were tried, judged on the validation rows alone."""
+    rows = []
+    for run in (
+        *(runs[name] for name in ("beauty-10",) if name in runs),
+        *(run for run in shown if run.experiment.section == "trial"),
+    ):
+        best = [_number(run.validation("spt", history)[1]) if run.phases() else "-" for history in _HISTORIES]
+        epochs = f"{run.epochs('spt')[0]} (best {run.epochs('spt')[1]})" if run.phases() else "-"
+        rows.append((f"`{run.experiment.name}`", run.experiment.what, epochs, *best, run.state))
+    head = ("run", "", "epochs", *(f"validation N@10, {history}" for history in _HISTORIES), "state")
+    return "## Trials of settings: Beauty, validation rows only\n" + _table(head, rows)
+
+
+def _bf16(shown: Sequence[Run]) -> str:
+    rows = []
+    for run in shown:
+        for history in _HISTORIES:
+            for row in run.evaluated("bf16", history):
+                own = run.final(history)
+                if own is not None:
+                    change = 100 * (row["ndcg@10"] / own["ndcg@10"] - 1)
+                    rows.append(
+                        (
+                            f"`{run.experiment.name}`",
+                            history,
+                            _number(own["ndcg@10"], 5),
+                            _number(row["ndcg@10"], 5),
+                            f"{change:+.2f} %",
+                        )
+                    )
+    none = "Not measured: there is no option that encodes in bf16." if BF16 is None else "Not measured yet."
+    return "## Encoding in bf16\n" + (_table(("run", "history", "N@10, fp32", "N@10, bf16", "change"), rows) if rows else none)
+
+
+def _made(shown: Sequence[Run]) -> str:
+    """Command, seeds, data, wall time and machine of every run that has begun."""
+    entries = []
+    for run in shown:
+        if not run.rows:
+            continue
+        record, sittings = run.record, run.record.get("sittings", [])
+        wall = sum(sitting["seconds"] for sitting in sittings) / 3600
+        facts = [
+            f"seed {run.setting('seed')}, evaluation noise seed {run.setting('noise_seed')}",
+            f"{len(sittings)} sittings, {wall:.2f} h of wall time" if sittings else "not recorded by the runner so far",
+            f"data `{run.experiment.data}`, sha256 `{record.get('sha256', DATA.get(run.experiment.data, ''))[:12]}...`",
+            *_surroundings(sittings),
+        ]
+        command = record.get("command", run.experiment.command())
+        entries.append(f"`{run.experiment.name}`: {'; '.join(facts)}.\n```\n{command}\n```")
+    return "## How each run was made\nPaths are relative to a folder with the logs; a resumed run adds `--resume`.\n\n" + (
+        "\n\n".join(entries) or "No run has begun."
+    )
+
+
+def _surroundings(sittings: Sequence[dict[str, Any]]) -> list[str]:
+    """The commits, machines and versions that the sittings name, each once."""
+    known = [sitting for sitting in sittings if "commit" in sitting]
+    if not known:
+        return []
+    commits = dict.fromkeys(sitting["commit"] for sitting in known)
+    machines = dict.fromkeys(f"{sitting['cpu']}, {sitting['threads']} thread(s)" for sitting in known)
+    versions = dict.fromkeys(", ".join(f"{name} {number}" for name, number in sitting["versions"].items()) for sitting in known)
+    return [f"commit {', '.join(commits)}", " and ".join(machines), " and ".join(versions)]
+
+
+# Cells
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
+
+
+def _cells(row: dict[str, float]) -> Iterable[str]:
+    return (_number(row[metric]) if metric in row else "" for metric in _METRICS)
+
+
+def _heading(metric: str) -> str:
+    name, k = metric.split("@")
+    return f"{_SHORT[name]}@{k}"
+
+
+def _table(head: Cells, rows: Iterable[Cells]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="folder of the run folders to copy first")
+    arguments = parser.parse_args()
+    if arguments.runs is not None:
+        collect(arguments.runs, _KEPT, EXPERIMENTS)
+    runs = {experiment.name: Run(experiment, _KEPT / experiment.name) for experiment in EXPERIMENTS}
+    learned = _LEARNED.read_text() if _LEARNED.is_file() else ""
+    (_ROOT / "docs" / "results.md").write_text(document(runs, EXPERIMENTS, learned))
+    draw(runs, EXPERIMENTS, _ROOT / "docs" / "results")
+
+
+if __name__ == "__main__":
+    main()

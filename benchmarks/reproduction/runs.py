@@ -1,0 +1,139 @@
+"""Reading run folders, and copying what describes a run."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from experiments import Experiment
+from runner import FINISHED, RECORD, RUNNING, is_finished, is_trained, read_record
+
+MASKED, NOT_MASKED = "masked", "not masked"
+_PHASES = ("spt", "rpt")
+
+# The ranking that publications on a log report, not masked where it is not named.
+USUAL = defaultdict(lambda: NOT_MASKED, {"Beauty.txt": MASKED})
+
+Row = dict[str, Any]
+
+
+def collect(runs: Path, kept: Path, experiments: Sequence[Experiment]) -> None:
+    """Copy settings, metrics and record of each run from ``runs`` to ``kept``; nothing of the data or the model."""
+    for experiment in experiments:
+        source, target = runs / experiment.name, kept / experiment.name
+        if not (source / "metrics.csv").is_file():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        # The folder of the data is of no use elsewhere.
+        settings = re.sub(r"(?m)^(  path: ).*$", rf"\g<1>{experiment.data}", (source / "config.yaml").read_text())
+        (target / "config.yaml").write_text(settings)
+        for name in ("metrics", *experiment.evaluations):
+            if (source / f"{name}.csv").is_file():
+                shutil.copyfile(source / f"{name}.csv", target / f"{name}.csv")
+        if (source / RECORD).is_file():
+            shutil.copyfile(source / RECORD, target / RECORD)
+
+
+class Run:
+    """What the folder of ``experiment`` tells; an absent folder is a run that has not begun."""
+
+    def __init__(self, experiment: Experiment, folder: Path) -> None:
+        self.experiment, self.folder = experiment, folder
+        self.evaluations = list(experiment.evaluations)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows of metrics.csv."""
+        return _read(self.folder / "metrics.csv")
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What the runner wrote down."""
+        return read_record(self.folder)
+
+    @property
+    def state(self) -> str:
+        """In words."""
+        if is_finished(self.experiment, self.folder):
+            return FINISHED
+        if is_trained(self.experiment, self.record):
+            return "trained, evaluations not finished"
+        sittings = self.record.get("sittings", [])
+        if not sittings:
+            return "not finished" if self.rows else "not begun"
+        if sittings[-1]["ended"] == RUNNING:
+            return "running, or cut without notice"
+        return (
+            "finished under other settings" if sittings[-1]["ended"] == FINISHED else f"not finished: {sittings[-1]['ended']}"
+        )
+
+    def phases(self) -> list[str]:
+        """The phases with a validation."""
+        return [phase for phase in _PHASES if self._rows(phase, "valid")]
+
+    def validated(self, phase: str, history: str) -> list[Row]:
+        """Validation rows, by epoch."""
+        return [row for row in self._rows(phase, "valid") if row["history"] == history]
+
+    def tested(self, phase: str, history: str) -> list[Row]:
+        """Test rows, by T; of a baseline the one row."""
+        return [row for row in self._rows(phase, "test") if row["history"] == history]
+
+    def at_own_depth(self, phase: str, history: str) -> Row | None:
+        """The test row at the T that validation used."""
+        tested = self.tested(phase, history)
+        return next((row for row in tested if row["test_T"] == float(self.setting("mean_depth"))), None)
+
+    def final(self, history: str) -> Row | None:
+        """:meth:`at_own_depth` of the last phase that was tested; its ``phase`` tells which."""
+        tested = [row for phase in self.phases() if (row := self.at_own_depth(phase, history))]
+        return tested[-1] if tested else None
+
+    def evaluated(self, name: str, history: str) -> list[Row]:
+        """The model's rows of an evaluation's file."""
+        return [row for row in _read(self.folder / f"{name}.csv") if row.get("test_T") and row["history"] == history]
+
+    def epochs(self, phase: str) -> tuple[int, int]:
+        """How many there were, and the best by the watched ranking."""
+        watched = self.validated(phase, MASKED if self.setting("watch_masked", "false") == "true" else NOT_MASKED)
+        # Of equal epochs the run keeps the last.
+        best = max(watched, key=lambda row: (row["ndcg@10"], row["epoch"]))
+        return int(watched[-1]["epoch"]), int(best["epoch"])
+
+    def validation(self, phase: str, history: str) -> tuple[int, float]:
+        """(best epoch, its NDCG@10 in the ranking ``history``)."""
+        best = self.epochs(phase)[1]
+        return best, next(row["ndcg@10"] for row in self.validated(phase, history) if row["epoch"] == best)
+
+    def training_seconds(self, phase: str) -> float:
+        """Of the training steps of every epoch, validation not counted."""
+        return sum(row.get("seconds", 0.0) for row in self.validated(phase, MASKED))
+
+    def setting(self, name: str, default: str = "") -> str:
+        """A setting whose name occurs once in config.yaml."""
+        found = re.search(rf"(?m)^ *{name}: (.*)$", (self.folder / "config.yaml").read_text())
+        return found[1] if found else default
+
+    def _rows(self, phase: str, split: str) -> list[Row]:
+        return [row for row in self.rows if (row["phase"], row["split"]) == (phase, split)]
+
+
+def _read(file: Path) -> list[Row]:
+    """Rows of a CSV file, numbers as floats and empty cells left out; none if there is no file."""
+    if not file.is_file():
+        return []
+    with file.open() as lines:
+        return [{name: _value(text) for name, text in row.items() if text} for row in csv.DictReader(lines)]
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,164 @@
+// Matrix products on panels, tile by tile in registers.
+#pragma once
+
+#include "recurrence/layout.h"
+#include "simd/vec.h"
+
+namespace lares_fast {
+namespace {
+
+constexpr int V = static_cast<int>(COLUMNS) / W;  // registers of a panel's row
+
+#if defined(__AVX512F__)
+constexpr int R = 6, WIDE = 4;  // a tile is R rows of WIDE panels, or of one
+constexpr int SUM_ROWS = 8, SUM_WIDE = 2;
+#elif defined(__AVX2__)
+constexpr int R = 6, WIDE = 1;
+constexpr int SUM_ROWS = 6, SUM_WIDE = 1;
+#else
+constexpr int R = 3, WIDE = 1;
+constexpr int SUM_ROWS = 2, SUM_WIDE = 1;
+#endif
+
+template <int N>
+struct Size {
+    static constexpr int value = N;
+};
+
+struct Matrix {
+    float* data;
+    std::int64_t rows;  // between panels
+
+    LARES_INLINE float* at(std::int64_t panel, std::int64_t row) const { return data + (panel * rows + row) * COLUMNS; }
+};
+
+// sums += R rows of x [., depth] times `N` panels [depth][16] that stand `depth` rows apart. Each panel of x has sums of its
+// own that join at its end: a chain of sixteen keeps more digits than one over the whole depth.
+template <int N>
+LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t panels, const float* b, Vec (&sums)[R][N * V]) {
+    const std::int64_t apart = panels * COLUMNS * COLUMNS;
+    for (std::int64_t p = 0; p < panels; ++p, x += x_rows * COLUMNS, b += COLUMNS * COLUMNS) {
+        Vec part[R][N * V];
+#pragma GCC unroll 16
+        for (int k = 0; k < COLUMNS; ++k) {
+            Vec column[N * V];
+            for (int n = 0; n < N; ++n) {
+                for (int v = 0; v < V; ++v) column[n * V + v] = load(b + n * apart + k * COLUMNS + v * W);
+            }
+            for (int r = 0; r < R; ++r) {
+                const Vec factor = broadcast(x[r * COLUMNS + k]);
+                for (int v = 0; v < N * V; ++v) part[r][v] = k == 0 ? mul(factor, column[v]) : fma(factor, column[v], part[r][v]);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int v = 0; v < N * V; ++v) sums[r][v] = add(sums[r][v], part[r][v]);
+        }
+    }
+}
+
+template <int N, class Finish, class After>
+LARES_INLINE void product_panels(Matrix x, std::int64_t x_panels, const float* b, const float* bias, std::int64_t panel, std::int64_t from,
+                                 std::int64_t to, const Finish& finish, const After& after) {
+    for (std::int64_t row = from; row < to; row += R) {
+        Vec sums[R][N * V];
+        for (int v = 0; v < N * V; ++v) {
+            const Vec start = bias ? load(bias + panel * COLUMNS + v * W) : broadcast(0.0f);
+            for (int r = 0; r < R; ++r) sums[r][v] = start;
+        }
+        multiply<N>(x.at(0, row), x.rows, x_panels, b + panel * x_panels * COLUMNS * COLUMNS, sums);
+        for (int n = 0; n < N; ++n) {
+            for (int r = 0; r < R; ++r) {
+                for (int v = 0; v < V; ++v) finish(panel + n, row + r, v, sums[r][n * V + v]);
+            }
+        }
+        for (int n = 0; n < N; ++n) after(panel + n, row);
+    }
+}
+
+struct Nothing {
+    LARES_INLINE void operator()(std::int64_t, std::int64_t) const {}
+};
+
+// Rows [from, to) of x times B [16 * x_panels, 16 * panels], plus bias; `finish(panel, row, v, sums)` takes what becomes of
+// them, and `after(panel, row)` follows each tile of R rows. Computes whole tiles: up to R - 1 rows behind `to` are worked on, too.
+template <class Finish, class After = Nothing>
+LARES_INLINE void product(Matrix x, std::int64_t x_panels, const float* b, const float* bias, std::int64_t panels, std::int64_t from,
+                          std::int64_t to, const Finish& finish, const After& after = {}) {
+    std::int64_t panel = 0;
+    for (; WIDE > 1 && panel + WIDE <= panels; panel += WIDE) product_panels<WIDE>(x, x_panels, b, bias, panel, from, to, finish, after);
+    for (; panel < panels; ++panel) product_panels<1>(x, x_panels, b, bias, panel, from, to, finish, after);
+}
+
+// sums [out][in] += y^T x over `rows` rows, for TILE columns of y and N panels of x.
+template <int TILE, int N>
+LARES_INLINE void accumulate_tile(const float* y, const float* x, std::int64_t x_apart, std::int64_t rows, float* to, std::int64_t stride) {
+    Vec sums[TILE][N * V];
+    for (int o = 0; o < TILE; ++o) {
+        for (int v = 0; v < N * V; ++v) sums[o][v] = broadcast(0.0f);
+    }
+#pragma GCC unroll 4
+    for (std::int64_t m = 0; m < rows; ++m) {
+        Vec row[N * V];
+        for (int n = 0; n < N; ++n) {
+            for (int v = 0; v < V; ++v) row[n * V + v] = load(x + n * x_apart + m * COLUMNS + v * W);
+        }
+        for (int o = 0; o < TILE; ++o) {
+            const Vec factor = broadcast(y[m * COLUMNS + o]);
+            for (int v = 0; v < N * V; ++v) sums[o][v] = fma(factor, row[v], sums[o][v]);
+        }
+    }
+    // A sum of few rows is added to the sum of all: that keeps more digits than one long chain.
+    for (int o = 0; o < TILE; ++o) {
+        for (int v = 0; v < N * V; ++v) {
+            float* const place = to + o * stride + v * W;
+            store(place, add(load(place), sums[o][v]));
+        }
+    }
+}
+
+template <int N>
+LARES_INLINE void accumulate_panels(Matrix y, std::int64_t y_panel, Matrix x, std::int64_t x_panel, std::int64_t rows, float* to, std::int64_t stride) {
+    int o = 0;
+    const auto tile = [&](auto size) __attribute__((always_inline)) {
+        accumulate_tile<decltype(size)::value, N>(y.at(y_panel, 0) + o, x.at(x_panel, 0), x.rows * COLUMNS, rows, to + o * stride, stride);
+        o += decltype(size)::value;
+    };
+    constexpr int LAST = static_cast<int>(COLUMNS) % SUM_ROWS;
+    while (o + SUM_ROWS <= COLUMNS) tile(Size<SUM_ROWS>{});
+    if constexpr (LAST > 0) tile(Size<LAST>{});
+}
+
+// sums [16 * y_panels, 16 * x_panels] += y^T x over the first `rows` rows.
+LARES_INLINE void accumulate(Matrix y, std::int64_t y_panels, Matrix x, std::int64_t x_panels, std::int64_t rows, float* sums) {
+    const std::int64_t stride = x_panels * COLUMNS;
+    for (std::int64_t y_panel = 0; y_panel < y_panels; ++y_panel) {
+        float* const to = sums + y_panel * COLUMNS * stride;
+        std::int64_t x_panel = 0;
+        for (; SUM_WIDE > 1 && x_panel + SUM_WIDE <= x_panels; x_panel += SUM_WIDE) {
+            accumulate_panels<SUM_WIDE>(y, y_panel, x, x_panel, rows, to + x_panel * COLUMNS, stride);
+        }
+        for (; x_panel < x_panels; ++x_panel) accumulate_panels<1>(y, y_panel, x, x_panel, rows, to + x_panel * COLUMNS, stride);
+    }
+}
+
+// sums [16 * panels] += the sum of the first `rows` rows of y.
+inline void accumulate_rows(Matrix y, std::int64_t panels, std::int64_t rows, float* sums) {
+    for (std::int64_t p = 0; p < panels; ++p) {
+        // Even and odd rows apart, because an addition waits for the one before.
+        Vec sum[2][V];
+        for (int v = 0; v < V; ++v) sum[0][v] = sum[1][v] = broadcast(0.0f);
+        for (std::int64_t m = 0; m < rows; m += 2) {
+            for (int v = 0; v < V; ++v) {
+                sum[0][v] = add(sum[0][v], load(y.at(p, m) + v * W));
+                if (m + 1 < rows) sum[1][v] = add(sum[1][v], load(y.at(p, m + 1) + v * W));
+            }
+        }
+        for (int v = 0; v < V; ++v) {
+            float* const to = sums + p * COLUMNS + v * W;
+            store(to, add(load(to), add(sum[0][v], sum[1][v])));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace lares_fast

@@ -1,0 +1,177 @@
+// Row by row: dropout, residual and LayerNorm, forward and backward.
+#pragma once
+
+#include "recurrence/draws.h"
+#include "recurrence/product.h"
+
+namespace lares_fast {
+namespace {
+
+// Rows that are worked on together stay in the L1 cache from a product to its LayerNorm.
+constexpr std::int64_t CHUNK = 8 * ROW_TILE;
+constexpr std::int64_t MAX_PANELS = 16;  // D up to 256
+
+// The dropout addresses of the rows of a matrix.
+struct RowAddresses {
+    const std::uint32_t *row, *position;
+};
+
+// Dropout decisions for the rows of a chunk.
+using Decisions = Lane[MAX_PANELS][CHUNK][LANES];
+
+inline void decide(const Site& at, RowAddresses rows, std::int64_t from, std::int64_t n, std::int64_t panels, Decisions& kept) {
+    for (std::int64_t i = 0; i < n && at.threshold; ++i) {
+        draw_hidden(at, rows.row[from + i], rows.position[from + i], panels, CHUNK * LANES, kept[0][i]);
+    }
+}
+
+struct Norm {
+    const float *scale, *shift;
+    float eps;
+};
+
+// Normalised rows and their reciprocal deviations, kept for the backward; or nulls.
+struct Normal {
+    Matrix rows;
+    float* inverse;
+};
+
+// y = LN(y) for the rows [from, from + n), n <= CHUNK, whose means are known. Pass by pass over all rows: within one row,
+// each sum would wait for the one before.
+inline void normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const float (&mean)[CHUNK], const Norm& norm,
+                      const Normal& normal) {
+    float inverse[CHUNK];
+    for (std::int64_t i = 0; i < n; ++i) {
+        const Vec centre = broadcast(mean[i]);
+        Vec squares[V];
+        for (int v = 0; v < V; ++v) squares[v] = broadcast(0.0f);
+        for (std::int64_t p = 0; p < panels; ++p) {
+            for (int v = 0; v < V; ++v) {
+                const Vec d = sub(load(y.at(p, from + i) + v * W), centre);
+                squares[v] = fma(d, d, squares[v]);
+            }
+        }
+        for (int v = 1; v < V; ++v) squares[0] = add(squares[0], squares[v]);
+        inverse[i] = sum(squares[0]);
+    }
+    const float columns = static_cast<float>(panels * COLUMNS);
+    for (std::int64_t i = 0; i < n; ++i) inverse[i] = 1.0f / __builtin_sqrtf(inverse[i] / columns + norm.eps);
+    if (normal.inverse) std::memcpy(normal.inverse + from, inverse, sizeof(float) * static_cast<std::size_t>(n));
+    for (std::int64_t p = 0; p < panels; ++p) {
+        for (int v = 0; v < V; ++v) {
+            const Vec scale = load(norm.scale + p * COLUMNS + v * W), shift = load(norm.shift + p * COLUMNS + v * W);
+            float* const place = y.at(p, from) + v * W;
+            float* const kept = normal.inverse ? normal.rows.at(p, from) + v * W : nullptr;
+            for (std::int64_t i = 0; i < n; ++i) {
+                const Vec value = mul(sub(load(place + i * COLUMNS), broadcast(mean[i])), broadcast(inverse[i]));
+                if (kept) store(kept + i * COLUMNS, value);
+                store(place + i * COLUMNS, fma(value, scale, shift));
+            }
+        }
+    }
+}
+
+// Fills y by `value(panel, row, v)` and normalises it, for the rows [from, from + n).
+template <class Value>
+LARES_INLINE void fill_and_normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const Norm& norm, const Normal& normal,
+                                     const Value& value) {
+    float mean[CHUNK];
+    for (std::int64_t i = 0; i < n; ++i) {
+        Vec total[V];
+        for (int v = 0; v < V; ++v) total[v] = broadcast(0.0f);
+        for (std::int64_t p = 0; p < panels; ++p) {
+            for (int v = 0; v < V; ++v) {
+                const Vec x = value(p, from + i, v);
+                store(y.at(p, from + i) + v * W, x);
+                total[v] = add(total[v], x);
+            }
+        }
+        for (int v = 1; v < V; ++v) total[0] = add(total[0], total[v]);
+        mean[i] = sum(total[0]) / static_cast<float>(panels * COLUMNS);
+    }
+    normalise(y, from, n, panels, mean, norm, normal);
+}
+
+// x = xhat * scale + shift for `rows` rows.
+inline void unnormalise(Matrix xhat, std::int64_t rows, std::int64_t panels, const float* scale, const float* shift, Matrix x) {
+    for (std::int64_t p = 0; p < panels; ++p) {
+        for (int v = 0; v < V; ++v) {
+            const Vec a = load(scale + p * COLUMNS + v * W), b = load(shift + p * COLUMNS + v * W);
+            for (std::int64_t m = 0; m < rows; ++m) store(x.at(p, m) + v * W, fma(load(xhat.at(p, m) + v * W), a, b));
+        }
+    }
+}
+
+struct NormGradients {
+    float *scale, *shift;
+    float* bias;  // of the product whose dropout the norm follows, or null
+};
+
+// The gradient of y = LN(dropout(f) + residual) on `rows` rows: of the residual in `to`, which may be `grad`, and of f in
+// `dropped`, unless its data is null.
+inline void normalise_backward(Matrix grad, const Normal& normal, const float* scale, std::int64_t rows, std::int64_t panels,
+                               const Site& at, RowAddresses addresses, Matrix to, Matrix dropped, const NormGradients& sums) {
+    const float columns = static_cast<float>(panels * COLUMNS);
+    Decisions kept;
+    for (std::int64_t from = 0; from < rows; from += CHUNK) {
+        const std::int64_t n = rows - from < CHUNK ? rows - from : CHUNK;
+        float mean[CHUNK], slope[CHUNK];
+        for (std::int64_t i = 0; i < n; ++i) {
+            Vec total = broadcast(0.0f), product = broadcast(0.0f);
+            for (std::int64_t p = 0; p < panels; ++p) {
+                for (int v = 0; v < V; ++v) {
+                    const Vec g = mul(load(grad.at(p, from + i) + v * W), load(scale + p * COLUMNS + v * W));
+                    total = add(total, g);
+                    product = fma(g, load(normal.rows.at(p, from + i) + v * W), product);
+                }
+            }
+            mean[i] = sum(total) / columns;
+            slope[i] = sum(product) / columns;
+        }
+        if (dropped.data) decide(at, addresses, from, n, panels, kept);
+        for (std::int64_t p = 0; p < panels; ++p) {
+            for (int v = 0; v < V; ++v) {
+                const std::int64_t column = p * COLUMNS + v * W;
+                const Vec a = load(scale + column), factor = broadcast(at.scale);
+                Vec scale_sum = broadcast(0.0f), shift_sum = broadcast(0.0f), bias_sum = broadcast(0.0f);
+                for (std::int64_t i = 0; i < n; ++i) {
+                    const std::int64_t m = from + i;
+                    const Vec g = load(grad.at(p, m) + v * W), xhat = load(normal.rows.at(p, m) + v * W);
+                    shift_sum = add(shift_sum, g);
+                    scale_sum = fma(g, xhat, scale_sum);
+                    const Vec centred = sub(mul(g, a), fma(xhat, broadcast(slope[i]), broadcast(mean[i])));
+                    const Vec d = mul(centred, broadcast(normal.inverse[m]));
+                    store(to.at(p, m) + v * W, d);
+                    if (dropped.data) {
+                        const Vec f = at.threshold ? mul(select(kept[p][i] + v * W, d), factor) : d;
+                        store(dropped.at(p, m) + v * W, f);
+                        bias_sum = add(bias_sum, f);
+                    }
+                }
+                store(sums.scale + column, add(load(sums.scale + column), scale_sum));
+                store(sums.shift + column, add(load(sums.shift + column), shift_sum));
+                if (dropped.data) store(sums.bias + column, add(load(sums.bias + column), bias_sum));
+            }
+        }
+    }
+}
+
+// Rows [first, first + rows) of a row-major [., D] to panels, and back.
+inline void from_rows(const float* source, std::int64_t D, std::int64_t rows, Matrix to, std::int64_t first) {
+    for (std::int64_t m = 0; m < rows; ++m) {
+        for (std::int64_t p = 0; p < D / COLUMNS; ++p) {
+            std::memcpy(to.at(p, first + m), source + m * D + p * COLUMNS, sizeof(float) * COLUMNS);
+        }
+    }
+}
+
+inline void to_rows(Matrix from, std::int64_t first, std::int64_t rows, std::int64_t D, float* target) {
+    for (std::int64_t m = 0; m < rows; ++m) {
+        for (std::int64_t p = 0; p < D / COLUMNS; ++p) {
+            std::memcpy(target + m * D + p * COLUMNS, from.at(p, first + m), sizeof(float) * COLUMNS);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace lares_fast

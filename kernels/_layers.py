@@ -1,0 +1,184 @@
+"""Transformer layers on a tile of whole sequences, as device functions that the forward and the backward share.
+
+A tile has R = 16 G rows, kept as [G, 16, ...]: products are then G products of 16 rows, one a warp. As one product of R rows
+they would be WGMMA on Hopper and tcgen05 on Blackwell, which some versions of ptxas and Triton compile wrongly.
+Sequences begin at tile rows that 4 divides, so that a call of the generator serves 4 queries of one sequence.
+
+The weights of a layer's halves stand one behind the other, each matrices first, then biases, then its norm:
+query, key, value, output [D, D] and 4 D + 2 D numbers; up [INNER, D], down [D, INNER] and INNER + D + 2 D numbers.
+"""
+
+import triton
+import triton.language as tl
+from lares_fast.kernels._random import keep_attention_pairs, keep_hidden
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Columns of a head or of the inner layer that are in work at a time: more would not fit the registers.
+PIECE = tl.constexpr(32)
+SITE_ATTENTION_OUT = tl.constexpr(1)
+SITE_FEED_FORWARD_OUT = tl.constexpr(2)
+
+
+@triton.jit
+def tile_rows(G: tl.constexpr):
+    """The numbers [G, 16] of a tile's rows."""
+    return tl.arange(0, G)[:, None] * 16 + tl.arange(0, 16)[None, :]
+
+
+@triton.jit
+def owners(row, ALIGNED, low, high):
+    """(sequence, its first row of the tile) of the tile rows ``row``; rows behind the last sequence count as its own."""
+    base = tl.load(ALIGNED + low)
+    sequence, begin = row * 0 + low, row * 0
+    for b in range(low + 1, high):
+        first = (tl.load(ALIGNED + b) - base).to(tl.int32)
+        sequence = tl.where(row >= first, b, sequence)
+        begin = tl.where(row >= first, first, begin)
+    return sequence, begin
+
+
+@triton.jit
+def drop_places(ALIGNED, ROWS, low, high, G: tl.constexpr):
+    """Addresses of dropout: batch row and position of tile rows [16 G]; batch row of quads, quad [4 G] and pair [8 G] in it."""
+    flat = tl.arange(0, 16 * G)
+    sequence, begin = owners(flat, ALIGNED, low, high)
+    four = tl.arange(0, 4 * G) * 4
+    of_four, begin_four = owners(four, ALIGNED, low, high)
+    two = tl.arange(0, 8 * G) * 2
+    _, begin_two = owners(two, ALIGNED, low, high)
+    rows, quad_rows = tl.load(ROWS + sequence), tl.load(ROWS + of_four)
+    return rows, flat - begin, quad_rows, (four - begin_four) // 4, (two - begin_two) // 2
+
+
+@triton.jit
+def rows_times(x, w, G: tl.constexpr):
+    """x [G, 16, K] times one matrix w [K, N] -> [G, 16, N] fp32."""
+    K: tl.constexpr = w.shape[0]
+    N: tl.constexpr = w.shape[1]
+    if w.dtype == tl.float32:
+        # Without tensor cores nothing is gained, and G copies of w would fill the shared memory.
+        return tl.reshape(tl.dot(tl.reshape(x.to(w.dtype), (16 * G, K)), w, input_precision="ieee"), (G, 16, N))
+    return tl.dot(x.to(w.dtype), tl.broadcast_to(w[None], (G, K, N)), input_precision="ieee")
+
+
+@triton.jit
+def matrix(base, rows: tl.constexpr, columns: tl.constexpr, stride):
+    """The [rows, columns] matrix at ``base``."""
+    return tl.load(base + tl.arange(0, rows)[:, None] * stride + tl.arange(0, columns)[None, :])
+
+
+@triton.jit
+def vector(base, size: tl.constexpr):
+    """``size`` numbers at ``base``, fp32, to be broadcast over rows."""
+    return tl.load(base + tl.arange(0, size)).to(tl.float32)[None, None, :]
+
+
+@triton.jit
+def load_tile(base, source, real, STRIDE: tl.constexpr, C: tl.constexpr = None):
+    """The first C numbers of rows ``source`` [G, 16], STRIDE (by default C) long, as [G, 16, C] fp32; zero if not ``real``."""
+    COLUMNS: tl.constexpr = STRIDE if C is None else C
+    at = source[:, :, None] * STRIDE + tl.arange(0, COLUMNS)[None, None, :]
+    return tl.load(base + at, mask=real[:, :, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(base, tile, source, real, STRIDE: tl.constexpr):
+    """The inverse of :func:`load_tile`."""
+    at = source[:, :, None] * STRIDE + tl.arange(0, tile.shape[2])[None, None, :]
+    tl.store(base + at, tile.to(base.dtype.element_ty), mask=real[:, :, None])
+
+
+@triton.jit
+def standardise(x, eps, D: tl.constexpr):
+    """(x with mean 0 and deviation 1, the reciprocal of its deviation)."""
+    x -= (tl.sum(x, 2) / D)[:, :, None]
+    inverse = 1 / tl.sqrt(tl.sum(x * x, 2) / D + eps)
+    return x * inverse[:, :, None], inverse
+
+
+@triton.jit
+def layer_norm(x, base, eps, D: tl.constexpr):
+    """The layer norm of x [G, 16, D] with weight and bias at ``base``."""
+    return standardise(x, eps, D)[0] * vector(base, D) + vector(base + D, D)
+
+
+@triton.jit
+def hidden_factor(SEED, threshold, kept, site, step, layer, row, position, D: tl.constexpr, G: tl.constexpr):
+    """[G, 16, D]: ``kept`` where a hidden activation stays, else 0; ``row`` and ``position`` are [16 G]."""
+    seed = tl.load(SEED)
+    keep = keep_hidden(seed, threshold, site, step, layer, row, position, 0, 16 * G)
+    if D == 128:
+        other = keep_hidden(seed, threshold, site, step, layer, row, position, 64, 16 * G)
+        keep = tl.reshape(tl.permute(tl.join(keep, other), (0, 2, 1)), (16 * G, 128))
+    return tl.where(tl.reshape(keep, (G, 16, D)), kept, 0.0)
+
+
+@triton.jit
+def attention_factor(SEED, threshold, kept, step, layer, row, head, quad, pair, G: tl.constexpr):
+    """[G, 16, 16 G]: ``kept`` where an attention probability stays, else 0."""
+    keep = keep_attention_pairs(tl.load(SEED), threshold, step, layer, row, head, quad, pair, 16 * G, 16 * G)
+    return tl.where(tl.reshape(keep, (G, 16, 16 * G)), kept, 0.0)
+
+
+@triton.jit
+def gelu(u):
+    """Exact GELU."""
+    return 0.5 * u * (1 + tl.erf(u * 0.7071067811865476))
+
+
+@triton.jit
+def linear(x, W, BIAS, D: tl.constexpr, C: tl.constexpr, G: tl.constexpr):
+    """C outputs [G, 16, C] fp32 of a linear map of x [G, 16, D] whose weights are the C rows at ``W``."""
+    return rows_times(x, tl.trans(matrix(W, C, D, D)), G) + vector(BIAS, C)
+
+
+@triton.jit
+def probabilities(x, W, head, begin, scale, D: tl.constexpr, E: tl.constexpr, G: tl.constexpr):
+    """Causal softmax [G, 16, 16 G] of a head's scores: a row sees those of its sequence up to itself."""
+    C: tl.constexpr = min(E, PIECE)
+    scores = tl.zeros((G, 16, 16 * G), tl.float32)
+    for c in range(head * E, head * E + E, C):
+        q = linear(x, W + c * D, W + 4 * D * D + c, D, C, G)
+        k = linear(x, W + (D + c) * D, W + 4 * D * D + D + c, D, C, G)
+        scores += rows_times(q * scale, tl.trans(tl.reshape(k.to(x.dtype), (16 * G, C))), G)
+    column = tl.arange(0, 16 * G)[None, None, :]
+    seen = (column >= begin[:, :, None]) & (column <= tile_rows(G)[:, :, None])
+    scores = tl.where(seen, scores, -float("inf"))
+    p = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
+    return p / tl.sum(p, 2)[:, :, None]
+
+
+@triton.jit
+def attend(
+    x, W, begin, scale, SEED, threshold, kept, step, layer, quad_row, quad, pair,
+    D: tl.constexpr, E: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    """The attention's output projection [G, 16, D]. Without dropout x is added: registers then hold one sum in place of two."""
+    out = tl.zeros((G, 16, D), tl.float32) if DROP else x
+    x = x.to(W.dtype.element_ty)
+    C: tl.constexpr = min(E, PIECE)
+    PROJECT = W + 3 * D * D
+    BIAS = W + 4 * D * D
+    for head in range(0, D // E):
+        p = probabilities(x, W, head, begin, scale, D, E, G)
+        if DROP:
+            p *= attention_factor(SEED, threshold, kept, step, layer, quad_row, head, quad, pair, G)
+        for c in range(head * E, head * E + E, C):
+            v = linear(x, W + (2 * D + c) * D, BIAS + 2 * D + c, D, C, G)
+            o = rows_times(p.to(x.dtype), tl.reshape(v.to(x.dtype), (16 * G, C)), G)
+            out += rows_times(o, tl.trans(matrix(PROJECT + c, D, C, D)), G)
+    return out + vector(BIAS + 3 * D, D)
+
+
+@triton.jit
+def feed(x, W, D: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr):
+    """As :func:`attend`, the feed-forward's second product; W is its part of a layer's weights."""
+    DTYPE: tl.constexpr = W.dtype.element_ty
+    out = tl.zeros((G, 16, D), tl.float32) if DROP else x
+    x = x.to(DTYPE)
+    DOWN = W + INNER * D
+    BIAS = W + 2 * INNER * D
+    for i in range(0, INNER, PIECE):
+        g = gelu(linear(x, W + i * D, BIAS + i, D, PIECE, G))
+        out += rows_times(g, tl.trans(matrix(DOWN + i, D, PIECE, INNER)), G)
+    return out + vector(BIAS + INNER, D)

@@ -1,0 +1,113 @@
+"""Steps that need a process of their own: Triton interprets or compiles per process, and a GPU beyond use ends its process.
+
+``python -P -m lares_fast.cli.steps NAME ARGUMENTS`` runs one and prints its result as a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from lares_fast import _dispatch
+from lares_fast._law import Verdict, judge
+from lares_fast.ops import _trials, _triton
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ARCHITECTURES = (80, 86, 90, 100, 120)
+
+
+def run_step(name: str, *, seconds: float, environ: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
+    """Run a step in a process of its own: its result, or how it failed, and how long it took."""
+    command = [sys.executable, "-P", "-m", "lares_fast.cli.steps", name, json.dumps(arguments)]
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, env={**os.environ, **(environ or {})}, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"status": "hung", "seconds": round(time.monotonic() - began, 1), "log": f"nothing came within {seconds:g} s"}
+    took = round(time.monotonic() - began, 1)
+    if done.returncode:
+        return {"status": "failed", "seconds": took, "log": done.stderr[-2000:]}
+    return {"seconds": took, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def passed(**facts: Any) -> dict[str, Any]:
+    """The result of a step that found nothing wrong."""
+    return {"status": "passed", **facts}
+
+
+def verdict(faults: Sequence[str], **facts: Any) -> dict[str, Any]:
+    """The result of a step that found ``faults``."""
+    return {"status": "failed" if faults else "passed", **({"faults": list(faults)} if faults else {}), **facts}
+
+
+def ops_with_triton() -> list[str]:
+    """The ops that have Triton kernels."""
+    return [op for op in _trials.ops() if any(backend.name == "triton" for backend in _dispatch._TABLE[op])]
+
+
+def by_the_law(
+    op: str, backend: str, dtype: torch.dtype, device: str = "cpu", **variant: Any
+) -> tuple[list[Verdict], list[str]]:
+    """The law's verdicts on a trial of ``op``, and the names of whole numbers that differ."""
+    trial = _trials.trial(op, integers=False, **variant)
+    results, twin, truth = trial.results(backend, dtype, device), trial.twin(dtype), trial.truth(dtype)
+    verdicts = judge("forward", results.forward, twin.forward, truth.forward) if truth.forward else []
+    verdicts += judge("gradient", results.gradients, twin.gradients, truth.gradients) if truth.gradients else []
+    return verdicts, [name for name, want in truth.exact.items() if not torch.equal(results.exact[name], want)]
+
+
+def faults_by_the_law(op: str, backend: str, dtype: torch.dtype, device: str = "cpu", **variant: Any) -> list[str]:
+    """What :func:`by_the_law` finds wrong."""
+    verdicts, differ = by_the_law(op, backend, dtype, device, **variant)
+    return [fault for one in verdicts if (fault := one.fault)] + [f"{name}: not exact" for name in differ]
+
+
+def interpreted() -> Any:
+    """A context in which Triton kernels run interpreted on CPU tensors."""
+    context = ExitStack()
+    context.enter_context(import_module("lares_fast.kernels._interpreted").honest())
+    context.enter_context(_triton.anywhere())
+    return context
+
+
+def interpret(ops: list[str], dtypes: list[str]) -> dict[str, Any]:
+    """Each op's Triton kernels by Triton's interpreter, held to the law."""
+    found = {}
+    with interpreted():
+        for op in ops:
+            for dtype in dtypes:
+                found[f"{op} {dtype}"] = faults_by_the_law(op, "triton", DTYPES[dtype])
+    return passed(found=found)
+
+
+def compile_for(ops: list[str], dtypes: list[str], architectures: list[int], shipped: bool = False) -> dict[str, Any]:
+    """Each op's Triton kernels compiled for GPUs that need not be here, as their launches would compile them."""
+    offline = import_module("lares_fast.kernels._offline")
+    found: dict[str, dict[int, int]] = {}
+    for op in ops:
+        for dtype in dtypes:
+            for architecture in architectures:
+                with _triton.anywhere(), offline.compiling(architecture) as compiled:
+                    for variant in _trials.shipped(op) if shipped else [{}]:
+                        _trials.trial(op, integers=False, **variant).results("triton", DTYPES[dtype])
+                found.setdefault(f"{op} {dtype}", {})[architecture] = len(compiled)
+    return passed(found=found)
+
+
+def _steps() -> dict[str, Callable[..., dict[str, Any]]]:
+    return {"interpret": interpret, "compile_for": compile_for, **import_module("lares_fast.cli.gpu_steps").STEPS}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_steps()[sys.argv[1]](**json.loads(sys.argv[2]))))

@@ -1,0 +1,70 @@
+"""``lares-fast warmup``: compile the kernels of published model sizes before they are needed, and try them on the GPU."""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser, Namespace
+
+import torch
+
+from lares_fast._errors import InputError
+from lares_fast.cli.console import notice
+from lares_fast.cli.steps import ARCHITECTURES, DTYPES, ops_with_triton, run_step
+from lares_fast.ops import _canary, _trials, _triton
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of ``warmup``."""
+    parser.add_argument("--op", action="append", choices=_trials.ops(), help="this op alone; may be given again")
+    parser.add_argument(
+        "--dtype", action="append", choices=list(DTYPES), help="may be given again (default: float32 and bfloat16)"
+    )
+    parser.add_argument(
+        "--for",
+        dest="architectures",
+        metavar="SM",
+        action="append",
+        type=int,
+        choices=ARCHITECTURES,
+        help="compile into Triton's cache for this GPU (80, 90, ...), which need not be here; nothing is tried",
+    )
+
+
+def command(arguments: Namespace) -> int:
+    """Run ``warmup``; 1 if a kernel was refused."""
+    ops = arguments.op or ops_with_triton()
+    dtypes = arguments.dtype or ["float32", "bfloat16"]
+    if arguments.architectures:
+        return _compile(ops, dtypes, arguments.architectures)
+    if not torch.cuda.is_available():
+        raise InputError("warmup tries kernels on a GPU, and torch sees none: give --for SM to compile for one elsewhere.")
+    return _try(ops, dtypes)
+
+
+def _compile(ops: list[str], dtypes: list[str], architectures: list[int]) -> int:
+    for op in ops:
+        for dtype in dtypes:
+            notice(f"compiling {op} in {dtype}")
+            how = {"ops": [op], "dtypes": [dtype], "architectures": architectures, "shipped": True}
+            done = run_step("compile_for", seconds=3600, environ={"TRITON_INTERPRET": "0"}, **how)
+            if done["status"] != "passed":
+                raise InputError(f"{op} in {dtype} could not be compiled: {done['log'].strip().splitlines()[-1]}")
+            for architecture, count in done["found"][f"{op} {dtype}"].items():
+                print(f"{op} {dtype} sm_{architecture}: {count} launches compiled")
+    return 0
+
+
+def _try(ops: list[str], dtypes: list[str]) -> int:
+    refused = 0
+    for number in range(torch.cuda.device_count()):
+        device = torch.device("cuda", number)
+        for op in ops:
+            for dtype in dtypes:
+                for variant in _trials.shipped(op):
+                    began = time.monotonic()
+                    tensor = torch.empty(0, dtype=DTYPES[dtype], device=device)
+                    fault = _triton.obstacle(tensor) or _canary.refusal(op, device, DTYPES[dtype], **variant)
+                    refused += fault is not None
+                    name = " ".join(f"{key}={value}" for key, value in variant.items())
+                    print(f"{device} {op} {dtype} {name}: {fault or 'right'} ({time.monotonic() - began:.1f} s)", flush=True)
+    return int(refused > 0)

@@ -1,0 +1,162 @@
+"""Canaries: before Triton's kernels of an op are first used on a GPU, one call of integers must come out as the reference's.
+
+What compilers do to a kernel shows on the user's GPU alone. The verdict is kept per GPU, driver, PyTorch, Triton, assembler and
+source of the kernels, in the folder that ``LARES_FAST_CACHE`` names.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lares_fast import _settings
+from lares_fast._law import judge
+
+if TYPE_CHECKING:
+    from lares_fast.ops._trials import Results, Trial
+
+# Of the largest number of a result: a few roundings, far less than one wrong product of integers.
+_TOLERANCE = {torch.float32: 2.0**-12, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
+
+# (op, device, dtype, variant) -> what the canary found; and those that are being tried, whose calls are its own.
+_known: dict[tuple[Any, ...], str | None] = {}
+_trying: set[tuple[Any, ...]] = set()
+
+
+def refusal(op: str, device: torch.device, dtype: torch.dtype, **variant: Any) -> str | None:
+    """Why the kernels of ``op`` must not run on ``device``, or ``None``; ``variant`` says which of them."""
+    key = (op, device, dtype, *sorted(variant.items()))
+    if key not in _known and key not in _trying:
+        _known[key] = _verdict(key, op, device, dtype, variant)
+    return _known.get(key)
+
+
+def _verdict(key: tuple[Any, ...], op: str, device: torch.device, dtype: torch.dtype, variant: dict[str, Any]) -> str | None:
+    about = {"op": op, "dtype": str(dtype), **variant, **identity(device)}
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    if (stored := _read(name)) is not None:
+        return stored["fault"]
+    if _capturing(device):
+        raise RuntimeError(
+            f"The kernels of {op} were not tried on this GPU before the graph capture: call {op} once before, "
+            "or run lares-fast warmup."
+        )
+    _trying.add(key)
+    try:
+        # A thread of its own has no fake tensors, no autocast and no graph of the call that asks.
+        with ThreadPoolExecutor(1) as apart:
+            fault = apart.submit(try_out, op, device, dtype, **variant).result()
+    except Exception as error:
+        if not _answerable(error):
+            raise
+        return _sentence(error)
+    finally:
+        _trying.discard(key)
+    _write(name, {**about, "fault": fault})
+    return fault
+
+
+def try_out(op: str, device: torch.device, dtype: torch.dtype, **variant: Any) -> str | None:
+    """What is wrong with the kernels of ``op`` on ``device``: one call of integers, twice."""
+    from lares_fast.ops import _trials
+
+    trial = _trials.trial(op, integers=True, **variant)
+    first, again = (trial.results("triton", dtype, device) for _ in range(2))
+    if (fault := _wrong(trial, first, dtype)) is not None:
+        return f"its canary came out wrong on this GPU, {op}: {fault}"
+    for one, other in zip(first.parts(), again.parts(), strict=True):
+        for name in one:
+            if not torch.equal(one[name], other[name]):
+                return f"its canary gave two answers on this GPU, {op}: {name}"
+    return None
+
+
+def _wrong(trial: Trial, results: Results, dtype: torch.dtype) -> str | None:
+    truth = trial.truth(dtype)
+    for name, want in truth.exact.items():
+        if not torch.equal(results.exact[name], want):
+            return f"{name} is not exact"
+    if not trial.exact:
+        twin = trial.twin(dtype)
+        verdicts = judge("forward", results.forward, twin.forward, truth.forward)
+        verdicts += judge("gradient", results.gradients, twin.gradients, truth.gradients)
+        return next((verdict.fault for verdict in verdicts if verdict.fault), None)
+    for name, want in {**truth.forward, **truth.gradients}.items():
+        error = ({**results.forward, **results.gradients}[name].double() - want).abs().max().item()
+        # A NaN is an error too.
+        if not error <= _TOLERANCE[dtype] * max(1.0, want.abs().max().item()):
+            return f"{name} by {error:.3g}"
+    return None
+
+
+def identity(device: torch.device) -> dict[str, str]:
+    """All that can change what compiled kernels do."""
+    launch = importlib.import_module("lares_fast.kernels._launch")
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        "gpu": f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}",
+        "driver": _driver(),
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
+        "triton": importlib.metadata.version("triton"),
+        "ptxas": ".".join(map(str, launch._ptxas(10 * major + minor))),
+        "kernels": _sources(),
+    }
+
+
+def _driver() -> str:
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return f"CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _sources() -> str:
+    package = importlib.import_module("lares_fast.kernels")
+    files = sorted(Path(next(iter(package.__path__))).glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _answerable(error: Exception) -> bool:
+    """Whether another backend may take the call: a kernel that does not compile or fit, not a GPU that is beyond use."""
+    errors = importlib.import_module("triton.errors")
+    return isinstance(error, (errors.TritonError, OSError)) or "C compiler" in str(error)
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"its kernels cannot be compiled or loaded here ({type(error).__name__}: {text[:300]})"
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    try:
+        stored = json.loads((_settings.cache_folder() / "canary" / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return stored if isinstance(stored, dict) and "fault" in stored else None
+
+
+def _write(name: str, verdict: dict[str, Any]) -> None:
+    """Whole or not at all; where it cannot be kept, the next process tries again."""
+    folder = _settings.cache_folder() / "canary"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            json.dump(verdict, file, indent=1)
+        os.replace(file.name, folder / f"{name}.json")
+    except OSError:
+        pass

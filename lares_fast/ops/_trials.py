@@ -1,0 +1,246 @@
+"""Small calls of every op beside the reference's answer, for canaries, ``lares-fast report`` and ``lares-fast gpu-day``.
+
+A trial of integers has results that are exact, or are after one rounding: softmaxes see scores that are equal or far apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lares_fast import reference
+from lares_fast._random import Draw
+from lares_fast.config import LARESConfig
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a call gave, on the CPU: numbers, whole numbers, and gradients."""
+
+    forward: dict[str, Tensor]
+    exact: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+    def parts(self) -> tuple[dict[str, Tensor], ...]:
+        """All three."""
+        return self.forward, self.exact, self.gradients
+
+
+@dataclass(frozen=True)
+class Trial:
+    """``fast(leaves, backend)`` is the op and ``plain(leaves)`` the reference, on ``leaves`` (fp64 on the CPU)."""
+
+    leaves: Values
+    fast: Callable[[Values, str], dict[str, Tensor]]
+    plain: Callable[[Values], dict[str, Tensor]]
+    differentiable: bool = True
+    # Whether the answer is exact but for its last rounding, so that the law need not judge it.
+    exact: bool = False
+
+    def results(self, backend: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Results:
+        """The op's."""
+        return self._run(lambda leaves: self.fast(leaves, backend), dtype, dtype, device)
+
+    def twin(self, dtype: torch.dtype) -> Results:
+        """The reference's in ``dtype``."""
+        return self._run(self.plain, dtype, dtype, "cpu")
+
+    def truth(self, dtype: torch.dtype) -> Results:
+        """The reference's in fp64 on values rounded to ``dtype``."""
+        return self._run(self.plain, dtype, torch.float64, "cpu")
+
+    def _run(
+        self, call: Callable[[Values], dict[str, Tensor]], rounded: torch.dtype, dtype: torch.dtype, device: Any
+    ) -> Results:
+        leaves = {name: leaf.to(rounded).to(device, dtype, copy=True) for name, leaf in self.leaves.items()}
+        for leaf in leaves.values():
+            leaf.requires_grad_(self.differentiable)
+        found = call(leaves)
+        numbers = {name: value for name, value in found.items() if value.dtype.is_floating_point}
+        gradients = {}
+        if self.differentiable:
+            torch.autograd.backward(list(numbers.values()), [_upstream(value) for value in numbers.values()])
+            gradients = {f"d {name}": leaf.grad.cpu() for name, leaf in leaves.items() if leaf.grad is not None}
+        exact = {name: value.cpu() for name, value in found.items() if name not in numbers}
+        return Results({name: value.detach().cpu() for name, value in numbers.items()}, exact, gradients)
+
+
+def trial(op: str, *, integers: bool, **variant: Any) -> Trial:
+    """The trial of ``op``; ``variant`` chooses among its kernels as the op's own ``refusal`` does."""
+    return _TRIALS[op](integers, **variant)
+
+
+def ops() -> list[str]:
+    """The ops that have trials."""
+    return list(_TRIALS)
+
+
+def _upstream(value: Tensor) -> Tensor:
+    """A gradient of -2, -1, 1 and 2."""
+    counted = torch.arange(value.numel(), device=value.device) * 7 % 4 - 2
+    return (counted + (counted >= 0)).view(value.shape).to(value.dtype)
+
+
+def _fill(integers: bool, *shape: int) -> Tensor:
+    """Normal numbers or integers in -2..2, always the same."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    if integers:
+        return torch.randint(-2, 3, shape, generator=generator).double()
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _codes(index: Tensor, width: int, length: float) -> Tensor:
+    """Rows [..., ``width``] of integers for ``index`` [...]: their products are 0, or at least ``length`` where indices agree.
+
+    They are rows of a Hadamard matrix, so no entry is 0 but those behind the last power of two.
+    """
+    size = 1 << width.bit_length() - 1
+    common = (index % size)[..., None] & torch.arange(size)
+    ones = torch.stack([common >> bit & 1 for bit in range(size.bit_length())]).sum(0)
+    sign = 1 - 2 * (ones & 1)
+    factor = 1
+    while factor * factor * size < length:
+        factor *= 2
+    return torch.nn.functional.pad(factor * sign.double(), (0, width - size))
+
+
+def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool = False) -> Trial:
+    from lares_fast.ops import attention
+
+    lengths = torch.tensor([16, 0, 1, 7] if short else [50, 0, 1, 33])
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    rows, longest, heads = int(offsets[-1]), int(lengths.max()), 2
+    query, key, value = (_fill(integers, rows + i, heads, width)[:rows] for i in range(3))
+    if integers:
+        place = torch.cat([torch.arange(int(n)) // 2 for n in lengths])[:, None] + torch.arange(heads)
+        # Far apart after the division by the root of the width.
+        query = key = _codes(place, width, 64 * width**0.5)
+    how: dict[str, Any] = {"dropout": 0.5 if drop else 0.0, "step": 2, "layer": 1}
+
+    def draw(device: torch.device | None = None) -> Draw | None:
+        return Draw((5, 7), torch.arange(len(lengths), device=device)) if drop else None
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        query, key, value = leaves.values()
+        places = offsets.to(query.device)
+        return {"out": attention(query, key, value, places, longest, draw=draw(query.device), backend=backend, **how)}
+
+    def plain(leaves: Values) -> dict[str, Tensor]:
+        query, key, value = leaves.values()
+        return {"out": reference.packed_attention(query, key, value, offsets, longest, draw=draw(), **how)}
+
+    return Trial({"query": query, "key": key, "value": value}, fast, plain, exact=integers)
+
+
+def _linear_cross_entropy(integers: bool, width: int = 64) -> Trial:
+    from lares_fast import ops
+
+    rows = 37
+    items = 2 * (1 << width.bit_length() - 1) + 11 if integers else 501
+    target = 1 + torch.arange(rows) * 11 % (items - 1)
+    leaves = {"hidden": _fill(integers, rows, width), "items": _fill(integers, items, width)}
+    if integers:
+        # Every other target is among the items of the largest score.
+        index = torch.where(torch.arange(rows) % 2 == 1, target, torch.arange(items - rows, items))
+        leaves = {"hidden": _codes(index, width, 64), "items": _codes(torch.arange(items), width, 64)}
+    scale = 1.0 if integers else width**-0.5
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        place = target.to(leaves["hidden"].device)
+        how: dict[str, Any] = {"scale": scale, "skip_pad": True, "backend": backend}
+        ranked, rank = ops.target_logprob_and_rank(leaves["hidden"], leaves["items"], place, **how)
+        plain = ops.target_logprob(leaves["hidden"], leaves["items"], place, **how)
+        return {"logprob": plain, "logprob with rank": ranked, **({"rank": rank} if integers else {})}
+
+    def plain(leaves: Values) -> dict[str, Tensor]:
+        out, rank = reference.target_logprob_and_rank(leaves["hidden"], leaves["items"], target, scale=scale, skip_pad=True)
+        return {"logprob": out, "logprob with rank": out.clone(), **({"rank": rank} if integers else {})}
+
+    return Trial(leaves, fast, plain, exact=integers)
+
+
+def _recurrence(integers: bool, width: int = 64) -> Trial:
+    from lares_fast.ops import recurrence
+
+    offsets, depth = torch.tensor([0, 5, 6, 15, 35]), torch.tensor([2, 1, 3, 2])
+    config = LARESConfig(n_items=2, hidden_size=width, n_heads=2, inner_size=2 * width, n_core_layers=1, adapter="concat")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        weights = {name: weight.detach().double() for name, weight in reference.Recurrence(config).named_parameters()}
+    leaves = {"h": _fill(integers, 35, width), "pre": _fill(integers, 36, width)[:35], **weights}
+    how: dict[str, Any] = {"n_heads": 2, "adapter": "concat", "output": "tokens", "dropout": 0.25, "attention_dropout": 0.25}
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        h, pre, *rest = leaves.values()
+        draw = Draw((5, 7), torch.arange(len(depth), device=h.device))
+        places = (offsets.to(h.device), depth.to(h.device))
+        return {"out": recurrence(h, places[0], rest, pre=pre, depth=places[1], draw=draw, longest=20, backend=backend, **how)}
+
+    def plain(leaves: Values) -> dict[str, Tensor]:
+        h, pre, *rest = leaves.values()
+        draw = Draw((5, 7), torch.arange(len(depth)))
+        return {"out": reference.recurrence(h, offsets, rest, pre=pre, depth=depth, draw=draw, **how)}
+
+    return Trial(leaves, fast, plain)
+
+
+def _catalog() -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, Tensor]]:
+    """Integers, for ties: query and items, targets, and what is excluded."""
+    leaves = {"query": _fill(True, 9, 32), "items": _fill(True, 300, 32)}
+    excluded = torch.arange(0, 10) * 2, torch.arange(18) * 13 % 300
+    return leaves, torch.arange(9) * 31, excluded
+
+
+def _topk(integers: bool) -> Trial:
+    from lares_fast import ops
+
+    leaves, _, exclude = _catalog()
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        lists = exclude[0].to(leaves["query"].device), exclude[1].to(leaves["query"].device)
+        scores, ids = ops.topk(leaves["query"], leaves["items"], 40, exclude=lists, backend=backend)
+        return {"scores": scores, "ids": ids}
+
+    def plain(leaves: Values) -> dict[str, Tensor]:
+        scores, ids = reference.topk(leaves["query"], leaves["items"], 40, exclude=exclude)
+        return {"scores": scores, "ids": ids}
+
+    return Trial(leaves, fast, plain, differentiable=False, exact=True)
+
+
+def _target_rank(integers: bool) -> Trial:
+    from lares_fast import ops
+
+    leaves, target, exclude = _catalog()
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        place, *lists = (x.to(leaves["query"].device) for x in (target, *exclude))
+        rank = ops.target_rank(leaves["query"], leaves["items"], place, exclude=(lists[0], lists[1]), backend=backend)
+        return {"rank": rank}
+
+    def plain(leaves: Values) -> dict[str, Tensor]:
+        return {"rank": reference.target_rank(leaves["query"], leaves["items"], target, exclude=exclude)}
+
+    return Trial(leaves, fast, plain, differentiable=False, exact=True)
+
+
+_TRIALS: dict[str, Callable[..., Trial]] = {
+    "attention": _attention,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "recurrence": _recurrence,
+    "target_rank": _target_rank,
+    "topk": _topk,
+}
+
+
+def shipped(op: str) -> list[dict[str, Any]]:
+    """The variants of the kernels of ``op`` that published model sizes use."""
+    if op == "attention":
+        return [{"width": width, "drop": drop, "short": False} for width in (32, 64) for drop in (False, True)]
+    return [{"width": width} for width in (64, 128)]

@@ -1,0 +1,396 @@
+"""``recurrence``: T steps of transformer layers over packed sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lares_fast import _native, reference
+from lares_fast._dispatch import Backend, register, run
+from lares_fast._errors import InputError
+from lares_fast._library import register_op
+from lares_fast._random import Draw, drop_threshold
+from lares_fast.config import ADAPTERS
+from lares_fast.ops import _recurrence_triton
+
+# In the order of the enumerations of csrc/recurrence.
+_ADAPTERS = ("none", "add", "linear", "concat")
+_OUTPUTS = ("last", "steps", "tokens")
+_WEIGHTS_A_LAYER = 16
+_LONGEST = 512
+
+
+def recurrence(
+    h: Tensor,
+    offsets: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    n_heads: int,
+    pre: Tensor | None = None,
+    adapter: str = "add",
+    depth: int | Tensor = 1,
+    output: str = "last",
+    draw: Draw | None = None,
+    dropout: float = 0.0,
+    attention_dropout: float | None = None,
+    eps: float = 1e-12,
+    longest: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``for _ in range(depth): h = layers(norm(adapter(h, pre)))`` over sequences that stand one behind the other.
+
+    The layers are those of ``reference.Recurrence``: post-LN, causal within each sequence, exact GELU. Without ``pre`` a
+    step is ``h = layers(h)``, which is a pre-block. Only what the output depends on is computed.
+
+    Args:
+        h: [P, D] float, the state before the first step.
+        offsets: [B + 1] int64; sequence b is the rows ``offsets[b]:offsets[b + 1]``, at least one.
+        weights: ``list(reference.Recurrence(config).parameters())``, or those of a block without ``pre``.
+        n_heads: H, a divisor of D.
+        pre: [P, D], what the adapter joins with each state.
+        adapter: ``add``, ``concat`` or ``linear``; only read where ``pre`` is given.
+        depth: T, one int or int64 [B], at least 1.
+        output: ``last``: the state of each sequence's last token after its last step, [B, D]; ``steps``: the same after every
+            step, one sequence behind the other, [sum of depth, D]; ``tokens``: all states after the last step, [P, D].
+        draw: the addresses of the dropout masks, whose ``rows`` are the B rows of the global batch; ``None`` drops nothing.
+            Steps count from 1, without ``pre`` from 0.
+        dropout, attention_dropout: in [0, 1); ``None`` means "as dropout".
+        eps: of the layer norms.
+        longest: at least the length of every sequence; an integer, so that no GPU is waited for. Only ``triton`` needs it.
+        backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
+            ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size
+            a multiple of 16, sequences of up to 512 tokens) or ``reference``.
+
+    Gradients: of ``h``, ``pre`` and all weights, through every step, once.
+
+    Raises:
+        InputError: an argument has the wrong shape, dtype, device or range. The values of ``offsets`` and of a ``depth`` of
+            each sequence's own are checked on the CPU only; on a GPU wrong ones read and write where they should not.
+        BackendError: the backend asked for by name cannot take these arguments.
+    """
+    each, all_alike = (None, depth) if isinstance(depth, int) else (depth, 0)
+    rows, key = (None, [0, 0]) if draw is None else (draw.rows, list(draw.key))
+    rates = [dropout, dropout if attention_dropout is None else attention_dropout]
+    joined_by = "none" if pre is None else adapter
+    call = _Call(h, pre, offsets, each, rows, list(weights), all_alike, key, rates, n_heads, joined_by, output, eps, longest)
+    _check(call)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (h, pre, *weights) if x is not None)
+    out: Tensor = _OP(*call.arguments(), keep, backend)[0]
+    return out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments that forward and backward share, in the order of their schemas: first those that are tensors."""
+
+    h: Tensor
+    pre: Tensor | None
+    offsets: Tensor
+    depth: Tensor | None
+    rows: Tensor | None
+    weights: list[Tensor]
+    # Of every sequence, where there is no `depth`.
+    steps: int
+    key: list[int]
+    dropout: list[float]
+    n_heads: int
+    adapter: str
+    output: str
+    eps: float
+    longest: int | None
+
+    def arguments(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def tensors(self) -> list[Tensor]:
+        """Those that have gradients."""
+        return [self.h, *([] if self.pre is None else [self.pre]), *self.weights]
+
+    def depths(self) -> Tensor:
+        """T of every sequence, [B]."""
+        return self.depth if self.depth is not None else self.offsets.new_full((len(self.offsets) - 1,), self.steps)
+
+    def draw(self) -> Draw | None:
+        return None if self.rows is None else Draw((self.key[0], self.key[1]), self.rows)
+
+
+# h to weights.
+_TENSORS = 6
+_SCHEMA = (
+    "Tensor h, Tensor? pre, Tensor offsets, Tensor? depth, Tensor? rows, Tensor[] weights, int steps, int[] key,"
+    " float[] dropout, int n_heads, str adapter, str output, float eps, int? longest"
+)
+
+
+def _check(call: _Call) -> None:
+    h, offsets = call.h, call.offsets
+    if h.dim() != 2 or not h.dtype.is_floating_point:
+        raise InputError(f"h must be a floating-point [P, D], but got {h.dtype} {list(h.shape)}.")
+    if call.pre is not None and call.adapter not in ADAPTERS:
+        raise InputError(f"adapter must be one of {', '.join(ADAPTERS)}, but got {call.adapter!r}.")
+    if call.output not in _OUTPUTS:
+        raise InputError(f"output must be one of {', '.join(_OUTPUTS)}, but got {call.output!r}.")
+    if call.n_heads < 1 or h.shape[1] % call.n_heads:
+        raise InputError(f"n_heads must divide the width of h, {h.shape[1]}, but got {call.n_heads}.")
+    for name, rate in zip(("dropout", "attention_dropout"), call.dropout, strict=True):
+        if not 0 <= rate < 1:
+            raise InputError(f"{name} must be in [0, 1), but got {rate}.")
+    _check_integers("offsets", offsets, None)
+    if not len(offsets):
+        raise InputError("offsets must have B + 1 entries, but are empty.")
+    for name, vector in (("depth", call.depth), ("draw.rows", call.rows)):
+        if vector is not None:
+            _check_integers(name, vector, len(offsets) - 1)
+    if any(vector.device != h.device for vector in (offsets, call.depth) if vector is not None):
+        raise InputError(f"offsets and depth must be on {h.device} like h.")
+    if call.depth is None and call.steps < 1:
+        raise InputError(f"depth must be at least 1, but got {call.steps}.")
+    if call.pre is not None:
+        _check_like_h(call, "pre", call.pre, tuple(h.shape))
+    for (name, shape), weight in zip(_shapes(call), call.weights, strict=True):
+        _check_like_h(call, name, weight, shape)
+
+
+def _check_integers(name: str, vector: Tensor, length: int | None) -> None:
+    wanted = "[B + 1]" if length is None else f"[{length}] as offsets say"
+    if not isinstance(vector, Tensor):
+        raise InputError(f"{name} must be int64 {wanted}, but got {type(vector).__name__}.")
+    if vector.dim() != 1 or vector.dtype != torch.int64 or length not in (None, len(vector)):
+        raise InputError(f"{name} must be int64 {wanted}, but got {vector.dtype} {list(vector.shape)}.")
+
+
+def _check_like_h(call: _Call, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    h = call.h
+    if value.dtype != h.dtype or value.device != h.device or value.shape != torch.Size(shape):
+        raise InputError(
+            f"{name} must be {h.dtype} {list(shape)} on {h.device} like h, "
+            f"but got {value.dtype} {list(value.shape)} on {value.device}."
+        )
+
+
+def _shapes(call: _Call) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every weight, as the reference's parameters are ordered."""
+    width = call.h.shape[1]
+    joining: list[tuple[str, tuple[int, ...]]] = []
+    if call.adapter == "concat":
+        joining = [("adapter.linear.weight", (width, 2 * width)), ("adapter.linear.bias", (width,))]
+    if call.adapter == "linear":
+        joining = [("adapter.gate", ())]
+    if call.adapter != "none":
+        joining = [*joining, ("norm.weight", (width,)), ("norm.bias", (width,))]
+    layers, rest = divmod(len(call.weights) - len(joining), _WEIGHTS_A_LAYER)
+    if layers < 1 or rest:
+        raise InputError(
+            f"weights must be the {len(joining)} of the adapter and its norm and {_WEIGHTS_A_LAYER} of each layer, "
+            f"but there are {len(call.weights)}."
+        )
+    up = call.weights[len(joining) + 10]
+    inner = up.shape[0] if up.dim() else 0
+    layer: list[tuple[str, tuple[int, ...]]] = []
+    for name, out, into in (
+        ("attention.query", width, width), ("attention.key", width, width), ("attention.value", width, width),
+        ("attention.output", width, width), ("attention.norm", width, 0),
+        ("feed_forward.up", inner, width), ("feed_forward.down", width, inner), ("feed_forward.norm", width, 0),
+    ):  # fmt: skip
+        layer += [(f"{name}.weight", (out, into) if into else (out,)), (f"{name}.bias", (out,))]
+    return joining + [(f"layers.{i}.{name}", shape) for i in range(layers) for name, shape in layer]
+
+
+def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *inputs, keep, backend = arguments
+    call = _Call(*inputs)
+    _check_values(call)
+    result: tuple[Tensor, Tensor] = run("recurrence", backend, call.h, call.offsets, call.weights, call, keep)
+    return result
+
+
+def _check_values(call: _Call) -> None:
+    if call.offsets.device.type != "cpu":
+        return
+    lengths, depths = call.offsets.diff(), call.depths()
+    if int(call.offsets[0]) != 0 or int(call.offsets[-1]) != len(call.h) or bool((lengths < 1).any()):
+        raise InputError(f"offsets must rise from 0 to the number of tokens, {len(call.h)}, by at least 1 a sequence.")
+    if call.longest is not None and bool((lengths > call.longest).any()):
+        raise InputError(f"longest must be at least every length, up to {int(lengths.max())}, but got {call.longest}.")
+    if len(depths) and int(depths.min()) < 1:
+        raise InputError(f"depth must be at least 1, but it falls to {int(depths.min())}.")
+
+
+# In a compiler's trace some numbers of rows are symbols.
+_Rows = int | torch.SymInt
+
+
+def _rows_of_output(call: _Call, total_depth: _Rows) -> _Rows:
+    rows: dict[str, _Rows] = {"last": len(call.offsets) - 1, "steps": total_depth, "tokens": len(call.h)}
+    return rows[call.output]
+
+
+def _rows_of_tape(call: _Call) -> int:
+    """One for each token, step and layer that is computed."""
+    unread = 0 if call.output == "tokens" else len(call.h) - (len(call.offsets) - 1)
+    return int((call.offsets.diff() * call.depths()).sum()) * _layers(call) - unread
+
+
+def _layers(call: _Call) -> int:
+    return len(call.weights) // _WEIGHTS_A_LAYER
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *inputs, keep, _ = arguments
+    call = _Call(*inputs)
+    new_size = torch.library.get_ctx().new_dynamic_size
+    unknown = call.output == "steps" and call.depth is not None
+    rows = _rows_of_output(call, new_size() if unknown else (len(call.offsets) - 1) * call.steps)
+    # The backend is chosen when the op runs, and each has a tape of its own.
+    tape = call.h.new_empty((new_size(), new_size()), dtype=torch.int32) if keep else _new_tape(call, 0)
+    return call.h.new_empty(rows, call.h.shape[1]), tape
+
+
+def _new_tape(call: _Call, rows: _Rows) -> Tensor:
+    # Opaque: as floating-point numbers it would be taken for a result that has a gradient.
+    return call.h.new_empty((rows, 2 * call.h.shape[1] + 2), dtype=torch.int32)
+
+
+def _native_call(call: _Call) -> _native.RecurrenceCall:
+    return _native.RecurrenceCall(
+        h=call.h.contiguous(),
+        pre=None if call.pre is None else call.pre.contiguous(),
+        offsets=call.offsets.contiguous(),
+        depth=call.depths().contiguous(),
+        weights=[weight.contiguous() for weight in call.weights],
+        rows=None if call.rows is None else call.rows.cpu().contiguous(),
+        key=(call.key[0], call.key[1]),
+        thresholds=(0, 0) if call.rows is None else (drop_threshold(call.dropout[0]), drop_threshold(call.dropout[1])),
+        n_heads=call.n_heads,
+        inner_size=call.weights[-6].shape[0],
+        n_layers=_layers(call),
+        adapter=_ADAPTERS.index(call.adapter),
+        output=_OUTPUTS.index(call.output),
+        eps=call.eps,
+    )
+
+
+def _native_forward(h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, keep: bool) -> tuple[Tensor, Tensor]:
+    out = h.new_empty(_rows_of_output(call, int(call.depths().sum())), h.shape[1])
+    tape = _new_tape(call, _rows_of_tape(call) if keep else 0)
+    _native.recurrence_forward(_native_call(call), out, tape if keep else None)
+    return out, tape
+
+
+def _native_backward(
+    h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, grad: Tensor, tape: Tensor
+) -> list[Tensor]:
+    h_grad, pre_grad, weight_grads = _native.recurrence_backward(_native_call(call), grad.contiguous(), tape)
+    return [h_grad, *([] if pre_grad is None else [pre_grad]), *weight_grads]
+
+
+def _native_obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], *_: object) -> str | None:
+    if h.device.type != "cpu":
+        return f"it runs on the CPU, and h is on {h.device}"
+    if h.dtype != torch.float32:
+        return f"it takes float32, and h is {h.dtype}"
+    width, inner = h.shape[1], weights[-6].shape[0]
+    if width % 16 or not 16 <= width <= 256:
+        return f"it takes widths that are multiples of 16 up to 256, and h has {width}"
+    if inner % 16 or not 16 <= inner <= 65536:
+        return f"it takes inner sizes that are multiples of 16 up to 65536, and the weights have {inner}"
+    longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
+    if longest > _LONGEST:
+        return f"it takes sequences of up to {_LONGEST} tokens, and one has {longest}"
+    built, reason = _native.available()
+    return None if built else reason
+
+
+def _reference(call: _Call) -> Tensor:
+    return reference.recurrence(
+        call.h,
+        call.offsets,
+        call.weights,
+        n_heads=call.n_heads,
+        pre=call.pre,
+        adapter="add" if call.pre is None else call.adapter,
+        depth=call.depths(),
+        output=call.output,
+        draw=call.draw(),
+        dropout=call.dropout[0],
+        attention_dropout=call.dropout[1],
+        eps=call.eps,
+    )
+
+
+def _reference_forward(h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, keep: bool) -> tuple[Tensor, Tensor]:
+    return _reference(call), _new_tape(call, 0)
+
+
+def _reference_backward(
+    h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, grad: Tensor, tape: Tensor
+) -> list[Tensor]:
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in call.tensors()]
+        count = len(inputs) - len(call.weights)
+        fresh = replace(call, h=inputs[0], pre=inputs[1] if count == 2 else None, weights=inputs[count:])
+        return list(torch.autograd.grad(_reference(fresh), inputs, grad))
+
+
+def _triton_forward(h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, keep: bool) -> tuple[Tensor, Tensor]:
+    out, tape = _recurrence_triton.forward(call, keep)
+    return out, _new_tape(call, 0) if tape is None else tape
+
+
+def _triton_backward(
+    h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, grad: Tensor, tape: Tensor
+) -> list[Tensor]:
+    return _recurrence_triton.backward(call, grad, tape)
+
+
+for _op, *_runs in (
+    ("recurrence", _triton_forward, _native_forward, _reference_forward),
+    ("recurrence_backward", _triton_backward, _native_backward, _reference_backward),
+):
+    _obstacles = (_recurrence_triton.obstacle, _native_obstacle, lambda *_: None)
+    register(_op, *map(Backend, ("triton", "native", "reference"), _runs, _obstacles))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, weights = inputs[:_TENSORS]
+    *ctx.rest, ctx.keep, _ = inputs[_TENSORS:]
+    ctx.save_for_backward(output[1], *tensors, *weights)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    if not ctx.keep:
+        raise InputError("recurrence was called without keep, so it has no gradient.")
+    tape, *saved = ctx.saved_tensors
+    tensors, weights = saved[: _TENSORS - 1], saved[_TENSORS - 1 :]
+    call = _Call(*(*tensors, weights, *ctx.rest))
+    grads = _BACKWARD_OP(*call.arguments(), grad, tape)
+    count = len(grads) - len(weights)
+    by_name = {"h": grads[0], "pre": grads[1] if count == 2 else None, "weights": grads[count:]}
+    return *(by_name.get(field.name) for field in fields(call)), None, None
+
+
+def _run_backward(*arguments: Any) -> list[Tensor]:
+    *inputs, grad, tape = arguments
+    call = _Call(*inputs)
+    # The backend that ran forwards, whatever is asked for by now: its tape says which, and the reference leaves none.
+    backend = "reference"
+    if len(tape):
+        backend = "triton" if tape.shape[1] == _recurrence_triton.tape_columns(call.h) else "native"
+    result: list[Tensor] = run("recurrence_backward", backend, call.h, call.offsets, call.weights, call, grad, tape)
+    return result
+
+
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    *inputs, _, _ = arguments
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _Call(*inputs).tensors()]
+
+
+_OP = register_op(f"recurrence({_SCHEMA}, bool keep, str? backend) -> (Tensor, Tensor)", _run, _fake, _backward, _setup_context)
+# Without autograd's knowledge: a second derivative is refused by PyTorch itself.
+_BACKWARD_OP = register_op(
+    f"recurrence_backward({_SCHEMA}, Tensor grad, Tensor tape) -> Tensor[]", _run_backward, _fake_backward
+)

@@ -1,0 +1,259 @@
+"""``ops.recurrence``: the native backend against the padded reference in fp64, dropout included, and its contract."""
+
+from collections import Counter
+
+import oracle
+import pytest
+import torch
+from recurrence_case import LENGTHS, RAGGED, Case
+
+from lares_fast import _dispatch, _native, _random, explain, ops, reference
+from lares_fast._errors import BackendError, InputError
+from lares_fast._random import Draw
+from lares_fast.config import LARESConfig
+
+pytestmark = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
+
+
+@pytest.mark.parametrize("case", [
+    {"p": 0, "layers": 1, "depth": 1}, {"p": 0}, {"p": 0.1, "depth": RAGGED}, {"p": 0.5, "layers": 1},
+    {"adapter": "linear"}, {"adapter": "concat"}, {"adapter": "concat", "depth": RAGGED, "output": "steps"},
+    {"adapter": None, "depth": 1, "output": "tokens"}, {"adapter": None, "depth": 2},
+    {"output": "steps"}, {"output": "steps", "depth": RAGGED}, {"output": "tokens", "depth": RAGGED},
+    {"D": 16, "H": 1, "inner": 32}, {"D": 16, "H": 2, "inner": 32}, {"D": 16, "H": 4, "inner": 48},
+    {"H": 1}, {"H": 4}, {"D": 128, "H": 4, "inner": 256, "layers": 1},
+    {"D": 48, "inner": 80, "adapter": "concat"}, {"lengths": [1]}, {"lengths": [300, 512], "layers": 1, "depth": 2},
+], ids=str)  # fmt: skip
+def test_obeys_the_tolerance_law(case):
+    before = _dispatch.calls["recurrence_backward", "native"]
+    Case(**case).check()
+    assert _dispatch.calls["recurrence_backward", "native"] > before
+
+
+def change(**changes):
+    return lambda case: case.options.update(changes)
+
+
+def shift_offsets(case):
+    case.offsets[3] += 1
+
+
+PLANTED = {
+    "a mask of other rows": lambda case: change(draw=Draw((3, 7), case.options["draw"].rows.roll(1)))(case),
+    "a mask of another key": lambda case: change(draw=Draw((3, 8), case.options["draw"].rows))(case),
+    "another dropout scale": change(dropout=0.5 + 2**-15),
+    "no dropout of attention": change(attention_dropout=0.0),
+    "a sequence that begins one token late": shift_offsets,
+    "one step more": change(depth=4),
+    "another epsilon": change(eps=1e-3),
+    "the wrong heads": change(n_heads=4),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_caught(bug):
+    right, wrong = Case(), Case()
+    PLANTED[bug](wrong)
+    truth, twin, found = right.run("reference", torch.float64), right.run("reference"), wrong.run("native")
+    for kind, i in (("forward", 0), ("gradient", 1)):
+        with pytest.raises(AssertionError):
+            oracle.check(kind, found[i], twin[i], truth[i])
+
+
+def test_threads_do_not_change_a_bit(monkeypatch):
+    case = Case(lengths=LENGTHS * 3, depth=RAGGED * 3)
+    threads = torch.get_num_threads()
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        try:
+            results.append(case.run("native"))
+        finally:
+            torch.set_num_threads(threads)
+    for out, grads in results[1:]:
+        assert torch.equal(out["out"], results[0][0]["out"])
+        for name, grad in grads.items():
+            assert torch.equal(grad, results[0][1][name]), name
+
+
+def test_a_batch_may_be_empty():
+    case = Case(lengths=[])
+    out, grads = case.run("native")
+    assert out["out"].shape == (0, 64)
+    assert all(not grad.any() for grad in grads.values())
+
+
+def test_without_gradients_the_same_bits():
+    case = Case()
+    assert torch.equal(case.call(case.tensors, "native"), case.run("native")[0]["out"])
+
+
+def test_a_sequence_does_not_depend_on_its_batch():
+    case = Case(p=0)
+    whole = case.call(case.tensors, "native")
+    first, last = case.offsets[4:6].tolist()
+    alone = {**case.tensors, "h": case.tensors["h"][first:last], "pre": case.tensors["pre"][first:last]}
+    case.offsets = torch.tensor([0, last - first])
+    assert torch.allclose(case.call(alone, "native")[0], whole[4], rtol=0, atol=1e-5)
+
+
+def test_opcheck_and_compile():
+    case = Case(lengths=[3, 1, 18], D=16, H=2, inner=32, layers=1)
+    case.tensors = {name: x.requires_grad_() for name, x in case.tensors.items()}
+    h, pre, *weights = case.tensors.values()
+    rows = case.options["draw"].rows
+    numbers = (2, [3, 7], [0.5, 0.5], 2, "add", "last", 1e-12, None)
+    arguments = (h, pre, case.offsets, None, rows, weights, *numbers, True, "native")
+    torch.library.opcheck(torch.ops.lares_fast.recurrence, arguments)
+    compiled = torch.compile(lambda x: case.call({**case.tensors, "h": x}, "native") * 2, fullgraph=True, backend="aot_eager")
+    out = compiled(h)
+    assert torch.equal(out, case.call(case.tensors, "native") * 2)
+    out.sum().backward()
+    assert torch.isfinite(weights[0].grad).all()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"h": torch.ones(3)}, "h must be a floating-point"),
+    ({"pre": torch.ones(3, 16)}, r"pre must be torch\.float32 \[5, 16\]"),
+    ({"offsets": torch.tensor([0.0, 5.0])}, "offsets must be int64"),
+    ({"offsets": torch.tensor([0, 2, 4])}, "offsets must rise from 0 to the number of tokens, 5"),
+    ({"offsets": torch.tensor([0, 5, 5])}, "by at least 1 a sequence"),
+    ({"offsets": torch.zeros(0, dtype=torch.int64)}, "offsets must have B"),
+    ({"depth": 0}, "depth must be at least 1, but got 0"),
+    ({"depth": torch.tensor([1, 0])}, "depth must be at least 1, but it falls to 0"),
+    ({"depth": torch.tensor([1])}, r"depth must be int64 \[2\]"),
+    ({"depth": 1.5}, r"depth must be int64 \[2\] as offsets say, but got float"),
+    ({"offsets": torch.tensor([0, 2, 5], device="meta")}, "offsets and depth must be on cpu like h"),
+    ({"adapter": "sum"}, "adapter must be one of"),
+    ({"output": "all"}, "output must be one of"),
+    ({"n_heads": 3}, "n_heads must divide the width"),
+    ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+    ({"weights": [torch.ones(16)] * 4}, "weights must be the 2 of the adapter"),
+    ({"weights": [torch.ones(3)] * 18}, "norm.weight must be"),
+    ({"draw": Draw((0, 0), torch.arange(3))}, r"draw\.rows must be int64 \[2\]"),
+    ({"longest": 2}, "longest must be at least every length, up to 3, but got 2"),
+    ({"backend": "fast"}, "backend must be one of"),
+])  # fmt: skip
+def test_bad_arguments(change, message):
+    case = Case(lengths=[2, 3], D=16, H=2, inner=32, layers=1)
+    h, pre, *weights = case.tensors.values()
+    arguments = {"h": h, "offsets": case.offsets, "weights": weights, "n_heads": 2, "pre": pre, **change}
+    with pytest.raises(InputError, match=message):
+        ops.recurrence(arguments.pop("h"), arguments.pop("offsets"), arguments.pop("weights"), **arguments)
+
+
+def test_what_the_native_backend_leaves_to_the_reference():
+    case = Case(lengths=[2, 3], D=24, H=2, inner=32, layers=1)
+    with pytest.raises(BackendError, match="multiples of 16 up to 256, and h has 24"):
+        case.run("native")
+    h, _, *weights = case.tensors.values()
+    assert explain("recurrence", h, case.offsets, weights).startswith("recurrence: reference")
+    assert case.run(None)[0]["out"].shape == (2, 24)
+
+
+class Revealed:
+    """A model that shows a mask of its last layer in the signs of its states: all its weights are zero but those set here."""
+
+    def __init__(self, D, H, layers, lengths):
+        config = LARESConfig(n_items=2, hidden_size=D, n_heads=H, inner_size=32, n_core_layers=layers, adapter="concat")
+        module = reference.Recurrence(config)
+        self.weights = {name: torch.full_like(x, float("norm.weight" in name)) for name, x in module.named_parameters()}
+        self.lengths, self.H, self.last = lengths, H, f"core.layers.{layers - 1}"
+        # A step's state is `pre` alone.
+        self.weights["adapter.linear.weight"][:, D:] = torch.eye(D)
+
+    def states(self, pre, draw, depth, **rates):
+        offsets = torch.tensor([0, *self.lengths]).cumsum(0)
+        weights = list(self.weights.values())
+        options = {"n_heads": self.H, "pre": pre, "adapter": "concat", "depth": depth, "output": "tokens", "draw": draw}
+        out = ops.recurrence(torch.zeros_like(pre), offsets, weights, backend="native", **options, **rates)
+        return out.split(self.lengths)
+
+
+@pytest.mark.parametrize(("p", "key"), [(0.1, (1, 2)), (0.5, (2**32 - 1, 7))])
+@pytest.mark.parametrize(("layers", "depth"), [(1, 1), (1, 3), (3, 2)])
+class TestMasksBitForBit:
+    """Those that the kernel applies are those of ``_random``, at rows and steps far from zero, too."""
+
+    lengths = (1, 5, 17, 50)
+    draw_rows = torch.tensor([2**32 - 1, 0, 70000, 3])
+
+    @pytest.mark.parametrize("D", [64, 208])
+    @pytest.mark.parametrize(("bias", "site"), [("attention.output", 1), ("feed_forward.down", 2)])
+    def test_hidden(self, bias, site, D, layers, depth, p, key):
+        model = Revealed(D, 2, layers, self.lengths)
+        # Far above the state and column 0: whether a column is kept decides on which side of the mean it lies.
+        model.weights[f"{model.last}.{bias}.bias"][1:] = 1e4
+        draw = Draw(key, self.draw_rows)
+        found = model.states(torch.randn(sum(self.lengths), D), draw, depth, dropout=p, attention_dropout=0.0)
+        address = {"site": site, "step": depth, "layer": layers - 1, "rows": self.draw_rows, "length": 50, "width": D}
+        keep = _random.keep_hidden(key, _random.drop_threshold(p), **address)
+        for states, mask in zip(found, keep, strict=True):
+            assert torch.equal(states[:, 1:] > 0, mask[: len(states), 1:])
+
+    @pytest.mark.parametrize(("D", "H"), [(64, 1), (128, 2), (256, 4)])
+    def test_attention(self, D, H, layers, depth, p, key):
+        model = Revealed(D, H, layers, self.lengths)
+        width = D // H
+        # Token j has a column of its own in each head, behind one that is no token's.
+        pre = torch.cat([torch.eye(width)[1 : length + 1].repeat(1, H) for length in self.lengths])
+        low, high = torch.nn.functional.layer_norm(pre[0], (D,)).aminmax()
+        model.weights[f"{model.last}.attention.value.weight"] += torch.eye(D) / (high - low)
+        model.weights[f"{model.last}.attention.value.bias"] -= low / (high - low)
+        # All visible keys weigh the same, and what is kept of them is far above the state; where nothing is, that column is.
+        model.weights[f"{model.last}.attention.output.weight"] += 1e6 * torch.eye(D)
+        model.weights[f"{model.last}.attention.output.bias"][0] = 1e4
+        draw = Draw(key, self.draw_rows)
+        found = model.states(pre, draw, depth, dropout=0.0, attention_dropout=p)
+        address = {"step": depth, "layer": layers - 1, "rows": self.draw_rows, "heads": H, "length": 50}
+        keep = _random.keep_attention(key, _random.drop_threshold(p), **address).tril()
+        for states, mask in zip(found, keep, strict=True):
+            length = len(states)
+            by_head = states.view(length, H, width)[..., 1 : length + 1].transpose(0, 1)
+            assert torch.equal(by_head > 0, mask[:, :length, :length])
+
+
+def test_depths_by_sequence_compile_with_all_steps():
+    case = Case(lengths=[3, 1, 18], D=16, H=2, inner=32, layers=1, depth=[2, 1, 3], output="steps")
+    case.tensors = {name: x.requires_grad_() for name, x in case.tensors.items()}
+    tensors = list(case.tensors.values())
+
+    def step(x):
+        return case.call({**case.tensors, "h": x}, None).square().sum()
+
+    expected = torch.autograd.grad(step(tensors[0]), tensors)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for found, grad in zip(torch.autograd.grad(compiled(tensors[0]), tensors), expected, strict=True):
+        assert torch.equal(found, grad)
+
+
+def test_the_backward_runs_where_the_forward_did():
+    case = Case(lengths=[3, 4], D=16, H=2, inner=32, layers=1)
+    tensors = {name: x.requires_grad_() for name, x in case.tensors.items()}
+    out = case.call(tensors, "reference").sum()
+    before = Counter(_dispatch.calls)
+    with _dispatch.backend("native"):
+        out.backward()
+    assert _dispatch.calls - before == Counter({("recurrence_backward", "reference"): 1})
+
+
+def test_views_and_expanded_gradients():
+    case = Case(lengths=[3, 4], D=16, H=2, inner=32, layers=1)
+    expected = case.call(case.tensors, "native")
+    strided = {name: torch.stack((x, x), dim=-1)[..., 0].requires_grad_() for name, x in case.tensors.items()}
+    out = case.call(strided, "native")
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    dense = {name: x.detach().clone().requires_grad_() for name, x in case.tensors.items()}
+    case.call(dense, "native").backward(torch.ones_like(expected))
+    for name, x in dense.items():
+        assert torch.equal(strided[name].grad, x.grad), name
+
+
+def test_a_sequence_too_long_for_the_native_backend():
+    case = Case(lengths=[513], D=16, H=1, inner=16, layers=1, depth=1, p=0)
+    with pytest.raises(BackendError, match="sequences of up to 512 tokens, and one has 513"):
+        case.call(case.tensors, "native")
+    before = Counter(_dispatch.calls)
+    case.call(case.tensors, None)
+    assert _dispatch.calls - before == Counter({("recurrence", "reference"): 1})

@@ -1,0 +1,161 @@
+"""No op waits for a GPU on a GPU: neither its checks nor what its kernels are called with. And compilers trace every op."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from elsewhere import DEVICE, Elsewhere, sent
+
+from lares_fast import _cuda, _dispatch, _native, ops, reference
+from lares_fast._random import Draw
+from lares_fast.config import LARESConfig
+from lares_fast.ops import _triton
+
+P, B, N, D, H = 9, 3, 70, 32, 2
+LENGTHS = [4, 0, 5]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that were launched; none runs."""
+    from lares_fast.kernels import _launch
+
+    names = []
+    monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
+    for op in ("topk", "target_rank"):
+        _, *others = _dispatch._TABLE[op]
+        monkeypatch.setitem(_dispatch._TABLE, op, (replace(_dispatch._TABLE[op][0], obstacle=lambda *_: None), *others))
+    monkeypatch.setattr(_cuda, "_index", lambda device: 0)
+    monkeypatch.setattr(_cuda, "_limits", lambda index: [])
+    monkeypatch.setattr(_cuda, "_plan", lambda *_: {"workspace_bytes": 64})
+    monkeypatch.setattr(_cuda, "_launch", lambda name, *_: names.append(name))
+    monkeypatch.setattr(_native, "load", lambda: SimpleNamespace(plan_topk=None))
+    token = _launch.stand_in.set(lambda kernel, *_: names.append(kernel.fn.__name__))
+    yield names
+    _launch.stand_in.reset(token)
+
+
+def leaf(*shape):
+    return sent(torch.randn(*shape)).requires_grad_()
+
+
+def attention(backend):
+    query, key, value = (leaf(P, H, D // H) for _ in range(3))
+    draw = Draw((1, 2), sent(torch.arange(B)))
+    offsets = sent(torch.tensor([0, *LENGTHS]).cumsum(0))
+    return ops.attention(query, key, value, offsets, 5, draw=draw, dropout=0.2, backend=backend)
+
+
+def recurrence(backend):
+    config = LARESConfig(n_items=9, hidden_size=64, n_heads=H, inner_size=64, n_core_layers=1)
+    weights = [leaf(*parameter.shape) for parameter in reference.Recurrence(config).parameters()]
+    draw = Draw((1, 2), sent(torch.arange(2)))
+    offsets = sent(torch.tensor([0, 4, P]))
+    how = {"depth": 2, "longest": 5, "draw": draw, "dropout": 0.2}
+    return ops.recurrence(leaf(P, 64), offsets, weights, n_heads=H, pre=leaf(P, 64), **how, backend=backend)
+
+
+def catalog():
+    return leaf(B, D), leaf(N, D), sent(torch.tensor([1, 69, 5]))
+
+
+def excluded():
+    return sent(torch.tensor([0, 1, 1, 3])), sent(torch.tensor([7, 8, 2]))
+
+
+CALLS = {
+    "attention": attention,
+    "recurrence": recurrence,
+    "linear_cross_entropy": lambda backend: ops.linear_cross_entropy(*catalog(), skip_pad=True, backend=backend),
+    "target_logprob": lambda backend: ops.target_logprob(*catalog(), backend=backend),
+    "target_logprob_and_rank": lambda backend: ops.target_logprob_and_rank(*catalog(), backend=backend)[0],
+    "topk": lambda backend: ops.topk(*catalog()[:2], 5, exclude=excluded(), backend=backend),
+    "target_rank": lambda backend: ops.target_rank(*catalog(), backend=backend),
+    "target_ranks": lambda backend: ops.target_ranks(*catalog(), excluded(), backend=backend),
+}
+DIFFERENTIABLE = [name for name in CALLS if not name.startswith(("topk", "target_rank"))]
+# Public op -> the backend that runs it on a GPU.
+KERNELS = {name: "triton" if name in DIFFERENTIABLE else "cuda" for name in CALLS}
+
+
+def test_every_op_is_watched():
+    assert {name for name in ops.__all__ if name not in ("CatalogIndex", "backend")} <= set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_are_launched_without_waiting(name, launched):
+    with Elsewhere():
+        out = CALLS[name](KERNELS[name])
+        assert launched
+        forward = len(launched)
+        if name in DIFFERENTIABLE:
+            out.sum().backward()
+            assert len(launched) > forward
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_references_run_on_one_device(name):
+    """They may wait, but mix no devices."""
+    with Elsewhere(allowed=True):
+        out = CALLS[name]("reference")
+        # Below a dispatch mode autograd is out of reach, which the backward of this one reference calls anew.
+        if name in DIFFERENTIABLE and name != "recurrence":
+            out.sum().backward()
+
+
+def test_masks_and_noise_are_drawn_where_their_rows_are():
+    rows = torch.arange(3) + 70_000
+    calls = {
+        "hidden": lambda draw: draw.hidden(torch.ones(3, 5, 70).to(draw.rows.device), 0.5, site=1, step=2, layer=0),
+        "attention": lambda draw: draw.attention(torch.ones(3, 2, 5, 5).to(draw.rows.device), 0.5, step=2, layer=0),
+        "state": lambda draw: draw.initial_state(draw.rows, draw.rows * 0, 12),
+    }
+    for call in calls.values():
+        with Elsewhere():
+            there = call(Draw((3, 4), sent(rows)))
+        assert there.device == DEVICE
+        assert torch.equal(there.inner, call(Draw((3, 4), rows)))
+
+
+def test_waiting_and_mixing_are_noticed():
+    with Elsewhere():
+        x = sent(torch.ones(3))
+        for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.cpu(), lambda: bool(x.any())):
+            with pytest.raises(AssertionError, match="waits for the device"):
+                wait()
+        with pytest.raises(AssertionError, match="on the CPU and elsewhere"):
+            x + torch.ones(3)
+
+
+def compiled_calls():
+    """Public op -> (function, tensors)."""
+    draw = Draw((1, 2), torch.arange(B))
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    query = torch.randn(P, H, D // H)
+    hidden, items, target = torch.randn(B, D), torch.randn(N, D), torch.tensor([1, 69, 5])
+    exclude = (torch.tensor([0, 1, 1, 3]), torch.tensor([7, 8, 2]))
+    weights = list(reference.Recurrence(LARESConfig(n_items=9, hidden_size=D, n_heads=H, inner_size=32)).parameters())
+    return {
+        "attention": (lambda q, o: ops.attention(q, q, q, o, 5, draw=draw, dropout=0.2), (query, offsets)),
+        "recurrence": (
+            lambda h, o: ops.recurrence(h, o, weights, n_heads=H, pre=h, depth=2),
+            (torch.randn(P, D), torch.tensor([0, 4, 6, 9])),
+        ),
+        "linear_cross_entropy": (ops.linear_cross_entropy, (hidden, items, target)),
+        "target_logprob": (ops.target_logprob, (hidden, items, target)),
+        "target_logprob_and_rank": (ops.target_logprob_and_rank, (hidden, items, target)),
+        "topk": (lambda q, i: ops.topk(q, i, 5, exclude=exclude), (hidden, items)),
+        "target_rank": (ops.target_rank, (hidden, items, target)),
+        "target_ranks": (lambda *x: ops.target_ranks(*x, exclude), (hidden, items, target)),
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in ops.__all__ if name not in ("CatalogIndex", "backend")])
+def test_compiles_without_a_break(name):
+    function, tensors = compiled_calls()[name]
+    with torch.no_grad():
+        expected = function(*tensors)
+        torch._dynamo.reset()
+        found = torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

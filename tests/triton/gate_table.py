@@ -1,0 +1,94 @@
+"""The compile gate on older Tritons: what each makes of the kernels, as the table in docs/kernels/gate.md.
+
+    python tests/triton/gate_table.py 3.5.1 3.6.0 3.7.1 3.8.0 installed
+
+Each version is put into a throw-away folder that stands first on the path of a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/kernels/gate.md"
+COLUMNS = "registers, bytes of stack, KB of shared memory, products"
+
+
+def measure():
+    """Lines of one Triton, of this process."""
+    import pytest
+    import test_gate
+    import torch
+    import triton
+    import triton_gate
+    from lares_fast.kernels import _launch
+
+    cases = {
+        "attention D/H 32, dropout": lambda: test_gate.run(32, torch.bfloat16, 0.2, 50),
+        "attention D/H 64": lambda: test_gate.run(64, torch.bfloat16, 0.0, 50),
+        "linear_cross_entropy D 64": lambda: test_gate.catalog(64, torch.bfloat16),
+    }
+    patch, lines = pytest.MonkeyPatch(), {}
+    for case, call in cases.items():
+        for architecture in (80, 90, 100, 120):
+            found = triton_gate.compile_launches(patch, architecture, call)
+            for kernel in {kernel.name: kernel for kernel in found}.values():
+                assert kernel.count("HGMMA") == kernel.count("UTC") == 0, f"{kernel} has products that are not sound"
+                cell = f"{kernel.registers}, {kernel.stack}, {kernel.shared / 1024:.0f}, {kernel.products}"
+                lines.setdefault(f"{case}: {kernel.name}", {})[architecture] = cell
+    versions = {a: ".".join(map(str, _launch._ptxas(a))) for a in (80, 90, 100)}
+    return {"triton": triton.__version__, "ptxas": versions, "lines": lines}
+
+
+def install(version, folder):
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={version}"]
+    subprocess.run(command, check=True)
+
+
+def repeat(version):
+    """:func:`measure` on Triton ``version``."""
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        if version != "installed":
+            install(version, folder)
+        environ = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+        environ["PYTHONPATH"] = os.pathsep.join([*([folder] if version != "installed" else []), str(here)])
+        code = "import json, gate_table; print(json.dumps(gate_table.measure()))"
+        done = subprocess.run([sys.executable, "-P", "-c", code], env=environ, cwd=here, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"Triton {version}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def page(found):
+    text = [
+        "# The compile gate on older Tritons",
+        "",
+        f"What each Triton makes of the kernels in bf16, per GPU: {COLUMNS} of tensor cores.",
+        "All products are `HMMA`: neither WGMMA nor tcgen05 occurs, or the command fails.",
+        "Compiled on a machine without a GPU; none of it ran on one.",
+        "The full gate, tests/triton/test_gate.py, runs in CI on the Triton that is installed there.",
+        "",
+        "```",
+        f"python tests/triton/gate_table.py {' '.join(sys.argv[1:])}",
+        "```",
+    ]
+    for one in found:
+        ptxas = ", ".join(f"{version} for sm_{a}" for a, version in one["ptxas"].items())
+        text += [
+            "",
+            f"## Triton {one['triton']}",
+            f"ptxas {ptxas}",
+            "",
+            "| kernel | sm_80 | sm_90 | sm_100 | sm_120 |",
+            "|---|---|---|---|---|",
+        ]
+        text += [f"| {name} | {' | '.join(cells.values())} |" for name, cells in one["lines"].items()]
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page([repeat(version) for version in sys.argv[1:]]))
