@@ -119,7 +119,7 @@ class _Rows(torch.utils.data.Dataset):
     """Rows of a log by number."""
 
     def __init__(self):
-        self.log = synthetic_log(n_users=40, n_items=N - 1)
+        self.log = synthetic_log(n_users=100, n_items=40)
         self.rows = leave_one_out(self.log).train
 
     def __len__(self):
