@@ -130,7 +130,8 @@ def recurrence(B, L, T, layers, D, inner, dtype=torch.bfloat16):
     packed = torch.zeros(B * L, D, dtype=dtype)
     offsets = torch.arange(0, B * L + 1, L)
     weights = [torch.zeros(weight.shape, dtype=dtype) for weight in block.parameters()]
-    call = lambda: ops.recurrence(packed, offsets, weights, n_heads=2, pre=packed, depth=T, backend="triton")  # noqa: E731
+    how = {"n_heads": 2, "pre": packed, "depth": T, "longest": L, "backend": "triton"}
+    call = lambda: ops.recurrence(packed, offsets, weights, **how)  # noqa: E731
     return slow, fused(call, flops)
 
 

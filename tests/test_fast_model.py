@@ -12,6 +12,7 @@ import lares_fast
 from lares_fast import LARESConfig, _dispatch, _native, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
+from lares_fast.data import leave_one_out, make_batch, synthetic_log
 from lares_fast.reference.sequences import pack
 
 needs_native = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
@@ -112,6 +113,36 @@ def test_gradient_accumulation_is_a_sum():
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, at_once[name], rtol=1e-4, atol=1e-6)
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Rows of a log by number."""
+
+    def __init__(self):
+        self.log = synthetic_log(n_users=100, n_items=40)
+        self.rows = leave_one_out(self.log).train
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return row
+
+    def collate(self, index):
+        return make_batch(self.log, self.rows, torch.tensor(index), L)
+
+
+def test_batches_of_loader_workers_are_those_of_this_process():
+    rows = _Rows()
+    model = lares_fast.LARES(config()).eval()
+    loaded = [
+        list(torch.utils.data.DataLoader(rows, batch_size=200, collate_fn=rows.collate, num_workers=workers))
+        for workers in (0, 2)
+    ]
+    assert len(loaded[0]) == len(loaded[1]) > 1
+    for here, there in zip(*loaded, strict=True):
+        with torch.no_grad():
+            assert torch.equal(model.encode(*here.sequences), model.encode(*there.sequences))
 
 
 def test_copies_and_pickles_answer_alike():
