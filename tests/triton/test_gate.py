@@ -155,6 +155,7 @@ RECURRENCE_CASES = [
     (128, 2, torch.bfloat16, 0.0, 50, "add", False, (80, 90, 120)),
     (128, 4, torch.bfloat16, 0.0, 128, "add", False, (80, 100)),
     (64, 2, torch.bfloat16, 0.5, 50, "add", True, (80, 90)),
+    (64, 2, torch.bfloat16, 0.0, 20, "concat", True, (120,)),
     (64, 2, torch.float32, 0.0, 20, "add", False, (90,)),
 ]
 
