@@ -39,7 +39,7 @@ def test_obeys_the_tolerance_law(dtype, longest, case, monkeypatch):
     before = _dispatch.calls["recurrence_backward", "triton"]
     with triton_interpreter.interpreted(monkeypatch):
         case.check("triton", dtype)
-    assert _dispatch.calls["recurrence_backward", "triton"] == before + 1
+    assert _dispatch.calls["recurrence_backward", "triton"] > before
 
 
 def small(**changes):
