@@ -52,7 +52,9 @@ def without_grad(run):
 
 
 def agree(found, expected):
-    return all((a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-3) for a, b in zip(found, expected, strict=True))
+    # A key's bias has a gradient of zero, which PyTorch finds as the rounding of the others.
+    least = max(float(b.abs().max()) for b in expected) / 100
+    return all((a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=least) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("p", [0.5, 0.0])
