@@ -28,6 +28,8 @@ class Case:
         if adapter:
             self.tensors["pre"] = torch.randn(tokens, D)
         self.tensors |= {name: x.detach().clone() for name, x in module.named_parameters()}
+        # The twin's error on a single number, a gate, can be nil by chance: hence several upstream gradients.
+        self.upstreams = 4 if any(x.numel() == 1 for x in self.tensors.values()) else 1
         self.offsets = torch.tensor([0, *lengths]).cumsum(0)
         draw = Draw((3, 7), torch.randperm(1000)[: len(lengths)]) if p else None
         depth = depth if isinstance(depth, int) else torch.tensor(depth)
@@ -41,10 +43,8 @@ class Case:
         """(output, gradients) by name."""
         tensors = {name: x.to(dtype).requires_grad_() for name, x in self.tensors.items()}
         out = self.call(tensors, backend, **changes)
-        # The twin's error on a single number, a gate, can be nil by chance: hence several upstream gradients.
-        upstreams = 4 if any(x.numel() == 1 for x in tensors.values()) else 1
         draw = torch.Generator().manual_seed(1)
-        weightings = [torch.randn(out.shape, generator=draw).to(dtype) for _ in range(upstreams)]
+        weightings = [torch.randn(out.shape, generator=draw).to(dtype) for _ in range(self.upstreams)]
         grads = [torch.autograd.grad(out, list(tensors.values()), weights, retain_graph=True) for weights in weightings]
         return {"out": out.detach()}, dict(zip(tensors, map(torch.stack, zip(*grads, strict=True)), strict=True))
 

@@ -6,8 +6,8 @@ The Triton kernels run interpreted here, under ``-m interpreted``: every address
 import oracle
 import pytest
 import torch
+from elsewhere import NoScalarReads
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lares_fast import _dispatch, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
@@ -182,14 +182,6 @@ def test_no_rows_launch_nothing(monkeypatch):
             out.sum().backward()
             assert out.shape == query.grad.shape == (0, 2, 16)
     assert memory.launches == 0
-
-
-class NoScalarReads(TorchDispatchMode):
-    """On a GPU each would wait for all work before it."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function is not torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.interpreted
