@@ -15,11 +15,15 @@ from lares_fast._errors import BackendError, InputError
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op. ``obstacle(*args)`` says in words why it cannot take a call, or returns ``None``."""
+    """One way to run an op. ``obstacle(*args)`` says in words why it cannot take a call, or returns ``None``.
+
+    ``unasked(*args)`` says why it takes one only where it is asked for by name, or returns ``None``.
+    """
 
     name: str
     run: Callable[..., Any]
     obstacle: Callable[..., str | None]
+    unasked: Callable[..., str | None] = lambda *_: None
 
 
 _TABLE: dict[str, tuple[Backend, ...]] = {}
@@ -68,7 +72,8 @@ def choose(op: str, argument: str | None, *args: Any) -> Backend:
     for candidate in _TABLE[op]:
         if name not in ("auto", candidate.name):
             continue
-        if (obstacle := candidate.obstacle(*args)) is None:
+        obstacle = candidate.obstacle(*args)
+        if obstacle is None and (name != "auto" or candidate.unasked(*args) is None):
             return candidate
         if name == candidate.name:
             raise BackendError(f"{op} cannot run on the backend {name!r}: {obstacle}.")
@@ -90,11 +95,14 @@ def explain(op: str, *args: Any, backend: str | None = None) -> str:
     name, chosen, lines = requested(backend), None, []
     for candidate in _TABLE[op]:
         obstacle = candidate.obstacle(*args)
-        if obstacle is None and chosen is None and name in ("auto", candidate.name):
-            chosen, verdict = candidate.name, "would run"
-        elif obstacle is None:
-            verdict = "can run"
-        else:
+        unasked = candidate.unasked(*args) if obstacle is None and name == "auto" else None
+        if obstacle is not None:
             verdict = f"cannot run: {obstacle}"
+        elif unasked is not None:
+            verdict = f"can run if it is asked for: {unasked}"
+        elif chosen is None and name in ("auto", candidate.name):
+            chosen, verdict = candidate.name, "would run"
+        else:
+            verdict = "can run"
         lines.append(f"  {candidate.name:<10} {verdict}")
     return "\n".join([f"{op}: {chosen or f'nothing can run it on the backend {name!r}'}", *lines])

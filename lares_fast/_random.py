@@ -68,24 +68,34 @@ def _sixteen_bit(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
 
 
 def _by_rows(mask: Callable[[Tensor], Tensor], rows: Tensor, calls_per_row: int) -> Tensor:
-    """``mask(rows)`` in slices whose int64 temporaries stay in the cache: twice as fast as at once."""
+    """``mask(rows)``, on the CPU in slices whose int64 temporaries stay in the cache: twice as fast as at once."""
     size = max(1, _CALLS_IN_CACHE // max(1, calls_per_row))
-    return torch.cat([mask(part) for part in rows.split(size)]) if len(rows) > size else mask(rows)
+    if rows.device.type != "cpu" or len(rows) <= size:
+        return mask(rows)
+    return torch.cat([mask(part) for part in rows.split(size)])
 
 
 def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
     """Keep-mask [B, L, D] (bool) of a hidden activation; ``rows`` [B] int64 are global batch rows."""
+    positions = torch.arange(length, device=rows.device)
+    address = {"site": site, "step": step, "layer": layer, "width": width}
+
+    def some(rows: Tensor) -> Tensor:
+        return keep_hidden_at(key, threshold, **address, rows=rows[:, None], positions=positions)
+
+    return _by_rows(some, rows, calls_per_row=length * -(-width // 64) * 8)
+
+
+def keep_hidden_at(
+    key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, positions: Tensor, width: int
+) -> Tensor:
+    """Keep-mask [..., D] (bool) at ``rows`` and ``positions``, int64 of shapes that broadcast to [...]."""
     groups = -(-width // 64)
     count = functools.partial(torch.arange, device=rows.device)
     c0 = count(8) | count(groups)[:, None] << 3 | site << 16
-    c1 = count(length)[:, None, None]
-    c3 = step << 16 | layer
-
-    def some(rows: Tensor) -> Tensor:
-        draws = _sixteen_bit(philox((c0, c1, rows[:, None, None, None], c3), key))  # [R, L, groups, 4, 16]
-        return (draws >= threshold).view(len(rows), length, groups * 64)[..., :width]
-
-    return _by_rows(some, rows, calls_per_row=length * groups * 8)
+    words = philox((c0, positions[..., None, None], rows[..., None, None], step << 16 | layer), key)
+    # [..., groups, 4, 16]
+    return (_sixteen_bit(words) >= threshold).flatten(-3)[..., :width]
 
 
 def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:

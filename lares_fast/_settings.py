@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lares_fast._errors import InputError
 
-BACKENDS = ("auto", "reference", "native", "triton", "cuda")
+BACKENDS = ("auto", "reference", "native", "triton", "cuda", "layers")
 SIMD_LEVELS = ("auto", "generic", "avx2", "avx512")
 CUDA_PRODUCTS = ("3xtf32", "ffma")
 

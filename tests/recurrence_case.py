@@ -32,7 +32,7 @@ class Case:
         self.upstreams = 4 if any(x.numel() == 1 for x in self.tensors.values()) else 1
         self.offsets = torch.tensor([0, *lengths]).cumsum(0)
         draw = Draw((3, 7), torch.randperm(1000)[: len(lengths)]) if p else None
-        depth = depth if isinstance(depth, int) else torch.tensor(depth)
+        depth = depth if isinstance(depth, int) else torch.tensor(depth, dtype=torch.int64)
         self.options = {"n_heads": H, "adapter": adapter or "add", "depth": depth, "output": output, "draw": draw, "dropout": p}
 
     def call(self, tensors, backend, **changes):

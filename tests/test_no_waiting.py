@@ -106,6 +106,18 @@ def test_a_depth_on_the_cpu_is_not_waited_for(output, launched):
         recurrence("triton", sent(torch.tensor([3, 1])), output)
 
 
+@pytest.mark.parametrize("output", ["last", "steps", "tokens"])
+@pytest.mark.parametrize("depth", [2, torch.tensor([3, 1])], ids=str)
+def test_layers_of_other_sizes_wait_for_nothing(depth, output, launched):
+    """Below this watch autograd is out of reach: tests/ops/test_recurrence_layers.py watches the backward."""
+    with Elsewhere(), torch.no_grad():
+        out = recurrence("layers", depth, output)
+        assert len(out) == {"last": 2, "steps": 4, "tokens": P}[output]
+        with pytest.raises(AssertionError, match="waits for the device"):
+            recurrence("layers", sent(torch.tensor([3, 1])), output)
+    assert set(launched) == {"attention_forward"}
+
+
 def moved(model):
     """``model`` with its parameters elsewhere."""
     for module in model.modules():

@@ -60,7 +60,7 @@ def _cells(op: str, backend: str, device: str, dtype: str, verdict: str, **numbe
 
 
 def _row(op: str, backend: str, device: str, dtype: str) -> dict[str, Any]:
-    if (backend in ("triton", "cuda")) != (device == "cuda") and backend != "reference":
+    if backend not in ("reference", "layers") and (backend in ("triton", "cuda")) != (device == "cuda"):
         return _cells(op, backend, device, dtype, "elsewhere")
     try:
         verdicts, differ = by_the_law(op, backend, DTYPES[dtype], device)

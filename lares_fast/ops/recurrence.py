@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lares_fast import _native, reference
+from lares_fast import reference
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import register_op
-from lares_fast._random import Draw, drop_threshold
+from lares_fast._random import Draw
 from lares_fast.config import ADAPTERS
-from lares_fast.ops import _recurrence_triton
+from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton
 
-# In the order of the enumerations of csrc/recurrence.
-_ADAPTERS = ("none", "add", "linear", "concat")
-_OUTPUTS = ("last", "steps", "tokens")
 _WEIGHTS_A_LAYER = 16
-_LONGEST = 512
 _CPU = torch.device("cpu")
 
 
@@ -54,7 +50,8 @@ def recurrence(
         n_heads: H, a divisor of D.
         pre: [P, D], what the adapter joins with each state.
         adapter: ``add``, ``concat`` or ``linear``; only read where ``pre`` is given.
-        depth: T, one int or int64 [B], at least 1; on the CPU, or where ``h`` is: then ``steps`` and gradients wait for it.
+        depth: T, one int or int64 [B], at least 1; on the CPU, or where ``h`` is: then ``steps``, gradients and ``layers`` wait
+            for it.
         output: ``last``: the state of each sequence's last token after its last step, [B, D]; ``steps``: the same after every
             step, one sequence behind the other, [sum of depth, D]; ``tokens``: all states after the last step, [P, D].
         draw: the addresses of the dropout masks, whose ``rows`` are the B rows of the global batch, on the CPU or where ``h``
@@ -64,7 +61,8 @@ def recurrence(
         longest: at least the length of every sequence; an integer, so that no GPU is waited for. Only ``triton`` needs it.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
             ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size
-            a multiple of 16, sequences of up to 512 tokens) or ``reference``.
+            a multiple of 16, sequences of up to 512 tokens), ``layers`` (anything, packed, by PyTorch's layers and
+            :func:`~lares_fast.ops.attention`; ``auto`` takes it on GPUs only) or ``reference`` (anything, padded).
 
     Gradients: of ``h``, ``pre`` and all weights, through every step, once.
 
@@ -118,6 +116,19 @@ class _Call:
     def draw(self) -> Draw | None:
         return None if self.rows is None else Draw((self.key[0], self.key[1]), self.rows)
 
+    @property
+    def layers(self) -> int:
+        """How many layers the weights have."""
+        return len(self.weights) // _WEIGHTS_A_LAYER
+
+    def output_rows(self, total_depth: _Rows) -> _Rows:
+        rows: dict[str, _Rows] = {"last": len(self.offsets) - 1, "steps": total_depth, "tokens": len(self.h)}
+        return rows[self.output]
+
+
+# In a compiler's trace some numbers of rows are symbols.
+_Rows = int | torch.SymInt
+
 
 # h to weights.
 _TENSORS = 6
@@ -133,8 +144,8 @@ def _check(call: _Call) -> None:
         raise InputError(f"h must be a floating-point [P, D], but got {h.dtype} {list(h.shape)}.")
     if call.pre is not None and call.adapter not in ADAPTERS:
         raise InputError(f"adapter must be one of {', '.join(ADAPTERS)}, but got {call.adapter!r}.")
-    if call.output not in _OUTPUTS:
-        raise InputError(f"output must be one of {', '.join(_OUTPUTS)}, but got {call.output!r}.")
+    if call.output not in _recurrence_native.OUTPUTS:
+        raise InputError(f"output must be one of {', '.join(_recurrence_native.OUTPUTS)}, but got {call.output!r}.")
     if call.n_heads < 1 or h.shape[1] % call.n_heads:
         raise InputError(f"n_heads must divide the width of h, {h.shape[1]}, but got {call.n_heads}.")
     for name, rate in zip(("dropout", "attention_dropout"), call.dropout, strict=True):
@@ -163,7 +174,7 @@ def _check_integers(name: str, vector: Tensor, length: int | None) -> None:
     wanted = "[B + 1]" if length is None else f"[{length}] as offsets say"
     if not isinstance(vector, Tensor):
         raise InputError(f"{name} must be int64 {wanted}, but got {type(vector).__name__}.")
-    if vector.dim() != 1 or vector.dtype != torch.int64 or length not in (None, len(vector)):
+    if vector.dim() != 1 or vector.dtype != torch.int64 or (length is not None and len(vector) != length):
         raise InputError(f"{name} must be int64 {wanted}, but got {vector.dtype} {list(vector.shape)}.")
 
 
@@ -208,8 +219,8 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
     *inputs, keep, backend = arguments
     call = _Call(*inputs)
     _check_values(call)
-    result: tuple[Tensor, Tensor] = run("recurrence", backend, call.h, call.offsets, call.weights, call, keep)
-    return result
+    out, tape = run("recurrence", backend, call.h, call.offsets, call.weights, call, keep)
+    return out, _no_tape(call) if tape is None else tape
 
 
 def _check_values(call: _Call) -> None:
@@ -224,89 +235,20 @@ def _check_values(call: _Call) -> None:
         raise InputError(f"longest must be at least every length, up to {int(lengths.max())}, but got {call.longest}.")
 
 
-# In a compiler's trace some numbers of rows are symbols.
-_Rows = int | torch.SymInt
-
-
-def _rows_of_output(call: _Call, total_depth: _Rows) -> _Rows:
-    rows: dict[str, _Rows] = {"last": len(call.offsets) - 1, "steps": total_depth, "tokens": len(call.h)}
-    return rows[call.output]
-
-
-def _rows_of_tape(call: _Call) -> int:
-    """One for each token, step and layer that is computed."""
-    unread = 0 if call.output == "tokens" else len(call.h) - (len(call.offsets) - 1)
-    return int((call.offsets.diff() * call.depths()).sum()) * _layers(call) - unread
-
-
-def _layers(call: _Call) -> int:
-    return len(call.weights) // _WEIGHTS_A_LAYER
-
-
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     *inputs, keep, _ = arguments
     call = _Call(*inputs)
     new_size = torch.library.get_ctx().new_dynamic_size
     unknown = call.output == "steps" and call.depth is not None
-    rows = _rows_of_output(call, new_size() if unknown else (len(call.offsets) - 1) * call.steps)
+    rows = call.output_rows(new_size() if unknown else (len(call.offsets) - 1) * call.steps)
     # The backend is chosen when the op runs, and each has a tape of its own.
-    tape = call.h.new_empty((new_size(), new_size()), dtype=torch.int32) if keep else _new_tape(call, 0)
+    tape = call.h.new_empty((new_size(), new_size()), dtype=torch.int32) if keep else _no_tape(call)
     return call.h.new_empty(rows, call.h.shape[1]), tape
 
 
-def _new_tape(call: _Call, rows: _Rows) -> Tensor:
+def _no_tape(call: _Call) -> Tensor:
     # Opaque: as floating-point numbers it would be taken for a result that has a gradient.
-    return call.h.new_empty((rows, 2 * call.h.shape[1] + 2), dtype=torch.int32)
-
-
-def _native_call(call: _Call) -> _native.RecurrenceCall:
-    return _native.RecurrenceCall(
-        h=call.h.contiguous(),
-        pre=None if call.pre is None else call.pre.contiguous(),
-        offsets=call.offsets.contiguous(),
-        depth=call.depths().contiguous(),
-        weights=[weight.contiguous() for weight in call.weights],
-        rows=None if call.rows is None else call.rows.cpu().contiguous(),
-        key=(call.key[0], call.key[1]),
-        thresholds=(0, 0) if call.rows is None else (drop_threshold(call.dropout[0]), drop_threshold(call.dropout[1])),
-        n_heads=call.n_heads,
-        inner_size=call.weights[-6].shape[0],
-        n_layers=_layers(call),
-        adapter=_ADAPTERS.index(call.adapter),
-        output=_OUTPUTS.index(call.output),
-        eps=call.eps,
-    )
-
-
-def _native_forward(h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, keep: bool) -> tuple[Tensor, Tensor]:
-    out = h.new_empty(_rows_of_output(call, int(call.depths().sum())), h.shape[1])
-    tape = _new_tape(call, _rows_of_tape(call) if keep else 0)
-    _native.recurrence_forward(_native_call(call), out, tape if keep else None)
-    return out, tape
-
-
-def _native_backward(
-    h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, grad: Tensor, tape: Tensor
-) -> list[Tensor]:
-    h_grad, pre_grad, weight_grads = _native.recurrence_backward(_native_call(call), grad.contiguous(), tape)
-    return [h_grad, *([] if pre_grad is None else [pre_grad]), *weight_grads]
-
-
-def _native_obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], *_: object) -> str | None:
-    if h.device.type != "cpu":
-        return f"it runs on the CPU, and h is on {h.device}"
-    if h.dtype != torch.float32:
-        return f"it takes float32, and h is {h.dtype}"
-    width, inner = h.shape[1], weights[-6].shape[0]
-    if width % 16 or not 16 <= width <= 256:
-        return f"it takes widths that are multiples of 16 up to 256, and h has {width}"
-    if inner % 16 or not 16 <= inner <= 65536:
-        return f"it takes inner sizes that are multiples of 16 up to 65536, and the weights have {inner}"
-    longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
-    if longest > _LONGEST:
-        return f"it takes sequences of up to {_LONGEST} tokens, and one has {longest}"
-    built, reason = _native.available()
-    return None if built else reason
+    return call.h.new_empty((0, 0), dtype=torch.int32)
 
 
 def _reference(call: _Call) -> Tensor:
@@ -326,13 +268,11 @@ def _reference(call: _Call) -> Tensor:
     )
 
 
-def _reference_forward(h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, keep: bool) -> tuple[Tensor, Tensor]:
-    return _reference(call), _new_tape(call, 0)
+def _reference_forward(call: _Call, keep: bool) -> tuple[Tensor, None]:
+    return _reference(call), None
 
 
-def _reference_backward(
-    h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, grad: Tensor, tape: Tensor
-) -> list[Tensor]:
+def _reference_backward(call: _Call, grad: Tensor, tape: Tensor) -> list[Tensor]:
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in call.tensors()]
         count = len(inputs) - len(call.weights)
@@ -340,23 +280,26 @@ def _reference_backward(
         return list(torch.autograd.grad(_reference(fresh), inputs, grad))
 
 
-def _triton_forward(h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, keep: bool) -> tuple[Tensor, Tensor]:
-    out, tape = _recurrence_triton.forward(call, keep)
-    return out, _new_tape(call, 0) if tape is None else tape
-
-
-def _triton_backward(
-    h: Tensor, offsets: Tensor, weights: list[Tensor], call: _Call, grad: Tensor, tape: Tensor
-) -> list[Tensor]:
-    return _recurrence_triton.backward(call, grad, tape)
+def _of_call(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run(call, ...)`` as dispatch calls it: behind the arguments that ``explain`` is given too."""
+    return lambda h, offsets, weights, *rest: run(*rest)
 
 
 for _op, *_runs in (
-    ("recurrence", _triton_forward, _native_forward, _reference_forward),
-    ("recurrence_backward", _triton_backward, _native_backward, _reference_backward),
-):
-    _obstacles = (_recurrence_triton.obstacle, _native_obstacle, lambda *_: None)
-    register(_op, *map(Backend, ("triton", "native", "reference"), _runs, _obstacles))
+    ("recurrence", _recurrence_triton.forward, _recurrence_native.forward, _recurrence_layers.forward, _reference_forward),
+    (
+        "recurrence_backward",
+        _recurrence_triton.backward, _recurrence_native.backward, _recurrence_layers.backward, _reference_backward,
+    ),
+):  # fmt: skip
+    _triton_run, _native_run, _layers_run, _reference_run = map(_of_call, _runs)
+    register(
+        _op,
+        Backend("triton", _triton_run, _recurrence_triton.obstacle),
+        Backend("native", _native_run, _recurrence_native.obstacle),
+        Backend("layers", _layers_run, lambda *_: None, _recurrence_layers.unasked),
+        Backend("reference", _reference_run, lambda *_: None),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -383,7 +326,8 @@ def _run_backward(*arguments: Any) -> list[Tensor]:
     # The backend that ran forwards, whatever is asked for by now: its tape says which, and the reference leaves none.
     backend = "reference"
     if len(tape):
-        backend = "triton" if tape.shape[1] == _recurrence_triton.tape_columns(call.h) else "native"
+        columns = {_recurrence_triton.tape_columns(call.h): "triton", _recurrence_layers.TAPE_COLUMNS: "layers"}
+        backend = columns.get(tape.shape[1], "native")
     result: list[Tensor] = run("recurrence_backward", backend, call.h, call.offsets, call.weights, call, grad, tape)
     return result
 
