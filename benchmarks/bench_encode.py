@@ -34,12 +34,15 @@ def test_encode(compare, kind):
         "packed torch, SDPA": lambda: sdpa.encode(*padded, T, state)[:, -1],
         "lares_fast": lambda: ours.encode(*packed, num_steps=T),
     }
-    for model in (eager, softmax, sdpa):
+    rounded = lares_fast.LARES(ours.config, bf16=True)
+    for model in (eager, softmax, sdpa, rounded):
         model.eval().load_state_dict(ours.state_dict())
     with torch.no_grad():
         expected = candidates["eager, padded"]()
         for run in candidates.values():
             torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)
+        candidates["lares_fast, bf16"] = lambda: rounded.encode(*packed, num_steps=T)
+        torch.testing.assert_close(candidates["lares_fast, bf16"](), expected, rtol=0, atol=0.1)
         lengths = f"all lengths {L}" if kind == "full" else f"lengths of {kind}"
         shape = f"B {B}, {lengths}, T {T}, 1+1 layers, D 64"
-        compare("encode", shape, candidates, "states equal to 1e-5", warm_up=3)
+        compare("encode", shape, candidates, "states equal to 1e-5, in bf16 to .1", warm_up=3)

@@ -32,7 +32,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
-constexpr int ABI = 7;
+constexpr int ABI = 8;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -103,8 +103,8 @@ std::vector<float*> pointers(const std::vector<uintptr_t>& addresses) {
     return result;
 }
 
-// `sizes` are D, H, I, layers, adapter, output and B; `dropout` the key's halves, both thresholds and the first step.
-lares_fast::Recurrence recurrence(const std::array<int64_t, 7>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
+// `sizes` are D, H, I, layers, adapter, output, B and bf16; `dropout` the key's halves, both thresholds and the first step.
+lares_fast::Recurrence recurrence(const std::array<int64_t, 8>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
                                   const std::array<uintptr_t, 6>& inputs, const std::vector<float*>& weights) {
     using lares_fast::Adapter;
     using lares_fast::Output;
@@ -112,16 +112,16 @@ lares_fast::Recurrence recurrence(const std::array<int64_t, 7>& sizes, const std
     if (lares_fast::weight_count(shape) != static_cast<int64_t>(weights.size())) throw std::invalid_argument("the number of weights is wrong");
     return {shape, static_cast<Output>(sizes[5]), eps, {Key{dropout[0], dropout[1]}, dropout[2], dropout[3], dropout[4]},
             pointer<float>(inputs[0]), pointer<float>(inputs[1]), pointer<int64_t>(inputs[2]), pointer<int64_t>(inputs[3]),
-            pointer<int64_t>(inputs[4]), sizes[6], weights.data(), pointer<float>(inputs[5])};
+            pointer<int64_t>(inputs[4]), sizes[6], weights.data(), pointer<float>(inputs[5]), sizes[7] != 0};
 }
 
-void recurrence_forward(const std::array<int64_t, 7>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
+void recurrence_forward(const std::array<int64_t, 8>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
                         const std::array<uintptr_t, 6>& inputs, const std::vector<uintptr_t>& weights, uintptr_t out, int64_t threads) {
     const std::vector<float*> tensors = pointers(weights);
     lares_fast::recurrence_forward(recurrence(sizes, dropout, eps, inputs, tensors), pointer<float>(out), threads);
 }
 
-void recurrence_backward(const std::array<int64_t, 7>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
+void recurrence_backward(const std::array<int64_t, 8>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
                          const std::array<uintptr_t, 6>& inputs, const std::vector<uintptr_t>& weights, uintptr_t out_grad,
                          uintptr_t h_grad, uintptr_t pre_grad, const std::vector<uintptr_t>& weight_grads, int64_t threads) {
     const std::vector<float*> tensors = pointers(weights);
@@ -225,6 +225,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("build_info", &build_info);
     m.def("use_level", &lares_fast::use_level, arg("name"));
     m.def("level", &lares_fast::level_name);
+    m.def("has_bf16", &lares_fast::has_bf16);
     m.def("capability", &lares_fast::capability, arg("device"), Release());
     m.def("device_limits", &device_limits, arg("device"), Release());
     m.def("plan_topk", &plan_topk, arg("B"), arg("N"), arg("D"), arg("k"), arg("limits"));

@@ -20,7 +20,7 @@ from lares_fast._errors import InputError, NotBuiltError
 from lares_fast._random import Key
 
 # Equal to ABI in csrc/bindings.cpp: pointers cross this line, so a module of other sources must not be called.
-ABI = 7
+ABI = 8
 
 _REMEDY = "run pip install . in the sources' folder"
 
@@ -78,12 +78,13 @@ def build_info() -> dict[str, Any]:
     """What this installation's native module is and why; never raises and never asks the driver.
 
     ``native`` (bool) and ``reason`` (why not, else empty) are always there, and so are ``cuda_built`` and ``cuda_reason``;
-    a native module adds its file, version, compiler, flags, build type, CPU and CUDA architectures and nvcc version.
+    a native module adds its file, SIMD level, whether that has products of bf16, version, compiler, flags, build type, CPU and CUDA
+    architectures and nvcc version.
     """
     module, reason = _attempt()
     if module is None:
         return {"native": False, "reason": reason, "cuda_built": False, "cuda_reason": "there is no native module"}
-    return {"native": True, "reason": "", "file": str(module.__file__), "simd": module.level(), **module.build_info()}
+    return {"native": True, "reason": "", "file": str(module.__file__), "simd": module.level(), "bf16": module.has_bf16(), **module.build_info()}
 
 
 def capability(device: int = -1) -> str:
@@ -213,12 +214,13 @@ class RecurrenceCall:
     adapter: int
     output: int
     eps: float
+    bf16: bool
 
     def arguments(self, tape: Tensor | None) -> tuple[object, ...]:
         """What both native functions begin with. The tensors must outlive the call: only their addresses cross."""
         width = self.h.shape[1]
         batch = len(self.depth)
-        sizes = (width, self.n_heads, self.inner_size, self.n_layers, self.adapter, self.output, batch)
+        sizes = (width, self.n_heads, self.inner_size, self.n_layers, self.adapter, self.output, batch, self.bf16)
         dropout = (*self.key, *self.thresholds, 0 if self.pre is None else 1)
         tensors = (self.h, self.pre, self.offsets, self.depth, self.rows, tape)
         inputs = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -29,11 +29,13 @@ class LARES(reference.LARES):
 
     # Of every op; None means as the context, the environment or the arguments say.
     backend: str | None = None
+    # Of encoding in evaluation mode, which then has no gradient: as in ops.recurrence.
+    bf16: bool = False
 
-    def __init__(self, config: LARESConfig, *, backend: str | None = None) -> None:
+    def __init__(self, config: LARESConfig, *, backend: str | None = None, bf16: bool = False) -> None:
         requested(backend)
         super().__init__(config)
-        self.backend = backend
+        self.backend, self.bf16 = backend, bf16
 
     def linear_cross_entropy(self, *arguments: Any, **options: Any) -> Tensor:
         """:func:`lares_fast.ops.linear_cross_entropy` on this model's backend."""
@@ -58,6 +60,8 @@ class LARES(reference.LARES):
         every_step: bool,
     ) -> Tensor:
         """The reference's on packed sequences: exact for a causal block, whose real positions never see a later one."""
+        if self.bf16 and self.config.backbone not in _CAUSAL:
+            raise InputError(f"bf16 needs a causal backbone, and this is {self.config.backbone!r}: leave bf16 out.")
         if self.config.backbone not in _CAUSAL or not len(depth):
             return super()._encode(item_seq, item_seq_len, passes, depth, state, draw, every_step)
         if item_seq.dim() == 2:
@@ -120,6 +124,7 @@ class LARES(reference.LARES):
             attention_dropout=config.attention_dropout,
             eps=config.layer_norm_eps,
             longest=config.max_len,
+            bf16=self.bf16 and not self.training,
             backend=self.backend,
             **arguments,
         )

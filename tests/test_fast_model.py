@@ -145,6 +145,18 @@ def test_batches_of_loader_workers_are_those_of_this_process():
             assert torch.equal(model.encode(*here.sequences), model.encode(*there.sequences))
 
 
+def test_bf16_is_of_evaluation_alone():
+    _, fast = twins()
+    with torch.no_grad():
+        exact = fast.eval().encode(*batch(), num_steps=3)
+        fast.bf16 = True
+        rounded = fast.encode(*batch(), num_steps=3)
+    assert 1e-4 < (rounded - exact).abs().max() < 0.1
+    with pytest.raises(InputError, match="bf16 has no gradient"):
+        fast.encode(*batch(), num_steps=3)
+    fast.train().encode(*batch(), num_steps=3).sum().backward()
+
+
 def test_copies_and_pickles_answer_alike():
     _, model = twins()
     expected = model.eval().encode(*batch())

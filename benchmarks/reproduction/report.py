@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import BF16, DATA, EXPERIMENTS, Experiment
+from experiments import DATA, EXPERIMENTS, Experiment
 from pictures import draw, picture
 from published import PUBLISHED
 from runs import MASKED, NOT_MASKED, USUAL, Run, collect
@@ -258,8 +258,8 @@ def _bf16(shown: Sequence[Run]) -> str:
                             f"{change:+.2f} %",
                         )
                     )
-    none = "Not measured: there is no option that encodes in bf16." if BF16 is None else "Not measured yet."
-    return "## Encoding in bf16\n" + (_table(("run", "history", "N@10, fp32", "N@10, bf16", "change"), rows) if rows else none)
+    header = ("run", "history", "N@10, fp32", "N@10, bf16", "change")
+    return "## Encoding in bf16\n" + (_table(header, rows) if rows else "Not measured yet.")
 
 
 def _made(shown: Sequence[Run]) -> str:

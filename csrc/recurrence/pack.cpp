@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstring>
+
+#include "recurrence/bf16.h"
 
 namespace lares_fast {
 namespace {
@@ -21,14 +24,24 @@ float& element(float* panels, std::int64_t rows, std::int64_t row, std::int64_t 
     return panels[(column / COLUMNS * rows + row) * COLUMNS + column % COLUMNS];
 }
 
+// The same of a matrix in pairs: element (row, column) of a panel is the bf16 (row / 2, column, row % 2).
+void store_pair(float* panels, std::int64_t rows, std::int64_t row, std::int64_t column, std::uint16_t value) {
+    const std::int64_t panel = column / COLUMNS * rows / 2 * COLUMNS, place = (row / 2 * COLUMNS + column % COLUMNS) * 2 + row % 2;
+    std::memcpy(reinterpret_cast<std::uint16_t*>(panels + panel) + place, &value, sizeof value);
+}
+
 // W [out, in] to panels of W^T [in rows] and, unless `back` is null, of W [back_rows]; its rows begin at row `first` of them.
 template <class Outs, class Ins>
-void pack_matrix(const float* w, std::int64_t out, std::int64_t in, std::int64_t stride, const Outs& outs, const Ins& ins, std::int64_t first,
-                 std::int64_t in_rows, float* forward, std::int64_t back_rows, float* back) {
+void pack_matrix(Elements elements, const float* w, std::int64_t out, std::int64_t in, std::int64_t stride, const Outs& outs, const Ins& ins,
+                 std::int64_t first, std::int64_t in_rows, float* forward, std::int64_t back_rows, float* back) {
     for (std::int64_t o = 0; o < out; ++o) {
         for (std::int64_t i = 0; i < in; ++i) {
             const float value = w[o * stride + i];
-            element(forward, in_rows, ins(i), first + outs(o)) = value;
+            if (elements == Elements::pairs) {
+                store_pair(forward, in_rows, ins(i), first + outs(o), to_bf16(value));
+            } else {
+                element(forward, in_rows, ins(i), first + outs(o)) = elements == Elements::rounded ? from_bf16(to_bf16(value)) : value;
+            }
             if (back) element(back, back_rows, first + outs(o), ins(i)) = value;
         }
     }
@@ -53,7 +66,7 @@ void unpack_vector(const float* sums, std::int64_t n, const Places& places, floa
 
 }  // namespace
 
-void pack(const Shape& s, const float* const* weights, bool backward, PackedModel& to) {
+void pack(const Shape& s, const float* const* weights, bool backward, Elements elements, PackedModel& to) {
     const std::int64_t D = s.D, A = s.A(), I = s.I;
     const HeadPlaces heads{s.head(), A / s.H};
     const SamePlaces same;
@@ -62,8 +75,8 @@ void pack(const Shape& s, const float* const* weights, bool backward, PackedMode
     a.share = 0.5f;
     if (s.adapter == Adapter::linear) a.share = 1 / (1 + std::exp(-**weights++));
     if (s.adapter == Adapter::concat) {
-        pack_matrix(weights[0], D, D, 2 * D, same, same, 0, D, a.state, D, back(a.state_back));
-        pack_matrix(weights[0] + D, D, D, 2 * D, same, same, 0, D, a.pre, D, back(a.pre_back));
+        pack_matrix(elements, weights[0], D, D, 2 * D, same, same, 0, D, a.state, D, back(a.state_back));
+        pack_matrix(elements, weights[0] + D, D, D, 2 * D, same, same, 0, D, a.pre, D, back(a.pre_back));
         pack_vector(weights[1], D, same, a.bias);
         weights += 2;
     }
@@ -83,20 +96,20 @@ void pack(const Shape& s, const float* const* weights, bool backward, PackedMode
             std::fill(l.query_bias, l.query_bias + A, 0.0f);
             std::fill(l.key_value_bias, l.key_value_bias + 2 * A, 0.0f);
         }
-        pack_matrix(weights[0], D, D, D, heads, same, 0, D, l.query, A, back(l.query_back));
+        pack_matrix(elements, weights[0], D, D, D, heads, same, 0, D, l.query, A, back(l.query_back));
         pack_vector(weights[1], D, heads, l.query_bias);
-        pack_matrix(weights[2], D, D, D, heads, same, 0, D, l.key_value, 2 * A, back(l.key_value_back));
+        pack_matrix(elements, weights[2], D, D, D, heads, same, 0, D, l.key_value, 2 * A, back(l.key_value_back));
         // A key's bias adds the same to all scores of a query, which the softmax does not see; without it scores keep more digits.
         std::fill(l.key_value_bias, l.key_value_bias + A, 0.0f);
-        pack_matrix(weights[4], D, D, D, heads, same, A, D, l.key_value, 2 * A, back(l.key_value_back));
+        pack_matrix(elements, weights[4], D, D, D, heads, same, A, D, l.key_value, 2 * A, back(l.key_value_back));
         pack_vector(weights[5], D, heads, l.key_value_bias + A);
-        pack_matrix(weights[6], D, D, D, same, heads, 0, A, l.output, D, back(l.output_back));
+        pack_matrix(elements, weights[6], D, D, D, same, heads, 0, A, l.output, D, back(l.output_back));
         pack_vector(weights[7], D, same, l.output_bias);
         pack_vector(weights[8], D, same, l.scale1);
         pack_vector(weights[9], D, same, l.shift1);
-        pack_matrix(weights[10], I, D, D, same, same, 0, D, l.up, I, back(l.up_back));
+        pack_matrix(elements, weights[10], I, D, D, same, same, 0, D, l.up, I, back(l.up_back));
         pack_vector(weights[11], I, same, l.up_bias);
-        pack_matrix(weights[12], D, I, I, same, same, 0, I, l.down, D, back(l.down_back));
+        pack_matrix(elements, weights[12], D, I, I, same, same, 0, I, l.down, D, back(l.down_back));
         pack_vector(weights[13], D, same, l.down_bias);
         pack_vector(weights[14], D, same, l.scale2);
         pack_vector(weights[15], D, same, l.shift2);

@@ -32,8 +32,11 @@ inline GradientSlot carve_slot(Carver& c, const Shape& s) {
     return slot;
 }
 
-// `backward` packs what only gradients are multiplied with, too.
-void pack(const Shape& s, const float* const* weights, bool backward, PackedModel& to);
+// How the elements of matrices are packed: as they are, rounded to bf16, or in pairs of bf16 as Bf16Kernel says.
+enum class Elements { exact, rounded, pairs };
+
+// `backward` packs what only gradients are multiplied with, too; their elements are exact.
+void pack(const Shape& s, const float* const* weights, bool backward, Elements elements, PackedModel& to);
 
 void unpack(const Shape& s, const float* const* weights, const GradientSlot& from, float* const* weight_grads);
 

@@ -1,6 +1,9 @@
 // Matrix products on panels, tile by tile in registers.
 #pragma once
 
+#include <cstring>
+
+#include "recurrence/bf16.h"
 #include "recurrence/layout.h"
 #include "simd/vec.h"
 
@@ -25,6 +28,12 @@ struct Size {
     static constexpr int value = N;
 };
 
+#if defined(__AVX512BF16__)
+constexpr bool BF16_PAIRS = true;  // of rows share a register
+#else
+constexpr bool BF16_PAIRS = false;
+#endif
+
 struct Matrix {
     float* data;
     std::int64_t rows;  // between panels
@@ -32,23 +41,66 @@ struct Matrix {
     LARES_INLINE float* at(std::int64_t panel, std::int64_t row) const { return data + (panel * rows + row) * COLUMNS; }
 };
 
+// part = R rows of x [., 16] times `N` matrices [16][16] that stand `apart` floats apart.
+template <int N>
+LARES_INLINE void multiply_panel(const float* x, const float* b, std::int64_t apart, Vec (&part)[R][N * V]) {
+#pragma GCC unroll 16
+    for (int k = 0; k < COLUMNS; ++k) {
+        Vec column[N * V];
+        for (int n = 0; n < N; ++n) {
+            for (int v = 0; v < V; ++v) column[n * V + v] = load(b + n * apart + k * COLUMNS + v * W);
+        }
+        for (int r = 0; r < R; ++r) {
+            const Vec factor = broadcast(x[r * COLUMNS + k]);
+            for (int v = 0; v < N * V; ++v) part[r][v] = k == 0 ? mul(factor, column[v]) : fma(factor, column[v], part[r][v]);
+        }
+    }
+}
+
+// The same, of x rounded to bf16; the matrices are as `BF16_PAIRS` says.
+template <int N>
+LARES_INLINE void multiply_panel_bf16(const float* x, const float* b, std::int64_t apart, Vec (&part)[R][N * V]) {
+#if defined(__AVX512BF16__)
+    constexpr int PAIRS = static_cast<int>(COLUMNS) / 2;
+    std::int32_t pairs[R][PAIRS];
+    for (int r = 0; r < R; ++r) {
+        const __m256bh rounded = _mm512_cvtneps_pbh(load(x + r * COLUMNS));
+        std::memcpy(pairs[r], &rounded, sizeof rounded);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < PAIRS; ++k) {
+        __m512bh column[N];
+        for (int n = 0; n < N; ++n) std::memcpy(&column[n], b + n * apart + k * COLUMNS, sizeof column[n]);
+        for (int r = 0; r < R; ++r) {
+            const auto factors = (__m512bh)_mm512_set1_epi32(pairs[r][k]);
+            for (int n = 0; n < N; ++n) part[r][n] = _mm512_dpbf16_ps(k == 0 ? broadcast(0.0f) : part[r][n], factors, column[n]);
+        }
+    }
+#else
+    float rounded[R * COLUMNS];
+    for (int i = 0; i < R * COLUMNS; ++i) rounded[i] = from_bf16(to_bf16(x[i]));
+    multiply_panel<N>(rounded, b, apart, part);
+#endif
+}
+
+#if defined(LARES_BF16)
+constexpr bool ROUNDED = true;
+#else
+constexpr bool ROUNDED = false;
+#endif
+constexpr std::int64_t PANEL = BF16_PAIRS && ROUNDED ? COLUMNS * COLUMNS / 2 : COLUMNS * COLUMNS;  // floats of sixteen rows
+
 // sums += R rows of x [., depth] times `N` panels [depth][16] that stand `depth` rows apart. Each panel of x has sums of its
 // own that join at its end: a chain of sixteen keeps more digits than one over the whole depth.
 template <int N>
 LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t panels, const float* b, Vec (&sums)[R][N * V]) {
-    const std::int64_t apart = panels * COLUMNS * COLUMNS;
-    for (std::int64_t p = 0; p < panels; ++p, x += x_rows * COLUMNS, b += COLUMNS * COLUMNS) {
+    const std::int64_t apart = panels * PANEL;
+    for (std::int64_t p = 0; p < panels; ++p, x += x_rows * COLUMNS, b += PANEL) {
         Vec part[R][N * V];
-#pragma GCC unroll 16
-        for (int k = 0; k < COLUMNS; ++k) {
-            Vec column[N * V];
-            for (int n = 0; n < N; ++n) {
-                for (int v = 0; v < V; ++v) column[n * V + v] = load(b + n * apart + k * COLUMNS + v * W);
-            }
-            for (int r = 0; r < R; ++r) {
-                const Vec factor = broadcast(x[r * COLUMNS + k]);
-                for (int v = 0; v < N * V; ++v) part[r][v] = k == 0 ? mul(factor, column[v]) : fma(factor, column[v], part[r][v]);
-            }
+        if constexpr (ROUNDED) {
+            multiply_panel_bf16<N>(x, b, apart, part);
+        } else {
+            multiply_panel<N>(x, b, apart, part);
         }
         for (int r = 0; r < R; ++r) {
             for (int v = 0; v < N * V; ++v) sums[r][v] = add(sums[r][v], part[r][v]);
@@ -65,7 +117,7 @@ LARES_INLINE void product_panels(Matrix x, std::int64_t x_panels, const float* b
             const Vec start = bias ? load(bias + panel * COLUMNS + v * W) : broadcast(0.0f);
             for (int r = 0; r < R; ++r) sums[r][v] = start;
         }
-        multiply<N>(x.at(0, row), x.rows, x_panels, b + panel * x_panels * COLUMNS * COLUMNS, sums);
+        multiply<N>(x.at(0, row), x.rows, x_panels, b + panel * x_panels * PANEL, sums);
         for (int n = 0; n < N; ++n) {
             for (int r = 0; r < R; ++r) {
                 for (int v = 0; v < V; ++v) finish(panel + n, row + r, v, sums[r][n * V + v]);

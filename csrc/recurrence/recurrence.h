@@ -19,6 +19,7 @@ struct Recurrence {
     std::int64_t B;
     const float* const* weights;  // weight_count tensors in the order of the reference's parameters
     float* tape;                  // tape_rows * (2 D + 2), or null where no gradient will be asked for
+    bool bf16;                    // operands of products with weights are rounded to bf16; forward only
 };
 
 // Of the adapter and its norm, then of each layer.

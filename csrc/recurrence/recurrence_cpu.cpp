@@ -16,6 +16,13 @@
 namespace lares_fast {
 
 LARES_DISPATCH(RecurrenceKernel, recurrence_kernel)
+LARES_DISPATCH(Bf16Kernel, bf16_kernel)
+
+#if defined(__x86_64__)
+namespace avx512bf16 {
+extern const Bf16Kernel bf16_kernel;
+}
+#endif
 
 namespace {
 
@@ -36,6 +43,7 @@ void check(const Recurrence& c, std::int64_t threads) {
     require(s.H >= 1 && s.D % s.H == 0, "the number of heads must divide the width");
     require(s.layers >= 1 && s.layers < 65536, "the number of layers must be in 1..65535");
     require(c.dropout.hidden < 65536 && c.dropout.attention < 65536, "dropout thresholds must be in [0, 65536)");
+    require(!c.bf16 || !c.tape, "bf16 has no backward: tape must be a null pointer");
     require(c.B >= 0, "B must not be negative");
     if (c.B == 0) return;
     require(c.offsets && c.depth && c.h && c.weights, "offsets, depth, h and weights must not be null pointers");
@@ -49,6 +57,13 @@ void check(const Recurrence& c, std::int64_t threads) {
     }
 }
 
+const Bf16Kernel& best_bf16_kernel() {
+#if defined(__x86_64__)
+    if (has_bf16()) return avx512bf16::bf16_kernel;
+#endif
+    return bf16_kernel();
+}
+
 // A call's plan and packed weights; runs its blocks.
 class Run {
 public:
@@ -58,7 +73,7 @@ public:
         weights_ = lease(size.used());
         Carver c(weights_.get());
         packed_ = carve_model(c, call.shape);
-        pack(call.shape, call.weights, backward, packed_);
+        pack(call.shape, call.weights, backward, elements(), packed_);
         model_ = {call.shape, packed_.layers.data(), packed_.adapter, call.eps, call.dropout, call.output};
     }
 
@@ -76,7 +91,17 @@ public:
 
     std::int64_t tape_floats() const { return plan_.tape_rows * (2 * call_.shape.D + 2); }
 
+    void forward(std::int64_t i, float* out, float* memory) const {
+        const auto run = call_.bf16 ? best_bf16_kernel().forward : recurrence_kernel().forward;
+        run(model_, block(i), call_.h, call_.pre, out, memory);
+    }
+
 private:
+    Elements elements() const {
+        if (!call_.bf16) return Elements::exact;
+        return best_bf16_kernel().pairs ? Elements::pairs : Elements::rounded;
+    }
+
     const Recurrence& call_;
     Plan plan_;
     bool backward_;
@@ -96,7 +121,7 @@ void recurrence_forward(const Recurrence& call, float* out, std::int64_t threads
     run_on_threads(std::min(threads, run.pieces()), [&] {
         const Lease workspace = run.workspace();
         for (std::int64_t i; (i = next.fetch_add(1)) < run.pieces();) {
-            recurrence_kernel().forward(run.model(), run.block(i), call.h, call.pre, out, workspace.get());
+            run.forward(i, out, workspace.get());
         }
     });
 }

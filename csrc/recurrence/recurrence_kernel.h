@@ -56,4 +56,13 @@ struct RecurrenceKernel {
 
 const RecurrenceKernel& recurrence_kernel();
 
+// Forward alone, the operands of products with weights rounded to bf16.
+struct Bf16Kernel {
+    // How weights are packed: two rows of a panel in one, [8][16 columns][2] in bf16; or as fp32 that has been rounded.
+    bool pairs;
+    void (*forward)(const Model&, const Block&, const float* h, const float* pre, float* out, float* workspace);
+};
+
+const Bf16Kernel& bf16_kernel();
+
 }  // namespace lares_fast

@@ -66,4 +66,12 @@ bool has_vnni() {
 #endif
 }
 
+bool has_bf16() {
+#if defined(__x86_64__)
+    return level() == Level::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 }  // namespace lares_fast

@@ -18,4 +18,7 @@ const char* level_name();
 // int8 dot products in one instruction (AVX512_VNNI), at the level in force.
 bool has_vnni();
 
+// Sums of products of pairs of bf16 in one instruction (AVX512_BF16), at the level in force.
+bool has_bf16();
+
 }  // namespace lares_fast

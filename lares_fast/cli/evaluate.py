@@ -28,6 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", metavar="PATH", help="the log, if it is no longer where the run found it")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="which rows to rank (default: test)")
     parser.add_argument("--steps", metavar="T", type=int, help="one number of reasoning steps (default: all of the run's)")
+    parser.add_argument("--bf16", action="store_true", help="encode with operands rounded to bf16")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="also write every metric as CSV")
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], dest="assignments", help="change one setting")
 
@@ -38,6 +39,7 @@ def command(arguments: Namespace) -> int:
         raise InputError(f"--steps must be at least 1, but got {arguments.steps}.")
     config = run_config(arguments.run, arguments.assignments)
     recommender = load(arguments.run)
+    recommender.model.bf16 = arguments.bf16
     with Console() as console:
         log = open_run_log(config, arguments.data, recommender, arguments.run, console)
         split = split_log(config.data, log)

@@ -18,6 +18,11 @@ from lares_fast.ops.attention import attention
 TAPE_COLUMNS = 1
 
 
+def obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], call: Any = None, *_: object) -> str | None:
+    """Why the layers cannot take a call, or ``None``."""
+    return "it multiplies in the dtype of h: for bf16 give it bfloat16 tensors" if call is not None and call.bf16 else None
+
+
 def unasked(h: Tensor, *_: object) -> str | None:
     """Why ``auto`` passes over a call, or ``None``."""
     return None if _is_gpu(h) else f"it is there for GPUs, and h is on {h.device}"

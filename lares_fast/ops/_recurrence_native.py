@@ -72,4 +72,5 @@ def _native_call(call: Any) -> _native.RecurrenceCall:
         adapter=ADAPTERS.index(call.adapter),
         output=OUTPUTS.index(call.output),
         eps=call.eps,
+        bf16=call.bf16,
     )

@@ -26,6 +26,8 @@ def obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], call: Any = 
     if (inner := weights[-6].shape[0]) % 64 or not inner:
         return f"it takes inner sizes that are multiples of 64, and the weights have {inner}"
     if call is not None:
+        if call.bf16:
+            return "it multiplies in the dtype of h: for bf16 give it bfloat16 tensors"
         if (head := h.shape[1] // call.n_heads) not in HEAD_WIDTHS:
             return f"it takes heads of 16, 32, 64 or 128 columns, and they have {head}"
         if call.longest is None:

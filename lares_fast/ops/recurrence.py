@@ -36,6 +36,7 @@ def recurrence(
     attention_dropout: float | None = None,
     eps: float = 1e-12,
     longest: int | None = None,
+    bf16: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """``for _ in range(depth): h = layers(norm(adapter(h, pre)))`` over sequences that stand one behind the other.
@@ -59,6 +60,8 @@ def recurrence(
         dropout, attention_dropout: in [0, 1); ``None`` means "as dropout".
         eps: of the layer norms.
         longest: at least the length of every sequence; an integer, so that no GPU is waited for. Only ``triton`` needs it.
+        bf16: round the operands of products with weights to bf16; sums and everything else stay in the dtype of ``h``. Without
+            gradients, by ``native`` and ``reference``; ``native`` gains time by it where the CPU has AVX512_BF16.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
             ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size
             a multiple of 16, sequences of up to 512 tokens), ``layers`` (anything, packed, by PyTorch's layers and
@@ -75,9 +78,12 @@ def recurrence(
     rows, key = (None, [0, 0]) if draw is None else (draw.rows, list(draw.key))
     rates = [dropout, dropout if attention_dropout is None else attention_dropout]
     joined_by = "none" if pre is None else adapter
-    call = _Call(h, pre, offsets, each, rows, list(weights), all_alike, key, rates, n_heads, joined_by, output, eps, longest)
+    numbers = (all_alike, key, rates, n_heads, joined_by, output, eps, longest, bf16)
+    call = _Call(h, pre, offsets, each, rows, list(weights), *numbers)
     _check(call)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (h, pre, *weights) if x is not None)
+    if bf16 and keep:
+        raise InputError("bf16 has no gradient: call under torch.no_grad(), or leave bf16 out.")
     out: Tensor = _OP(*call.arguments(), keep, backend)[0]
     return out
 
@@ -101,6 +107,7 @@ class _Call:
     output: str
     eps: float
     longest: int | None
+    bf16: bool
 
     def arguments(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
@@ -134,7 +141,7 @@ _Rows = int | torch.SymInt
 _TENSORS = 6
 _SCHEMA = (
     "Tensor h, Tensor? pre, Tensor offsets, Tensor? depth, Tensor? rows, Tensor[] weights, int steps, int[] key,"
-    " float[] dropout, int n_heads, str adapter, str output, float eps, int? longest"
+    " float[] dropout, int n_heads, str adapter, str output, float eps, int? longest, bool bf16"
 )
 
 
@@ -265,6 +272,7 @@ def _reference(call: _Call) -> Tensor:
         dropout=call.dropout[0],
         attention_dropout=call.dropout[1],
         eps=call.eps,
+        bf16=call.bf16,
     )
 
 
@@ -297,7 +305,7 @@ for _op, *_runs in (
         _op,
         Backend("triton", _triton_run, _recurrence_triton.obstacle),
         Backend("native", _native_run, _recurrence_native.obstacle),
-        Backend("layers", _layers_run, lambda *_: None, _recurrence_layers.unasked),
+        Backend("layers", _layers_run, _recurrence_layers.obstacle, _recurrence_layers.unasked),
         Backend("reference", _reference_run, lambda *_: None),
     )
 

@@ -92,6 +92,7 @@ def recurrence(
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
     eps: float = 1e-12,
+    bf16: bool = False,
 ) -> Tensor:
     """:func:`lares_fast.ops.recurrence` on padded sequences; ``depth`` [B]."""
     lengths = offsets.diff()
@@ -114,6 +115,10 @@ def recurrence(
     )
     with torch.device("meta"):
         steps = _Steps(config, with_adapter=pre is not None)
+    if bf16:
+        weights = [_rounded(weight) if weight.dim() == 2 else weight for weight in weights]
+        for linear in filter(lambda module: isinstance(module, nn.Linear), steps.modules()):
+            linear.register_forward_pre_hook(lambda _, x: (_rounded(x[0]),))
     named = dict(zip((name for name, _ in steps.named_parameters()), weights, strict=True))
     mask = attention_mask(real, h.dtype)
     arguments = (padded(h), None if pre is None else padded(pre), mask, depth, draw)
@@ -125,6 +130,11 @@ def recurrence(
     if output == "last":
         return at_last[:, -1]
     return at_last[torch.arange(1, len(states) + 1, device=h.device) <= depth[:, None]]
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """The nearest bf16 numbers, in the dtype of ``x``."""
+    return x.to(torch.bfloat16).to(x.dtype)
 
 
 class _Steps(nn.Module):

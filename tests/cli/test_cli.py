@@ -108,6 +108,15 @@ def test_eval_of_one_depth_on_validation_rows(cli, trained):
     assert [name for name in results_of(result.out, "history masked") if "LARES" in name] == ["LARES valid T=3"]
 
 
+def test_eval_in_bf16_changes_digits(cli, trained, tmp_path):
+    tables = []
+    for name, more in (("fp32", []), ("bf16", ["--bf16"])):
+        cli("eval", "--run", trained, "--steps", "2", "--csv", tmp_path / name, *more)
+        tables.append((tmp_path / name).read_text())
+    assert tables[0] != tables[1]
+    assert len(tables[0].splitlines()) == len(tables[1].splitlines())
+
+
 def test_eval_writes_csv(cli, trained, tmp_path):
     file = tmp_path / "noise.csv"
     result = cli("eval", "--run", trained, "--steps", "2", "--set", "evaluation.noise_seed=3", "--csv", file)

@@ -61,6 +61,44 @@ def test_a_planted_bug_is_caught(bug):
             oracle.check(kind, found[i], twin[i], truth[i])
 
 
+@pytest.mark.parametrize("case", [
+    {"depth": RAGGED, "output": "steps"}, {"adapter": "concat"}, {"adapter": "linear", "H": 4, "output": "tokens"},
+    {"adapter": None, "depth": 1, "output": "tokens"}, {"D": 48, "H": 4, "inner": 80}, {"p": 0, "D": 16, "H": 1, "inner": 32},
+], ids=str)  # fmt: skip
+def test_bf16_obeys_the_law_of_bf16(case):
+    case = Case(**case)
+    case.tensors = {name: x.bfloat16().float() for name, x in case.tensors.items()}
+    before = _dispatch.calls["recurrence", "native"]
+    found = case.call(case.tensors, "native", bf16=True)
+    assert _dispatch.calls["recurrence", "native"] == before + 1
+    dtypes = (torch.bfloat16, torch.float64)
+    twin, truth = (case.call({name: x.to(dtype) for name, x in case.tensors.items()}, "reference") for dtype in dtypes)
+    oracle.check("forward", {"out": found.bfloat16()}, {"out": twin}, {"out": truth})
+
+
+@pytest.mark.parametrize("adapter", ["add", "concat", None])
+def test_bf16_rounds_what_the_reference_rounds(adapter):
+    """Of one layer, after which neighbouring roundings have not yet parted: the law of fp32, which unrounded products break."""
+    case = Case(adapter=adapter, layers=1, depth=1)
+    exact = case.call(case.tensors, "native")
+    double = {name: x.double() for name, x in case.tensors.items()}
+    truth, twin, found = (
+        {"out": case.call(tensors, backend, bf16=True)}
+        for tensors, backend in ((double, "reference"), (case.tensors, "reference"), (case.tensors, "native"))
+    )
+    oracle.check("forward", found, twin, truth)
+    with pytest.raises(AssertionError):
+        oracle.check("forward", {"out": exact}, twin, truth)
+
+
+def test_bf16_has_no_gradient_and_is_left_to_two_backends():
+    case = Case(lengths=[2, 3], D=16, inner=32)
+    with pytest.raises(InputError, match=r"bf16 has no gradient: call under torch\.no_grad\(\)"):
+        Case(lengths=[2], D=16, inner=32).run("native", bf16=True)
+    with pytest.raises(BackendError, match="for bf16 give it bfloat16 tensors"):
+        case.call(case.tensors, "layers", bf16=True)
+
+
 def test_threads_do_not_change_a_bit(monkeypatch):
     case = Case(lengths=LENGTHS * 3, depth=RAGGED * 3)
     threads = torch.get_num_threads()
@@ -103,7 +141,7 @@ def test_opcheck_and_compile():
     case.tensors = {name: x.requires_grad_() for name, x in case.tensors.items()}
     h, pre, *weights = case.tensors.values()
     rows = case.options["draw"].rows
-    numbers = (2, [3, 7], [0.5, 0.5], 2, "add", "last", 1e-12, None)
+    numbers = (2, [3, 7], [0.5, 0.5], 2, "add", "last", 1e-12, None, False)
     arguments = (h, pre, case.offsets, None, rows, weights, *numbers, True, "native")
     torch.library.opcheck(torch.ops.lares_fast.recurrence, arguments)
     compiled = torch.compile(lambda x: case.call({**case.tensors, "h": x}, "native") * 2, fullgraph=True, backend="aot_eager")

@@ -140,7 +140,7 @@ def test_opcheck_and_compile(changes):
     tensors = list(case.tensors.values())
     h, pre, *weights = tensors
     depth, steps = (case.options["depth"], 0) if changes else (None, 2)
-    numbers = (steps, [3, 7], [0.5, 0.5], 2, "add", case.options["output"], 1e-12, None)
+    numbers = (steps, [3, 7], [0.5, 0.5], 2, "add", case.options["output"], 1e-12, None, False)
     arguments = (h, pre, case.offsets, depth, case.options["draw"].rows, weights, *numbers, True, "layers")
     torch.library.opcheck(torch.ops.lares_fast.recurrence, arguments)
 
