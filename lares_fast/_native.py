@@ -78,13 +78,14 @@ def build_info() -> dict[str, Any]:
     """What this installation's native module is and why; never raises and never asks the driver.
 
     ``native`` (bool) and ``reason`` (why not, else empty) are always there, and so are ``cuda_built`` and ``cuda_reason``;
-    a native module adds its file, SIMD level, whether that has products of bf16, version, compiler, flags, build type, CPU and CUDA
-    architectures and nvcc version.
+    a native module adds its file, SIMD level, whether that multiplies in bf16, version, compiler, flags, build type, CPU and
+    CUDA architectures and nvcc version.
     """
     module, reason = _attempt()
     if module is None:
         return {"native": False, "reason": reason, "cuda_built": False, "cuda_reason": "there is no native module"}
-    return {"native": True, "reason": "", "file": str(module.__file__), "simd": module.level(), "bf16": module.has_bf16(), **module.build_info()}
+    level = {"simd": module.level(), "bf16": module.has_bf16()}
+    return {"native": True, "reason": "", "file": str(module.__file__), **level, **module.build_info()}
 
 
 def capability(device: int = -1) -> str:

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 import lares_fast
+from lares_fast import ops
 from lares_fast.cli import settings
 from lares_fast.train.checkpoint import load_state
 
@@ -108,13 +109,12 @@ def test_eval_of_one_depth_on_validation_rows(cli, trained):
     assert [name for name in results_of(result.out, "history masked") if "LARES" in name] == ["LARES valid T=3"]
 
 
-def test_eval_in_bf16_changes_digits(cli, trained, tmp_path):
-    tables = []
-    for name, more in (("fp32", []), ("bf16", ["--bf16"])):
-        cli("eval", "--run", trained, "--steps", "2", "--csv", tmp_path / name, *more)
-        tables.append((tmp_path / name).read_text())
-    assert tables[0] != tables[1]
-    assert len(tables[0].splitlines()) == len(tables[1].splitlines())
+@pytest.mark.parametrize("asked", [False, True])
+def test_eval_encodes_in_bf16_where_asked(cli, trained, monkeypatch, asked):
+    op, seen = ops.recurrence, []
+    monkeypatch.setattr(ops, "recurrence", lambda *inputs, **options: seen.append(options["bf16"]) or op(*inputs, **options))
+    cli("eval", "--run", trained, "--steps", "2", *(["--bf16"] if asked else []))
+    assert set(seen) == {asked}
 
 
 def test_eval_writes_csv(cli, trained, tmp_path):
