@@ -1,6 +1,11 @@
-"""``python benchmarks/plot.py ROWS.csv OUT.svg``: the median ratio of every candidate, with its range."""
+"""Plots of committed rows: ``python benchmarks/plot.py ratios|cost ROWS.csv OUT.svg``.
+
+``ratios``: the median ratio of every candidate, with its range. ``cost``: the time of a call of ``recurrence`` against T and
+against its tokens, beside what it would be if it grew in proportion from the largest.
+"""
 
 import csv
+import re
 import sys
 
 import matplotlib
@@ -8,11 +13,12 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot
 
+_COST = "ns a token and layer application, by "
 
-def main(source: str, target: str) -> None:
-    """Draw ``source`` (rows of harness.append) into ``target``."""
-    with open(source) as file:
-        rows = [row for row in csv.DictReader(file) if row["candidate"] != row["baseline"]]
+
+def ratios(rows: list[dict[str, str]]) -> pyplot.Figure:
+    """Of the rows of a comparison."""
+    rows = [row for row in rows if row["candidate"] != row["baseline"]]
     figure, axes = pyplot.subplots(figsize=(9, 0.3 * len(rows) + 1), layout="constrained")
     for place, row in enumerate(reversed(rows)):
         low, middle, high = (float(row[f"ratio_{name}"]) for name in ("min", "median", "max"))
@@ -25,10 +31,38 @@ def main(source: str, target: str) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times faster")
+    return figure
+
+
+def cost(rows: list[dict[str, str]]) -> pyplot.Figure:
+    """Of the facts of ``bench_recurrence.py``."""
+    figure, places = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axes, by in zip(places, ("T", "tokens"), strict=True):
+        points = []
+        for row in rows:
+            if row["name"] != _COST + by:
+                continue
+            tokens, steps, layers = map(int, re.match(r"(\d+) tokens T(\d+) (\d+) layers", row["shape"]).groups())
+            points.append((steps if by == "T" else tokens, float(row["value"]) * tokens * steps * layers * 1e-6))
+        largest, time = max(points)
+        axes.plot([0, largest], [0, time], color="black", linewidth=0.8, linestyle="--", label="in proportion")
+        axes.plot(*zip(*points, strict=True), "o", color="tab:blue", label="measured")
+        axes.set_xlabel(by)
+        axes.set_ylabel("ms, forward and backward")
+        axes.set_xlim(0)
+        axes.set_ylim(0)
+        axes.legend()
+    return figure
+
+
+def main(kind: str, source: str, target: str) -> None:
+    """Draw ``source`` (rows or facts of harness.append) into ``target``."""
+    with open(source) as file:
+        figure = {"ratios": ratios, "cost": cost}[kind](list(csv.DictReader(file)))
     figure.savefig(target, metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4 or sys.argv[1] not in ("ratios", "cost"):
         sys.exit(__doc__)
     main(*sys.argv[1:])
