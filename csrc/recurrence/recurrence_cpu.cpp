@@ -35,6 +35,10 @@ void require(bool holds, const std::string& message) {
     if (!holds) throw std::invalid_argument(message);
 }
 
+bool all_there(float* const* pointers, std::int64_t count) {
+    return pointers && std::find(pointers, pointers + count, nullptr) == pointers + count;
+}
+
 void check(const Recurrence& c, std::int64_t threads) {
     const Shape& s = c.shape;
     require(threads >= 1, "threads must be at least 1");
@@ -115,6 +119,7 @@ private:
 void recurrence_forward(const Recurrence& call, float* out, std::int64_t threads) {
     check(call, threads);
     if (call.B == 0) return;
+    require(out, "out must not be a null pointer");
     const Run run(call, false);
     if (call.tape) prefer_large_pages(call.tape, run.tape_floats());
     std::atomic<std::int64_t> next{0};
@@ -129,7 +134,11 @@ void recurrence_forward(const Recurrence& call, float* out, std::int64_t threads
 void recurrence_backward(const Recurrence& call, const float* out_grad, float* h_grad, float* pre_grad, float* const* weight_grads,
                          std::int64_t threads) {
     check(call, threads);
-    require(call.tape || call.B == 0, "tape must not be a null pointer");
+    if (call.B > 0) {
+        require(call.tape && out_grad && h_grad, "tape, out_grad and h_grad must not be null pointers");
+        require(pre_grad || call.shape.adapter == Adapter::none, "pre_grad must not be a null pointer");
+    }
+    require(all_there(weight_grads, weight_count(call.shape)), "weight_grads must not be null pointers");
     Carver size(nullptr);
     carve_slot(size, call.shape);
     const std::int64_t floats = size.used();

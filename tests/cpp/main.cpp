@@ -1,5 +1,5 @@
 // native_tests LEVEL CALLS LARGE CALLERS SEED [BUG]: CALLS random calls of each op of csrc/, valid and invalid, without Python.
-// LEVEL is generic, avx2, avx512 (without VNNI where it is emulated) or avx512vnni.
+// LEVEL is generic, avx2, avx512 (whose VNNI is hidden) or avx512vnni.
 // One call in LARGE has work for several threads; CALLERS threads make such rounds of calls at the same time. The last line
 // counts what was done; a planted BUG must end in another way.
 #include <cstdio>
@@ -42,8 +42,8 @@ Count round_of_calls(std::int64_t calls, std::int64_t large, std::uint64_t seed)
 
 }  // namespace
 
-// For simde/emulated.h.
-bool emulated(const char* feature) { return vnni || std::strcmp(feature, "avx512vnni") != 0; }
+// For features.h.
+bool shown(const char* feature) { return vnni || std::strcmp(feature, "avx512vnni") != 0; }
 
 int main(int argc, char** argv) {
     if (argc < 6) return std::fprintf(stderr, "usage: native_tests LEVEL CALLS LARGE CALLERS SEED [BUG]\n"), 2;

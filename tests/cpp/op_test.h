@@ -28,7 +28,12 @@ class Random {
         return std::uniform_int_distribution<std::int64_t>(first, last)(engine_);
     }
     bool chance(double share) { return std::bernoulli_distribution(share)(engine_); }
-    float normal() { return std::normal_distribution<float>()(engine_); }
+    // Nearly: four uniform numbers of 16 bits, added. The library's own took half of the program's time.
+    float normal() {
+        const std::uint64_t bits = engine_();
+        const std::uint64_t sum = (bits & 0xFFFF) + (bits >> 16 & 0xFFFF) + (bits >> 32 & 0xFFFF) + (bits >> 48);
+        return (static_cast<float>(sum) - 2 * 65535.0f) * (1.7320508f / 65536.0f);
+    }
     template <class T>
     T one_of(const std::vector<T>& values) {
         return values[static_cast<std::size_t>(between(0, static_cast<std::int64_t>(values.size()) - 1))];

@@ -1,18 +1,21 @@
-"""The ops of csrc/ without Python: random calls, valid and invalid, under sanitizers, on aarch64, and with AVX-512 emulated.
+"""The ops of csrc/ without Python: random calls, valid and invalid, under sanitizers, on aarch64, and with AVX-512.
 
-Takes minutes, so it runs only under ``-m native_cpp``. What a machine lacks is skipped with its name.
+A CPU without AVX-512 has it emulated. Takes minutes, so it runs only under ``-m native_cpp``. What a machine lacks is skipped
+with its name.
 """
 
 import platform
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ON_X86 = platform.machine() in ("x86_64", "AMD64")
+FLAGS = set(Path("/proc/cpuinfo").read_text().split()) if platform.machine() in ("x86_64", "AMD64") else set()
+HAS_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= FLAGS
 SIMDE = Path("/usr/include/simde/x86/avx512.h")
 
 pytestmark = pytest.mark.native_cpp
@@ -44,37 +47,52 @@ def run(program, level, calls, *, large, callers=1, bug=()):
     return done.returncode, done.stdout + done.stderr
 
 
-def check(program, level, calls, **options):
+def check(result, level, calls, callers=1):
     """Every call was made, at this level, and nothing was reported."""
-    code, output = run(program, level, calls, **options)
+    code, output = result
     assert code == 0, output[-3000:]
     counts = re.fullmatch(rf"level {level}, (\d+) ops: (\d+) valid, (\d+) refused\n", output)
     assert counts, output[-3000:]
     ops, valid, refused = map(int, counts.groups())
-    assert valid + refused == ops * calls * options.get("callers", 1)
+    assert valid + refused == ops * calls * callers
     assert min(valid, refused) > 0.4 * (valid + refused)
 
 
 def levels():
-    """The levels of this CPU, and AVX-512 where it is emulated on AVX2."""
-    flags = Path("/proc/cpuinfo").read_text() if ON_X86 else ""
-    if not {"avx2", "fma"} <= set(flags.split()):
+    """The levels that this CPU has, and AVX-512 where it is emulated on AVX2."""
+    if not {"avx2", "fma"} <= FLAGS:
         return ["generic"]
-    return ["generic", "avx2", *(["avx512", "avx512vnni"] if SIMDE.exists() else [])]
+    return ["generic", "avx2", *(["avx512", "avx512vnni"] if HAS_AVX512 or SIMDE.exists() else [])]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")
 def checked():
-    emulated = ["-DAVX512_BY_SIMDE=ON"] if "avx512" in levels() else []
-    return build("address", "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all -g1", *emulated)
+    # Sanitizers compile ten times as long at -O3 as at -O1.
+    flags = ["-DOPTIMISE=-O1", "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all -g1"]
+    return build("address", *flags, f"-DAVX512_BY_SIMDE={'avx512' in levels() and not HAS_AVX512}")
 
 
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512", "avx512vnni"])
-def test_fuzz_under_address_and_undefined_behaviour_sanitizers(level, checked):
-    if level not in levels():
+# Of the ops only topk and its index have code of their own for avx512vnni.
+CALLS = {"generic": 4_000, "avx2": 4_000, "avx512": 4_000, "avx512vnni": 1_000}
+
+
+@pytest.fixture(scope="module")
+def fuzzed(checked, pool):
+    """The results of all levels, two at a time."""
+    return {level: pool.submit(run, checked, level, CALLS[level], large=400) for level in levels()}
+
+
+@pytest.mark.parametrize("level", CALLS)
+def test_fuzz_under_address_and_undefined_behaviour_sanitizers(level, fuzzed):
+    if level not in fuzzed:
         pytest.skip(f"this machine has neither {level} nor libsimde-dev on a CPU with AVX2")
-    # Of the ops only topk and its index have code of their own for avx512vnni.
-    check(checked, level, 1_000 if level == "avx512vnni" else 4_000, large=400)
+    check(fuzzed[level].result(), level, CALLS[level])
 
 
 @pytest.mark.parametrize(
@@ -124,25 +142,36 @@ PLANTS = {
 }
 
 
-@pytest.mark.parametrize("bug", PLANTS)
-def test_a_bug_planted_in_the_recurrence_is_found(bug, checked, tmp_path):
+def run_with_plant(bug, checked, folder):
+    """:func:`run` of the program with ``bug`` in it."""
     name, text, instead = PLANTS[bug]
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    file = tmp_path / "csrc" / "recurrence" / name
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    file = folder / "csrc" / "recurrence" / name
     assert file.read_text().count(text) == 1, f"{name} has changed: plant the bug elsewhere"
     file.write_text(file.read_text().replace(text, instead))
     spoilt = "plan.cpp" if name == "plan.cpp" else "recurrence_kernel.cpp"
     target = "native_tests.dir" if name == "plan.cpp" else "lares_fast_generic.dir"
     objects = [x for x in checked[0].parent.rglob("*.o") if x.name != f"{spoilt}.o" or target not in str(x)]
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-DLARES_LEVEL=generic", f"-I{tmp_path / 'csrc'}"]
-    # Its results are wrong, which shows without sanitizers, and those would take most of the time.
+    flags = ["-std=c++17", "-ffp-contract=off", "-DLARES_LEVEL=generic", f"-I{folder / 'csrc'}"]
+    # Its results are wrong, which shows without sanitizers and optimisation, and those would take most of the time.
     for command in (
-        ["g++", *flags, "-c", tmp_path / "csrc" / "recurrence" / spoilt, "-o", tmp_path / "spoilt.o"],
-        ["g++", "-fsanitize=address,undefined", tmp_path / "spoilt.o", *objects, "-pthread", "-o", tmp_path / "native_tests"],
+        ["g++", *flags, "-c", folder / "csrc" / "recurrence" / spoilt, "-o", folder / "spoilt.o"],
+        ["g++", "-fsanitize=address,undefined", folder / "spoilt.o", *objects, "-pthread", "-o", folder / "native_tests"],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-    code, output = run([tmp_path / "native_tests"], "generic", 300, large=0)
+    return run([folder / "native_tests"], "generic", 300, large=0)
+
+
+@pytest.fixture(scope="module")
+def planted(checked, pool, tmp_path_factory):
+    """The results with each bug, two at a time."""
+    return {bug: pool.submit(run_with_plant, bug, checked, tmp_path_factory.mktemp("plant")) for bug in PLANTS}
+
+
+@pytest.mark.parametrize("bug", PLANTS)
+def test_a_bug_planted_in_the_recurrence_is_found(bug, planted):
+    code, output = planted[bug].result()
     assert code != 0
     assert re.search(r"recurrence, .* and should be", output), output[-3000:]
 
@@ -152,14 +181,14 @@ def raced():
     # Without randomised addresses, where that is allowed: gcc 12's runtime does not know the layout of newer kernels.
     fixed = ["setarch", "-R"]
     allowed = shutil.which("setarch") and subprocess.run([*fixed, "true"], capture_output=True, check=False).returncode == 0
-    return [*(fixed if allowed else []), *build("thread", "-DCMAKE_CXX_FLAGS=-fsanitize=thread -g1")]
+    return [*(fixed if allowed else []), *build("thread", "-DOPTIMISE=-O1", "-DCMAKE_CXX_FLAGS=-fsanitize=thread -g1")]
 
 
 @pytest.mark.parametrize("level", ["generic", "avx2"])
 def test_several_threads_under_the_thread_sanitizer(level, raced):
     if level not in levels():
         pytest.skip(f"this CPU has no {level}")
-    check(raced, level, 30, large=10, callers=3)
+    check(run(raced, level, 30, large=10, callers=3), level, 30, callers=3)
 
 
 def test_a_planted_race_is_reported(raced):
@@ -172,5 +201,5 @@ def test_aarch64():
     need("qemu-aarch64")
     target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static"]
     program = ["qemu-aarch64", *build("aarch64", *target, compiler="aarch64-linux-gnu-g++")]
-    check(program, "generic", 300, large=100)
+    check(run(program, "generic", 300, large=100), "generic", 300)
     assert run(program, "generic", 300, large=0, bug=["ties"])[0] != 0
