@@ -129,6 +129,16 @@ void valid(Random& random, bool large, std::int64_t threads) {
     without_tape.call.tape = nullptr;
     without_tape.forward(threads);
     if (!same_bits(results.out, untaped.out)) differ("whether there will be a backward");
+
+    Results rounded(c);
+    Call of_bf16(c, rounded);
+    of_bf16.call.bf16 = without_tape.call.bf16 = true, of_bf16.call.tape = nullptr;
+    of_bf16.forward(threads);
+    without_tape.forward(threads % 3 + 1);
+    if (!same_bits(rounded.out, untaped.out)) differ("threads in bf16");
+    for (const float value : rounded.out) {
+        if (!std::isfinite(value)) return fail("recurrence in bf16 is not finite: " + c.describe());
+    }
 }
 
 constexpr std::int64_t HUGE_SIZE = std::int64_t{1} << 62;
@@ -156,6 +166,7 @@ const std::vector<Spoiler<Recurrence>> SPOILERS = {
     {"no layers", [](Recurrence& r) { r.shape.layers = 0; }},
     {"layers huge", [](Recurrence& r) { r.shape.layers = HUGE_SIZE; }},
     {"hidden threshold 65536", [](Recurrence& r) { r.dropout.hidden = 65536; }},
+    {"bf16 with a tape", [](Recurrence& r) { r.bf16 = true; }},
     {"attention threshold 65536", [](Recurrence& r) { r.dropout.attention = 65536; }},
 };
 
