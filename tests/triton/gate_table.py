@@ -35,7 +35,11 @@ def measure():
     patch, lines = pytest.MonkeyPatch(), {}
     for case, call in cases.items():
         for architecture in (80, 90, 100, 120):
-            found = triton_gate.compile_launches(patch, architecture, call)
+            try:
+                found = triton_gate.compile_launches(patch, architecture, call)
+            except triton.compiler.errors.CompilationError:
+                lines.setdefault(case, {})[architecture] = "does not compile"
+                continue
             for kernel in {kernel.name: kernel for kernel in found}.values():
                 assert kernel.count("HGMMA") == kernel.count("UTC") == 0, f"{kernel} has products that are not sound"
                 cell = f"{kernel.registers}, {kernel.stack}, {kernel.shared / 1024:.0f}, {kernel.products}"
