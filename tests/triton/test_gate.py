@@ -156,6 +156,7 @@ RECURRENCE_CASES = [
     (128, 4, torch.bfloat16, 0.0, 128, "add", False, (80, 100)),
     (64, 2, torch.bfloat16, 0.5, 50, "add", True, (80, 90)),
     (64, 2, torch.bfloat16, 0.0, 20, "concat", True, (120,)),
+    (128, 2, torch.bfloat16, 0.5, 50, "add", True, (90,)),
     (64, 2, torch.float32, 0.0, 20, "add", False, (90,)),
 ]
 
@@ -165,13 +166,13 @@ def recurrence_stack(D, dtype, p, architecture):
     if dtype == torch.float32:
         return 512
     if p:
-        return 224
+        return 224 if D == 64 else 512
     if D == 64:
         return 16 if architecture < 90 else 0
     return 256 if architecture < 90 else 128
 
 
-# The same for the kernels of the backward, at D = 64 and with dropout.
+# The same for the kernels of the backward, at D = 64 and with dropout; twice as wide, the halves spill.
 BACKWARD_STACK = {
     "attention_half_backward": 64,
     "feed_half_backward": 16,
@@ -179,6 +180,7 @@ BACKWARD_STACK = {
     "join_backward": 0,
     "weight_gradient": 64,
 }
+WIDE_STACK = {**BACKWARD_STACK, "attention_half_backward": 832, "feed_half_backward": 512}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,9 @@ def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, mo
     for kernel in kernels:
         assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
         limit = (
-            recurrence_stack(D, dtype, p, architecture) if kernel.name == "recurrence_forward" else BACKWARD_STACK[kernel.name]
+            recurrence_stack(D, dtype, p, architecture)
+            if kernel.name == "recurrence_forward"
+            else (BACKWARD_STACK if D == 64 else WIDE_STACK)[kernel.name]
         )
         assert kernel.stack <= limit, kernel
         if dtype == torch.float32:
