@@ -13,6 +13,7 @@ import torch
 
 from lares_fast._errors import InputError
 from lares_fast.cli.console import notice
+from lares_fast.cli.gpu_limits import LARGE
 from lares_fast.cli.gpu_steps import STEPS
 from lares_fast.cli.steps import run_step
 
@@ -20,7 +21,7 @@ from lares_fast.cli.steps import run_step
 _STOP = ("record", "alone")
 # What --quick runs, and what must pass.
 _QUICK = ("record", "alone", "hello", "load", "canaries", "correctness", "repeat")
-_REQUIRED = (*_QUICK, "boundaries", "streams", "graphs")
+_REQUIRED = (*_QUICK, "boundaries", *LARGE, "streams", "fork", "graphs", "replays")
 # Triton's switches that change how products are compiled: the one that heals a failure is its diagnosis.
 _SWITCHES = {
     "without WGMMA": {"DISABLE_MMA_V3": "1"},
@@ -63,7 +64,7 @@ def run(names: list[str], *, rehearse: bool, quick: bool, seconds: float) -> dic
     environ = {"TRITON_INTERPRET": "1" if rehearse else "0"}
     for name in names:
         notice(f"step {name}")
-        how = {"seconds": seconds, "rehearse": rehearse, "quick": quick}
+        how: dict[str, Any] = {"seconds": seconds, "rehearse": rehearse, "quick": quick}
         found[name] = run_step(name, environ=environ, **how)
         if found[name]["status"] in ("failed", "hung"):
             if name in _STOP:

@@ -22,38 +22,32 @@ import torch
 from torch import Tensor
 
 from lares_fast import __version__, _native, ops
-from lares_fast.cli.steps import DTYPES, faults_by_the_law, interpreted, ops_with_triton, passed, verdict
+from lares_fast.cli import gpu_limits
+from lares_fast.cli.steps import (
+    DTYPES,
+    TABLES,
+    device_of,
+    equal,
+    faults_by_the_law,
+    gpu_backends,
+    kernels_of,
+    ops_with_triton,
+    passed,
+    skipped,
+    verdict,
+)
 from lares_fast.ops import _canary, _trials, _triton
 
 Result = dict[str, Any]
 _PROPERTIES = (
     "name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size", "shared_memory_per_block_optin",
 )  # fmt: skip
-_TABLES = ("topk", "target_rank")
 
 
-def skipped(why: str) -> Result:
-    """The result of a step that does not apply here."""
-    return {"status": "skipped", "why": why}
-
-
-def _device(rehearse: bool) -> str:
-    return "cpu" if rehearse else "cuda"
-
-
-def _kernels(rehearse: bool) -> Any:
-    """A context in which the Triton backend runs, unasked: a canary would hide what is to be found."""
-    return interpreted() if rehearse else _triton.anywhere()
-
-
-def _backends(rehearse: bool) -> list[tuple[str, str]]:
-    """(op, backend) of the GPU kernels that can be run."""
-    found = [(op, "triton") for op in ops_with_triton()]
-    return found if rehearse or not _native.capability().startswith("ok") else [*found, *((op, "cuda") for op in _TABLES)]
-
-
-def _variants(op: str, quick: bool) -> list[dict[str, Any]]:
-    return [{}] if quick or op in _TABLES else _trials.shipped(op)
+def _variants(op: str, quick: bool, backend: str = "triton") -> list[dict[str, Any]]:
+    if backend == "layers":
+        return [{"width": 48}] if quick else [{"width": 48}, {"width": 256}]
+    return [{}] if quick or op in TABLES else _trials.shipped(op)
 
 
 def record(rehearse: bool, quick: bool) -> Result:
@@ -76,16 +70,7 @@ def record(rehearse: bool, quick: bool) -> Result:
     gpus = []
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
-        names = (
-            "name",
-            "major",
-            "minor",
-            "multi_processor_count",
-            "total_memory",
-            "L2_cache_size",
-            "shared_memory_per_block_optin",
-        )
-        gpus.append({name: getattr(about, name, None) for name in names})
+        gpus.append({name: getattr(about, name, None) for name in _PROPERTIES})
     return passed(**facts, gpus=gpus, canary=_canary.identity(torch.device("cuda", 0)), capability=_native.capability())
 
 
@@ -94,7 +79,7 @@ def alone(rehearse: bool, quick: bool) -> Result:
     faults = []
     for name in ("float32", "bfloat16"):
         a, b = (torch.randn(256, 256).to(DTYPES[name]) for _ in range(2))
-        found = (a.to(_device(rehearse)) @ b.to(_device(rehearse))).cpu().double()
+        found = (a.to(device_of(rehearse)) @ b.to(device_of(rehearse))).cpu().double()
         error = (found - a.double() @ b.double()).abs().max().item()
         if not error <= (1e-2 if name == "float32" else 0.5):
             faults.append(f"torch's product in {name} is off by {error:.3g}")
@@ -104,8 +89,8 @@ def alone(rehearse: bool, quick: bool) -> Result:
 def hello(rehearse: bool, quick: bool) -> Result:
     """The first kernel of each kind."""
     facts, faults = {"cuda module": _native.capability()}, []
-    with _kernels(rehearse):
-        one = torch.ones(1, 8, device=_device(rehearse))
+    with kernels_of(rehearse):
+        one = torch.ones(1, 8, device=device_of(rehearse))
         target = torch.zeros(1, dtype=torch.int64, device=one.device)
         found = ops.target_logprob(one, torch.cat((one, one)), target, backend="triton")
     if abs(found.item() + 0.6931472) > 1e-5:
@@ -132,11 +117,11 @@ def load(rehearse: bool, quick: bool) -> Result:
 def canaries(rehearse: bool, quick: bool) -> Result:
     """Integers, exactly."""
     faults = []
-    with _kernels(rehearse):
+    with kernels_of(rehearse):
         for op in ops_with_triton():
             for name, dtype in DTYPES.items():
                 for variant in _variants(op, quick or rehearse):
-                    fault = _canary.try_out(op, torch.device(_device(rehearse)), dtype, **variant)
+                    fault = _canary.try_out(op, torch.device(device_of(rehearse)), dtype, **variant)
                     faults += [f"{op} {name} {variant}: {fault}"] if fault else []
     return verdict(faults)
 
@@ -144,13 +129,13 @@ def canaries(rehearse: bool, quick: bool) -> Result:
 def correctness(rehearse: bool, quick: bool) -> Result:
     """The tolerance law."""
     faults = []
-    with _kernels(rehearse):
-        for op, backend in _backends(rehearse):
+    with kernels_of(rehearse):
+        for op, backend in gpu_backends(rehearse):
             for name, dtype in DTYPES.items():
                 if backend == "cuda" and name != "float32":
                     continue
-                for variant in _variants(op, quick or rehearse):
-                    found = faults_by_the_law(op, backend, dtype, _device(rehearse), **variant)
+                for variant in _variants(op, quick or rehearse, backend):
+                    found = faults_by_the_law(op, backend, dtype, device_of(rehearse), **variant)
                     faults += [f"{op} {backend} {name} {variant}: {fault}" for fault in found]
     return verdict(faults)
 
@@ -158,34 +143,29 @@ def correctness(rehearse: bool, quick: bool) -> Result:
 def repeat(rehearse: bool, quick: bool) -> Result:
     """The same bits every time, while another stream loads the GPU."""
     times, faults = 2 if rehearse else 20 if quick else 200, []
-    with _kernels(rehearse):
-        for op, backend in _backends(rehearse):
-            trial = _trials.trial(op, integers=False)
-            first = trial.results(backend, torch.float32, _device(rehearse))
+    with kernels_of(rehearse):
+        for op, backend in gpu_backends(rehearse):
+            trial = _trials.trial(op, integers=False, **_variants(op, True, backend)[0])
+            first = trial.results(backend, torch.float32, device_of(rehearse))
             for number in range(1, times):
                 if not rehearse:
                     with torch.cuda.stream(torch.cuda.Stream()):
                         torch.randn(512 + 8 * number, 512, device="cuda").square_().sum()
-                again = trial.results(backend, torch.float32, _device(rehearse))
-                if not _equal(first, again):
+                again = trial.results(backend, torch.float32, device_of(rehearse))
+                if not equal(first, again):
                     faults.append(f"{op} {backend}: call {number} gave other bits")
                     break
     return verdict(faults, times=times)
 
 
-def _equal(one: _trials.Results, other: _trials.Results) -> bool:
-    pairs = zip(one.parts(), other.parts(), strict=True)
-    return all(torch.equal(a[name], b[name]) for a, b in pairs for name in a)
-
-
 def boundaries(rehearse: bool, quick: bool) -> Result:
     """Nothing, much, and tensors that are no neat blocks."""
-    device, faults = _device(rehearse), []
+    device, faults = device_of(rehearse), []
 
     def logprob(hidden: Tensor, items: Tensor, target: Tensor) -> Tensor:
         return ops.target_logprob(hidden, items, target, backend="triton")
 
-    with _kernels(rehearse):
+    with kernels_of(rehearse):
         items = torch.randn(33, 64, device=device)
         if logprob(items[:0], items, torch.zeros(0, dtype=torch.int64, device=device)).shape != (0,):
             faults.append("no rows gave something")
@@ -211,29 +191,27 @@ def streams(rehearse: bool, quick: bool) -> Result:
         import_module("lares_fast").LARESConfig(n_items=50, hidden_size=32, inner_size=32)
     )
     pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    with _kernels(rehearse):
+    with kernels_of(rehearse):
         trial = _trials.trial("linear_cross_entropy", integers=False)
-        first = trial.results("triton", torch.float32, _device(rehearse))
+        first = trial.results("triton", torch.float32, device_of(rehearse))
         found: list[_trials.Results] = []
         threads = [
-            threading.Thread(target=lambda: found.append(trial.results("triton", torch.float32, _device(rehearse))))
+            threading.Thread(target=lambda: found.append(trial.results("triton", torch.float32, device_of(rehearse))))
             for _ in range(1 if rehearse else 4)
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        if len(found) != len(threads) or not all(_equal(first, one) for one in found):
+        if len(found) != len(threads) or not all(equal(first, one) for one in found):
             faults.append("threads got other answers")
         if not rehearse:
             with torch.cuda.stream(torch.cuda.Stream()):
                 faults += (
-                    []
-                    if _equal(first, trial.results("triton", torch.float32, "cuda"))
-                    else ["a side stream got another answer"]
+                    [] if equal(first, trial.results("triton", torch.float32, "cuda")) else ["a side stream got another answer"]
                 )
             for number in range(1, torch.cuda.device_count()):
-                if not _equal(first, trial.results("triton", torch.float32, f"cuda:{number}")):
+                if not equal(first, trial.results("triton", torch.float32, f"cuda:{number}")):
                     faults.append(f"cuda:{number} got another answer")
     return verdict(faults)
 
@@ -273,14 +251,14 @@ def training(rehearse: bool, quick: bool) -> Result:
     """Steps of a small model, reference against kernels from the same seed, also under autocast."""
     lares = import_module("lares_fast")
     steps, losses = 2 if rehearse else 30 if quick else 200, {}
-    sequence = torch.randint(1, 60, (16, 12), generator=torch.Generator().manual_seed(0)).to(_device(rehearse))
+    sequence = torch.randint(1, 60, (16, 12), generator=torch.Generator().manual_seed(0)).to(device_of(rehearse))
     lengths = torch.full((16,), 12, device=sequence.device)
     for backend in ("reference", "triton"):
         torch.manual_seed(0)
         model = lares.LARES(lares.LARESConfig(n_items=60, hidden_size=32, inner_size=32)).to(sequence.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         curve = []
-        with _kernels(rehearse):
+        with kernels_of(rehearse):
             for _ in range(steps):
                 states = model.encode(sequence, lengths)
                 table = model.item_embedding.weight
@@ -299,9 +277,10 @@ def speed(rehearse: bool, quick: bool) -> Result:
     if rehearse:
         return skipped("the interpreter has no speed worth a line")
     found = {}
-    for op, backend in _backends(rehearse):
-        for name in ("float32", "bfloat16") if backend == "triton" else ("float32",):
-            trial, times = _trials.trial(op, integers=False), {backend: [], "reference": []}  # type: ignore[var-annotated]
+    for op, backend in gpu_backends(rehearse):
+        for name in ("float32",) if backend == "cuda" else ("float32", "bfloat16"):
+            trial = _trials.trial(op, integers=False, **_variants(op, True, backend)[0])
+            times = {backend: [], "reference": []}  # type: ignore[var-annotated]
             for turn in range(3 + (5 if quick else 30)):
                 for which in times:
                     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -340,9 +319,13 @@ STEPS: dict[str, Callable[..., Result]] = {
     "canaries": canaries,
     "correctness": correctness,
     "repeat": repeat,
+    "sanitizer": gpu_limits.sanitizer,
     "boundaries": boundaries,
+    **gpu_limits.LARGE,
     "streams": streams,
+    "fork": gpu_limits.fork,
     "graphs": graphs,
+    "replays": gpu_limits.replays,
     "training": training,
     "speed": speed,
     "verdicts": verdicts,

@@ -100,7 +100,7 @@ def _interpreted(op: str, dtype: str) -> str:
 
 def _compiled(op: str, dtype: str) -> str:
     environ = {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    how = {"ops": [op], "dtypes": [dtype], "architectures": list(ARCHITECTURES)}
+    how: dict[str, Any] = {"ops": [op], "dtypes": [dtype], "architectures": list(ARCHITECTURES)}
     done = run_step("compile_for", seconds=1800, environ=environ, **how)
     if done["status"] != "passed":
         return f"compiled: fail ({done['log'].strip().splitlines()[-1]})"

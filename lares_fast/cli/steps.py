@@ -17,17 +17,21 @@ from typing import Any
 
 import torch
 
-from lares_fast import _dispatch
+from lares_fast import _dispatch, _native
 from lares_fast._law import Verdict, judge
 from lares_fast.ops import _trials, _triton
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ARCHITECTURES = (80, 86, 90, 100, 120)
+# The ops that have CUDA kernels.
+TABLES = ("topk", "target_rank")
 
 
-def run_step(name: str, *, seconds: float, environ: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
-    """Run a step in a process of its own: its result, or how it failed, and how long it took."""
-    command = [sys.executable, "-P", "-m", "lares_fast.cli.steps", name, json.dumps(arguments)]
+def run_step(
+    name: str, *, seconds: float, environ: dict[str, str] | None = None, under: Sequence[str] = (), **arguments: Any
+) -> dict[str, Any]:
+    """Run a step in a process of its own, by the command ``under``: its result, or how it failed, and how long it took."""
+    command = [*under, sys.executable, "-P", "-m", "lares_fast.cli.steps", name, json.dumps(arguments)]
     began = time.monotonic()
     try:
         done = subprocess.run(
@@ -44,6 +48,11 @@ def run_step(name: str, *, seconds: float, environ: dict[str, str] | None = None
 def passed(**facts: Any) -> dict[str, Any]:
     """The result of a step that found nothing wrong."""
     return {"status": "passed", **facts}
+
+
+def skipped(why: str) -> dict[str, Any]:
+    """The result of a step that does not apply here."""
+    return {"status": "skipped", "why": why}
 
 
 def verdict(faults: Sequence[str], **facts: Any) -> dict[str, Any]:
@@ -71,6 +80,28 @@ def faults_by_the_law(op: str, backend: str, dtype: torch.dtype, device: str = "
     """What :func:`by_the_law` finds wrong."""
     verdicts, differ = by_the_law(op, backend, dtype, device, **variant)
     return [fault for one in verdicts if (fault := one.fault)] + [f"{name}: not exact" for name in differ]
+
+
+def device_of(rehearse: bool) -> str:
+    """Where the tensors of a step of ``gpu-day`` are."""
+    return "cpu" if rehearse else "cuda"
+
+
+def kernels_of(rehearse: bool) -> Any:
+    """A context in which the Triton backend runs, unasked: a canary would hide what is to be found."""
+    return interpreted() if rehearse else _triton.anywhere()
+
+
+def gpu_backends(rehearse: bool) -> list[tuple[str, str]]:
+    """(op, backend) of all that is there for a GPU and can be run."""
+    found = [(op, "triton") for op in ops_with_triton()] + [("recurrence", "layers")]
+    return found if rehearse or not _native.capability().startswith("ok") else [*found, *((op, "cuda") for op in TABLES)]
+
+
+def equal(one: _trials.Results, other: _trials.Results) -> bool:
+    """Whether two results have the same bits."""
+    pairs = zip(one.parts(), other.parts(), strict=True)
+    return all(torch.equal(a[name], b[name]) for a, b in pairs for name in a)
 
 
 def interpreted() -> Any:
@@ -106,7 +137,12 @@ def compile_for(ops: list[str], dtypes: list[str], architectures: list[int], shi
 
 
 def _steps() -> dict[str, Callable[..., dict[str, Any]]]:
-    return {"interpret": interpret, "compile_for": compile_for, **import_module("lares_fast.cli.gpu_steps").STEPS}
+    return {
+        "interpret": interpret,
+        "compile_for": compile_for,
+        **import_module("lares_fast.cli.gpu_steps").STEPS,
+        "small": import_module("lares_fast.cli.gpu_limits").small,
+    }
 
 
 if __name__ == "__main__":

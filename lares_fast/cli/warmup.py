@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ def _compile(ops: list[str], dtypes: list[str], architectures: list[int]) -> int
     for op in ops:
         for dtype in dtypes:
             notice(f"compiling {op} in {dtype}")
-            how = {"ops": [op], "dtypes": [dtype], "architectures": architectures, "shipped": True}
+            how: dict[str, Any] = {"ops": [op], "dtypes": [dtype], "architectures": architectures, "shipped": True}
             done = run_step("compile_for", seconds=3600, environ={"TRITON_INTERPRET": "0"}, **how)
             if done["status"] != "passed":
                 raise InputError(f"{op} in {dtype} could not be compiled: {done['log'].strip().splitlines()[-1]}")

@@ -51,7 +51,7 @@ def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
     out_rows = {"last": B, "tokens": len(h)}.get(call.output)
     if out_rows is None:
         out_rows = B * call.steps if depth is None else int(depth.sum())
-    out, states = _triton.kernels("recurrence").forward(_kernel_call(call), out_rows, steps)
+    out, states = _triton.kernels("recurrence").forward(kernel_call(call), out_rows, steps)
     return out, None if states is None else states.view(torch.int32).view(-1, tape_columns(h))
 
 
@@ -60,11 +60,12 @@ def backward(call: Any, grad: Tensor, tape: Tensor) -> list[Tensor]:
     if not len(call.h):
         return [torch.zeros_like(x) for x in call.tensors()]
     states = tape.view(call.h.dtype).view(-1, *call.h.shape)
-    gradients: list[Tensor] = _triton.kernels("_recurrence_backward").backward(_kernel_call(call), grad, states)
+    gradients: list[Tensor] = _triton.kernels("_recurrence_backward").backward(kernel_call(call), grad, states)
     return gradients
 
 
-def _kernel_call(call: Any) -> Any:
+def kernel_call(call: Any) -> Any:
+    """``call`` as the kernels take it."""
     kernels, ready = _triton.kernels("recurrence"), _triton.kernels("_launch").ready
     thresholds = (0, 0) if call.rows is None else tuple(map(drop_threshold, call.dropout))
     dropped = any(thresholds)

@@ -1,0 +1,282 @@
+"""Steps of ``lares-fast gpu-day`` at the edges: a sanitizer's, forked children, seeds within graphs, offsets beyond 2^31."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lares_fast import _native, ops, reference
+from lares_fast._random import Draw
+from lares_fast.cli.steps import device_of, equal, gpu_backends, kernels_of, passed, run_step, skipped, verdict
+from lares_fast.config import LARESConfig
+from lares_fast.ops import _recurrence_triton, _trials, _triton
+
+Result = dict[str, Any]
+_SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+_HALF = torch.bfloat16
+
+
+def small(rehearse: bool, quick: bool) -> Result:
+    """Every kernel once: what a sanitizer watches."""
+    with kernels_of(rehearse):
+        for op, backend in gpu_backends(rehearse):
+            for dtype in (torch.float32,) if backend == "cuda" else (torch.float32, _HALF):
+                _trials.trial(op, integers=False).results(backend, dtype, device_of(rehearse))
+    return passed()
+
+
+def sanitizer(rehearse: bool, quick: bool) -> Result:
+    """The tools of compute-sanitizer on :func:`small`; a rehearsal runs that without them."""
+    program = shutil.which("compute-sanitizer")
+    if rehearse:
+        return run_step("small", seconds=300, rehearse=True, quick=True)
+    if program is None:
+        return skipped("compute-sanitizer is not on the PATH: it comes with the CUDA toolkit")
+    faults, seconds = [], {}
+    for tool in _SANITIZERS[:1] if quick else _SANITIZERS:
+        with TemporaryDirectory() as folder:
+            log = Path(folder) / "log"
+            under = [program, "--tool", tool, "--error-exitcode", "1", "--log-file", str(log)]
+            # Freed blocks that are kept would hide what reads behind them.
+            environ = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            done = run_step("small", seconds=200, environ=environ, under=under, rehearse=False, quick=True)
+            said = log.read_text() if log.exists() else ""
+        seconds[tool] = done["seconds"]
+        if done["status"] != "passed":
+            faults.append(f"{tool}: {_first_error(said) or done.get('log', '').strip()[-300:] or done['status']}")
+    return verdict(faults, sanitizers=seconds)
+
+
+def _first_error(log: str) -> str:
+    """What the log of a sanitizer says first and last, without paths."""
+    lines = [line.strip("= \n") for line in log.splitlines() if line.startswith("=========")]
+    kept = [line for line in lines if line and not line.startswith("COMPUTE-SANITIZER")]
+    return "; ".join(re.sub(r"\S*/\S*", "...", line) for line in [*kept[:2], *kept[2:][-1:]])
+
+
+class _OnTheCPU(Dataset[Tensor]):
+    """What a worker may do: work on the CPU."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Tensor:
+        items = torch.arange(12.0).view(6, 2).roll(i, 0)
+        return ops.topk(torch.ones(1, 2), items, 1, backend="reference")[1]
+
+
+def fork(rehearse: bool, quick: bool) -> Result:
+    """A forked child and the workers of a DataLoader leave the parent's GPU as it was."""
+    faults = []
+    with kernels_of(rehearse):
+        trial = _trials.trial("linear_cross_entropy", integers=False)
+        first = trial.results("triton", torch.float32, device_of(rehearse))
+        child = os.fork()
+        if not child:
+            # Without what Python does at the end: nothing of the parent's is touched.
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            faults.append("a child that does nothing ended badly")
+        if not equal(first, trial.results("triton", torch.float32, device_of(rehearse))):
+            faults.append("after a fork the parent got another answer")
+        workers = DataLoader(_OnTheCPU(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+        if [int(best) for best in workers] != [5, 0, 1, 2]:
+            faults.append("a worker got another answer on the CPU")
+        if not equal(first, trial.results("triton", torch.float32, device_of(rehearse))):
+            faults.append("after the workers the parent got another answer")
+    return verdict(faults)
+
+
+def replays(rehearse: bool, quick: bool) -> Result:
+    """Dropout in a captured graph follows the seed on the device; a rehearsal calls where a GPU replays."""
+    faults = []
+    with kernels_of(rehearse):
+        for name, prepare in {"attention": _attention_by_seed, "recurrence": _recurrence_by_seed}.items():
+            call, seed = prepare(device_of(rehearse))
+            replay = call if rehearse else _captured(call)
+
+            def under(value: int, run: Callable[[], Tensor] = replay, seed: Tensor = seed) -> Tensor:
+                seed.fill_(value)
+                return run()
+
+            first, again, other, back = (under(value) for value in (7, 7, 8, 7))
+            if not torch.equal(first, again) or not torch.equal(first, back):
+                faults.append(f"{name}: replays with one seed differ")
+            if torch.equal(first, other):
+                faults.append(f"{name}: a new seed gives the masks of the old")
+            if not torch.equal(other, under(8, call)):
+                faults.append(f"{name}: a replay with a new seed differs from a call")
+    return verdict(faults)
+
+
+def _captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    # A capture refuses kernels that did not run yet.
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out.clone()
+
+    return replay
+
+
+def _attention_by_seed(device: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """(output and gradients of attention, the seed that they read)."""
+    query, key, value, grad = torch.randn(4, 40, 2, 32).to(device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    offsets, rows = torch.tensor([0, 33, 40], device=device), torch.arange(2, device=device)
+    call = (query, key, value, offsets, 33, rows, seed, 0.5, 2, 1, "triton")
+
+    def run() -> Tensor:
+        out, lse = torch.ops.lares_fast.attention(*call)
+        return torch.stack((out, *torch.ops.lares_fast.attention_backward(*call, out, lse, grad)))
+
+    return run, seed
+
+
+def _recurrence_by_seed(device: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """(output of the recurrence, the seed that it reads)."""
+    h, offsets, weights, n_heads = _recurrence(64, torch.float32, device, B=2)
+    rows = torch.arange(2, device=device)
+    arguments = (h, h, offsets, None, rows, weights, 2, [0, 0], [0.5, 0.5], n_heads, "add", "tokens", 1e-12, 32)
+    call = _recurrence_triton.kernel_call(import_module("lares_fast.ops.recurrence")._Call(*arguments))
+    return lambda: _triton.kernels("recurrence").forward(call, len(h), 0)[0], call.seed
+
+
+def _recurrence(width: int, dtype: torch.dtype, device: str, B: int) -> tuple[Tensor, Tensor, list[Tensor], int]:
+    """(h, offsets, weights, heads) of ``B`` equal sequences of 32 tokens."""
+    config = LARESConfig(n_items=2, hidden_size=width, n_heads=2, inner_size=64, n_core_layers=1)
+    weights = [x.detach().to(device, dtype) for x in reference.Recurrence(config).parameters()]
+    h = torch.randn(32, width).to(device, dtype).repeat(B, 1)
+    return h, 32 * torch.arange(B + 1, device=device), weights, config.n_heads
+
+
+def _large(step: Callable[[str, int], list[str]], bytes_an_element: int, least: int) -> Callable[[bool, bool], Result]:
+    """A step on tensors of more than 2^31 elements; a rehearsal has ``least``."""
+
+    def run(rehearse: bool, quick: bool) -> Result:
+        elements = least if rehearse else 2**31 + 2**20
+        if not rehearse:
+            if quick:
+                return skipped("--quick has small shapes only")
+            need, free = elements * bytes_an_element, torch.cuda.mem_get_info()[0]
+            if free < need:
+                return skipped(f"it needs {need / 2**30:.0f} GiB of GPU memory, and {free / 2**30:.0f} GiB are free")
+        with kernels_of(rehearse):
+            return verdict(step(device_of(rehearse), elements), elements=elements)
+
+    return run
+
+
+def large_attention(device: str, elements: int) -> list[str]:
+    """Many equal sequences under equal masks: the last, far behind 2^31, is as one alone. Returns the faults."""
+    length, H, E = 64, 2, 128
+    one = [torch.randn(length, H, E).to(device, _HALF) for _ in range(4)]
+
+    def call(B: int) -> list[Tensor]:
+        query, key, value, grad = (x.repeat(B, 1, 1) for x in one)
+        leaves = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
+        draw = Draw((5, 7), torch.zeros(B, dtype=torch.int64, device=device))
+        offsets = length * torch.arange(B + 1, device=device)
+        out = ops.attention(*leaves, offsets, length, draw=draw, dropout=0.5, backend="triton")
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    alone = call(1)
+    return _differ(("out", "d query", "d key", "d value"), [x[-length:] for x in call(-(-elements // (length * H * E)))], alone)
+
+
+def large_recurrence(device: str, elements: int) -> list[str]:
+    """As :func:`large_attention`; the states that are saved for the backward are what is large."""
+    width = 64
+    # Interpreted, a step takes seconds.
+    depth = 8 if elements > 2**31 else 1
+    one = torch.randn(4, width).to(device, _HALF)
+
+    def call(B: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        h, offsets, weights, n_heads = _recurrence(width, _HALF, device, B)
+        draw = Draw((5, 7), torch.zeros(B, dtype=torch.int64, device=device))
+        how: dict[str, Any] = {"n_heads": n_heads, "draw": draw, "dropout": 0.5, "depth": depth, "longest": 32}
+        h.requires_grad_()
+        out = ops.recurrence(h, offsets, weights, pre=h.detach(), backend="triton", **how)
+        return [out.detach()[-2:], torch.autograd.grad(out, h, one.repeat(B // 4, 1))[0][-64:]]
+
+    # A tile has two sequences, whose places in it may differ in the last bit.
+    return _differ(("out", "d h"), call(-(-elements // (4 * 32 * width * depth)) * 4), call(4))
+
+
+def _differ(names: tuple[str, ...], found: list[Tensor], expected: list[Tensor]) -> list[str]:
+    return [
+        f"{name} behind 2^31 elements is another" for name, a, b in zip(names, found, expected, strict=True) if not a.equal(b)
+    ]
+
+
+def large_linear_cross_entropy(device: str, elements: int) -> list[str]:
+    """All rows of the table are 0 but the last: the log-probabilities and gradients are known."""
+    D, scale = 64, 0.125
+    N = -(-elements // D)
+    hidden = torch.randn(2, D).to(device, _HALF).requires_grad_()
+    items = torch.zeros(N, D, dtype=_HALF, device=device)
+    items[-1] = hidden[0].detach()
+    items.requires_grad_()
+    out = ops.target_logprob(hidden, items, torch.tensor([N - 1, 0], device=device), scale=scale, backend="triton")
+    d_hidden, d_items = torch.autograd.grad(out, (hidden, items), out.new_tensor([1.0, 2.0]))
+    h, last = hidden.detach().double(), items[-1].detach().double()
+    score = scale * (h @ last)
+    lse = torch.log(N - 1 + score.exp())
+    p = torch.exp(score - lse)
+    miss = torch.stack((1 - p[0], -2 * p[1]))
+    zero = torch.stack((-torch.exp(-lse[0]), 2 - 2 * torch.exp(-lse[1])))
+    wanted = {
+        "log-probability": (out, torch.stack((score[0] - lse[0], -lse[1]))),
+        "d hidden": (d_hidden, scale * miss[:, None] * last),
+        "d items, last": (d_items[-1], scale * miss @ h),
+        "d items, first": (d_items[0], scale * zero @ h),
+    }
+    bound = 2.0**-6
+    errors = {name: (found.double() - want).abs().max() / want.abs().max() for name, (found, want) in wanted.items()}
+    return [f"{name}: relative error {error:.3g}" for name, error in errors.items() if not error <= bound]
+
+
+def _large_catalog(rehearse: bool, quick: bool) -> Result:
+    """The CUDA kernels, which nothing interprets here."""
+    said = _native.capability()
+    if rehearse or not said.startswith("ok"):
+        return skipped("there is no interpreter of the CUDA kernels: the tests emulate them" if rehearse else said)
+    return _large(large_catalog, 6, 0)(rehearse, quick)
+
+
+def large_catalog(device: str, elements: int, backend: str = "cuda") -> list[str]:
+    """All items score 0 but the last, which is one query's best and the other's worst."""
+    D = 64
+    N = -(-elements // D)
+    query = torch.ones(2, D, device=device)
+    query[1] = -1
+    items = torch.zeros(N, D, device=device)
+    items[-1] = 1
+    _, ids = ops.topk(query, items, 3, backend=backend)
+    target = torch.tensor([N - 1, N - 1], device=device)
+    rank = ops.target_rank(query, items, target, backend=backend)
+    wanted = {"topk": (ids.tolist(), [[N - 1, 0, 1], [0, 1, 2]]), "target_rank": (rank.tolist(), [0, N - 1])}
+    return [f"{name}: {found} instead of {want}" for name, (found, want) in wanted.items() if found != want]
+
+
+LARGE: dict[str, Callable[..., Result]] = {
+    "large_attention": _large(large_attention, 22, 2**15),
+    "large_linear_cross_entropy": _large(large_linear_cross_entropy, 7, 2**13),
+    "large_recurrence": _large(large_recurrence, 12, 2**14),
+    "large_catalog": _large_catalog,
+}

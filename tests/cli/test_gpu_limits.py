@@ -1,0 +1,117 @@
+"""The steps of ``lares-fast gpu-day`` at the edges: rehearsed by Triton's interpreter, and what they find wrong."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+from lares_fast.cli import gpu_limits, main
+
+FILES = ("_random", "_tiles", "attention", "linear_cross_entropy", "_layers", "recurrence", "_recurrence_backward")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["fork", "replays", *gpu_limits.LARGE])
+def test_a_rehearsal(name, tmp_path, capsys):
+    assert main(["gpu-day", "--rehearse", "--out", str(tmp_path), "--step", name]) == 0
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text())[name]["status"] == ("skipped" if name == "large_catalog" else "passed")
+    assert f"| {name} | " in capsys.readouterr().out
+
+
+@pytest.mark.interpreted
+def test_the_sanitizer_would_watch_every_kernel(monkeypatch):
+    import triton_interpreter
+
+    with triton_interpreter.interpreted(monkeypatch) as memory:
+        assert gpu_limits.small(rehearse=True, quick=True)["status"] == "passed"
+    assert memory.launches
+
+
+PLANTED = {
+    "a seed that is not read": ("replays", "_tiles", "keep_attention(tl.load(SEED),", "keep_attention(0 * tl.load(SEED),"),
+    "a tile of items that is left out": (
+        "large_linear_cross_entropy", "linear_cross_entropy", "triton.cdiv(N, run.keywords", "-1 + triton.cdiv(N, run.keywords",
+    ),
+    "a sequence that is left out": ("large_attention", "attention", "* H * tiles if P", "* H * tiles - 1 if P"),
+    "tiles that are left out": (
+        "large_recurrence", "recurrence", "recurrence_forward, len(first) - 1,", "recurrence_forward, (len(first) - 1) // 4,",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
+    import triton_interpreter
+
+    step, *where = PLANTED[bug]
+    triton_interpreter.plant(monkeypatch, tmp_path, FILES, *where)
+    run = gpu_limits.LARGE.get(step) or getattr(gpu_limits, step)
+    poisoned = torch.are_deterministic_algorithms_enabled()
+    # PyTorch then fills what torch.empty returns with NaN.
+    torch.use_deterministic_algorithms(True)
+    try:
+        result = run(True, False)
+    finally:
+        torch.use_deterministic_algorithms(poisoned)
+    assert result["status"] == "failed", result
+
+
+@pytest.mark.parametrize("last", [1.0, 0.0])
+def test_the_catalog_step_knows_the_answers(last, monkeypatch):
+    """On the backend that runs here; with another last row it must object."""
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, **how: last * ones(*shape, **how))
+    found = gpu_limits.large_catalog("cpu", 64 * 40, backend="reference")
+    # Of queries of zeros all items score alike.
+    assert [fault.split(":")[0] for fault in found] == ([] if last else ["topk", "target_rank"])
+
+
+def test_too_little_memory_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**31))
+    result = gpu_limits.LARGE["large_attention"](False, False)
+    assert result == {"status": "skipped", "why": "it needs 44 GiB of GPU memory, and 1 GiB are free"}
+    assert gpu_limits.LARGE["large_attention"](False, True)["why"] == "--quick has small shapes only"
+
+
+SANITIZER = """#!{python}
+import pathlib, sys
+options = dict(zip(sys.argv[1:7:2], sys.argv[2:8:2]))
+pathlib.Path("{folder}", options["--tool"]).write_text(" ".join(sys.argv[7:]))
+pathlib.Path(options["--log-file"]).write_text({said!r})
+print('{{"status": "passed"}}')
+sys.exit({code})
+"""
+
+
+def sanitizer(folder, monkeypatch, said, code):
+    program = folder / "compute-sanitizer"
+    program.write_text(SANITIZER.format(python=sys.executable, folder=folder, said=said, code=code))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return gpu_limits.sanitizer(rehearse=False, quick=False)
+
+
+def test_the_sanitizer_is_asked_for_each_kind_of_error(tmp_path, monkeypatch):
+    result = sanitizer(tmp_path, monkeypatch, "========= ERROR SUMMARY: 0 errors\n", 0)
+    assert result["status"] == "passed"
+    assert list(result["sanitizers"]) == ["memcheck", "racecheck", "synccheck", "initcheck"]
+    ran = (tmp_path / "memcheck").read_text()
+    assert "-m lares_fast.cli.steps small" in ran
+    assert '"rehearse": false' in ran
+
+
+def test_what_the_sanitizer_finds_is_told_without_paths(tmp_path, monkeypatch):
+    lines = ["COMPUTE-SANITIZER", "Invalid __global__ read of size 4 bytes", "    at 0x10 in /home/me/k.py:3:f"]
+    said = "".join(f"========= {line}\n" for line in [*lines, "ERROR SUMMARY: 1 error"])
+    result = sanitizer(tmp_path, monkeypatch, said, 1)
+    assert result["status"] == "failed"
+    assert result["faults"][0] == "memcheck: Invalid __global__ read of size 4 bytes; at 0x10 in ...; ERROR SUMMARY: 1 error"
+
+
+def test_without_a_sanitizer_the_step_is_skipped(monkeypatch):
+    monkeypatch.setattr(gpu_limits.shutil, "which", lambda name: None)
+    assert "compute-sanitizer is not on the PATH" in gpu_limits.sanitizer(rehearse=False, quick=False)["why"]
