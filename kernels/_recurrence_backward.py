@@ -76,13 +76,14 @@ def attention_half_backward(
         x, W, begin, scale, SEED, attention_threshold, attention_kept, step, layer, quad_row, quad, pair, D, E, G, DROP,
     )  # fmt: skip
     if DROP:
-        factor = hidden_factor(SEED, threshold, kept, SITE_ATTENTION_OUT, step, layer, flat_row, flat_position, D, G)
-        y = x + y * factor
+        # Of another shape than the factor of a head, which a loop does not take by the same name.
+        kept_sums = hidden_factor(SEED, threshold, kept, SITE_ATTENTION_OUT, step, layer, flat_row, flat_position, D, G)
+        y = x + y * kept_sums
     dy = load_tile(GRAD + origin * D, source, real, D)
     dsum = norm_backward(y, dy, BIAS + 4 * D, PARTIAL + tl.program_id(0) * 2 * D, eps, D)
     store_tile(GRAD + origin * D, dsum, source, real, D)
     if DROP:
-        dsum *= factor
+        dsum *= kept_sums
     store_tile(DSUM + origin * D, dsum, source, real, D)
     dsum, x = dsum.to(DTYPE), x.to(DTYPE)
     for head in range(0, D // E):
