@@ -4,6 +4,7 @@ import re
 import threading
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +18,21 @@ ALIGNMENT = 16
 # of ptxas and Triton compile wrongly; with two they are mma.sync everywhere. Products in fp32 use no tensor core.
 # A kernel that needs more has :func:`sound_products` to choose.
 WARPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the kernels of an op are launched; what it does not say is as shipped."""
+
+    # Of a tile.
+    rows: int | None = None
+    # Kernel -> (warps, stages).
+    kernels: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+SHIPPED = Choice()
+# Asked for the :class:`Choice` of a call with (op, tensor, sizes), where one was measured; None is as shipped.
+find = None
 
 # Called in place of Triton's launch with (kernel, programs, arguments, options), by tools that compile or count what would run.
 stand_in = ContextVar("stand_in", default=None)
@@ -34,11 +50,18 @@ def ready(tensor):
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
-def launch(kernel, programs, *arguments, warps, stages=1, **constants):
+def choice(op, tensor, **sizes):
+    """What :data:`find` knows of a call of ``op`` with tensors like ``tensor``."""
+    return (find and find(op, tensor, sizes)) or SHIPPED
+
+
+def launch(kernel, programs, *arguments, warps, stages=1, choice=SHIPPED, **constants):
     """Run ``programs`` programs of ``kernel`` on the device of its tensors; none at all is no launch.
 
     ``arguments`` are tensors and numbers in the kernel's order, ``constants`` its compile-time parameters.
+    ``choice`` goes before ``warps`` and ``stages``.
     """
+    warps, stages = choice.kernels.get(_name(kernel), (warps, stages))
     if programs == 0:
         return
     if not 0 < programs <= MOST_PROGRAMS:
@@ -55,7 +78,7 @@ def launch(kernel, programs, *arguments, warps, stages=1, **constants):
         instead(kernel, programs, arguments, options)
         return
     with _on(device):
-        variant = (_name(kernel), device, *map(_kind, arguments), *constants.items())
+        variant = (_name(kernel), device, warps, stages, *map(_kind, arguments), *constants.items())
         if variant in _ran:
             kernel[(programs,)](*arguments, **options)
             return

@@ -337,7 +337,7 @@ class _Backward:
         programs = self.slots * (M // SIDE.value) * (N // SIDE.value)
         launch(
             weight_gradient, programs, a, b, self.row_depth, slots, place, bias, P, t, slots.stride(0), self.slot_rows,
-            M=M, N=N, STRIDE=stride or N, warps=WARPS[a.dtype],
+            M=M, N=N, STRIDE=stride or N, warps=WARPS[a.dtype], choice=self.call.choice,
         )  # fmt: skip
 
     def back(self, a, weight, grad, t, add=1.0, stride=None):

@@ -9,7 +9,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import WARPS, launch, ready
+from lares_fast.kernels._launch import WARPS, choice, launch, ready
 from lares_fast.kernels._tiles import dropout_factor, load_rows, store_rows, visible
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -162,7 +162,8 @@ def _optional(tensor):
 def _plan(query, offsets, longest, seed, threshold, step, layer):
     """How all three kernels are launched for these sizes, and the numbers they take."""
     P, H, E = query.shape
-    S = tile_size(longest, E * query.element_size())
+    chosen = choice("attention", query, width=E, longest=longest)
+    S = chosen.rows or tile_size(longest, E * query.element_size())
     tiles = triton.cdiv(longest, S)
     programs = (len(offsets) - 1) * H * tiles if P else 0
     kept = 1 / (1 - threshold / 65536)
@@ -170,7 +171,7 @@ def _plan(query, offsets, longest, seed, threshold, step, layer):
     constants = {"E": E, "C": max(16, triton.next_power_of_2(E)), "S": S, "DROP": seed is not None}
 
     def launch_tiles(kernel, *arguments):
-        launch(kernel, programs, *arguments, warps=WARPS[query.dtype], **constants)
+        launch(kernel, programs, *arguments, warps=WARPS[query.dtype], choice=chosen, **constants)
 
     return launch_tiles, numbers
 

@@ -9,7 +9,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import WARPS, launch, ready
+from lares_fast.kernels._launch import WARPS, choice, launch, ready
 from lares_fast.kernels._tiles import load_rows, store_rows
 
 # Enough programs to keep any GPU busy: the number of parts follows from it and not from the GPU, nor do results.
@@ -201,12 +201,13 @@ def _target_scores(run, tiles, hidden, items, target):
 def _plan(hidden, items, scale, skip_pad):
     """(launch with the constants of these sizes, tiles of rows, parts of the catalog, the numbers that kernels take)."""
     (M, D), N, first = hidden.shape, len(items), int(skip_pad)
-    S = tile_size(D * hidden.element_size())
+    chosen = choice("linear_cross_entropy", hidden, width=D)
+    S = chosen.rows or tile_size(D * hidden.element_size())
     tiles, item_tiles = triton.cdiv(M, S), triton.cdiv(N - first, S)
     parts = max(1, min(item_tiles // SHORTEST_PART, PROGRAMS // max(1, tiles)))
     part = triton.cdiv(item_tiles, parts) * S
     constants = {"D": D, "C": max(16, triton.next_power_of_2(D)), "S": S}
-    run = functools.partial(launch, warps=WARPS[hidden.dtype], **constants)
+    run = functools.partial(launch, warps=WARPS[hidden.dtype], choice=chosen, **constants)
     return run, tiles, triton.cdiv(N - first, part), (M, N, tiles, first, part, scale)
 
 

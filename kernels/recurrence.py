@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import launch
+from lares_fast.kernels._launch import choice, launch
 from lares_fast.kernels._layers import (
     LOG2E,
     SITE_ATTENTION_OUT,
@@ -172,9 +172,15 @@ class Call:
         return adapter, torch.cat(ahead[-2:]) if ahead else None, torch.cat(parts)
 
     @functools.cached_property
+    def choice(self):
+        """How the kernels are launched."""
+        D = self.h.shape[1]
+        return choice("recurrence", self.h, width=D, heads=self.n_heads, inner=self.inner, longest=self.longest)
+
+    @functools.cached_property
     def groups(self):
         """G of a tile."""
-        return 4 if self.longest <= 64 else 8
+        return self.choice.rows // 16 if self.choice.rows else 4 if self.longest <= 64 else 8
 
     @functools.cached_property
     def tiles(self):
@@ -198,7 +204,8 @@ class Call:
         sizes = {"D": D, "E": D // self.n_heads, "INNER": self.inner, "G": self.groups}
         taken = {name: value for name, value in sizes.items() if name in kernel.arg_names}
         warps = self.groups if half else 8
-        launch(kernel, programs, *arguments, warps=warps, maxnreg=MOST_REGISTERS, **taken, **constants)
+        options = {"warps": warps, "choice": self.choice, "maxnreg": MOST_REGISTERS}
+        launch(kernel, programs, *arguments, **options, **taken, **constants)
 
     def numbers(self):
         """eps, the scores' scale, and thresholds and scales of dropout."""

@@ -17,13 +17,15 @@ from lares_fast._errors import BackendError, InputError
 class Backend:
     """One way to run an op. ``obstacle(*args)`` says in words why it cannot take a call, or returns ``None``.
 
-    ``unasked(*args)`` says why it takes one only where it is asked for by name, or returns ``None``.
+    ``unasked(*args)`` says why it takes one only where it is asked for by name, or returns ``None``; ``note(*args)`` what
+    :func:`explain` adds.
     """
 
     name: str
     run: Callable[..., Any]
     obstacle: Callable[..., str | None]
     unasked: Callable[..., str | None] = lambda *_: None
+    note: Callable[..., str | None] = lambda *_: None
 
 
 _TABLE: dict[str, tuple[Backend, ...]] = {}
@@ -104,5 +106,7 @@ def explain(op: str, *args: Any, backend: str | None = None) -> str:
             chosen, verdict = candidate.name, "would run"
         else:
             verdict = "can run"
+        if obstacle is None and (note := candidate.note(*args)):
+            verdict += f", {note}"
         lines.append(f"  {candidate.name:<10} {verdict}")
     return "\n".join([f"{op}: {chosen or f'nothing can run it on the backend {name!r}'}", *lines])

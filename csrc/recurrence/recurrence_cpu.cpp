@@ -49,8 +49,9 @@ void check(const Recurrence& c, std::int64_t threads) {
     require(c.dropout.hidden < 65536 && c.dropout.attention < 65536, "dropout thresholds must be in [0, 65536)");
     require(!c.bf16 || !c.tape, "bf16 has no backward: tape must be a null pointer");
     require(c.B >= 0, "B must not be negative");
+    require(c.weights, "weights must not be a null pointer");
     if (c.B == 0) return;
-    require(c.offsets && c.depth && c.h && c.weights, "offsets, depth, h and weights must not be null pointers");
+    require(c.offsets && c.depth && c.h, "offsets, depth and h must not be null pointers");
     require(c.pre || s.adapter == Adapter::none, "pre must not be a null pointer");
     require(c.rows || (!c.dropout.hidden && !c.dropout.attention), "rows must not be a null pointer");
     require(c.offsets[0] == 0, "offsets must begin with 0");

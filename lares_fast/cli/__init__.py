@@ -20,6 +20,7 @@ _COMMANDS = {
     "demo": ("demo", "train on a synthetic log in a few minutes and show the results"),
     "report": ("report", "hold every op on every backend of this machine to the tolerance law"),
     "warmup": ("warmup", "compile the GPU kernels of published model sizes and try them"),
+    "tune": ("tune", "measure how this GPU launches the kernels of a model best, and use that from then on"),
     "gpu-day": ("gpu_day", "find out all that a GPU can tell about the kernels, into one report file"),
     "doctor": ("doctor", "say what is installed, what was built and what would run"),
 }

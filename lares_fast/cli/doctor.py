@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from lares_fast import __version__, _dispatch, _native, _settings
+from lares_fast.ops import _tuned
 
 # Extra -> the modules that it brings.
 _EXTRAS = {
@@ -56,6 +57,7 @@ def diagnose() -> dict[str, Any]:
         "gpu": _gpu(),
         "build": _native.build_info(),
         "capability": _native.capability(),
+        "tuned": _tuned_calls(),
         "extras": {extra: {name: find_spec(name) is not None for name in names} for extra, names in _EXTRAS.items()},
         "backend": _settings.backend(),
         "ops": _ops(),
@@ -67,6 +69,13 @@ def _gpu() -> str:
         return "none that torch can use" + ("" if torch.version.cuda else " (this torch was built without CUDA)")
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     return f"{name}, compute capability {major}.{minor}, torch built for CUDA {torch.version.cuda}"
+
+
+def _tuned_calls() -> list[str]:
+    """The calls whose kernels are launched as ``lares-fast tune`` found."""
+    if not torch.cuda.is_available():
+        return []
+    return sorted(_tuned.of_device(torch.device("cuda", torch.cuda.current_device())))
 
 
 def _ops() -> dict[str, str]:
@@ -89,6 +98,7 @@ def _text(report: dict[str, Any]) -> str:
     lines.append(f"{'gpu':<12} {report['gpu']}")
     lines.append(f"{'native':<12} {'built' if build['native'] else build['reason']}")
     lines.append(f"{'CUDA code':<12} {'built' if build['cuda_built'] else build['cuda_reason']}; {report['capability']}")
+    lines.append(f"{'tuned':<12} {'; '.join(report['tuned']) or 'nothing: lares-fast tune measures on a GPU'}")
     known = ("native", "reason", "cuda_built", "cuda_reason")
     lines += [f"  {name:<10} {value}" for name, value in build.items() if name not in known]
     for extra, modules in report["extras"].items():

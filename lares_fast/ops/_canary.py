@@ -10,17 +10,15 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import json
-import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lares_fast import _settings
 from lares_fast._law import judge
+from lares_fast.ops import _kept
 
 if TYPE_CHECKING:
     from lares_fast.ops._trials import Results, Trial
@@ -43,8 +41,8 @@ def refusal(op: str, device: torch.device, dtype: torch.dtype, **variant: Any) -
 
 def _verdict(key: tuple[Any, ...], op: str, device: torch.device, dtype: torch.dtype, variant: dict[str, Any]) -> str | None:
     about = {"op": op, "dtype": str(dtype), **variant, **identity(device)}
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    if (stored := _read(name)) is not None:
+    name = _kept.name_of(about)
+    if "fault" in (stored := _kept.read("canary", name) or {}):
         return stored["fault"]
     if _capturing(device):
         raise RuntimeError(
@@ -57,12 +55,14 @@ def _verdict(key: tuple[Any, ...], op: str, device: torch.device, dtype: torch.d
         with ThreadPoolExecutor(1) as apart:
             fault = apart.submit(try_out, op, device, dtype, **variant).result()
     except Exception as error:
-        if not _answerable(error):
+        if not answerable(error):
             raise
         return _sentence(error)
     finally:
         _trying.discard(key)
-    _write(name, {**about, "fault": fault})
+    # Where it cannot be kept, the next process tries again.
+    with suppress(OSError):
+        _kept.write("canary", name, {**about, "fault": fault})
     return fault
 
 
@@ -131,7 +131,7 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _answerable(error: Exception) -> bool:
+def answerable(error: Exception) -> bool:
     """Whether another backend may take the call: a kernel that does not compile or fit, not a GPU that is beyond use."""
     errors = importlib.import_module("triton.errors")
     return isinstance(error, (errors.TritonError, OSError)) or "C compiler" in str(error)
@@ -140,23 +140,3 @@ def _answerable(error: Exception) -> bool:
 def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"its kernels cannot be compiled or loaded here ({type(error).__name__}: {text[:300]})"
-
-
-def _read(name: str) -> dict[str, Any] | None:
-    try:
-        stored = json.loads((_settings.cache_folder() / "canary" / f"{name}.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return stored if isinstance(stored, dict) and "fault" in stored else None
-
-
-def _write(name: str, verdict: dict[str, Any]) -> None:
-    """Whole or not at all; where it cannot be kept, the next process tries again."""
-    folder = _settings.cache_folder() / "canary"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            json.dump(verdict, file, indent=1)
-        os.replace(file.name, folder / f"{name}.json")
-    except OSError:
-        pass

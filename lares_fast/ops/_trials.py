@@ -165,16 +165,17 @@ def _linear_cross_entropy(integers: bool, width: int = 64) -> Trial:
     return Trial(leaves, fast, plain, exact=integers)
 
 
-def _recurrence(integers: bool, width: int = 64) -> Trial:
+def _recurrence(integers: bool, width: int = 64, heads: int = 2, inner: int | None = None, adapter: str = "concat") -> Trial:
     from lares_fast.ops import recurrence
 
     offsets, depth = torch.tensor([0, 5, 6, 15, 35]), torch.tensor([2, 1, 2, 1])
-    config = LARESConfig(n_items=2, hidden_size=width, n_heads=2, inner_size=2 * width, n_core_layers=1, adapter="concat")
+    sizes: dict[str, Any] = {"hidden_size": width, "n_heads": heads, "inner_size": inner or 2 * width, "n_core_layers": 1}
+    config = LARESConfig(n_items=2, adapter=adapter, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         weights = {name: weight.detach().double() for name, weight in reference.Recurrence(config).named_parameters()}
     leaves = {"h": _fill(integers, 35, width), "pre": _fill(integers, 36, width)[:35], **weights}
-    how: dict[str, Any] = {"n_heads": 2, "adapter": "concat", "output": "tokens", "dropout": 0.25, "attention_dropout": 0.25}
+    how: dict[str, Any] = {"n_heads": heads, "adapter": adapter, "output": "tokens", "dropout": 0.25, "attention_dropout": 0.25}
 
     def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
         h, pre, *rest = leaves.values()

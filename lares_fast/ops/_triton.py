@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lares_fast.ops import _canary
+from lares_fast.ops import _canary, _tuned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,6 +22,8 @@ _anywhere = False
 
 def kernels(stem: str) -> ModuleType:
     """The module of the kernels of op ``stem``."""
+    launch: Any = importlib.import_module("lares_fast.kernels._launch")
+    launch.find = _tuned.find
     return importlib.import_module(f"lares_fast.kernels.{stem}")
 
 

@@ -15,7 +15,7 @@ from lares_fast._errors import InputError
 from lares_fast._library import register_op
 from lares_fast._random import Draw
 from lares_fast.config import ADAPTERS
-from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton
+from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton, _tuned
 
 _WEIGHTS_A_LAYER = 16
 _CPU = torch.device("cpu")
@@ -303,7 +303,7 @@ for _op, *_runs in (
     _triton_run, _native_run, _layers_run, _reference_run = map(_of_call, _runs)
     register(
         _op,
-        Backend("triton", _triton_run, _recurrence_triton.obstacle),
+        Backend("triton", _triton_run, _recurrence_triton.obstacle, note=lambda h, *_: _tuned.note("recurrence", h)),
         Backend("native", _native_run, _recurrence_native.obstacle),
         Backend("layers", _layers_run, _recurrence_layers.obstacle, _recurrence_layers.unasked),
         Backend("reference", _reference_run, lambda *_: None),

@@ -64,7 +64,9 @@ def test_a_proof_that_fails_is_no_pass(capsys, monkeypatch):
 
 
 @needs_no_gpu
-@pytest.mark.parametrize(("command", "remedy"), [("warmup", "give --for SM"), ("gpu-day", "give --rehearse")])
+@pytest.mark.parametrize(("command", "remedy"), [
+    ("warmup", "give --for SM"), ("gpu-day", "give --rehearse"), ("tune", "run it on the machine that has the GPU"),
+])  # fmt: skip
 def test_without_a_gpu_the_remedy_is_named(command, remedy, capsys):
     assert main([command]) == 2
     assert remedy in capsys.readouterr().err

@@ -3,11 +3,12 @@
 import os
 
 import torch
+from lares_fast.kernels import _launch
 
 from lares_fast import ops
 from lares_fast._errors import BackendError
 from lares_fast._random import Draw
-from lares_fast.ops import _triton
+from lares_fast.ops import _triton, _tuned
 
 _triton.obstacle = lambda tensor: None
 LOG = os.environ["STUB_LOG"]
@@ -128,5 +129,33 @@ for B, longest in ((1, 1), (1, 20), (1, 64), (7, 50), (2048, 3), (70_000, 1)):
     ours = ("recurrence_forward", "feed_half_backward", "attention_half_backward")
     assert {int(x[2]) for x in launches if x[0] in ours} == {tiles}, (B, longest, launches)
     assert {x[1] for x in launches} <= variants, "the sizes compiled a variant"
+
+
+def tuned(op, choice, expected, call):
+    """``call`` launches each kernel with the threads that ``choice`` says, and what it does not name with those of before."""
+    before = [int(x[4]) for x in call()]
+    with _tuned.forced(op, choice):
+        launches = call()
+    assert [x[0] for x in launches] == list(expected), launches
+    for x, threads in zip(launches, before, strict=True):
+        assert int(x[4]) == 32 * choice.kernels[x[0]][0] if x[0] in choice.kernels else threads, launches
+    return launches
+
+
+length = torch.tensor([100])
+every = {"attention_forward": (4, 2), "attention_backward_query": (1, 3)}
+for rows in (16, 64):
+    launches = tuned("attention", _launch.Choice(rows, every), names, lambda: call(1, 100, length))
+    assert {int(x[2]) for x in launches} == {H * -(-100 // rows)}, launches
+catalog_kernels = dict.fromkeys(_tuned.KERNELS["linear_cross_entropy"][0], (4, 3))
+order = ["target_score", "softmax_forward", "target_score", "softmax_backward_hidden", "softmax_backward_items"]
+launches = tuned("linear_cross_entropy", _launch.Choice(16, catalog_kernels), order, lambda: catalog_call(100, 50))
+assert int(launches[-1][2]) == -(-50 // 16)
+few = {"recurrence_forward": (8, 2), "weight_gradient": (1, 1)}
+launches = tuned(
+    "recurrence", _launch.Choice(128, few), ["recurrence_forward", *step],
+    lambda: recurrence_call(torch.full((40,), 20), 20, train=True),
+)  # fmt: skip
+assert int(launches[0][2]) == most_tiles(40, 800, 128), launches
 
 print("launched as planned")
