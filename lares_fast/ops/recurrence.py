@@ -107,7 +107,7 @@ class _Call:
     output: str
     eps: float
     longest: int | None
-    bf16: bool
+    bf16: bool = False
 
     def arguments(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
