@@ -96,8 +96,8 @@ def test_a_stretch_ends_and_the_next_resumes(folder):
         work.request_stop()
 
     for number in (1, 2):
-        threading.Thread(target=stop_after_an_epoch).start()
         work._stop = False
+        threading.Thread(target=stop_after_an_epoch).start()
         work.run([ENDLESS, LATER], ALL)
         assert [sitting["ended"] for sitting in runner.read_record(target)["sittings"]] == ["stopped"] * number
     assert not (folder / "runs" / LATER.name).exists(), "nothing is begun after the end of the stretch"
