@@ -167,7 +167,7 @@ def recurrence_stack(D, dtype, p, architecture):
     if dtype == torch.float32:
         return 512
     if p:
-        return 224 if D == 64 else 512
+        return 224 if D == 64 else 704
     if D == 64:
         return 16 if architecture < 90 else 0
     return 256 if architecture < 90 else 128
