@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -96,4 +97,5 @@ def page(found):
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page([repeat(version) for version in sys.argv[1:]]))
+    with ThreadPoolExecutor(2) as pool:
+        PAGE.write_text(page(list(pool.map(repeat, sys.argv[1:]))))
