@@ -16,9 +16,6 @@ DATA = {
     "Beauty.txt": "226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
 }
 
-# Arguments of lares-fast eval that encode in bf16.
-BF16 = ("--bf16",)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -70,7 +67,7 @@ _EVERY_T = {"evaluation.depth_ratios": [step / 4 for step in range(1, 17)]}
 _OWN_T = {"evaluation.depth_ratios": [1.0]}
 
 _NOISE = {f"noise-{seed}": ("--steps", "4", "--set", f"evaluation.noise_seed={seed}") for seed in (1, 2, 3, 4)}
-_FINAL = {**_NOISE, "bf16": ("--steps", "4", *BF16)}
+_FINAL = {**_NOISE, "bf16": ("--steps", "4", "--bf16")}
 
 # One causal transformer of 2 + 2 layers that never sees noise.
 _SASREC = {

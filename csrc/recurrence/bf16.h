@@ -1,10 +1,11 @@
-// fp32 numbers rounded to bf16: to the nearest, ties to even, NaN to NaN.
+// fp32 numbers rounded to bf16: to the nearest, ties to even, NaN to NaN. Anonymous, because each level compiles its own copy.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 namespace lares_fast {
+namespace {
 
 inline std::uint16_t to_bf16(float x) {
     std::uint32_t bits;
@@ -20,4 +21,5 @@ inline float from_bf16(std::uint16_t x) {
     return value;
 }
 
+}  // namespace
 }  // namespace lares_fast

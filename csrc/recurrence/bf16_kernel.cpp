@@ -1,3 +1,4 @@
+// The forward whose products product.h computes with operands rounded to bf16.
 #define LARES_BF16
 
 #include "recurrence/forward.h"
