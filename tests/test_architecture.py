@@ -131,3 +131,8 @@ def test_environment_variables_are_documented():
 def test_no_file_is_long():
     for path, _ in SOURCES:
         assert len(path.read_text().splitlines()) <= 400, f"{path} has more than 400 lines"
+
+
+def test_no_page_holds_both_sides_of_a_merge():
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]:
+        assert not re.search(r"^(<{7}|={7}|>{7})( |$)", path.read_text(), re.MULTILINE), f"{path} holds a merge's markers"
