@@ -10,7 +10,7 @@ from pathlib import Path
 from lares_fast._errors import InputError
 
 BACKENDS = ("auto", "reference", "native", "triton", "cuda", "layers")
-SIMD_LEVELS = ("auto", "generic", "avx2", "avx512")
+SIMD_LEVELS = ("auto", "generic", "avx2", "avx512", "amx")
 CUDA_PRODUCTS = ("3xtf32", "ffma")
 
 

@@ -28,7 +28,7 @@ struct Backward : Worker {
         close_backward(AFTER_FEED_FORWARD, kept.second, l.scale2, {sums.scale2, sums.shift2, sums.down_bias});
         unnormalise(kept.first.rows, e.rows, panels, l.scale1, l.shift1, w.middle);
         product(w.middle, panels, l.up, l.up_bias, inner_panels, 0, e.rows, to(w.inner),
-                [&](std::int64_t p, std::int64_t m) { gelu_and_slope_all(w.inner.at(p, m), R * COLUMNS, w.slope.at(p, m)); });
+                [&](std::int64_t p, std::int64_t m, std::int64_t rows) { gelu_and_slope_all(w.inner.at(p, m), rows * COLUMNS, w.slope.at(p, m)); });
         accumulate(w.dropped, panels, w.inner, inner_panels, e.rows, sums.down);
         product(w.dropped, panels, l.down_back, nullptr, inner_panels, 0, e.rows, [&](std::int64_t p, std::int64_t m, int v, Vec sum) {
             float* const place = w.slope.at(p, m) + v * W;

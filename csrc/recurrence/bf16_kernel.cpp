@@ -4,10 +4,24 @@
 #include "recurrence/forward.h"
 
 namespace lares_fast {
+#if defined(LARES_TILES)
+namespace {
+
+void forward_in_tiles(const Model& model, const Block& block, const float* h, const float* pre, float* out, float* memory) {
+    const Tiles tiles;
+    forward(model, block, h, pre, out, memory);
+}
+
+}  // namespace
+#endif
 
 namespace LARES_LEVEL {
 extern const Bf16Kernel bf16_kernel;
-const Bf16Kernel bf16_kernel{BF16_PAIRS, forward};
+#if defined(LARES_TILES)
+const Bf16Kernel bf16_kernel{PAIRS, forward_in_tiles};
+#else
+const Bf16Kernel bf16_kernel{PAIRS, forward};
+#endif
 }  // namespace LARES_LEVEL
 
 }  // namespace lares_fast

@@ -41,7 +41,7 @@ struct Forward : Worker {
         close(w.context, attention_panels, l.output, l.output_bias, site(AFTER_ATTENTION, step, layer), e, x, w.middle,
               {l.scale1, l.shift1, model.eps}, kept.first);
         product(w.middle, panels, l.up, l.up_bias, inner_panels, 0, e.rows, to(w.inner),
-                [&](std::int64_t p, std::int64_t m) { gelu_all(w.inner.at(p, m), R * COLUMNS); });
+                [&](std::int64_t p, std::int64_t m, std::int64_t rows) { gelu_all(w.inner.at(p, m), rows * COLUMNS); });
         close(w.inner, inner_panels, l.down, l.down_bias, site(AFTER_FEED_FORWARD, step, layer), e, w.middle, w.x,
               {l.scale2, l.shift2, model.eps}, kept.second);
     }

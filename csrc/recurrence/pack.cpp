@@ -26,7 +26,7 @@ float& element(float* panels, std::int64_t rows, std::int64_t row, std::int64_t 
 
 // The same of a matrix in pairs: element (row, column) of a panel is the bf16 (row / 2, column, row % 2).
 void store_pair(float* panels, std::int64_t rows, std::int64_t row, std::int64_t column, std::uint16_t value) {
-    const std::int64_t panel = column / COLUMNS * rows / 2 * COLUMNS, place = (row / 2 * COLUMNS + column % COLUMNS) * 2 + row % 2;
+    const std::int64_t panel = column / COLUMNS * round_up(rows, 2 * COLUMNS) / 2 * COLUMNS, place = (row / 2 * COLUMNS + column % COLUMNS) * 2 + row % 2;
     std::memcpy(reinterpret_cast<std::uint16_t*>(panels + panel) + place, &value, sizeof value);
 }
 
@@ -75,6 +75,8 @@ void pack(const Shape& s, const float* const* weights, bool backward, Elements e
     a.share = 0.5f;
     if (s.adapter == Adapter::linear) a.share = 1 / (1 + std::exp(-**weights++));
     if (s.adapter == Adapter::concat) {
+        std::fill(a.state, a.state + D * D, 0.0f);
+        std::fill(a.pre, a.pre + D * D, 0.0f);
         pack_matrix(elements, weights[0], D, D, 2 * D, same, same, 0, D, a.state, D, back(a.state_back));
         pack_matrix(elements, weights[0] + D, D, D, 2 * D, same, same, 0, D, a.pre, D, back(a.pre_back));
         pack_vector(weights[1], D, same, a.bias);
@@ -85,8 +87,12 @@ void pack(const Shape& s, const float* const* weights, bool backward, Elements e
         pack_vector(*weights++, D, same, a.shift);
     }
     for (LayerWeights& l : to.layers) {
-        if (A > D) {
-            // The columns between heads.
+        if (elements == Elements::pairs) {
+            std::fill(l.up, l.up + I * D, 0.0f);
+            std::fill(l.down, l.down + I * D, 0.0f);
+        }
+        if (A > D || elements == Elements::pairs) {
+            // The columns between heads; and for pairs the rows that make the panels an even number.
             std::fill(l.query, l.query + A * D, 0.0f);
             std::fill(l.key_value, l.key_value + 2 * A * D, 0.0f);
             std::fill(l.output, l.output + A * D, 0.0f);

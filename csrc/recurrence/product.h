@@ -6,13 +6,19 @@
 #include "recurrence/bf16.h"
 #include "recurrence/layout.h"
 #include "simd/vec.h"
+#if defined(LARES_TILES)
+#include "simd/tiles.h"
+#endif
 
 namespace lares_fast {
 namespace {
 
 constexpr int V = static_cast<int>(COLUMNS) / W;  // registers of a panel's row
 
-#if defined(__AVX512F__)
+#if defined(LARES_TILES)
+constexpr int R = TILE_ROWS, WIDE = 4;
+constexpr int SUM_ROWS = 8, SUM_WIDE = 2;
+#elif defined(__AVX512F__)
 constexpr int R = 6, WIDE = 4;  // a tile is R rows of WIDE panels, or of one
 constexpr int SUM_ROWS = 8, SUM_WIDE = 2;
 #elif defined(__AVX2__)
@@ -28,10 +34,15 @@ struct Size {
     static constexpr int value = N;
 };
 
-#if defined(__AVX512BF16__)
-constexpr bool BF16_PAIRS = true;  // of rows share a register
+#if defined(LARES_BF16)
+constexpr bool ROUNDED = true;
 #else
-constexpr bool BF16_PAIRS = false;
+constexpr bool ROUNDED = false;
+#endif
+#if defined(LARES_BF16) && (defined(__AVX512BF16__) || defined(LARES_TILES))
+constexpr bool PAIRS = true;  // of rows of the matrices stand together
+#else
+constexpr bool PAIRS = false;
 #endif
 
 struct Matrix {
@@ -44,11 +55,17 @@ struct Matrix {
 // part = R rows of x [., 16] times `N` matrices [16][16] that stand `apart` floats apart.
 template <int N>
 LARES_INLINE void multiply_panel(const float* x, const float* b, std::int64_t apart, Vec (&part)[R][N * V]) {
+    const float* from[N];
+    for (int n = 0; n < N; ++n) {
+        from[n] = b + n * apart;
+        // One address a matrix: left to itself the compiler finds each element's by the others' and reloads the distances.
+        asm("" : "+r"(from[n]));
+    }
 #pragma GCC unroll 16
     for (int k = 0; k < COLUMNS; ++k) {
         Vec column[N * V];
         for (int n = 0; n < N; ++n) {
-            for (int v = 0; v < V; ++v) column[n * V + v] = load(b + n * apart + k * COLUMNS + v * W);
+            for (int v = 0; v < V; ++v) column[n * V + v] = load(from[n] + k * COLUMNS + v * W);
         }
         for (int r = 0; r < R; ++r) {
             const Vec factor = broadcast(x[r * COLUMNS + k]);
@@ -57,7 +74,7 @@ LARES_INLINE void multiply_panel(const float* x, const float* b, std::int64_t ap
     }
 }
 
-// The same, of x rounded to bf16; the matrices are as `BF16_PAIRS` says.
+// The same, of x rounded to bf16; the matrices are as `PAIRS` says.
 template <int N>
 LARES_INLINE void multiply_panel_bf16(const float* x, const float* b, std::int64_t apart, Vec (&part)[R][N * V]) {
 #if defined(__AVX512BF16__)
@@ -83,18 +100,70 @@ LARES_INLINE void multiply_panel_bf16(const float* x, const float* b, std::int64
 #endif
 }
 
-#if defined(LARES_BF16)
-constexpr bool ROUNDED = true;
+constexpr std::int64_t PANEL = PAIRS ? COLUMNS * COLUMNS / 2 : COLUMNS * COLUMNS;  // floats of sixteen rows
+
+// Floats of the matrix that `panels` panels of x are multiplied with.
+LARES_INLINE std::int64_t matrix_floats(std::int64_t panels) { return (PAIRS ? round_up(panels, 2) : panels) * PANEL; }
+
+#if defined(LARES_TILES)
+
+// 32 numbers of a row, from two panels, as bf16.
+LARES_INLINE void round_row(Vec low, Vec high, std::uint16_t (&to)[2 * COLUMNS]) {
+#if defined(__AVX512BF16__)
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+    std::memcpy(to, &rounded, sizeof rounded);
 #else
-constexpr bool ROUNDED = false;
+    float exact[2 * COLUMNS];
+    store(exact, low), store(exact + COLUMNS, high);
+    for (int i = 0; i < 2 * COLUMNS; ++i) to[i] = to_bf16(exact[i]);
 #endif
-constexpr std::int64_t PANEL = BF16_PAIRS && ROUNDED ? COLUMNS * COLUMNS / 2 : COLUMNS * COLUMNS;  // floats of sixteen rows
+}
+
+// sums += 16 rows of x [., depth] times `N` panels, in tiles: the sums are tiles 0 to N - 1.
+template <int N>
+LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t panels, const float* b, Vec (&sums)[R][N * V]) {
+    static_assert(N == 1 || N == 4, "tiles are named one by one");
+    alignas(TILE_BYTES) std::uint16_t rows[2][R][2 * COLUMNS];
+    const std::int64_t apart = matrix_floats(panels);
+    load_tile<0>(&sums[0][0], sizeof sums[0]);
+    if constexpr (N == 4) {
+        load_tile<1>(&sums[0][1], sizeof sums[0]);
+        load_tile<2>(&sums[0][2], sizeof sums[0]);
+        load_tile<3>(&sums[0][3], sizeof sums[0]);
+    }
+    for (std::int64_t p = 0; p < panels; p += 2, x += 2 * x_rows * COLUMNS, b += 2 * PANEL) {
+        auto& rounded = rows[p / 2 % 2];
+        for (int r = 0; r < R; ++r) {
+            const float* const row = x + r * COLUMNS;
+            round_row(load(row), p + 1 < panels ? load(row + x_rows * COLUMNS) : broadcast(0.0f), rounded[r]);
+        }
+        load_tile<4>(rounded, TILE_BYTES);
+        load_tile<5>(b, TILE_BYTES);
+        multiply_tiles<0, 4, 5>();
+        if constexpr (N == 4) {
+            load_tile<6>(b + apart, TILE_BYTES);
+            multiply_tiles<1, 4, 6>();
+            load_tile<7>(b + 2 * apart, TILE_BYTES);
+            multiply_tiles<2, 4, 7>();
+            load_tile<5>(b + 3 * apart, TILE_BYTES);
+            multiply_tiles<3, 4, 5>();
+        }
+    }
+    store_tile<0>(&sums[0][0], sizeof sums[0]);
+    if constexpr (N == 4) {
+        store_tile<1>(&sums[0][1], sizeof sums[0]);
+        store_tile<2>(&sums[0][2], sizeof sums[0]);
+        store_tile<3>(&sums[0][3], sizeof sums[0]);
+    }
+}
+
+#else
 
 // sums += R rows of x [., depth] times `N` panels [depth][16] that stand `depth` rows apart. Each panel of x has sums of its
 // own that join at its end: a chain of sixteen keeps more digits than one over the whole depth.
 template <int N>
 LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t panels, const float* b, Vec (&sums)[R][N * V]) {
-    const std::int64_t apart = panels * PANEL;
+    const std::int64_t apart = matrix_floats(panels);
     for (std::int64_t p = 0; p < panels; ++p, x += x_rows * COLUMNS, b += PANEL) {
         Vec part[R][N * V];
         if constexpr (ROUNDED) {
@@ -108,31 +177,35 @@ LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t pan
     }
 }
 
+#endif
+
 template <int N, class Finish, class After>
 LARES_INLINE void product_panels(Matrix x, std::int64_t x_panels, const float* b, const float* bias, std::int64_t panel, std::int64_t from,
                                  std::int64_t to, const Finish& finish, const After& after) {
     for (std::int64_t row = from; row < to; row += R) {
+        // Buffers end with a whole tile of ROW_TILE rows.
+        const std::int64_t rows = R > ROW_TILE && to - row < R ? to - row : R;
         Vec sums[R][N * V];
         for (int v = 0; v < N * V; ++v) {
             const Vec start = bias ? load(bias + panel * COLUMNS + v * W) : broadcast(0.0f);
             for (int r = 0; r < R; ++r) sums[r][v] = start;
         }
-        multiply<N>(x.at(0, row), x.rows, x_panels, b + panel * x_panels * PANEL, sums);
+        multiply<N>(x.at(0, row), x.rows, x_panels, b + panel * matrix_floats(x_panels), sums);
         for (int n = 0; n < N; ++n) {
-            for (int r = 0; r < R; ++r) {
+            for (int r = 0; r < rows; ++r) {
                 for (int v = 0; v < V; ++v) finish(panel + n, row + r, v, sums[r][n * V + v]);
             }
         }
-        for (int n = 0; n < N; ++n) after(panel + n, row);
+        for (int n = 0; n < N; ++n) after(panel + n, row, rows);
     }
 }
 
 struct Nothing {
-    LARES_INLINE void operator()(std::int64_t, std::int64_t) const {}
+    LARES_INLINE void operator()(std::int64_t, std::int64_t, std::int64_t) const {}
 };
 
 // Rows [from, to) of x times B [16 * x_panels, 16 * panels], plus bias; `finish(panel, row, v, sums)` takes what becomes of
-// them, and `after(panel, row)` follows each tile of R rows. Computes whole tiles: up to R - 1 rows behind `to` are worked on, too.
+// them, and `after(panel, row, rows)` follows each tile. Computes whole tiles: rows behind `to` are worked on, too.
 template <class Finish, class After = Nothing>
 LARES_INLINE void product(Matrix x, std::int64_t x_panels, const float* b, const float* bias, std::int64_t panels, std::int64_t from,
                           std::int64_t to, const Finish& finish, const After& after = {}) {

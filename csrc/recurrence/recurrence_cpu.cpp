@@ -22,6 +22,11 @@ LARES_DISPATCH(Bf16Kernel, bf16_kernel)
 namespace avx512bf16 {
 extern const Bf16Kernel bf16_kernel;
 }
+#if defined(LARES_HAS_TILES)
+namespace amx {
+extern const Bf16Kernel bf16_kernel;
+}
+#endif
 #endif
 
 namespace {
@@ -63,6 +68,9 @@ void check(const Recurrence& c, std::int64_t threads) {
 }
 
 const Bf16Kernel& best_bf16_kernel() {
+#if defined(LARES_HAS_TILES)
+    if (level() == Level::amx) return amx::bf16_kernel;
+#endif
 #if defined(__x86_64__)
     if (has_bf16()) return avx512bf16::bf16_kernel;
 #endif

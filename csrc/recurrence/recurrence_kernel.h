@@ -58,7 +58,8 @@ const RecurrenceKernel& recurrence_kernel();
 
 // Forward alone, the operands of products with weights rounded to bf16.
 struct Bf16Kernel {
-    // How weights are packed: two rows of a panel in one, [8][16 columns][2] in bf16; or as fp32 that has been rounded.
+    // How weights are packed: two rows of a panel in one, [8][16 columns][2] in bf16, an even number of panels of rows; or as
+    // fp32 that has been rounded.
     bool pairs;
     void (*forward)(const Model&, const Block&, const float* h, const float* pre, float* out, float* workspace);
 };

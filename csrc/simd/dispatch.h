@@ -9,7 +9,7 @@
     namespace avx2 { extern const Type name; }                   \
     namespace avx512 { extern const Type name; }                 \
     const Type& name() {                                         \
-        if (level() == Level::avx512) return avx512::name;       \
+        if (level() >= Level::avx512) return avx512::name;       \
         return level() == Level::avx2 ? avx2::name : generic::name; \
     }
 #else

@@ -3,29 +3,35 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(LARES_HAS_TILES)
+#include "simd/tiles.h"
+#endif
+
 namespace lares_fast {
 namespace {
 
 constexpr int UNSET = -1;
-constexpr const char* NAMES[] = {"generic", "avx2", "avx512"};
+constexpr const char* NAMES[] = {"generic", "avx2", "avx512", "amx"};
 std::atomic<int> chosen{UNSET};
 
 #if defined(__x86_64__)
 bool runs(Level wanted) {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (wanted == Level::avx2) return avx2;
-    if (wanted == Level::avx512) {
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    }
-    return true;
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (wanted == Level::avx512) return avx512;
+#if defined(LARES_HAS_TILES)
+    if (wanted == Level::amx) return avx512 && __builtin_cpu_supports("avx512bf16") && tiles_there();
+#endif
+    return wanted == Level::generic;
 }
 #else
 bool runs(Level wanted) { return wanted == Level::generic; }
 #endif
 
 Level best() {
-    for (const Level candidate : {Level::avx512, Level::avx2}) {
+    for (const Level candidate : {Level::amx, Level::avx512, Level::avx2}) {
         if (runs(candidate)) return candidate;
     }
     return Level::generic;
@@ -47,20 +53,20 @@ void use_level(const std::string& name) {
         chosen.store(static_cast<int>(best()), std::memory_order_relaxed);
         return;
     }
-    for (const Level candidate : {Level::generic, Level::avx2, Level::avx512}) {
+    for (const Level candidate : {Level::generic, Level::avx2, Level::avx512, Level::amx}) {
         if (name != NAMES[static_cast<int>(candidate)]) continue;
         if (!runs(candidate)) throw std::invalid_argument("this CPU has no " + name);
         chosen.store(static_cast<int>(candidate), std::memory_order_relaxed);
         return;
     }
-    throw std::invalid_argument("the SIMD level must be auto, generic, avx2 or avx512, not " + name);
+    throw std::invalid_argument("the SIMD level must be auto, generic, avx2, avx512 or amx, not " + name);
 }
 
 const char* level_name() { return NAMES[static_cast<int>(level())]; }
 
 bool has_vnni() {
 #if defined(__x86_64__)
-    return level() == Level::avx512 && __builtin_cpu_supports("avx512vnni");
+    return level() >= Level::avx512 && __builtin_cpu_supports("avx512vnni");
 #else
     return false;
 #endif
@@ -68,7 +74,7 @@ bool has_vnni() {
 
 bool has_bf16() {
 #if defined(__x86_64__)
-    return level() == Level::avx512 && __builtin_cpu_supports("avx512bf16");
+    return level() >= Level::avx512 && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif

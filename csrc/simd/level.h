@@ -5,12 +5,13 @@
 
 namespace lares_fast {
 
-enum class Level { generic, avx2, avx512 };
+// amx is avx512 with tiles (csrc/simd/tiles.h).
+enum class Level { generic, avx2, avx512, amx };
 
 // The level in force: what `use_level` chose, else the best that this CPU and this build have.
 Level level();
 
-// `name` is auto, generic, avx2 or avx512. Throws std::invalid_argument where the CPU or the build lacks it.
+// `name` is auto, generic, avx2, avx512 or amx. Throws std::invalid_argument where the CPU or the build lacks it.
 void use_level(const std::string& name);
 
 const char* level_name();

@@ -17,7 +17,7 @@ namespace avx512 { extern const ScreenKernel screen_kernel; }
 namespace avx512vnni { extern const ScreenKernel screen_kernel; }
 const ScreenKernel* screen_kernel() {
     if (has_vnni()) return &avx512vnni::screen_kernel;
-    if (level() == Level::avx512) return &avx512::screen_kernel;
+    if (level() >= Level::avx512) return &avx512::screen_kernel;
     return level() == Level::avx2 ? &avx2::screen_kernel : nullptr;
 }
 #else

@@ -61,7 +61,7 @@ def recurrence(
         eps: of the layer norms.
         longest: at least the length of every sequence; an integer, so that no GPU is waited for. Only ``triton`` needs it.
         bf16: round the operands of products with weights to bf16; sums and everything else stay in the dtype of ``h``. Without
-            gradients, by ``native`` and ``reference``; ``native`` multiplies in bf16 where the CPU has AVX512_BF16.
+            gradients, by ``native`` and ``reference``; ``native`` multiplies in bf16 where the CPU has AMX or AVX512_BF16.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
             ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size
             a multiple of 16, sequences of up to 512 tokens), ``layers`` (anything, packed, by PyTorch's layers and

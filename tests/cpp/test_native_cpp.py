@@ -63,7 +63,7 @@ def levels():
     """The levels that this CPU has, and AVX-512 where it is emulated on AVX2."""
     if not {"avx2", "fma"} <= FLAGS:
         return ["generic"]
-    return ["generic", "avx2", *(["avx512", "avx512vnni"] if HAS_AVX512 or SIMDE.exists() else [])]
+    return ["generic", "avx2", *(["avx512", "avx512vnni", "amx"] if HAS_AVX512 or SIMDE.exists() else [])]
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def checked():
     return build("address", *flags, f"-DAVX512_BY_SIMDE={'avx512' in levels() and not HAS_AVX512}")
 
 
-# Of the ops only topk and its index have code of their own for avx512vnni.
-CALLS = {"generic": 4_000, "avx2": 4_000, "avx512": 4_000, "avx512vnni": 1_000}
+# Of the ops only topk and its index have code of their own for avx512vnni, and only the recurrence for amx.
+CALLS = {"generic": 4_000, "avx2": 4_000, "avx512": 4_000, "avx512vnni": 1_000, "amx": 1_000}
 
 
 @pytest.fixture(scope="module")

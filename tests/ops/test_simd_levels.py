@@ -30,7 +30,7 @@ sys.exit(code)
 
 
 @needs_native
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512", "amx"])
 def test_ops_at_the_level(level):
     files = [str(Path(__file__).with_name(f"test_{stem}.py")) for stem in STEMS]
     assert len(files) >= 2

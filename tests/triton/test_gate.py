@@ -8,24 +8,40 @@ from lares_fast._random import Draw
 
 pytestmark = pytest.mark.compiled
 
-ALL = (80, 86, 90, 100, 120)
-# D/H, dtype, dropout, longest; and for which GPUs. Pairwise: products in fp32 take minutes to compile.
+# In CI two Tritons share the cases: the newest, and the one that the newest CUDA build of torch brings (-m older_triton).
+NEWEST, OLDER, BOTH = "newest", "older", "both"
+# D/H, dtype, dropout, longest; for which GPUs, and by which Triton. Pairwise: products in fp32 take minutes to compile.
 CASES = [
-    (16, torch.bfloat16, 0.2, 200, (86, 100)),
-    (32, torch.bfloat16, 0.2, 50, ALL),
-    (64, torch.bfloat16, 0.0, 50, (86, 90, 120)),
-    (64, torch.float16, 0.2, 200, (80, 100)),
-    (128, torch.bfloat16, 0.2, 50, (80, 90, 100, 120)),
-    (32, torch.float32, 0.2, 50, (80, 90)),
-    (128, torch.float32, 0.2, 50, (100,)),
+    (16, torch.bfloat16, 0.2, 200, (86, 100), NEWEST),
+    (32, torch.bfloat16, 0.2, 50, (80, 90, 120), BOTH),
+    (32, torch.bfloat16, 0.2, 50, (86, 100), NEWEST),
+    (64, torch.bfloat16, 0.0, 50, (86, 90, 120), BOTH),
+    (64, torch.float16, 0.2, 200, (80, 100), NEWEST),
+    (128, torch.bfloat16, 0.2, 50, (80, 100), OLDER),
+    (128, torch.bfloat16, 0.2, 50, (90, 120), NEWEST),
+    # Triton 3.8 takes 255 registers for the queries' gradient on sm_80.
+    (32, torch.float32, 0.2, 50, (80, 90), NEWEST),
+    (128, torch.float32, 0.2, 50, (100,), NEWEST),
 ]
 # Products of tiles, and tiles loaded, in each kernel.
 DOTS = {"attention_forward": 2, "attention_backward_query": 3, "attention_backward_key_value": 4}
 TILES = {"attention_forward": 3, "attention_backward_query": 5, "attention_backward_key_value": 4}
 # By bytes of a row of a head. Two programs of 64 threads leave room for six more at 128 registers a thread.
 REGISTERS = {32: 144, 64: 176, 128: 240, 256: 200, 512: 255}
+# Of a multiprocessor: two for each of its four schedulers.
+RESIDENT_WARPS = 8
 # One multiply-add instruction of a tensor core: 16 x 8 x 16.
 PRODUCT = 2048
+
+
+def each(cases):
+    """A parameter a case and GPU."""
+    marks = {NEWEST: pytest.mark.newest_triton, OLDER: pytest.mark.older_triton}
+    return [
+        pytest.param(*case, architecture, marks=list(marks.values()) if tritons == BOTH else marks[tritons])
+        for *case, architectures, tritons in cases
+        for architecture in architectures
+    ]
 
 
 def run(E, dtype, p, longest):
@@ -35,10 +51,7 @@ def run(E, dtype, p, longest):
     out.backward(torch.zeros_like(out))
 
 
-@pytest.mark.parametrize(
-    ("E", "dtype", "p", "longest", "architecture"),
-    [(*case, architecture) for *case, architectures in CASES for architecture in architectures],
-)
+@pytest.mark.parametrize(("E", "dtype", "p", "longest", "architecture"), each(CASES))
 def test_attention(E, dtype, p, longest, architecture, monkeypatch):
     import triton_gate
 
@@ -48,7 +61,7 @@ def test_attention(E, dtype, p, longest, architecture, monkeypatch):
         assert not kernel.wrapping, kernel
         S, C, size = kernel.constants["S"], kernel.constants["C"], dtype.itemsize
         threads = 32 * kernel.warps
-        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
+        assert kernel.resident_warps(architecture) >= RESIDENT_WARPS, kernel
         assert kernel.registers <= REGISTERS[E * size], kernel
         assert kernel.stack <= spills(E, dtype, kernel.name), kernel
         assert kernel.count("LDG.E.128") >= TILES[kernel.name] * S * C * size // 16 // threads, kernel
@@ -103,12 +116,15 @@ def test_the_gate_sees_products_that_are_not_sound(ptxas, wgmma, monkeypatch):
     assert forward.products
 
 
-# D, dtype, and for which GPUs.
+# D, dtype; for which GPUs, and by which Triton.
 CATALOG_CASES = [
-    (64, torch.bfloat16, ALL),
-    (128, torch.float16, (80, 120)),
-    (256, torch.bfloat16, (90, 100)),
-    (64, torch.float32, (86, 90)),
+    (64, torch.bfloat16, (90, 120), BOTH),
+    (64, torch.bfloat16, (80, 100), OLDER),
+    (64, torch.bfloat16, (86,), NEWEST),
+    (128, torch.float16, (80, 120), NEWEST),
+    (256, torch.bfloat16, (90, 100), NEWEST),
+    (64, torch.float32, (86,), OLDER),
+    (64, torch.float32, (90,), NEWEST),
 ]
 # Of the targets' scores the compiler keeps what lies on the diagonal.
 CATALOG_DOTS = {"target_score": 0, "softmax_forward": 1, "softmax_backward_hidden": 2, "softmax_backward_items": 2}
@@ -122,10 +138,7 @@ def catalog(D, dtype):
     logprob.sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("D", "dtype", "architecture"),
-    [(*case, architecture) for *case, architectures in CATALOG_CASES for architecture in architectures],
-)
+@pytest.mark.parametrize(("D", "dtype", "architecture"), each(CATALOG_CASES))
 def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
     import triton_gate
 
@@ -136,7 +149,7 @@ def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
     for kernel in kernels:
         assert not kernel.wrapping, kernel
         S, C = kernel.constants["S"], kernel.constants["C"]
-        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
+        assert kernel.resident_warps(architecture) >= RESIDENT_WARPS, kernel
         assert kernel.registers <= 240, kernel
         assert kernel.stack <= 16, kernel
         # Two tiles of rows are loaded, by 16 bytes a thread.
@@ -148,17 +161,19 @@ def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
             assert kernel.products == kernel.count("HMMA"), kernel
 
 
-# D, H, dtype, dropout, longest, adapter, whether the backward is compiled too; and for which GPUs.
+# D, H, dtype, dropout, longest, adapter, whether the backward is compiled too; for which GPUs, and by which Triton.
 RECURRENCE_CASES = [
-    (64, 2, torch.bfloat16, 0.0, 50, "add", False, ALL),
-    (64, 2, torch.float16, 0.0, 128, "concat", False, (80, 90)),
-    (128, 2, torch.bfloat16, 0.0, 50, "add", True, (80,)),
-    (128, 2, torch.bfloat16, 0.0, 50, "add", False, (90, 120)),
-    (128, 4, torch.bfloat16, 0.0, 128, "add", False, (80, 100)),
-    (64, 2, torch.bfloat16, 0.5, 50, "add", True, (80, 90)),
-    (64, 2, torch.bfloat16, 0.0, 20, "concat", True, (120,)),
-    (128, 2, torch.bfloat16, 0.5, 50, "add", True, (90,)),
-    (64, 2, torch.float32, 0.0, 20, "add", False, (90,)),
+    (64, 2, torch.bfloat16, 0.0, 50, "add", False, (80, 90, 120), BOTH),
+    (64, 2, torch.bfloat16, 0.0, 50, "add", False, (86, 100), NEWEST),
+    (64, 2, torch.float16, 0.0, 128, "concat", False, (80, 90), NEWEST),
+    (128, 2, torch.bfloat16, 0.0, 50, "add", True, (80,), NEWEST),
+    (128, 2, torch.bfloat16, 0.0, 50, "add", False, (90, 120), NEWEST),
+    (128, 4, torch.bfloat16, 0.0, 128, "add", False, (80, 100), NEWEST),
+    (64, 2, torch.bfloat16, 0.5, 50, "add", True, (80,), OLDER),
+    (64, 2, torch.bfloat16, 0.5, 50, "add", True, (90,), NEWEST),
+    (64, 2, torch.bfloat16, 0.0, 20, "concat", True, (120,), NEWEST),
+    (128, 2, torch.bfloat16, 0.5, 50, "add", True, (90,), NEWEST),
+    (64, 2, torch.float32, 0.0, 20, "add", False, (90,), NEWEST),
 ]
 
 
@@ -193,10 +208,7 @@ def recurrence(D, H, dtype, p, longest, adapter, backward):
         out.backward(torch.zeros_like(out))
 
 
-@pytest.mark.parametrize(
-    ("D", "H", "dtype", "p", "longest", "adapter", "backward", "architecture"),
-    [(*case, architecture) for *case, architectures in RECURRENCE_CASES for architecture in architectures],
-)
+@pytest.mark.parametrize(("D", "H", "dtype", "p", "longest", "adapter", "backward", "architecture"), each(RECURRENCE_CASES))
 def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, monkeypatch):
     import triton_gate
 
@@ -204,7 +216,7 @@ def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, mo
     kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: recurrence(*how))
     assert {kernel.name for kernel in kernels} == {"recurrence_forward", *(BACKWARD_STACK if backward else ())}
     for kernel in kernels:
-        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
+        assert kernel.resident_warps(architecture) >= RESIDENT_WARPS, kernel
         limit = (
             recurrence_stack(D, dtype, p, architecture)
             if kernel.name == "recurrence_forward"

@@ -38,6 +38,13 @@ class Compiled:
         """Tensor-core instructions."""
         return sum(n for name, n in self.opcodes.items() if re.match("HMMA|HGMMA|QGMMA|UTC.*MMA", name))
 
+    def resident_warps(self, architecture):
+        """Warps that a multiprocessor holds: by registers (given out by 8), shared memory (1 KB more each) and threads."""
+        threads = 32 * self.warps
+        registers = 65_536 // (-(-self.registers // 8) * 8 * threads)
+        shared = (SHARED_LIMIT[architecture] + 1024) // (self.shared + 1024)
+        return self.warps * min(registers, shared, (1536 if architecture in (86, 120) else 2048) // threads)
+
     def count(self, prefix):
         return sum(n for name, n in self.opcodes.items() if name.startswith(prefix))
 
@@ -58,7 +65,7 @@ def inspect_kernel(kernel, folder):
     usage = tool("cuobjdump", "-res-usage", cubin)
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
     opcodes = {}
-    for line in tool("nvdisasm", "-c", cubin).splitlines():
+    for line in tool("nvdisasm", "-c", "-ndf", cubin).splitlines():
         if found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
             opcodes[found[1]] = opcodes.get(found[1], 0) + 1
     names = kernel.src.fn.arg_names
