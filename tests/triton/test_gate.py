@@ -61,6 +61,7 @@ def test_attention(E, dtype, p, longest, architecture, monkeypatch):
         assert not kernel.wrapping, kernel
         S, C, size = kernel.constants["S"], kernel.constants["C"], dtype.itemsize
         threads = 32 * kernel.warps
+        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
         assert kernel.resident_warps(architecture) >= RESIDENT_WARPS, kernel
         assert kernel.registers <= REGISTERS[E * size], kernel
         assert kernel.stack <= spills(E, dtype, kernel.name), kernel
@@ -149,6 +150,7 @@ def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
     for kernel in kernels:
         assert not kernel.wrapping, kernel
         S, C = kernel.constants["S"], kernel.constants["C"]
+        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
         assert kernel.resident_warps(architecture) >= RESIDENT_WARPS, kernel
         assert kernel.registers <= 240, kernel
         assert kernel.stack <= 16, kernel
@@ -216,6 +218,7 @@ def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, mo
     kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: recurrence(*how))
     assert {kernel.name for kernel in kernels} == {"recurrence_forward", *(BACKWARD_STACK if backward else ())}
     for kernel in kernels:
+        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
         assert kernel.resident_warps(architecture) >= RESIDENT_WARPS, kernel
         limit = (
             recurrence_stack(D, dtype, p, architecture)
