@@ -201,6 +201,17 @@ def test_what_is_missing_is_listed_and_not_invented(written):
     assert text.endswith("\n") and "## What was learned\nMuch." in text
 
 
+def test_the_rival_is_the_one_that_validation_prefers():
+    class Rival:
+        def __init__(self, validation, finished=True):
+            self.validation = lambda phase, history: (1, validation)
+            self.tested = lambda phase, history: [{}] * finished
+
+    runs = {"beauty-sasrec": Rival(0.05), "beauty-sasrec-256": Rival(0.06), "beauty-sasrec-noise": Rival(0.07, finished=False)}
+    assert report._best_rival({**runs, "beauty": Rival(0.08)}, "beauty", "masked") is runs["beauty-sasrec-256"]
+    assert report._best_rival(runs, "instruments", "masked") is None
+
+
 def test_a_document_of_no_runs(tmp_path):
     none = {experiment.name: runs.Run(experiment, tmp_path / experiment.name) for experiment in experiments.EXPERIMENTS}
     text = report.document(none, experiments.EXPERIMENTS)
