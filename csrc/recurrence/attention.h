@@ -159,12 +159,20 @@ LARES_INLINE void add_outer(const float* weights, std::int64_t stride, Matrix x,
 
 constexpr float LOG2_E = 1.44269504f;
 
+// Added to a register, it leaves the first `n` lanes and makes the others -infinity, or NaN, which `max` passes over.
+LARES_INLINE const float* first_of(std::int64_t n) {
+    constexpr float LEAST = -__builtin_inff();
+    static constexpr float LANES_OF[2 * COLUMNS] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST,
+                                                    LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST};
+    return LANES_OF + COLUMNS - n;
+}
+
 LARES_INLINE float largest_of(const float* row, std::int64_t n) {
     Vec top = broadcast(-__builtin_inff());
-    for (std::int64_t j = 0; j + W <= n; j += W) top = max(load(row + j), top);
-    float most = largest(top);
-    for (std::int64_t j = n / W * W; j < n; ++j) most = row[j] > most ? row[j] : most;
-    return most;
+    std::int64_t j = 0;
+    for (; j + W <= n; j += W) top = max(load(row + j), top);
+    if (j < n) top = max(add(load(row + j), load(first_of(n - j))), top);
+    return largest(top);
 }
 
 // Turns the scores of N queries from `query` on into 2^(scale (score - largest)), 0 where a key is not visible, tile by tile:
@@ -184,12 +192,15 @@ LARES_INLINE void for_exponentials(const Attention& a, const Attended& s, std::i
         if (a.dropout.threshold) {
             draw_attention(a.dropout, s.row, static_cast<std::uint32_t>(h), static_cast<std::uint32_t>(query / QUAD), static_cast<std::uint32_t>(t), kept);
         }
-        for (int r = 0; r < N; ++r) {
-            for (int v = 0; v < V; ++v) {
-                const std::int64_t key = t * COLUMNS + v * W, place = r * stride + key;
-                const Vec e = select(first_lanes(query + r + 1 - key), exp2(mul(sub(load(scores + place), most[r]), factor)));
-                sums[r] = add(sums[r], e);
-                take(r, place, e, a.dropout.threshold ? kept[query % QUAD + r] + v * W : nullptr);
+        for (int v = 0; v < V; ++v) {
+            const std::int64_t key = t * COLUMNS + v * W;
+            Vec e[N];
+            for (int r = 0; r < N; ++r) e[r] = mul(sub(load(scores + r * stride + key), most[r]), factor);
+            exp2(e);
+            for (int r = 0; r < N; ++r) {
+                e[r] = select(first_lanes(query + r + 1 - key), e[r]);
+                sums[r] = add(sums[r], e[r]);
+                take(r, r * stride + key, e[r], a.dropout.threshold ? kept[query % QUAD + r] + v * W : nullptr);
             }
         }
     }

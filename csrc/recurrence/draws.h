@@ -30,32 +30,53 @@ struct Site {
 
 #if defined(__AVX2__)
 
-// Eight counters that differ in the low three bits of c0: lane i of out[w] is half i % 2 of word w of counter i / 2.
-LARES_INLINE void draw(const Site& at, std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, Lane (&out)[4][LANES]) {
-    const auto wide = [](std::uint32_t x) { return _mm256_set1_epi64x(x); };
-    const __m256i m0 = wide(0xD2511F53u), m1 = wide(0xCD9E8D57u);
-    // Even and odd counters apart, each in the low half of 64 bits; what is in the high half does not matter.
-    __m256i word[2][4];
-    for (int odd = 0; odd < 2; ++odd) {
-        word[odd][0] = _mm256_or_si256(wide(c0 | at.place), _mm256_setr_epi64x(odd, 2 + odd, 4 + odd, 6 + odd));
-        word[odd][1] = wide(c1), word[odd][2] = wide(c2), word[odd][3] = wide(at.step_and_layer);
-    }
+// Numbers of 32 bits, each in the low half of 64; what is in the high half does not matter.
+struct Four {
+    using Word = __m256i;
+    LARES_INLINE static Word all(std::uint32_t x) { return _mm256_set1_epi64x(x); }
+    LARES_INLINE static Word times(Word a, Word b) { return _mm256_mul_epu32(a, b); }
+    LARES_INLINE static Word upper(Word a) { return _mm256_srli_epi64(a, 32); }
+    LARES_INLINE static Word differ(Word a, Word b) { return _mm256_xor_si256(a, b); }
+};
+
+// The ten rounds of Philox for even and odd counters.
+template <class N>
+LARES_INLINE void rounds(const Site& at, typename N::Word (&word)[2][4]) {
+    using Word = typename N::Word;
+    const Word m0 = N::all(0xD2511F53u), m1 = N::all(0xCD9E8D57u);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-        const __m256i k0 = _mm256_set1_epi32(static_cast<int>(at.keys[round].k0)), k1 = _mm256_set1_epi32(static_cast<int>(at.keys[round].k1));
+        const Word k0 = N::all(at.keys[round].k0), k1 = N::all(at.keys[round].k1);
         for (int odd = 0; odd < 2; ++odd) {
-            __m256i(&w)[4] = word[odd];
-            const __m256i p0 = _mm256_mul_epu32(w[0], m0), p1 = _mm256_mul_epu32(w[2], m1);
-            w[0] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(w[1], k0));
-            w[2] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(w[3], k1));
+            Word(&w)[4] = word[odd];
+            const Word p0 = N::times(w[0], m0), p1 = N::times(w[2], m1);
+            w[0] = N::differ(N::upper(p1), N::differ(w[1], k0));
+            w[2] = N::differ(N::upper(p0), N::differ(w[3], k1));
             w[1] = p1, w[3] = p0;
         }
     }
-    const __m256i least = _mm256_set1_epi16(static_cast<short>(at.threshold));
-    for (int w = 0; w < 4; ++w) {
-        const __m256i draws = _mm256_blend_epi32(word[0][w], _mm256_slli_epi64(word[1][w], 32), 0xaa);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[w]), _mm256_cmpeq_epi16(_mm256_max_epu16(draws, least), draws));
+}
+
+// The counters of one address differ in the low three bits of c0.
+LARES_INLINE __m256i first_word(const Site& at, std::uint32_t c0, int odd) {
+    return _mm256_or_si256(Four::all(c0 | at.place), _mm256_setr_epi64x(odd, 2 + odd, 4 + odd, 6 + odd));
+}
+
+// Lane i is half i % 2 of one word of counter i / 2.
+LARES_INLINE void decide_lanes(__m256i even, __m256i odd, std::uint32_t threshold, Lane (&out)[LANES]) {
+    const __m256i least = _mm256_set1_epi16(static_cast<short>(threshold));
+    const __m256i draws = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_cmpeq_epi16(_mm256_max_epu16(draws, least), draws));
+}
+
+LARES_INLINE void draw(const Site& at, std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, Lane (&out)[4][LANES]) {
+    __m256i word[2][4];
+    for (int odd = 0; odd < 2; ++odd) {
+        word[odd][0] = first_word(at, c0, odd);
+        word[odd][1] = Four::all(c1), word[odd][2] = Four::all(c2), word[odd][3] = Four::all(at.step_and_layer);
     }
+    rounds<Four>(at, word);
+    for (int w = 0; w < 4; ++w) decide_lanes(word[0][w], word[1][w], at.threshold, out[w]);
 }
 
 #else
@@ -81,12 +102,54 @@ LARES_INLINE Vec select(const Lane* kept, Vec x) {
 #endif
 }
 
-// The decisions of one row of a hidden activation, panel by panel, `apart` lanes from one to the next.
-LARES_INLINE void draw_hidden(const Site& at, std::uint32_t row, std::uint32_t position, std::int64_t panels, std::int64_t apart, Lane* out) {
+#if defined(__AVX512F__)
+
+constexpr int DRAWN = 2;  // addresses at once, because the rounds of one wait for each other
+
+struct Eight {
+    using Word = __m512i;
+    LARES_INLINE static Word all(std::uint32_t x) { return _mm512_set1_epi64(x); }
+    LARES_INLINE static Word times(Word a, Word b) { return _mm512_mul_epu32(a, b); }
+    LARES_INLINE static Word upper(Word a) { return _mm512_srli_epi64(a, 32); }
+    LARES_INLINE static Word differ(Word a, Word b) { return _mm512_xor_si512(a, b); }
+};
+
+LARES_INLINE __m512i join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
+
+LARES_INLINE void draw(const Site& at, std::uint32_t c0, const std::uint32_t* c1, const std::uint32_t* c2, Lane (&out)[DRAWN][4][LANES]) {
+    __m512i word[2][4];
+    for (int odd = 0; odd < 2; ++odd) {
+        const __m256i first = first_word(at, c0, odd);
+        word[odd][0] = join(first, first);
+        word[odd][1] = join(Four::all(c1[0]), Four::all(c1[1])), word[odd][2] = join(Four::all(c2[0]), Four::all(c2[1]));
+        word[odd][3] = Eight::all(at.step_and_layer);
+    }
+    rounds<Eight>(at, word);
+    for (int w = 0; w < 4; ++w) {
+        decide_lanes(_mm512_castsi512_si256(word[0][w]), _mm512_castsi512_si256(word[1][w]), at.threshold, out[0][w]);
+        decide_lanes(_mm512_extracti64x4_epi64(word[0][w], 1), _mm512_extracti64x4_epi64(word[1][w], 1), at.threshold, out[1][w]);
+    }
+}
+
+#else
+
+constexpr int DRAWN = 1;
+
+LARES_INLINE void draw(const Site& at, std::uint32_t c0, const std::uint32_t* c1, const std::uint32_t* c2, Lane (&out)[DRAWN][4][LANES]) {
+    draw(at, c0, *c1, *c2, out[0]);
+}
+
+#endif
+
+// The decisions of DRAWN rows of a hidden activation: those of row i and panel p at out[p * apart + i].
+LARES_INLINE void draw_hidden(const Site& at, const std::uint32_t* row, const std::uint32_t* position, std::int64_t panels, std::int64_t apart,
+                              Lane (*out)[LANES]) {
     for (std::int64_t p = 0; p < panels; p += 4) {
-        Lane words[4][LANES];
+        Lane words[DRAWN][4][LANES];
         draw(at, static_cast<std::uint32_t>(p / 4) << 3, position, row, words);
-        for (std::int64_t w = 0; w < 4 && p + w < panels; ++w) std::memcpy(out + (p + w) * apart, words[w], sizeof words[w]);
+        for (int i = 0; i < DRAWN; ++i) {
+            for (std::int64_t w = 0; w < 4 && p + w < panels; ++w) std::memcpy(out[(p + w) * apart + i], words[i][w], sizeof words[i][w]);
+        }
     }
 }
 

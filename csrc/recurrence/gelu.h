@@ -6,58 +6,57 @@
 namespace lares_fast {
 namespace {
 
-// |x|, up to where nothing of the tail is left.
-LARES_INLINE Vec distance(Vec x) { return min(broadcast(8.0f), abs(x)); }
-
-// 2 Phi(-a) = 2^(a P(a)), the tail within 1e-8: near 0 the exponent is small, and far out what it is the exponent of.
-LARES_INLINE Vec two_tails(Vec a) {
-    Vec p = broadcast(-2.84171074e-6f);
-    p = fma(p, a, broadcast(3.94601884e-5f));
-    p = fma(p, a, broadcast(-1.86578094e-4f));
-    p = fma(p, a, broadcast(-1.35957991e-4f));
-    p = fma(p, a, broadcast(7.06211245e-3f));
-    p = fma(p, a, broadcast(-5.24952449e-2f));
-    p = fma(p, a, broadcast(-0.459208518f));
-    p = fma(p, a, broadcast(-1.15110517f));
-    return exp2(mul(a, p));
+// 2 Phi(-a) = 2^(a P(a)) for a in [0, 8], the tail within 1e-8: near 0 the exponent is small, and far out what it is the exponent of.
+template <int R>
+LARES_INLINE void two_tails(const Vec (&a)[R], Vec (&tails)[R]) {
+    constexpr float FACTORS[] = {-2.84171074e-6f, 3.94601884e-5f, -1.86578094e-4f, -1.35957991e-4f,
+                                 7.06211245e-3f,  -5.24952449e-2f, -0.459208518f,   -1.15110517f};
+    polynomial(FACTORS, a, tails);
+    for (int r = 0; r < R; ++r) tails[r] = mul(a[r], tails[r]);
+    exp2_in_range(tails);
 }
 
 // 1 - a phi(a) / Phi(-a): what a tail is multiplied by in the derivative, times the tail within 1e-8.
-LARES_INLINE Vec bend(Vec a) {
-    Vec p = broadcast(2.5591894e-6f);
-    p = fma(p, a, broadcast(-4.47390812e-5f));
-    p = fma(p, a, broadcast(3.20619118e-4f));
-    p = fma(p, a, broadcast(-1.06530311e-3f));
-    p = fma(p, a, broadcast(-1.26827319e-4f));
-    p = fma(p, a, broadcast(1.93704832e-2f));
-    p = fma(p, a, broadcast(-0.109105125f));
-    p = fma(p, a, broadcast(-0.63660121f));
-    p = fma(p, a, broadcast(-0.797885716f));
-    return fma(p, a, broadcast(1.0f));
+template <int R>
+LARES_INLINE void bend(const Vec (&a)[R], Vec (&factor)[R]) {
+    constexpr float FACTORS[] = {2.5591894e-6f,   -4.47390812e-5f, 3.20619118e-4f, -1.06530311e-3f, -1.26827319e-4f,
+                                 1.93704832e-2f, -0.109105125f,   -0.63660121f,   -0.797885716f,   1.0f};
+    polynomial(FACTORS, a, factor);
 }
 
-// x Phi(x) = max(x, 0) - |x| Phi(-|x|)
-LARES_INLINE Vec gelu(Vec x, Vec a, Vec tails) { return fma(mul(a, broadcast(-0.5f)), tails, max(broadcast(0.0f), x)); }
-
-// In place for n floats, a multiple of two registers. Functions of their own, because their constants and a product's sums
-// do not fit in the registers together.
-__attribute__((noinline)) void gelu_all(float* x, std::int64_t n) {
-#pragma GCC unroll 2
-    for (std::int64_t i = 0; i < n; i += W) {
-        const Vec v = load(x + i), a = distance(v);
-        store(x + i, gelu(v, a, two_tails(a)));
+// x Phi(x) = max(x, 0) - |x| Phi(-|x|), in place for R registers.
+template <int R, bool SLOPES>
+LARES_INLINE void gelu(float* x, float* slopes) {
+    Vec a[R], tails[R];
+    // Up to where nothing of the tail is left.
+    for (int r = 0; r < R; ++r) a[r] = min(broadcast(8.0f), abs(load(x + r * W)));
+    two_tails(a, tails);
+    if constexpr (SLOPES) {
+        Vec factor[R];
+        bend(a, factor);
+        for (int r = 0; r < R; ++r) {
+            const Vec above = fma(mul(tails[r], broadcast(-0.5f)), factor[r], broadcast(0.5f));
+            store(slopes + r * W, add(broadcast(0.5f), with_sign(above, load(x + r * W))));
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        store(x + r * W, fma(mul(a[r], broadcast(-0.5f)), tails[r], max(broadcast(0.0f), load(x + r * W))));
     }
 }
 
-__attribute__((noinline)) void gelu_and_slope_all(float* x, std::int64_t n, float* slopes) {
-#pragma GCC unroll 2
-    for (std::int64_t i = 0; i < n; i += W) {
-        const Vec v = load(x + i), a = distance(v), tails = two_tails(a);
-        store(x + i, gelu(v, a, tails));
-        const Vec above = fma(mul(tails, broadcast(-0.5f)), bend(a), broadcast(0.5f));
-        store(slopes + i, add(broadcast(0.5f), with_sign(above, v)));
-    }
+template <bool SLOPES>
+LARES_INLINE void gelu_all(float* x, std::int64_t n, float* slopes) {
+    constexpr int R = W == 16 ? 6 : 4;
+    std::int64_t i = 0;
+    for (; i + R * W <= n; i += R * W) gelu<R, SLOPES>(x + i, SLOPES ? slopes + i : nullptr);
+    for (; i < n; i += W) gelu<1, SLOPES>(x + i, SLOPES ? slopes + i : nullptr);
 }
+
+// In place for n floats, a multiple of a register. Functions of their own, because their constants and a product's sums do
+// not fit in the registers together.
+__attribute__((noinline)) void gelu_all(float* x, std::int64_t n) { gelu_all<false>(x, n, nullptr); }
+
+__attribute__((noinline)) void gelu_and_slope_all(float* x, std::int64_t n, float* slopes) { gelu_all<true>(x, n, slopes); }
 
 }  // namespace
 }  // namespace lares_fast

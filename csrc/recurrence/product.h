@@ -17,10 +17,10 @@ constexpr int V = static_cast<int>(COLUMNS) / W;  // registers of a panel's row
 
 #if defined(LARES_TILES)
 constexpr int R = TILE_ROWS, WIDE = 4;
-constexpr int SUM_ROWS = 8, SUM_WIDE = 2;
+constexpr int SUM_ROWS = 6, SUM_WIDE = 4;
 #elif defined(__AVX512F__)
 constexpr int R = 6, WIDE = 4;  // a tile is R rows of WIDE panels, or of one
-constexpr int SUM_ROWS = 8, SUM_WIDE = 2;
+constexpr int SUM_ROWS = 6, SUM_WIDE = 4;
 #elif defined(__AVX2__)
 constexpr int R = 6, WIDE = 1;
 constexpr int SUM_ROWS = 6, SUM_WIDE = 1;
@@ -179,9 +179,13 @@ LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t pan
 
 #endif
 
+// A call of `after` begins with a wait for its first results: it takes the rows of some tiles together.
+constexpr std::int64_t AFTER_ROWS = 4 * ROW_TILE;
+
 template <int N, class Finish, class After>
 LARES_INLINE void product_panels(Matrix x, std::int64_t x_panels, const float* b, const float* bias, std::int64_t panel, std::int64_t from,
                                  std::int64_t to, const Finish& finish, const After& after) {
+    std::int64_t done = from;
     for (std::int64_t row = from; row < to; row += R) {
         // Buffers end with a whole tile of ROW_TILE rows.
         const std::int64_t rows = R > ROW_TILE && to - row < R ? to - row : R;
@@ -196,7 +200,10 @@ LARES_INLINE void product_panels(Matrix x, std::int64_t x_panels, const float* b
                 for (int v = 0; v < V; ++v) finish(panel + n, row + r, v, sums[r][n * V + v]);
             }
         }
-        for (int n = 0; n < N; ++n) after(panel + n, row, rows);
+        const std::int64_t end = row + rows;
+        if (end - done < AFTER_ROWS && end < to) continue;
+        for (int n = 0; n < N; ++n) after(panel + n, done, end - done);
+        done = end;
     }
 }
 
@@ -205,7 +212,7 @@ struct Nothing {
 };
 
 // Rows [from, to) of x times B [16 * x_panels, 16 * panels], plus bias; `finish(panel, row, v, sums)` takes what becomes of
-// them, and `after(panel, row, rows)` follows each tile. Computes whole tiles: rows behind `to` are worked on, too.
+// them, and `after(panel, row, rows)` follows every few tiles. Computes whole tiles: rows behind `to` are worked on, too.
 template <class Finish, class After = Nothing>
 LARES_INLINE void product(Matrix x, std::int64_t x_panels, const float* b, const float* bias, std::int64_t panels, std::int64_t from,
                           std::int64_t to, const Finish& finish, const After& after = {}) {

@@ -20,8 +20,15 @@ struct RowAddresses {
 using Decisions = Lane[MAX_PANELS][CHUNK][LANES];
 
 inline void decide(const Site& at, RowAddresses rows, std::int64_t from, std::int64_t n, std::int64_t panels, Decisions& kept) {
-    for (std::int64_t i = 0; i < n && at.threshold; ++i) {
-        draw_hidden(at, rows.row[from + i], rows.position[from + i], panels, CHUNK * LANES, kept[0][i]);
+    if (!at.threshold) return;
+    static_assert(CHUNK % DRAWN == 0, "the last rows of a chunk are drawn within it");
+    for (std::int64_t i = 0; i < n; i += DRAWN) {
+        std::uint32_t row[DRAWN], position[DRAWN];
+        for (int d = 0; d < DRAWN; ++d) {
+            const std::int64_t m = from + (i + d < n ? i + d : i);
+            row[d] = rows.row[m], position[d] = rows.position[m];
+        }
+        draw_hidden(at, row, position, panels, CHUNK, kept[0] + i);
     }
 }
 
@@ -87,8 +94,9 @@ LARES_INLINE void fill_and_normalise(Matrix y, std::int64_t from, std::int64_t n
             }
         }
         for (int v = 1; v < V; ++v) total[0] = add(total[0], total[v]);
-        mean[i] = sum(total[0]) / static_cast<float>(panels * COLUMNS);
+        mean[i] = sum(total[0]);
     }
+    for (std::int64_t i = 0; i < n; ++i) mean[i] /= static_cast<float>(panels * COLUMNS);
     normalise(y, from, n, panels, mean, norm, normal);
 }
 
@@ -125,9 +133,10 @@ inline void normalise_backward(Matrix grad, const Normal& normal, const float* s
                     product = fma(g, load(normal.rows.at(p, from + i) + v * W), product);
                 }
             }
-            mean[i] = sum(total) / columns;
-            slope[i] = sum(product) / columns;
+            mean[i] = sum(total);
+            slope[i] = sum(product);
         }
+        for (std::int64_t i = 0; i < n; ++i) mean[i] /= columns, slope[i] /= columns;
         if (dropped.data) decide(at, addresses, from, n, panels, kept);
         for (std::int64_t p = 0; p < panels; ++p) {
             for (int v = 0; v < V; ++v) {

@@ -6,25 +6,39 @@
 namespace lares_fast {
 namespace {
 
+// p = factors[0] x^(N - 1) + ... + factors[N - 1].
+template <int N, int R>
+LARES_INLINE void polynomial(const float (&factors)[N], const Vec (&x)[R], Vec (&p)[R]) {
+    for (int r = 0; r < R; ++r) p[r] = broadcast(factors[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < N; ++i) {
+        for (int r = 0; r < R; ++r) p[r] = fma(p[r], x[r], broadcast(factors[i]));
+    }
+}
+
 constexpr float LOWEST_POWER = -125.0f;
 
-// x = 2^x within 1 ulp for x in [-125, 127], exactly 1 at 0, and 2^-125 below; NaN stays NaN where its payload is zero.
+// x = 2^x within 1 ulp for x in [-125, 127], exactly 1 at 0; NaN stays NaN where its payload is zero.
 // Step by step over all registers, because one after the other leaves the processor waiting for each.
 template <int R>
-LARES_INLINE void exp2(Vec (&x)[R]) {
+LARES_INLINE void exp2_in_range(Vec (&x)[R]) {
     // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the lowest bits.
     const Vec shift = broadcast(12582912.0f);
     // Least maximum relative error for f in [-1/2, 1/2] among polynomials of degree 6 with p(0) = 1.
-    constexpr float FACTORS[] = {0.0013398874414117072f, 0.009618437357673572f, 0.055503324711259225f, 0.2402264791362874f, 0.6931472028550651f, 1.0f};
+    constexpr float FACTORS[] = {0.0001535336190842864f, 0.0013398874414117072f, 0.009618437357673572f, 0.055503324711259225f,
+                                 0.2402264791362874f,    0.6931472028550651f,    1.0f};
     Vec whole[R], p[R];
-    for (int r = 0; r < R; ++r) x[r] = max(broadcast(LOWEST_POWER), x[r]);
     for (int r = 0; r < R; ++r) whole[r] = add(x[r], shift);
     for (int r = 0; r < R; ++r) x[r] = sub(x[r], sub(whole[r], shift));
-    for (int r = 0; r < R; ++r) p[r] = broadcast(0.0001535336190842864f);
-    for (const float factor : FACTORS) {
-        for (int r = 0; r < R; ++r) p[r] = fma(p[r], x[r], broadcast(factor));
-    }
+    polynomial(FACTORS, x, p);
     for (int r = 0; r < R; ++r) x[r] = times_power(p[r], whole[r]);
+}
+
+// The same for any x up to 127; 2^-125 below.
+template <int R>
+LARES_INLINE void exp2(Vec (&x)[R]) {
+    for (int r = 0; r < R; ++r) x[r] = max(broadcast(LOWEST_POWER), x[r]);
+    exp2_in_range(x);
 }
 
 LARES_INLINE Vec exp2(Vec x) {

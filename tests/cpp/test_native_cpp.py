@@ -124,6 +124,7 @@ PLANTS = {
     ),
     "a mask of other keys": ("draws.h", "quad | key_tile << 16", "quad | (key_tile + 1) << 16"),
     "a sequence that begins one token early": ("plan.cpp", "push_back({first,", "push_back({first - (b > 0),"),
+    "rows that GELU leaves out": ("product.h", "after(panel + n, done, end - done)", "after(panel + n, done, rows)"),
     "another dropout site": (
         "forward.h",
         "l.down_bias, site(AFTER_FEED_FORWARD,",
