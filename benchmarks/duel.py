@@ -1,0 +1,91 @@
+"""Two checkouts in lockstep on one core: what a change of the recurrence's C++ is worth where neighbours are busy.
+
+``python benchmarks/duel.py BEFORE AFTER [--rounds 24] [--core 1]``: each a checkout with its module built in place. Two
+processes take turns, before, after, after, before, and the ratio of a round is that of their CPU times: above 1 is faster.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SHAPES = [(kind, p) for kind in ("mean 7", "all 50") for p in (0.0, 0.5)]
+RUNS = [(kind, p, what) for kind, p in SHAPES for what in ("forward", "both")]
+
+
+def work(tree: Path) -> None:
+    """Run what standard input names by its number, and print the CPU seconds."""
+    # In front of the folder of this file, which is in one of the two checkouts.
+    sys.path[:0] = [str(tree), str(tree / "benchmarks")]
+    import bench_recurrence
+    import torch
+
+    torch.set_num_threads(1)
+    calls = {}
+    for kind, p in SHAPES:
+        n = bench_recurrence.lengths(kind)
+        calls[kind, p] = bench_recurrence.Call(n[: len(n) // 4], p)
+
+    def run(kind: str, p: float, what: str) -> float:
+        call, began = calls[kind, p], time.process_time()
+        if what == "forward":
+            bench_recurrence.without_grad(call.forward)
+        else:
+            call.gradients(call.forward())
+        return time.process_time() - began
+
+    for each in RUNS:
+        run(*each)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(run(*RUNS[int(line)]), flush=True)
+
+
+def duel(before: Path, after: Path, rounds: int, core: int) -> None:
+    """Print the ratio of every shape."""
+    os.sched_setaffinity(0, {core})
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-P", __file__, "--work", str(tree)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for tree in (before, after)
+    ]
+
+    def seconds(worker: subprocess.Popen, number: int) -> float:
+        worker.stdin.write(f"{number}\n")
+        worker.stdin.flush()
+        return float(worker.stdout.readline())
+
+    for worker in workers:
+        if worker.stdout.readline() != "ready\n":
+            sys.exit("a checkout does not run: build its module in place first.")
+    first, second = workers
+    for number, each in enumerate(RUNS):
+        ratios = []
+        for _ in range(rounds):
+            a, b, more_b, more_a = (seconds(worker, number) for worker in (first, second, second, first))
+            ratios.append((a + more_a) / (b + more_b))
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(*each, f"x{middle:.3f} (quartiles {low:.3f} {high:.3f})", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trees", nargs="*", type=Path)
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--core", type=int, default=1)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work is not None:
+        work(arguments.work)
+    elif len(arguments.trees) != 2:
+        parser.error("give two checkouts, the one before and the one after")
+    else:
+        duel(*arguments.trees, arguments.rounds, arguments.core)
+
+
+if __name__ == "__main__":
+    main()
