@@ -124,9 +124,9 @@ EXPERIMENTS = (
         start_from="beauty",
     ),
     _beauty("beauty-50", "main", "phase 1, L 50, batch 256", {**_BATCH, "model.max_len": 50, **_EVERY_T}, evaluations=_FINAL),
-    _beauty("trial-batch-256", "trial", "batch 256", {**_TRIAL, **_BATCH}),
-    _beauty("trial-lr-2e-3", "trial", "learning rate 2e-3", {**_TRIAL, "spt.lr": 0.002}),
-    _beauty("trial-dropout-0.3", "trial", "dropout .3", {**_TRIAL, "model.dropout": 0.3}),
-    _beauty("trial-alignments", "trial", "alpha .2, gamma .1", {**_TRIAL, "spt.alpha": 0.2, "spt.gamma": 0.1}),
+    _beauty("trial-batch-256", "trial", "batch 256; so are the trials below", {**_TRIAL, **_BATCH}),
+    _beauty("trial-cosine", "trial", "cosine, tau .07", {**_TRIAL, **_BATCH, "model.similarity": "cos", "model.tau": 0.07}),
+    _beauty("trial-dropout-0.3", "trial", "dropout .3", {**_TRIAL, **_BATCH, "model.dropout": 0.3}),
+    _beauty("trial-alignments", "trial", "alpha .2, gamma .1", {**_TRIAL, **_BATCH, "spt.alpha": 0.2, "spt.gamma": 0.1}),
     _beauty("beauty-sasrec-noise", "rival", "SASRec-style, but h0 noise as in LARES", _NOISY_SASREC),
 )

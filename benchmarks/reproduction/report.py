@@ -241,7 +241,7 @@ def _trials(runs: dict[str, Run], shown: Sequence[Run]) -> str:
     """Settings that were tried, judged on the validation rows alone."""
     rows = []
     for run in (
-        *(runs[name] for name in ("beauty-10",) if name in runs),
+        *(runs[name] for name in ("beauty-10", "ablation-none") if name in runs),
         *(run for run in shown if run.experiment.section == "trial"),
     ):
         best = [_number(run.validation("spt", history)[1]) if run.phases() else "-" for history in _HISTORIES]
