@@ -100,7 +100,8 @@ def _aims(runs: dict[str, Run]) -> str:
 
 def _better_beauty(runs: dict[str, Run]) -> Run | None:
     """The finished LARES run on Beauty that validation prefers."""
-    candidates = [runs[name] for name in ("beauty", "beauty-50") if name in runs and runs[name].tested("spt", MASKED)]
+    names = [name for name in ("beauty", "beauty-50", "beauty-dot") if name in runs]
+    candidates = [runs[name] for name in names if runs[name].tested("spt", MASKED)]
     return max(candidates, key=lambda run: max(run.validation(phase, MASKED)[1] for phase in run.phases()), default=None)
 
 
