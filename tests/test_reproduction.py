@@ -90,14 +90,15 @@ def test_a_stretch_ends_and_the_next_resumes(folder):
     work = runner.Runner(folder / "data", folder / "runs", minutes=5)
     target = folder / "runs" / ENDLESS.name
 
-    def stop_after_an_epoch():
-        while not (target / "metrics.csv").is_file():
+    def stop_after_an_epoch(number):
+        # A stop before the sitting has begun would begin none.
+        while len(runner.read_record(target).get("sittings", [])) < number or not (target / "metrics.csv").is_file():
             time.sleep(0.05)
         work.request_stop()
 
     for number in (1, 2):
         work._stop = False
-        threading.Thread(target=stop_after_an_epoch).start()
+        threading.Thread(target=stop_after_an_epoch, args=(number,)).start()
         work.run([ENDLESS, LATER], ALL)
         assert [sitting["ended"] for sitting in runner.read_record(target)["sittings"]] == ["stopped"] * number
     assert not (folder / "runs" / LATER.name).exists(), "nothing is begun after the end of the stretch"
