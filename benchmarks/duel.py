@@ -39,7 +39,8 @@ def work(tree: Path) -> None:
 
     for each in RUNS:
         run(*each)
-    print("ready", flush=True)
+    sizes = [float(gradient.norm()) for call in calls.values() for gradient in call.gradients(call.forward())]
+    print("ready", *sizes, flush=True)
     for line in sys.stdin:
         print(run(*RUNS[int(line)]), flush=True)
 
@@ -59,9 +60,12 @@ def duel(before: Path, after: Path, rounds: int, core: int) -> None:
         worker.stdin.flush()
         return float(worker.stdout.readline())
 
-    for worker in workers:
-        if worker.stdout.readline() != "ready\n":
-            sys.exit("a checkout does not run: build its module in place first.")
+    results = [worker.stdout.readline().split() for worker in workers]
+    if any(result[:1] != ["ready"] for result in results):
+        sys.exit("a checkout does not run: build its module in place first.")
+    for a, b in zip(*(map(float, result[1:]) for result in results), strict=True):
+        if abs(a - b) > 1e-4 * abs(a):
+            sys.exit(f"the checkouts disagree: a gradient has norm {a} in one and {b} in the other.")
     first, second = workers
     for number, each in enumerate(RUNS):
         ratios = []

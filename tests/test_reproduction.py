@@ -208,7 +208,7 @@ def test_the_rival_is_the_one_that_validation_prefers():
             self.validation = lambda phase, history: (1, validation)
             self.tested = lambda phase, history: [{}] * finished
 
-    runs = {"beauty-sasrec": Rival(0.05), "beauty-sasrec-256": Rival(0.06), "beauty-sasrec-noise": Rival(0.07, finished=False)}
+    runs = {"beauty-sasrec": Rival(0.05), "beauty-sasrec-256": Rival(0.06), "beauty-sasrec-cosine": Rival(0.07, finished=False)}
     assert report._best_rival({**runs, "beauty": Rival(0.08)}, "beauty", "masked") is runs["beauty-sasrec-256"]
     assert report._best_rival(runs, "instruments", "masked") is None
 

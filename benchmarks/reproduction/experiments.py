@@ -95,7 +95,7 @@ EXPERIMENTS = (
         "beauty-dot",
         "main",
         "phase 1, L 20, batch 256, dot as published",
-        {**_BATCH, "rpt.epochs": 3, **_EVERY_T},
+        {**_BATCH, **_EVERY_T},
         evaluations=_FINAL,
     ),
     _beauty(
