@@ -52,9 +52,9 @@ struct Matrix {
     LARES_INLINE float* at(std::int64_t panel, std::int64_t row) const { return data + (panel * rows + row) * COLUMNS; }
 };
 
-// part = R rows of x [., 16] times `N` matrices [16][16] that stand `apart` floats apart.
+// sums += R rows of x [., 16] times `N` matrices [16][16] that stand `apart` floats apart.
 template <int N>
-LARES_INLINE void multiply_panel(const float* x, const float* b, std::int64_t apart, Vec (&part)[R][N * V]) {
+LARES_INLINE void multiply_panel(const float* x, const float* b, std::int64_t apart, Vec (&sums)[R][N * V]) {
     const float* from[N];
     for (int n = 0; n < N; ++n) {
         from[n] = b + n * apart;
@@ -69,14 +69,14 @@ LARES_INLINE void multiply_panel(const float* x, const float* b, std::int64_t ap
         }
         for (int r = 0; r < R; ++r) {
             const Vec factor = broadcast(x[r * COLUMNS + k]);
-            for (int v = 0; v < N * V; ++v) part[r][v] = k == 0 ? mul(factor, column[v]) : fma(factor, column[v], part[r][v]);
+            for (int v = 0; v < N * V; ++v) sums[r][v] = fma(factor, column[v], sums[r][v]);
         }
     }
 }
 
 // The same, of x rounded to bf16; the matrices are as `PAIRS` says.
 template <int N>
-LARES_INLINE void multiply_panel_bf16(const float* x, const float* b, std::int64_t apart, Vec (&part)[R][N * V]) {
+LARES_INLINE void multiply_panel_bf16(const float* x, const float* b, std::int64_t apart, Vec (&sums)[R][N * V]) {
 #if defined(__AVX512BF16__)
     constexpr int PAIRS = static_cast<int>(COLUMNS) / 2;
     std::int32_t pairs[R][PAIRS];
@@ -90,13 +90,13 @@ LARES_INLINE void multiply_panel_bf16(const float* x, const float* b, std::int64
         for (int n = 0; n < N; ++n) std::memcpy(&column[n], b + n * apart + k * COLUMNS, sizeof column[n]);
         for (int r = 0; r < R; ++r) {
             const auto factors = (__m512bh)_mm512_set1_epi32(pairs[r][k]);
-            for (int n = 0; n < N; ++n) part[r][n] = _mm512_dpbf16_ps(k == 0 ? broadcast(0.0f) : part[r][n], factors, column[n]);
+            for (int n = 0; n < N; ++n) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], factors, column[n]);
         }
     }
 #else
     float rounded[R * COLUMNS];
     for (int i = 0; i < R * COLUMNS; ++i) rounded[i] = from_bf16(to_bf16(x[i]));
-    multiply_panel<N>(rounded, b, apart, part);
+    multiply_panel<N>(rounded, b, apart, sums);
 #endif
 }
 
@@ -159,18 +159,25 @@ LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t pan
 
 #else
 
-// sums += R rows of x [., depth] times `N` panels [depth][16] that stand `depth` rows apart. Each panel of x has sums of its
-// own that join at its end: a chain of sixteen keeps more digits than one over the whole depth.
+// sums += R rows of x [., depth] times `N` panels [depth][16] that stand `depth` rows apart. Each panel of x but the first has
+// sums of its own that join at its end: a chain of sixteen keeps more digits than one over the whole depth.
 template <int N>
 LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t panels, const float* b, Vec (&sums)[R][N * V]) {
     const std::int64_t apart = matrix_floats(panels);
-    for (std::int64_t p = 0; p < panels; ++p, x += x_rows * COLUMNS, b += PANEL) {
-        Vec part[R][N * V];
+    const auto panel = [&](std::int64_t p, Vec(&to)[R][N * V]) __attribute__((always_inline)) {
         if constexpr (ROUNDED) {
-            multiply_panel_bf16<N>(x, b, apart, part);
+            multiply_panel_bf16<N>(x + p * x_rows * COLUMNS, b + p * PANEL, apart, to);
         } else {
-            multiply_panel<N>(x, b, apart, part);
+            multiply_panel<N>(x + p * x_rows * COLUMNS, b + p * PANEL, apart, to);
         }
+    };
+    panel(0, sums);
+    for (std::int64_t p = 1; p < panels; ++p) {
+        Vec part[R][N * V];
+        for (int r = 0; r < R; ++r) {
+            for (int v = 0; v < N * V; ++v) part[r][v] = broadcast(0.0f);
+        }
+        panel(p, part);
         for (int r = 0; r < R; ++r) {
             for (int v = 0; v < N * V; ++v) sums[r][v] = add(sums[r][v], part[r][v]);
         }

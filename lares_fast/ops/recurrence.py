@@ -314,15 +314,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, weights = inputs[:_TENSORS]
     *ctx.rest, ctx.keep, _ = inputs[_TENSORS:]
     ctx.save_for_backward(output[1], *tensors, *weights)
+    # PyTorch would make zeros as large as the tape, as the gradient of what has none.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     if not ctx.keep:
         raise InputError("recurrence was called without keep, so it has no gradient.")
     tape, *saved = ctx.saved_tensors
     tensors, weights = saved[: _TENSORS - 1], saved[_TENSORS - 1 :]
     call = _Call(*(*tensors, weights, *ctx.rest))
-    grads = _BACKWARD_OP(*call.arguments(), grad, tape)
+    grads = [None] * len(call.tensors()) if grad is None else _BACKWARD_OP(*call.arguments(), grad, tape)
     count = len(grads) - len(weights)
     by_name = {"h": grads[0], "pre": grads[1] if count == 2 else None, "weights": grads[count:]}
     return *(by_name.get(field.name) for field in fields(call)), None, None

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from recurrence_case import LENGTHS, RAGGED, Case
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lares_fast import _dispatch, _native, _random, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
@@ -269,6 +270,41 @@ def test_the_backward_runs_where_the_forward_did():
     with _dispatch.backend("native"):
         out.backward()
     assert _dispatch.calls - before == Counter({("recurrence_backward", "reference"): 1})
+
+
+def test_the_tape_has_no_gradient():
+    made = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made.append(func)
+            return result
+
+    case = Case()
+    h = case.tensors["h"].requires_grad_()
+    out = case.call(case.tensors, "native")
+    with Log():
+        torch.autograd.grad(out, h, torch.ones_like(out))
+    # Zeros as large as the tape would be made as the gradient of what has none.
+    assert torch.ops.lares_fast.recurrence_backward.default in made
+    assert torch.ops.aten.zeros.default not in made
+
+
+def test_an_undefined_gradient_passes_through():
+    class Undefined(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    case = Case()
+    h = case.tensors["h"].requires_grad_()
+    Undefined.apply(case.call(case.tensors, "native")).sum().backward()
+    assert h.grad is None
 
 
 def test_views_and_expanded_gradients():
