@@ -91,14 +91,15 @@ def rows(group: str, shape: str, seconds: Mapping[str, Sequence[float]], check: 
     return result
 
 
-def share_of_peak(group: str, shape: str, run: Callable[[], object], flops: float, rounds: int = 15) -> list[Fact]:
+def share_of_peak(group: str, shape: str, run: Callable[[], object], flops: float, rounds: int = 25) -> list[Fact]:
     """The part of one core's measured multiply-add peak at which ``run`` does its ``flops``: median, min and max over rounds
-    that each measure both."""
+    that each measure both, and of the fastest run at the highest peak, which says most where neighbours slow either."""
     done = fma_peak.flops()
     shape = f"{shape}, {fma_peak.level()}"
-    times = interleave(group, shape, {"peak": fma_peak.flops, "run": run}, "", rounds)[1]
+    peak, times = interleave(group, shape, {"peak": fma_peak.flops, "run": run}, "", rounds)
     scale = 100 * flops / done
-    values = {"median": times.ratio_median, "min": times.ratio_min, "max": times.ratio_max}
+    fastest = peak.cpu_s_min / times.cpu_s_min
+    values = {"median": times.ratio_median, "min": times.ratio_min, "max": times.ratio_max, "fastest": fastest}
     return [Fact(group, shape, f"% of FMA peak, {name}", scale * value) for name, value in values.items()]
 
 
