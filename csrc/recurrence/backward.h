@@ -10,15 +10,20 @@ namespace {
 struct Backward : Worker {
     Backward(const Model& m, const Block& b, float* memory) : Worker(m, b, memory, true) {}
 
-    auto plus_residual(Matrix y) const {
+    // Fetches the rows of `ahead`, which no cache holds, while the product goes on.
+    auto plus_residual(Matrix y, Matrix ahead) const {
         const Matrix residual = w.residual;
-        return [=](std::int64_t p, std::int64_t m, int v, Vec sum) { store(y.at(p, m) + v * W, add(sum, load(residual.at(p, m) + v * W))); };
+        return [=](std::int64_t p, std::int64_t m, int v, Vec sum) {
+            store(y.at(p, m) + v * W, add(sum, load(residual.at(p, m) + v * W)));
+            if (v == 0) __builtin_prefetch(ahead.at(p, m));
+        };
     }
 
-    // `grad` holds the gradient of the layer's rows, afterwards of its input; `recompute` makes x again.
+    // `grad` holds the gradient of the layer's rows, afterwards of its input; `recompute` makes x again, and `before` is the
+    // entry before, which is read next.
     template <class Recompute>
-    void layer_backward(std::int64_t step, std::int64_t layer, const Extent& e, const Kept& kept, const LayerGradients& sums,
-                        const Recompute& recompute) {
+    void layer_backward(std::int64_t step, std::int64_t layer, const Extent& e, const Kept& kept, const Kept& before,
+                        const LayerGradients& sums, const Recompute& recompute) {
         const LayerWeights& l = model.layers[layer];
         choose_rows(e);
         const auto close_backward = [&](std::uint32_t which, const Normal& normal, const float* scale, const NormGradients& to_sums) {
@@ -36,7 +41,7 @@ struct Backward : Worker {
         });
         accumulate_rows(w.slope, inner_panels, e.rows, sums.up_bias);
         accumulate(w.slope, inner_panels, w.middle, panels, e.rows, sums.up);
-        product(w.slope, inner_panels, l.up_back, nullptr, panels, 0, e.rows, plus_residual(w.grad));
+        product(w.slope, inner_panels, l.up_back, nullptr, panels, 0, e.rows, plus_residual(w.grad, before.second.rows));
         close_backward(AFTER_ATTENTION, kept.first, l.scale1, {sums.scale1, sums.shift1, sums.output_bias});
 
         recompute();
@@ -56,7 +61,7 @@ struct Backward : Worker {
         const Matrix value_grad{w.key_value_grad.at(attention_panels, 0), w.key_value_grad.rows};
         accumulate_rows(value_grad, attention_panels, e.tokens, sums.key_value_bias + attention_panels * COLUMNS);
         product(w.key_value_grad, 2 * attention_panels, l.key_value_back, nullptr, panels, 0, e.tokens, to(w.grad));
-        product(w.query_grad, attention_panels, l.query_back, nullptr, panels, 0, e.rows, plus_residual(w.residual));
+        product(w.query_grad, attention_panels, l.query_back, nullptr, panels, 0, e.rows, plus_residual(w.residual, before.first.rows));
         each(panels, 0, e.rows, [&](std::int64_t p, std::int64_t m, int v) {
             float* const place = w.grad.at(p, e.all() ? m : w.source[m]) + v * W;
             store(place, add(load(place), load(w.residual.at(p, m) + v * W)));
@@ -135,14 +140,15 @@ void backward(const Model& model, const Block& block, const float* h, const floa
         for (std::int64_t layer = layers - 1; layer >= 0; --layer) {
             const Extent e = extent(model, block, step, layer);
             const Kept kept = tape.previous(e.rows);
-            worker.layer_backward(step, layer, e, kept, sums.layers[layer], [&] {
-                const std::int64_t before = layer > 0 ? layer - 1 : layers - 1;
-                if (step == 0 && layer == 0) {
+            const bool first = step == 0 && layer == 0;
+            const std::int64_t layer_before = layer > 0 ? layer - 1 : layers - 1;
+            const Kept before = first ? kept : tape.before(extent(model, block, layer > 0 ? step : step - 1, layer_before).rows);
+            worker.layer_backward(step, layer, e, kept, before, sums.layers[layer], [&] {
+                if (first) {
                     worker.load_tokens(h, w.x);
                 } else {
-                    const Extent last = extent(model, block, layer > 0 ? step : step - 1, before);
-                    const LayerWeights& l = model.layers[before];
-                    unnormalise(tape.before(last.rows).second.rows, e.tokens, worker.panels, l.scale2, l.shift2, w.x);
+                    const LayerWeights& l = model.layers[layer_before];
+                    unnormalise(before.second.rows, e.tokens, worker.panels, l.scale2, l.shift2, w.x);
                 }
                 if (layer == 0) worker.enter(e.tokens, {w.normal, w.inverse});
             });

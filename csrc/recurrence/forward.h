@@ -14,9 +14,14 @@ struct Forward : Worker {
     void close(Matrix input, std::int64_t input_panels, const float* b, const float* bias, const Site& at, const Extent& e, Matrix residual,
                Matrix y, const Norm& norm, const Normal& normal) {
         Decisions kept;
+        // No cache holds what is kept: its lines are fetched while the product goes on.
+        const Matrix ahead = normal.inverse ? normal.rows : y;
         for (std::int64_t from = 0; from < e.rows; from += CHUNK) {
             const std::int64_t n = smaller(CHUNK, e.rows - from);
-            product(input, input_panels, b, bias, panels, from, from + n, to(y));
+            product(input, input_panels, b, bias, panels, from, from + n, [&](std::int64_t p, std::int64_t m, int v, Vec sum) {
+                store(y.at(p, m) + v * W, sum);
+                if (v == 0) __builtin_prefetch(ahead.at(p, m), 1);
+            });
             decide(at, addresses(e), from, n, panels, kept);
             if (at.threshold) {
                 const Vec scale = broadcast(at.scale);
