@@ -139,4 +139,5 @@ EXPERIMENTS = (
         evaluations=_FINAL,
     ),
     _beauty("trial-batch-256", "trial", "batch 256", {**_TRIAL, **_BATCH}),
+    _beauty("trial-dropout-0.3", "trial", "batch 256, cosine, dropout .3", {**_TRIAL, **_COSINE, "model.dropout": 0.3}),
 )
