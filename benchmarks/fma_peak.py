@@ -19,18 +19,24 @@ def level() -> str:
     return str(_native.build_info()["simd"])
 
 
+def flags() -> list[str]:
+    """Of the compiler, for this level."""
+    if level() == "avx2":
+        return ["-mavx2", "-mfma"]
+    return ["-march=native", "-mprefer-vector-width=512"] if level() in ("avx512", "amx") else ["-march=native"]
+
+
 @functools.cache
-def _library(level: str) -> ctypes.CDLL:
+def _library() -> ctypes.CDLL:
     source = Path(__file__).with_suffix(".cpp")
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "fma_peak.so"
-        flags = ["-mavx2", "-mfma"] if level == "avx2" else ["-march=native"]
-        subprocess.run(["c++", "-O2", *flags, "-shared", "-fPIC", source, "-o", built], check=True)
+        subprocess.run(["c++", "-O2", *flags(), "-shared", "-fPIC", source, "-o", built], check=True)
         return ctypes.CDLL(str(built))
 
 
 def flops() -> int:
     """Run the loop once (about 30 ms); returns the floating-point operations done, for :func:`harness.interleave`."""
-    flops = _library(level()).fma_flops
+    flops = _library().fma_flops
     flops.restype, flops.argtypes = ctypes.c_long, [ctypes.c_long]
     return flops(_ROUNDS)

@@ -1,0 +1,26 @@
+"""Shares of the multiply-add peak of the recurrence's products alone, which bound what ``bench_recurrence.py`` can reach.
+
+``[LARES_FAST_SIMD=avx2] python benchmarks/product_peak.py``, on one core.
+"""
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+import fma_peak
+import harness
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "product_peak"
+        sources = [here / "product_peak.cpp", here / "fma_peak.cpp"]
+        flags = ["-std=c++17", "-O3", "-ffp-contract=off", *fma_peak.flags(), f"-I{here.parent / 'csrc'}"]
+        subprocess.run(["c++", *flags, *sources, "-o", program], check=True)
+        with harness.one_core():
+            subprocess.run([program], check=True)
+
+
+if __name__ == "__main__":
+    main()
