@@ -139,5 +139,7 @@ EXPERIMENTS = (
         evaluations=_FINAL,
     ),
     _beauty("trial-batch-256", "trial", "batch 256", {**_TRIAL, **_BATCH}),
+    _beauty("trial-gamma-1", "trial", "batch 256, cosine, gamma 1", {**_TRIAL, **_COSINE, "spt.gamma": 1.0}),
+    _beauty("trial-alpha-0.3", "trial", "batch 256, cosine, alpha .3", {**_TRIAL, **_COSINE, "spt.alpha": 0.3}),
     _beauty("trial-dropout-0.3", "trial", "batch 256, cosine, dropout .3", {**_TRIAL, **_COSINE, "model.dropout": 0.3}),
 )
