@@ -160,6 +160,9 @@ class Trainer:
         if state["optimizer"] is not None:
             optimizer.load_state_dict(state["optimizer"])
             state["optimizer"] = None
+            # A resumed run may be given other settings, and its optimizer's state holds the old ones.
+            for group in optimizer.param_groups:
+                group.update(lr=settings.lr, weight_decay=settings.weight_decay)
         self._optimizer = optimizer
         if phase.name == "rpt" and not self._best():
             # The model that the phase starts from is the one to beat.

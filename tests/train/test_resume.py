@@ -106,6 +106,18 @@ def test_a_periodic_checkpoint_in_the_middle_of_an_epoch(whole, tmp_path, monkey
     assert_same(whole, tmp_path)
 
 
+def test_a_resumed_run_takes_other_settings(tmp_path):
+    """Those of the optimizer, too, whose saved state holds the old ones."""
+    before = train_run.train(tmp_path, ("spt",), spt_epochs=1).model.state_dict()
+    settings = train_run.config()
+    other = replace(settings, spt=replace(settings.spt, lr=1e-30))
+    trainer = Trainer(other, train_run.log(), train_run.split(), tmp_path)
+    trainer.run(("spt",))
+    after = load_state(tmp_path / "state.pt")["model"]
+    assert trainer.state["history"][-1]["epoch"] == 2
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 @pytest.mark.parametrize(("change", "named"), [
     ({"model": {"mean_depth": 3}}, "another model"),
 ])  # fmt: skip
