@@ -21,9 +21,7 @@ def level() -> str:
 
 def flags() -> list[str]:
     """Of the compiler, for this level."""
-    if level() == "avx2":
-        return ["-mavx2", "-mfma"]
-    return ["-march=native", "-mprefer-vector-width=512"] if level() in ("avx512", "amx") else ["-march=native"]
+    return ["-mavx2", "-mfma"] if level() == "avx2" else ["-march=native"]
 
 
 @functools.cache

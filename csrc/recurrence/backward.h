@@ -142,6 +142,7 @@ void backward(const Model& model, const Block& block, const float* h, const floa
             const Kept kept = tape.previous(e.rows);
             const bool first = step == 0 && layer == 0;
             const std::int64_t layer_before = layer > 0 ? layer - 1 : layers - 1;
+            // Nothing is before the first: what is fetched then is not read.
             const Kept before = first ? kept : tape.before(extent(model, block, layer > 0 ? step : step - 1, layer_before).rows);
             worker.layer_backward(step, layer, e, kept, before, sums.layers[layer], [&] {
                 if (first) {
