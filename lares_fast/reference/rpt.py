@@ -11,6 +11,7 @@ from lares_fast.reference.model import LARES
 from lares_fast.reference.spt import Pass, Sequences
 
 REWARDS = ("recall", "ndcg")
+SCORES = ("dot", "model")
 
 
 class RPTLoss(NamedTuple):
@@ -44,12 +45,14 @@ def rpt_loss(
     k: int,
     beta: float,
     reward: str,
+    scores: str = "dot",
 ) -> RPTLoss:
     """``-mean over members and rows of mean over steps of [A exp(lp - sg(lp)) - beta k3]`` (official RPT trainer).
 
-    Both passes have the same ``num_steps`` [G, B]. lp is log p(target) after a step, always by plain dot products;
-    ``k3 = exp(r) - r - 1`` with ``r = lp_reference - lp``; A is the group's advantage of the last step's rank over every row
-    of the table, PAD included and ties in the target's favour. No gradient flows into ``reference`` or A.
+    Both passes have the same ``num_steps`` [G, B]. lp is log p(target) after a step, by plain dot products whatever the
+    model's similarity (official), or with ``scores="model"`` by what the model ranks by; ``k3 = exp(r) - r - 1`` with
+    ``r = lp_reference - lp``; A is the group's advantage of the last step's rank, by the same scores, over every row of the
+    table, PAD included and ties in the target's favour. No gradient flows into ``reference`` or A.
     """
     num_steps = torch.as_tensor(policy_pass.num_steps, device=target.device)
     depth = num_steps.flatten()
@@ -62,13 +65,16 @@ def rpt_loss(
     wanted = target.repeat(len(num_steps))[owner]
     count = len(earlier)
 
-    states, items = policy_pass.trajectories(policy, sequences)[order], policy.item_embedding.weight
-    before = policy.target_logprob(states[:count], items, wanted[:count])
-    after, rank = policy.target_logprob_and_rank(states[count:], items, wanted[count:], ties="strict")
+    def queries_and_items(model: LARES, trajectories: Pass) -> tuple[Tensor, Tensor]:
+        states = trajectories.trajectories(model, sequences)[order]
+        return model.query_and_items(states) if scores == "model" else (states, model.item_embedding.weight)
+
+    queries, items = queries_and_items(policy, policy_pass)
+    before = policy.target_logprob(queries[:count], items, wanted[:count])
+    after, rank = policy.target_logprob_and_rank(queries[count:], items, wanted[count:], ties="strict")
     logprob = torch.cat((before, after))
     with torch.no_grad():
-        states = reference_pass.trajectories(reference, sequences)[order]
-        frozen = reference.target_logprob(states, reference.item_embedding.weight, wanted)
+        frozen = reference.target_logprob(*queries_and_items(reference, reference_pass), wanted)
 
     rewards = ranking_reward(rank, k, reward).reshape(num_steps.shape)
     advantages = group_advantage(rewards)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lares_fast._errors import InputError
-from lares_fast.reference.rpt import REWARDS
+from lares_fast.reference.rpt import REWARDS, SCORES
 
 PHASES = ("spt", "rpt")
 SPLITS = ("leave-one-out", "temporal")
@@ -95,6 +95,9 @@ class SPTConfig(PhaseConfig):
 class RPTConfig(PhaseConfig):
     """Phase 2. ``group_size`` G trajectories a sequence, rewarded by ``reward`` at ``k``, KL weighted by ``beta``.
 
+    ``scores`` are what trajectories are rewarded and weighed by: ``dot``, plain dot products whatever the model's similarity
+    (official), or ``model``, what the model ranks by, which differs with ``cos``.
+
     ``data_filter`` keeps the training rows whose target is among the first ``filter_top`` in one of
     ``filter_passes`` noisy passes of the phase-1 model. ``dropout`` replaces the model's in this phase.
     """
@@ -103,6 +106,7 @@ class RPTConfig(PhaseConfig):
     k: int = 10
     beta: float = 1.0
     reward: str = "recall"
+    scores: str = "dot"
     dropout: float = 0.1
     data_filter: bool = True
     filter_top: int = 100
@@ -115,8 +119,9 @@ class RPTConfig(PhaseConfig):
         _positive(self, "k", "filter_top", "filter_passes")
         if self.group_size < 2:
             raise InputError(f"rpt.group_size must be at least 2, but got {self.group_size}: advantages compare trajectories.")
-        if self.reward not in REWARDS:
-            raise InputError(f"rpt.reward must be one of {', '.join(REWARDS)}, but got {self.reward!r}.")
+        for name, allowed in (("reward", REWARDS), ("scores", SCORES)):
+            if (value := getattr(self, name)) not in allowed:
+                raise InputError(f"rpt.{name} must be one of {', '.join(allowed)}, but got {value!r}.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"rpt.dropout must be in [0, 1), but got {self.dropout}.")
 

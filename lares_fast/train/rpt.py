@@ -53,6 +53,7 @@ class RPT:
             k=settings.k,
             beta=settings.beta,
             reward=settings.reward,
+            scores=settings.scores,
         )
         parts = {
             "reward": loss.rewards.mean().item(),

@@ -523,7 +523,7 @@ class TestLosses:
 
     N, L, B = 60, 10, 24
 
-    def losses(self, kind, similarity, phase):
+    def losses(self, kind, similarity, phase, scores="dot"):
         torch.manual_seed(3)
         config = LARESConfig.preset("tiny", n_items=self.N, dropout=0.0, similarity=similarity, tau=0.2)
         weights = {k: v.double() for k, v in reference.LARES(config).state_dict().items()}
@@ -549,18 +549,18 @@ class TestLosses:
             depth = torch.tensor([2, 3, 3])[:, None].expand(-1, self.B)
             group = reference.Pass(depth, Draw((1, 0), torch.arange(3 * self.B)))
             loss = reference.rpt_loss(
-                trained, frozen, (seq, lengths), target, group, group, k=10, beta=1.0, reward="ndcg"
+                trained, frozen, (seq, lengths), target, group, group, k=10, beta=1.0, reward="ndcg", scores=scores
             ).total
         loss.backward()
         return {"loss": loss.detach()}, {name: p.grad for name, p in trained.named_parameters()}
 
     @pytest.mark.parametrize("similarity", ["dot", "cos"])
-    @pytest.mark.parametrize("phase", ["spt", "rpt"])
-    def test_gradients(self, similarity, phase):
-        truth = self.losses((reference.LARES, torch.float64), similarity, phase)
-        twin = self.losses((reference.LARES, torch.float32), similarity, phase)
+    @pytest.mark.parametrize("objective", [("spt",), ("rpt", "dot"), ("rpt", "model")])
+    def test_gradients(self, similarity, objective):
+        truth = self.losses((reference.LARES, torch.float64), similarity, *objective)
+        twin = self.losses((reference.LARES, torch.float32), similarity, *objective)
         before = sum(_dispatch.calls["linear_cross_entropy", b] for b in ("native", "reference"))
-        result = self.losses((model.LARES, torch.float32), similarity, phase)
+        result = self.losses((model.LARES, torch.float32), similarity, *objective)
         assert sum(_dispatch.calls["linear_cross_entropy", b] for b in ("native", "reference")) > before
         oracle.check("gradient", result[1], twin[1], truth[1])
         oracle.check("forward", result[0], twin[0], truth[0])

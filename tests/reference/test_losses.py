@@ -96,6 +96,46 @@ def test_shared_noise_removes_the_kl_floor():
     assert all(p.grad is None for p in frozen.parameters())
 
 
+@pytest.mark.parametrize("similarity", ["dot", "cos"])
+@pytest.mark.parametrize("scores", ["dot", "model"])
+def test_rpt_rewards_and_weighs_by_the_scores_asked_for(similarity, scores):
+    model, sequences, target = setup(dropout=0.0, similarity=similarity, tau=0.07)
+    model, frozen = model.double(), copy.deepcopy(model).double().eval()
+    depth, k, beta = torch.tensor([3, 1])[:, None].expand(-1, B), 10, 0.5
+    ours, theirs = (Pass(depth, Draw((1, key), torch.arange(2 * B))) for key in (2, 3))
+    with torch.no_grad():
+        model.item_embedding.weight[:30] *= 3.0  # a norm that cosines do not see
+
+    def logits(of, trajectories):
+        states, items = trajectories.trajectories(of, sequences), of.item_embedding.weight
+        if (similarity, scores) == ("cos", "model"):
+            states, items = torch.nn.functional.normalize(states, dim=-1) / 0.07, torch.nn.functional.normalize(items, dim=-1)
+        return states @ items.T  # [(3 + 1) * B, N], the steps of a trajectory together
+
+    steps = [slice(3 * b, 3 * b + 3) for b in range(B)], [slice(3 * B + b, 3 * B + b + 1) for b in range(B)]
+    policy, anchor = logits(model, ours), logits(frozen, theirs).detach()
+    rewards = torch.stack(
+        [
+            torch.stack([(policy[own[b]][-1] > policy[own[b]][-1, target[b]]).sum() < k for b in range(B)]).double()
+            for own in steps
+        ]
+    )
+    advantage, gain = reference.group_advantage(rewards), []
+    for g, own in enumerate(steps):
+        for b in range(B):
+            lp = policy[own[b]].log_softmax(-1)[:, target[b]]
+            ratio = anchor[own[b]].log_softmax(-1)[:, target[b]] - lp
+            gain.append((advantage[g, b] * (lp - lp.detach()).exp() - beta * (ratio.exp() - ratio - 1)).mean())
+    expected = -torch.stack(gain).mean()
+    loss = reference.rpt_loss(model, frozen, sequences, target, ours, theirs, k=k, beta=beta, reward="recall", scores=scores)
+    assert torch.equal(loss.rewards.double(), rewards)
+    assert 0 < rewards.mean() < 1
+    torch.testing.assert_close(loss.total, expected)
+    parameters = list(model.parameters())
+    for got, wanted in zip(torch.autograd.grad(loss.total, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_depths_of_their_own_average_over_own_steps():
     model, sequences, target = setup(dropout=0.0)
     frozen = copy.deepcopy(model).eval()
