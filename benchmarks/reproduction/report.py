@@ -221,10 +221,11 @@ def _ablations(shown: Sequence[Run]) -> str:
 def _rewards(runs: dict[str, Run]) -> str:
     """Phase 2 off and on, from one phase-1 model."""
     rows = []
+    others = [(run.experiment.what, name, "rpt") for name, run in runs.items() if run.experiment.section == "rpt"]
     for title, name, phase in (
         ("no RPT", "beauty", "spt"),
-        ("RPT, reward recall@10", "beauty", "rpt"),
-        ("RPT, reward ndcg@10", "beauty-rpt-ndcg", "rpt"),
+        ("reward recall, by dot as published", "beauty", "rpt"),
+        *others,
     ):
         run = runs.get(name)
         tested = [run.at_own_depth(phase, history) if run else None for history in _HISTORIES]
