@@ -82,6 +82,7 @@ _SASREC = {
 # beauty-dot. The similarity is the default of the official code.
 _BATCH = {"spt.batch_size": 256}
 _COSINE = {**_BATCH, "model.similarity": "cos", "model.tau": 0.07}
+_ONE_LAYER = {"model.n_pre_layers": 1, "model.n_core_layers": 1}
 _TEN = {"spt.epochs": 10, **_OWN_T}
 _ABLATION = {**_TEN, **_COSINE}
 _TRIAL = {"spt.epochs": 10, "evaluation.test": False}
@@ -149,5 +150,6 @@ EXPERIMENTS = (
     _beauty("trial-batch-256", "trial", "batch 256", {**_TRIAL, **_BATCH}),
     _beauty("trial-gamma-1", "trial", "batch 256, cosine, gamma 1", {**_TRIAL, **_COSINE, "spt.gamma": 1.0}),
     _beauty("trial-alpha-0.3", "trial", "batch 256, cosine, alpha .3", {**_TRIAL, **_COSINE, "spt.alpha": 0.3}),
+    _beauty("trial-layers-1", "trial", "batch 256, cosine, 1 + 1 layers", {**_TRIAL, **_COSINE, **_ONE_LAYER}),
     _beauty("trial-dropout-0.3", "trial", "batch 256, cosine, dropout .3", {**_TRIAL, **_COSINE, "model.dropout": 0.3}),
 )
