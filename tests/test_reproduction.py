@@ -227,13 +227,15 @@ def test_a_document_of_no_runs(tmp_path):
 def test_the_experiments_are_settings_that_exist():
     names = [experiment.name for experiment in experiments.EXPERIMENTS]
     assert len(set(names)) == len(names)
+    models = {}
     for experiment in experiments.EXPERIMENTS:
         config = settings.build(experiment.config, [word for word in experiment.assignments() if word != "--set"])
+        models[experiment.name] = config.model
         assert experiment.data in experiments.DATA
         assert experiment.section in ("main", "rival", "ablation", "rpt", "trial")
         assert (experiment.phase == "rpt") == (experiment.start_from is not None)
         if experiment.start_from:
-            assert names.index(experiment.start_from) < names.index(experiment.name)
+            assert models[experiment.start_from] == config.model
         assert config.evaluation.test == (experiment.section != "trial")
         if experiment.phase != "spt":
             assert config.rpt.epochs <= 3
