@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import experiments
+import gain
+import numpy as np
 import pytest
 import report
 import runner
@@ -138,6 +140,31 @@ def test_another_log_is_refused(folder, monkeypatch):
     monkeypatch.setitem(experiments.DATA, "small.txt", "0" * 64)
     with pytest.raises(SystemExit, match=r"small\.txt has sha256 .* use that file"):
         runner.Runner(folder / "data", folder / "runs", minutes=5).run([LATER], ALL)
+
+
+def test_the_gain_of_a_run_is_that_of_its_users(folder):
+    run, twin = folder / "runs" / "beauty", folder / "runs" / "beauty-rpt-ndcg"
+    script, log = ROOT / "benchmarks" / "reproduction" / "gain.py", folder / "data" / "small.txt"
+    told = subprocess.run([sys.executable, script, run, twin, "--data", log], capture_output=True, text=True, check=True).stdout
+    for history in ("masked", "not masked"):
+        line = next(line for line in told.splitlines() if re.match(rf"test +{history} ", line))
+        ours, theirs, more, low, high = map(float, re.findall(r"[-+]?\d+\.\d+", line))
+        final = [runs.Run(of, folder / "runs" / of.name).final(history)["ndcg@10"] for of in (BOTH, NDCG)]
+        assert (ours, theirs) == tuple(round(value, 5) for value in final)
+        assert more == pytest.approx(100 * (ours / theirs - 1), abs=0.2) and low <= more <= high
+
+
+def test_the_interval_of_a_gain():
+    draw = np.random.default_rng(1)
+    theirs = draw.random(400)
+    assert gain.interval(theirs, theirs) == (0, 0, 0)
+    value, low, high = gain.interval(theirs + 0.1, theirs)
+    assert low < value < high and high - low < 4  # users of the same gain: only the share of it varies
+    apart = gain.interval(draw.permutation(theirs) + 0.1, theirs)
+    # Without pairs, the spread is that of a ratio of two independent means.
+    error = theirs.std() / np.sqrt(400)
+    wide = 100 * 2 * 1.96 * np.hypot(error / theirs.mean(), error * (theirs.mean() + 0.1) / theirs.mean() ** 2)
+    assert apart[2] - apart[1] == pytest.approx(wide, rel=0.2)
 
 
 # The document
