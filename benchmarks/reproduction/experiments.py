@@ -151,5 +151,13 @@ EXPERIMENTS = (
     _beauty("trial-gamma-1", "trial", "batch 256, cosine, gamma 1", {**_TRIAL, **_COSINE, "spt.gamma": 1.0}),
     _beauty("trial-alpha-0.3", "trial", "batch 256, cosine, alpha .3", {**_TRIAL, **_COSINE, "spt.alpha": 0.3}),
     _beauty("trial-layers-1", "trial", "batch 256, cosine, 1 + 1 layers", {**_TRIAL, **_COSINE, **_ONE_LAYER}),
+    _beauty(
+        "trial-rpt-dropout-0.5",
+        "trial",
+        "phase 2 from `beauty` by the model's scores, dropout .5 and learning rate .0001",
+        {**_COSINE, "rpt.epochs": 3, "rpt.scores": "model", "rpt.dropout": 0.5, "rpt.lr": 0.0001, "evaluation.test": False},
+        phase="rpt",
+        start_from="beauty",
+    ),
     _beauty("trial-dropout-0.3", "trial", "batch 256, cosine, dropout .3", {**_TRIAL, **_COSINE, "model.dropout": 0.3}),
 )

@@ -246,8 +246,9 @@ def _trials(runs: dict[str, Run], shown: Sequence[Run]) -> str:
         *(runs[name] for name in ("beauty-10", "ablation-none") if name in runs),
         *(run for run in shown if run.experiment.section == "trial"),
     ):
-        best = [_number(run.validation("spt", history)[1]) if run.phases() else "-" for history in _HISTORIES]
-        epochs = f"{run.epochs('spt')[0]} (best {run.epochs('spt')[1]})" if run.phases() else "-"
+        phase = next(iter(run.phases()), None)
+        best = [_number(run.validation(phase, history)[1]) if phase else "-" for history in _HISTORIES]
+        epochs = "{} (best {})".format(*run.epochs(phase)) if phase else "-"
         rows.append((f"`{run.experiment.name}`", run.experiment.what, epochs, *best, run.state))
     head = ("run", "", "epochs", *(f"validation N@10, {history}" for history in _HISTORIES), "state")
     return "## Trials of settings: Beauty, validation rows only\n" + _table(head, rows)
