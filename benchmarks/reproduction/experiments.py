@@ -85,6 +85,7 @@ _COSINE = {**_BATCH, "model.similarity": "cos", "model.tau": 0.07}
 _ONE_LAYER = {"model.n_pre_layers": 1, "model.n_core_layers": 1}
 _TEN = {"spt.epochs": 10, **_OWN_T}
 _ABLATION = {**_TEN, **_COSINE}
+_RPT = {**_COSINE, "rpt.epochs": 3, "rpt.scores": "model"}
 _TRIAL = {"spt.epochs": 10, "evaluation.test": False}
 
 
@@ -128,7 +129,7 @@ EXPERIMENTS = (
         "beauty-rpt-recall",
         "rpt",
         "reward recall, by the model's scores",
-        {**_COSINE, "rpt.epochs": 3, "rpt.scores": "model", **_OWN_T},
+        {**_RPT, **_OWN_T},
         phase="rpt",
         start_from="beauty",
     ),
@@ -136,7 +137,7 @@ EXPERIMENTS = (
         "beauty-rpt-ndcg",
         "rpt",
         "reward ndcg, by the model's scores",
-        {**_COSINE, "rpt.epochs": 3, "rpt.scores": "model", "rpt.reward": "ndcg", **_OWN_T},
+        {**_RPT, "rpt.reward": "ndcg", **_OWN_T},
         phase="rpt",
         start_from="beauty",
     ),
@@ -155,7 +156,7 @@ EXPERIMENTS = (
         "trial-rpt-dropout-0.5",
         "trial",
         "phase 2 from `beauty` by the model's scores, dropout .5 and learning rate .0001",
-        {**_COSINE, "rpt.epochs": 3, "rpt.scores": "model", "rpt.dropout": 0.5, "rpt.lr": 0.0001, "evaluation.test": False},
+        {**_RPT, "rpt.dropout": 0.5, "rpt.lr": 0.0001, "evaluation.test": False},
         phase="rpt",
         start_from="beauty",
     ),

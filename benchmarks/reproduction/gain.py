@@ -26,7 +26,7 @@ SPLITS, K = ("valid", "test"), 10
 _RESAMPLES = 2_000
 
 
-def gains(run: Path, data: str | None, console: Console) -> dict[tuple[str, str], np.ndarray]:
+def ndcg(run: Path, data: str | None, console: Console) -> dict[tuple[str, str], np.ndarray]:
     """NDCG@10 of each row, [R] fp64, by split and history, ranked as the run's own evaluation does."""
     config, recommender = run_config(run, []), load(run)
     log = open_run_log(config, data, recommender, run, console)
@@ -51,8 +51,8 @@ def interval(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> tuple[float
     for i in range(_RESAMPLES):
         chosen = draw.integers(n, size=n)
         ratios[i] = ours[chosen].sum() / theirs[chosen].sum()
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    value, low, high = (100 * (float(ratio) - 1) for ratio in (ours.sum() / theirs.sum(), low, high))
+    shown = (ours.sum() / theirs.sum(), *np.percentile(ratios, [2.5, 97.5]))
+    value, low, high = (100 * (float(ratio) - 1) for ratio in shown)
     return value, low, high
 
 
@@ -63,15 +63,15 @@ def main() -> None:
     parser.add_argument("--data", metavar="LOG", help="the log, if it is no longer where the runs found it")
     arguments = parser.parse_args()
     with Console() as console:
-        ours, theirs = (gains(run, arguments.data, console) for run in (arguments.run, arguments.rival))
-        for (part, history), gain in ours.items():
+        ours, theirs = (ndcg(run, arguments.data, console) for run in (arguments.run, arguments.rival))
+        for (part, history), own in ours.items():
             rival = theirs[part, history]
-            if len(gain) != len(rival):
+            if len(own) != len(rival):
                 sys.exit(
-                    f"{arguments.run} has {len(gain)} {part} rows and {arguments.rival} {len(rival)}: compare runs of one log."
+                    f"{arguments.run} has {len(own)} {part} rows and {arguments.rival} {len(rival)}: compare runs of one log."
                 )
-            value, low, high = interval(gain, rival)
-            means = f"{gain.mean():.5f} against {rival.mean():.5f}"
+            value, low, high = interval(own, rival)
+            means = f"{own.mean():.5f} against {rival.mean():.5f}"
             console.say(f"{part:5} {history:10} NDCG@{K} {means}, {value:+.1f} % ({low:+.1f} to {high:+.1f})")
 
 
