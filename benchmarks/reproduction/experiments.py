@@ -62,8 +62,9 @@ def _beauty(name: str, section: str, what: str, settings: Mapping[str, object], 
     return Experiment(name=name, data="Beauty.txt", section=section, what=what, settings=settings, **rest)  # type: ignore[arg-type]
 
 
-# T = 1..16 around the mean depth 4, and the mean depth alone (T = 1 is always tested).
+# T = 1..16 around the mean depth 4 or 8, and the mean depth alone (T = 1 is always tested).
 _EVERY_T = {"evaluation.depth_ratios": [step / 4 for step in range(1, 17)]}
+_EVERY_T_8 = {"evaluation.depth_ratios": [step / 8 for step in range(1, 17)]}
 _OWN_T = {"evaluation.depth_ratios": [1.0]}
 
 _NOISE = {f"noise-{seed}": ("--steps", "4", "--set", f"evaluation.noise_seed={seed}") for seed in (1, 2, 3, 4)}
@@ -147,6 +148,14 @@ EXPERIMENTS = (
         "phase 1, L 50, batch 256, cosine",
         {**_COSINE, "model.max_len": 50, **_EVERY_T},
         evaluations=_FINAL,
+    ),
+    _beauty(
+        "beauty-mean-8",
+        "main",
+        "phase 1, L 20, batch 256, cosine, mean T 8",
+        # As many epochs as by default, said because the run goes on from a copy of ablation-mean-8.
+        {**_COSINE, "model.mean_depth": 8, "spt.epochs": 300, **_EVERY_T_8},
+        evaluations={name: ("--steps", "8", *words[2:]) for name, words in _FINAL.items()},
     ),
     _beauty("trial-batch-256", "trial", "batch 256", {**_TRIAL, **_BATCH}),
     _beauty("trial-gamma-1", "trial", "batch 256, cosine, gamma 1", {**_TRIAL, **_COSINE, "spt.gamma": 1.0}),
