@@ -242,6 +242,7 @@ class Trainer:
         # As in RecBole, a tie counts as an improvement.
         if better := value >= state["best_value"]:
             state |= {"best_value": value, "best_epoch": epoch, "bad_epochs": 0, "best": _weights(self.model)}
+            self._drop_tests(phase)
             self._export()
         else:
             state["bad_epochs"] += 1
@@ -250,7 +251,7 @@ class Trainer:
     def _test(self, phase: str) -> None:
         """The best model of ``phase`` at every test depth."""
         state = self.state
-        state["history"] = [row for row in state["history"] if (row["phase"], row["split"]) != (phase, "test")]
+        self._drop_tests(phase)
         last = _weights(self.model)
         self.model.load_state_dict(self._best())
         try:
@@ -260,6 +261,10 @@ class Trainer:
             self.model.load_state_dict(last)
         self._emit("test", phase=phase, rows=[row for row in state["history"] if row["split"] == "test"])
         self._save()
+
+    def _drop_tests(self, phase: str) -> None:
+        """A run that goes on past its test must not show it beside a newer model."""
+        self.state["history"] = [row for row in self.state["history"] if (row["phase"], row["split"]) != (phase, "test")]
 
     def _evaluate(
         self, rows: Rows, split: str, phase: str, epoch: int, depth: int, means: dict[str, float]

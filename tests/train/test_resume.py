@@ -44,6 +44,21 @@ def test_more_epochs_equal_one_run(whole, tmp_path):
     assert_same(whole, tmp_path)
 
 
+def test_a_newer_best_model_makes_an_earlier_test_void(tmp_path):
+    """The run has been tested, goes on, finds a better model and is stopped before its next test."""
+
+    def tests(history):
+        return [row for row in history if (row["phase"], row["split"]) == ("spt", "test")]
+
+    trainer = train_run.train(tmp_path, ("spt",), spt_epochs=1)
+    assert tests(trainer.state["history"])
+    trainer.state["best_value"] = 0.0  # whatever comes is better
+    trainer._save()
+    with pytest.raises(Interrupted):
+        train_run.train(tmp_path, ("spt",), stop=train_run.Stop("valid", 1), spt_epochs=3)
+    assert not tests(load_state(tmp_path / "state.pt")["history"])
+
+
 def test_the_same_run_again_is_the_same_and_another_seed_is_not(whole, tmp_path):
     train_run.train(tmp_path / "again")
     assert_same(whole, tmp_path / "again")
