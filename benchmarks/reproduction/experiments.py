@@ -82,7 +82,8 @@ _SASREC = {
 # Chosen on the validation rows of Beauty, where both learn faster: trial-batch-256 against beauty-10, and beauty against
 # beauty-dot. The similarity is the default of the official code.
 _BATCH = {"spt.batch_size": 256}
-_COSINE = {**_BATCH, "model.similarity": "cos", "model.tau": 0.07}
+_SIMILARITY = {"model.similarity": "cos", "model.tau": 0.07}
+_COSINE = {**_BATCH, **_SIMILARITY}
 _ONE_LAYER = {"model.n_pre_layers": 1, "model.n_core_layers": 1}
 _TEN = {"spt.epochs": 10, **_OWN_T}
 _ABLATION = {**_TEN, **_COSINE}
@@ -118,6 +119,7 @@ EXPERIMENTS = (
         evaluations=_FINAL,
     ),
     _instruments("instruments-sasrec", "rival", "SASRec-style: T = 1, h0 = 0, no alignments, no RPT", settings=_SASREC),
+    _instruments("instruments-sasrec-cosine", "rival", "the same, cosine", settings={**_SASREC, **_SIMILARITY}),
     _beauty("beauty-10", "ablation", "as published, batch 1024", _TEN),
     _beauty("ablation-none", "ablation", "batch 256, cosine, both alignments, adapter add, mean T 4", _ABLATION),
     _beauty("ablation-trajectory", "ablation", "without trajectory-level alignment", {**_ABLATION, "spt.alpha": 0.0}),
