@@ -89,6 +89,7 @@ _TEN = {"spt.epochs": 10, **_OWN_T}
 _ABLATION = {**_TEN, **_COSINE}
 _RPT = {**_COSINE, "rpt.epochs": 3, "rpt.scores": "model"}
 _TRIAL = {"spt.epochs": 10, "evaluation.test": False}
+_SASREC_TRIAL = {**_SASREC, **_COSINE, "spt.epochs": 18, "evaluation.test": False}
 
 
 EXPERIMENTS = (
@@ -172,4 +173,6 @@ EXPERIMENTS = (
         start_from="beauty",
     ),
     _beauty("trial-dropout-0.3", "trial", "batch 256, cosine, dropout .3", {**_TRIAL, **_COSINE, "model.dropout": 0.3}),
+    _beauty("trial-sasrec-tau-0.1", "trial", "`beauty-sasrec-cosine` with tau .1", {**_SASREC_TRIAL, "model.tau": 0.1}),
+    _beauty("trial-sasrec-dropout-0.6", "trial", "the same with dropout .6", {**_SASREC_TRIAL, "model.dropout": 0.6}),
 )
