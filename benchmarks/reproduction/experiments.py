@@ -174,6 +174,8 @@ EXPERIMENTS = (
     ),
     _beauty("trial-dropout-0.3", "trial", "batch 256, cosine, dropout .3", {**_TRIAL, **_COSINE, "model.dropout": 0.3}),
     _beauty("trial-sasrec-tau-0.1", "trial", "`beauty-sasrec-cosine` with tau .1", {**_SASREC_TRIAL, "model.tau": 0.1}),
-    _beauty("trial-sasrec-tau-0.05", "trial", "the same with tau .05", {**_SASREC_TRIAL, "model.tau": 0.05}),
-    _beauty("trial-sasrec-dropout-0.6", "trial", "the same with tau .07 and dropout .6", {**_SASREC_TRIAL, "model.dropout": 0.6}),
+    _beauty("trial-sasrec-tau-0.05", "trial", "`beauty-sasrec-cosine` with tau .05", {**_SASREC_TRIAL, "model.tau": 0.05}),
+    _beauty(
+        "trial-sasrec-dropout-0.6", "trial", "`beauty-sasrec-cosine` with dropout .6", {**_SASREC_TRIAL, "model.dropout": 0.6}
+    ),
 )
