@@ -162,7 +162,12 @@ EXPERIMENTS = (
     ),
     _beauty("trial-batch-256", "trial", "batch 256", {**_TRIAL, **_BATCH}),
     _beauty("trial-gamma-1", "trial", "batch 256, cosine, gamma 1", {**_TRIAL, **_COSINE, "spt.gamma": 1.0}),
-    _beauty("trial-alpha-0.3", "trial", "batch 256, cosine, alpha .3", {**_TRIAL, **_COSINE, "spt.alpha": 0.3}),
+    _beauty(
+        "trial-alpha-0.3",
+        "trial",
+        "batch 256, cosine, alpha .3, as long as it rises",
+        {**_TRIAL, **_COSINE, "spt.alpha": 0.3, "spt.epochs": 300},
+    ),
     _beauty("trial-layers-1", "trial", "batch 256, cosine, 1 + 1 layers", {**_TRIAL, **_COSINE, **_ONE_LAYER}),
     _beauty(
         "trial-rpt-dropout-0.5",
