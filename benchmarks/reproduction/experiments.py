@@ -22,7 +22,7 @@ class Experiment:
     """One run folder.
 
     ``section`` of the document that shows it: main, rival, ablation, rpt or trial. ``start_from`` names the experiment
-    whose phase-1 model phase 2 begins with. ``evaluations``: name of a CSV file in the folder -> further arguments of
+    from whose phase-1 model it begins. ``evaluations``: name of a CSV file in the folder -> further arguments of
     ``lares-fast eval`` that makes it from the finished run.
     """
 
@@ -84,6 +84,8 @@ _SASREC = {
 _BATCH = {"spt.batch_size": 256}
 _SIMILARITY = {"model.similarity": "cos", "model.tau": 0.07}
 _COSINE = {**_BATCH, **_SIMILARITY}
+# A fifth of the published learning rate.
+_SLOW = {"spt.lr": 0.0002}
 _ONE_LAYER = {"model.n_pre_layers": 1, "model.n_core_layers": 1}
 _TEN = {"spt.epochs": 10, **_OWN_T}
 _ABLATION = {**_TEN, **_COSINE}
@@ -97,6 +99,13 @@ EXPERIMENTS = (
     _beauty("beauty-sasrec-256", "rival", "the same, batch 256", {**_SASREC, **_BATCH}),
     _beauty("beauty-sasrec-cosine", "rival", "the same, batch 256, cosine", {**_SASREC, **_COSINE}),
     _beauty(
+        "beauty-sasrec-cosine-slow",
+        "rival",
+        "goes on from `beauty-sasrec-cosine` with a learning rate of .0002",
+        {**_SASREC, **_COSINE, **_SLOW},
+        start_from="beauty-sasrec-cosine",
+    ),
+    _beauty(
         "beauty-dot",
         "main",
         "phase 1, L 20, batch 256, dot as published",
@@ -109,6 +118,14 @@ EXPERIMENTS = (
         "both phases, L 20, batch 256, cosine",
         {**_COSINE, "rpt.epochs": 3, **_EVERY_T},
         phase="both",
+        evaluations=_FINAL,
+    ),
+    _beauty(
+        "beauty-slow",
+        "main",
+        "phase 1 goes on from `beauty` with a learning rate of .0002",
+        {**_COSINE, **_SLOW, **_EVERY_T},
+        start_from="beauty",
         evaluations=_FINAL,
     ),
     _instruments(

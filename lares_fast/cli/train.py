@@ -39,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], dest="assignments", help="change one setting")
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/<data>-<config>-seed<seed>)")
     parser.add_argument("--resume", metavar="DIR", type=Path, help="go on with the interrupted run in this folder")
-    parser.add_argument("--start-from", metavar="DIR", type=Path, help="begin --phase rpt from the phase-1 model of this run")
+    parser.add_argument("--start-from", metavar="DIR", type=Path, help="begin from the phase-1 model of this run")
     parser.add_argument("--tensorboard", action="store_true", help="also write events for TensorBoard into the run folder")
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML and stop")
 
@@ -54,8 +54,8 @@ def command(arguments: Namespace) -> int:
         raise InputError(
             "--phase rpt goes on from a trained model: add --resume or --start-from DIR with a run whose phase spt is over."
         )
-    if arguments.start_from and (arguments.phase != "rpt" or arguments.resume):
-        raise InputError("--start-from begins a new run of phase 2: give --phase rpt, and no --resume.")
+    if arguments.start_from and arguments.resume:
+        raise InputError("--start-from begins a new run and --resume goes on with an old one: give one of them.")
     if not arguments.resume and (out / "state.pt").exists():
         raise InputError(f"{out} holds a run already: go on with --resume {out}, or choose another --out.")
     phases = PHASES if arguments.phase == "both" else (arguments.phase,)

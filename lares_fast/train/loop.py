@@ -80,8 +80,9 @@ class Trainer:
         self._stop = True
 
     def start_from(self, run: str | Path) -> None:
-        """Let phase ``rpt`` begin from the best ``spt`` model of the run in the folder ``run``, which stays as it is.
+        """Let a new run begin from the best ``spt`` model of the run in the folder ``run``, which stays as it is.
 
+        Phase ``rpt`` follows it; phase ``spt`` goes on from it, with a fresh optimizer and the settings of this run.
         Raises :class:`InputError` if that run is of another model or other data, or has no such model.
         """
         state = load_state(Path(run) / "state.pt")
@@ -89,6 +90,7 @@ class Trainer:
         weights = state["best"] if state["phase"] == "spt" else state["start"]
         if not weights:
             raise InputError(f"{run} holds no model of phase spt: run --phase spt there first.")
+        self.model.load_state_dict(weights)
         self.state["best"] = weights
 
     def run(self, phases: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -164,7 +166,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group.update(lr=settings.lr, weight_decay=settings.weight_decay)
         self._optimizer = optimizer
-        if phase.name == "rpt" and not self._best():
+        if state["best_value"] < 0 and (phase.name == "rpt" or self._best()):
             # The model that the phase starts from is the one to beat.
             self._validate(phase.name, {}, epoch=0)
         # An epoch that was cut ends with its validation even if it has made the phase's last step.

@@ -130,8 +130,8 @@ def test_eval_writes_csv(cli, trained, tmp_path):
 
 def test_phase_2_starts_from_another_run(cli, trained, small_settings, log_file):
     start = ["train", *small_settings, "--data", log_file, "--start-from", trained, "--out", "second"]
-    wrong = cli(*start)
-    assert wrong.code == 2 and is_one_sentence(wrong.err) and "give --phase rpt" in wrong.err and wrong.written == []
+    wrong = cli("train", "--resume", trained, "--start-from", trained)
+    assert wrong.code == 2 and is_one_sentence(wrong.err) and "give one of them" in wrong.err and wrong.written == []
     result = cli(*start, "--phase", "rpt", "--set", "rpt.reward=ndcg")
     assert result.code == 0 and "LARES rpt T=2" in result.out and "LARES spt" not in result.out
 

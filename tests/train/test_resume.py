@@ -160,6 +160,26 @@ def test_rpt_from_the_model_of_another_run(whole, tmp_path):
         assert {row["phase"] for row in ended["history"]} == {"popularity", "markov", "rpt"}
 
 
+def test_spt_goes_on_from_the_model_of_another_run(whole, tmp_path):
+    """That model is the one to beat: with a step too small to change it, it is what the run ends with."""
+    train_run.train(tmp_path / "parent", ("spt",))
+    settings = train_run.config()
+    for lr in (1e-30, settings.spt.lr):
+        config, out = replace(settings, spt=replace(settings.spt, lr=lr)), tmp_path / f"lr-{lr}"
+        stop = train_run.Stop("progress", 1)  # in the first validation, of the model it starts from
+        stop.trainer = Trainer(config, train_run.log(), train_run.split(), out, stop)
+        stop.trainer.start_from(tmp_path / "parent")
+        with pytest.raises(Interrupted):
+            stop.trainer.run(("spt",))
+        rows = Trainer(config, train_run.log(), train_run.split(), out).run(("spt",))
+        ended, parent = (load_state(folder / "state.pt") for folder in (out, tmp_path / "parent"))
+        watched = [row["ndcg@10"] for row in rows if row["split"] == "valid" and row["history"] == "not masked"]
+        assert len(watched) == 1 + settings.spt.epochs and watched[0] == parent["best_value"]
+        same = all(torch.equal(ended["model"][name], value) for name, value in parent["best"].items())
+        assert same == (lr == 1e-30)
+        assert ended["best_value"] == max(watched)
+
+
 def test_rpt_does_not_start_from_another_model(whole, tmp_path):
     trainer = Trainer(train_run.config(model={"mean_depth": 3}), train_run.log(), train_run.split(), tmp_path)
     with pytest.raises(InputError, match="another model: start from the same one"):
