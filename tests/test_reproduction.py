@@ -229,15 +229,26 @@ def test_what_is_missing_is_listed_and_not_invented(written):
     assert text.endswith("\n") and "## What was learned\nMuch." in text
 
 
-def test_the_rival_is_the_one_that_validation_prefers():
-    class Rival:
-        def __init__(self, validation, finished=True):
-            self.validation = lambda phase, history: (1, validation)
-            self.tested = lambda phase, history: [{}] * finished
+def test_of_each_section_validation_prefers_a_tested_run():
+    class Tested:
+        def __init__(self, section, *validation, data="Beauty.txt", over=True):
+            self.experiment = replace(small("any", section), data=data)
+            self.phases = lambda: ("spt", "rpt")[: len(validation)]
+            self.validation = lambda phase, history: (1, validation[self.phases().index(phase)])
+            self.tested = lambda phase, history: [{}] * over
 
-    runs = {"beauty-sasrec": Rival(0.05), "beauty-sasrec-256": Rival(0.06), "beauty-sasrec-cosine": Rival(0.07, finished=False)}
-    assert report._best_rival({**runs, "beauty": Rival(0.08)}, "beauty", "masked") is runs["beauty-sasrec-256"]
-    assert report._best_rival(runs, "instruments", "masked") is None
+    known = {
+        "slow": Tested("rival", 0.05),
+        "fast": Tested("rival", 0.06),
+        "not over": Tested("rival", 0.07, over=False),
+        "elsewhere": Tested("rival", 0.09, data="Instruments.inter.json"),
+        "one phase": Tested("main", 0.08),
+        "two phases": Tested("main", 0.05, 0.10),
+        "trial": Tested("trial", 0.2),
+    }
+    assert report._preferred(known, "Beauty.txt", "rival") is known["fast"]
+    assert report._preferred(known, "Beauty.txt", "main") is known["two phases"]
+    assert report._preferred(known, "Instruments.inter.json", "main") is None
 
 
 def test_a_document_of_no_runs(tmp_path):

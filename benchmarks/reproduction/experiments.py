@@ -96,7 +96,6 @@ _SASREC_TRIAL = {**_SASREC, **_COSINE, "spt.epochs": 18, "evaluation.test": Fals
 
 EXPERIMENTS = (
     _beauty("beauty-sasrec", "rival", "SASRec-style: T = 1, h0 = 0, no alignments, no RPT", _SASREC),
-    _beauty("beauty-sasrec-256", "rival", "the same, batch 256", {**_SASREC, **_BATCH}),
     _beauty("beauty-sasrec-cosine", "rival", "the same, batch 256, cosine", {**_SASREC, **_COSINE}),
     _beauty(
         "beauty-sasrec-cosine-slow",
@@ -104,13 +103,6 @@ EXPERIMENTS = (
         "goes on from `beauty-sasrec-cosine` with a learning rate of .0002",
         {**_SASREC, **_COSINE, **_SLOW},
         start_from="beauty-sasrec-cosine",
-    ),
-    _beauty(
-        "beauty-dot",
-        "main",
-        "phase 1, L 20, batch 256, dot as published",
-        {**_BATCH, **_EVERY_T},
-        evaluations=_FINAL,
     ),
     _beauty(
         "beauty",
@@ -177,6 +169,8 @@ EXPERIMENTS = (
         {**_COSINE, "model.mean_depth": 8, "spt.epochs": 300, **_EVERY_T_8},
         evaluations={name: ("--steps", "8", *words[2:]) for name, words in _FINAL.items()},
     ),
+    _beauty("beauty-sasrec-256", "trial", "`beauty-sasrec` with batch 256", {**_SASREC, **_BATCH, "evaluation.test": False}),
+    _beauty("beauty-dot", "trial", "batch 256, by dot as published", {**_BATCH, "evaluation.test": False}),
     _beauty("trial-batch-256", "trial", "batch 256", {**_TRIAL, **_BATCH}),
     _beauty("trial-gamma-1", "trial", "batch 256, cosine, gamma 1", {**_TRIAL, **_COSINE, "spt.gamma": 1.0}),
     _beauty(

@@ -76,17 +76,17 @@ def _aims(runs: dict[str, Run]) -> str:
         told = ("-", "not measured yet") if value is None else (shown(value), "yes" if reached(value) else "**no**")
         rows.append((what, must, *told))
 
-    for title, run, history, least in (
-        ("Instruments", runs.get("instruments"), NOT_MASKED, 0.0302),
-        ("Beauty", _better_beauty(runs), MASKED, 0.0580),
-    ):
+    aims = (("Instruments", "Instruments.inter.json", 0.0302), ("Beauty", "Beauty.txt", 0.0580))
+    chosen = {(data, section): _preferred(runs, data, section) for _, data, _ in aims for section in ("main", "rival")}
+    for title, data, least in aims:
+        run, history = chosen[data, "main"], USUAL[data]
         source = f" (`{run.experiment.name}` after {row['phase'].upper()})" if run and (row := run.final(history)) else ""
         value = _final(run, history)
         aim(f"{title} NDCG@10, {history}{source}", value, lambda v, least=least: v >= least, f">= {_number(least)}", _number)
-    for title, name, history in (("Instruments", "instruments", NOT_MASKED), ("Beauty", "beauty", MASKED)):
-        rival = _best_rival(runs, name, history)
+    for title, data, _ in aims:
+        rival, history = chosen[data, "rival"], USUAL[data]
         source = f" (`{rival.experiment.name}`)" if rival else ""
-        ours, base = _final(runs.get(name), history), _final(rival, history)
+        ours, base = _final(chosen[data, "main"], history), _final(rival, history)
         gain = None if ours is None or base is None else 100 * (ours / base - 1)
         what = f"{title}: LARES over the best SASRec-style run{source}, NDCG@10"
         aim(what, gain, lambda v: v > 5, "> +5 %", lambda v: f"{v:+.1f} %")
@@ -98,17 +98,12 @@ def _aims(runs: dict[str, Run]) -> str:
     return "## Against what was asked\n" + _table(("", "asked", "here", "reached"), rows)
 
 
-def _better_beauty(runs: dict[str, Run]) -> Run | None:
-    """The finished LARES run on Beauty that validation prefers."""
-    names = [name for name in ("beauty", "beauty-50", "beauty-dot") if name in runs]
-    candidates = [runs[name] for name in names if runs[name].tested("spt", MASKED)]
-    return max(candidates, key=lambda run: max(run.validation(phase, MASKED)[1] for phase in run.phases()), default=None)
-
-
-def _best_rival(runs: dict[str, Run], name: str, history: str) -> Run | None:
-    """The finished SASRec-style run beside ``name`` that validation prefers."""
-    rivals = [run for other, run in runs.items() if other.startswith(f"{name}-sasrec") and run.tested("spt", history)]
-    return max(rivals, key=lambda run: run.validation("spt", history)[1], default=None)
+def _preferred(runs: dict[str, Run], data: str, section: str) -> Run | None:
+    """The tested run of ``section`` on a log that validation prefers."""
+    history = USUAL[data]
+    found = [run for run in runs.values() if (run.experiment.data, run.experiment.section) == (data, section)]
+    tested = [run for run in found if run.tested("spt", history)]
+    return max(tested, key=lambda run: max(run.validation(phase, history)[1] for phase in run.phases()), default=None)
 
 
 def _final(run: Run | None, history: str) -> float | None:
