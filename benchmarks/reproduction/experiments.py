@@ -84,8 +84,8 @@ _SASREC = {
 _BATCH = {"spt.batch_size": 256}
 _SIMILARITY = {"model.similarity": "cos", "model.tau": 0.07}
 _COSINE = {**_BATCH, **_SIMILARITY}
-# A fifth of the published learning rate.
-_SLOW = {"spt.lr": 0.0002}
+# A fifth of the published learning rate, for a few epochs.
+_SLOW = {"spt.lr": 0.0002, "spt.epochs": 15}
 _ONE_LAYER = {"model.n_pre_layers": 1, "model.n_core_layers": 1}
 _TEN = {"spt.epochs": 10, **_OWN_T}
 _ABLATION = {**_TEN, **_COSINE}
@@ -129,7 +129,12 @@ EXPERIMENTS = (
         evaluations=_FINAL,
     ),
     _instruments("instruments-sasrec", "rival", "SASRec-style: T = 1, h0 = 0, no alignments, no RPT", settings=_SASREC),
-    _instruments("instruments-sasrec-cosine", "rival", "the same, cosine", settings={**_SASREC, **_SIMILARITY}),
+    _instruments(
+        "instruments-sasrec-cosine",
+        "trial",
+        "`instruments-sasrec` by cosine",
+        settings={**_SASREC, **_SIMILARITY, "evaluation.test": False},
+    ),
     _beauty("beauty-10", "ablation", "as published, batch 1024", _TEN),
     _beauty("ablation-none", "ablation", "batch 256, cosine, both alignments, adapter add, mean T 4", _ABLATION),
     _beauty("ablation-trajectory", "ablation", "without trajectory-level alignment", {**_ABLATION, "spt.alpha": 0.0}),

@@ -33,7 +33,7 @@ from lares_fast.train.spt import SPT
 Event = dict[str, Any]
 
 WATCHED = "ndcg@10"
-_INIT, _SPT, _RPT, _FILTER, _EVALUATION = range(5)
+_INIT, _SPT, _RPT, _FILTER, _EVALUATION, _RESTARTED = range(6)
 _ORDER, _STEP = range(2)
 
 
@@ -64,6 +64,7 @@ class Trainer:
         self.state: dict[str, Any] = {
             "identity": _identity(config, model_config, log, split),
             "phase": "spt",
+            "restarts": 0,
             "history": [],
             **_fresh_phase(),
         }
@@ -82,7 +83,8 @@ class Trainer:
     def start_from(self, run: str | Path) -> None:
         """Let a new run begin from the best ``spt`` model of the run in the folder ``run``, which stays as it is.
 
-        Phase ``rpt`` follows it; phase ``spt`` goes on from it, with a fresh optimizer and the settings of this run.
+        Phase ``rpt`` follows it; phase ``spt`` goes on from it, with a fresh optimizer, other random numbers and the
+        settings of this run.
         Raises :class:`InputError` if that run is of another model or other data, or has no such model.
         """
         state = load_state(Path(run) / "state.pt")
@@ -91,7 +93,7 @@ class Trainer:
         if not weights:
             raise InputError(f"{run} holds no model of phase spt: run --phase spt there first.")
         self.model.load_state_dict(weights)
-        self.state["best"] = weights
+        self.state |= {"best": weights, "restarts": state.get("restarts", 0) + 1}
 
     def run(self, phases: tuple[str, ...]) -> list[dict[str, Any]]:
         """Train ``phases`` (of ``spt``, ``rpt``), each with a test of its best model; return the rows of metrics.csv.
@@ -157,7 +159,12 @@ class Trainer:
         return Rows(self.state["kept"]["users"].numpy(), self.state["kept"]["ends"].numpy())
 
     def _train(self, phase: SPT | RPT, settings: PhaseConfig) -> None:
-        state, key = self.state, fold(self._key, _SPT if phase.name == "spt" else _RPT)
+        state = self.state
+        if phase.name == "rpt":
+            key = fold(self._key, _RPT)
+        else:
+            # A model that goes on must not meet the orders and masks of its first epochs again: it has learned them.
+            key = fold(self._key, _RESTARTED, state["restarts"]) if state["restarts"] else fold(self._key, _SPT)
         optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         if state["optimizer"] is not None:
             optimizer.load_state_dict(state["optimizer"])

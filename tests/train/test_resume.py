@@ -180,6 +180,19 @@ def test_spt_goes_on_from_the_model_of_another_run(whole, tmp_path):
         assert ended["best_value"] == max(watched)
 
 
+def test_a_model_that_goes_on_meets_other_random_numbers(tmp_path):
+    """With steps too small to change it, the first epoch of each run in a chain has a loss of its own."""
+    settings = train_run.config()
+    still = replace(settings, spt=replace(settings.spt, lr=1e-30, epochs=1))
+    losses = []
+    for number in range(3):
+        trainer = Trainer(still, train_run.log(), train_run.split(), tmp_path / str(number))
+        if number:
+            trainer.start_from(tmp_path / str(number - 1))
+        losses.append(next(row["loss"] for row in trainer.run(("spt",)) if "loss" in row))
+    assert len(set(losses)) == 3
+
+
 def test_rpt_does_not_start_from_another_model(whole, tmp_path):
     trainer = Trainer(train_run.config(model={"mean_depth": 3}), train_run.log(), train_run.split(), tmp_path)
     with pytest.raises(InputError, match="another model: start from the same one"):
