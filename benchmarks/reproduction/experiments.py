@@ -62,9 +62,8 @@ def _beauty(name: str, section: str, what: str, settings: Mapping[str, object], 
     return Experiment(name=name, data="Beauty.txt", section=section, what=what, settings=settings, **rest)  # type: ignore[arg-type]
 
 
-# T = 1..16 around the mean depth 4 or 8, and the mean depth alone (T = 1 is always tested).
+# T = 1..16 around the mean depth 4, and the mean depth alone (T = 1 is always tested).
 _EVERY_T = {"evaluation.depth_ratios": [step / 4 for step in range(1, 17)]}
-_EVERY_T_8 = {"evaluation.depth_ratios": [step / 8 for step in range(1, 17)]}
 _OWN_T = {"evaluation.depth_ratios": [1.0]}
 
 _NOISE = {f"noise-{seed}": ("--steps", "4", "--set", f"evaluation.noise_seed={seed}") for seed in (1, 2, 3, 4)}
@@ -168,11 +167,9 @@ EXPERIMENTS = (
     ),
     _beauty(
         "beauty-mean-8",
-        "main",
-        "phase 1, L 20, batch 256, cosine, mean T 8",
-        # As many epochs as by default, said because the run goes on from a copy of ablation-mean-8.
-        {**_COSINE, "model.mean_depth": 8, "spt.epochs": 300, **_EVERY_T_8},
-        evaluations={name: ("--steps", "8", *words[2:]) for name, words in _FINAL.items()},
+        "trial",
+        "batch 256, cosine, mean T 8, from a copy of `ablation-mean-8`",
+        {**_TRIAL, **_COSINE, "model.mean_depth": 8, "spt.epochs": 300},
     ),
     _beauty("beauty-sasrec-256", "trial", "`beauty-sasrec` with batch 256", {**_SASREC, **_BATCH, "evaluation.test": False}),
     _beauty("beauty-dot", "trial", "batch 256, by dot as published", {**_BATCH, "evaluation.test": False}),
