@@ -246,7 +246,7 @@ def _trials(runs: dict[str, Run], shown: Sequence[Run]) -> str:
         epochs = "{} (best {})".format(*run.epochs(phase)) if phase else "-"
         rows.append((f"`{run.experiment.name}`", run.experiment.what, epochs, *best, run.state))
     head = ("run", "", "epochs", *(f"validation N@10, {history}" for history in _HISTORIES), "state")
-    return "## Trials of settings: Beauty, validation rows only\n" + _table(head, rows)
+    return "## Trials of settings, validation rows only\n" + _table(head, rows)
 
 
 def _bf16(shown: Sequence[Run]) -> str:
