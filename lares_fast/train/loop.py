@@ -160,11 +160,10 @@ class Trainer:
 
     def _train(self, phase: SPT | RPT, settings: PhaseConfig) -> None:
         state = self.state
-        if phase.name == "rpt":
-            key = fold(self._key, _RPT)
-        else:
+        key = fold(self._key, _SPT if phase.name == "spt" else _RPT)
+        if phase.name == "spt" and state["restarts"]:
             # A model that goes on must not meet the orders and masks of its first epochs again: it has learned them.
-            key = fold(self._key, _RESTARTED, state["restarts"]) if state["restarts"] else fold(self._key, _SPT)
+            key = fold(self._key, _RESTARTED, state["restarts"])
         optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         if state["optimizer"] is not None:
             optimizer.load_state_dict(state["optimizer"])

@@ -128,12 +128,14 @@ def test_eval_writes_csv(cli, trained, tmp_path):
         assert printed["N@10"] == f"{float(row['ndcg@10']):.4f}"
 
 
-def test_phase_2_starts_from_another_run(cli, trained, small_settings, log_file):
-    start = ["train", *small_settings, "--data", log_file, "--start-from", trained, "--out", "second"]
+def test_either_phase_starts_from_another_run(cli, trained, small_settings, log_file):
+    start = ["train", *small_settings, "--data", log_file, "--start-from", trained]
     wrong = cli("train", "--resume", trained, "--start-from", trained)
     assert wrong.code == 2 and is_one_sentence(wrong.err) and "give one of them" in wrong.err and wrong.written == []
-    result = cli(*start, "--phase", "rpt", "--set", "rpt.reward=ndcg")
+    result = cli(*start, "--out", "second", "--phase", "rpt", "--set", "rpt.reward=ndcg")
     assert result.code == 0 and "LARES rpt T=2" in result.out and "LARES spt" not in result.out
+    result = cli(*start, "--out", "third", "--phase", "spt")
+    assert result.code == 0 and "LARES spt T=2" in result.out and "LARES rpt" not in result.out
 
 
 def test_recommend_to_a_user_leaves_out_what_they_had(cli, trained, log_file):

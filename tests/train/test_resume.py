@@ -160,7 +160,7 @@ def test_rpt_from_the_model_of_another_run(whole, tmp_path):
         assert {row["phase"] for row in ended["history"]} == {"popularity", "markov", "rpt"}
 
 
-def test_spt_goes_on_from_the_model_of_another_run(whole, tmp_path):
+def test_spt_goes_on_from_the_model_of_another_run(tmp_path):
     """That model is the one to beat: with a step too small to change it, it is what the run ends with."""
     train_run.train(tmp_path / "parent", ("spt",))
     settings = train_run.config()
