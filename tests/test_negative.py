@@ -30,7 +30,7 @@ def no_step_norm(self, h, pre, mask, depth, *, draw):
 
 
 def see_the_future(item_seq, dtype):
-    return torch.where(item_seq != 0, 0.0, attention.FORBIDDEN).to(dtype)[:, None, None, :]
+    return torch.where(item_seq != 0, 0.0, -torch.inf).to(dtype)[:, None, None, :]
 
 
 def skip_pad(hidden, items, target, **_):

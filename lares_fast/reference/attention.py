@@ -9,16 +9,19 @@ from torch import Tensor
 
 from lares_fast._random import Draw
 
-# The official mask adds this to a forbidden score; exp() of it is exactly 0 beside any allowed score.
-FORBIDDEN = -10000.0
-
 
 def attention_mask(item_seq: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, 1, L, L] of ``item_seq`` [B, L]: a query sees itself and earlier keys that are not PAD."""
+    """Additive mask [B, 1, L, L] of ``item_seq`` [B, L]: 0 where a query sees a key, else -inf.
+
+    A query sees itself and earlier keys that are not PAD. The official mask is -10000 instead of -inf, which is the same
+    unless scores lie that far apart, and lets the future through there.
+    """
     length = item_seq.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=item_seq.device).tril()
-    visible = causal & (item_seq != 0)[:, None, None, :]
-    return torch.where(visible, 0.0, FORBIDDEN).to(dtype)
+    # PAD sees itself, so that no row of a softmax is empty; nothing reads what comes of it.
+    oneself = torch.eye(length, dtype=torch.bool, device=item_seq.device)
+    visible = causal & ((item_seq != 0)[:, None, None, :] | oneself)
+    return torch.where(visible, 0.0, -torch.inf).to(dtype)
 
 
 def attention(
@@ -31,11 +34,13 @@ def attention(
     probabilities = _scores(query, key, mask).softmax(dim=-1)
     if draw is not None:
         probabilities = draw.attention(probabilities, dropout, step=step, layer=layer)
-    return probabilities @ value
+    return probabilities.to(value.dtype) @ value
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-    return query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + mask
+    """Scaled and masked scores; those of half precision in fp32, because fp16 ends at 65,504."""
+    precise = torch.promote_types(query.dtype, torch.float32)
+    return query.to(precise) @ key.to(precise).transpose(-1, -2) / math.sqrt(query.shape[-1]) + mask
 
 
 def packed_attention(
@@ -82,10 +87,11 @@ def packed_attention_backward(
     real = _real(offsets, longest)
     q, k, v, dout = (_pad(x, real) for x in (query, key, value, grad))
     p = _scores(q, k, attention_mask(real, query.dtype)).softmax(dim=-1)
-    weights, dp = p, dout @ v.transpose(-1, -2)
+    weights, dp = p, dout.to(p.dtype) @ v.to(p.dtype).transpose(-1, -2)
     if draw is not None:
         weights, dp = (draw.attention(x, dropout, step=step, layer=layer) for x in (p, dp))
     ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype) / math.sqrt(query.shape[-1])
+    ds, weights = ds.to(q.dtype), weights.to(q.dtype)
     gradients = ds @ k, ds.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ dout
     dq, dk, dv = (_unpad(x, real) for x in gradients)
     return dq, dk, dv

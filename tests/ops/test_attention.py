@@ -280,8 +280,34 @@ def test_bad_arguments(change, message):
 ])  # fmt: skip
 def test_triton_says_why_not(query, longest, reason):
     arguments = (query, query, query, offsets_of([6]), longest)
+    before = _dispatch.calls["attention", "triton"]
     assert f"triton     cannot run: {reason}" in explain("attention", *arguments)
     with pytest.raises(BackendError, match=reason):
         ops.attention(*arguments, backend="triton")
     ops.attention(*arguments)
-    assert _dispatch.calls["attention", "triton"] == 0
+    assert _dispatch.calls["attention", "triton"] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gap", [1e3, 1e4, 2e4])
+def test_the_future_stays_hidden_however_far_scores_lie_apart(gap, dtype):
+    """The first row sees itself alone, though it likes the second one better by ``gap``."""
+    root = gap**0.5
+    query = torch.full((2, 1, 16), root / 4, dtype=dtype)
+    key = torch.stack([-query[0], query[0]])
+    value = torch.tensor([1.0, 9.0], dtype=dtype)[:, None, None].expand(2, 1, 16).contiguous()
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    out = ops.attention(*leaves, torch.tensor([0, 2]), 2, backend="reference")
+    assert out[:, 0, 0].tolist() == [1.0, 9.0]
+    d_value = torch.autograd.grad(out[0].sum(), leaves)[2]
+    assert d_value[:, 0, 0].tolist() == [1.0, 0.0]
+
+
+def test_scores_that_fp16_cannot_hold():
+    """Each of 128 products of 30 is far below fp16's largest number, and their sum is above it."""
+    query = torch.full((3, 1, 128), 30.0, dtype=torch.float16)
+    value = torch.arange(3, dtype=torch.float16)[:, None, None].expand(3, 1, 128).contiguous()
+    leaves = [x.clone().requires_grad_() for x in (query, query, value)]
+    out = ops.attention(*leaves, torch.tensor([0, 3]), 3, backend="reference")
+    assert out[:, 0, 0].tolist() == [0.0, 0.5, 1.0]
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), leaves))
