@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lares_fast._errors import InputError
+from lares_fast._numbers import number, whole
 
 ADAPTERS = ("add", "concat", "linear")
 DEPTH_SAMPLINGS = ("poisson-lognormal", "poisson-unbounded", "poisson-bounded", "uniform", "constant", "non-recurrent")
@@ -73,6 +75,8 @@ class LARESConfig:
     pad_in_softmax: bool = True
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            self._take(field.name, str(field.type))
         for name in ("max_len", "hidden_size", "n_heads", "inner_size", "n_pre_layers", "n_core_layers", "mean_depth"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(self.n_items >= 2, "n_items", self.n_items, "at least 2: the PAD row and one item")
@@ -97,6 +101,25 @@ class LARESConfig:
             ("similarity", SIMILARITIES),
         ):
             _check(getattr(self, name) in allowed, name, repr(getattr(self, name)), f"one of {', '.join(allowed)}")
+
+    def _take(self, name: str, kind: str) -> None:
+        """Give the field ``name`` the type it says, or raise :class:`InputError`: a setting may come from a file."""
+        value = getattr(self, name)
+        if value is None and kind.endswith("| None"):
+            return
+        if kind.startswith("int"):
+            value = whole(name, value)
+        elif kind.startswith("float"):
+            value = number(name, value)
+            _check(math.isfinite(value), name, value, "finite")
+        else:
+            _check(
+                isinstance(value, bool if kind == "bool" else str),
+                name,
+                repr(value),
+                "true or false" if kind == "bool" else "text",
+            )
+        object.__setattr__(self, name, value)
 
     @property
     def steps(self) -> int:

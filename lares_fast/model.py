@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lares_fast import _native, ops, reference
+from lares_fast import _modules, _native, ops, reference
 from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
+from lares_fast._numbers import whole
 from lares_fast._random import SITE_INPUT, Draw, drop_threshold, dropped, keep_hidden, normal_of
 from lares_fast._transfer import sent
 from lares_fast.config import LARESConfig
+from lares_fast.ops._catalog_checks import check_exclude, checked_exclude
+from lares_fast.reference.linear_cross_entropy import PAD
 from lares_fast.reference.sequences import pack, places, repeat
 from lares_fast.reference.topk import Exclude
 
@@ -31,6 +35,8 @@ class LARES(reference.LARES):
     backend: str | None = None
     # Of encoding in evaluation mode, which then has no gradient: as in ops.recurrence.
     bf16: bool = False
+    # What was last warned of.
+    _warned: str | None = None
 
     def __init__(self, config: LARESConfig, *, backend: str | None = None, bf16: bool = False) -> None:
         requested(backend)
@@ -60,9 +66,11 @@ class LARES(reference.LARES):
         every_step: bool,
     ) -> Tensor:
         """The reference's on packed sequences: exact for a causal block, whose real positions never see a later one."""
-        if self.bf16 and self.config.backbone not in _CAUSAL:
-            raise InputError(f"bf16 needs a causal backbone, and this is {self.config.backbone!r}: leave bf16 out.")
-        if self.config.backbone not in _CAUSAL or not len(depth):
+        if (why := self._padded_because()) is not None:
+            if self.bf16:
+                raise InputError(f"bf16 needs the packed encoder, and the model runs padded, because {why}: leave bf16 out.")
+            return super()._encode(item_seq, item_seq_len, passes, depth, state, draw, every_step)
+        if not len(depth):
             return super()._encode(item_seq, item_seq_len, passes, depth, state, draw, every_step)
         if item_seq.dim() == 2:
             state = None if state is None else pack(state, item_seq_len.repeat(passes))[0]
@@ -82,6 +90,15 @@ class LARES(reference.LARES):
             self.recurrence, sent(state, pre.device).to(pre), offsets, masks, pre=pre, depth=depth, output=output
         )
 
+    def _padded_because(self) -> str | None:
+        """Why the model is encoded as its reference is, module by module on padded sequences, or ``None``."""
+        if self.config.backbone not in _CAUSAL:
+            return f"the backbone {self.config.backbone!r} is not causal"
+        if (why := _modules.changed(self)) is not None and why != self._warned:
+            self._warned = why
+            warnings.warn(f"LARES is encoded by its modules on padded sequences, which is slower, because {why}.", stacklevel=2)
+        return why
+
     def _packed_state(self, draw: Draw, sequence: Tensor, position: Tensor) -> Tensor:
         """h0 [P, D]."""
         if bool((draw.rows == draw.rows[0]).all()):
@@ -99,6 +116,9 @@ class LARES(reference.LARES):
     def _input(self, items: Tensor, sequence: Tensor, position: Tensor, draw: Draw | None) -> Tensor:
         """What the pre-block reads, [P, D]."""
         x = self.input_norm(self.item_embedding(items) + self.position_embedding(sent(position, items.device)))
+        if items.device.type != "cpu":
+            # A PAD within a sequence is refused on the CPU; elsewhere the check would wait, so the answer is NaN.
+            x = x.masked_fill((items == PAD)[:, None], torch.nan)
         if draw is None or not self.config.dropout:
             return x
         sequence, position = sequence.cpu(), position.cpu()
@@ -116,7 +136,8 @@ class LARES(reference.LARES):
         return ops.recurrence(
             h,
             sent(offsets, h.device),
-            list(block.parameters()),
+            # A parameter that two layers share comes twice.
+            [parameter for _, parameter in block.named_parameters(remove_duplicate=False)],
             n_heads=config.n_heads,
             adapter=config.adapter,
             draw=draw,
@@ -146,12 +167,13 @@ class LARES(reference.LARES):
         ``item_seq``, ``item_seq_len``, ``num_steps`` and ``state`` as in :meth:`encode`; ``exclude`` as in
         :func:`lares_fast.ops.topk`, in item ids; ``k`` up to the number of items. Raises :class:`InputError`.
         """
-        if not 1 <= k <= self.config.n_items - 1:
+        if not 1 <= whole("k", k) <= self.config.n_items - 1:
             raise InputError(f"k must be in 1..{self.config.n_items - 1}, the number of items, but got {k}.")
         hidden = self.encode(item_seq, item_seq_len, num_steps=num_steps, state=state)
         query, items = self.query_and_items(hidden)
         if exclude is not None:
-            exclude = _without_pad(exclude)
+            check_exclude(exclude, query)
+            exclude = _without_pad(checked_exclude(*exclude, self.config.n_items))
         # Row 0 is PAD: rank the rows behind it, and shift ids back.
         scores, rows = ops.topk(query, items[1:], k, exclude=exclude, backend=backend or self.backend)
         return scores, torch.where(rows < 0, rows, rows + 1)
@@ -161,8 +183,10 @@ def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
     """Put the fast encoder under ``model``, which other code holds, and say what was replaced.
 
     ``model`` is a :class:`lares_fast.reference.LARES`, and becomes a :class:`LARES` in place: parameters, their names,
-    optimizer state and hooks stay as they are. ``backend`` as in :class:`LARES`. Raises :class:`InputError` for any other
-    class, because a subclass may have changed what is replaced.
+    optimizer state and hooks stay as they are. The fast encoder computes from the parameters and does not call the modules.
+    So a model whose modules do more than their configuration says (a hook, a module of another class, a parametrised
+    weight) is still encoded by its modules, and the answer says which one and why. ``backend`` as in :class:`LARES`.
+    Raises :class:`InputError` for any other class, because a subclass may have changed what is replaced.
     """
     if type(model) not in (reference.LARES, LARES):
         raise InputError(f"model must be a reference.LARES, but is a {type(model).__name__}: build lares_fast.LARES instead.")
@@ -172,11 +196,11 @@ def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
     items = model.item_embedding.weight.detach()
     h = items.new_empty(1, model.config.hidden_size)
     calls: dict[str, tuple[Any, ...]] = {"linear_cross_entropy": (h, items), "topk": (h, items, 1)}
-    if model.config.backbone in _CAUSAL:
+    if (why := cast(LARES, model)._padded_because()) is None:
         encode = "encode: packed sequences, ops.recurrence"
         calls = {"recurrence": (h, torch.tensor([0, 1]), list(model.recurrence.parameters())), **calls}
     else:
-        encode = f"encode: as before, because the backbone {model.config.backbone!r} is not causal"
+        encode = f"encode: as before, because {why}"
     return "\n".join([encode, *(explain(op, *arguments, backend=backend) for op, arguments in calls.items())])
 
 
@@ -191,6 +215,6 @@ class _NativeDraw(Draw):
 def _without_pad(exclude: Exclude) -> Exclude:
     """The same lists as rows of the table behind PAD; PAD entries, which padded histories hold, are left out."""
     offsets, ids = exclude
-    real = ids != 0
+    real = ids != PAD
     kept = torch.cat((real.new_zeros(1, dtype=torch.int64), real.cumsum(0)))
-    return kept[offsets], ids[real] - 1
+    return kept[offsets.clamp(0, len(ids))], ids[real] - 1

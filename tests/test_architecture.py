@@ -9,24 +9,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"_errors", "_law", "_settings", "_random", "_transfer", "_native", "_cuda", "config"}
+LEAVES = {"_errors", "_law", "_numbers", "_settings", "_random", "_transfer", "_native", "_cuda", "config"}
 
 # Room -> rooms of lares_fast that it may import, besides itself. What is not listed may not be imported.
 MAY_IMPORT = {
     "_errors": set(),
     "_settings": {"_errors"},
     "_law": set(),
+    "_numbers": {"_errors"},
     "_random": set(),
     "_transfer": set(),
     "_native": {"_errors", "_random", "_settings"},
     "_cuda": {"_errors", "_native", "_settings"},
-    "config": {"_errors"},
-    "reference": {"_errors", "_random", "_transfer", "config"},
+    "config": {"_errors", "_numbers"},
+    "reference": {"_errors", "_numbers", "_random", "_transfer", "config"},
+    "_modules": LEAVES | {"reference"},
     "_dispatch": LEAVES | {"ops"},
     "_library": LEAVES,
     "ops": LEAVES | {"reference", "_dispatch", "_library", "kernels"},
     "convert": LEAVES | {"reference"},
-    "model": LEAVES | {"reference", "ops", "_dispatch"},
+    "model": LEAVES | {"reference", "ops", "_dispatch", "_modules"},
     "data": LEAVES,
     "train": LEAVES | {"reference", "ops", "model", "data"},
     "serve": LEAVES | {"reference", "ops", "model", "data", "train"},

@@ -63,3 +63,19 @@ def test_survives_deepcopy_and_torch_save(model, tmp_path):
     other = copy.deepcopy(model)
     other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     assert torch.equal(other.encode(*histories()), model.encode(*histories()))
+
+
+@pytest.mark.parametrize(("offsets", "ids", "message"), [
+    ([0, -3, 2, 3], [1, 2, 3], "exclude offsets must rise from 0 to the number of ids, 3"),
+    ([0, 1, 2, 9], [1, 2, 3], "exclude offsets must rise from 0 to the number of ids, 3"),
+    ([0, 1, 2], [1, 2], "exclude offsets must have B \\+ 1 = 4 entries, but got 3"),
+    ([0, 1, 2, 3], [1, 2, N], "exclude ids must be in 0..39, but they span 1..40"),
+    ([0, 1, 2, 3], [1, 2, -1], "exclude ids must be in 0..39, but they span -1..2"),
+    ([0.0, 1.0, 2.0, 3.0], [1, 2, 3], "exclude offsets must be 1-D torch.int64"),
+])  # fmt: skip
+def test_exclusions_are_checked_before_they_are_read(model, offsets, ids, message):
+    """In the ids that the caller gave, PAD's 0 among them."""
+    with pytest.raises(InputError, match=message):
+        model.recommend(*histories(), k=3, exclude=(torch.tensor(offsets), torch.tensor(ids)))
+    with pytest.raises(InputError, match="exclude must be a pair"):
+        model.recommend(*histories(), k=3, exclude=torch.tensor(ids))

@@ -148,6 +148,28 @@ def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, laun
     assert all(parameter.grad is not None for name, parameter in model.named_parameters())
 
 
+@pytest.mark.parametrize("scores", ["dot", "model"])
+@pytest.mark.parametrize("reward", ["recall", "ndcg"])
+@pytest.mark.parametrize("each", [False, True])
+def test_a_step_of_the_second_phase_waits_for_nothing(reward, scores, each, launched, monkeypatch):
+    """And no tensor of it is left on the CPU beside those of the model and the batch."""
+    monkeypatch.setattr(_native, "available", lambda: (False, "its loader is a stand-in here"))
+    config = LARESConfig(n_items=N, hidden_size=64, n_heads=H, inner_size=64, max_len=6, dropout=0.2, similarity="cos", tau=0.1)
+    model, frozen = (moved(LARES(config, backend="triton")) for _ in range(2))
+    items, lengths = pack(torch.arange(1, 19).view(B, 6), torch.tensor([4, 1, 6]))
+    depth = torch.tensor([[3, 1, 2], [1, 2, 2]] if each else [[3] * B, [2] * B])
+    group = reference.Pass(depth, Draw((1, 2), torch.arange(2 * B)))
+    with Elsewhere():
+        batch = ((sent(items), lengths), sent(torch.arange(1, B + 1)))
+        how = {"k": 10, "beta": 0.5, "reward": reward, "scores": scores}
+        loss = reference.rpt_loss(model.train(), frozen.eval().requires_grad_(False), *batch, group, group, **how)
+        loss.total.backward()
+    assert all(part.device == DEVICE for part in loss)
+    assert {"recurrence_forward", "softmax_forward", "softmax_backward_items", "attention_half_backward"} <= set(launched)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_references_run_on_one_device(name):
     """They may wait, but mix no devices."""

@@ -15,9 +15,6 @@ from lares_fast.reference.topk import Exclude
 
 def check_arguments(query: Tensor, items: Tensor, bias: Tensor | None, exclude: Exclude | None) -> None:
     """Shapes, dtypes and devices, which compilers know too: query [B, D], items [N, D], bias [N], exclude in CSR."""
-    if exclude is not None and not (isinstance(exclude, tuple | list) and len(exclude) == 2):
-        raise InputError(f"exclude must be a pair (offsets [B + 1], ids [E]), but got {type(exclude).__name__}.")
-    offsets, ids = exclude if exclude is not None else (None, None)
     tensors = {"query": query, "items": items, "bias": bias}
     for name, value in tensors.items():
         if value is not None:
@@ -32,11 +29,19 @@ def check_arguments(query: Tensor, items: Tensor, bias: Tensor | None, exclude: 
                 f"{name} must be {query.dtype} {list(shape)} on {query.device} like query, "
                 f"but got {value.dtype} {list(value.shape)} on {value.device}."
             )
-    if offsets is not None and ids is not None:
-        check_index("exclude offsets", offsets, query)
-        check_index("exclude ids", ids, query)
-        if len(offsets) != len(query) + 1:
-            raise InputError(f"exclude offsets must have B + 1 = {len(query) + 1} entries, but got {len(offsets)}.")
+    if exclude is not None:
+        check_exclude(exclude, query)
+
+
+def check_exclude(exclude: Exclude, query: Tensor) -> None:
+    """Shapes, dtypes and devices of exclusion lists for ``query`` [B, D]."""
+    if not (isinstance(exclude, tuple | list) and len(exclude) == 2):
+        raise InputError(f"exclude must be a pair (offsets [B + 1], ids [E]), but got {type(exclude).__name__}.")
+    offsets, ids = exclude
+    check_index("exclude offsets", offsets, query)
+    check_index("exclude ids", ids, query)
+    if len(offsets) != len(query) + 1:
+        raise InputError(f"exclude offsets must have B + 1 = {len(query) + 1} entries, but got {len(offsets)}.")
 
 
 def check_dense(name: str, value: object) -> None:
@@ -56,10 +61,8 @@ def check_index(name: str, value: Tensor, query: Tensor) -> None:
         )
 
 
-def checked_exclude(offsets: Tensor | None, ids: Tensor | None, count: int) -> Exclude | None:
+def checked_exclude(offsets: Tensor, ids: Tensor, count: int) -> Exclude:
     """The exclusion lists, after a check of their values against ``count`` items."""
-    if offsets is None or ids is None:
-        return None
     on_cpu = offsets.device.type == "cpu"
     if on_cpu and (int(offsets[0]) != 0 or int(offsets[-1]) != len(ids) or bool((offsets.diff() < 0).any())):
         raise InputError(f"exclude offsets must rise from 0 to the number of ids, {len(ids)}.")

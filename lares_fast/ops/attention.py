@@ -11,8 +11,10 @@ from lares_fast import reference
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
+from lares_fast._numbers import number, whole
 from lares_fast._random import Draw, drop_threshold
 from lares_fast.ops import _triton, _tuned
+from lares_fast.ops._catalog_checks import check_dense
 from lares_fast.reference.attention import packed_attention_backward, packed_logsumexp
 
 LONGEST = 512
@@ -57,6 +59,8 @@ def attention(
             CPU only; on a GPU wrong ones read and write where they should not.
         BackendError: the backend asked for by name cannot take these arguments.
     """
+    longest, step, layer = (whole(name, x) for name, x in (("longest", longest), ("step", step), ("layer", layer)))
+    dropout = number("dropout", dropout)
     _check(query, key, value, offsets, longest, draw, dropout)
     rows = seed = None
     if draw is not None and drop_threshold(dropout):
@@ -66,6 +70,8 @@ def attention(
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, draw: Draw | None, dropout: float) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value), ("offsets", offsets)):
+        check_dense(name, x)
     if query.dim() != 3 or not query.dtype.is_floating_point:
         raise InputError(f"query must be a floating-point [P, H, D/H], but got {query.dtype} {list(query.shape)}.")
     for name, x in (("key", key), ("value", value)):

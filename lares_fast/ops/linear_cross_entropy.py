@@ -11,6 +11,7 @@ from lares_fast import _native
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
+from lares_fast._numbers import number
 from lares_fast.ops import _chunked_softmax, _triton, _tuned
 from lares_fast.ops._catalog_checks import check_dense, native_obstacle
 from lares_fast.ops.target_rank import TIES
@@ -41,7 +42,8 @@ def target_logprob(
         hidden: [..., D] float.
         items: [N, D], same dtype and device as ``hidden``; with ``skip_pad`` N >= 2.
         target: [...] int64, ids in 0..N - 1, with ``skip_pad`` in 1..N - 1.
-        scale: a positive number, such as 1 / temperature.
+        scale: a positive number, such as 1 / temperature. It gets no gradient, so a tensor that wants one is refused:
+            for a learned temperature multiply ``hidden`` by it.
         skip_pad: take row 0 out of the softmax.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU), ``native`` (fp32 on the CPU) or
             ``reference`` (PyTorch, 4 million scores at a time).
@@ -99,10 +101,11 @@ def linear_cross_entropy(
 def _logprob(
     hidden: Tensor, items: Tensor, target: Tensor, scale: float, skip_pad: bool, ties: str | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
+    scale = number("scale", scale)
     _check(hidden, items, target, scale, skip_pad)
     shape = target.shape
     logprob, rank, _ = _OP(
-        hidden.reshape(-1, hidden.shape[-1]), items, target.reshape(-1), float(scale), bool(skip_pad), ties, backend
+        hidden.reshape(-1, hidden.shape[-1]), items, target.reshape(-1), scale, bool(skip_pad), ties, backend
     )
     return logprob.reshape(shape), rank if ties is None else rank.reshape(shape)
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from lares_fast import reference
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
-from lares_fast._library import register_op
+from lares_fast._library import Once, register_op
+from lares_fast._numbers import number, whole
 from lares_fast._random import Draw
 from lares_fast.config import ADAPTERS
 from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton, _tuned
+from lares_fast.ops._catalog_checks import check_dense
 
 _WEIGHTS_A_LAYER = 16
 _CPU = torch.device("cpu")
@@ -74,11 +76,13 @@ def recurrence(
             each sequence's own are checked on the CPU only; on a GPU wrong ones read and write where they should not.
         BackendError: the backend asked for by name cannot take these arguments.
     """
-    each, all_alike = (None, depth) if isinstance(depth, int) else (depth, 0)
+    each, all_alike = (depth, 0) if isinstance(depth, Tensor) and depth.dim() else (None, whole("depth", depth))
     rows, key = (None, [0, 0]) if draw is None else (draw.rows, list(draw.key))
-    rates = [dropout, dropout if attention_dropout is None else attention_dropout]
+    dropout = number("dropout", dropout)
+    rates = [dropout, dropout if attention_dropout is None else number("attention_dropout", attention_dropout)]
     joined_by = "none" if pre is None else adapter
-    numbers = (all_alike, key, rates, n_heads, joined_by, output, eps, longest, bf16)
+    longest = None if longest is None else whole("longest", longest)
+    numbers = (all_alike, key, rates, whole("n_heads", n_heads), joined_by, output, number("eps", eps), longest, bf16)
     call = _Call(h, pre, offsets, each, rows, list(weights), *numbers)
     _check(call)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (h, pre, *weights) if x is not None)
@@ -147,6 +151,8 @@ _SCHEMA = (
 
 def _check(call: _Call) -> None:
     h, offsets = call.h, call.offsets
+    for name, value in (("h", h), *(("pre", x) for x in (call.pre,) if x is not None), *(("weights", x) for x in call.weights)):
+        check_dense(name, value)
     if h.dim() != 2 or not h.dtype.is_floating_point:
         raise InputError(f"h must be a floating-point [P, D], but got {h.dtype} {list(h.shape)}.")
     if call.pre is not None and call.adapter not in ADAPTERS:
@@ -325,6 +331,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     tensors, weights = saved[: _TENSORS - 1], saved[_TENSORS - 1 :]
     call = _Call(*(*tensors, weights, *ctx.rest))
     grads = [None] * len(call.tensors()) if grad is None else _BACKWARD_OP(*call.arguments(), grad, tape)
+    if torch.is_grad_enabled() and grad is not None:
+        grads = list(Once.apply("recurrence", len(grads), grad, *call.tensors(), *grads))
     count = len(grads) - len(weights)
     by_name = {"h": grads[0], "pre": grads[1] if count == 2 else None, "weights": grads[count:]}
     return *(by_name.get(field.name) for field in fields(call)), None, None
@@ -348,7 +356,7 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
 
 
 _OP = register_op(f"recurrence({_SCHEMA}, bool keep, str? backend) -> (Tensor, Tensor)", _run, _fake, _backward, _setup_context)
-# Without autograd's knowledge: a second derivative is refused by PyTorch itself.
+# Without autograd's knowledge, which two backends need inside it; Once refuses a second derivative.
 _BACKWARD_OP = register_op(
     f"recurrence_backward({_SCHEMA}, Tensor grad, Tensor tape) -> Tensor[]", _run_backward, _fake_backward
 )

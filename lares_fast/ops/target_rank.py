@@ -99,7 +99,7 @@ def _run(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     check_ids("target", target, len(items))
-    exclude = checked_exclude(offsets, ids, len(items))
+    exclude = None if offsets is None or ids is None else checked_exclude(offsets, ids, len(items))
     bias = None if bias is None else bias.detach()
     of_all, of_kept = run("target_rank", backend, query.detach(), items.detach(), target, bias, exclude, ties)
     return of_all, of_kept

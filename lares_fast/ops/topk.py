@@ -11,6 +11,7 @@ from lares_fast import _cuda, _native, reference
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
+from lares_fast._numbers import whole
 from lares_fast.ops._catalog_checks import check_arguments, checked_exclude, native_obstacle
 from lares_fast.ops._catalog_index import CatalogIndex
 from lares_fast.reference.topk import Exclude
@@ -51,6 +52,7 @@ def topk(
         BackendError: the backend asked for by name cannot take these arguments.
     """
     check_arguments(query, items, bias, exclude)
+    k = whole("k", k)
     if not 1 <= k <= len(items):
         raise InputError(f"k must be in 1..{len(items)}, the number of items, but got {k}.")
     offsets, ids = exclude if exclude is not None else (None, None)
@@ -69,7 +71,7 @@ def _run(
     index: list[Tensor],
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    exclude = checked_exclude(offsets, ids, len(items))
+    exclude = None if offsets is None or ids is None else checked_exclude(offsets, ids, len(items))
     scores, best = run("topk", backend, query.detach(), items.detach(), k, bias, exclude, index)
     return scores, best
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lares_fast._errors import InputError
+from lares_fast._numbers import number, whole
 from lares_fast._random import SITE_INPUT, Draw, root_key
 from lares_fast.config import LARESConfig
 from lares_fast.reference.attention import attention_mask
@@ -48,6 +49,7 @@ class LARES(nn.Module):
 
     def set_dropout(self, p: float) -> None:
         """Use hidden and attention dropout ``p`` from now on (the two training phases differ in it)."""
+        p = number("p", p)
         self.config = self.config.replace(dropout=p, attention_dropout=None)
         for module in self.modules():
             for name in ("dropout", "attention_dropout"):
@@ -81,6 +83,7 @@ class LARES(nn.Module):
         self._check_sequences(item_seq, item_seq_len)
         batch = len(item_seq_len) - (item_seq.dim() == 1)
         draw = draw or self._default_draw(batch)
+        self._check_choices(item_seq, batch, 1, state, draw)
         depth = self._depth(num_steps, batch, draw)
         states = self._encode(item_seq, item_seq_len, 1, depth, state, draw, return_all_steps)
         return rectangle(states, depth) if return_all_steps else states
@@ -100,8 +103,13 @@ class LARES(nn.Module):
         rest as in :meth:`encode`. Returns [sum of ``num_steps``, D]: pass by pass, sequence by sequence, step by step.
         """
         self._check_sequences(item_seq, item_seq_len)
-        passes, batch = num_steps.shape
+        batch = len(item_seq_len) - (item_seq.dim() == 1)
+        if not isinstance(num_steps, Tensor) or num_steps.dim() != 2 or num_steps.shape[1] != batch or not len(num_steps):
+            got = list(num_steps.shape) if isinstance(num_steps, Tensor) else repr(num_steps)[:40]
+            raise InputError(f"num_steps must be [G, {batch}] with a row for each of G passes, but got {got}.")
+        passes = len(num_steps)
         draw = draw or self._default_draw(passes * batch)
+        self._check_choices(item_seq, batch, passes, state, draw)
         depth = self._depth(num_steps.flatten(), passes * batch, draw)
         return self._encode(item_seq, item_seq_len, passes, depth, state, draw, True)
 
@@ -166,46 +174,75 @@ class LARES(nn.Module):
             else:
                 size = batch if self.config.per_sequence_depth else 1
                 num_steps = sample_depth(self.config, size, draw.generator())
-        depth = torch.as_tensor(num_steps, dtype=torch.int64, device="cpu").expand(batch)
+        if not isinstance(num_steps, Tensor):
+            num_steps = torch.tensor(whole("num_steps", num_steps))
+        if _not_integers(num_steps) or num_steps.shape not in ((), (1,), (batch,)):
+            raise InputError(
+                f"num_steps must be an integer or int64 [{batch}], but got {num_steps.dtype} {list(num_steps.shape)}."
+            )
+        depth = num_steps.to("cpu", torch.int64).expand(batch)
         if batch and int(depth.min()) < 1:
             raise InputError(f"num_steps must be at least 1, but got {int(depth.min())}.")
         return depth
 
     def _check_sequences(self, item_seq: Tensor, item_seq_len: Tensor) -> None:
+        for name, value in (("item_seq", item_seq), ("item_seq_len", item_seq_len)):
+            if not isinstance(value, Tensor) or _not_integers(value):
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(f"{name} must be a tensor of integers, but got {got}.")
+        packed = item_seq.dim() == 1
+        if packed:
+            self._check_offsets(item_seq, item_seq_len)
+        else:
+            self._check_lengths(item_seq, item_seq_len)
+        if item_seq.device.type != "cpu" or not item_seq.numel():
+            return
+        lowest, highest = int(item_seq.min()), int(item_seq.max())
+        if not 0 <= lowest <= highest < self.config.n_items:
+            raise InputError(f"item_seq must hold ids in 0..{self.config.n_items - 1}, but it spans {lowest}..{highest}.")
+        if lowest:
+            return
+        pads = item_seq == PAD
+        if not packed:
+            pads &= torch.arange(item_seq.shape[1]) < item_seq_len.cpu()[:, None]
+        if bool(pads.any()):
+            raise InputError(
+                f"item_seq holds PAD (0) inside a sequence, at {pads.nonzero()[0].tolist()}: padding belongs behind the last "
+                "item, so move left padding there and drop PADs between items."
+            )
+
+    def _check_offsets(self, item_seq: Tensor, offsets: Tensor) -> None:
         longest = self.config.max_len
-        if item_seq.dim() == 1:
-            lengths = item_seq_len.diff()
-            if (
-                item_seq_len.dim() != 1
-                or not len(item_seq_len)
-                or int(item_seq_len[0])
-                or int(item_seq_len[-1]) != len(item_seq)
-            ):
-                raise InputError(
-                    f"the offsets of packed sequences must be [B + 1] from 0 to {len(item_seq)}, the number of items."
-                )
-            if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= longest:
-                raise InputError(
-                    f"packed sequences must have 1..{longest} items, but have {int(lengths.min())}..{int(lengths.max())}."
-                )
-        elif item_seq.dim() != 2 or item_seq.shape[1] > longest:
+        if offsets.dim() != 1 or not len(offsets) or int(offsets[0]) or int(offsets[-1]) != len(item_seq):
+            raise InputError(f"the offsets of packed sequences must be [B + 1] from 0 to {len(item_seq)}, the number of items.")
+        lengths = offsets.diff()
+        if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= longest:
+            raise InputError(
+                f"packed sequences must have 1..{longest} items, but have {int(lengths.min())}..{int(lengths.max())}."
+            )
+
+    def _check_lengths(self, item_seq: Tensor, lengths: Tensor) -> None:
+        longest = self.config.max_len
+        if item_seq.dim() != 2 or item_seq.shape[1] > longest:
             raise InputError(f"item_seq must be [B, L] with L <= {longest}, but got {list(item_seq.shape)}.")
-        elif item_seq_len.shape != item_seq.shape[:1]:
-            raise InputError(f"item_seq_len must be [{len(item_seq)}], but got {list(item_seq_len.shape)}.")
-        elif len(item_seq) and not 1 <= int(item_seq_len.min()) <= int(item_seq_len.max()) <= item_seq.shape[1]:
+        if lengths.shape != item_seq.shape[:1]:
+            raise InputError(f"item_seq_len must be [{len(item_seq)}], but got {list(lengths.shape)}.")
+        if len(item_seq) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= item_seq.shape[1]:
             raise InputError(
                 f"item_seq_len must be in 1..{item_seq.shape[1]}, but it spans "
-                f"{int(item_seq_len.min())}..{int(item_seq_len.max())}; drop empty histories."
+                f"{int(lengths.min())}..{int(lengths.max())}; drop empty histories."
             )
-        if (
-            item_seq.device.type == "cpu"
-            and len(item_seq)
-            and not 0 <= int(item_seq.min()) <= int(item_seq.max()) < self.config.n_items
-        ):
+
+    def _check_choices(self, item_seq: Tensor, batch: int, passes: int, state: Tensor | None, draw: Draw) -> None:
+        """h0 and the addresses of the random numbers of ``passes`` passes over ``batch`` sequences."""
+        if draw.rows.shape != (passes * batch,) or _not_integers(draw.rows):
             raise InputError(
-                f"item_seq must hold ids in 0..{self.config.n_items - 1}, but it spans "
-                f"{int(item_seq.min())}..{int(item_seq.max())}."
+                f"draw.rows must be int64 [{passes * batch}], one of each sequence, "
+                f"but got {draw.rows.dtype} {list(draw.rows.shape)}."
             )
+        shape = (passes * len(item_seq), *item_seq.shape[1:], self.config.hidden_size)
+        if state is not None and (state.shape != shape or not state.dtype.is_floating_point):
+            raise InputError(f"state must be floating-point {list(shape)}, but got {state.dtype} {list(state.shape)}.")
 
     def compared(self, x: Tensor) -> Tensor:
         """``x`` [..., D] as it enters similarities between states: itself, or its direction with ``cos``."""
@@ -222,3 +259,7 @@ class LARES(nn.Module):
         """Scores [B, N] of every row of the item table, PAD included; arguments as in :meth:`encode`."""
         query, items = self.query_and_items(self.encode(item_seq, item_seq_len, num_steps=num_steps))
         return query @ items.T
+
+
+def _not_integers(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bool or tensor.dtype.is_floating_point or tensor.dtype.is_complex

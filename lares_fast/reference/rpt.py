@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lares_fast._errors import InputError
+from lares_fast._transfer import sent
 from lares_fast.reference.model import LARES
 from lares_fast.reference.spt import Pass, Sequences
 
@@ -25,7 +27,7 @@ class RPTLoss(NamedTuple):
 
 def ranking_reward(rank: Tensor, k: int, kind: str) -> Tensor:
     """Reward of 0-based ranks: ``recall`` is 1 inside the first k, ``ndcg`` is 1 / log2(rank + 2) there, else 0."""
-    gain = 1 / torch.log2(rank + 2.0) if kind == "ndcg" else torch.ones(rank.shape)
+    gain = 1 / torch.log2(rank + 2.0) if kind == "ndcg" else torch.ones_like(rank, dtype=torch.float32)
     return torch.where(rank < k, gain, 0.0)
 
 
@@ -54,14 +56,23 @@ def rpt_loss(
     ``r = lp_reference - lp``; A is the group's advantage of the last step's rank, by the same scores, over every row of the
     table, PAD included and ties in the target's favour. No gradient flows into ``reference`` or A.
     """
-    num_steps = torch.as_tensor(policy_pass.num_steps, device=target.device)
+    for name, value, allowed in (("reward", reward, REWARDS), ("scores", scores, SCORES)):
+        if value not in allowed:
+            raise InputError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
+    # All sizes follow from the depths, which are on the CPU as in ``trajectories``: nothing waits for a GPU.
+    num_steps = torch.as_tensor(policy_pass.num_steps).cpu()
+    if num_steps.dim() != 2 or len(num_steps) < 2:
+        raise InputError(
+            f"num_steps must be [G, B] with G at least 2, for advantages within a group, but is {list(num_steps.shape)}."
+        )
     depth = num_steps.flatten()
-    member = torch.repeat_interleave(torch.arange(len(depth), device=target.device), depth)
+    member = torch.repeat_interleave(torch.arange(len(depth)), depth)
     last = depth.cumsum(0) - 1
     # Ranks are counted after the last steps only, which therefore stand behind all others.
     earlier = torch.ones_like(member).index_fill(0, last, 0).nonzero().squeeze(1)
     order = torch.cat((earlier, last))
-    owner = member[order]
+    owner, steps = member[order], depth[member[order]]
+    order, owner, steps = (sent(x, target.device) for x in (order, owner, steps))
     wanted = target.repeat(len(num_steps))[owner]
     count = len(earlier)
 
@@ -83,6 +94,6 @@ def rpt_loss(
     gain = advantages.flatten()[owner] * (logprob - logprob.detach()).exp()
 
     def mean(value: Tensor) -> Tensor:
-        return (value / depth[owner]).sum() / len(depth)
+        return (value / steps).sum() / len(depth)
 
     return RPTLoss(-mean(gain - beta * k3), rewards, advantages, mean(k3.detach()))

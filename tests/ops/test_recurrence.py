@@ -157,7 +157,7 @@ def test_opcheck_and_compile():
     ({"depth": 0}, "depth must be at least 1, but got 0"),
     ({"depth": torch.tensor([1, 0])}, "depth must be at least 1, but it falls to 0"),
     ({"depth": torch.tensor([1])}, r"depth must be int64 \[2\]"),
-    ({"depth": 1.5}, r"depth must be int64 \[2\] as offsets say, but got float"),
+    ({"depth": 1.5}, "depth must be an integer, but got 1.5"),
     ({"offsets": torch.tensor([0, 2, 5], device="meta")}, "offsets must be on cpu like h, but are on meta"),
     ({"adapter": "sum"}, "adapter must be one of"),
     ({"output": "all"}, "output must be one of"),
@@ -327,3 +327,30 @@ def test_a_sequence_too_long_for_the_native_backend():
     before = Counter(_dispatch.calls)
     case.call(case.tensors, None)
     assert _dispatch.calls - before == Counter({("recurrence", "reference"): 1})
+
+
+@pytest.mark.parametrize("backend", ["reference", "layers", "native"])
+@pytest.mark.parametrize("of", ["h", "pre", "weights"])
+def test_a_second_derivative_is_refused(backend, of):
+    case = Case(lengths=[2, 3], D=16, H=2, inner=32, layers=1)
+    if backend == "native" and not _native.available()[0]:
+        pytest.skip(_native.available()[1])
+    h, pre, *weights = (x.detach().float() for x in case.tensors.values())
+    wanted = {"h": [h], "pre": [pre], "weights": weights}[of]
+    for leaf in wanted:
+        leaf.requires_grad_()
+    out = ops.recurrence(h, case.offsets, weights, n_heads=2, pre=pre, depth=2, backend=backend)
+    gradients = torch.autograd.grad(out.sum(), wanted, create_graph=True)
+    with pytest.raises(NotImplementedError, match="recurrence can be differentiated once, and not twice"):
+        sum(gradient.square().sum() for gradient in gradients).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_padding_of_the_reference_has_no_gradient_of_its_own(dtype):
+    """Short and long sequences together; equal numbers behind the short one would overflow fp16 in a layer norm."""
+    case = Case(lengths=[1, 9], D=16, H=2, inner=32, layers=2)
+    leaves = [x.detach().to(dtype).requires_grad_() for x in case.tensors.values()]
+    h, pre, *weights = leaves
+    out = ops.recurrence(h, case.offsets, weights, n_heads=2, pre=pre, depth=3, backend="reference")
+    for gradient in torch.autograd.grad(out.float().sum(), leaves):
+        assert gradient.isfinite().all()

@@ -297,6 +297,39 @@ class TestCatalogIndex:
             _, ids = ops.topk(torch.ones(2, D), items, N, index=index)
             assert torch.equal(ids, torch.arange(N).expand(2, N))
 
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+    def test_a_step_of_an_optimizer_makes_an_index_stale(self, kind, fused):
+        """A fused step leaves the version of a parameter as it was; one row alone has a gradient here."""
+        items = torch.nn.Parameter(torch.randn(5000, 8))
+        optimizer = kind([{"params": [items]}], lr=1.0, fused=fused)
+        index, other = ops.CatalogIndex(items.detach()[1:]), ops.CatalogIndex(torch.randn(40, 8))
+        items.grad = torch.zeros_like(items)
+        items.grad[1234] = 1.0
+        optimizer.step()
+        query, ours = torch.randn(2, 8), items.detach()[1:]
+        with pytest.raises(InputError, match=r"index is stale, because items changed.*call index\.refresh"):
+            ops.topk(query, ours, 3, index=index)
+        index.refresh()
+        assert torch.equal(ops.topk(query, ours, 3, index=index)[1], ops.topk(query, ours, 3)[1])
+        ops.topk(query, other._items, 3, index=other)
+
+    @pytest.mark.parametrize("write", [
+        lambda items: items.data.mul_(1.5),
+        lambda items: items.numpy().__imul__(1.5),
+        lambda items: items.untyped_storage().fill_(0),
+        lambda items: items.data[::2].fill_(torch.nan),
+    ], ids=["data", "numpy", "storage", "nan"])  # fmt: skip
+    @pytest.mark.parametrize("count", [1, 255, 257, 5000])
+    def test_a_write_past_pytorch_to_the_whole_table_is_seen(self, write, count):
+        items = torch.randn(count, 8)
+        items[0, 0] = torch.nan
+        index = ops.CatalogIndex(items)
+        ops.topk(torch.randn(2, 8), items, 1, index=index)
+        write(items)
+        with pytest.raises(InputError, match="index is stale"):
+            ops.topk(torch.randn(2, 8), items, 1, index=index)
+
     def test_items_that_train_can_be_indexed(self):
         items = torch.randn(50, 4, requires_grad=True)
         scores, _ = ops.topk(torch.randn(2, 4), items, 3, index=ops.CatalogIndex(items))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lares_fast import LARESConfig, reference
+from lares_fast._errors import InputError
 from lares_fast._random import Draw
 from lares_fast.reference import Pass
 
@@ -146,3 +147,16 @@ def test_depths_of_their_own_average_over_own_steps():
     torch.testing.assert_close(loss.rewards[:, B // 2 :], uniform.rewards[:, B // 2 :])
     assert torch.isfinite(loss.total)
     assert loss.total != uniform.total
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"reward": "mrr"}, "reward must be one of recall, ndcg, but got 'mrr'"),
+    ({"scores": "cos"}, "scores must be one of dot, model, but got 'cos'"),
+    ({"passes": (3,)}, r"num_steps must be \[G, B\] with G at least 2"),
+])  # fmt: skip
+def test_an_unknown_reward_is_not_taken_for_another(change, message):
+    model, sequences, target = setup(dropout=0.0)
+    trajectories = group(*change.pop("passes", (2, 3)))
+    arguments = {"k": 10, "beta": 1.0, "reward": "recall", **change}
+    with pytest.raises(InputError, match=message):
+        reference.rpt_loss(model, copy.deepcopy(model).eval(), sequences, target, trajectories, trajectories, **arguments)

@@ -219,3 +219,53 @@ def test_bad_sequences(seq, length, steps, message, model_class):
 def test_an_empty_batch(model_class):
     seq, lengths = torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, dtype=torch.long)
     assert model_class(config()).eval().encode(seq, lengths).shape == (0, 16)
+
+
+PAD_INSIDE = {
+    "left padding": ([[0, 0, 0, 5, 6, 7]], [6]),
+    "left padding, its length not counted": ([[0, 0, 0, 5, 6, 7]], [3]),
+    "between two items": ([[1, 2, 0, 4], [5, 0, 0, 0]], [4, 1]),
+    "at the end": ([[1, 2, 3, 0]], [4]),
+    "packed": ([5, 6, 0, 7], [0, 2, 4]),
+}
+
+
+@pytest.mark.parametrize("name", PAD_INSIDE)
+@pytest.mark.parametrize("kind", [reference.LARES, lares_fast.LARES])
+def test_a_pad_within_a_sequence_is_refused(kind, name):
+    """The reference would hide it from attention, where packed tokens have no place for it."""
+    model, sequences = kind(config()).eval(), tuple(map(torch.tensor, PAD_INSIDE[name]))
+    for call in (model.encode, model, lambda *x: model.trajectories(*x, torch.ones(2, len(x[1]) - (x[0].dim() == 1)).long())):
+        with pytest.raises(InputError, match=r"item_seq holds PAD \(0\) inside a sequence, at \["):
+            call(*sequences)
+
+
+def test_items_behind_a_sequence_are_not_read():
+    seq, lengths = torch.tensor([[1, 2, 9, 8], [3, 0, 0, 0]]), torch.tensor([2, 1])
+    model = lares_fast.LARES(config()).eval()
+    assert torch.equal(model.encode(seq, lengths), model.encode(seq[:, :2], lengths))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"item_seq": torch.ones(2, 3)}, "item_seq must be a tensor of integers, but got torch.float32"),
+    ({"item_seq": [[1, 2, 3]]}, "item_seq must be a tensor of integers, but got list"),
+    ({"item_seq_len": torch.tensor([1.0, 3.0])}, "item_seq_len must be a tensor of integers"),
+    ({"state": torch.zeros(1, 3, 16)}, r"state must be floating-point \[2, 3, 16\]"),
+    ({"state": torch.zeros(2, 3, 16).long()}, "state must be floating-point"),
+    ({"draw": Draw((1, 2), torch.arange(5))}, r"draw\.rows must be int64 \[2\]"),
+    ({"draw": Draw((1, 2), torch.arange(1))}, r"draw\.rows must be int64 \[2\]"),
+    ({"num_steps": torch.tensor([1, 2, 3])}, r"num_steps must be an integer or int64 \[2\]"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", [reference.LARES, lares_fast.LARES])
+def test_what_one_encoder_refuses_the_other_does_too(kind, change, message):
+    model = kind(config()).eval()
+    arguments = {"item_seq": torch.tensor([[1, 0, 0], [1, 2, 3]]), "item_seq_len": torch.tensor([1, 3]), **change}
+    with pytest.raises(InputError, match=message):
+        model.encode(arguments.pop("item_seq"), arguments.pop("item_seq_len"), **arguments)
+
+
+@pytest.mark.parametrize("num_steps", [torch.ones(2), torch.ones(2, 3).long(), [[1, 1]], torch.ones(0, 2).long()])
+def test_depths_of_trajectories(num_steps):
+    model = lares_fast.LARES(config()).eval()
+    with pytest.raises(InputError, match=r"num_steps must be \[G, 2\]"):
+        model.trajectories(torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1]), num_steps)

@@ -1,0 +1,103 @@
+"""Whether a model's modules are what its configuration says: the packed encoder does their work from their parameters alone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from lares_fast import reference
+from lares_fast.config import LARESConfig
+from lares_fast.reference.backbone import TransformerBlock
+
+_HOOKS = {
+    "_forward_pre_hooks": "a forward pre-hook",
+    "_forward_hooks": "a forward hook",
+    "_backward_pre_hooks": "a backward pre-hook",
+    "_backward_hooks": "a backward hook",
+}
+# What a subclass, or an attribute of the model itself, may have in the place of the reference's.
+_METHODS = ("initial_state", "_initial_state", "_states")
+
+
+class _Expected(NamedTuple):
+    """A module of an unchanged model: its path, its parent's number in the list, its name there, and what it holds."""
+
+    path: str
+    parent: int
+    name: str
+    kind: type
+    settings: dict[str, Any]
+    parameters: list[str]
+    modules: list[str]
+
+
+def changed(model: reference.LARES) -> str | None:
+    """What about ``model`` a computation from its parameters would miss, as a clause, or ``None``.
+
+    A hook, a module of another class or with other settings, a parametrised weight, a replaced method.
+    """
+    for name in _METHODS:
+        if name in vars(model) or getattr(type(model), name) is not getattr(reference.LARES, name):
+            return f"its method {name} was replaced"
+    if torch_module._has_any_global_hook():
+        return "there is a hook on all modules"
+    found: list[nn.Module] = [model]
+    for expected in _expected(model.config):
+        module = found[expected.parent]._modules.get(expected.name)
+        if module is None:
+            return f"{expected.path} is missing"
+        if (why := _changed(module, expected)) is not None:
+            return f"{expected.path} {why}"
+        found.append(module)
+    return None
+
+
+def _changed(module: nn.Module, expected: _Expected) -> str | None:
+    if type(module) is not expected.kind:
+        return f"is a {type(module).__name__} instead of a {expected.kind.__name__}"
+    held = vars(module)
+    if (modules := list(held["_modules"])) != expected.modules:
+        return f"holds {', '.join(modules)} where the configuration says {', '.join(expected.modules)}"
+    for hooks, what in _HOOKS.items():
+        if held.get(hooks):
+            return f"has {what}"
+    if "forward" in held:
+        return "has a forward of its own"
+    for name, value in expected.settings.items():
+        if held.get(name) != value:
+            return f"has {name} {held.get(name)!r} where the configuration says {value!r}"
+    if [name for name, value in module._parameters.items() if value is not None] != expected.parameters:
+        return f"has other parameters than {', '.join(expected.parameters) or 'none'}"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _expected(config: LARESConfig) -> list[_Expected]:
+    with torch.device("meta"):
+        model = reference.LARES(config.replace(backbone="transformer"))
+        # Whatever is registered by now under the name.
+        model.pre_block = TransformerBlock(config, config.n_pre_layers)
+        model.recurrence.core = TransformerBlock(config, config.n_core_layers)
+    found: list[_Expected] = []
+    numbers = {"": 0}
+    for path, module in model.named_modules():
+        if path:
+            parent, _, name = path.rpartition(".")
+            numbers[path] = len(numbers)
+            parameters = [own for own, value in module._parameters.items() if value is not None]
+            found.append(
+                _Expected(path, numbers[parent], name, type(module), _settings(module), parameters, list(module._modules))
+            )
+    return found
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training" and isinstance(value, int | float | tuple | str | None)
+    }
