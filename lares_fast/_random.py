@@ -20,6 +20,9 @@ Key = tuple[int, int]
 # Addresses in the site field of a counter.
 SITE_INPUT, SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, SITE_ATTENTION, SITE_STATE = range(5)
 
+# Steps and layers have 16 bits each in an address; the last step is one that the pre-block can take.
+MOST_STEPS = 2**16 - 2
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF

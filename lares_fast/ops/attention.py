@@ -62,6 +62,9 @@ def attention(
     longest, step, layer = (whole(name, x) for name, x in (("longest", longest), ("step", step), ("layer", layer)))
     dropout = number("dropout", dropout)
     _check(query, key, value, offsets, longest, draw, dropout)
+    for name, part in (("step", step), ("layer", layer)):
+        if not 0 <= part < 2**16:
+            raise InputError(f"{name} must be in 0..65535, which is what an address has room for, but got {part}.")
     rows = seed = None
     if draw is not None and drop_threshold(dropout):
         seed = _triton.seed(draw.key, query.device)
@@ -159,6 +162,9 @@ def _reference(
         packed = int(seed)
         draw = Draw((packed & 0xFFFFFFFF, packed >> 32 & 0xFFFFFFFF), rows)
     how: dict[str, Any] = {"draw": draw, "dropout": dropout, "step": step, "layer": layer}
+    if offsets.device.type == "cpu":
+        # The scores are [B, H, longest, longest].
+        longest = max(1, int(offsets.diff().max()) if len(offsets) > 1 else 1)
     if gradient is not None:
         return packed_attention_backward(query, key, value, offsets, longest, gradient[2], **how)
     out = reference.packed_attention(query, key, value, offsets, longest, **how)

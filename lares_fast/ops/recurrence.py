@@ -14,7 +14,7 @@ from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import Once, register_op
 from lares_fast._numbers import number, whole
-from lares_fast._random import Draw
+from lares_fast._random import MOST_STEPS, Draw
 from lares_fast.config import ADAPTERS
 from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton, _tuned
 from lares_fast.ops._catalog_checks import check_dense
@@ -53,7 +53,7 @@ def recurrence(
         n_heads: H, a divisor of D.
         pre: [P, D], what the adapter joins with each state.
         adapter: ``add``, ``concat`` or ``linear``; only read where ``pre`` is given.
-        depth: T, one int or int64 [B], at least 1; on the CPU, or where ``h`` is: then ``steps``, gradients and ``layers`` wait
+        depth: T, one int or int64 [B], 1 to 65,534; on the CPU, or where ``h`` is: then ``steps``, gradients and ``layers`` wait
             for it.
         output: ``last``: the state of each sequence's last token after its last step, [B, D]; ``steps``: the same after every
             step, one sequence behind the other, [sum of depth, D]; ``tokens``: all states after the last step, [P, D].
@@ -175,8 +175,8 @@ def _check(call: _Call) -> None:
     for name, vector in (("depth", call.depth), ("draw.rows", call.rows)):
         if vector is not None and vector.device not in (h.device, _CPU):
             raise InputError(f"{name} must be on the CPU or on {h.device} like h, but is on {vector.device}.")
-    if call.depth is None and call.steps < 1:
-        raise InputError(f"depth must be at least 1, but got {call.steps}.")
+    if call.depth is None and not 1 <= call.steps <= MOST_STEPS:
+        raise InputError(f"depth must be at least 1 and at most {MOST_STEPS:,}, but got {call.steps}.")
     if call.pre is not None:
         _check_like_h(call, "pre", call.pre, tuple(h.shape))
     for (name, shape), weight in zip(_shapes(call), call.weights, strict=True):
@@ -237,8 +237,10 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_values(call: _Call) -> None:
-    if call.depth is not None and call.depth.device == _CPU and len(call.depth) and int(call.depth.min()) < 1:
-        raise InputError(f"depth must be at least 1, but it falls to {int(call.depth.min())}.")
+    if call.depth is not None and call.depth.device == _CPU and len(call.depth):
+        least, most = int(call.depth.min()), int(call.depth.max())
+        if not 1 <= least <= most <= MOST_STEPS:
+            raise InputError(f"depth must be at least 1 and at most {MOST_STEPS:,}, but spans {least}..{most}.")
     if call.offsets.device != _CPU:
         return
     lengths = call.offsets.diff()

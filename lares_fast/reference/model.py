@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lares_fast._errors import InputError
 from lares_fast._numbers import number, whole
-from lares_fast._random import SITE_INPUT, Draw, root_key
+from lares_fast._random import MOST_STEPS, SITE_INPUT, Draw, root_key
 from lares_fast.config import LARESConfig
 from lares_fast.reference.attention import attention_mask
 from lares_fast.reference.backbone import build_block
@@ -181,8 +181,10 @@ class LARES(nn.Module):
                 f"num_steps must be an integer or int64 [{batch}], but got {num_steps.dtype} {list(num_steps.shape)}."
             )
         depth = num_steps.to("cpu", torch.int64).expand(batch)
-        if batch and int(depth.min()) < 1:
-            raise InputError(f"num_steps must be at least 1, but got {int(depth.min())}.")
+        if batch and not 1 <= int(depth.min()) <= int(depth.max()) <= MOST_STEPS:
+            raise InputError(
+                f"num_steps must be at least 1 and at most {MOST_STEPS:,}, but spans {int(depth.min())}..{int(depth.max())}."
+            )
         return depth
 
     def _check_sequences(self, item_seq: Tensor, item_seq_len: Tensor) -> None:

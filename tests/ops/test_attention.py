@@ -311,3 +311,18 @@ def test_scores_that_fp16_cannot_hold():
     out = ops.attention(*leaves, torch.tensor([0, 3]), 3, backend="reference")
     assert out[:, 0, 0].tolist() == [0.0, 0.5, 1.0]
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), leaves))
+
+
+def test_room_is_taken_for_the_sequences_there_are():
+    """And not for the longest there could be, whose scores would fill any memory."""
+    query, key, value, _ = inputs_of([3, 1], 2, 16, torch.float32)
+    out, wide = (ops.attention(query, key, value, offsets_of([3, 1]), longest) for longest in (3, 2**31))
+    assert torch.equal(out, wide)
+
+
+@pytest.mark.parametrize("name", ["step", "layer"])
+@pytest.mark.parametrize("value", [-1, 2**16])
+def test_an_address_that_has_no_room(name, value):
+    query, key, value_, _ = inputs_of([3], 2, 16, torch.float32)
+    with pytest.raises(InputError, match=rf"{name} must be in 0\.\.65535"):
+        ops.attention(query, key, value_, offsets_of([3]), 3, **{name: value})
