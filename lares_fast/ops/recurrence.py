@@ -53,8 +53,8 @@ def recurrence(
         n_heads: H, a divisor of D.
         pre: [P, D], what the adapter joins with each state.
         adapter: ``add``, ``concat`` or ``linear``; only read where ``pre`` is given.
-        depth: T, one int or int64 [B], 1 to 65,534; on the CPU, or where ``h`` is: then ``steps``, gradients and ``layers`` wait
-            for it.
+        depth: T in 1..65,534, one int or int64 [B]; on the CPU, or where ``h`` is: then ``steps``, gradients and ``layers``
+            wait for it.
         output: ``last``: the state of each sequence's last token after its last step, [B, D]; ``steps``: the same after every
             step, one sequence behind the other, [sum of depth, D]; ``tokens``: all states after the last step, [P, D].
         draw: the addresses of the dropout masks, whose ``rows`` are the B rows of the global batch, on the CPU or where ``h``
