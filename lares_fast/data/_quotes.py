@@ -13,7 +13,7 @@ from lares_fast._errors import InputError
 from lares_fast.data._text import decode, pieces
 
 _REMEDY = "write a quote that is part of a value twice and the value in quotes, or give the log as .tsv, which has no quotes"
-_LINE_END, _QUOTE = (ord("\n"), ord("\r")), ord('"')
+_NEWLINE, _RETURN, _QUOTE = b'\n\r"'
 _TIME = re.compile(rb"[-+]?[0-9][-+.:0-9TZeE ]*")
 
 
@@ -25,6 +25,7 @@ def spans_lines(path: Path, delimiter: str, time: str | None) -> bool:
     line inside a quoted value reads as a row of its own: two stray quotes would swallow the rows between them.
     ``time`` names the time column, which tells a row from prose.
     """
+    separates = np.isin(np.arange(256), [_NEWLINE, _RETURN, ord(delimiter)])
     inside, opened, spans, header = False, 0, False, list[str]()
     for data, line in pieces(path):
         if b"\0" in data:
@@ -33,23 +34,21 @@ def spans_lines(path: Path, delimiter: str, time: str | None) -> bool:
         if not inside and b'"' not in data:
             continue
         buffer = np.frombuffer(data, np.uint8)
-        ends_line = (buffer == _LINE_END[0]) | (buffer == _LINE_END[1])
-        separates = ends_line | (buffer == ord(delimiter))
 
         # Adjacent quotes are a run. In a run of odd length the quotes but one pair up and change nothing; that one opens or
         # closes a value if it begins a field, and can only close one elsewhere.
         quotes = np.flatnonzero(buffer == _QUOTE)
-        begins_run = np.flatnonzero(np.diff(quotes, prepend=-2) > 1)
+        begins_run = np.append([0], np.flatnonzero(quotes[1:] - quotes[:-1] > 1) + 1)[: len(quotes)]
         first, length = quotes[begins_run], np.diff(begins_run, append=len(quotes))
-        odd, begins_field = length % 2 == 1, (first == 0) | separates[first - 1]
+        odd, begins_field = (length & 1) == 1, (first == 0) | separates[buffer[first - 1]]
         toggles = int(inside) + np.cumsum(begins_field & odd)
         outside_at = np.maximum.accumulate(np.where(~begins_field & odd, toggles, 0))
-        state = np.concatenate(([inside], (toggles - outside_at) % 2 == 1))
+        state = np.concatenate(([inside], ((toggles - outside_at) & 1) == 1))
         before, after = state[:-1], state[1:]
 
         opens = first[~before & after]
         closes = np.where(before, odd, begins_field & ~odd)
-        wrong = np.flatnonzero(closes & ~separates[np.minimum(first + length, len(data) - 1)])
+        wrong = np.flatnonzero(closes & ~separates[buffer[np.minimum(first + length, len(data) - 1)]])
         if len(wrong):
             at = first[wrong[0]]
             earlier = opens[opens < at]
@@ -57,7 +56,9 @@ def spans_lines(path: Path, delimiter: str, time: str | None) -> bool:
             origin = f" that begins in line {begun}" if before[wrong[0]] else ""
             here = _line(data, line, at)
             raise InputError(f"{path}, line {here}: text follows the end of a quoted value{origin}; {_REMEDY}.")
-        ends = np.flatnonzero(ends_line)
+        ends = np.flatnonzero(buffer == _NEWLINE)
+        if b"\r" in data:
+            ends = np.flatnonzero((buffer == _NEWLINE) | (buffer == _RETURN))
         held = ends[state[np.searchsorted(first, ends)]]
         if inside or len(held):
             spans = True

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lares_fast._errors import InputError, require
 from lares_fast.data._ids import IdColumn
 from lares_fast.data._quotes import spans_lines
-from lares_fast.data._text import Block, Progress, printable, readable
+from lares_fast.data._text import Block, Progress, printable
 from lares_fast.data._times import MAX_FLOAT_DIGITS, TOO_FINE, TimeColumn
 from lares_fast.data.log import Ids
 
@@ -51,27 +51,32 @@ def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
     )
     # One thread, because only then do arrow's messages name the row.
     reading = csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES)
-    # Always through a handle: given a path, arrow would unpack some files by their name.
-    with readable(path):
-        file = path.open("rb")
-    with file:
-        with _one_sentence(path, arrow), csv.open_csv(file, reading, parsing) as reader:
-            present = reader.schema.names
-        wanted = check_columns(path, names, present)
-        file.seek(0)
-        # All as text: arrow guesses types from the first block, and here the whole file decides.
-        converting = csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, arrow.string()))
-        total = path.stat().st_size
+    with _one_sentence(path, arrow):
+        present = csv.open_csv(_opened(path, arrow), reading, parsing).schema.names
+    wanted = check_columns(path, names, present)
+    # All as text: arrow guesses types from the first block, and here the whole file decides.
+    converting = csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, arrow.string()))
+    total = path.stat().st_size
 
-        def batches() -> Iterator[Any]:
-            with _one_sentence(path, arrow):
-                reader = csv.open_csv(file, reading, parsing, converting)
-            for batch in _each(reader, path, arrow):
-                yield batch
-                if progress:
-                    progress(min(file.tell(), total), total)
+    def batches() -> Iterator[Any]:
+        with _one_sentence(path, arrow):
+            file = _opened(path, arrow)
+            reader = csv.open_csv(file, reading, parsing, converting)
+        for batch in _each(reader, path, arrow):
+            yield batch
+            if progress:
+                progress(min(file.tell(), total), total)
 
-        return _collect(path, names, batches(), _add_times_of_text, arrow)
+    return _collect(path, names, batches(), _add_times_of_text, arrow)
+
+
+def _opened(path: Path, arrow: Any) -> Any:
+    """The file's own bytes: left to itself, arrow would unpack some files by their name.
+
+    Never close it: arrow's threads read ahead, and would go on in whatever file gets its descriptor next. It closes
+    when the last of them lets go.
+    """
+    return arrow.input_stream(str(path), compression=None)
 
 
 def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
@@ -96,8 +101,7 @@ def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
             if progress:
                 progress(min(total * done // max(rows, 1), total), total)
 
-    with file:
-        return _collect(path, names, batches(), _add_times, arrow)
+    return _collect(path, names, batches(), _add_times, arrow)
 
 
 @contextmanager
@@ -232,7 +236,11 @@ def _add_times_of_text(times: TimeColumn, column: Any, name: str, row: int, path
 
 
 def _cast(column: Any, kind: Any, arrow: Any) -> Any:
+    """The column as ``kind``, or None where a value is of another form."""
     try:
+        # A cast that fails is slow, and the ends mostly tell.
+        column[:1].cast(kind)
+        column[-1:].cast(kind)
         return column.cast(kind)
     except arrow.ArrowInvalid:
         return None
