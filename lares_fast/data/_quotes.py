@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,19 +52,19 @@ def spans_lines(path: Path, delimiter: str, time: str | None) -> bool:
         wrong = np.flatnonzero(closes & ~separates[buffer[np.minimum(first + length, len(data) - 1)]])
         if len(wrong):
             at = first[wrong[0]]
-            earlier = opens[opens < at]
-            begun = _line(data, line, earlier[-1]) if len(earlier) else opened
-            origin = f" that begins in line {begun}" if before[wrong[0]] else ""
+            origin = f" that begins in line {_begun(data, line, opens, opened, at)}" if before[wrong[0]] else ""
             here = _line(data, line, at)
             raise InputError(f"{path}, line {here}: text follows the end of a quoted value{origin}; {_REMEDY}.")
-        ends = np.flatnonzero(buffer == _NEWLINE)
-        if b"\r" in data:
-            ends = np.flatnonzero((buffer == _NEWLINE) | (buffer == _RETURN))
+        ends = np.flatnonzero((buffer == _NEWLINE) | (buffer == _RETURN) if b"\r" in data else buffer == _NEWLINE)
         held = ends[state[np.searchsorted(first, ends)]]
         if inside or len(held):
             spans = True
             starts = np.append([0] if inside else [], held + 1).astype(np.int64)
-            _reject_rows(path, data, line, delimiter, header, time, starts, ends)
+            for at in _rows_inside(data, delimiter, header, time, starts[starts < len(data)], ends):
+                raise InputError(
+                    f"{path}, line {_line(data, line, at)}: the line reads as a row, but stands inside a quoted value that "
+                    f"begins in line {_begun(data, line, opens, opened, at)}; {_REMEDY}."
+                )
         if len(opens):
             opened = _line(data, line, opens[-1])
         inside = bool(state[-1])
@@ -85,24 +86,20 @@ def _line(data: bytes, line: int, at: int) -> int:
     return line + data.count(b"\n", 0, int(at))
 
 
-def _reject_rows(
-    path: Path,
-    data: bytes,
-    line: int,
-    delimiter: str,
-    header: list[str],
-    time: str | None,
-    starts: NDArray[np.int64],
-    ends: NDArray[np.int64],
-) -> None:
-    """Refuse a line that begins at one of ``starts``, inside a quoted value, and reads as a row."""
-    starts = starts[starts < len(data)]
+def _begun(data: bytes, line: int, opens: NDArray[np.int64], opened: int, at: int) -> int:
+    """The line of the last opening quote before ``at``; ``opened`` where it stands before ``data``."""
+    earlier = opens[opens < at]
+    return _line(data, line, earlier[-1]) if len(earlier) else opened
+
+
+def _rows_inside(
+    data: bytes, delimiter: str, header: list[str], time: str | None, starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> Iterator[int]:
+    """Those of ``starts``, where lines begin inside a quoted value, whose line reads as a row."""
     stops = ends[np.searchsorted(ends, starts)]
     marks = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(delimiter))
     width = 1 + np.searchsorted(marks, stops) - np.searchsorted(marks, starts)
     for start, stop in zip(starts[width == len(header)], stops[width == len(header)], strict=True):
         fields = data[start:stop].split(delimiter.encode())
         if time not in header or _TIME.fullmatch(fields[header.index(time)].strip(b'" \t')):
-            raise InputError(
-                f"{path}, line {_line(data, line, start)}: the line reads as a row but stands inside a quoted value; {_REMEDY}."
-            )
+            yield start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from lares_fast._errors import InputError, require
 from lares_fast.data._ids import IdColumn
 from lares_fast.data._quotes import spans_lines
 from lares_fast.data._text import Block, Progress, printable
-from lares_fast.data._times import MAX_FLOAT_DIGITS, TOO_FINE, TimeColumn
+from lares_fast.data._times import MAX_FLOAT_DIGITS, NUMBER, TOO_FINE, TimeColumn
 from lares_fast.data.log import Ids
 
 Names = Mapping[str, str | None]
@@ -71,12 +72,13 @@ def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
 
 
 def _opened(path: Path, arrow: Any) -> Any:
-    """The file's own bytes: left to itself, arrow would unpack some files by their name.
+    """The file's own bytes: given a name, arrow would unpack some files by it.
 
     Never close it: arrow's threads read ahead, and would go on in whatever file gets its descriptor next. It closes
     when the last of them lets go.
     """
-    return arrow.input_stream(str(path), compression=None)
+    # As bytes, since a name need not be UTF-8.
+    return arrow.OSFile(os.fsencode(path))
 
 
 def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
@@ -85,7 +87,7 @@ def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
     parquet = require("pyarrow.parquet", "train", FEATURE)
     with _one_sentence(path, arrow):
         # Buffering ahead would hold the whole file.
-        file = parquet.ParquetFile(path, pre_buffer=False)
+        file = parquet.ParquetFile(_opened(path, arrow), pre_buffer=False)
         present = file.schema_arrow.names
         rows = file.metadata.num_rows
     wanted = check_columns(path, names, present)
@@ -109,7 +111,7 @@ def _one_sentence(path: Path, arrow: Any) -> Iterator[None]:
     """The boundary to arrow, whose errors for a damaged file are of many types and may quote its bytes."""
     try:
         yield
-    except (arrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+    except (arrow.ArrowException, OSError, UnicodeError, MemoryError) as error:
         reason = printable((str(error) or type(error).__name__).splitlines()[0]).rstrip(".")
         raise InputError(f"{path} cannot be read as a table: {reason}.") from None
 
@@ -225,11 +227,12 @@ def _add_times_of_text(times: TimeColumn, column: Any, name: str, row: int, path
             integers = dates.cast(arrow.int32()) if unit == "days" else dates
             times.add_dates(_copied(integers.cast(arrow.int64())), unit, zoned)
             return
-    forms = [arrow.float64(), *(kind for kind, _, _ in _date_forms(arrow))]
-    for at in range(len(column)):
-        if all(_cast(column[at : at + 1], kind, arrow) is None for kind in forms):
+    for at, value in enumerate(column.to_pylist()):
+        if not NUMBER.fullmatch(value) and all(
+            _cast(column[at : at + 1], kind, arrow) is None for kind, _, _ in _date_forms(arrow)
+        ):
             raise InputError(
-                f"{path}: column {name!r} holds string {printable(column[at].as_py(), 40)!r} in row {row + at}, "
+                f"{path}: column {name!r} holds string {printable(value, 40)!r} in row {row + at}, "
                 "but times must be numbers, dates or timestamps."
             )
     times.reject_mixture()

@@ -18,7 +18,7 @@ FLOAT_BITS = 53
 MAX_FLOAT_DIGITS = 17
 TOO_FINE = r"^[+-]?[0.]*[1-9](\.?[0-9]){16,}\.?[1-9]"
 
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _TICKS_A_DAY = {"days": 1, "seconds": 86_400, "nanoseconds": 86_400 * 10**9}
 
 
@@ -60,7 +60,7 @@ class TimeColumn:
         values = np.empty(len(block))
         for at, text in enumerate(block.strings()):
             text = text.strip(" ")
-            if not _NUMBER.fullmatch(text):
+            if not NUMBER.fullmatch(text):
                 raise InputError(f"{self._path}, line {block.lines[at]}: {self._name} {text[:40]!r} is not a finite number.")
             if len(text) > MAX_FLOAT_DIGITS and re.match(TOO_FINE, text):
                 self.reject_too_fine(text, f"line {block.lines[at]}")

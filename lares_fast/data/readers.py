@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lares_fast._errors import InputError
 from lares_fast.data._ids import IdColumn
 from lares_fast.data._tables import Events, Names, check_columns, finish, read_csv, read_parquet
-from lares_fast.data._text import Block, Progress, cells, check_file, decode, readable, words
+from lares_fast.data._text import Block, Progress, cells, check_file, decode, printable, readable, words
 from lares_fast.data._times import TimeColumn
 from lares_fast.data.log import Ids, InteractionLog, assemble
 
@@ -27,6 +27,8 @@ COLUMNS: Names = {"user": "user_id", "item": "item_id", "time": "timestamp"}
 
 Lists = tuple[NDArray[Any], Ids, NDArray[np.int32], Ids]  # users, user ids, items, item ids: a user's events in order
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_TEXT = "an id must not be empty or hold a lone surrogate, which is half a character"
 _SUFFIXES = {".json": "json", ".inter": "inter", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet"}
 
 
@@ -43,8 +45,8 @@ def read_log(
     ``format``
         ``sequences``: a line ``user item item ...`` a user, oldest first. ``pairs``: a line ``user item`` an event, each
         user's in time order. ``json``: an object of user -> list of items, oldest first. ``inter``: a RecBole atomic
-        file. ``csv`` (``.tsv``: tabs) and ``parquet``: a row an event. ``auto``: by the file's ending, and text by
-        its first lines (two fields each are pairs).
+        file. ``csv`` (``.tsv``: tabs, and no quotes) and ``parquet``: a row an event. ``auto``: by the file's ending,
+        and text by its first lines (two fields each are pairs).
     ``columns``
         For ``inter``, ``csv`` and ``parquet``: the columns' names under ``user``, ``item`` and ``time``, by default
         user_id, item_id and timestamp. Rows are sorted by time, ties in the file's order; ``{"time": None}`` keeps
@@ -57,7 +59,12 @@ def read_log(
     Raw ids are kept in ``user_ids`` and ``item_ids``. Integer item ids are numbered in their own order, so that ids
     1..m keep their number; strings in order of first appearance. Users stay in the file's order in ``sequences`` and
     ``json``; elsewhere they are numbered like items. In text an id column is integer if all its ids are, where
-    ``sequences`` and ``pairs`` decide by the first id and want the rest alike, and greater than 0.
+    ``sequences`` and ``pairs`` decide by the first id and want the rest alike, and greater than 0. Integers that do not
+    fit 64 bits are kept as strings.
+
+    Times are int64 if all are integers, else float64, which is refused where it would lose digits. Dates of CSV count
+    in days if all are dates, in seconds if some have a time of day, in nanoseconds if some have a fraction of a second;
+    typed dates and timestamps of parquet count in their own unit.
 
     Raises :class:`InputError`, one sentence naming the file and the line, row or column, for everything that cannot
     be read as asked, and :class:`MissingExtraError` for CSV and parquet without pyarrow.
@@ -124,8 +131,8 @@ def _read_sequences(path: Path, progress: Progress | None) -> Lists:
     if len(user_ids) < len(codes):
         again = np.setdiff1d(np.arange(len(codes)), np.unique(codes, return_index=True)[1])[0]
         raise InputError(
-            f"{path}, line {np.concatenate(lines)[again]}: user {user_ids[codes[again]]} has a line already; "
-            "join the two, or give format='pairs' if each line is one event."
+            f"{path}, line {np.concatenate(lines)[again]}: user {printable(str(user_ids[codes[again]]), 40)} has a line "
+            "already; join the two, or give format='pairs' if each line is one event."
         )
     return np.repeat(np.arange(len(codes)), np.concatenate(lengths)), user_ids[codes], *items.finish()
 
@@ -259,11 +266,10 @@ def _usable(item: Any) -> bool:
     return bool(item) and (item.isascii() or not _SURROGATE.search(item))
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_NO_TEXT = "an id must not be empty or hold a lone surrogate, which is half a character"
-
-
 def _shown(value: object) -> str:
+    """For a message: a list may be huge, and Python prints no integer of thousands of digits."""
+    if value is not None and not isinstance(value, str | int | float):
+        return f"of type {type(value).__name__}"
     try:
         return repr(str(value)[:40])
     except ValueError:
