@@ -50,7 +50,7 @@ def command(arguments: Namespace) -> int:
         for name, baseline in (("popularity", popularity_ranks), ("markov", markov_ranks)):
             rows += [
                 {"phase": name, "history": history, **metrics(rank, evaluation.ks)}
-                for history, rank in baseline(log, split, part).items()
+                for history, rank in baseline(log, split, part, partial(console.progress, name)).items()
             ]
         rows += bound_rows(log, part, evaluation)
         for depth in depths:

@@ -41,7 +41,7 @@ class IdColumn:
             reason = (
                 "is not greater than 0; number the ids from 1"
                 if first.is_integer[0]
-                else "is not an integer while the ids before it are; mend it, or write ids of mixed form as CSV"
+                else "is not an integer of 64 bits while the ids before it are; mend it, or write ids of mixed form as CSV"
             )
             raise InputError(f"{path}, line {first.lines[0]}: {what} {first.strings()[0][:40]!r} {reason}.")
         self.add_integers(block.integers)
@@ -63,6 +63,10 @@ class IdColumn:
             for block in integers:
                 self.add_strings(map(str, block.tolist()))
         self._blocks.append(np.fromiter(map(self._table.__getitem__, values), np.int32))
+
+    def code(self, value: str) -> int | None:
+        """The code of the string ``value`` in a column of strings; None where it does not occur."""
+        return None if self._table is None else self._table.get(value)
 
     def finish(self) -> tuple[NDArray[np.int32], NDArray[Any]]:
         """Codes [E] int32 and the ids [n] they stand for: integers in order, strings by first appearance.

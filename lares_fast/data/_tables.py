@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,53 +13,72 @@ from numpy.typing import NDArray
 
 from lares_fast._errors import InputError, require
 from lares_fast.data._ids import IdColumn
-from lares_fast.data._text import Block, Progress
+from lares_fast.data._quotes import spans_lines
+from lares_fast.data._text import Block, Progress, printable
+from lares_fast.data._times import MAX_FLOAT_DIGITS, NUMBER, TOO_FINE, TimeColumn
 from lares_fast.data.log import Ids
 
 Names = Mapping[str, str | None]
 Events = tuple[NDArray[np.int32], Ids, NDArray[np.int32], Ids, NDArray[Any] | None]
 
 BATCH_ROWS = 1 << 18
+# No row may be longer.
+CSV_BLOCK_BYTES = 4 << 20
 FEATURE = "reading CSV and parquet logs"
 
 
 def check_columns(path: Path, names: Names, present: list[str]) -> list[str]:
     """The names of the wanted columns; raises :class:`InputError` for the first that is not there exactly once."""
-    wanted = [name for name in names.values() if name is not None]
     for role, name in names.items():
         if name is not None and (count := present.count(name)) != 1:
             remedy = f"name the {role} column in columns" + (
                 ", or give columns={'time': None} to keep the file's order" if role == "time" else ""
             )
-            raise InputError(
-                f"{path} has {'no column' if not count else f'{count} columns'} {name!r} among {', '.join(present)}; {remedy}."
-            )
-    return wanted
+            found = "no column" if not count else f"{count} columns"
+            raise InputError(f"{path} has {found} {name!r} among {printable(', '.join(present))}; {remedy}.")
+    return [name for name in names.values() if name is not None]
 
 
 def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
-    """Events of a CSV file with a header; ``.tsv`` files are separated by tabs."""
+    """Events of a CSV file with a header; ``.tsv`` files are separated by tabs and have no quotes."""
     arrow = require("pyarrow", "train", FEATURE)
     csv = require("pyarrow.csv", "train", FEATURE)
-    # One thread, because only then do arrow's messages name the row.
-    reading = csv.ReadOptions(use_threads=False)
-    parsing = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    with _one_sentence(path, arrow), csv.open_csv(path, reading, parsing) as reader:
-        present = reader.schema.names
-    converting = csv.ConvertOptions(
-        include_columns=check_columns(path, names, present),
-        column_types={names["user"]: arrow.string(), names["item"]: arrow.string()},
+    tabs = path.suffix.lower() == ".tsv"
+    parsing = csv.ParseOptions(
+        delimiter="\t" if tabs else ",",
+        quote_char=False if tabs else '"',
+        # Costs time, so only where it is needed.
+        newlines_in_values=not tabs and spans_lines(path, ",", names["time"]),
     )
+    # One thread, because only then do arrow's messages name the row.
+    reading = csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES)
+    with _one_sentence(path, arrow):
+        present = csv.open_csv(_opened(path, arrow), reading, parsing).schema.names
+    wanted = check_columns(path, names, present)
+    # All as text: arrow guesses types from the first block, and here the whole file decides.
+    converting = csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, arrow.string()))
     total = path.stat().st_size
 
     def batches() -> Iterator[Any]:
-        with path.open("rb") as file:
-            for batch in csv.open_csv(file, reading, parsing, converting):
-                yield batch
-                if progress:
-                    progress(min(file.tell(), total), total)
+        with _one_sentence(path, arrow):
+            file = _opened(path, arrow)
+            reader = csv.open_csv(file, reading, parsing, converting)
+        for batch in _each(reader, path, arrow):
+            yield batch
+            if progress:
+                progress(min(file.tell(), total), total)
 
-    return _collect(path, names, batches(), arrow)
+    return _collect(path, names, batches(), _add_times_of_text, arrow)
+
+
+def _opened(path: Path, arrow: Any) -> Any:
+    """The file's own bytes: given a name, arrow would unpack some files by it.
+
+    Never close it: arrow's threads read ahead, and would go on in whatever file gets its descriptor next. It closes
+    when the last of them lets go.
+    """
+    # As bytes, since a name need not be UTF-8.
+    return arrow.OSFile(os.fsencode(path))
 
 
 def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
@@ -67,44 +87,72 @@ def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
     parquet = require("pyarrow.parquet", "train", FEATURE)
     with _one_sentence(path, arrow):
         # Buffering ahead would hold the whole file.
-        file = parquet.ParquetFile(path, pre_buffer=False)
-    wanted = check_columns(path, names, file.schema_arrow.names)
-    total, rows = path.stat().st_size, file.metadata.num_rows
+        file = parquet.ParquetFile(_opened(path, arrow), pre_buffer=False)
+        present = file.schema_arrow.names
+        rows = file.metadata.num_rows
+    wanted = check_columns(path, names, present)
+    total = path.stat().st_size
 
     def batches() -> Iterator[Any]:
         done = 0
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+        with _one_sentence(path, arrow):
+            found = file.iter_batches(batch_size=BATCH_ROWS, columns=wanted)
+        for batch in _each(found, path, arrow):
             yield batch
             done += len(batch)
             if progress:
-                progress(total * done // rows, total)
+                progress(min(total * done // max(rows, 1), total), total)
 
-    return _collect(path, names, batches(), arrow)
+    return _collect(path, names, batches(), _add_times, arrow)
 
 
 @contextmanager
 def _one_sentence(path: Path, arrow: Any) -> Iterator[None]:
+    """The boundary to arrow, whose errors for a damaged file are of many types and may quote its bytes."""
     try:
         yield
-    except (arrow.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a table: {str(error).splitlines()[0].rstrip('.')}.") from None
+    except (arrow.ArrowException, OSError, UnicodeError, MemoryError) as error:
+        reason = printable((str(error) or type(error).__name__).splitlines()[0]).rstrip(".")
+        raise InputError(f"{path} cannot be read as a table: {reason}.") from None
 
 
-def _collect(path: Path, names: Names, batches: Iterator[Any], arrow: Any) -> Events:
-    users, items, times = IdColumn(), IdColumn(), list[NDArray[Any]]()
+def _each(batches: Iterable[Any], path: Path, arrow: Any) -> Iterator[Any]:
+    """``batches`` inside the boundary, what is done with them outside."""
+    iterator = iter(batches)
+    while True:
+        with _one_sentence(path, arrow):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _collect(path: Path, names: Names, batches: Iterable[Any], add_times: Callable[..., None], arrow: Any) -> Events:
+    users, items = IdColumn(), IdColumn()
+    times = None if names["time"] is None else TimeColumn(path, names["time"])
     row = 1
-    with _one_sentence(path, arrow):
-        for batch in batches:
-            for name, ids in ((names["user"], users), (names["item"], items)):
-                _add_ids(ids, _whole(batch.column(name), name, row, path, arrow), name, row, path, arrow)
-            if (name := names["time"]) is not None:
-                times.append(_times(_whole(batch.column(name), name, row, path, arrow), name, row, path, arrow))
-            row += len(batch)
-    return (*users.finish(), *items.finish(), np.concatenate(times) if times else None)
+    for batch in batches:
+        with _one_sentence(path, arrow):
+            for role, ids in (("user", users), ("item", items)):
+                _add_ids(ids, _whole(batch, names[role], row, path, arrow), names[role], row, path, arrow)
+            if times is not None:
+                add_times(times, _whole(batch, names["time"], row, path, arrow), names["time"], row, path, arrow)
+        row += len(batch)
+    return finish(path, names, users, items, times)
 
 
-def _whole(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> Any:
+def finish(path: Path, header: Names, users: IdColumn, items: IdColumn, times: TimeColumn | None) -> Events:
+    """The events of the columns; ``header`` has the user's and the item's cell of the file's header."""
+    again = users.code(str(header["user"])), items.code(str(header["item"]))
+    found = *users.finish(), *items.finish(), None if times is None else times.finish()
+    if None not in again and len(rows := np.flatnonzero((found[0] == again[0]) & (found[2] == again[1]))):
+        raise InputError(f"{path}, row {rows[0] + 1}: the header stands there again; remove it.")
+    return found
+
+
+def _whole(batch: Any, name: str | None, row: int, path: Path, arrow: Any) -> Any:
     """The column without dictionary encoding; a missing value is an :class:`InputError`."""
+    column = batch.column(name)
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if column.null_count:
@@ -115,10 +163,22 @@ def _whole(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> A
 
 def _add_ids(ids: IdColumn, column: Any, name: str | None, row: int, path: Path, arrow: Any) -> None:
     if arrow.types.is_integer(column.type):
-        ids.add_integers(_copied(column.cast(arrow.int64())))
-        return
-    if not (arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type)):
+        if arrow.types.is_uint64(column.type) and column.to_numpy().max(initial=0) >= 2**63:
+            ids.add_strings(map(str, column.to_pylist()))
+        else:
+            ids.add_integers(_copied(column.cast(arrow.int64())))
+    elif _is_text(column.type):
+        ids.add(_block(column, name, row, path, arrow))
+    else:
         raise InputError(f"{path}: column {name!r} holds {column.type}, but ids must be integers or strings.")
+
+
+def _is_text(kind: Any) -> bool:
+    return str(kind) in ("string", "large_string", "string_view")
+
+
+def _block(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> Block:
+    """The strings of ``column``; an empty one is an :class:`InputError`."""
     column = column.cast(arrow.large_string())
     _, offsets, data = column.buffers()
     bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
@@ -126,24 +186,80 @@ def _add_ids(ids: IdColumn, column: Any, name: str | None, row: int, path: Path,
     empty = block.starts == block.ends
     if empty.any():
         raise InputError(f"{path}, row {row + empty.argmax()}: column {name!r} has no value.")
-    ids.add(block)
+    return block
 
 
-def _times(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> NDArray[Any]:
-    """[n] int64, or float64 for a column of floats; timestamps and dates count in their own unit."""
+def _add_times(times: TimeColumn, column: Any, name: str, row: int, path: Path, arrow: Any) -> None:
+    """Typed times: numbers as they are, timestamps and dates in the unit of their column."""
     kinds = arrow.types
     if kinds.is_date32(column.type):
         column = column.cast(arrow.int32())
-    if kinds.is_integer(column.type) or kinds.is_timestamp(column.type) or kinds.is_date64(column.type):
-        return _copied(column.cast(arrow.int64()))
-    if not kinds.is_floating(column.type):
+    whole_decimals = kinds.is_decimal(column.type) and column.type.scale == 0
+    if kinds.is_integer(column.type) or whole_decimals or kinds.is_timestamp(column.type) or kinds.is_date64(column.type):
+        times.add_integers(_copied(column.cast(arrow.int64())))
+    elif kinds.is_floating(column.type):
+        bits = np.finfo(column.type.to_pandas_dtype()).nmant + 1
+        times.add_floats(_copied(column.cast(arrow.float64())), row + np.arange(len(column)), "row", bits)
+    else:
         raise InputError(f"{path}: column {name!r} holds {column.type}, but times must be numbers, dates or timestamps.")
-    values = _copied(column.cast(arrow.float64()))
-    if not np.isfinite(values).all():
-        raise InputError(f"{path}, row {row + (~np.isfinite(values)).argmax()}: column {name!r} is not a finite number.")
-    return values
+
+
+def _add_times_of_text(times: TimeColumn, column: Any, name: str, row: int, path: Path, arrow: Any) -> None:
+    """Times written as text, all of one batch in the first form that fits them all."""
+    compute = require("pyarrow.compute", "train", FEATURE)
+    column = compute.ascii_trim_whitespace(column)
+    # Also where all values are empty.
+    text = _block(column, name, row, path, arrow).data
+    # Arrow takes hexadecimal numbers for integers.
+    hexadecimal = b"x" in text or b"X" in text
+    if not hexadecimal and (integers := _cast(column, arrow.int64(), arrow)) is not None:
+        times.add_integers(_copied(integers))
+        return
+    if (floats := _cast(column, arrow.float64(), arrow)) is not None:
+        if (fine := np.flatnonzero(compute.binary_length(column).to_numpy() > MAX_FLOAT_DIGITS)).size:
+            too_fine = compute.match_substring_regex(column.take(arrow.array(fine)), TOO_FINE)
+            for at in fine[too_fine.to_numpy(zero_copy_only=False)][:1]:
+                times.reject_too_fine(column[at].as_py(), f"row {row + at}")
+        times.add_floats(_copied(floats), row + np.arange(len(column)), "row")
+        return
+    for kind, unit, zoned in _date_forms(arrow):
+        if (dates := _cast(column, kind, arrow)) is not None:
+            integers = dates.cast(arrow.int32()) if unit == "days" else dates
+            times.add_dates(_copied(integers.cast(arrow.int64())), unit, zoned)
+            return
+    for at, value in enumerate(column.to_pylist()):
+        if not NUMBER.fullmatch(value) and all(
+            _cast(column[at : at + 1], kind, arrow) is None for kind, _, _ in _date_forms(arrow)
+        ):
+            raise InputError(
+                f"{path}: column {name!r} holds string {printable(value, 40)!r} in row {row + at}, "
+                "but times must be numbers, dates or timestamps."
+            )
+    times.reject_mixture()
+
+
+def _cast(column: Any, kind: Any, arrow: Any) -> Any:
+    """The column as ``kind``, or None where a value is of another form."""
+    try:
+        # A cast that fails is slow, and the ends mostly tell.
+        column[:1].cast(kind)
+        column[-1:].cast(kind)
+        return column.cast(kind)
+    except arrow.ArrowInvalid:
+        return None
+
+
+def _date_forms(arrow: Any) -> tuple[tuple[Any, str, bool], ...]:
+    """(type, unit, whether it has a time zone), the coarse first."""
+    return (
+        (arrow.date32(), "days", False),
+        (arrow.timestamp("s"), "seconds", False),
+        (arrow.timestamp("ns"), "nanoseconds", False),
+        (arrow.timestamp("s", "UTC"), "seconds", True),
+        (arrow.timestamp("ns", "UTC"), "nanoseconds", True),
+    )
 
 
 def _copied(column: Any) -> NDArray[Any]:
     """The values in memory of their own: a view would keep the buffers of its whole batch alive."""
-    return np.array(column.to_numpy())
+    return np.array(column.to_numpy(zero_copy_only=False))

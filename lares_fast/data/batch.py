@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lares_fast import _random
+from lares_fast._errors import InputError
 from lares_fast.data.log import InteractionLog
 from lares_fast.data.split import Rows
 
@@ -67,5 +68,10 @@ def make_batch(log: InteractionLog, rows: Rows, index: Tensor | NDArray[Any], ma
 
 
 def epoch_order(n_rows: int, key: _random.Key) -> Tensor:
-    """A permutation of 0..n_rows-1, [n_rows] int64, that depends on ``n_rows`` and ``key`` only."""
+    """A permutation of 0..n_rows-1, [n_rows] int64, that depends on ``n_rows`` and ``key`` only.
+
+    Raises :class:`InputError` if there is no row.
+    """
+    if n_rows < 1:
+        raise InputError("n_rows must be at least 1, but there is no row to train on: give a split with training rows.")
     return torch.randperm(n_rows, generator=_random.generator(key))

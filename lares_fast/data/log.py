@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +16,9 @@ from numpy.typing import NDArray
 from lares_fast._errors import InputError
 
 Ids = NDArray[Any]
+
+# Not by int(), which also reads "1_0"; no id has more digits.
+_INTEGER = re.compile(r" *[+-]?[0-9]{1,100} *")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -141,17 +146,39 @@ class _Index:
             self._sorted = ids[self._order]
 
     def find(self, raw: Iterable[Any]) -> NDArray[np.int64]:
-        wanted = np.asarray(raw if isinstance(raw, np.ndarray) else list(raw))
+        wanted = raw.ravel() if isinstance(raw, np.ndarray) else list(raw)
         if self._table is not None:
-            return np.array([self._table.get(str(value), -1) for value in wanted.tolist()], dtype=np.int64)
-        try:
-            if wanted.dtype.kind not in "iuUO" and wanted.size:
-                raise ValueError
-            values = wanted.astype(np.int64)
-        except (ValueError, TypeError, OverflowError):
-            raise InputError(f"{self._what} are integers; look up integers instead of {wanted.ravel()[:3].tolist()}.") from None
+            return np.array([self._table.get(str(_plain(value, self._what)), -1) for value in wanted], dtype=np.int64)
+        if isinstance(raw, np.ndarray) and raw.dtype.kind == "i":
+            values, fits = raw.astype(np.int64).ravel(), np.ones(raw.size, dtype=bool)
+        else:
+            numbers = [_number(value, self._what) for value in wanted]
+            # What does not fit 64 bits is no id of this log.
+            fits = np.array([-(2**63) <= number < 2**63 for number in numbers], dtype=bool)
+            values = np.array(numbers, dtype=object)
+            values[~fits] = 0
+            values = values.astype(np.int64)
         at = np.minimum(np.searchsorted(self._sorted, values), len(self._sorted) - 1)
-        return np.where(self._sorted[at] == values, self._order[at], -1)
+        return np.where(fits & (self._sorted[at] == values), self._order[at], -1)
+
+
+def _plain(value: Any, what: str) -> str | int:
+    """A string or an integer, which must not be a truth value."""
+    if isinstance(value, str):
+        return value
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{what} are integers or strings; look up such ids instead of {str(value)[:40]!r}.") from None
+
+
+def _number(value: Any, what: str) -> int:
+    plain = _plain(value, what)
+    if isinstance(plain, str) and not _INTEGER.fullmatch(plain):
+        raise InputError(f"{what} are integers; look up integers instead of {plain[:40]!r}.")
+    return int(plain)
 
 
 def assemble(

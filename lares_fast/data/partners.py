@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lares_fast._errors import InputError
 from lares_fast.data.log import InteractionLog
 from lares_fast.data.split import Rows
 
@@ -17,7 +18,12 @@ class SameTargetIndex:
     """Rows grouped by target item; two integers a row and one an item, built in O(R log R)."""
 
     def __init__(self, log: InteractionLog, rows: Rows) -> None:
-        """``rows`` must be the training rows: any others would leak their targets into training."""
+        """``rows`` must be the training rows: any others would leak their targets into training.
+
+        Raises :class:`InputError` if there is no row.
+        """
+        if not len(rows):
+            raise InputError("rows must hold a training row, but are empty: give a split that leaves something to train on.")
         targets = rows.targets(log)
         counts = np.bincount(targets, minlength=log.n_items)
         begins = np.cumsum(counts) - counts

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
+import operator
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 
 from lares_fast._errors import InputError
 from lares_fast.data._ids import IdColumn
-from lares_fast.data._tables import Events, Names, check_columns, read_csv, read_parquet
-from lares_fast.data._text import Block, Progress, cells, check_file, decode, words
+from lares_fast.data._tables import Events, Names, check_columns, finish, read_csv, read_parquet
+from lares_fast.data._text import Block, Progress, cells, check_file, decode, printable, readable, words
+from lares_fast.data._times import TimeColumn
 from lares_fast.data.log import Ids, InteractionLog, assemble
 
 FORMATS = ("sequences", "pairs", "json", "inter", "csv", "parquet")
@@ -25,6 +27,8 @@ COLUMNS: Names = {"user": "user_id", "item": "item_id", "time": "timestamp"}
 
 Lists = tuple[NDArray[Any], Ids, NDArray[np.int32], Ids]  # users, user ids, items, item ids: a user's events in order
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_TEXT = "an id must not be empty or hold a lone surrogate, which is half a character"
 _SUFFIXES = {".json": "json", ".inter": "inter", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet"}
 
 
@@ -41,8 +45,8 @@ def read_log(
     ``format``
         ``sequences``: a line ``user item item ...`` a user, oldest first. ``pairs``: a line ``user item`` an event, each
         user's in time order. ``json``: an object of user -> list of items, oldest first. ``inter``: a RecBole atomic
-        file. ``csv`` (``.tsv``: tabs) and ``parquet``: a row an event. ``auto``: by the file's ending, and text by
-        its first lines (two fields each are pairs).
+        file. ``csv`` (``.tsv``: tabs, and no quotes) and ``parquet``: a row an event. ``auto``: by the file's ending,
+        and text by its first lines (two fields each are pairs).
     ``columns``
         For ``inter``, ``csv`` and ``parquet``: the columns' names under ``user``, ``item`` and ``time``, by default
         user_id, item_id and timestamp. Rows are sorted by time, ties in the file's order; ``{"time": None}`` keeps
@@ -55,7 +59,12 @@ def read_log(
     Raw ids are kept in ``user_ids`` and ``item_ids``. Integer item ids are numbered in their own order, so that ids
     1..m keep their number; strings in order of first appearance. Users stay in the file's order in ``sequences`` and
     ``json``; elsewhere they are numbered like items. In text an id column is integer if all its ids are, where
-    ``sequences`` and ``pairs`` decide by the first id and want the rest alike, and greater than 0.
+    ``sequences`` and ``pairs`` decide by the first id and want the rest alike, and greater than 0. Integers that do not
+    fit 64 bits are kept as strings.
+
+    Times are int64 if all are integers, else float64, which is refused where it would lose digits. Dates of CSV count
+    in days if all are dates, in seconds if some have a time of day, in nanoseconds if some have a fraction of a second;
+    typed dates and timestamps of parquet count in their own unit.
 
     Raises :class:`InputError`, one sentence naming the file and the line, row or column, for everything that cannot
     be read as asked, and :class:`MissingExtraError` for CSV and parquet without pyarrow.
@@ -83,7 +92,7 @@ def log_from_sequences(sequences: Mapping[Any, Sequence[Any]], *, name: str = "m
 def _detect(path: Path) -> str:
     if known := _SUFFIXES.get(path.suffix.lower()):
         return known
-    with path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         lines = [line.split() for line in islice(file, 20) if line.strip()]
     if lines and lines[0][0].startswith(b"{"):
         return "json"
@@ -97,6 +106,13 @@ def _column_names(columns: Mapping[str, str | None] | None) -> dict[str, str | N
     for role in ("user", "item"):
         if names[role] is None:
             raise InputError(f"columns must name the {role} column; only the time column can be None.")
+    roles: dict[str | None, str] = {}
+    for role, name in names.items():
+        if name is not None and (other := roles.setdefault(name, role)) != role:
+            raise InputError(
+                f"{name!r} cannot be the {other} column and the {role} column too: name the {role} column in columns, "
+                "each role another one."
+            )
     return names
 
 
@@ -115,8 +131,8 @@ def _read_sequences(path: Path, progress: Progress | None) -> Lists:
     if len(user_ids) < len(codes):
         again = np.setdiff1d(np.arange(len(codes)), np.unique(codes, return_index=True)[1])[0]
         raise InputError(
-            f"{path}, line {np.concatenate(lines)[again]}: user {user_ids[codes[again]]} has a line already; "
-            "join the two, or give format='pairs' if each line is one event."
+            f"{path}, line {np.concatenate(lines)[again]}: user {printable(str(user_ids[codes[again]]), 40)} has a line "
+            "already; join the two, or give format='pairs' if each line is one event."
         )
     return np.repeat(np.arange(len(codes)), np.concatenate(lengths)), user_ids[codes], *items.finish()
 
@@ -132,12 +148,17 @@ def _read_pairs(path: Path, progress: Progress | None) -> Lists:
 
 def _read_inter(path: Path, names: Names, progress: Progress | None) -> Events:
     """RecBole's atomic file: tabs, and a header of ``name:type`` fields."""
-    users, items, times = IdColumn(), IdColumn(), list[NDArray[Any]]()
+    users, items = IdColumn(), IdColumn()
+    times = None if names["time"] is None else TimeColumn(path, names["time"])
+    cells_of_header: list[str] = []
     header: list[str] = []
     for block in cells(path, progress):
         if not header:
-            end = int(np.searchsorted(block.lines, block.lines[:1], "right")[0])
-            header = [cell.split(":")[0] for cell in block.take(slice(end)).strings()]
+            end = int(np.searchsorted(block.lines, block.lines[:1], "right")[0]) if len(block) else 0
+            cells_of_header = block.take(slice(end)).strings()
+            header = [cell.split(":")[0] for cell in cells_of_header]
+            if not header:
+                continue
             if "item_id_list" in header:
                 raise InputError(
                     f"{path} is a RecBole benchmark file with prepared item_id_list rows; give the file of single events."
@@ -151,19 +172,25 @@ def _read_inter(path: Path, names: Names, progress: Progress | None) -> Events:
             if (empty := np.flatnonzero(cell.starts == cell.ends)).size:
                 raise InputError(f"{path}, line {cell.lines[empty[0]]}: {name} is empty.")
             column.add(cell)
-        if (name := names["time"]) is not None:
-            times.append(_numbers(path, block.take(slice(header.index(name), None, len(header))), name))
-    return *users.finish(), *items.finish(), np.concatenate(times) if times else None
+        if times is not None:
+            times.add_text(block.take(slice(header.index(str(names["time"])), None, len(header))))
+    raw = dict(zip(header, cells_of_header, strict=True))
+    return finish(path, {role: raw.get(str(name)) for role, name in names.items()}, users, items, times)
 
 
 def _read_json(path: Path, progress: Progress | None) -> Lists:
-    data = path.read_bytes()
+    with readable(path):
+        data = path.read_bytes()
+    text = decode(path, data).removeprefix("\ufeff")
     try:
-        pairs = json.loads(decode(path, data).removeprefix("\ufeff"), object_pairs_hook=_Pairs)
+        pairs = json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON, {error.msg} at column {error.colno}.") from None
-    except (RecursionError, ValueError):
-        raise InputError(f"{path} is not a JSON object of user -> list of items.") from None
+    except RecursionError:
+        raise InputError(f"{path} is not a JSON object of user -> list of items, but nested too deeply.") from None
+    except ValueError:
+        # Python reads no integer of thousands of digits.
+        raise InputError(f"{path} holds a number that is too long; write ids beyond 64 bits as strings.") from None
     if not isinstance(pairs, _Pairs):
         raise InputError(f"{path} must hold one JSON object of user -> list of items, but holds {_json_type(pairs)}.")
     if progress:
@@ -175,11 +202,19 @@ class _Pairs(list[tuple[str, Any]]):
     """A JSON object with its repeated keys, which a dictionary would lose."""
 
 
-_JSON_TYPES = {_Pairs: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+_JSON_TYPES = {
+    _Pairs: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
 
 
 def _json_type(value: object) -> str:
-    return _JSON_TYPES.get(type(value), "a number")
+    return _JSON_TYPES.get(type(value), f"of type {type(value).__name__}")
 
 
 def _from_lists(pairs: Iterable[tuple[Any, Any]], source: str) -> Lists:
@@ -188,16 +223,16 @@ def _from_lists(pairs: Iterable[tuple[Any, Any]], source: str) -> Lists:
     for user, items in pairs:
         if isinstance(items, np.ndarray):
             items = items.tolist()
-        if isinstance(items, str | _Pairs) or not isinstance(items, Sequence):
-            raise InputError(f"{source}, user {user!r}: the items must be a list, but are {_json_type(items)}.")
-        keys.append(str(user))
+        if isinstance(items, str | bytes | bytearray | memoryview | _Pairs) or not isinstance(items, Sequence):
+            raise InputError(f"{source}, user {_shown(user)}: the items must be a list, but are {_json_type(items)}.")
+        keys.append(_key(user, source))
         lists.append(items)
     for key, count in Counter(keys).items():
         if count > 1:
-            raise InputError(f"{source}, user {key!r}: the user occurs {count} times; join the lists.")
+            raise InputError(f"{source}, user {_shown(key)}: the user occurs {count} times; join the lists.")
     flat: list[Any] = list(chain.from_iterable(lists))
     kind = type(flat[0]) if flat and isinstance(flat[0], str) else int
-    if set(map(type, flat)) - {kind} or not all(map(_in_range, flat)):
+    if set(map(type, flat)) - {kind} or not all(map(_usable, flat)):
         _reject_item(keys, lists, kind, source)
     column = IdColumn()
     if kind is str:
@@ -208,16 +243,49 @@ def _from_lists(pairs: Iterable[tuple[Any, Any]], source: str) -> Lists:
     return users, _user_ids(keys, source), *column.finish()
 
 
-def _in_range(item: Any) -> bool:
-    return isinstance(item, str) or 0 < item < 2**63
+def _key(user: Any, source: str) -> str:
+    """A user id as text."""
+    if isinstance(user, str):
+        if not _usable(user):
+            raise InputError(f"{source}, user {_shown(user)}: {_NO_TEXT}.")
+        return user
+    try:
+        if isinstance(user, bool | np.bool_):
+            raise TypeError
+        return str(operator.index(user))
+    except TypeError:
+        raise InputError(f"{source}, user {_shown(user)}: a user id must be an integer or a string.") from None
+    except ValueError:
+        raise InputError(f"{source}, user {_shown(user)}: write ids beyond 64 bits as strings.") from None
+
+
+def _usable(item: Any) -> bool:
+    """Whether a string can be written as UTF-8 and is not empty, or a number is greater than 0 and fits 64 bits."""
+    if not isinstance(item, str):
+        return bool(0 < item < 2**63)
+    return bool(item) and (item.isascii() or not _SURROGATE.search(item))
+
+
+def _shown(value: object) -> str:
+    """For a message: a list may be huge, and Python prints no integer of thousands of digits."""
+    if value is not None and not isinstance(value, str | int | float):
+        return f"of type {type(value).__name__}"
+    try:
+        return repr(str(value)[:40])
+    except ValueError:
+        return "with thousands of digits"
 
 
 def _reject_item(keys: list[str], lists: list[Sequence[Any]], kind: type, source: str) -> None:
-    wanted = "a string like the first item" if kind is str else "an integer greater than 0, or all must be strings"
     for key, items in zip(keys, lists, strict=True):
         for item in items:
-            if type(item) is not kind or not _in_range(item):
-                raise InputError(f"{source}, user {key!r}: item {str(item)[:40]!r} must be {wanted}.")
+            if type(item) is kind and _usable(item):
+                continue
+            where = f"{source}, user {_shown(key)}: item {_shown(item)}"
+            if kind is int:
+                raise InputError(f"{where} must be an integer greater than 0 and of 64 bits, or all must be strings.")
+            reason = f": {_NO_TEXT}" if type(item) is kind else " must be a string like the first item"
+            raise InputError(f"{where}{reason}.")
 
 
 def _user_ids(keys: list[str], source: str) -> Ids:
@@ -246,18 +314,3 @@ def _check_width(path: Path, block: Block, expected: int, what: str) -> None:
         raise InputError(
             f"{path}, line {block.lines[first[bad[0]]]}: {expected} {what} fields expected, but there are {width[bad[0]]}."
         )
-
-
-def _numbers(path: Path, block: Block, name: str) -> NDArray[Any]:
-    """Times [F]: int64 if all fields are integers, else float64."""
-    if block.is_integer.all():
-        return block.integers
-    values = np.empty(len(block))
-    for at, text in enumerate(block.strings()):
-        try:
-            values[at] = float(text)
-        except ValueError:
-            values[at] = math.nan
-        if not math.isfinite(values[at]):
-            raise InputError(f"{path}, line {block.lines[at]}: {name} {text[:40]!r} is not a finite number.")
-    return values

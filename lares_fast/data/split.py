@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,10 +59,15 @@ def leave_one_out(log: InteractionLog) -> Split:
     """Each user's last item is tested, the one before validated, the rest ``s[:-2]`` trained on.
 
     Training rows are all non-empty prefixes of ``s[:-2]`` with the next item as target: as many as the log has
-    events, minus 3 a user. Raises :class:`InputError` if a user has fewer than 3 events.
+    events, minus 3 a user. Raises :class:`InputError` if a user has fewer than 3 events, or no user has more.
     """
     if short := int((log.lengths < 3).sum()):
         raise InputError(f"{log.name}: leave-one-out needs 3 events a user, but {short:,} have fewer; read with min_events=3.")
+    if not (log.lengths > 3).any():
+        raise InputError(
+            f"{log.name}: leave-one-out leaves no row to train on, since no user has more than 3 events; "
+            "give a log with longer histories."
+        )
     users = np.arange(log.n_users, dtype=np.int32)
     stop = log.offsets[1:]
     return Split(
@@ -78,12 +84,12 @@ def cutoffs(log: InteractionLog, valid_fraction: float = 0.1, test_fraction: flo
 
     Raises :class:`InputError` if the log has no times or the fractions leave nothing to train on.
     """
-    if valid_fraction <= 0 or test_fraction <= 0 or valid_fraction + test_fraction >= 1:
+    if not (valid_fraction > 0 and test_fraction > 0 and valid_fraction + test_fraction < 1):
         raise InputError(
             f"valid_fraction and test_fraction must be positive and sum below 1, but are {valid_fraction} and {test_fraction}."
         )
     n = log.n_events
-    at = [int(n * (1 - valid_fraction - test_fraction)), int(n * (1 - test_fraction))]
+    at = [min(int(n * share), n - 1) for share in (1 - valid_fraction - test_fraction, 1 - test_fraction)]
     valid_from, test_from = np.partition(_times(log), at)[at]
     return valid_from.item(), test_from.item()
 
@@ -126,6 +132,9 @@ def _times(log: InteractionLog) -> NDArray[np.int64 | np.float64]:
 
 def _count_before(log: InteractionLog, times: NDArray[np.int64 | np.float64], moment: float) -> NDArray[np.int64]:
     """Events [U] int64 of each user strictly before ``moment``; times never fall within a user."""
+    if times.dtype == np.int64 and math.isfinite(moment):
+        # Beside a float, integers would be rounded to floats.
+        moment = math.ceil(moment)
     running = np.concatenate(([0], np.cumsum(times < moment)))
     return running[log.offsets[1:]] - running[log.offsets[:-1]]
 

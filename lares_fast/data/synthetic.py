@@ -27,6 +27,7 @@ from lares_fast.data.split import Rows
 MIN_LENGTH = 5
 ZIPF_EXPONENT = 1.0
 FIRST_DAY = 1_600_000_000  # seconds since 1970, as in common logs
+LAW_NUMBERS = 1 << 20
 SECONDS_A_YEAR, MEAN_GAP_SECONDS = 365 * 86400, 7 * 86400
 
 
@@ -153,8 +154,13 @@ def best_possible(log: SyntheticLog, rows: Rows, ks: Sequence[int] = (5, 10, 20)
 
     It ranks all items (those in the history included, PAD not) by their true probability given the whole history,
     ties by id. A model may still exceed it on a finite set of rows by luck, within the sampling error.
+    Raises :class:`InputError` if there is no row.
     """
-    rank = np.concatenate([_true_ranks(log, rows, begin, begin + 1024) for begin in range(0, len(rows), 1024)])
+    if not len(rows):
+        raise InputError("rows must hold a row to rank, but are empty.")
+    # The law of a batch is a matrix: few rows at a time where there are many items.
+    batch = max(1, min(1024, LAW_NUMBERS // log.n_items))
+    rank = np.concatenate([_true_ranks(log, rows, begin, begin + batch) for begin in range(0, len(rows), batch)])
     scores = {f"recall@{k}": float((rank < k).mean()) for k in ks}
     return scores | {f"ndcg@{k}": float(np.where(rank < k, 1 / np.log2(rank + 2), 0).mean()) for k in ks}
 

@@ -2,70 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lares_fast.data import InteractionLog, Rows, Split
-from lares_fast.reference.target_rank import outranking
-from lares_fast.reference.topk import mask_excluded
 from lares_fast.train.evaluate import MASKED, NOT_MASKED, history_of
 
-_BATCH = 256
+Progress = Callable[[int, int], None]
+
+_BATCH_ROWS, _BATCH_EVENTS = 4096, 1 << 18
+_NOTHING = np.empty(0, np.int64)
 
 
-def popularity_ranks(log: InteractionLog, split: Split, rows: Rows) -> dict[str, Tensor]:
-    """Ranks by how often an item occurs in the training events; returned as by ``model_ranks``."""
-    counts = _item_counts(log, split)
-    return _ranks(log, rows, lambda last: counts.expand(len(last), -1))
+def popularity_ranks(log: InteractionLog, split: Split, rows: Rows, progress: Progress | None = None) -> dict[str, Tensor]:
+    """Ranks by how often an item occurs in the training events, ties by id; returned as by ``model_ranks``.
+
+    ``progress`` is called now and then as ``progress(done_rows, total_rows)``.
+    """
+    return _ranks(log, rows, _Followers(_places(log, split), _NOTHING, _NOTHING), progress)
 
 
-def markov_ranks(log: InteractionLog, split: Split, rows: Rows) -> dict[str, Tensor]:
-    """Ranks by how often an item followed the row's last item in training, ties by popularity."""
+def markov_ranks(log: InteractionLog, split: Split, rows: Rows, progress: Progress | None = None) -> dict[str, Tensor]:
+    """Ranks by how often an item followed the row's last item in training, ties by popularity, then by id.
+
+    ``progress`` is called as by :func:`popularity_ranks`.
+    """
     seen = _in_training(log, split)
     follows = seen & np.roll(seen, 1)
     follows[log.offsets[:-1]] = False
     following = np.flatnonzero(follows)
-    previous = log.items[following - 1]
-    order = np.argsort(previous, kind="stable")
-    next_items = torch.from_numpy(log.items[following[order]].astype(np.int64))
-    begins = torch.from_numpy(np.searchsorted(previous[order], np.arange(log.n_items + 1)))
-    counts = _item_counts(log, split)
-    tie_break = counts / (counts.max() + 1)
-
-    def scores(last: Tensor) -> Tensor:
-        begin, length = begins[last], begins[last + 1] - begins[last]
-        query = torch.repeat_interleave(torch.arange(len(last)), length)
-        place = torch.arange(len(query)) - (length.cumsum(0) - length)[query] + begin[query]
-        transitions = torch.zeros(len(last), log.n_items, dtype=torch.float64)
-        ones = torch.ones(len(query), dtype=torch.float64)
-        return transitions.index_put_((query, next_items[place]), ones, accumulate=True) + tie_break
-
-    return _ranks(log, rows, scores)
+    return _ranks(log, rows, _Followers(_places(log, split), log.items[following - 1], log.items[following]), progress)
 
 
-def _in_training(log: InteractionLog, split: Split) -> np.ndarray:
-    """Bool [E]: the events that training may see."""
+class _Followers:
+    """The order of all items after each item: its followers by how often they followed, then the rest by popularity.
+
+    Only pairs of items that occur are kept, sorted by ``previous * N + place of next``.
+    """
+
+    def __init__(self, place: NDArray[np.int64], previous: NDArray[np.integer], following: NDArray[np.integer]) -> None:
+        """``place`` [N]: where each item stands by popularity, 0 first. ``previous``, ``following``: pairs of items."""
+        self.place = place
+        self._pairs, self._times = np.unique(previous.astype(np.int64) * len(place) + place[following], return_counts=True)
+        of_pair = self._pairs // len(place)
+        order = np.lexsort((-self._times, of_pair))
+        # Of each pair: how many followers of the same item stand before it.
+        self._before = np.empty(len(order), np.int64)
+        self._before[order] = np.arange(len(order)) - np.searchsorted(of_pair, of_pair[order])
+
+    def find(self, last: NDArray[np.int64], item: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How often ``item`` [n] followed ``last`` [n], and where the pair stands or would stand among the pairs."""
+        code = last * len(self.place) + self.place[item]
+        at = np.searchsorted(self._pairs, code)
+        times = np.zeros(len(code), np.int64)
+        known = np.flatnonzero(at < len(self._pairs))
+        known = known[self._pairs[at[known]] == code[known]]
+        times[known] = self._times[at[known]]
+        return times, at
+
+    def rank(self, last: NDArray[np.int64], item: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The 0-based rank of ``item`` [n] after ``last`` [n]."""
+        times, at = self.find(last, item)
+        # More popular items, and those that are less popular but follow.
+        ranks = self.place[item] + np.searchsorted(self._pairs, (last + 1) * len(self.place)) - at
+        follows = times > 0
+        ranks[follows] = self._before[at[follows]]
+        return ranks
+
+
+def _ranks(log: InteractionLog, rows: Rows, followers: _Followers, progress: Progress | None) -> dict[str, Tensor]:
+    ranks = {name: np.empty(len(rows), dtype=np.int64) for name in (NOT_MASKED, MASKED)}
+    for index in _batches(log, rows):
+        ends = rows.ends[index]
+        last, target = log.items[ends - 1].astype(np.int64), log.items[ends]
+        ranks[NOT_MASKED][index] = rank = followers.rank(last, target)
+        offsets, history = history_of(log, rows, torch.from_numpy(index))
+        row = np.repeat(np.arange(len(index)), offsets.diff().numpy())
+        row, item = np.divmod(np.unique(row * log.n_items + history.numpy() + 1), log.n_items)
+        own_times, own_place = followers.find(last, target)[0][row], followers.place[target][row]
+        times, place = followers.find(last[row], item)[0], followers.place[item]
+        outranks = (times > own_times) | ((times == own_times) & (place < own_place))
+        ranks[MASKED][index] = rank - np.bincount(row[outranks], minlength=len(index))
+        if progress is not None:
+            progress(int(index[-1]) + 1, len(rows))
+    return {name: torch.from_numpy(rank) for name, rank in ranks.items()}
+
+
+def _batches(log: InteractionLog, rows: Rows) -> Iterator[NDArray[np.int64]]:
+    """Indices of rows in order, so few at a time that their histories are few events (but at least one row)."""
+    events = np.cumsum(rows.ends - log.offsets[rows.users])
+    begin = 0
+    while begin < len(rows):
+        before = events[begin - 1] if begin else 0
+        end = int(np.searchsorted(events, before + _BATCH_EVENTS, "right"))
+        end = min(max(end, begin + 1), begin + _BATCH_ROWS)
+        yield np.arange(begin, end)
+        begin = end
+
+
+def _in_training(log: InteractionLog, split: Split) -> NDArray[np.bool_]:
+    """[E]: the events that training may see."""
     return np.arange(log.n_events) < np.repeat(split.train_end, log.lengths)
 
 
-def _item_counts(log: InteractionLog, split: Split) -> Tensor:
+def _places(log: InteractionLog, split: Split) -> NDArray[np.int64]:
+    """[N]: where each item stands by its number of training events, ties by id; PAD stands last."""
     counts = np.bincount(log.items[_in_training(log, split)], minlength=log.n_items)
-    return torch.from_numpy(counts).double()
-
-
-def _ranks(log: InteractionLog, rows: Rows, scores_after: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Ranks under ``scores_after(last item [B]) -> [B, N]``."""
-    ranks = {name: torch.empty(len(rows), dtype=torch.int64) for name in (NOT_MASKED, MASKED)}
-    for index in torch.arange(len(rows)).split(_BATCH):
-        ends = rows.ends[index.numpy()]
-        target = torch.from_numpy(log.items[ends].astype(np.int64))
-        scores = scores_after(torch.from_numpy(log.items[ends - 1].astype(np.int64)))
-        own = scores.gather(1, target[:, None]).squeeze(1)
-        better = outranking(scores[:, 1:], 0, target - 1, own)
-        seen = mask_excluded(history_of(log, rows, index), len(index), 0, log.n_items - 1)
-        ranks[NOT_MASKED][index] = better.sum(dim=1)
-        ranks[MASKED][index] = (better & ~seen).sum(dim=1)
-    return ranks
+    place = np.empty(log.n_items, np.int64)
+    place[1 + np.argsort(-counts[1:], kind="stable")] = np.arange(log.n_items - 1)
+    place[0] = log.n_items - 1
+    return place

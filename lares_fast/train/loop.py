@@ -290,10 +290,11 @@ class Trainer:
         return self._record(ranks, phase=phase, split=split, epoch=epoch, test_T=depth, **means)
 
     def _baselines(self) -> None:
-        if self.state["history"]:
-            return
         for name, ranks in (("popularity", popularity_ranks), ("markov", markov_ranks)):
-            self._record(ranks(self.log, self.split, self.split.test), phase=name, split="test")
+            # A stop may have come between the two.
+            if all(row["phase"] != name for row in self.state["history"]):
+                found = ranks(self.log, self.split, self.split.test, self._progress(name))
+                self._record(found, phase=name, split="test")
 
     def _record(self, ranks: dict[str, Tensor], **row: Any) -> dict[str, dict[str, float]]:
         results = {history: metrics(rank, self.config.evaluation.ks) for history, rank in ranks.items()}

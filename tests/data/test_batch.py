@@ -40,8 +40,8 @@ def test_arrays_and_tensors_choose_the_same_rows_and_are_not_shared(log):
 
 
 def test_the_last_row_of_the_log_stays_inside_it():
-    log = log_from_sequences({1: [1, 2, 3]})
-    batch = make_batch(log, leave_one_out(log).test, np.array([0]), 50)
+    log = log_from_sequences({2: [1, 2, 3, 1], 1: [1, 2, 3]})
+    batch = make_batch(log, leave_one_out(log).test, np.array([1]), 50)
     assert batch.items.tolist() == [1, 2]
 
 

@@ -164,6 +164,9 @@ TEXT_ERRORS = {
     "text-encoding": ("a.txt", "1 5 6 7\n2 é 5 9\n".encode("latin-1"), r"a\.txt, line 2: not UTF-8 text"),
     "text-blank": ("a.txt", "\n \n", r"a\.txt: no user has 3 events or more"),
     "text-empty": ("a.txt", "", r"a\.txt is empty"),
+    "text-returns": ("a.txt", "1 5 6 7\r2 5 6 7\r", r"a\.txt, line 1: a carriage return stands inside the line"),
+    "text-control": ("a.txt", "1 5 6\x017 8\n", r"a\.txt, line 1: item id '6\\x017' is not an integer"),
+    "text-huge": ("a.txt", "1 5 9223372036854775808 7\n", r"item id '9223372036854775808' is not an integer of 64 bits"),
     "pairs-zero": ("a.txt", "1 5\n1 6\n1 0\n", r"a\.txt, line 3: item id '0' is not greater than 0"),
     "pairs-all-short": ("a.txt", "1 5\n2 6\n", r"a\.txt: no user has 3 events or more"),
     "json-truncated": ("a.json", '{"1": [5, 6],\n"2": [7,', r"a\.json, line 2: not valid JSON"),
@@ -176,6 +179,17 @@ TEXT_ERRORS = {
     "json-truth": ("a.json", '{"1": [5, true, 6]}', r"a\.json, user '1': item 'True' must be an integer"),
     "json-float": ("a.json", '{"1": [5, 6.5]}', r"a\.json, user '1': item '6.5' must be an integer"),
     "json-user-zero": ("a.json", '{"0": [5, 6, 7]}', r"a\.json, user 0: the user id is not greater than 0"),
+    "json-encoding": ("a.json", '{"é": [5, 6, 7]}'.encode("latin-1"), r"a\.json, line 1: not UTF-8 text"),
+    "json-surrogate": (
+        "a.json",
+        '{"1": ["x", "\\ud800", "y"]}',
+        r"a\.json, user '1': item '\\ud800': an id must not be empty or",
+    ),
+    "json-user-surrogate": ("a.json", '{"\\udfff": ["x"]}', r"a\.json, user '\\udfff': an id must not be empty or"),
+    "json-empty-id": ("a.json", '{"1": ["x", ""]}', r"a\.json, user '1': item '': an id must not be empty"),
+    "json-empty-user": ("a.json", '{"": ["x"]}', r"a\.json, user '': an id must not be empty"),
+    "json-huge": ("a.json", '{"1": [5, 9223372036854775808]}', r"item '9223372036854775808' must be an integer greater than 0"),
+    "json-digits": ("a.json", '{"1": [' + "1" * 5000 + "]}", r"a\.json holds a number that is too long"),
     "json-user-twice": ("a.json", '{"1": [5], "1": [6]}', r"a\.json, user '1': the user occurs 2 times"),
     "inter-width": (
         "a.inter",
@@ -242,8 +256,8 @@ PARQUET_ERRORS = {
     ),
     "text-time": ({"user_id": [1, 1], "item_id": [1, 2], "timestamp": ["1", "2"]}, r"column 'timestamp' holds string"),
     "column": ({"user": [1], "item_id": [1], "timestamp": [1]}, r"has no column 'user_id' among user, item_id, timestamp"),
-    "huge-id": (
-        {"user_id": np.array([2**63], np.uint64), "item_id": [1], "timestamp": [1]},
+    "huge-time": (
+        {"user_id": [1], "item_id": [1], "timestamp": np.array([2**63], np.uint64)},
         r"cannot be read as a table: Integer value",
     ),
 }
@@ -283,15 +297,52 @@ def test_wrong_arguments_are_named(tmp_path, arguments, sentence):
         read_log(written(tmp_path / "a.txt", "1 5 6 7\n"), **arguments)
 
 
+@pytest.mark.parametrize(
+    "sequences, sentence",
+    [
+        ({1: [10**5000] * 3}, "user '1': item with thousands of digits must be an integer greater than 0 and of 64 bits"),
+        ({10**5000: [1, 2, 3]}, "user with thousands of digits: write ids beyond 64 bits as strings"),
+        ({1: [2**63, 1, 1]}, "item '9223372036854775808' must be an integer"),
+        ({1: b"abc"}, "user '1': the items must be a list, but are of type bytes"),
+        ({1: {5, 6, 7}}, "the items must be a list, but are of type set"),
+        ({1: [[5], 6, 7]}, "item of type list must be an integer"),
+        ({1.0: [5, 6, 7]}, "user '1.0': a user id must be an integer or a string"),
+        ({None: [5, 6, 7]}, "user 'None': a user id must be an integer or a string"),
+        ({b"u": [5, 6, 7]}, "user of type bytes: a user id must be an integer or a string"),
+        ({"\ud800": [5, 6, 7]}, r"user '\\ud800': an id must not be empty or hold a lone surrogate"),
+        ({"u": ["x", "y", "\udc00"]}, r"item '\\udc00': an id must not be empty or hold a lone surrogate"),
+    ],
+)
+def test_wrong_mappings_are_one_sentence(sequences, sentence):
+    with pytest.raises(InputError, match=sentence):
+        log_from_sequences(sequences)
+
+
+@pytest.mark.parametrize("kind", ["sequences", "pairs"])
+def test_text_keeps_ids_of_64_bits_as_integers_and_longer_ones_as_strings(tmp_path, kind):
+    most = 2**63 - 1
+    log = read_log(write_format(tmp_path, kind, {most: [most, 1, most - 1], 3: [1, 1, most]}))
+    assert contents(log) == {most: [most, 1, most - 1], 3: [1, 1, most]}
+    assert log.lookup_items([most, 2**63, -(2**63), 2**64, str(most), str(2**63)]).tolist() == [3, 0, 0, 0, 3, 0]
+    longer = {2**63: [2**63, 1, 10**30]}
+    assert contents(read_log(write_format(tmp_path, kind, longer))) == {str(2**63): [str(2**63), "1", str(10**30)]}
+
+
 def test_lookups_find_integers_as_numbers_and_as_text(tmp_path):
     log = read_log(write_format(tmp_path, "sequences"))
     assert log.lookup_items([12, 5, 6, 0]).tolist() == [4, 1, 0, 0]
     assert log.lookup_items(["12", "5"]).tolist() == [4, 1]
     assert log.lookup_users(np.array([2, 3, 99])).tolist() == [2, 0, -1]
     assert log.lookup_items([]).tolist() == []
-    for wrong in (["x"], [1.5], [None]):
+    assert log.lookup_items(np.array([12, 2**63 + 5], np.uint64)).tolist() == [4, 0]
+    for wrong in (["x"], [1.5], [None], ["1_2"], ["٥"], [True], [b"5"], np.array([5.0]), [""]):
         with pytest.raises(InputError, match=r"item ids of log\.txt are integers"):
             log.lookup_items(wrong)
+    named = log_from_sequences({"u": ["x", "5", "y"]})
+    assert named.lookup_items(["x", 5, np.int64(5), "z"]).tolist() == [1, 2, 2, 0]
+    for wrong in ([5.0], [None], [b"x"], [True], np.array([5.0])):
+        with pytest.raises(InputError, match=r"item ids of memory are integers or strings"):
+            named.lookup_items(wrong)
     with pytest.raises(InputError, match=r"user must be an index in 0\.\.2, but got 3"):
         log.history(3)
 

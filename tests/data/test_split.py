@@ -9,7 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lares_fast._errors import InputError
-from lares_fast.data import InteractionLog, cutoffs, leave_one_out, read_log, temporal_split
+from lares_fast._random import root_key
+from lares_fast.data import (
+    InteractionLog,
+    Rows,
+    SameTargetIndex,
+    best_possible,
+    cutoffs,
+    epoch_order,
+    leave_one_out,
+    read_log,
+    synthetic_log,
+    temporal_split,
+)
 
 DATA = Path(os.environ.get("LARES_FAST_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -55,7 +67,7 @@ def test_leave_one_out_on_a_user_of_five_events():
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(3, 9), min_size=1, max_size=12))
+@given(st.lists(st.integers(3, 9), min_size=1, max_size=12).filter(lambda lengths: max(lengths) > 3))
 def test_leave_one_out_trains_on_every_prefix_and_never_on_the_last_two(lengths):
     log = make_log(lengths)
     split = leave_one_out(log)
@@ -75,6 +87,43 @@ def test_leave_one_out_trains_on_every_prefix_and_never_on_the_last_two(lengths)
 def test_leave_one_out_wants_three_events():
     with pytest.raises(InputError, match="needs 3 events a user, but 1 have fewer"):
         leave_one_out(make_log([3, 2]))
+
+
+@pytest.mark.parametrize("lengths", [[3], [3] * 100])
+def test_leave_one_out_wants_something_to_train_on(lengths):
+    with pytest.raises(InputError, match="leaves no row to train on, since no user has more than 3 events"):
+        leave_one_out(make_log(lengths))
+    assert len(leave_one_out(make_log([*lengths, 4])).train) == 1
+
+
+def test_an_empty_training_part_is_named_wherever_it_arrives():
+    log = make_log([4])
+    empty = Rows(np.empty(0, np.int32), np.empty(0, np.int64))
+    with pytest.raises(InputError, match="rows must hold a training row"):
+        SameTargetIndex(log, empty)
+    with pytest.raises(InputError, match="there is no row to train on"):
+        epoch_order(0, root_key(1))
+    shop = synthetic_log(n_users=5, n_items=40)
+    with pytest.raises(InputError, match="rows must hold a row to rank"):
+        best_possible(shop, empty)
+
+
+def test_temporal_split_cuts_64_bit_times_exactly():
+    times = 1_700_000_000_000_000_000 + np.array([1, 2, 3, 4, 5, 6])
+    split = temporal_split(make_log([6], times), int(times[2]), int(times[4]))
+    assert (split.train.ends.tolist(), split.valid.ends.tolist(), split.test.ends.tolist()) == ([1], [2], [4])
+    # A float moment between two integers cuts between them, too.
+    large = 2**60 + 256 * np.arange(6)
+    for shift in (-1, 0, 1):
+        split = temporal_split(make_log([6], large + shift), float(large[2]), float(large[4]))
+        assert split.valid.ends.tolist() == [2 + (shift < 0)]
+
+
+@pytest.mark.parametrize("fractions", [(float("nan"), 0.1), (0.1, float("nan")), (0.0, 0.1), (1.0, 0.1)])
+def test_cutoffs_want_fractions(fractions):
+    with pytest.raises(InputError, match="must be positive and sum below 1"):
+        cutoffs(make_log([4, 4], np.arange(8)), *fractions)
+    assert cutoffs(make_log([4, 4], np.arange(8)), 0.5, 1e-30) == (4, 7)
 
 
 @settings(max_examples=300, deadline=None)
