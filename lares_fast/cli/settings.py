@@ -11,8 +11,8 @@ from typing import Any
 
 from lares_fast._errors import InputError, require
 from lares_fast.config import LARESConfig
-from lares_fast.train.checkpoint import write_text
 from lares_fast.train.config import DataConfig, EvalConfig, RPTConfig, RunConfig, SPTConfig
+from lares_fast.train.files import write_text
 
 # (where it comes from, dotted key, value)
 Setting = tuple[str, str, Any]
