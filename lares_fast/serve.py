@@ -233,8 +233,6 @@ def _raw_ids(history: Any, where: str) -> Iterator[int | str]:
         raise InputError(f"{where} must be a sequence of raw item ids, but is the text {history!r:.40}.")
     if isinstance(history, Mapping | Set) or not _can_be_read(history) or getattr(history, "ndim", 1) != 1:
         raise InputError(f"{where} must be a sequence of raw item ids, but is {reprlib.repr(history)}.")
-    if isinstance(history, Tensor | np.ndarray) and not str(history.dtype).removeprefix("torch.").startswith("float"):
-        history = history.tolist()
     for place, raw in enumerate(history):
         yield raw if type(raw) is str or type(raw) is int else _raw_id(raw, f"item {place} of {where}")
 
@@ -242,9 +240,10 @@ def _raw_ids(history: Any, where: str) -> Iterator[int | str]:
 def _raw_id(raw: Any, where: str) -> int | str:
     """``raw`` as an integer or text; :class:`InputError` unless it is one, or a whole number of any array library."""
     value = raw
-    if getattr(raw, "ndim", None) == 0:
+    if hasattr(raw, "ndim"):
         try:
-            value = raw.item()
+            # Times of numpy, too, become integers.
+            value = None if raw.ndim or isinstance(raw, np.datetime64 | np.timedelta64) else raw.item()
         except (RuntimeError, ValueError):
             value = None
     if isinstance(value, str):
@@ -261,8 +260,9 @@ def _raw_id(raw: Any, where: str) -> int | str:
 
 def _exact_below(number: Any) -> float:
     """Up to where the floating-point type of ``number`` holds every integer: beyond, it may have been rounded."""
-    dtype = getattr(number, "dtype", np.dtype(np.float64))
-    return 2 / (torch.finfo if isinstance(dtype, torch.dtype) else np.finfo)(dtype).eps
+    if isinstance(number, Tensor):
+        return 2 / torch.finfo(number.dtype).eps
+    return 2 / float(np.finfo(getattr(number, "dtype", np.float64)).eps)
 
 
 def _whole(name: str, value: Any) -> int:
