@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def load_about(run: str | Path) -> tuple[Recommender, dict[str, str]]:
 
 
 def _item_ids(path: Path, checksum: str | None) -> list[Any]:
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is no file: the list of item ids belongs there.")
     try:
         data = path.read_bytes()

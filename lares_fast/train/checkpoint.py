@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -105,8 +106,12 @@ def fits(weights: Weights, config: LARESConfig) -> bool:
     """Whether ``weights`` are those of a model of ``config``, which takes no memory to find out."""
     if config.n_pre_layers + config.n_core_layers > len(weights):
         return False
-    with torch.device("meta"):
-        expected = LARES(config).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = LARES(config).state_dict()
+    except (InputError, RuntimeError, OverflowError):
+        # A backbone that is not there, or a size that no tensor can have.
+        return False
     return {name: value.shape for name, value in weights.items()} == {name: value.shape for name, value in expected.items()}
 
 
@@ -160,5 +165,6 @@ def _config(path: Path, values: Any) -> LARESConfig:
 
 
 def _require_file(path: Path) -> None:
-    if not path.is_file():
+    # Unlike pathlib's, this never raises.
+    if not os.path.isfile(path):
         raise InputError(f"{path} does not exist: name the folder of a run.")

@@ -236,6 +236,8 @@ class RunConfig:
         }.items():
             if not isinstance(getattr(self, name), kind):
                 raise InputError(f"{name} must be a {kind.__name__}, but got {reprlib.repr(getattr(self, name))}.")
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in self.model.items()}
+        object.__setattr__(self, "model", plain)
         _not_negative(self, "checkpoint_minutes")
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed must be in 0..2**64-1, but got {self.seed}.")

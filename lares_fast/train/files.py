@@ -162,5 +162,5 @@ def _cause(error: BaseException | None) -> OSError | None:
 
 def _refusal(path: Path, error: OSError) -> str:
     remedy = "free the disk and try again" if error.errno in _FULL else "choose a place that can be written to"
-    intact = "; the previous file is intact" if path.is_file() else ""
+    intact = "; the previous file is intact" if os.path.isfile(path) else ""
     return f"{path} could not be written ({error.strerror or error}): {remedy}{intact}."

@@ -26,8 +26,7 @@ def identity_of(config: RunConfig, model_config: LARESConfig, log: InteractionLo
 
     ``data`` is of the dense items in their order, ``events`` of raw ids in any order of users, ``rows`` of the split.
     """
-    model = {name: value.item() if hasattr(value, "item") else value for name, value in model_config.to_dict().items()}
-    return {"model": model, "seed": config.seed, **log_identity(log, split)}
+    return {"model": model_config.to_dict(), "seed": config.seed, **log_identity(log, split)}
 
 
 def log_identity(log: InteractionLog, split: Split) -> dict[str, str]:
