@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,7 +90,7 @@ def test_unknown_items_are_left_out_and_counted(recommender):
 def test_integer_ids_are_found_by_their_text(model):
     recommender = Recommender(model, [0, *range(101, 101 + N)])
     assert recommender.recommend([[101, 105]]).ids == recommender.recommend([["101", "105"]]).ids
-    assert recommender.recommend([[101, "shoes", 101.5]]).unknown == 2
+    assert recommender.recommend([[101, "shoes", 999]]).unknown == 2
     assert recommender.knows("101") and not recommender.knows(1)
 
 
@@ -155,3 +156,96 @@ def test_damaged_runs_are_one_sentence(run, tmp_path, name, harm, model):
     assert {file.name: file.read_bytes() for file in run.iterdir()} == {
         file.name: file.read_bytes() for file in before.iterdir()
     }
+
+
+# Raw ids of every kind
+
+FIVE = [
+    5, "5", 5.0, np.int64(5), np.int32(5), np.uint8(5), np.float64(5), np.float32(5), np.float16(5), np.str_("5"), np.array(5),
+    torch.tensor(5), torch.tensor(5, dtype=torch.uint8), torch.tensor(5.0), torch.tensor(5.0, dtype=torch.bfloat16),
+    torch.tensor(5.0, requires_grad=True), np.array("5"), np.array(5, dtype=object),
+]  # fmt: skip
+NO_ID = [
+    5.5, b"5", True, False, None, float("nan"), float("inf"), 2.0**54, np.float32(2**25), torch.tensor(300.0).bfloat16(),
+    np.float16(4096), np.bool_(True), torch.tensor(True), torch.tensor(5.5), torch.tensor([5]), np.array([5]), [5], (5,), {5},
+    {}, object(), 5 + 0j, np.datetime64("2020-01-01T00:00:00", "ns"), np.timedelta64(5, "ns"), torch.tensor(5, device="meta"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["integers", "texts"])
+def numbered(model, request):
+    ids = range(N + 1)
+    return Recommender(model, list(ids) if request.param == "integers" else list(map(str, ids)))
+
+
+@pytest.mark.parametrize("five", FIVE, ids=repr)
+def test_a_whole_number_of_any_library_is_an_id(numbered, five):
+    expected = numbered.recommend([[5, 6]], 3)
+    for history in ([five, 6], (five, "6"), [five, torch.tensor(6)]):
+        found = numbered.recommend([history], 3)
+        assert found.ids == expected.ids and found.unknown == 0
+    assert numbered.knows(five)
+    torch.testing.assert_close(numbered.encode([[five, 6]]), numbered.encode([[5, 6]]))
+
+
+@pytest.mark.parametrize("history", [
+    torch.tensor([5, 6]), torch.tensor([5.0, 6.0]), torch.tensor([5, 6], dtype=torch.int16), torch.tensor([5.0, 6.0]).half(),
+    np.array([5, 6]), np.array([5.0, 6.0]), np.array(["5", "6"]), np.array([5, "6"], dtype=object), np.array([5, 6], np.uint64),
+    (5, 6), range(5, 7), np.array([[5, 6], [7, 8]])[0],
+], ids=repr)  # fmt: skip
+def test_a_history_may_be_an_array(numbered, history):
+    assert numbered.recommend([history], 3).ids == numbered.recommend([[5, 6]], 3).ids
+
+
+def test_histories_may_be_rows_of_a_matrix(numbered):
+    expected = numbered.recommend([[5, 6], [7, 8]], 3).ids
+    for histories in (torch.tensor([[5, 6], [7, 8]]), np.array([[5, 6], [7, 8]]), iter([[5, 6], [7, 8]])):
+        assert numbered.recommend(histories, 3).ids == expected
+
+
+@pytest.mark.parametrize("wrong", NO_ID, ids=repr)
+def test_what_can_be_no_id_is_named(numbered, wrong):
+    for call in (lambda: numbered.recommend([[6], [6, wrong]]), lambda: numbered.encode([[6], [6, wrong]])):
+        with pytest.raises(InputError, match="item 1 of history 1 must be a raw id, which is text or a whole number"):
+            call()
+    with pytest.raises(InputError, match="item must be a raw id"):
+        numbered.knows(wrong)
+    with pytest.raises(InputError, match=r"item_ids\[1\] must be a raw id"):
+        Recommender(numbered.model, [0, wrong, *range(2, N + 1)])
+
+
+@pytest.mark.parametrize("wrong", [
+    np.array([5.5, 6]), torch.tensor([True, False]), np.array([b"5"]), np.array(["2020-01-01"], dtype="datetime64[ns]"),
+    torch.tensor([2.0**25, 5]), torch.zeros(1, 2, dtype=torch.int64), torch.tensor(5), np.array(5), 5, None, {5: 6}, {5, 6},
+    "56", b"56", torch.tensor([5.0, torch.nan]), np.ma.masked,
+], ids=repr)  # fmt: skip
+def test_what_can_be_no_history_is_named(numbered, wrong):
+    with pytest.raises(InputError, match="history 1"):
+        numbered.recommend([[6], wrong])
+
+
+@pytest.mark.parametrize("wrong", [[1], 1, None, "item", b"item", {"a": [1]}, {(1, 2)}, torch.tensor([5, 6]), torch.tensor(5)])
+def test_histories_are_a_list_of_lists(numbered, wrong):
+    for call in (numbered.recommend, numbered.encode):
+        with pytest.raises(InputError, match=r"histor(y 0|ies) must be"):
+            call(wrong)
+
+
+@pytest.mark.parametrize("name", ["k", "num_steps", "batch_size"])
+@pytest.mark.parametrize("wrong", [5.5, 5.0, "5", b"5", True, torch.tensor(5), torch.tensor([5]), np.array([5, 6]), [5], 5j])
+def test_counts_are_whole_numbers(numbered, name, wrong):
+    with pytest.raises(InputError, match=f"{name} must be an integer, but got"):
+        numbered.recommend([[5]], **{name: wrong})
+    assert len(numbered.recommend([[5]], **{name: np.int64(2)}).ids[0]) == (2 if name == "k" else 10)
+
+
+def test_ids_that_occur_twice_are_refused(model):
+    for ids in ([0, 1, *range(1, N)], ["", "1", 1, *range(2, N)], [0, 1.0, *range(1, N)]):
+        with pytest.raises(InputError, match=r"'?1'? occurs twice"):
+            Recommender(model, ids)
+
+
+def test_ids_of_an_array_come_back_as_plain_numbers(model):
+    for ids in (np.arange(N + 1), torch.arange(N + 1), np.arange(N + 1.0)):
+        found = Recommender(model, ids).recommend([[5]]).ids[0]
+        assert set(map(type, found)) == {int}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -47,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("aborted; what was saved before stands.")
         return 130
+    except UnicodeEncodeError as error:
+        _complain(
+            f"{error.object[error.start : error.end]!r} cannot be written in {error.encoding}: set PYTHONIOENCODING=utf-8.",
+            "error: ",
+        )
+        return 2
     except BrokenPipeError:
         # The reader of our output has left; keep the interpreter from flushing into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,6 +61,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _complain(f"{error.filename or 'writing'}: {error.strerror or error}.", "error: ")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if (asked := _memory_asked(error)) is None:
+            raise
+        _complain(
+            f"there is not enough memory{asked}: lower the batch sizes, or the sizes of the model or of the log.", "error: "
+        )
+        return 2
+
+
+def _memory_asked(error: Exception) -> str | None:
+    """How much memory could not be had, in words, or ``None`` if ``error`` is about something else."""
+    text = str(error)
+    if found := re.search(r"tried to allocate ([\d.]+ ?\w+)|allocate ([\d.]+ \w+)", text, re.IGNORECASE):
+        size = found[1] or found[2]
+        number, _, unit = size.partition(" ")
+        return f" for {int(number):,} bytes" if unit == "bytes" and number.isdigit() else f" for {size}"
+    if isinstance(error, MemoryError) or re.search(r"out of memory|calculation overflowed|multiplication overflow", text):
+        return ""
+    return None
 
 
 def _run(argv: list[str]) -> int:
@@ -66,7 +92,12 @@ def _run(argv: list[str]) -> int:
             command = import_module(f"lares_fast.cli.{module}")
             command.add_arguments(chosen)
             chosen.set_defaults(command=command.command)
-    arguments = parser.parse_args(argv)
+    if not argv:
+        parser.print_help()
+        return 0
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[argv[0]].error(f"unrecognized arguments: {' '.join(unknown)}")
     return int(arguments.command(arguments))
 
 

@@ -88,6 +88,10 @@ class Console:
                 self.say(f"RPT data filter keeps {event['kept']:,} of {event['rows']:,} training rows")
             case "valid":
                 self.say(valid_text(event, self._users_per_s if event["means"] else None))
+            case "changed":
+                self.say(f"changed  {event['what']} {event['name']}: {event['old']} -> {event['new']}")
+            case "notice":
+                self.say(f"note     {event['text']}")
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far ``what`` is once it takes longer than two seconds."""

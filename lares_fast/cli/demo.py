@@ -14,6 +14,7 @@ from lares_fast.cli.train import train
 from lares_fast.data import InteractionLog
 from lares_fast.serve import load
 from lares_fast.train.config import PHASES
+from lares_fast.train.files import LOCK, locked
 
 _FILES = ("config.yaml", "metrics.csv", "events.jsonl", "curves.png", "model.safetensors", "item_ids.json", "state.pt")
 _SHOWN_USERS, _SHOWN_HISTORY, _SHOWN_ITEMS = 3, 6, 5
@@ -33,8 +34,9 @@ def command(arguments: Namespace) -> int:
     if config.data.path is not None:
         raise InputError("the demo makes its own log: use lares-fast train for data.path.")
     _check_replaceable(out)
-    for name in _FILES:
-        (out / name).unlink(missing_ok=True)
+    with locked(out):
+        for name in _FILES:
+            (out / name).unlink(missing_ok=True)
     # The demo's model is too small for a second thread to pay for its own synchronisation.
     torch.set_num_threads(1)
     log = train(config, out, PHASES)
@@ -47,7 +49,7 @@ def command(arguments: Namespace) -> int:
 
 def _check_replaceable(out: Path) -> None:
     """A folder that an earlier demo filled may be replaced, anything else not."""
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
         return
     if not (out / "config.yaml").is_file() or settings.build(out / "config.yaml").data.path is not None:
         raise InputError(f"{out} holds something other than an earlier demo: choose another --out.")

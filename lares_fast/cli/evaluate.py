@@ -10,14 +10,15 @@ from typing import Any
 
 from lares_fast._errors import InputError
 from lares_fast.cli import settings
-from lares_fast.cli.console import Console
+from lares_fast.cli.console import Console, notice
 from lares_fast.cli.inputs import open_log, split_log
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
 from lares_fast.data import InteractionLog
-from lares_fast.serve import Recommender, load
+from lares_fast.serve import Recommender, load_about
 from lares_fast.train import RunConfig, metrics, model_ranks
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
-from lares_fast.train.checkpoint import write_text
+from lares_fast.train.files import write_text
+from lares_fast.train.identity import log_identity
 from lares_fast.train.loop import evaluation_key
 from lares_fast.train.metrics import rows_csv
 
@@ -38,11 +39,13 @@ def command(arguments: Namespace) -> int:
     if arguments.steps is not None and arguments.steps < 1:
         raise InputError(f"--steps must be at least 1, but got {arguments.steps}.")
     config = run_config(arguments.run, arguments.assignments)
-    recommender = load(arguments.run)
+    recommender, about = load_about(arguments.run)
     recommender.model.bf16 = arguments.bf16
     with Console() as console:
-        log = open_run_log(config, arguments.data, recommender, arguments.run, console)
+        log = open_log(config.data, arguments.data, progress=partial(console.progress, "reading"))
+        require_order(log, recommender, arguments.run)
         split = split_log(config.data, log)
+        require_run(log_identity(log, split), about, log.name, arguments.run)
         console.say(f"data     {log.summary()}".replace("\n", "\n         "))
         part, evaluation = getattr(split, arguments.split), config.evaluation
         depths = [arguments.steps] if arguments.steps else evaluation.depths(recommender.model.config.mean_depth)
@@ -82,10 +85,34 @@ def run_config(run: Path, assignments: list[str]) -> RunConfig:
     return settings.build(run / "config.yaml", assignments)
 
 
-def open_run_log(config: RunConfig, path: str | None, recommender: Recommender, run: Path, console: Console) -> InteractionLog:
-    """The run's log, from ``path`` if it has moved; :class:`InputError` if it is another one."""
-    log = open_log(config.data, path, progress=partial(console.progress, "reading"))
+def require_order(log: InteractionLog, recommender: Recommender, run: Path) -> None:
+    """Raise :class:`InputError` unless the items of ``log`` are numbered as in the model."""
     # Through JSON, as the run wrote them.
-    if json.loads(json.dumps(log.item_ids[1:].tolist())) != recommender.item_ids:
-        raise InputError(f"{log.name} has other items than the run in {run}: give --data with the log it was trained on.")
-    return log
+    items = json.loads(json.dumps(log.item_ids[1:].tolist()))
+    if items == recommender.item_ids:
+        return
+    if sorted(map(str, items)) == sorted(map(str, recommender.item_ids)):
+        raise InputError(
+            f"{log.name} has the items of the run in {run} in another order: sort its rows as they were, for string ids are "
+            "numbered as they occur."
+        )
+    raise InputError(f"{log.name} has other items than the run in {run}: give --data with the log it was trained on.")
+
+
+def require_run(ours: dict[str, str], about: dict[str, str], log: str, run: Path) -> None:
+    """Raise :class:`InputError` unless the log and the split are those that the model ``about`` was trained on."""
+    if not about:
+        notice(f"{run} is of an earlier version and does not say which log and split it was trained on: that is not checked.")
+        return
+    if ours["data"] != about["data"] or ours["events"] != about["events"]:
+        raise InputError(
+            f"{log} has other events than the log of the run in {run}, or the same in another order: rows to be ranked may "
+            "have been trained on; give --data with the log it was trained on."
+        )
+    if ours["split"] != about["split"]:
+        raise InputError(
+            f"the run in {run} was trained on the {about['split']} split, and rows of the {ours['split']} split may have been "
+            "trained on, which would leak their targets: leave data.split and its fractions as they were."
+        )
+    if ours["rows"] != about["rows"]:
+        raise InputError(f"{log} has other times than the log of the run in {run}: give --data with the log it was trained on.")

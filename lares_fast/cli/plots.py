@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lares_fast._errors import require
-from lares_fast.train.checkpoint import atomic_write
 from lares_fast.train.config import PHASES
 from lares_fast.train.evaluate import NOT_MASKED
+from lares_fast.train.files import atomic_write
 
 Row = dict[str, Any]
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
+import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -11,8 +14,8 @@ from typing import Any
 
 from lares_fast._errors import InputError, require
 from lares_fast.config import LARESConfig
-from lares_fast.train.checkpoint import write_text
 from lares_fast.train.config import DataConfig, EvalConfig, RPTConfig, RunConfig, SPTConfig
+from lares_fast.train.files import write_text
 
 # (where it comes from, dotted key, value)
 Setting = tuple[str, str, Any]
@@ -27,6 +30,12 @@ _SECTIONS: dict[str, type] = {
 _TOP = ("seed", "checkpoint_minutes")
 _PRESETS = Path(__file__).parent / "configs"
 _FEATURE = "reading settings"
+
+# The first line of a file that training wrote. Other files, and those of an earlier version, have none.
+_MARK = "# The sha256 of the lines below is "
+_MARKED = re.compile(re.escape(_MARK) + r"([0-9a-f]{64}); change settings with --set\n")
+# What is left of that line where a file is damaged.
+_REST_OF_MARK = re.compile(r"sha256|#.*[0-9a-f]{16}")
 
 
 def presets() -> list[str]:
@@ -55,8 +64,9 @@ def dump(config: RunConfig) -> str:
 
 
 def save(path: Path, config: RunConfig) -> None:
-    """Atomically write ``config`` as YAML."""
-    write_text(path, dump(config))
+    """Atomically write ``config`` as YAML, below a line with its checksum."""
+    text = dump(config)
+    write_text(path, f"{_MARK}{_checksum(text)}; change settings with --set\n{text}")
 
 
 def known_keys() -> list[str]:
@@ -77,27 +87,66 @@ def _read(path: Path) -> dict[str, Any]:
     yaml = require("yaml", "train", _FEATURE)
     loader = require("jsonargparse", "train", _FEATURE).get_loader("yaml")
     try:
-        values = loader(path.read_text(encoding="utf-8"))
+        values = loader(_verified(path, path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{place}: not valid YAML, {getattr(error, 'problem', None) or 'unreadable'}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a configuration: {error}.") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, OverflowError) as error:
+        # Besides undecodable bytes: a date that there is not, or a number of thousands of digits.
+        raise InputError(f"{path} cannot be read as a configuration: {str(error)[:200]}.") from None
+    except RecursionError:
+        raise InputError(f"{path} cannot be read as a configuration: it is nested too deeply.") from None
     if not isinstance(values, dict):
-        found = "nothing" if values is None else repr(values)[:40]
+        found = "nothing" if values is None else _short(values)
         raise InputError(f"{path} must hold 'key: value' lines, but holds {found}.")
     return values
+
+
+def _verified(path: Path, text: str) -> str:
+    """``text`` if its checksum is right, or if it has none."""
+    if match := _MARKED.match(text):
+        text = text[match.end() :]
+    if (match and match[1] != _checksum(text)) or _REST_OF_MARK.search(text):
+        raise InputError(
+            f"{path} is damaged, or was edited: change settings with --set, or remove its first line to use it as it is."
+        )
+    return text
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    """``value`` in a sentence; a value of YAML can be endless, for its parts may stand for each other."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+_SHORT.maxlevel = 2
 
 
 def _flatten(source: str, values: dict[str, Any]) -> Iterable[Setting]:
     for name, value in values.items():
         if name not in _SECTIONS:
-            yield source, str(name), value
+            yield source, str(name), _flat(source, str(name), value)
         elif isinstance(value, dict):
-            yield from ((source, f"{name}.{key}", inner) for key, inner in value.items())
+            for key, inner in value.items():
+                yield source, f"{name}.{key}", _flat(source, f"{name}.{key}", inner)
         elif value is not None:
-            raise InputError(f"{source}: {name} must hold settings such as '{_example(name)}: ...', but holds {value!r}.")
+            raise InputError(f"{source}: {name} must hold settings such as '{_example(name)}: ...', but holds {_short(value)}.")
+
+
+def _flat(source: str, key: str, value: Any) -> Any:
+    """``value`` unless it is nested, as no setting is."""
+    inner = value if isinstance(value, list) else [value]
+    if any(isinstance(item, dict | list | set | tuple) for item in inner):
+        raise InputError(f"{source}: {_short(key)} must be a value or a list of values, but is {_short(value)}.")
+    return value
 
 
 def _example(section: str) -> str:
@@ -117,14 +166,19 @@ def _run_config(settings: list[Setting]) -> RunConfig:
     for setting in settings:
         source, key, _ = setting
         if key not in known:
-            raise InputError(f"{source}: there is no setting {key!r}; the nearest name is {_nearest(key, known)!r}.")
+            raise InputError(
+                f"{source}: there is no setting {_short(key)}; the nearest name is {_nearest(key[:100], known)!r}."
+            )
         wanted[key] = setting
     values = _typed(list(wanted.values()))
     origin = {key.split(".")[0]: source for key, (source, _, _) in wanted.items()}
     if not 0 <= values.get("seed", 0) < 2**64:
         raise InputError(f"{origin['seed']}: seed must be in 0..2**64-1, but got {values['seed']}.")
     built = {name: _construct(name, values.pop(name, {}), origin.get(name)) for name in _SECTIONS}
-    return RunConfig(**{**built, **values})
+    try:
+        return RunConfig(**{**built, **values})
+    except InputError as error:
+        raise InputError(f"{origin.get('checkpoint_minutes', '')}: {error}".removeprefix(": ")) from None
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -148,7 +202,7 @@ def _typed(settings: list[Setting]) -> dict[str, Any]:
     except Exception:
         if len(settings) == 1:
             source, key, value = settings[0]
-            raise InputError(f"{source}: {key} must be {_in_words(_kind(key))}, but got {value!r}.") from None
+            raise InputError(f"{source}: {key} must be {_in_words(_kind(key))}, but got {_short(value)}.") from None
         # Which one is it? A call costs as much for one setting as for all.
         for setting in settings:
             _typed([setting])

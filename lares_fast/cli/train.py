@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lares_fast import __version__, _native
+from lares_fast import __version__, _native, _settings
 from lares_fast._errors import InputError, MissingExtraError
 from lares_fast.cli import settings, tensorboard
 from lares_fast.cli.console import Console, Event, notice
@@ -113,9 +113,14 @@ def train(
             trainer.start_from(start_from)
         parameters = sum(value.numel() for value in trainer.model.parameters())
         console.say(f"model    {parameters:,} parameters, T = {trainer.model.config.steps} at evaluation")
-        settings.save(out / "config.yaml", config)
-        if start_tensorboard is not None:
-            listeners.append(start_tensorboard())
+
+        def begin(event: Event) -> None:
+            if event["event"] == "begin":
+                settings.save(out / "config.yaml", config)
+                if start_tensorboard is not None:
+                    listeners.append(start_tensorboard())
+
+        listeners.append(begin)
         curves = _Curves(trainer, f"{log.name}, seed {config.seed}")
         listeners.append(curves)
         try:
@@ -135,7 +140,12 @@ def train(
 def header(seed: int) -> str:
     """Which software runs and how."""
     info = _native.build_info()
-    native = "native CPU code" if info["native"] else f"plain PyTorch ({info['reason']})"
+    asked = _settings.backend()
+    native = f"native CPU code ({info['simd']})" if info["native"] else f"plain PyTorch ({info['reason']})"
+    if asked == "reference":
+        native = "plain PyTorch (LARES_FAST_BACKEND=reference asks for it)"
+    elif asked != "auto":
+        native = f"{asked} (LARES_FAST_BACKEND asks for it)"
     cuda = "built" if info["cuda_built"] else f"not built ({info['cuda_reason']})"
     return (
         f"lares_fast {__version__}  torch {torch.__version__}  Python {platform.python_version()}  "

@@ -1,53 +1,34 @@
-"""Files of a run: written atomically, read without unpickling code."""
+"""Files of a run: verified when they are read, and read without unpickling code.
+
+A damaged file is an :class:`InputError` that names it: ``state.pt`` has the checksums of its archive, and the metadata of
+``model.safetensors`` holds a SHA-256 of everything in it and one of ``item_ids.json``. Files that an earlier version wrote
+without a SHA-256 are read all the same.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable
+import zipfile
+from dataclasses import fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from lares_fast._errors import InputError
 from lares_fast.config import LARESConfig
+from lares_fast.model import LARES
+from lares_fast.train.files import atomic_write
+from lares_fast.train.finite import NotFiniteError, all_finite
 
 _FORMAT = "lares_fast-1"
 
-
-def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Have ``write(file)`` fill a temporary neighbour, and move it onto ``path`` only when it is safely on the disk.
-
-    Raises :class:`InputError` if the disk is full or refuses; what stood at ``path`` before is then untouched.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                temporary.chmod(0o644)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a failed write as a RuntimeError.
-        raise InputError(
-            f"{path} could not be written ({error}); free the disk and resume: the previous file is intact."
-        ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically write ``text`` as UTF-8."""
-    atomic_write(path, lambda file: file.write(text.encode()))
+Weights = dict[str, Tensor]
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -56,39 +37,134 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read :func:`save_state`'s file; :class:`InputError` if it is missing, truncated or something else."""
+    """Read :func:`save_state`'s file; :class:`InputError` if it is missing, damaged or something else."""
     _require_file(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            # torch.load reads past the checksums.
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{path} is no readable lares_fast state: it is truncated or of another program.") from error
+    if damaged:
+        raise InputError(f"{path} is damaged ({damaged} does not have its checksum): go on from a copy, or train again.")
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise InputError(f"{path} is not a state of this version ({_FORMAT}): train again, or use the version that wrote it.")
     return state
 
 
-def save_weights(path: Path, weights: dict[str, Tensor], config: LARESConfig) -> None:
-    """Atomically write a safetensors file with ``config`` in its metadata."""
+def save_weights(path: Path, weights: Weights, config: LARESConfig, about: dict[str, str] | None = None) -> None:
+    """Atomically write a safetensors file with ``config`` and ``about`` in its metadata, and a SHA-256 of all three.
+
+    Raises :class:`InputError` for weights that are not finite.
+    """
+    if not all_finite(weights.values()):
+        raise NotFiniteError(f"{path} is not written: the weights are not finite; train with a lower lr.")
+    content: dict[str, Any] = {"config": config.to_dict(), "about": about or {}}
     # One entry: safetensors writes several in no fixed order, and equal runs are to give equal files.
-    metadata = {_FORMAT: json.dumps(config.to_dict())}
-    content = safetensors_bytes({name: value.contiguous() for name, value in weights.items()}, metadata)
-    atomic_write(path, lambda file: file.write(content))
+    metadata = {_FORMAT: json.dumps({**content, "sha256": _digest(weights, content)})}
+    data = safetensors_bytes({name: value.contiguous() for name, value in weights.items()}, metadata)
+    atomic_write(path, lambda file: file.write(data))
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], LARESConfig]:
-    """Read :func:`save_weights`' file; :class:`InputError` if it is missing, truncated or something else."""
+def load_weights(path: Path) -> tuple[Weights, LARESConfig]:
+    """Read :func:`save_weights`' file; :class:`InputError` if it is missing, damaged or something else."""
+    return load_weights_about(path)[:2]
+
+
+def load_weights_about(path: Path) -> tuple[Weights, LARESConfig, dict[str, str]]:
+    """As :func:`load_weights`, with ``about``, which is empty for files of an earlier version."""
     _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:
         raise InputError(f"{path} is no readable safetensors file: it is truncated or of another format.") from error
     if _FORMAT not in metadata:
         raise InputError(f"{path} was not written by lares_fast ({_FORMAT}): convert official weights with lares_fast.convert.")
-    return weights, LARESConfig.from_dict(json.loads(metadata[_FORMAT]))
+    values, about = _verified(path, metadata[_FORMAT], weights)
+    config = _config(path, values)
+    if not all_finite(weights.values()):
+        raise NotFiniteError(f"{path} holds weights that are not finite: its model has diverged; train again with a lower lr.")
+    return weights, config, about
+
+
+def sha256(data: bytes) -> str:
+    """64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def same_form(weights: Weights, other: Weights) -> bool:
+    """Whether both have tensors of the same names, shapes and dtypes."""
+    return {name: (value.shape, value.dtype) for name, value in weights.items()} == {
+        name: (value.shape, value.dtype) for name, value in other.items()
+    }
+
+
+def fits(weights: Weights, config: LARESConfig) -> bool:
+    """Whether ``weights`` are those of a model of ``config``, which takes no memory to find out."""
+    if config.n_pre_layers + config.n_core_layers > len(weights):
+        return False
+    try:
+        with torch.device("meta"):
+            expected = LARES(config).state_dict()
+    except (InputError, RuntimeError, OverflowError):
+        # A backbone that is not there, or a size that no tensor can have.
+        return False
+    return {name: value.shape for name, value in weights.items()} == {name: value.shape for name, value in expected.items()}
+
+
+def _verified(path: Path, text: str, weights: Weights) -> tuple[Any, dict[str, str]]:
+    """The configuration and ``about`` of a metadata entry."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} has metadata that cannot be read: it is damaged; train again, or take a copy.")
+    if "n_items" in content:
+        # An earlier version wrote the configuration alone.
+        return content, {}
+    stored = content.pop("sha256", None)
+    if set(content) != {"config", "about"} or stored != _digest(weights, content):
+        raise InputError(
+            f"{path} is damaged (it does not have its own checksum): lares-fast train --resume {path.parent} writes it again."
+        )
+    return content["config"], content["about"]
+
+
+def _digest(weights: Weights, content: dict[str, Any]) -> str:
+    """SHA-256 of the tensors, with their names, dtypes and shapes, and of ``content``."""
+    forms = [(name, str(value.dtype), list(value.shape)) for name, value in sorted(weights.items())]
+    digest = hashlib.sha256(json.dumps([content, forms], sort_keys=True).encode())
+    for _, value in sorted(weights.items()):
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "None": (type(None),),
+}
+
+
+def _config(path: Path, values: Any) -> LARESConfig:
+    try:
+        config = LARESConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} holds a configuration that cannot be used ({error}): train again, or take a copy.") from None
+    for field in fields(config):
+        allowed = {kind for part in str(field.type).split(" | ") for kind in _KINDS[part]}
+        if type(value := getattr(config, field.name)) not in allowed:
+            raise InputError(f"{path} holds a configuration that cannot be used ({field.name} is {value!r:.40}): train again.")
+    return config
 
 
 def _require_file(path: Path) -> None:
-    if not path.is_file():
+    # Unlike pathlib's, this never raises.
+    if not os.path.isfile(path):
         raise InputError(f"{path} does not exist: name the folder of a run.")

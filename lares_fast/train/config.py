@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import difflib
+import operator
+import os
+import reprlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+import numpy as np
 
 from lares_fast._errors import InputError
 from lares_fast.reference.rpt import REWARDS, SCORES
@@ -12,22 +19,74 @@ PHASES = ("spt", "rpt")
 SPLITS = ("leave-one-out", "temporal")
 
 
+def _check_types(settings: Any) -> None:
+    """Have every field hold exactly what its annotation says, finite and in Python's own types; raises :class:`InputError`."""
+    for each in fields(settings):
+        value, kinds = getattr(settings, each.name), str(each.type).split(" | ")
+        if kinds[0] not in _WORDS or (value is None and "None" in kinds):
+            continue
+        many = kinds[0].startswith("tuple")
+        kind = kinds[0].removeprefix("tuple[").removesuffix(", ...]")
+        if many and not isinstance(value, list | tuple):
+            plain: Any = None
+        else:
+            plain = tuple(_plain(kind, item) for item in value) if many else _plain(kind, value)
+        if plain is None or (many and None in plain):
+            raise InputError(f"{_name(settings, each.name)} must be {_WORDS[kinds[0]]}, but got {reprlib.repr(value)}.")
+        # A number of an array library could be saved and not be read again.
+        object.__setattr__(settings, each.name, plain)
+
+
+_LARGEST = 1e37
+_WORDS = {
+    "int": "an integer",
+    "float": "a finite number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple[int, ...]": "a list of integers",
+    "tuple[float, ...]": "a list of finite numbers",
+}
+
+
+def _plain(kind: str, value: Any) -> Any:
+    """``value`` as ``kind``, or ``None`` if it is something else."""
+    if kind == "str":
+        return os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if isinstance(value, bool | np.bool_) or kind == "bool":
+        return bool(value) if kind == "bool" and isinstance(value, bool | np.bool_) else None
+    if isinstance(value, str | bytes):
+        return None
+    try:
+        number: int | float = operator.index(value) if kind == "int" else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    # Larger ones overflow in the arithmetic of fp32 weights.
+    return number if kind == "int" or abs(number) <= _LARGEST else None
+
+
 def _positive(settings: object, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if value is not None and value <= 0:
-            raise InputError(f"{_section(settings)}.{name} must be greater than 0, but got {value}.")
+            raise InputError(f"{_name(settings, name)} must be greater than 0, but got {value}.")
 
 
 def _not_negative(settings: object, *names: str) -> None:
     for name in names:
         if (value := getattr(settings, name)) < 0:
-            raise InputError(f"{_section(settings)}.{name} must be 0 or greater, but got {value}.")
+            raise InputError(f"{_name(settings, name)} must be 0 or greater, but got {value}.")
+
+
+def _name(settings: object, name: str) -> str:
+    """The dotted name of a setting."""
+    section = _section(settings)
+    return f"{section}.{name}" if section else name
 
 
 def _section(settings: object) -> str:
     """The section of a run's settings that an object of this class fills."""
-    return {SPTConfig: "spt", RPTConfig: "rpt", EvalConfig: "evaluation"}.get(type(settings), "phase")
+    sections = {DataConfig: "data", SPTConfig: "spt", RPTConfig: "rpt", EvalConfig: "evaluation", RunConfig: ""}
+    return sections.get(type(settings), "phase")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +117,7 @@ class DataConfig:
     synthetic_seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.split not in SPLITS:
             raise InputError(f"data.split must be one of {', '.join(SPLITS)}, but got {self.split!r}.")
 
@@ -78,6 +138,7 @@ class PhaseConfig:
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(self, "batch_size", "lr", "epochs", "max_steps")
         _not_negative(self, "weight_decay", "patience")
 
@@ -142,6 +203,7 @@ class EvalConfig:
     test: bool = True
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(self, "batch_size")
         if 10 not in self.ks or min(self.ks) < 1:
             raise InputError(f"evaluation.ks must be positive and hold 10, which early stopping watches, but got {self.ks}.")
@@ -164,6 +226,19 @@ class RunConfig:
     checkpoint_minutes: float = 10.0
 
     def __post_init__(self) -> None:
+        _check_types(self)
+        for name, kind in {
+            "model": dict,
+            "data": DataConfig,
+            "spt": SPTConfig,
+            "rpt": RPTConfig,
+            "evaluation": EvalConfig,
+        }.items():
+            if not isinstance(getattr(self, name), kind):
+                raise InputError(f"{name} must be a {kind.__name__}, but got {reprlib.repr(getattr(self, name))}.")
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in self.model.items()}
+        object.__setattr__(self, "model", plain)
+        _not_negative(self, "checkpoint_minutes")
         if not 0 <= self.seed < 2**64:
             raise InputError(f"seed must be in 0..2**64-1, but got {self.seed}.")
 
@@ -173,3 +248,19 @@ class RunConfig:
         for name, value in values["evaluation"].items():
             values["evaluation"][name] = list(value) if isinstance(value, tuple) else value
         return values
+
+
+def checked_phases(given: Sequence[str]) -> set[str]:
+    """``given`` as phases; :class:`InputError` with the nearest names for anything else, a single text included."""
+    names = given if isinstance(given, Sequence | set | frozenset) and not isinstance(given, str | bytes) else None
+    if names and all(isinstance(name, str) and name in PHASES for name in names):
+        return set(names)
+    meant = {"spt": "spt", "phase1": "spt", "pretraining": "spt", "rpt": "rpt", "phase2": "rpt", "posttraining": "rpt"}
+    wrong = (
+        [given if isinstance(given, str) else "both"]
+        if names is None
+        else [name for name in names if name not in PHASES] or ["both"]
+    )
+    near = [difflib.get_close_matches(str(name).lower(), [*meant, "both"], 1, cutoff=0.0)[0] for name in wrong]
+    right = [phase for phase in PHASES if "both" in near or phase in [*(names or ()), *(meant.get(name) for name in near)]]
+    raise InputError(f"phases must be a tuple of {' and '.join(PHASES)}, but got {given!r:.60}: did you mean {tuple(right)}?")

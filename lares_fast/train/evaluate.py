@@ -12,6 +12,7 @@ from lares_fast import ops, reference
 from lares_fast._random import Draw, Key
 from lares_fast.data import Batch, InteractionLog, Rows, make_batch
 from lares_fast.reference.topk import Exclude
+from lares_fast.train.finite import largest, require_finite_scores, require_usable
 
 Progress = Callable[[int, int], None]
 
@@ -32,6 +33,7 @@ def model_ranks(
     """Rank of each row's target (int64 [R], 0 is best, PAD never ranked), with the history masked and not.
 
     h0 is addressed by ``key`` and the row's index, so the batch size does not enter. Workspace: that of ``ops.target_rank``.
+    Raises :class:`InputError` if weights or scores are not finite: the order of ids would be ranked.
     """
     ranks = {name: torch.empty(len(rows), dtype=torch.int64) for name in (NOT_MASKED, MASKED)}
     for batch, query, items in _queries(model, log, rows, key, num_steps, batch_size, progress):
@@ -52,15 +54,20 @@ def _queries(
     progress: Progress | None,
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """(batch, its queries [B, D], items [N, D]) of an evaluation pass."""
-    training = model.training
+    training, width = model.training, model.config.hidden_size
+    require_usable(model, width)
+    # One number a batch, read when all batches are done: a GPU is not waited for.
+    largest_queries, items = list[Tensor](), torch.empty(0)
     model.eval()
     try:
         for done, batch in _batches(log, rows, model.config.max_len, batch_size):
             draw = Draw(key, batch.rows)
-            hidden = model.encode(*batch.sequences, num_steps=num_steps, draw=draw)
-            yield batch, *model.query_and_items(hidden)
+            query, items = model.query_and_items(model.encode(*batch.sequences, num_steps=num_steps, draw=draw))
+            largest_queries.append(query.abs().amax())
+            yield batch, query, items
             if progress is not None:
                 progress(done, len(rows))
+        require_finite_scores(largest(largest_queries), largest([items]), width)
     finally:
         model.train(training)
 

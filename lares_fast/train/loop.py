@@ -1,16 +1,16 @@
 """The loop both phases share: optimise, validate, stop early, checkpoint, and resume bit for bit.
 
 Everything random is a function of (seed, phase, epoch, step), so a checkpoint holds no generator state, and a run cut
-after any step continues as if it had not been cut.
+after any step continues as if it had not been cut, with the same bits for the same versions, thread count and instruction
+set.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,16 @@ from lares_fast.config import LARESConfig
 from lares_fast.data import InteractionLog, Rows, Split, epoch_order
 from lares_fast.model import LARES
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
-from lares_fast.train.checkpoint import load_state, save_state, save_weights, write_text
-from lares_fast.train.config import PHASES, PhaseConfig, RunConfig
+from lares_fast.train.config import PHASES, PhaseConfig, RunConfig, checked_phases
 from lares_fast.train.evaluate import MASKED, NOT_MASKED, keep_rankable, model_ranks
-from lares_fast.train.metrics import metrics, rows_csv
+from lares_fast.train.finite import NotFiniteError, all_finite
+from lares_fast.train.folder import RunFolder
+from lares_fast.train.identity import ABOUT, identity_of, require_same
+from lares_fast.train.metrics import metrics
+from lares_fast.train.resume import environment, news, settings_of
 from lares_fast.train.rpt import RPT
 from lares_fast.train.spt import SPT
+from lares_fast.train.state import State, adam, fresh_phase, load_into, load_run, moments, remedy_of_divergence, weights_of
 
 Event = dict[str, Any]
 
@@ -53,7 +57,9 @@ class Trainer:
         emit: Callable[[Event], None] = lambda _: None,
     ) -> None:
         """``out`` may hold the state of an earlier, interrupted or shorter run of the same model, data and seed: the
-        run then goes on from there. Raises :class:`InputError` if they differ."""
+        run then goes on from there, and :meth:`run` emits a ``changed`` event for every setting that is not as it was.
+        Raises :class:`InputError` if the state is damaged or of another run, or if a setting has changed that it depends on.
+        """
         self.config, self.log, self.split, self.out = config, log, split, Path(out)
         self._listener = emit
         self._stop = False
@@ -61,20 +67,22 @@ class Trainer:
         model_config = LARESConfig.from_dict({**config.model, "n_items": log.n_items})
         if max(config.rpt.k, *config.evaluation.ks) > log.n_items - 1:
             raise InputError(f"rpt.k and evaluation.ks must be at most {log.n_items - 1}, the number of items.")
-        self.state: dict[str, Any] = {
-            "identity": _identity(config, model_config, log, split),
+        self.state: State = {
+            "identity": identity_of(config, model_config, log, split),
             "phase": "spt",
             "restarts": 0,
             "history": [],
-            **_fresh_phase(),
+            **fresh_phase(),
         }
         with torch.random.fork_rng():
             torch.manual_seed(fold(self._key, _INIT)[0])
             self.model = LARES(model_config)
         self._start: LARES | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-        if (self.out / "state.pt").exists():
-            self._restore(load_state(self.out / "state.pt"))
+        self._news: list[Event] = []
+        self._folder = RunFolder(self.out)
+        if self._folder.has_state():
+            self._restore(self._folder.load())
 
     def request_stop(self) -> None:
         """Have the run save its state after the current step and raise :class:`Interrupted`."""
@@ -85,40 +93,58 @@ class Trainer:
 
         Phase ``rpt`` follows it; phase ``spt`` goes on from it, with a fresh optimizer, other random numbers and the
         settings of this run.
-        Raises :class:`InputError` if that run is of another model or other data, or has no such model.
+        Raises :class:`InputError` if that run is of another model or other data, or has no such model, or if this run
+        has begun already.
         """
-        state = load_state(Path(run) / "state.pt")
-        self._require_same({**state["identity"], "seed": self.config.seed}, Path(run), "start from")
+        if self._folder.has_state() or self.state["steps"]:
+            raise InputError(f"{self.out} holds a run already: a run that starts from another's model needs a new folder.")
+        path = Path(run) / "state.pt"
+        state = load_run(path)
+        require_same({**state["identity"], "seed": self.config.seed}, self.state["identity"], Path(run), "start from")
         weights = state["best"] if state["phase"] == "spt" else state["start"]
         if not weights:
             raise InputError(f"{run} holds no model of phase spt: run --phase spt there first.")
-        self.model.load_state_dict(weights)
+        load_into(self.model, weights, path, "best")
         self.state |= {"best": weights, "restarts": state.get("restarts", 0) + 1}
 
-    def run(self, phases: tuple[str, ...]) -> list[dict[str, Any]]:
+    def run(self, phases: Sequence[str]) -> list[dict[str, Any]]:
         """Train ``phases`` (of ``spt``, ``rpt``), each with a test of its best model; return the rows of metrics.csv.
 
-        ``rpt`` alone needs a folder whose ``spt`` is over, or :meth:`start_from`.
+        ``rpt`` alone needs a folder whose ``spt`` is over, or :meth:`start_from`. No other run writes into the folder
+        meanwhile. Raises :class:`InputError` for another phase, for a folder that is in use, and for a model that
+        diverges, whose state is not saved.
         """
-        try:
-            self._run(phases)
-        except Interrupted:
-            self._save()
-            raise
+        wanted = checked_phases(phases)
+        if wanted == {"rpt"} and self.state["phase"] == "spt" and not self._best():
+            raise InputError(f"{self.out} holds no model of phase spt: run --phase spt or both first.")
+        with self._folder.holding(tell=lambda text: self._news.append({"event": "notice", "text": text})):
+            # Nothing is written by anybody before this.
+            self._listener({"event": "begin"})
+            try:
+                self._run(wanted)
+            except Interrupted:
+                self._save()
+                raise
         return self.state["history"]
 
-    def _run(self, phases: tuple[str, ...]) -> None:
-        if phases == ("rpt",) and self.state["phase"] == "spt" and not self._best():
-            raise InputError(f"{self.out} holds no model of phase spt: run --phase spt or both first.")
+    def _run(self, phases: set[str]) -> None:
+        while self._news:
+            self._emit(**self._news.pop(0))
         self._baselines()
         for phase in PHASES:
-            if phase not in phases or PHASES.index(self.state["phase"]) > PHASES.index(phase):
+            if phase not in phases:
+                continue
+            if PHASES.index(self.state["phase"]) > PHASES.index(phase):
+                if len(phases) == 1:
+                    self._emit("notice", text=f"phase {phase} is over in {self.out}: there is nothing to train.")
                 continue
             if phase != self.state["phase"]:
                 self._enter(phase)
             self._train(self._phase(phase), self.config.spt if phase == "spt" else self.config.rpt)
             if self.config.evaluation.test:
                 self._test(phase)
+        if self._best():
+            self._export()
 
     # One phase
 
@@ -133,7 +159,7 @@ class Trainer:
         self.model.load_state_dict(self._best())
         self._start = copy.deepcopy(self.model)
         self._optimizer = None
-        self.state |= {"phase": phase, **_fresh_phase()}
+        self.state |= {"phase": phase, **fresh_phase()}
 
     def _rpt_rows(self) -> Rows:
         settings, rows = self.config.rpt, self.split.train
@@ -164,17 +190,15 @@ class Trainer:
         if phase.name == "spt" and state["restarts"]:
             # A model that goes on must not meet the orders and masks of its first epochs again: it has learned them.
             key = fold(self._key, _RESTARTED, state["restarts"])
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-        if state["optimizer"] is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            state["optimizer"] = None
-            # A resumed run may be given other settings, and its optimizer's state holds the old ones.
-            for group in optimizer.param_groups:
-                group.update(lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = adam(self.model, settings, state["optimizer"], self._folder.state_file)
+        state["optimizer"] = None
         self._optimizer = optimizer
         if state["best_value"] < 0 and (phase.name == "rpt" or self._best()):
             # The model that the phase starts from is the one to beat.
             self._validate(phase.name, {}, epoch=0)
+        if not self._folder.has_state():
+            # What a run that diverges in its first epoch goes back to.
+            self._save()
         # An epoch that was cut ends with its validation even if it has made the phase's last step.
         while state["step"] or not self._over(settings):
             self._train_epoch(phase, settings, optimizer, fold(key, state["epoch"]))
@@ -192,6 +216,7 @@ class Trainer:
             if settings.max_steps is None
             else min(len(batches), state["step"] + settings.max_steps - state["steps"])
         )
+        parameters = list(self.model.parameters())
         saved_at = began = time.monotonic()
         earlier, first = state["seconds"], state["step"]
         self.model.train()
@@ -203,10 +228,17 @@ class Trainer:
             loss, parts = phase.loss(batch, step_key)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            # One wait for both, and before the step: what is not finite must not reach the weights.
+            value, size = torch.stack([loss.detach().to(norm), norm]).tolist()
+            if not math.isfinite(value) or not math.isfinite(size):
+                raise self._diverged(f"the loss is {value} and the norm of its gradient {size}")
+            # Here the saved weights have shown that their next loss is finite: a run can go on from them.
+            if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
+                self._save()
+                saved_at = time.monotonic()
             optimizer.step()
-            parts = {"loss": loss.item(), **parts}
-            if not math.isfinite(parts["loss"]):
-                raise LaresFastError(f"the loss is {parts['loss']} in epoch {state['epoch'] + 1}: lower {phase.name}.lr.")
+            parts = {"loss": value, **parts}
             state["sums"] = {name: state["sums"].get(name, 0.0) + value for name, value in parts.items()}
             state["step"] += 1
             state["steps"] += 1
@@ -220,13 +252,11 @@ class Trainer:
                 step=state["step"],
                 steps=last,
                 means=self._means(),
-                data_wait=state["waited"] / state["seconds"],
-                users_per_s=(state["step"] - first) * settings.batch_size / elapsed,
+                data_wait=state["waited"] / (state["seconds"] or 1.0),
+                # A coarse clock may stand still.
+                users_per_s=(state["step"] - first) * settings.batch_size / max(elapsed, 1e-9),
             )
             self._heed_stop()
-            if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
-                self._save()
-                saved_at = time.monotonic()
         cost = {"seconds": state["seconds"], "data_wait": state["waited"] / (state["seconds"] or 1.0)}
         # A stop during validation leaves the state at the epoch's last step, from where a resumed run validates again.
         self._validate(phase.name, {**self._means(), **cost}, state["epoch"] + 1)
@@ -240,16 +270,22 @@ class Trainer:
         if self._stop:
             raise Interrupted(f"stopped and saved: resume with lares-fast train --resume {self.out}")
 
+    def _diverged(self, seen: str) -> NotFiniteError:
+        return NotFiniteError(f"{seen} {remedy_of_divergence(self.state, self.config, self._folder.state_file)}")
+
     # Evaluation
 
     def _validate(self, phase: str, means: dict[str, float], epoch: int) -> None:
         state = self.state
-        results = self._evaluate(self.split.valid, "valid", phase, epoch, self.model.config.steps, means)
+        try:
+            results = self._evaluate(self.split.valid, "valid", phase, epoch, self.model.config.steps, means)
+        except NotFiniteError:
+            raise self._diverged("the scores in validation are not finite") from None
         watched = results[MASKED if self.config.evaluation.watch_masked else NOT_MASKED]
         value = watched[WATCHED]
         # As in RecBole, a tie counts as an improvement.
         if better := value >= state["best_value"]:
-            state |= {"best_value": value, "best_epoch": epoch, "bad_epochs": 0, "best": _weights(self.model)}
+            state |= {"best_value": value, "best_epoch": epoch, "bad_epochs": 0, "best": weights_of(self.model)}
             self._drop_tests(phase)
             self._export()
         else:
@@ -260,7 +296,7 @@ class Trainer:
         """The best model of ``phase`` at every test depth."""
         state = self.state
         self._drop_tests(phase)
-        last = _weights(self.model)
+        last = weights_of(self.model)
         self.model.load_state_dict(self._best())
         try:
             for depth in self.config.evaluation.depths(self.model.config.mean_depth):
@@ -307,34 +343,34 @@ class Trainer:
         return self.state["best"] or {}
 
     def _export(self) -> None:
-        save_weights(self.out / "model.safetensors", self._best(), self.model.config)
-        write_text(self.out / "item_ids.json", json.dumps(self.log.item_ids.tolist()))
+        about = {name: self.state["identity"][name] for name in ABOUT}
+        self._folder.export(self._best(), self.model.config, self.log.item_ids.tolist(), about)
 
     def _save(self) -> None:
-        start = None if self._start is None else _weights(self._start)
-        snapshot = {
-            "model": _weights(self.model),
+        start = None if self._start is None else weights_of(self._start)
+        snapshot: State = {
+            "model": weights_of(self.model),
             "start": start,
             "optimizer": self.state["optimizer"] if self._optimizer is None else self._optimizer.state_dict(),
+            "settings": settings_of(self.config),
+            "environment": environment(),
         }
-        save_state(self.out / "state.pt", {**self.state, **snapshot})
-        write_text(self.out / "metrics.csv", rows_csv(self.state["history"]))
+        if not all_finite([*snapshot["model"].values(), *moments(snapshot["optimizer"])]):
+            raise self._diverged("the weights or Adam's moments are not finite")
+        self._folder.save({**self.state, **snapshot})
 
-    def _require_same(self, identity: dict[str, Any], run: Path, purpose: str) -> None:
-        # A setting that the model had before it had a name is the default.
-        theirs = {**identity, "model": LARESConfig.from_dict(identity["model"]).to_dict()}
-        for name, value in self.state["identity"].items():
-            if theirs[name] != value:
-                raise InputError(f"{run} holds a run with another {name}: {purpose} the same one, or choose another folder.")
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._require_same(state["identity"], self.out, "resume with")
-        self.model.load_state_dict(state.pop("model"))
-        if (start := state.pop("start")) is not None:
-            self._start = copy.deepcopy(self.model)
-            self._start.load_state_dict(start)
-        del state["format"], state["identity"]
-        self.state |= state
+    def _restore(self, state: State) -> None:
+        path = self._folder.state_file
+        require_same(state["identity"], self.state["identity"], self.out, "resume with")
+        self._news = news(state, self.config, self.out)
+        load_into(self.model, state.pop("model"), path, "model")
+        for part in ("start", "best"):
+            if state[part]:
+                load_into(other := copy.deepcopy(self.model), state[part], path, part)
+                self._start = other if part == "start" else self._start
+        if not all_finite(moments(state["optimizer"])):
+            raise InputError(f"{path} holds numbers of the optimizer that are not finite: begin a new run.")
+        self.state |= {name: value for name, value in state.items() if name in self.state and name != "identity"}
 
     # Events
 
@@ -342,9 +378,7 @@ class Trainer:
         record = {"event": event, **values}
         self._listener(record)
         if event != "step":
-            self.out.mkdir(parents=True, exist_ok=True)
-            with (self.out / "events.jsonl").open("a") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+            self._folder.add_event(record)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         def report(done: int, total: int) -> None:
@@ -357,29 +391,3 @@ class Trainer:
 def evaluation_key(noise_seed: int) -> Key:
     """Addresses h0 in every validation and test."""
     return fold(root_key(noise_seed), _EVALUATION)
-
-
-def _fresh_phase() -> dict[str, Any]:
-    return {
-        "epoch": 0,
-        "step": 0,
-        "steps": 0,
-        "sums": {},
-        "seconds": 0.0,
-        "waited": 0.0,
-        "best_value": -1.0,
-        "best_epoch": 0,
-        "bad_epochs": 0,
-        "best": None,
-        "kept": None,
-        "optimizer": None,
-    }
-
-
-def _identity(config: RunConfig, model_config: LARESConfig, log: InteractionLog, split: Split) -> dict[str, Any]:
-    """What must not change between the parts of one run."""
-    return {"model": model_config.to_dict(), "seed": config.seed, "data": log.fingerprint(), "split": split.protocol}
-
-
-def _weights(model: LARES) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}

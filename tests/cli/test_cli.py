@@ -149,7 +149,8 @@ def test_recommend_to_a_user_leaves_out_what_they_had(cli, trained, log_file):
 
 
 def test_recommend_drops_and_counts_unknown_items(cli, trained):
-    result = cli("recommend", "--run", trained, "--history", "i1,nothing,i2", "--k", "3")
+    Path("people.csv").write_text("user_id,item_id,timestamp\nhistory,i1,1\nhistory,nothing,2\nhistory,i2,3\n")
+    result = cli("recommend", "--run", trained, "--input", "people.csv", "--k", "3")
     assert result.code == 0 and "1 events with items that the run does not know were left out" in result.err
     assert cli("recommend", "--run", trained, "--history", "i1,i2", "--k", "3").out == result.out
 
@@ -196,6 +197,11 @@ def test_doctor(cli):
     for op in ("topk", "target_rank", "linear_cross_entropy"):
         assert f"\n{op}, fp32 on cpu\n" in text.out
     assert json.loads(report.out)["extras"]["train"]["rich"] is True
+
+
+def test_no_command_shows_the_commands(cli):
+    result = cli()
+    assert result.code == 0 and "doctor" in result.out and result.err == ""
 
 
 def test_help_and_version(cli):
@@ -249,7 +255,6 @@ BAD_ARGUMENTS = {
     "resume of nothing": (["train", "--resume", "nowhere"], "nowhere"),
     "unknown argument": (["train", "--epochs", "3"], "--epochs"),
     "unknown command": (["fit"], "fit"),
-    "no command": ([], "COMMAND"),
     "run of nothing": (["eval", "--run", "nowhere"], "nowhere"),
     "recommend from nothing": (["recommend", "--run", "nowhere", "--history", "i1"], "nowhere"),
 }

@@ -105,3 +105,72 @@ def test_an_unknown_configuration_lists_the_shipped_ones():
 def test_every_setting_has_a_key():
     names = {field.name for field in dataclasses.fields(RunConfig)}
     assert names == {key.split(".")[0] for key in settings.known_keys()}
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB + "spt: *k\n",
+        BOMB.replace("a: &a", "spt: &a") + "",
+        "model:\n  dropout: &a [x, x]\nspt:\n  lr: [*a, *a]\n",
+        "spt:\n  lr: {a: 1}\n",
+        "spt: " + "[" * 50_000,
+        "spt:\n  epochs: " + "9" * 5000 + "\n",
+        "seed: " + "9" * 5000 + "\n",
+        "seed: 2001-99-99\n",
+        "spt:\n  lr: .nan\n",
+        "spt:\n  lr: .inf\n",
+        "rpt:\n  beta: -.inf\n",
+        "checkpoint_minutes: .nan\n",
+        "evaluation:\n  depth_ratios: [.inf]\n",
+        "? [1, 2]\n: 3\n",
+        "1: 2\n",
+        "spt:\n  1: 2\n",
+        "spt:\n  lr: " + "x" * 100_000 + "\n",
+        "x" * 100_000 + ": 1\n",
+        "seed: !!python/object/apply:os.getcwd []\n",
+        "seed: \x00\n",
+    ],
+    ids=lambda text: text[:30],
+)
+def test_odd_files_are_one_short_sentence(text, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        settings.build(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < len(str(path)) + 300
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e400", "[" * 5000, "9" * 5000, "x" * 100_000, "{a: 1}"])
+def test_odd_assignments_are_one_sentence(value):
+    with pytest.raises(InputError, match=r"spt\.lr must be"):
+        settings.build(None, [f"spt.lr={value}"])
+
+
+def test_the_settings_of_a_run_are_verified(tmp_path):
+    path = tmp_path / "config.yaml"
+    config = settings.build("tiny")
+    settings.save(path, config)
+    first, _, rest = path.read_text().partition("\n")
+    assert first.startswith("# The sha256 of the lines below is ") and rest == settings.dump(config)
+    # Another system's line ends, and a file without the line, are the same settings.
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert settings.build(path) == config
+    path.write_text(rest)
+    assert settings.build(path) == config
+    cut = rest[: rest.index("rpt:")]
+    for text in (
+        f"{first}\n{cut}",
+        f"{rest}{first}\n",
+        f"{first[1:]}\n{rest}",
+        f"{first[:60]}\n{rest}",
+        f"{first}\n{first}\n{rest}",
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"config\.yaml"):
+            settings.build(path)

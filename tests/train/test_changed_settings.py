@@ -1,0 +1,303 @@
+"""What happens to every setting that has another value when a run goes on."""
+
+import json
+from dataclasses import fields, replace
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+import train_run
+
+from lares_fast import _native
+from lares_fast._errors import InputError
+from lares_fast.data import leave_one_out, log_from_sequences, temporal_split
+from lares_fast.train import DataConfig, EvalConfig, Interrupted, RPTConfig, RunConfig, SPTConfig, Trainer
+from lares_fast.train.checkpoint import load_state, save_state
+from lares_fast.train.identity import events_digest
+from lares_fast.train.resume import settings_of
+
+# Another value for every setting.
+OTHER = {
+    "data": {
+        "path": "moved.csv", "format": "csv", "user": "who", "item": "what", "time": "when", "split": "temporal",
+        "valid_fraction": 0.2, "test_fraction": 0.2, "synthetic_users": 7, "synthetic_items": 8, "synthetic_seed": 9,
+    },
+    "spt": {
+        "batch_size": 64, "lr": 0.01, "weight_decay": 0.1, "epochs": 3, "patience": 1, "max_steps": 99, "alpha": 0.3,
+        "gamma": 0.3, "same_step": False,
+    },
+    "rpt": {
+        "batch_size": 64, "lr": 0.01, "weight_decay": 0.1, "epochs": 3, "patience": 1, "max_steps": 99, "group_size": 3, "k": 5,
+        "beta": 2.0, "reward": "ndcg", "scores": "model", "dropout": 0.2, "data_filter": False, "filter_top": 30,
+        "filter_passes": 1,
+    },
+    "evaluation": {
+        "batch_size": 16, "ks": (10, 20), "depth_ratios": (1.0,), "noise_seed": 1, "watch_masked": True, "test": False,
+    },
+}  # fmt: skip
+EVERY = [(section, name) for section, values in OTHER.items() for name in values] + [("", "checkpoint_minutes")]
+BEST = {("evaluation", "noise_seed"), ("evaluation", "watch_masked")}
+FILTER = {("rpt", "data_filter"), ("rpt", "filter_top"), ("rpt", "filter_passes")}
+
+# Where a run was stopped, by the number of its steps -> what cannot change there.
+REFUSED = {
+    "spt, before its first step": set(),
+    "spt, in an epoch": {("spt", "batch_size")},
+    "spt, in the second epoch": {("spt", "batch_size")} | BEST,
+    "spt, over": BEST,
+    "rpt, in the filter": set(),
+    "rpt, in an epoch": {("rpt", "batch_size")} | BEST | FILTER,
+    "rpt, over": BEST | FILTER,
+}
+
+
+def changed(config, section, name):
+    if not section:
+        return replace(config, checkpoint_minutes=3.0)
+    return replace(config, **{section: replace(getattr(config, section), **{name: OTHER[section][name]})})
+
+
+def test_the_table_has_every_setting():
+    for section, kind in (("data", DataConfig), ("spt", SPTConfig), ("rpt", RPTConfig), ("evaluation", EvalConfig)):
+        assert set(OTHER[section]) == {field.name for field in fields(kind)}
+    assert {field.name for field in fields(RunConfig)} == {*OTHER, "model", "seed", "checkpoint_minutes"}
+    assert len(settings_of(RunConfig())) == len(EVERY)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """State files of runs that were stopped in the places of the table."""
+    out = tmp_path_factory.mktemp("stopped")
+    stops = {
+        "spt, in an epoch": train_run.Stop("step", 1),
+        "spt, in the second epoch": train_run.Stop("step", 4),
+        "rpt, in the filter": lambda event: event.get("what") == "filter" and trainer.request_stop(),
+        "rpt, in an epoch": lambda event: (event["event"], event.get("phase")) == ("step", "rpt") and trainer.request_stop(),
+    }
+    for place, stop in stops.items():
+        trainer = Trainer(train_run.config(), train_run.log(), train_run.split(), out / place, stop)
+        if isinstance(stop, train_run.Stop):
+            stop.trainer = trainer
+        with pytest.raises(Interrupted):
+            trainer.run(train_run.BOTH)
+    train_run.train(out / "spt, over", ("spt",))
+    train_run.train(out / "rpt, over")
+    first = load_state(out / "spt, in an epoch" / "state.pt")
+    save_state(out / "spt, before its first step" / "state.pt", {**first, "step": 0, "steps": 0, "sums": {}, "optimizer": None})
+    return out
+
+
+def test_the_places_are_what_they_are_called(stopped):
+    found = {place: load_state(stopped / place / "state.pt") for place in REFUSED}
+    for place, state in found.items():
+        assert state["phase"] == place[:3]
+        assert bool(state["step"]) == ("epoch" in place)
+        assert (state["best_value"] >= 0) == bool(REFUSED[place] & BEST)
+    assert found["spt, in the second epoch"]["epoch"] == 1
+    assert found["rpt, in the filter"]["kept"] is None
+
+
+@pytest.mark.parametrize(("section", "name"), EVERY)
+def test_every_setting_is_honoured_and_told_or_refused(stopped, section, name):
+    key = f"{section}.{name}".removeprefix(".")
+    for place, refused in REFUSED.items():
+        new = changed(train_run.config(), section, name)
+        if (section, name) in refused:
+            with pytest.raises(InputError, match=rf"^{key} cannot change .* resume with {key}="):
+                Trainer(new, train_run.log(), train_run.split(), stopped / place)
+            continue
+        trainer = Trainer(new, train_run.log(), train_run.split(), stopped / place)
+        (event,) = trainer._news
+        before, after = (settings_of(config)[key] for config in (train_run.config(), new))
+        assert event == {"event": "changed", "what": "setting", "name": key, "old": before, "new": after}
+
+
+def test_what_has_changed_is_emitted_and_written_once(tmp_path):
+    train_run.train(tmp_path, ("spt",), spt_epochs=1)
+    new = train_run.config(spt_epochs=2)
+    new = replace(new, spt=replace(new.spt, lr=0.01), evaluation=replace(new.evaluation, ks=(5, 10)))
+    for expected in ({"spt.epochs": (1, 2), "spt.lr": (0.001, 0.01), "evaluation.ks": ([5, 10, 20, 50], [5, 10])}, {}):
+        seen = []
+        Trainer(new, train_run.log(), train_run.split(), tmp_path, seen.append).run(("spt",))
+        assert {event["name"]: (event["old"], event["new"]) for event in seen if event["event"] == "changed"} == expected
+    written = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["name"] for event in written if event["event"] == "changed"] == ["spt.lr", "spt.epochs", "evaluation.ks"]
+
+
+def test_a_filter_that_is_off_may_be_set_as_one_likes(tmp_path):
+    config = train_run.config(spt_epochs=1, rpt_epochs=1)
+    config = replace(config, rpt=replace(config.rpt, data_filter=False))
+    Trainer(config, train_run.log(), train_run.split(), tmp_path).run(train_run.BOTH)
+    Trainer(replace(config, rpt=replace(config.rpt, filter_top=7)), train_run.log(), train_run.split(), tmp_path)
+    with pytest.raises(InputError, match=r"rpt\.data_filter cannot change"):
+        Trainer(train_run.config(spt_epochs=1, rpt_epochs=1), train_run.log(), train_run.split(), tmp_path)
+
+
+def test_every_row_is_trained_on_once_whatever_is_asked(tmp_path, monkeypatch):
+    """Another batch size in the middle of an epoch is refused, and between epochs it is honoured."""
+    from lares_fast.train.spt import SPT
+
+    seen, whole = [], SPT.batch
+    monkeypatch.setattr(SPT, "batch", lambda self, index, key: (seen.append(index.tolist()), whole(self, index, key))[1])
+    with pytest.raises(Interrupted):
+        train_run.train(tmp_path, ("spt",), stop=train_run.Stop("step", 2), spt_epochs=1)
+
+    def sized(size, epochs):
+        config = train_run.config(spt_epochs=epochs)
+        return replace(config, spt=replace(config.spt, batch_size=size))
+
+    for size in (64, 127, 256):
+        with pytest.raises(InputError, match=r"spt\.batch_size cannot change from 128"):
+            Trainer(sized(size, 1), train_run.log(), train_run.split(), tmp_path)
+    train_run.train(tmp_path, ("spt",), spt_epochs=1)
+    rows = list(range(len(train_run.split().train)))
+    assert sorted(chain(*seen)) == rows
+    seen.clear()
+    Trainer(sized(64, 2), train_run.log(), train_run.split(), tmp_path).run(("spt",))
+    assert sorted(chain(*seen)) == rows and set(map(len, seen[:-1])) == {64}
+
+
+def test_a_state_of_an_earlier_version_goes_on_with_a_notice(tmp_path):
+    train_run.train(tmp_path, ("spt",))
+    state = load_state(tmp_path / "state.pt")
+    for name in ("settings", "environment", "restarts", "seconds", "waited", "format"):
+        del state[name]
+    for name in ("rows", "events"):
+        del state["identity"][name]
+    save_state(tmp_path / "state.pt", state)
+    seen = []
+    Trainer(train_run.config(), train_run.log(), train_run.split(), tmp_path, seen.append).run(train_run.BOTH)
+    assert any("of an earlier version and holds no settings" in event.get("text", "") for event in seen)
+    assert {"settings", "environment"} <= load_state(tmp_path / "state.pt").keys()
+
+
+def test_other_surroundings_are_told(tmp_path, monkeypatch):
+    train_run.train(tmp_path, ("spt",), spt_epochs=1)
+    saved = load_state(tmp_path / "state.pt")["environment"]
+    assert saved["torch"] == torch.__version__ and saved["threads"] == torch.get_num_threads()
+    assert saved["simd"] == _native.build_info().get("simd", "none") and saved["lares_fast"] and saved["backend"] == "auto"
+    monkeypatch.setenv("LARES_FAST_BACKEND", "reference")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    seen = []
+    Trainer(train_run.config(spt_epochs=1), train_run.log(), train_run.split(), tmp_path, seen.append).run(("spt",))
+    told = {event["name"]: (event["old"], event["new"]) for event in seen if event["event"] == "changed"}
+    assert told == {"threads": (saved["threads"], 77), "backend": ("auto", "reference")}
+
+
+@pytest.mark.parametrize(
+    ("phases", "meant"),
+    [
+        ("both", "('spt', 'rpt')"), ("spt", "('spt',)"), ("rpt", "('rpt',)"), ("", ""), (("SPT",), "('spt',)"),
+        (("phase1",), "('spt',)"), (["phase2"], "('rpt',)"), (("spt", "rtp"), "('spt', 'rpt')"), ((), "('spt', 'rpt')"),
+        ([], "('spt', 'rpt')"), (None, "('spt', 'rpt')"), (1, "('spt', 'rpt')"), (("spt", None), ""), (("spt", 2), ""),
+        (("spt,rpt",), ""), (b"spt", ""), ({"spt": 1}, ""),
+    ],
+)  # fmt: skip
+def test_phases_that_there_are_not(tmp_path, phases, meant):
+    trainer = Trainer(train_run.config(), train_run.log(), train_run.split(), tmp_path)
+    with pytest.raises(InputError) as error:
+        trainer.run(phases)
+    assert f"did you mean {meant}" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_phases_in_any_form(tmp_path):
+    for number, phases in enumerate((["spt", "rpt"], ("rpt", "spt"), {"spt", "rpt"}, ("spt", "rpt", "spt"))):
+        trainer = Trainer(
+            train_run.config(spt_epochs=1, rpt_epochs=1), train_run.log(), train_run.split(), tmp_path / str(number)
+        )
+        assert {row["phase"] for row in trainer.run(phases)} >= {"spt", "rpt"}
+    seen = []
+    Trainer(train_run.config(spt_epochs=1, rpt_epochs=1), train_run.log(), train_run.split(), tmp_path / "0", seen.append).run(
+        ["spt"]
+    )
+    assert any("phase spt is over" in event.get("text", "") for event in seen)
+
+
+def test_a_run_that_has_begun_does_not_start_from_another(tmp_path):
+    train_run.train(tmp_path / "one", ("spt",), spt_epochs=1)
+    train_run.train(tmp_path / "two", ("spt",), spt_epochs=1)
+    with pytest.raises(InputError, match="needs a new folder"):
+        Trainer(train_run.config(), train_run.log(), train_run.split(), tmp_path / "two").start_from(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (SPTConfig, {"lr": float("nan")}), (SPTConfig, {"lr": float("inf")}), (SPTConfig, {"lr": 1e39}),
+        (SPTConfig, {"lr": "0.1"}), (SPTConfig, {"lr": True}), (SPTConfig, {"batch_size": 2.5}),
+        (SPTConfig, {"batch_size": "8"}), (SPTConfig, {"batch_size": torch.ones(2)}), (SPTConfig, {"epochs": None}),
+        (SPTConfig, {"max_steps": 1.0}), (SPTConfig, {"same_step": 1}), (SPTConfig, {"weight_decay": float("nan")}),
+        (RPTConfig, {"beta": float("nan")}), (RPTConfig, {"dropout": float("nan")}), (RPTConfig, {"reward": None}),
+        (EvalConfig, {"ks": 10}), (EvalConfig, {"ks": (10, 2.5)}), (EvalConfig, {"ks": "10"}),
+        (EvalConfig, {"depth_ratios": (float("inf"),)}), (EvalConfig, {"noise_seed": 0.5}), (EvalConfig, {"test": "no"}),
+        (DataConfig, {"path": 3}), (DataConfig, {"valid_fraction": float("nan")}), (RunConfig, {"seed": 1.5}),
+        (RunConfig, {"seed": True}), (RunConfig, {"checkpoint_minutes": float("nan")}), (RunConfig, {"checkpoint_minutes": -1}),
+        (RunConfig, {"spt": {"lr": 1}}), (RunConfig, {"model": None}),
+    ],
+)  # fmt: skip
+def test_values_that_a_setting_cannot_have(kind, values):
+    (name,) = values
+    with pytest.raises(InputError, match=rf"{name} must be"):
+        kind(**values)
+
+
+def test_numbers_of_array_libraries_can_be_saved_and_read_again(tmp_path):
+    config = train_run.config(spt_epochs=1)
+    config = replace(
+        config,
+        spt=replace(config.spt, batch_size=np.int64(128), lr=np.float64(0.001), epochs=torch.tensor(1)),
+        evaluation=replace(config.evaluation, ks=[np.int32(5), 10], noise_seed=np.uint8(3)),
+        model={**config.model, "mean_depth": np.int64(2), "dropout": np.float32(0.5)},
+        seed=np.int64(7),
+    )
+    Trainer(config, train_run.log(), train_run.split(), tmp_path).run(("spt",))
+    assert config.evaluation.ks == (5, 10) and type(config.spt.lr) is float
+    Trainer(config, train_run.log(), train_run.split(), tmp_path).run(("spt",))
+
+
+# Whose run it is
+
+USERS = {f"u{n}": [f"i{(n * 7 + step * (n % 3 + 1)) % 23}" for step in range(6)] for n in range(30)}
+
+
+def small(**changes):
+    return replace(train_run.config(spt_epochs=1), evaluation=EvalConfig(ks=(5, 10)), **changes)
+
+
+def test_another_log_of_the_same_shape_is_refused(tmp_path):
+    """Other raw ids, for the exported ids would no longer fit the model."""
+    log = log_from_sequences(USERS)
+    Trainer(small(), log, leave_one_out(log), tmp_path).run(("spt",))
+    renamed = log_from_sequences({user: [f"x{item}" for item in items] for user, items in USERS.items()})
+    reversed_items = log_from_sequences({user: items[::-1] for user, items in USERS.items()})
+    for other in (renamed, reversed_items):
+        with pytest.raises(InputError, match="another data"):
+            Trainer(small(), other, leave_one_out(other), tmp_path)
+
+
+def test_another_split_of_the_same_name_is_refused(tmp_path):
+    log = log_from_sequences(USERS)
+    times = np.tile(np.arange(6), 30)
+    early, late = (replace(log, times=times + shift) for shift in (np.zeros(180, np.int64), np.repeat(np.arange(30) % 2, 6)))
+    Trainer(small(), early, temporal_split(early, 4, 5), tmp_path).run(("spt",))
+    with pytest.raises(InputError, match="another split of the same name"):
+        Trainer(small(), late, temporal_split(late, 4, 5), tmp_path)
+
+
+def test_the_digest_of_events_knows_raw_ids_and_no_order_of_users():
+    shuffled = dict(sorted(USERS.items(), key=lambda pair: hash(pair[0]) % 7))
+    assert list(shuffled) != list(USERS)
+    digests = [
+        events_digest(log_from_sequences(users))
+        for users in (
+            USERS,
+            shuffled,
+            {**USERS, "u3": USERS["u3"][::-1]},
+            {f"{user}x" if user == "u3" else user: items for user, items in USERS.items()},
+            {user: [item if item != "i5" else "i99" for item in items] for user, items in USERS.items()},
+            {**USERS, "u3": USERS["u4"], "u4": USERS["u3"]},
+        )
+    ]
+    assert digests[0] == digests[1] and len(set(digests)) == 5

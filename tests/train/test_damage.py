@@ -1,0 +1,252 @@
+"""A damaged file of a run is refused by its name, or gives what the whole one gives: never another model without a word."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+import train_run
+
+from lares_fast import serve
+from lares_fast._errors import InputError
+from lares_fast.cli import settings
+from lares_fast.train import Trainer, state
+from lares_fast.train.checkpoint import load_state, load_weights, save_state, save_weights
+from lares_fast.train.finite import NotFiniteError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of both phases with its settings."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train_run.train(out, spt_epochs=1, rpt_epochs=1)
+    settings.save(out / "config.yaml", train_run.config(spt_epochs=1, rpt_epochs=1))
+    return out
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def plain(value):
+    """Tensors, lists and dictionaries in a form that compares."""
+    if isinstance(value, torch.Tensor):
+        return (
+            str(value.dtype),
+            tuple(value.shape),
+            value.contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else value.item(),
+        )
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def served(folder):
+    recommender, about = serve.load_about(folder)
+    return plain(recommender.model.state_dict()), recommender.model.config, recommender.item_ids, about
+
+
+READERS = {
+    "state.pt": lambda folder: plain(state.load_run(folder / "state.pt")),
+    "model.safetensors": served,
+    "item_ids.json": served,
+    "config.yaml": lambda folder: settings.build(folder / "config.yaml").to_dict(),
+}
+
+
+def harmed(content, draw):
+    """``content`` with one kind of damage somewhere."""
+    data, size = bytearray(content), len(content)
+    at, length = draw.randrange(size), draw.choice((1, 16, 64, 512, 4096))
+    match draw.choice(("bit", "bit", "zeros", "noise", "cut", "gap", "swap")):
+        case "bit":
+            data[at] ^= 1 << draw.randrange(8)
+        case "zeros":
+            data[at : at + length] = bytes(len(data[at : at + length]))
+        case "noise":
+            data[at : at + length] = draw.randbytes(len(data[at : at + length]))
+        case "cut":
+            del data[at:]
+        case "gap":
+            del data[at : at + length]
+        case "swap":
+            length = min(length, size // 2)
+            a, b = sorted((draw.randrange(size // length) * length, draw.randrange(size // length) * length))
+            if a < b:
+                data[a : a + length], data[b : b + length] = data[b : b + length], data[a : a + length]
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "tries"), [("state.pt", 150), ("model.safetensors", 200), ("item_ids.json", 150), ("config.yaml", 200)]
+)
+def test_random_damage_is_never_silent(run, copy, name, tries):
+    read, path, draw = READERS[name], copy / name, random.Random(name)
+    whole, content = read(run), path.read_bytes()
+    refused = 0
+    for _ in range(tries):
+        path.write_bytes(harmed(content, draw))
+        try:
+            assert read(copy) == whole
+        except InputError as error:
+            refused += 1
+            assert name in str(error) and "\n" not in str(error) and len(str(error)) < 500
+    assert refused > tries / 2
+
+
+def test_a_flipped_bit_in_a_weight_names_the_checksum(copy):
+    for name in ("state.pt", "model.safetensors"):
+        path = copy / name
+        data = bytearray(path.read_bytes())
+        # The middle of either file is in the weights.
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=rf"{name} is damaged .*checksum"):
+            READERS[name](copy)
+
+
+def test_tampered_parts_of_a_state_are_refused(run, copy):
+    """No key of the state has a default to fall back to."""
+    whole = load_state(run / "state.pt")
+    del whole["format"]
+    for key in set(whole) - {"settings", "seconds", "waited"}:
+        save_state(copy / "state.pt", {name: value for name, value in whole.items() if name != key})
+        with pytest.raises(InputError, match=rf"state\.pt .*lacks '{key}'"):
+            Trainer(train_run.config(spt_epochs=1, rpt_epochs=1), train_run.log(), train_run.split(), copy)
+    weights = whole["model"]
+    name = next(iter(weights))
+    nan = {**weights, name: torch.full_like(weights[name], torch.nan)}
+    wrong = {
+        "phase": ["xyz", 3, None],
+        "step": [-1, 1.5, True, None],
+        "best_value": [float("nan"), "high", None],
+        "history": [{}, [1], [{"phase": "spt"}]],
+        "sums": [{"loss": float("inf")}, []],
+        "model": [{}, {"other": weights[name]}, {**weights, name: weights[name][:1]}, {**weights, name: 3}, nan],
+        "start": [None, {"other": weights[name]}, nan],
+        "best": [{"other": weights[name]}, nan, 5],
+        "optimizer": [{}, {"state": {}, "param_groups": []}, {"state": [], "param_groups": []}, {"state": {0: {"step": "x"}}}],
+        "kept": [{"users": torch.zeros(2)}, {"users": torch.zeros(2), "ends": torch.zeros(3)}],
+        "identity": [{}, {**whole["identity"], "model": None}],
+        "settings": [3, None],
+    }
+    for key, values in wrong.items():
+        for value in values:
+            save_state(copy / "state.pt", {**whole, key: value})
+            with pytest.raises(InputError, match=r"state\.pt"):
+                trainer = Trainer(train_run.config(spt_epochs=1), train_run.log(), train_run.split(), copy)
+                trainer.run(train_run.BOTH)
+
+
+def test_files_of_an_earlier_version_are_read(run, copy):
+    """They have the configuration alone in their metadata, and no checksums."""
+    from safetensors.torch import save_file
+
+    weights, config = load_weights(run / "model.safetensors")
+    save_file(weights, copy / "model.safetensors", {"lares_fast-1": json.dumps(config.to_dict())})
+    assert served(copy)[:3] == served(run)[:3]
+    assert serve.load_about(copy)[1] == {}
+    text = (run / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.partition("\n")[2])
+    assert settings.build(copy / "config.yaml") == settings.build(run / "config.yaml")
+
+
+def test_an_edited_configuration_says_how_to_change_settings(copy):
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("epochs: 1", "epochs: 7"))
+    with pytest.raises(InputError, match=r"config\.yaml is damaged, or was edited: change settings with --set"):
+        settings.build(path)
+    assert settings.build(train_run_yaml(path)).spt.epochs == 7
+
+
+def train_run_yaml(path):
+    """Without the first line the file is the user's own."""
+    path.write_text(path.read_text().partition("\n")[2])
+    return path
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["[]", "3", '"x"', "{}", '{"config": 3}', '{"n_items": "x"}', "[" * 100_000, '{"n_items": 61, "hidden_size": 1e9}',
+     '{"n_items": 61, "mean_depth": "x"}', '{"n_items": 61, "mean_depth": 2.5}', '{"n_items": 61, "dropout": true}'],
+)  # fmt: skip
+def test_odd_metadata_is_refused(run, copy, entry):
+    from safetensors.torch import save_file
+
+    weights, _ = load_weights(run / "model.safetensors")
+    save_file(weights, copy / "model.safetensors", {"lares_fast-1": entry})
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        serve.load(copy)
+
+
+def test_a_size_that_the_weights_do_not_have_takes_no_memory(run, copy):
+    from safetensors.torch import save_file
+
+    weights, config = load_weights(run / "model.safetensors")
+    for changes in (
+        {"hidden_size": 2**40},
+        {"inner_size": 2**50},
+        {"n_items": 2**45},
+        {"n_pre_layers": 10**9},
+        {"max_len": 10**12},
+    ):
+        save_file(weights, copy / "model.safetensors", {"lares_fast-1": json.dumps({**config.to_dict(), **changes})})
+        with pytest.raises(InputError, match=r"model\.safetensors does not fit"):
+            serve.load(copy)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "9" * 5000, '["", ' + "9" * 5000 + "]", "{}", "null", "[1, 1, 1]", '["' + "\\ud800" + '"]', "\x00"]
+)
+def test_odd_item_ids_are_refused(copy, text):
+    weights, config = load_weights(copy / "model.safetensors")
+    save_weights(copy / "model.safetensors", weights, config)
+    (copy / "item_ids.json").write_text(text)
+    with pytest.raises(InputError, match=r"item_ids\.json"):
+        serve.load(copy)
+
+
+@pytest.mark.parametrize("odd", [[True], [None], [1.5], [[1]], [{}]])
+def test_ids_that_training_cannot_have_written_are_refused(copy, odd):
+    weights, config = load_weights(copy / "model.safetensors")
+    save_weights(copy / "model.safetensors", weights, config)
+    (copy / "item_ids.json").write_text(json.dumps([*range(config.n_items - 1), *odd]))
+    with pytest.raises(InputError, match=r"item_ids\.json"):
+        serve.load(copy)
+
+
+def test_weights_that_are_not_finite_are_neither_written_nor_served(run, copy):
+    from safetensors.torch import save_file
+
+    weights, config = load_weights(run / "model.safetensors")
+    for value in (float("nan"), float("inf"), 1e30):
+        bad = {**weights, "input_norm.weight": torch.full_like(weights["input_norm.weight"], value)}
+        if value != 1e30:
+            with pytest.raises(NotFiniteError, match="not finite"):
+                save_weights(copy / "other.safetensors", bad, config)
+            assert not (copy / "other.safetensors").exists()
+        save_file(bad, copy / "model.safetensors", {"lares_fast-1": json.dumps(config.to_dict())})
+        with pytest.raises(InputError, match=r"model\.safetensors holds weights"):
+            serve.load(copy)
+
+
+@pytest.mark.parametrize("harm", ["missing model", "cut model", "missing ids", "other ids", "another model"])
+def test_a_finished_run_mends_what_it_exported(run, copy, harm):
+    model, ids = copy / "model.safetensors", copy / "item_ids.json"
+    match harm:
+        case "missing model":
+            model.unlink()
+        case "cut model":
+            model.write_bytes(model.read_bytes()[:-5])
+        case "missing ids":
+            ids.unlink()
+        case "other ids":
+            ids.write_text(ids.read_text().replace("9", "8"))
+        case "another model":
+            weights, config = load_weights(model)
+            save_weights(model, {name: value + 1 for name, value in weights.items()}, config)
+    train_run.train(copy, spt_epochs=1, rpt_epochs=1)
+    for name in ("model.safetensors", "item_ids.json"):
+        assert (copy / name).read_bytes() == (run / name).read_bytes()

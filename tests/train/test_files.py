@@ -1,0 +1,225 @@
+"""Whole files or none, by one process at a time."""
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import train_run
+
+import lares_fast
+from lares_fast._errors import InputError
+from lares_fast.train import Trainer, files
+from lares_fast.train.checkpoint import load_state
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def start(code, *arguments):
+    """Another process that prints a line when it is ready."""
+    root = Path(lares_fast.__file__).parents[1]
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path):
+    victim, output = tmp_path / "victim", tmp_path / "out.csv"
+    victim.write_text("mine")
+    output.symlink_to(victim)
+    # A name that an earlier version would have written to.
+    (tmp_path / ".out.csv.part").symlink_to(victim)
+    files.write_text(output, "answers")
+    assert victim.read_text() == "mine" and output.read_text() == "answers" and not output.is_symlink()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_the_umask_is_obeyed(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        train_run.train(tmp_path / "run", ("spt",), spt_epochs=1)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").iterdir()}
+    assert len(modes) == 5 and set(modes.values()) == {mode}, modes
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, InputError, SystemExit])
+def test_what_breaks_off_leaves_the_old_file_alone(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(error), files.replacing(path) as file:
+        file.write(b"half")
+        raise error("stop")
+    assert path.read_text() == "old" and names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_refusing_disk_is_told_as_it_is(tmp_path, code, there):
+    path = tmp_path / "state.pt"
+    if there:
+        path.write_text("old")
+
+    class Refusing:
+        def write(self, data):
+            raise OSError(code, os.strerror(code))
+
+        def flush(self):
+            pass
+
+    with pytest.raises(InputError) as error:
+        files.atomic_write(path, lambda _: torch.save({"x": torch.zeros(99)}, Refusing()))
+    text = str(error.value)
+    assert os.strerror(code) in text and "unexpected pos" not in text
+    assert ("the previous file is intact" in text) == there
+    assert ("free the disk" in text) == (code != errno.EIO)
+    assert names(tmp_path) == (["state.pt"] if there else [])
+
+
+def test_an_error_of_the_program_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"):
+        files.atomic_write(tmp_path / "x", lambda _: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+@pytest.mark.parametrize("where", ["file/below", "folder", "long" * 100])
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, where):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="could not be written"):
+        files.write_text(tmp_path / where, "x")
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_writers_at_the_same_time_never_mix(tmp_path):
+    path = tmp_path / "out"
+
+    def write(letter):
+        for _ in range(20):
+            files.write_text(path, letter * 100_000)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    for _ in range(50):
+        if path.exists():
+            text = path.read_text()
+            assert len(text) == 100_000 and len(set(text)) == 1
+    for thread in threads:
+        thread.join()
+    assert names(tmp_path) == ["out"]
+
+
+def test_the_lock_is_exclusive_and_leaves_nothing(tmp_path):
+    with files.locked(tmp_path / "run"):
+        with pytest.raises(InputError, match="run is in use"), files.locked(tmp_path / "run"):
+            pass
+        with files.locked(tmp_path / "other"):
+            pass
+    with files.locked(tmp_path / "run"):
+        pass
+    assert names(tmp_path / "run") == names(tmp_path / "other") == []
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    other = start(
+        """
+        import sys; from pathlib import Path; from lares_fast.train import files
+        with files.locked(Path(sys.argv[1])):
+            print("held", flush=True); sys.stdin.read()
+        """,
+        tmp_path,
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="is in use"), files.locked(tmp_path):
+        pass
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    assert names(tmp_path) == [".lock"]
+    with files.locked(tmp_path):
+        pass
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_said_and_borne(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    seen = []
+    trainer = Trainer(train_run.config(spt_epochs=1), train_run.log(), train_run.split(), tmp_path, seen.append)
+    trainer.run(("spt",))
+    assert any("has no locks" in event.get("text", "") for event in seen)
+    assert ".lock" not in names(tmp_path)
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(InputError, match=r"\.lock could not be written"), files.locked(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "victim").exists()
+
+
+def test_two_trainers_of_one_folder(tmp_path):
+    """While the first runs, in this process or another, the second is refused and changes nothing."""
+    refused = []
+
+    def trainer(lr, emit=lambda _: None):
+        config = train_run.config(spt_epochs=1)
+        return Trainer(replace(config, spt=replace(config.spt, lr=lr)), train_run.log(), train_run.split(), tmp_path, emit)
+
+    second = trainer(0.01)
+
+    def meanwhile(event):
+        if event["event"] == "step" and not refused:
+            for other in (second, trainer(0.01), first):
+                with pytest.raises(InputError, match="in use") as error:
+                    other.run(("spt",))
+                refused.append(error)
+
+    first = trainer(0.001, meanwhile)
+    first.run(("spt",))
+    assert len(refused) == 3
+    assert load_state(tmp_path / "state.pt")["settings"]["spt.lr"] == 0.001
+    # It was made before the first run wrote its state, of which it knows nothing.
+    with pytest.raises(InputError, match="was changed by another run"):
+        second.run(("spt",))
+    # The same trainer may go on with what it wrote itself.
+    first.run(train_run.BOTH)
+
+
+def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
+    train_run.train(tmp_path, ("spt",), spt_epochs=1)
+    before = names(tmp_path)
+    left = [".state.pt.0123456789abcdef", ".model.safetensors.abcd_123", ".config.yaml.0123456789abcdef"]
+    mine = [".state.pt.swp", ".notes.0123456789abcdef", "state.pt.0123456789abcdef", ".state.pt.0123456789ABCDEF"]
+    for name in left + mine:
+        (tmp_path / name).write_text("x")
+    train_run.train(tmp_path, ("spt",), spt_epochs=1)
+    assert names(tmp_path) == sorted(before + mine)
+
+
+def test_a_cut_line_of_events_swallows_no_other(tmp_path):
+    path = tmp_path / "events.jsonl"
+    files.append_line(path, "one")
+    path.write_bytes(path.read_bytes() + b'{"cut')
+    files.append_line(path, "two")
+    files.append_line(path, "three")
+    assert path.read_text().splitlines() == ["one", '{"cut', "two", "three"]
