@@ -106,19 +106,16 @@ def run(
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Run ``steps``, ``jobs`` at a time, each for up to ``seconds`` and none beyond ``end`` (by ``clock``)."""
-    stopped = threading.Event()
-
     def result_of(step: Step, switch: Mapping[str, str]) -> dict[str, Any] | None:
         """None if there was no time for it."""
         if step.skip:
             return {**skipped(step.skip), "seconds": 0}
         left = min(seconds, end - clock())
-        if stopped.is_set() or left < _LEAST:
+        if left < _LEAST:
             return None
         # A rehearsal must not compile, and a GPU must not interpret.
         environ = {"TRITON_INTERPRET": "1" if rehearse else "0", **step.environ, **switch}
-        result = run_step(step.call, seconds=left, environ=environ, under=step.under, **step.arguments)
-        return None if stopped.is_set() else result
+        return run_step(step.call, seconds=left, environ=environ, under=step.under, **step.arguments)
 
     def attempt(names: Iterable[str]) -> None:
         for name in names:
@@ -136,7 +133,6 @@ def run(
                 for done in as_completed([pool.submit(call, *given) for given in calls]):
                     done.result()
             except BaseException:
-                stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -169,7 +165,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         number = f"worst {result['worst']:.2f} of its bound, first call {result['first_call_s']} s" if "law" in result else ""
         last = result.get("log", "").strip().splitlines()[-1:]
         said = [*result.get("faults", []), result.get("why", ""), result.get("said", ""), *last, number]
-        text = "; ".join(filter(None, said))[:300]
+        text = "; ".join(part[:1000] for part in said if part)
         if healed:
             text += f" (passes {', '.join(healed)})"
         lines.append(f"| {name} | {result['status']} | {result.get('seconds', '')} | {text.replace('|', '/')} |")

@@ -11,12 +11,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -30,31 +31,20 @@ ARCHITECTURES = (80, 86, 90, 100, 120)
 TABLES = ("topk", "target_rank")
 
 
-# The processes of the steps that run now.
+# The processes that run now; and whether a signal has ended them.
 _running: set[subprocess.Popen[str]] = set()
+_stopped = threading.Event()
 
 
 def run_step(
     name: str, *, seconds: float, environ: Mapping[str, str] | None = None, under: Sequence[str] = (), **arguments: Any
 ) -> dict[str, Any]:
-    """Run a step in a process of its own, by the command ``under``: its result, or how it failed, and how long it took.
-
-    When it ends, so does every process that it has started: what is left would keep the GPU.
-    """
+    """Run a step in a process of its own, by the command ``under``: its result, or how it failed, and how long it took."""
     command = [*under, sys.executable, "-P", "-m", "lares_fast.cli.steps", name, json.dumps(arguments)]
     began = time.monotonic()
     # Files, because a pipe stays open as long as any child of the step holds it.
     with TemporaryFile("w+") as out, TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **(environ or {})}, stdout=out, stderr=log, text=True, start_new_session=True
-        )
-        _running.add(process)
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _end(process)
+        code = run_command(command, seconds=seconds, environ=environ, out=out, log=log)
         took = round(time.monotonic() - began, 1)
         out.seek(0)
         log.seek(0)
@@ -68,28 +58,53 @@ def run_step(
     return {"seconds": took, **json.loads(results[-1])}
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End the process and all of its group."""
+def run_command(
+    command: Sequence[str], *, seconds: float, out: IO[str], log: IO[str], environ: Mapping[str, str] | None = None
+) -> int | None:
+    """The exit code of ``command``, or None if it took longer.
+
+    When it ends, so does every process that it has started: what is left would keep the GPU.
+    """
+    process = subprocess.Popen(
+        command, env={**os.environ, **(environ or {})}, stdout=out, stderr=log, text=True, start_new_session=True
+    )
+    _running.add(process)
+    try:
+        code = None if _stopped.is_set() else process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        _kill(process)
+        process.wait()
+        _running.discard(process)
+    if _stopped.is_set():
+        raise KeyboardInterrupt
+    return code
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill all of the group of the process."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    _running.discard(process)
 
 
 @contextmanager
 def leaving_none_behind() -> Iterator[None]:
-    """At the end of the ``with`` block, also by SIGTERM, no process of a step is left."""
+    """Within the ``with`` block, in the main thread, Ctrl-C and SIGTERM end what :func:`run_command` has started, in any thread."""
 
     def stop(*_: object) -> None:
+        _stopped.set()
+        for process in list(_running):
+            _kill(process)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    _stopped.clear()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for process in list(_running):
-            _end(process)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _sanitizer(lines: Sequence[str]) -> str:
