@@ -30,11 +30,14 @@ WORK = Path(tempfile.gettempdir()) / "lares_fast-gpu"
 # Seconds after the start by which each phase is over; and what the table at the end may take.
 UNTIL = {"build": 100, "checks": 220, "speed": 390}
 TABLE = 5
+# A first call leaves time for a second.
+TOTAL, REHEARSAL = 420, 1200
 
 
-def phases(total):
-    """The ends of the phases, cut to ``total`` seconds."""
-    return {name: max(0.0, min(until, total - TABLE)) for name, until in UNTIL.items()}
+def phases(total, rehearse=False):
+    """The ends of the phases, cut to ``total`` seconds; a rehearsal has that alone, because its machine may be slow."""
+    latest = max(0.0, total - TABLE)
+    return {name: latest if rehearse else min(until, latest) for name, until in UNTIL.items()}
 
 
 def assemble():
@@ -190,12 +193,16 @@ def checked_out():
 def arguments(argv):
     parser = argparse.ArgumentParser(description="The first run on a GPU: build, check and time.")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the results; made if it is not there")
-    parser.add_argument("--total", metavar="SECONDS", type=float, default=420, help="for all together (default: 420)")
+    parser.add_argument("--total", metavar="SECONDS", type=float, help=f"for all together (default: {TOTAL})")
     parser.add_argument("--jobs", metavar="N", type=int, help="checks at the same time (default: 10; 2 in a rehearsal)")
     parser.add_argument("--only", metavar="NAME", nargs="+", help="steps, rows or groups; or failed REPORT")
     parser.add_argument("--commit", help="of the sources, where git is not there to say it")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with the installed package")
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    for name in ("total", "jobs"):
+        if (value := getattr(given, name)) is not None and not value > 0:
+            parser.error(f"--{name} must be greater than 0, but is {value:g}")
+    return given
 
 
 def main(argv=None):
@@ -214,7 +221,7 @@ def main(argv=None):
         before = gpu_plan.read(Path(given.only[1])) if given.only and given.only[0] == "failed" else {}
     except InputError as error:
         sys.exit(f"first.py: {error}")
-    ends = phases(given.total)
+    ends = phases(given.total or (REHEARSAL if given.rehearse else TOTAL), given.rehearse)
     # Nothing is told without the machine and the module.
     report = gpu_day.Report(given.out / "results.json", dict.fromkeys(["build", "record", *names]), before)
     built = threading.Event()
