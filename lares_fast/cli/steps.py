@@ -90,19 +90,26 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def leaving_none_behind() -> Iterator[None]:
-    """Within the ``with`` block, in the main thread, Ctrl-C and SIGTERM end what :func:`run_command` has started, in any thread."""
+    """At the end of the ``with`` block, also by Ctrl-C or SIGTERM, nothing runs that :func:`run_command` started in any thread.
 
-    def stop(*_: object) -> None:
+    For the main thread, which alone has signals.
+    """
+
+    def end() -> None:
         _stopped.set()
         for process in list(_running):
             _kill(process)
+
+    def stop(*_: object) -> None:
+        end()
         raise KeyboardInterrupt
 
-    _stopped.clear()
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        if _running:
+            end()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -90,3 +90,41 @@ def test_arithmetic_in_bf16_is_refused(kernels, memory, error):
     x = torch.ones(16, dtype=torch.bfloat16)
     with pytest.raises(error, match="bf16 may only be"):
         kernels.double[(1,)](x, 16)
+
+
+# What NumPy 2.5 refuses older ones warn of. Triton up to 3.6 does it where a number bounds a loop or counts programs.
+@pytest.mark.filterwarnings("error:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+@pytest.mark.parametrize("op", ["attention", "linear_cross_entropy", "recurrence"])
+def test_no_array_is_taken_for_a_number(memory, op):
+    from lares_fast.ops import _trials
+
+    trial = _trials.trial(op, integers=False)
+    found, truth = trial.results("triton", torch.float32), trial.truth(torch.float32)
+    for name, value in found.forward.items():
+        torch.testing.assert_close(value.double(), truth.forward[name], rtol=1e-4, atol=1e-4)
+
+
+def test_one_number_is_an_index_and_more_are_not():
+    import operator
+
+    import numpy as np
+    from lares_fast.kernels._interpreted import patch_tensor
+
+    class Tensor:
+        """What Triton patches; its data as the interpreter holds them."""
+
+        def __init__(self, data):
+            self.handle = type("Handle", (), {"data": data})
+
+    class Scope:
+        set_attr = staticmethod(setattr)
+
+    try:
+        patch_tensor(Tensor, Scope)
+    except TypeError:
+        # Triton 3.5 undoes nothing.
+        patch_tensor(Tensor)
+    for shape in ((), (1,), (1, 1)):
+        assert operator.index(Tensor(np.full(shape, 3))) == 3
+    with pytest.raises(ValueError):
+        operator.index(Tensor(np.arange(2)))
