@@ -92,16 +92,32 @@ def test_arithmetic_in_bf16_is_refused(kernels, memory, error):
         kernels.double[(1,)](x, 16)
 
 
+def calls():
+    """A small call of each op, of rows [8, 64] on a backend."""
+    from lares_fast import LARESConfig, ops, reference
+
+    offsets, items, config = torch.tensor([0, 8]), torch.randn(40, 64), LARESConfig(n_items=2, inner_size=64, n_core_layers=1)
+    weights = [weight.detach() for weight in reference.Recurrence(config).parameters()]
+    how = {"n_heads": 2, "depth": 1, "longest": 8}
+    return {
+        "attention": lambda x, on: ops.attention(*3 * [x.view(8, 2, 32)], offsets, 8, backend=on),
+        "linear_cross_entropy": lambda x, on: ops.target_logprob(x, items, torch.arange(8), backend=on),
+        "recurrence": lambda x, on: ops.recurrence(x, offsets, weights, pre=x, backend=on, **how),
+    }
+
+
 # What NumPy 2.5 refuses older ones warn of. Triton up to 3.6 does it where a number bounds a loop or counts programs.
 @pytest.mark.filterwarnings("error:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
 @pytest.mark.parametrize("op", ["attention", "linear_cross_entropy", "recurrence"])
 def test_no_array_is_taken_for_a_number(memory, op):
-    from lares_fast.ops import _trials
-
-    trial = _trials.trial(op, integers=False)
-    found, truth = trial.results("triton", torch.float32), trial.truth(torch.float32)
-    for name, value in found.forward.items():
-        torch.testing.assert_close(value.double(), truth.forward[name], rtol=1e-4, atol=1e-4)
+    call, x = calls()[op], torch.randn(8, 64)
+    found = {}
+    for backend in ("triton", "reference"):
+        leaf = x.clone().requires_grad_()
+        out = call(leaf, backend)
+        found[backend] = out.detach(), *torch.autograd.grad(out, leaf, torch.linspace(-1, 1, out.numel()).view_as(out))
+    for ours, theirs in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_one_number_is_an_index_and_more_are_not():
