@@ -203,7 +203,15 @@ class NativeBuild:
 
     def key(self, cuda: str, nvcc: str) -> str:
         """Names a build folder after all that CMake remembers in it."""
-        parts = [str(ROOT), cuda, nvcc, self.archs if nvcc else "", sys.implementation.cache_tag or "", sysconfig.get_path("include"), platform.machine()]
+        parts = [
+            str(ROOT),
+            cuda,
+            nvcc,
+            self.archs if nvcc else "",
+            sys.implementation.cache_tag or "",
+            sysconfig.get_path("include"),
+            platform.machine(),
+        ]
         if nvcc:
             parts.append(subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout)
         parts += [os.environ.get(name, "") for name in COMPILER_SETTINGS]

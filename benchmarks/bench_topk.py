@@ -66,7 +66,12 @@ def faiss_settings(*values):
 # Read before anything is set: from how many queries on faiss multiplies by BLAS differs by its version.
 FAISS_OWN = {} if faiss is None else {name: getattr(faiss.cvar, name) for name in faiss_settings(0, 0, 0, 0)}
 # A product by BLAS in large and in small blocks, and none.
-FAISS_TRIED = (FAISS_OWN, faiss_settings(1, 4096, 1024, 100), faiss_settings(1, 256, 4096, 1), faiss_settings(2**30, 4096, 1024, 1))
+FAISS_TRIED = (
+    FAISS_OWN,
+    faiss_settings(1, 4096, 1024, 100),
+    faiss_settings(1, 256, 4096, 1),
+    faiss_settings(2**30, 4096, 1024, 1),
+)
 
 
 def faiss_flat(items):

@@ -51,7 +51,6 @@ def arithmetic(self, left, right, op):
 stock_arithmetic = InterpreterBuilder.binary_op
 
 
-
 def patch_tensor(tensor, *scope):
     """As Triton patches its tensors, and one that holds a single number can be an index.
 

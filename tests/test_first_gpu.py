@@ -1,4 +1,4 @@
-"""``lares-fast gpu-day`` and benchmarks/gpu/first.py as machinery: what is chosen, what time is left for, what is left behind."""
+"""``lares-fast gpu-day`` and benchmarks/gpu as machinery: what is chosen, what there is time for, what is left behind."""
 
 import inspect
 import io
@@ -102,7 +102,9 @@ def test_a_step_that_does_not_exist_fails(report, monkeypatch):
 
 def test_the_report_is_whole_after_every_step(report, monkeypatch):
     seen = []
-    monkeypatch.setattr(gpu_day, "run_step", lambda *_, **__: seen.append(written(report)) or {"status": "passed", "seconds": 1})
+    monkeypatch.setattr(
+        gpu_day, "run_step", lambda *_, **__: seen.append(written(report)) or {"status": "passed", "seconds": 1}
+    )
     assert set(written(report).values()) == {"not reached"}
     gpu_day.run(hello_steps("record", "hello", "repeat"), report, rehearse=True, seconds=9)
     assert [sum(status == "passed" for status in one.values()) for one in seen] == [0, 1, 2]

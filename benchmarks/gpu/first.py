@@ -83,7 +83,7 @@ def architecture():
 
 
 def build_commands():
-    """Configure and compile, with neither pip nor setuptools; CUDA for ``LARES_FAST_CUDA_ARCHS``, else for the card that is here."""
+    """Configure and compile, with neither pip nor setuptools; for ``LARES_FAST_CUDA_ARCHS``, else for the card that is here."""
     import pybind11
 
     import lares_fast

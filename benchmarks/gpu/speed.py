@@ -1,11 +1,12 @@
-"""Speed on one GPU against the fastest ways known in PyTorch. first.py runs it; each row is checked, timed and written by itself.
+"""Speed on one GPU against the fastest ways known in PyTorch. first.py runs it; each row is checked, timed and written.
 
 Candidates take turns, by events of the device around as many calls as fill 20 ms; a row has the median of the turns, the
-fastest and the slowest. A candidate whose result is not the reference's within its bound fails its row, which is then not timed.
+fastest and the slowest. A candidate whose result is not the reference's within its bound fails its row: it is not timed then.
 A floor is what the machine, as measured in the first row, needs for the bytes and the operations alone.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -167,7 +168,9 @@ def near(truth, bound):
         found = found if isinstance(found, (tuple, list)) else [found]
         pairs = zip(found, truth, strict=True)
         errors = [(x.detach().double() - want).abs().max() / want.abs().max().maximum(least) for x, want in pairs]
-        return [f"tensor {i} is off by {error:.2g} of its largest number" for i, error in enumerate(errors) if not error <= bound]
+        return [
+            f"tensor {i} is off by {error:.2g} of its largest number" for i, error in enumerate(errors) if not error <= bound
+        ]
 
     return check
 
@@ -223,13 +226,13 @@ def in_tf32(call):
 def ceilings(m):
     """Bandwidth of a copy, rates of products, and the time of a launch."""
     size, n = (64, 2**14) if m.rehearse else (8192, 2**30)
-    a, b = torch.randn(n, device=m.device), torch.empty(n, device=m.device)
 
     def median(call):
         call()
         return 1e-3 * statistics.median(m.milliseconds({"": call})[""])
 
-    m.copy = 8 * n / median(lambda: b.copy_(a))
+    a, b = torch.randn(n, device=m.device), torch.empty(n, device=m.device)
+    m.copy = 8 * n / median(functools.partial(b.copy_, a))
     del a, b
     for name, dtype in (("fp32", FP32), ("tf32", FP32), ("bf16", BF16)):
         x, y = (torch.randn(size, size, device=m.device).to(dtype) for _ in range(2))

@@ -81,7 +81,7 @@ def _ops() -> dict[str, str]:
     """What ``explain`` says of a small example of each op, on the CPU and on the GPU if there is one."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     weights = [weight.detach() for weight in reference.Recurrence(LARESConfig(n_items=2)).parameters()]
-    said = {}
+    said: dict[str, str] = {}
     for device in devices:
         query, items = torch.zeros(4, 64, device=device), torch.zeros(100, 64, device=device)
         target, offsets = (torch.tensor(x, device=device) for x in ([0, 0, 0, 0], [0, 4]))
@@ -104,7 +104,11 @@ def _text(report: dict[str, Any]) -> str:
     lines.append(f"{'gpu':<12} {report['gpu']}")
     lines.append(f"{'native':<12} {'built' if build['native'] else build['reason']}")
     archs = ", ".join(build.get("cuda_archs", ()))
-    cuda = f"{build['cuda_reason']} for {archs}; {report['capability']}" if build["cuda_built"] else f"not built: {build['cuda_reason']}"
+    cuda = (
+        f"{build['cuda_reason']} for {archs}; {report['capability']}"
+        if build["cuda_built"]
+        else f"not built: {build['cuda_reason']}"
+    )
     lines.append(f"{'CUDA code':<12} {cuda}")
     lines.append(f"{'tuned':<12} {'; '.join(report['tuned']) or 'nothing: lares-fast tune measures on a GPU'}")
     known = ("native", "reason", "cuda_built", "cuda_reason", "cuda_archs")

@@ -42,7 +42,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with Triton's interpreter in the GPU's place")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="folder of the report (default: here)")
     parser.add_argument(
-        "--only", metavar="NAME", nargs="+", help="these steps or groups; or failed REPORT: what failed there or was not reached"
+        "--only",
+        metavar="NAME",
+        nargs="+",
+        help="these steps or groups; or failed REPORT: what failed there or was not reached",
     )
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="steps at the same time (default: 1)")
     parser.add_argument("--seconds", type=float, default=600, help="for each step (default: 600)")
@@ -106,6 +109,7 @@ def run(
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Run ``steps``, ``jobs`` at a time, each for up to ``seconds`` and none beyond ``end`` (by ``clock``)."""
+
     def result_of(step: Step, switch: Mapping[str, str]) -> dict[str, Any] | None:
         """None if there was no time for it."""
         if step.skip:
@@ -146,7 +150,9 @@ def run(
         if name not in FIRST:
             lanes.setdefault(step.lane or name, []).append(name)
     in_turns(attempt, [(lane,) for lane in lanes.values()])
-    wrong = [name for name in steps if name.partition(":")[0] in DIAGNOSED and report.found[name]["status"] in ("failed", "hung")]
+    wrong = [
+        name for name in steps if name.partition(":")[0] in DIAGNOSED and report.found[name]["status"] in ("failed", "hung")
+    ]
     switches = _switches(report.found.get("record", {}))
     in_turns(diagnose, [(name, what) for name in wrong[:_MOST_DIAGNOSED] for what in switches])
 

@@ -26,7 +26,6 @@ from torch import Tensor
 from lares_fast import __version__, _dispatch, _native, ops
 from lares_fast.cli.steps import (
     DTYPES,
-    TABLES,
     device_of,
     equal,
     faults_of,
@@ -38,7 +37,7 @@ from lares_fast.cli.steps import (
     skipped,
     verdict,
 )
-from lares_fast.ops import _canary, _trials, _triton
+from lares_fast.ops import _canary, _trials
 
 Result = dict[str, Any]
 _PROPERTIES = (

@@ -179,12 +179,17 @@ def test_steps_run_as_many_at_a_time_as_asked_but_those_of_a_lane_in_turn(day, m
 
 def test_a_day_ends_with_1_unless_all_passed(tmp_path, monkeypatch, capsys):
     status = "failed"
-    monkeypatch.setattr(gpu_day, "run_step", lambda name, **_: {"status": status if name == "hello" else "passed", "seconds": 0})
+    monkeypatch.setattr(
+        gpu_day, "run_step", lambda name, **_: {"status": status if name == "hello" else "passed", "seconds": 0}
+    )
     arguments = ["gpu-day", "--rehearse", "--out", str(tmp_path), "--only", "hello"]
     assert main(arguments) == 1
     (file,) = tmp_path.iterdir()
     # The machine is told in every report.
-    assert {name: one["status"] for name, one in json.loads(file.read_text()).items()} == {"record": "passed", "hello": "failed"}
+    assert {name: one["status"] for name, one in json.loads(file.read_text()).items()} == {
+        "record": "passed",
+        "hello": "failed",
+    }
     file.rename(tmp_path / "before.json")
     status = "passed"
     assert main([*arguments[:-1], "failed", str(tmp_path / "before.json")]) == 0
@@ -225,8 +230,8 @@ def test_a_rehearsal_finds_a_wrong_kernel(monkeypatch, tmp_path):
 
 @needs_no_gpu
 @pytest.mark.parametrize(("build", "line"), [
-    ({"native": True, "reason": "", "cuda_built": False, "cuda_reason": "no GPU was seen when it was installed (nvidia-smi -L)"},
-     "CUDA code    not built: no GPU was seen when it was installed (nvidia-smi -L)"),
+    ({"native": True, "reason": "", "cuda_built": False, "cuda_reason": "no GPU was seen (nvidia-smi -L)"},
+     "CUDA code    not built: no GPU was seen (nvidia-smi -L)"),
     ({"native": True, "reason": "", "cuda_built": True, "cuda_reason": "built by nvcc 13.0.88", "cuda_archs": ["90-real"]},
      "CUDA code    built by nvcc 13.0.88 for 90-real; no device"),
     ({"native": False, "reason": "these are bare sources", "cuda_built": False, "cuda_reason": "there is no native module"},

@@ -21,7 +21,9 @@ def test_the_sanitizer_would_watch_every_kernel(monkeypatch):
 
 
 PLANTED = {
-    "a seed that is not read": ("replays:attention", "_tiles", "keep_attention(tl.load(SEED),", "keep_attention(0 * tl.load(SEED),"),
+    "a seed that is not read": (
+        "replays:attention", "_tiles", "keep_attention(tl.load(SEED),", "keep_attention(0 * tl.load(SEED),",
+    ),
     "a tile of items that is left out": (
         "large_linear_cross_entropy", "linear_cross_entropy", "triton.cdiv(N, run.keywords", "-1 + triton.cdiv(N, run.keywords",
     ),

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,7 +66,8 @@ def test_without_a_gpu_no_cuda_code_is_compiled_unasked(sources, builder, runner
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     wheel, output = builder.wheel(sources, tmp_path, LARES_FAST_CUDA="auto", PATH=path)
     (line,) = lines_about_cuda(output)
-    reason = "no GPU was seen when it was installed (nvidia-smi -L lists none): set LARES_FAST_CUDA=1 to compile the CUDA code anyway"
+    remedy = "set LARES_FAST_CUDA=1 to compile the CUDA code anyway"
+    reason = f"no GPU was seen when it was installed (nvidia-smi -L lists none): {remedy}"
     assert line == f"lares_fast: native module built without CUDA: {reason}"
     info = unpacked_info(runner, wheel, tmp_path / "unpacked")
     assert info["native"] and not info["cuda_built"] and info["cuda_reason"] == reason
@@ -122,24 +122,29 @@ def test_a_package_without_init_is_an_error(sources, builder, tmp_path):
     assert result.code != 0 and "lares_fast/forgotten would not be installed" in result.output
 
 
-def cmake(tmp_path, *options):
-    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *options]
-    pybind11 = pytest.importorskip("pybind11")
-    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+def cmake(builder, tmp_path, *options):
+    programs = builder.path.parent
+    pybind11 = builder.ok("-m", "pybind11", "--cmakedir", cwd=tmp_path).strip()
+    command = [programs / "cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *options]
+    command += [
+        f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}",
+        f"-Dpybind11_DIR={pybind11}",
+        f"-DPython_EXECUTABLE={builder.path}",
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("archs", ["91", "80;91", "80,90", "all", "80;"])
-def test_cmake_alone_refuses_an_unknown_architecture(tmp_path, archs):
-    done = cmake(tmp_path, "-DLARES_FAST_CUDA=0", f"-DLARES_FAST_CUDA_ARCHS={archs}")
+def test_cmake_alone_refuses_an_unknown_architecture(builder, tmp_path, archs):
+    done = cmake(builder, tmp_path, "-DLARES_FAST_CUDA=0", f"-DLARES_FAST_CUDA_ARCHS={archs}")
     assert done.returncode != 0
     assert f"LARES_FAST_CUDA_ARCHS={archs} is not known: name some of 80;90;100;120" in " ".join(done.stderr.split())
 
 
-def test_cmake_compiles_for_the_architecture_that_is_asked_for(tmp_path):
+def test_cmake_compiles_for_the_architecture_that_is_asked_for(builder, tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on the PATH")
-    done = cmake(tmp_path, "-DLARES_FAST_CUDA=1", "-DLARES_FAST_CUDA_ARCHS=90")
+    done = cmake(builder, tmp_path, "-DLARES_FAST_CUDA=1", "-DLARES_FAST_CUDA_ARCHS=90")
     assert done.returncode == 0, done.stderr
     rules = (tmp_path / "build/build.ninja").read_text()
     assert set(re.findall(r"code=\[?((?:sm|compute)_\d+(?:,(?:sm|compute)_\d+)*)", rules)) <= {"sm_90", "compute_90"}

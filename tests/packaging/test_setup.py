@@ -102,7 +102,9 @@ def test_a_driver_that_hangs_is_not_waited_for(script, driver, monkeypatch):
 @pytest.mark.parametrize(("cuda", "lines", "asked"), [
     ("auto", "exit 1", ["0"]), ("auto", ONE_GPU, ["auto"]), ("1", "exit 1", ["1"]), ("0", ONE_GPU, ["0"]),
 ])  # fmt: skip
-def test_cuda_code_is_compiled_where_a_gpu_is_seen_or_it_is_asked_for(script, driver, monkeypatch, tmp_path, cuda, lines, asked):
+def test_cuda_code_is_compiled_where_a_gpu_is_seen_or_it_is_asked_for(
+    script, driver, monkeypatch, tmp_path, cuda, lines, asked
+):
     driver(lines)
     (tmp_path / "nvcc").touch(mode=0o755)
     monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))

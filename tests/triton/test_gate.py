@@ -29,7 +29,7 @@ DOTS = {"attention_forward": 2, "attention_backward_query": 3, "attention_backwa
 TILES = {"attention_forward": 3, "attention_backward_query": 5, "attention_backward_key_value": 4}
 # By bytes of a row of a head. Two programs of 64 threads leave room for six more at 128 registers a thread.
 REGISTERS = {32: 144, 64: 176, 128: 240, 256: 200, 512: 255}
-# What a Triton takes above the ceilings of this file: version -> (what, kernel, head or model width, dtype, dropout) -> ceiling.
+# What a Triton takes above the ceilings of this file: version -> (what, kernel, width, dtype, dropout) -> ceiling.
 # To measure again, run this file under that Triton: every kernel above its ceiling is told with its numbers.
 ABOVE = {
     "3.6": {
@@ -114,7 +114,7 @@ def test_the_gate_sees_a_kernel_above_its_ceiling():
 
     kernel = SimpleNamespace(name="softmax_forward", registers=240, stack=17)
     hold(kernel, 64, torch.float32, 0.0, registers=240, stack=17)
-    with pytest.raises(AssertionError, match="softmax_forward, width 64, .*: 17 stack > 16"):
+    with pytest.raises(AssertionError, match=r"softmax_forward, width 64, .*: 17 stack > 16"):
         hold(kernel, 64, torch.float32, 0.0, registers=240, stack=16)
     for (what, name, width, dtype, drop), ceiling in ABOVE.get(triton.__version__.rpartition(".")[0], {}).items():
         kernel = SimpleNamespace(name=name, **{what: ceiling + 1})
