@@ -62,6 +62,8 @@ def test_what_failed_or_was_not_reached_is_chosen_from_a_report(tmp_path):
     place.write_text(json.dumps({name: {"status": status} for name, status in zip(NAMES, statuses, strict=True)}))
     wanted = ["correctness:topk:cuda:float32", "correctness:topk:triton", "speed:topk:B1"]
     assert gpu_plan.chosen(["failed", str(place)], NAMES) == wanted
+    # Of what this plan does not have, such as a row, nothing is chosen.
+    assert gpu_plan.chosen(["failed", str(place)], NAMES[:4]) == wanted[:2]
     place.write_text(json.dumps({name: {"status": "passed"} for name in NAMES}))
     assert gpu_plan.chosen(["failed", str(place)], NAMES) == []
 
@@ -151,6 +153,13 @@ def test_rows_are_cut_where_the_time_ends(report, monkeypatch):
     speed.run(["a", "b", "c"], speed.Machine(rehearse=True), report, lines, end=50, clock=lambda: now[0])
     assert [json.loads(line)["row"] for line in lines.getvalue().splitlines()] == ["a", "b"]
     assert "c" not in report.found and report.found["a"]["status"] == "passed"
+
+
+def test_a_row_that_hangs_is_known_by_the_report(report, monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "ROWS", {"a": lambda machine: seen.append(written(report)["a"]) or {"status": "passed"}})
+    speed.run(["a"], speed.Machine(rehearse=True), report, io.StringIO(), end=float("inf"))
+    assert seen == ["begun"]
 
 
 def test_a_row_whose_check_fails_is_failed_and_not_timed():

@@ -140,8 +140,7 @@ def checks(steps, report, built, *, rehearse, jobs, began, ends):
     how = {"rehearse": rehearse, "jobs": jobs, "seconds": ends["checks"], "end": began + ends["checks"]}
     native = {name: step for name, step in steps.items() if step.native}
     plain = {name: step for name, step in steps.items() if not step.native}
-    at_once = threading.Thread(target=gpu_day.run, args=(plain, report), kwargs=how)
-    at_once.start()
+    at_once = start(gpu_day.run, plain, report, **how)
     if rehearse:
         # On few cores, one after the other.
         at_once.join()
@@ -154,6 +153,18 @@ def checks(steps, report, built, *, rehearse, jobs, began, ends):
     elif not hopeless(report.found):
         gpu_day.run(native, report, **how)
     at_once.join()
+
+
+def start(call, *arguments, **how):
+    """A thread with this call; that a signal has ended it is told by the main thread."""
+
+    def run():
+        with contextlib.suppress(KeyboardInterrupt):
+            call(*arguments, **how)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
 
 
 def hopeless(found):
@@ -214,6 +225,7 @@ def main(argv=None):
     from lares_fast.cli import gpu_day, gpu_plan
     from lares_fast.cli.steps import leaving_none_behind
 
+    sys.path.insert(0, str(HERE))
     rows = importlib.import_module("speed").ROWS
     steps = gpu_plan.plan(rehearse=given.rehearse, quick=given.rehearse)
     try:
@@ -234,7 +246,7 @@ def main(argv=None):
             built.set()
 
     with leaving_none_behind():
-        threading.Thread(target=make, daemon=True).start()
+        start(make)
         asked = {name: step for name, step in steps.items() if name == "record" or name in names}
         jobs = given.jobs or (2 if given.rehearse else 10)
         checks(asked, report, built, rehearse=given.rehearse, jobs=jobs, began=began, ends=ends)
@@ -252,4 +264,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        # What was known is on the disk.
+        sys.exit(130)

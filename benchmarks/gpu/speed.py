@@ -530,6 +530,8 @@ def run(names, machine, report, lines, end, clock=time.monotonic):
     for name in names:
         if end - clock() < LEAST:
             return
+        # A row that hangs is known by this.
+        report.put(name, {"status": "begun"})
         began = time.monotonic()
         if not machine.rehearse:
             torch.cuda.empty_cache()

@@ -117,8 +117,8 @@ def chosen(asked: Sequence[str] | None, names: Iterable[str]) -> list[str]:
     if asked[0] == "failed":
         if len(asked) != 2:
             raise InputError("--only failed takes one report: --only failed REPORT.")
-        asked = [name for name, result in read(Path(asked[1])).items() if not is_well(result)]
-    # What a report has beside steps, such as a build, is not chosen here.
+        before = read(Path(asked[1]))
+        return [name for name in names if name in before and not is_well(before[name])]
     found = [name for name in names if any(name == one or name.startswith(f"{one}:") for one in asked)]
     for one in asked:
         if not any(name == one or name.startswith(f"{one}:") for name in names):

@@ -104,6 +104,7 @@ def leaving_none_behind() -> Iterator[None]:
         end()
         raise KeyboardInterrupt
 
+    _stopped.clear()
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
