@@ -1,6 +1,6 @@
 """Build of lares_fast: pure Python plus one native module, ``lares_fast._C``, that CMake makes from csrc/.
 
-LARES_FAST_BUILD and LARES_FAST_CUDA steer it (docs/env.md). The metadata stands in pyproject.toml.
+LARES_FAST_BUILD, LARES_FAST_CUDA and LARES_FAST_CUDA_ARCHS steer it (docs/env.md). The metadata stands in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -26,6 +28,9 @@ ROOT = Path(__file__).resolve().parent
 MODULE = "lares_fast._C"
 SUPPORTED = "Linux x86-64 or aarch64 with a 64-bit CPython"
 CUDA_FOLDERS = ("/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda")
+CUDA_ARCHS = ("80", "90", "100", "120")
+# The driver answers in well under a second, but it may hang.
+DRIVER_SECONDS = 20
 # What changes the objects beside the sources; a build folder is reused only under the same values.
 COMPILER_SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
@@ -46,6 +51,39 @@ def switch(name: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise stop(f"{name}={value!r} is not known: use {', '.join(allowed[:-1])} or {allowed[-1]}.")
     return value
+
+
+def architectures(name: str = "LARES_FAST_CUDA_ARCHS") -> str:
+    """The GPU architectures to compile for, separated by commas; unset and empty mean all."""
+    asked = [part.strip() for part in (os.environ.get(name) or ",".join(CUDA_ARCHS)).split(",")]
+    if unknown := [part for part in asked if part not in CUDA_ARCHS]:
+        raise stop(f"{name} has {unknown[0]!r}, which is not known: name some of {','.join(CUDA_ARCHS)}, separated by commas.")
+    return ",".join(arch for arch in CUDA_ARCHS if arch in asked)
+
+
+def no_gpu() -> str | None:
+    """Why CUDA code is not compiled unasked, or None where a GPU is seen. The driver lists its GPUs and starts none."""
+    try:
+        process = subprocess.Popen(
+            ["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        )
+    except OSError:
+        return unseen("nvidia-smi -L: there is no such program")
+    try:
+        said, _ = process.communicate(timeout=DRIVER_SECONDS)
+    except subprocess.TimeoutExpired:
+        # Not waited for: a process that a driver holds does not end.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return unseen(f"nvidia-smi -L did not answer within {DRIVER_SECONDS} s")
+    if process.returncode:
+        return unseen(f"nvidia-smi -L failed with code {process.returncode}")
+    return None if re.search(r"^GPU \d+:", said, re.MULTILINE) else unseen("nvidia-smi -L lists none")
+
+
+def unseen(what: str) -> str:
+    """The reason of a build without CUDA code on a machine that shows no GPU."""
+    return f"no GPU was seen when it was installed ({what}): set LARES_FAST_CUDA=1 to compile the CUDA code anyway"
 
 
 def pure_reason(build: str) -> str | None:
@@ -117,9 +155,10 @@ def locked(folder: Path) -> Iterator[None]:
 class NativeBuild:
     """One CMake build of csrc/ in build/cmake-<key>, where a later build finds its objects again."""
 
-    def __init__(self, version: str, cuda: str) -> None:
+    def __init__(self, version: str, cuda: str, archs: str) -> None:
         self.version = version
         self.cuda = cuda
+        self.archs = archs
         self.cmake = tool("cmake", "CMAKE_BIN_DIR")
         self.ninja = tool("ninja", "BIN_DIR")
 
@@ -127,6 +166,8 @@ class NativeBuild:
         """Build the module and return its file."""
         if self.cuda == "0":
             return self.build("0", "LARES_FAST_CUDA=0 when it was installed")
+        if self.cuda == "auto" and (reason := no_gpu()) is not None:
+            return self.build("0", reason)
         if (nvcc := find_nvcc(os.environ)) is None:
             reason = "no nvcc found (looked in CUDACXX, CUDA_HOME, CUDA_PATH, PATH and " + ", ".join(CUDA_FOLDERS) + ")"
             return self.without_cuda(reason)
@@ -162,7 +203,15 @@ class NativeBuild:
 
     def key(self, cuda: str, nvcc: str) -> str:
         """Names a build folder after all that CMake remembers in it."""
-        parts = [str(ROOT), cuda, nvcc, sys.implementation.cache_tag or "", sysconfig.get_path("include"), platform.machine()]
+        parts = [
+            str(ROOT),
+            cuda,
+            nvcc,
+            self.archs if nvcc else "",
+            sys.implementation.cache_tag or "",
+            sysconfig.get_path("include"),
+            platform.machine(),
+        ]
         if nvcc:
             parts.append(subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout)
         parts += [os.environ.get(name, "") for name in COMPILER_SETTINGS]
@@ -182,6 +231,7 @@ class NativeBuild:
             f"-Dpybind11_DIR={pybind11_folder()}",
             f"-DPACKAGE_VERSION={self.version}",
             f"-DLARES_FAST_CUDA={cuda}",
+            f"-DLARES_FAST_CUDA_ARCHS={self.archs.replace(',', ';')}",
             f"-DCUDA_OFF_REASON={reason}",
         ]  # fmt: skip
         return subprocess.run(command, env=environ, check=False).returncode == 0
@@ -198,7 +248,7 @@ class BuildNative(build_ext):
         """Build and copy ``ext``."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(NativeBuild(self.distribution.get_version(), CUDA).run(), target)
+        shutil.copyfile(NativeBuild(self.distribution.get_version(), CUDA, ARCHS).run(), target)
 
 
 class BuildPython(build_py):
@@ -229,6 +279,7 @@ def packages() -> list[str]:
 
 BUILD = switch("LARES_FAST_BUILD", ("auto", "none"))
 CUDA = switch("LARES_FAST_CUDA", ("auto", "0", "1"))
+ARCHS = architectures()
 PURE = pure_reason(BUILD)
 
 

@@ -50,6 +50,24 @@ def arithmetic(self, left, right, op):
 
 stock_arithmetic = InterpreterBuilder.binary_op
 
+
+def patch_tensor(tensor, *scope):
+    """As Triton patches its tensors, and one that holds a single number can be an index.
+
+    Up to Triton 3.8 the interpreter makes an int of an array of one element, which NumPy 2.5 refuses.
+    """
+    stock_patch_tensor(tensor, *scope)
+    index = lambda self: self.handle.data.item()  # noqa: E731
+    if scope:
+        scope[0].set_attr(tensor, "__index__", index)
+    else:
+        tensor.__index__ = index
+
+
+stock_patch_tensor = interpreter._patch_lang_tensor
+# Changes no number, so it is not undone.
+interpreter._patch_lang_tensor = patch_tensor
+
 # Method of the interpreter -> what takes its place.
 HONEST = {"cast_impl": cast, "create_fp_to_fp": cast, "create_dot": dot, "binary_op": arithmetic}
 

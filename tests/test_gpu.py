@@ -3,13 +3,18 @@
 import pytest
 import torch
 
-from lares_fast.cli.gpu_steps import STEPS
+from lares_fast.cli.gpu_plan import plan
 from lares_fast.cli.steps import run_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+STEPS = plan(rehearse=False, quick=True)
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_step(name):
-    result = run_step(name, seconds=600, environ={"TRITON_INTERPRET": "0"}, rehearse=False, quick=True)
+    step = STEPS[name]
+    if step.skip:
+        pytest.skip(step.skip)
+    environ = {"TRITON_INTERPRET": "0", **step.environ}
+    result = run_step(step.call, seconds=600, environ=environ, under=step.under, **step.arguments)
     assert result["status"] in ("passed", "skipped"), result

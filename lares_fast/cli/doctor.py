@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import torch
 
-from lares_fast import __version__, _dispatch, _native, _settings
+from lares_fast import LARESConfig, __version__, _dispatch, _native, _settings, reference
 from lares_fast.ops import _tuned
 
 # Extra -> the modules that it brings.
@@ -21,8 +21,7 @@ _EXTRAS = {
     "train": ("jsonargparse", "yaml", "rich", "pyarrow", "matplotlib"),
     "triton": ("triton",),
     "tb": ("tensorboard",),
-    "bench": ("pytest_benchmark", "faiss", "psutil"),
-    "recbole": ("recbole",),
+    "bench": ("pytest_benchmark", "faiss", "matplotlib"),
 }
 
 
@@ -81,13 +80,20 @@ def _tuned_calls() -> list[str]:
 def _ops() -> dict[str, str]:
     """What ``explain`` says of a small example of each op, on the CPU and on the GPU if there is one."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    said = {}
+    weights = [weight.detach() for weight in reference.Recurrence(LARESConfig(n_items=2)).parameters()]
+    said: dict[str, str] = {}
     for device in devices:
         query, items = torch.zeros(4, 64, device=device), torch.zeros(100, 64, device=device)
-        said[f"topk, fp32 on {device}"] = _dispatch.explain("topk", query, items, 10, None, None)
-        target = torch.zeros(4, dtype=torch.int64, device=device)
-        for op in ("target_rank", "linear_cross_entropy"):
-            said[f"{op}, fp32 on {device}"] = _dispatch.explain(op, query, items, target)
+        target, offsets = (torch.tensor(x, device=device) for x in ([0, 0, 0, 0], [0, 4]))
+        heads = query.view(4, 2, 32)
+        calls: dict[str, tuple[Any, ...]] = {
+            "recurrence": (query, offsets, [weight.to(device) for weight in weights]),
+            "attention": (heads, heads, heads, offsets, 4),
+            "linear_cross_entropy": (query, items, target),
+            "topk": (query, items, 10, None, None),
+            "target_rank": (query, items, target),
+        }
+        said |= {f"{op}, fp32 on {device}": _dispatch.explain(op, *arguments) for op, arguments in calls.items()}
     return said
 
 
@@ -97,9 +103,15 @@ def _text(report: dict[str, Any]) -> str:
     lines.append(f"{'cpu':<12} {cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} torch threads")
     lines.append(f"{'gpu':<12} {report['gpu']}")
     lines.append(f"{'native':<12} {'built' if build['native'] else build['reason']}")
-    lines.append(f"{'CUDA code':<12} {'built' if build['cuda_built'] else build['cuda_reason']}; {report['capability']}")
+    archs = ", ".join(build.get("cuda_archs", ()))
+    cuda = (
+        f"{build['cuda_reason']} for {archs}; {report['capability']}"
+        if build["cuda_built"]
+        else f"not built: {build['cuda_reason']}"
+    )
+    lines.append(f"{'CUDA code':<12} {cuda}")
     lines.append(f"{'tuned':<12} {'; '.join(report['tuned']) or 'nothing: lares-fast tune measures on a GPU'}")
-    known = ("native", "reason", "cuda_built", "cuda_reason")
+    known = ("native", "reason", "cuda_built", "cuda_reason", "cuda_archs")
     lines += [f"  {name:<10} {value}" for name, value in build.items() if name not in known]
     for extra, modules in report["extras"].items():
         missing = [name for name, there in modules.items() if not there]

@@ -1,14 +1,10 @@
-"""Steps of ``lares-fast gpu-day`` at the edges: a sanitizer's, forked children, seeds within graphs, offsets beyond 2^31."""
+"""Steps of ``lares-fast gpu-day`` at the edges: a sanitizer's, forked children, graphs and their seeds, offsets beyond 2^31."""
 
 from __future__ import annotations
 
 import os
-import re
-import shutil
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,12 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from lares_fast import _native, ops, reference
 from lares_fast._random import Draw
-from lares_fast.cli.steps import device_of, equal, gpu_backends, kernels_of, passed, run_step, skipped, verdict
+from lares_fast.cli.steps import device_of, equal, gpu_backends, kernels_of, passed, skipped, verdict
 from lares_fast.config import LARESConfig
 from lares_fast.ops import _recurrence_triton, _trials, _triton
 
 Result = dict[str, Any]
-_SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _HALF = torch.bfloat16
 
 
@@ -33,35 +28,6 @@ def small(rehearse: bool, quick: bool) -> Result:
             for dtype in (torch.float32,) if backend == "cuda" else (torch.float32, _HALF):
                 _trials.trial(op, integers=False).results(backend, dtype, device_of(rehearse))
     return passed()
-
-
-def sanitizer(rehearse: bool, quick: bool) -> Result:
-    """The tools of compute-sanitizer on :func:`small`; a rehearsal runs that without them."""
-    program = shutil.which("compute-sanitizer")
-    if rehearse:
-        return run_step("small", seconds=300, rehearse=True, quick=True)
-    if program is None:
-        return skipped("compute-sanitizer is not on the PATH: it comes with the CUDA toolkit")
-    faults, seconds = [], {}
-    for tool in _SANITIZERS[:1] if quick else _SANITIZERS:
-        with TemporaryDirectory() as folder:
-            log = Path(folder) / "log"
-            under = [program, "--tool", tool, "--error-exitcode", "1", "--log-file", str(log)]
-            # Freed blocks that are kept would hide what reads behind them.
-            environ = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            done = run_step("small", seconds=200, environ=environ, under=under, rehearse=False, quick=True)
-            said = log.read_text() if log.exists() else ""
-        seconds[tool] = done["seconds"]
-        if done["status"] != "passed":
-            faults.append(f"{tool}: {_first_error(said) or done.get('log', '').strip()[-300:] or done['status']}")
-    return verdict(faults, sanitizers=seconds)
-
-
-def _first_error(log: str) -> str:
-    """What the log of a sanitizer says first and last, without paths."""
-    lines = [line.strip("= \n") for line in log.splitlines() if line.startswith("=========")]
-    kept = [line for line in lines if line and not line.startswith("COMPUTE-SANITIZER")]
-    return "; ".join(re.sub(r"\S*/\S*", "...", line) for line in [*kept[:2], *kept[2:][-1:]])
 
 
 class _OnTheCPU(Dataset[Tensor]):
@@ -97,25 +63,52 @@ def fork(rehearse: bool, quick: bool) -> Result:
     return verdict(faults)
 
 
-def replays(rehearse: bool, quick: bool) -> Result:
+def replays(rehearse: bool, quick: bool, op: str) -> Result:
     """Dropout in a captured graph follows the seed on the device; a rehearsal calls where a GPU replays."""
     faults = []
     with kernels_of(rehearse):
-        for name, prepare in {"attention": _attention_by_seed, "recurrence": _recurrence_by_seed}.items():
-            call, seed = prepare(device_of(rehearse))
-            replay = call if rehearse else _captured(call)
+        call, seed = {"attention": _attention_by_seed, "recurrence": _recurrence_by_seed}[op](device_of(rehearse))
+        replay = call if rehearse else _captured(call)
 
-            def under(value: int, run: Callable[[], Tensor] = replay, seed: Tensor = seed) -> Tensor:
-                seed.fill_(value)
-                return run()
+        def under(value: int, run: Callable[[], Tensor] = replay) -> Tensor:
+            seed.fill_(value)
+            return run()
 
-            first, again, other, back = (under(value) for value in (7, 7, 8, 7))
-            if not torch.equal(first, again) or not torch.equal(first, back):
-                faults.append(f"{name}: replays with one seed differ")
-            if torch.equal(first, other):
-                faults.append(f"{name}: a new seed gives the masks of the old")
-            if not torch.equal(other, under(8, call)):
-                faults.append(f"{name}: a replay with a new seed differs from a call")
+        first, again, other, back = (under(value) for value in (7, 7, 8, 7))
+        if not torch.equal(first, again) or not torch.equal(first, back):
+            faults.append("replays with one seed differ")
+        if torch.equal(first, other):
+            faults.append("a new seed gives the masks of the old")
+        if not torch.equal(other, under(8, call)):
+            faults.append("a replay with a new seed differs from a call")
+    return verdict(faults)
+
+
+def capture(rehearse: bool, quick: bool, op: str) -> Result:
+    """A captured graph of the public op follows new inputs; a rehearsal calls where a GPU replays."""
+    backend = "triton" if op in ("target_logprob", "attention", "recurrence") else "reference" if rehearse else "cuda"
+    if backend == "cuda" and not (said := _native.capability()).startswith("ok"):
+        return skipped(said)
+    device, faults = device_of(rehearse), []
+    given = torch.randn(40, 64).to(device)
+    items, target = torch.randn(500, 64).to(device), torch.arange(40, device=device)
+    offsets, heads = torch.tensor([0, 33, 40], device=device), given.view(40, 2, 32)
+    _, _, weights, n_heads = _recurrence(64, torch.float32, device, B=1)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "target_logprob": lambda: ops.target_logprob(given, items, target, backend=backend),
+        "attention": lambda: ops.attention(heads, heads, heads, offsets, 33, backend=backend),
+        "recurrence": lambda: ops.recurrence(
+            given, offsets, weights, n_heads=n_heads, pre=given, depth=2, longest=33, backend=backend
+        ),
+        "topk": lambda: torch.stack([part.double() for part in ops.topk(given, items, 10, backend=backend)]),
+        "target_rank": lambda: ops.target_rank(given, items, target, backend=backend),
+    }
+    with kernels_of(rehearse), torch.no_grad():
+        replay = calls[op] if rehearse else _captured(calls[op])
+        for number in range(1 if rehearse else 3):
+            given.copy_(torch.randn_like(given))
+            if not torch.equal(replay(), calls[op]()):
+                faults.append(f"replay {number} with new inputs differs from a call")
     return verdict(faults)
 
 
@@ -280,3 +273,5 @@ LARGE: dict[str, Callable[..., Result]] = {
     "large_recurrence": _large(large_recurrence, 12, 2**14),
     "large_catalog": _large_catalog,
 }
+
+STEPS: dict[str, Callable[..., Result]] = {"small": small, "fork": fork, "replays": replays, "capture": capture, **LARGE}

@@ -11,7 +11,7 @@ import torch
 from lares_fast import _dispatch
 from lares_fast._errors import BackendError
 from lares_fast.cli.console import notice
-from lares_fast.cli.steps import ARCHITECTURES, DTYPES, by_the_law, ops_with_triton, run_step
+from lares_fast.cli.steps import ARCHITECTURES, DTYPES, by_the_law, faults_of, ops_with_triton, run_step
 from lares_fast.ops import _trials
 
 _COLUMNS = ("op", "backend", "device", "dtype", "error", "twin", "bound", "verdict")
@@ -67,7 +67,7 @@ def _row(op: str, backend: str, device: str, dtype: str) -> dict[str, Any]:
     except BackendError as error:
         reason = str(error).partition(": ")[2].rstrip(".") or str(error)
         return _cells(op, backend, device, dtype, f"cannot run: {reason}")
-    faults = [one.fault for one in verdicts if one.fault] + [f"{name} is not exact" for name in differ]
+    faults = faults_of(verdicts, differ)
     said = f"fail: {'; '.join(faults)}" if faults else "pass" if verdicts else "pass, exact"
     if not verdicts:
         return _cells(op, backend, device, dtype, said)

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import torch
 
@@ -27,22 +31,100 @@ ARCHITECTURES = (80, 86, 90, 100, 120)
 TABLES = ("topk", "target_rank")
 
 
+# The processes that run now; and whether a signal has ended them.
+_running: set[subprocess.Popen[str]] = set()
+_stopped = threading.Event()
+
+
 def run_step(
-    name: str, *, seconds: float, environ: dict[str, str] | None = None, under: Sequence[str] = (), **arguments: Any
+    name: str, *, seconds: float, environ: Mapping[str, str] | None = None, under: Sequence[str] = (), **arguments: Any
 ) -> dict[str, Any]:
     """Run a step in a process of its own, by the command ``under``: its result, or how it failed, and how long it took."""
     command = [*under, sys.executable, "-P", "-m", "lares_fast.cli.steps", name, json.dumps(arguments)]
     began = time.monotonic()
+    # Files, because a pipe stays open as long as any child of the step holds it.
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as log:
+        code = run_command(command, seconds=seconds, environ=environ, out=out, log=log)
+        took = round(time.monotonic() - began, 1)
+        out.seek(0)
+        log.seek(0)
+        said, complaint = out.read().splitlines(), log.read()[-2000:]
+    if code is None:
+        return {"status": "hung", "seconds": took, "log": f"{_public(complaint)}\nnothing came within {seconds:g} s".lstrip()}
+    results = [line for line in said if line.startswith("{")]
+    if code or not results:
+        told = "\n".join(filter(None, [complaint.strip(), _sanitizer(said)]))
+        return {"status": "failed", "seconds": took, "log": _public(told) or f"it ended with code {code} and said nothing"}
+    return {"seconds": took, **json.loads(results[-1])}
+
+
+def run_command(
+    command: Sequence[str], *, seconds: float, out: IO[str], log: IO[str], environ: Mapping[str, str] | None = None
+) -> int | None:
+    """The exit code of ``command``, or None if it took longer.
+
+    When it ends, so does every process that it has started: what is left would keep the GPU.
+    """
+    process = subprocess.Popen(
+        command, env={**os.environ, **(environ or {})}, stdout=out, stderr=log, text=True, start_new_session=True
+    )
+    _running.add(process)
     try:
-        done = subprocess.run(
-            command, env={**os.environ, **(environ or {})}, capture_output=True, text=True, timeout=seconds, check=False
-        )
+        code = None if _stopped.is_set() else process.wait(max(0.0, seconds))
     except subprocess.TimeoutExpired:
-        return {"status": "hung", "seconds": round(time.monotonic() - began, 1), "log": f"nothing came within {seconds:g} s"}
-    took = round(time.monotonic() - began, 1)
-    if done.returncode:
-        return {"status": "failed", "seconds": took, "log": done.stderr[-2000:]}
-    return {"seconds": took, **json.loads(done.stdout.splitlines()[-1])}
+        code = None
+    finally:
+        _kill(process)
+        process.wait()
+        _running.discard(process)
+    if _stopped.is_set():
+        raise KeyboardInterrupt
+    return code
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill all of the group of the process."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def leaving_none_behind() -> Iterator[None]:
+    """At the end of the ``with`` block, also by Ctrl-C or SIGTERM, nothing runs that :func:`run_command` started in any thread.
+
+    For the main thread, which alone has signals.
+    """
+
+    def end() -> None:
+        _stopped.set()
+        for process in list(_running):
+            _kill(process)
+
+    def stop(*_: object) -> None:
+        end()
+        raise KeyboardInterrupt
+
+    _stopped.clear()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if _running:
+            end()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _sanitizer(lines: Sequence[str]) -> str:
+    """What compute-sanitizer says first and last."""
+    kept = [line.strip("= \n") for line in lines if line.startswith("=========")]
+    kept = [line for line in kept if line and not line.startswith("COMPUTE-SANITIZER")]
+    return "; ".join([*kept[:2], *kept[2:][-1:]])
+
+
+def _public(text: str) -> str:
+    """A log for strangers' eyes: of paths, the names of the files alone."""
+    return re.sub(r"/(?:[^\s/:\"']+/)+", ".../", text)
 
 
 def passed(**facts: Any) -> dict[str, Any]:
@@ -70,15 +152,19 @@ def by_the_law(
 ) -> tuple[list[Verdict], list[str]]:
     """The law's verdicts on a trial of ``op``, and the names of whole numbers that differ."""
     trial = _trials.trial(op, integers=False, **variant)
-    results, twin, truth = trial.results(backend, dtype, device), trial.twin(dtype), trial.truth(dtype)
+    return judged(trial, trial.results(backend, dtype, device), dtype)
+
+
+def judged(trial: _trials.Trial, results: _trials.Results, dtype: torch.dtype) -> tuple[list[Verdict], list[str]]:
+    """The law's verdicts on ``results`` of ``trial``, and the names of whole numbers that differ."""
+    twin, truth = trial.twin(dtype), trial.truth(dtype)
     verdicts = judge("forward", results.forward, twin.forward, truth.forward) if truth.forward else []
     verdicts += judge("gradient", results.gradients, twin.gradients, truth.gradients) if truth.gradients else []
     return verdicts, [name for name, want in truth.exact.items() if not torch.equal(results.exact[name], want)]
 
 
-def faults_by_the_law(op: str, backend: str, dtype: torch.dtype, device: str = "cpu", **variant: Any) -> list[str]:
-    """What :func:`by_the_law` finds wrong."""
-    verdicts, differ = by_the_law(op, backend, dtype, device, **variant)
+def faults_of(verdicts: Sequence[Verdict], differ: Sequence[str]) -> list[str]:
+    """What :func:`judged` finds wrong, in words."""
     return [fault for one in verdicts if (fault := one.fault)] + [f"{name}: not exact" for name in differ]
 
 
@@ -118,7 +204,7 @@ def interpret(ops: list[str], dtypes: list[str]) -> dict[str, Any]:
     with interpreted():
         for op in ops:
             for dtype in dtypes:
-                found[f"{op} {dtype}"] = faults_by_the_law(op, "triton", DTYPES[dtype])
+                found[f"{op} {dtype}"] = faults_of(*by_the_law(op, "triton", DTYPES[dtype]))
     return passed(found=found)
 
 
@@ -136,14 +222,11 @@ def compile_for(ops: list[str], dtypes: list[str], architectures: list[int], shi
     return passed(found=found)
 
 
-def _steps() -> dict[str, Callable[..., dict[str, Any]]]:
-    return {
-        "interpret": interpret,
-        "compile_for": compile_for,
-        **import_module("lares_fast.cli.gpu_steps").STEPS,
-        "small": import_module("lares_fast.cli.gpu_limits").small,
-    }
+def all_steps() -> dict[str, Callable[..., dict[str, Any]]]:
+    """Every step by its name."""
+    gpu = {**import_module("lares_fast.cli.gpu_steps").STEPS, **import_module("lares_fast.cli.gpu_limits").STEPS}
+    return {"interpret": interpret, "compile_for": compile_for, **gpu}
 
 
 if __name__ == "__main__":
-    print(json.dumps(_steps()[sys.argv[1]](**json.loads(sys.argv[2]))))
+    print(json.dumps(all_steps()[sys.argv[1]](**json.loads(sys.argv[2]))))

@@ -1,11 +1,13 @@
 """``lares-fast report``, ``warmup`` and ``gpu-day`` on a machine without a GPU."""
 
 import json
+import threading
+import time
 
 import pytest
 import torch
 
-from lares_fast.cli import gpu_day, main, steps
+from lares_fast.cli import gpu_day, gpu_plan, main, steps
 from lares_fast.ops import _canary, _trials, _triton
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -105,33 +107,111 @@ def test_a_step_that_ends_badly_is_told():
     assert steps.run_step("alone", seconds=0.05, rehearse=True, quick=True)["status"] == "hung"
 
 
-def test_steps_go_on_after_a_failure_and_its_cure_is_the_diagnosis(monkeypatch):
+def planned(*names):
+    plan = gpu_plan.plan(rehearse=False, quick=True)
+    return {name: plan[name] for name in names}
+
+
+@pytest.fixture
+def day(tmp_path):
+    """``day(names)`` runs these steps and gives the report."""
+
+    def run(*names, **how):
+        report = gpu_day.Report(tmp_path / "report.json", names)
+        gpu_day.run(planned(*names), report, rehearse=False, seconds=9, **how)
+        assert json.loads(report.place.read_text()) == report.found
+        return report.found
+
+    return run
+
+
+WRONG = "correctness:attention:triton:float32"
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_steps_go_on_after_a_failure_and_its_cure_is_the_diagnosis(day, monkeypatch, jobs):
     asked = []
 
-    def answer(name, *, environ, **_):
-        asked.append((name, environ.get("DISABLE_MMA_V3")))
-        bad = name == "canaries" and not environ.get("DISABLE_MMA_V3")
-        return {"status": "failed" if bad else "passed", "seconds": 1, **({"faults": ["attention is off"]} if bad else {})}
+    def answer(name, *, environ, **arguments):
+        asked.append((name, *(switch for switch in ("DISABLE_MMA_V3", "DISABLE_MMA_V5") if switch in environ)))
+        bad = arguments.get("op") == "attention" and not environ.get("DISABLE_MMA_V3")
+        facts = {"gpus": [{"major": 9}]} if name == "record" else {"faults": ["out is off"]} if bad else {}
+        return {"status": "failed" if bad else "passed", "seconds": 1, **facts}
 
     monkeypatch.setattr(gpu_day, "run_step", answer)
-    found = gpu_day.run(["record", "canaries", "boundaries"], rehearse=False, quick=False, seconds=1)
+    found = day("record", WRONG, "boundaries", jobs=jobs)
     assert found["boundaries"]["status"] == "passed"
-    assert ("canaries", "1") in asked
-    assert "| canaries | failed | 1 | attention is off (passes without WGMMA) |" in gpu_day.table(found)
+    assert ("correctness", "DISABLE_MMA_V3") in asked
+    # Of Blackwell.
+    assert not any("DISABLE_MMA_V5" in one for one in asked)
+    assert f"| {WRONG} | failed | 1 | out is off (passes without WGMMA) |" in gpu_day.table(found)
 
 
-def test_nothing_is_asked_of_a_broken_machine(monkeypatch):
-    monkeypatch.setattr(gpu_day, "run_step", lambda *_, **__: {"status": "failed", "seconds": 1, "log": "no driver"})
-    assert list(gpu_day.run(["record", "alone", "hello"], rehearse=False, quick=True, seconds=1)) == ["record"]
+@pytest.mark.parametrize("broken", ["record", "alone"])
+def test_nothing_is_asked_of_a_broken_machine(day, monkeypatch, broken):
+    def answer(name, **_):
+        return {"status": "failed" if name == broken else "passed", "seconds": 1, "log": "no driver"}
+
+    monkeypatch.setattr(gpu_day, "run_step", answer)
+    found = day("record", "alone", "hello")
+    assert found[broken]["status"] == "failed"
+    assert found["hello"] == {"status": "not reached"}
+
+
+def test_steps_run_as_many_at_a_time_as_asked_but_those_of_a_lane_in_turn(day, monkeypatch):
+    lock, running, most = threading.Lock(), [], {"any": 0, "large": 0}
+
+    def answer(name, **_):
+        with lock:
+            running.append(name)
+            most["any"] = max(most["any"], len(running))
+            most["large"] = max(most["large"], sum(one.startswith("large") for one in running))
+        time.sleep(0.05)
+        with lock:
+            running.remove(name)
+        return {"status": "passed", "seconds": 0}
+
+    monkeypatch.setattr(gpu_day, "run_step", answer)
+    found = day("hello", "streams", "fork", "boundaries", "large_attention", "large_recurrence", "large_catalog", jobs=3)
+    assert most == {"any": 3, "large": 1}
+    assert {one["status"] for one in found.values()} == {"passed"}
+
+
+def test_a_day_ends_with_1_unless_all_passed(tmp_path, monkeypatch, capsys):
+    status = "failed"
+    monkeypatch.setattr(
+        gpu_day, "run_step", lambda name, **_: {"status": status if name == "hello" else "passed", "seconds": 0}
+    )
+    arguments = ["gpu-day", "--rehearse", "--out", str(tmp_path), "--only", "hello"]
+    assert main(arguments) == 1
+    (file,) = tmp_path.iterdir()
+    # The machine is told in every report.
+    assert {name: one["status"] for name, one in json.loads(file.read_text()).items()} == {
+        "record": "passed",
+        "hello": "failed",
+    }
+    file.rename(tmp_path / "before.json")
+    status = "passed"
+    assert main([*arguments[:-1], "failed", str(tmp_path / "before.json")]) == 0
+    assert "| hello | passed |" in capsys.readouterr().out
+    for wrong in (["--only", "helo"], ["--jobs", "0"], ["--total", "-1"], ["--only", "failed", "nowhere"]):
+        assert main([*arguments[:4], *wrong]) == 2
+        assert capsys.readouterr().err.startswith(f"lares-fast: error: {wrong[0]}")
 
 
 @pytest.mark.interpreted
 def test_a_rehearsal(tmp_path, capsys):
-    asked = [part for name in ("record", "alone", "hello", "repeat", "boundaries", "graphs") for part in ("--step", name)]
-    assert main(["gpu-day", "--rehearse", "--quick", "--out", str(tmp_path), *asked]) == 0
+    names = ("record", "alone", "hello", "boundaries", "graphs", "correctness:linear_cross_entropy")
+    arguments = ["--jobs", "2", "--total", "600", "--only", *names]
+    assert main(["gpu-day", "--rehearse", "--quick", "--out", str(tmp_path), *arguments]) == 0
     (file,) = tmp_path.iterdir()
     found = json.loads(file.read_text())
-    assert [found[name]["status"] for name in found] == ["passed"] * 5 + ["skipped"]
+    assert [found[name]["status"] for name in names[:5]] == ["passed"] * 4 + ["skipped"]
+    right = found["correctness:linear_cross_entropy:triton:float32"]
+    assert right["first_call_s"] > 0
+    assert {"logprob", "d items"} <= set(right["law"])
+    for one in right["law"].values():
+        assert 0 < one["error"] <= one["bound"]
     assert "| graphs | skipped |" in capsys.readouterr().out
 
 
@@ -143,8 +223,49 @@ def test_a_rehearsal_finds_a_wrong_kernel(monkeypatch, tmp_path):
 
     bug = ("attention", "weight = p * factor", "weight = p")
     triton_interpreter.plant(monkeypatch, tmp_path, ("_random", "_tiles", "attention"), *bug)
-    # The other ops' canaries are passed by the kernels in tests/triton/test_canary.py.
-    monkeypatch.setattr(gpu_steps, "ops_with_triton", lambda: ["attention"])
-    result = gpu_steps.canaries(rehearse=True, quick=True)
+    result = gpu_steps.correctness(True, True, "attention", "triton", "float32", {})
     assert result["status"] == "failed"
-    assert result["faults"]
+    assert any("canary" in fault for fault in result["faults"]) and any(": error " in fault for fault in result["faults"])
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(("build", "line"), [
+    ({"native": True, "reason": "", "cuda_built": False, "cuda_reason": "no GPU was seen (nvidia-smi -L)"},
+     "CUDA code    not built: no GPU was seen (nvidia-smi -L)"),
+    ({"native": True, "reason": "", "cuda_built": True, "cuda_reason": "built by nvcc 13.0.88", "cuda_archs": ["90-real"]},
+     "CUDA code    built by nvcc 13.0.88 for 90-real; no device"),
+    ({"native": False, "reason": "these are bare sources", "cuda_built": False, "cuda_reason": "there is no native module"},
+     "native       these are bare sources"),
+])  # fmt: skip
+def test_doctor_tells_what_was_built_and_why(build, line, monkeypatch, capsys):
+    from lares_fast import _native
+
+    monkeypatch.setattr(_native, "build_info", lambda: build)
+    monkeypatch.setattr(_native, "capability", lambda: "no device")
+    assert main(["doctor"]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_doctor_shows_every_op_and_only_extras_that_something_imports(capsys):
+    import re
+    import tomllib
+    from pathlib import Path
+
+    from lares_fast import _dispatch
+    from lares_fast.cli import doctor
+
+    assert main(["doctor", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    shown = {name.partition(",")[0] for name in told["ops"] if name.endswith("on cpu")}
+    # The others are parts of these.
+    assert shown == set(_trials.ops()) <= set(_dispatch._TABLE)
+    root = Path(__file__).parents[2]
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(doctor._EXTRAS) == set(declared) - {"dev"}
+    folders = ("lares_fast", "kernels", "benchmarks")
+    sources = "".join(path.read_text() for folder in folders for path in (root / folder).rglob("*.py"))
+    for extra, modules in doctor._EXTRAS.items():
+        for module in modules:
+            # pytest finds its plugin by itself.
+            if module != "pytest_benchmark":
+                assert re.search(rf"(import |from |\(\"|\.){module}\b", sources), f"nothing imports {module} of [{extra}]"

@@ -1,24 +1,14 @@
 """The steps of ``lares-fast gpu-day`` at the edges: rehearsed by Triton's interpreter, and what they find wrong."""
 
-import json
 import os
 import sys
 
 import pytest
 import torch
 
-from lares_fast.cli import gpu_limits, main
+from lares_fast.cli import gpu_day, gpu_limits, gpu_plan
 
 FILES = ("_random", "_tiles", "attention", "linear_cross_entropy", "_layers", "recurrence", "_recurrence_backward")
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("name", ["fork", "replays", *gpu_limits.LARGE])
-def test_a_rehearsal(name, tmp_path, capsys):
-    assert main(["gpu-day", "--rehearse", "--out", str(tmp_path), "--step", name]) == 0
-    (file,) = tmp_path.iterdir()
-    assert json.loads(file.read_text())[name]["status"] == ("skipped" if name == "large_catalog" else "passed")
-    assert f"| {name} | " in capsys.readouterr().out
 
 
 @pytest.mark.interpreted
@@ -31,7 +21,9 @@ def test_the_sanitizer_would_watch_every_kernel(monkeypatch):
 
 
 PLANTED = {
-    "a seed that is not read": ("replays", "_tiles", "keep_attention(tl.load(SEED),", "keep_attention(0 * tl.load(SEED),"),
+    "a seed that is not read": (
+        "replays:attention", "_tiles", "keep_attention(tl.load(SEED),", "keep_attention(0 * tl.load(SEED),",
+    ),
     "a tile of items that is left out": (
         "large_linear_cross_entropy", "linear_cross_entropy", "triton.cdiv(N, run.keywords", "-1 + triton.cdiv(N, run.keywords",
     ),
@@ -49,12 +41,12 @@ def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
 
     step, *where = PLANTED[bug]
     triton_interpreter.plant(monkeypatch, tmp_path, FILES, *where)
-    run = gpu_limits.LARGE.get(step) or getattr(gpu_limits, step)
+    planned = gpu_plan.plan(rehearse=True, quick=False)[step]
     poisoned = torch.are_deterministic_algorithms_enabled()
     # PyTorch then fills what torch.empty returns with NaN.
     torch.use_deterministic_algorithms(True)
     try:
-        result = run(True, False)
+        result = gpu_limits.STEPS[planned.call](**planned.arguments)
     finally:
         torch.use_deterministic_algorithms(poisoned)
     assert result["status"] == "failed", result
@@ -79,10 +71,10 @@ def test_too_little_memory_is_told(monkeypatch):
 
 SANITIZER = """#!{python}
 import pathlib, sys
-options = dict(zip(sys.argv[1:7:2], sys.argv[2:8:2]))
-pathlib.Path("{folder}", options["--tool"]).write_text(" ".join(sys.argv[7:]))
-pathlib.Path(options["--log-file"]).write_text({said!r})
+options = dict(zip(sys.argv[1:5:2], sys.argv[2:6:2]))
+pathlib.Path("{folder}", options["--tool"]).write_text(" ".join(sys.argv[5:]))
 print('{{"status": "passed"}}')
+print({said!r})
 sys.exit({code})
 """
 
@@ -92,13 +84,18 @@ def sanitizer(folder, monkeypatch, said, code):
     program.write_text(SANITIZER.format(python=sys.executable, folder=folder, said=said, code=code))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return gpu_limits.sanitizer(rehearse=False, quick=False)
+    plan = gpu_plan.plan(rehearse=False, quick=False)
+    tools = {name: step for name, step in plan.items() if name.startswith("sanitizer:")}
+    report = gpu_day.Report(folder / "report.json", tools)
+    gpu_day.run(tools, report, rehearse=False, seconds=60)
+    return report.found
 
 
 def test_the_sanitizer_is_asked_for_each_kind_of_error(tmp_path, monkeypatch):
-    result = sanitizer(tmp_path, monkeypatch, "========= ERROR SUMMARY: 0 errors\n", 0)
-    assert result["status"] == "passed"
-    assert list(result["sanitizers"]) == ["memcheck", "racecheck", "synccheck", "initcheck"]
+    found = sanitizer(tmp_path, monkeypatch, "========= ERROR SUMMARY: 0 errors", 0)
+    assert {name: one["status"] for name, one in found.items()} == {
+        f"sanitizer:{tool}": "passed" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
+    }
     ran = (tmp_path / "memcheck").read_text()
     assert "-m lares_fast.cli.steps small" in ran
     assert '"rehearse": false' in ran
@@ -106,12 +103,33 @@ def test_the_sanitizer_is_asked_for_each_kind_of_error(tmp_path, monkeypatch):
 
 def test_what_the_sanitizer_finds_is_told_without_paths(tmp_path, monkeypatch):
     lines = ["COMPUTE-SANITIZER", "Invalid __global__ read of size 4 bytes", "    at 0x10 in /home/me/k.py:3:f"]
-    said = "".join(f"========= {line}\n" for line in [*lines, "ERROR SUMMARY: 1 error"])
-    result = sanitizer(tmp_path, monkeypatch, said, 1)
-    assert result["status"] == "failed"
-    assert result["faults"][0] == "memcheck: Invalid __global__ read of size 4 bytes; at 0x10 in ...; ERROR SUMMARY: 1 error"
+    said = "\n".join(f"========= {line}" for line in [*lines, "ERROR SUMMARY: 1 error"])
+    found = sanitizer(tmp_path, monkeypatch, said, 1)["sanitizer:memcheck"]
+    assert found["status"] == "failed"
+    assert found["log"] == "Invalid __global__ read of size 4 bytes; at 0x10 in .../k.py:3:f; ERROR SUMMARY: 1 error"
 
 
 def test_without_a_sanitizer_the_step_is_skipped(monkeypatch):
-    monkeypatch.setattr(gpu_limits.shutil, "which", lambda name: None)
-    assert "compute-sanitizer is not on the PATH" in gpu_limits.sanitizer(rehearse=False, quick=False)["why"]
+    monkeypatch.setattr(gpu_plan.shutil, "which", lambda name, path: None)
+    assert "compute-sanitizer is not on the PATH" in gpu_plan.plan(rehearse=False, quick=True)["sanitizer:memcheck"].skip
+
+
+def test_what_needs_a_driver_is_skipped_without_one(monkeypatch):
+    monkeypatch.setattr(gpu_limits._native, "capability", lambda: "no device")
+    assert gpu_limits.capture(False, True, "topk") == {"status": "skipped", "why": "no device"}
+
+
+@pytest.mark.parametrize("op", ["topk", "target_rank"])
+def test_a_graph_that_does_not_follow_its_inputs_is_found(op, monkeypatch):
+    """What a rehearsal calls in a replay's place, held against a call of other inputs."""
+    assert gpu_limits.capture(True, True, op)["status"] == "passed"
+    real = getattr(gpu_limits.ops, op)
+    answers = []
+
+    def stale(*arguments, **how):
+        found = real(*arguments, **how)
+        answers.append(found)
+        return answers[0] if len(answers) == 1 else tuple(x + 1 for x in found) if op == "topk" else found + 1
+
+    monkeypatch.setattr(gpu_limits.ops, op, stale)
+    assert gpu_limits.capture(True, True, op)["faults"] == ["replay 0 with new inputs differs from a call"]

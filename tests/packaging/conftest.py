@@ -15,6 +15,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from fake_tools import ONE_GPU, broken, nvidia_smi
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,9 +163,7 @@ def needed():
 
 @pytest.fixture
 def broken_nvcc(tmp_path):
-    """A PATH whose first nvcc fails."""
-    fake = tmp_path / "broken" / "nvcc"
-    fake.parent.mkdir()
-    fake.write_text("#!/bin/sh\necho 'nvcc: this toolkit is damaged' >&2\nexit 1\n")
-    fake.chmod(0o755)
-    return f"{fake.parent}{os.pathsep}{os.environ['PATH']}"
+    """A PATH whose first nvcc fails, on a machine that shows a GPU."""
+    folder = broken(tmp_path)
+    nvidia_smi(folder, ONE_GPU)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"

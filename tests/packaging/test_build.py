@@ -1,11 +1,13 @@
 """What the build decides, and how it says so."""
 
-import importlib.util
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from fake_tools import ONE_GPU, broken, nvidia_smi
 
 pytestmark = pytest.mark.packaging
 
@@ -44,6 +46,7 @@ def test_no_nvcc_gives_a_cpu_build_and_one_line(builder, runner, sources, tmp_pa
     for name in ("c++", "cc", "gcc", "g++", "as", "ld", "ar", "ranlib", "strip", "sh", "uname"):
         if found := shutil.which(name):
             (tools / name).symlink_to(found)
+    nvidia_smi(tools, ONE_GPU)
     environ = {"LARES_FAST_CUDA": "auto", "PATH": str(tools)}
     wheel, output = builder.wheel(copy, tmp_path, **environ)
     (line,) = lines_about_cuda(output)
@@ -54,6 +57,21 @@ def test_no_nvcc_gives_a_cpu_build_and_one_line(builder, runner, sources, tmp_pa
         "-m", "pip", "wheel", copy, "--no-deps", "--no-build-isolation", cwd=tmp_path, **{**environ, "LARES_FAST_CUDA": 1}
     )
     assert result.code != 0 and "lares_fast: LARES_FAST_CUDA=1, but no nvcc found" in result.output
+
+
+def test_without_a_gpu_no_cuda_code_is_compiled_unasked(sources, builder, runner, tmp_path):
+    """Nor is nvcc, which is broken here, so much as tried."""
+    tools = broken(tmp_path)
+    nvidia_smi(tools, "echo 'No devices were found'")
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    wheel, output = builder.wheel(sources, tmp_path, LARES_FAST_CUDA="auto", PATH=path)
+    (line,) = lines_about_cuda(output)
+    remedy = "set LARES_FAST_CUDA=1 to compile the CUDA code anyway"
+    reason = f"no GPU was seen when it was installed (nvidia-smi -L lists none): {remedy}"
+    assert line == f"lares_fast: native module built without CUDA: {reason}"
+    info = unpacked_info(runner, wheel, tmp_path / "unpacked")
+    assert info["native"] and not info["cuda_built"] and info["cuda_reason"] == reason
+    assert reason in runner.ok("-m", "lares_fast", "doctor", cwd=tmp_path / "unpacked")
 
 
 def test_broken_nvcc_gives_a_cpu_build_and_one_line(sources, builder, runner, broken_nvcc, tmp_path):
@@ -84,6 +102,10 @@ def test_required_cuda_with_a_broken_nvcc_is_an_error(sources, builder, broken_n
     [
         ({"LARES_FAST_BUILD": "cpu"}, "LARES_FAST_BUILD='cpu' is not known: use auto or none."),
         ({"LARES_FAST_CUDA": "yes"}, "LARES_FAST_CUDA='yes' is not known: use auto, 0 or 1."),
+        (
+            {"LARES_FAST_CUDA_ARCHS": "80,91"},
+            "LARES_FAST_CUDA_ARCHS has '91', which is not known: name some of 80,90,100,120, separated by commas.",
+        ),
         ({"LARES_FAST_BUILD": "none", "LARES_FAST_CUDA": "1"}, "LARES_FAST_CUDA=1, but LARES_FAST_BUILD=none."),
     ],
 )
@@ -100,42 +122,30 @@ def test_a_package_without_init_is_an_error(sources, builder, tmp_path):
     assert result.code != 0 and "lares_fast/forgotten would not be installed" in result.output
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("lares_fast_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def cmake(builder, tmp_path, *options):
+    programs = builder.path.parent
+    pybind11 = builder.ok("-m", "pybind11", "--cmakedir", cwd=tmp_path).strip()
+    command = [programs / "cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *options]
+    command += [
+        f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}",
+        f"-Dpybind11_DIR={pybind11}",
+        f"-DPython_EXECUTABLE={builder.path}",
+    ]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_nvcc_is_looked_for_in_order(script, tmp_path):
-    def place(name):
-        file = tmp_path / name / "bin" / "nvcc"
-        file.parent.mkdir(parents=True)
-        file.touch(mode=0o755)
-        return str(file)
-
-    home, path, cuda_path, usual = (place(name) for name in ("home", "path", "cuda_path", "usual"))
-    environ = {
-        "CUDACXX": "/x/nvcc",
-        "CUDA_HOME": tmp_path / "home",
-        "CUDA_PATH": tmp_path / "cuda_path",
-        "PATH": str(Path(path).parent),
-    }
-    environ = {name: str(value) for name, value in environ.items()}
-    folders = (str(tmp_path / "nowhere"), str(tmp_path / "usual"))
-    for name, found in (("CUDACXX", "/x/nvcc"), ("CUDA_HOME", home), ("CUDA_PATH", cuda_path), ("PATH", path)):
-        assert script.find_nvcc(environ, folders) == found
-        environ[name] = "" if name != "PATH" else os.devnull
-    assert script.find_nvcc(environ, folders) == usual
-    assert script.find_nvcc(environ, ()) is None
+@pytest.mark.parametrize("archs", ["91", "80;91", "80,90", "all", "80;"])
+def test_cmake_alone_refuses_an_unknown_architecture(builder, tmp_path, archs):
+    done = cmake(builder, tmp_path, "-DLARES_FAST_CUDA=0", f"-DLARES_FAST_CUDA_ARCHS={archs}")
+    assert done.returncode != 0
+    assert f"LARES_FAST_CUDA_ARCHS={archs} is not known: name some of 80;90;100;120" in " ".join(done.stderr.split())
 
 
-@pytest.mark.parametrize(
-    ("system", "machine"), [("darwin", "arm64"), ("win32", "AMD64"), ("linux", "riscv64"), ("linux", "i686")]
-)
-def test_other_platforms_are_pure_python_and_told_so(script, monkeypatch, system, machine):
-    assert script.pure_reason("auto") is None
-    monkeypatch.setattr(script.sys, "platform", system)
-    monkeypatch.setattr(script.platform, "machine", lambda: machine)
-    assert "Linux x86-64 or aarch64" in script.pure_reason("auto")
+def test_cmake_compiles_for_the_architecture_that_is_asked_for(builder, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on the PATH")
+    done = cmake(builder, tmp_path, "-DLARES_FAST_CUDA=1", "-DLARES_FAST_CUDA_ARCHS=90")
+    assert done.returncode == 0, done.stderr
+    rules = (tmp_path / "build/build.ninja").read_text()
+    assert set(re.findall(r"code=\[?((?:sm|compute)_\d+(?:,(?:sm|compute)_\d+)*)", rules)) <= {"sm_90", "compute_90"}
+    assert "sm_90" in rules and "sm_80" not in rules

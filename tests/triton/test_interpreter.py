@@ -90,3 +90,57 @@ def test_arithmetic_in_bf16_is_refused(kernels, memory, error):
     x = torch.ones(16, dtype=torch.bfloat16)
     with pytest.raises(error, match="bf16 may only be"):
         kernels.double[(1,)](x, 16)
+
+
+def calls():
+    """A small call of each op, of rows [8, 64] on a backend."""
+    from lares_fast import LARESConfig, ops, reference
+
+    offsets, items, config = torch.tensor([0, 8]), torch.randn(40, 64), LARESConfig(n_items=2, inner_size=64, n_core_layers=1)
+    weights = [weight.detach() for weight in reference.Recurrence(config).parameters()]
+    how = {"n_heads": 2, "depth": 1, "longest": 8}
+    return {
+        "attention": lambda x, on: ops.attention(*3 * [x.view(8, 2, 32)], offsets, 8, backend=on),
+        "linear_cross_entropy": lambda x, on: ops.target_logprob(x, items, torch.arange(8), backend=on),
+        "recurrence": lambda x, on: ops.recurrence(x, offsets, weights, pre=x, backend=on, **how),
+    }
+
+
+# What NumPy 2.5 refuses older ones warn of. Triton up to 3.6 does it where a number bounds a loop or counts programs.
+@pytest.mark.filterwarnings("error:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+@pytest.mark.parametrize("op", ["attention", "linear_cross_entropy", "recurrence"])
+def test_no_array_is_taken_for_a_number(memory, op):
+    call, x = calls()[op], torch.randn(8, 64)
+    found = {}
+    for backend in ("triton", "reference"):
+        leaf = x.clone().requires_grad_()
+        out = call(leaf, backend)
+        found[backend] = out.detach(), *torch.autograd.grad(out, leaf, torch.linspace(-1, 1, out.numel()).view_as(out))
+    for ours, theirs in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_one_number_is_an_index_and_more_are_not():
+    import operator
+
+    import numpy as np
+    from lares_fast.kernels._interpreted import patch_tensor
+
+    class Tensor:
+        """What Triton patches; its data as the interpreter holds them."""
+
+        def __init__(self, data):
+            self.handle = type("Handle", (), {"data": data})
+
+    class Scope:
+        set_attr = staticmethod(setattr)
+
+    try:
+        patch_tensor(Tensor, Scope)
+    except TypeError:
+        # Triton 3.5 undoes nothing.
+        patch_tensor(Tensor)
+    for shape in ((), (1,), (1, 1)):
+        assert operator.index(Tensor(np.full(shape, 3))) == 3
+    with pytest.raises(ValueError):
+        operator.index(Tensor(np.arange(2)))

@@ -1,0 +1,362 @@
+"""``lares-fast gpu-day`` and benchmarks/gpu as machinery: what is chosen, what there is time for, what is left behind."""
+
+import inspect
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import first
+import pytest
+import speed
+
+from lares_fast._errors import InputError
+from lares_fast.cli import gpu_day, gpu_plan, steps
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["build", "record", "correctness:topk:cuda:float32", "correctness:topk:triton", "correct", "speed:topk:B1"]
+
+
+@pytest.fixture(autouse=True)
+def no_signal_seen(monkeypatch):
+    """The machinery of another test that was stopped."""
+    steps._stopped.clear()
+
+
+@pytest.fixture
+def report(tmp_path):
+    return gpu_day.Report(tmp_path / "results.json", ["record", "alone", "hello", "repeat", "streams"])
+
+
+def written(report):
+    return {name: one["status"] for name, one in json.loads(report.place.read_text()).items()}
+
+
+def hello_steps(*names, **how):
+    return {name: gpu_plan.Step("alone", {"rehearse": True, "quick": True}, **how) for name in names}
+
+
+@pytest.mark.parametrize(("asked", "found"), [
+    (None, NAMES),
+    (["correctness"], ["correctness:topk:cuda:float32", "correctness:topk:triton"]),
+    (["correctness:topk:triton", "record"], ["record", "correctness:topk:triton"]),
+    (["speed", "correct"], ["correct", "speed:topk:B1"]),
+])  # fmt: skip
+def test_names_and_groups_are_chosen_in_their_order(asked, found):
+    assert gpu_plan.chosen(asked, NAMES) == found
+
+
+@pytest.mark.parametrize("asked", [["corr"], ["record", "speed:topk:B"], ["correctness:topk:"], [""]])
+def test_a_name_that_is_no_step_is_an_error(asked):
+    with pytest.raises(InputError, match=f"--only {asked[-1]} is no step: use failed REPORT, a full name, or a group .*build"):
+        gpu_plan.chosen(asked, NAMES)
+
+
+def test_what_failed_or_was_not_reached_is_chosen_from_a_report(tmp_path):
+    statuses = ("passed", "skipped", "failed", "hung", "passed", "not reached")
+    place = tmp_path / "before.json"
+    place.write_text(json.dumps({name: {"status": status} for name, status in zip(NAMES, statuses, strict=True)}))
+    wanted = ["correctness:topk:cuda:float32", "correctness:topk:triton", "speed:topk:B1"]
+    assert gpu_plan.chosen(["failed", str(place)], NAMES) == wanted
+    # Of what this plan does not have, such as a row, nothing is chosen.
+    assert gpu_plan.chosen(["failed", str(place)], NAMES[:4]) == wanted[:2]
+    place.write_text(json.dumps({name: {"status": "passed"} for name in NAMES}))
+    assert gpu_plan.chosen(["failed", str(place)], NAMES) == []
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{", '{"record": 1}', '{"record": {}}', "\0"])
+def test_what_is_no_report_is_an_error(text, tmp_path):
+    place = tmp_path / "before.json"
+    if text is not None:
+        place.write_text(text)
+    with pytest.raises(InputError, match="is not a report of gpu-day"):
+        gpu_plan.chosen(["failed", str(place)], NAMES)
+    for asked in (["failed"], ["failed", str(place), "record"]):
+        with pytest.raises(InputError, match="takes one report"):
+            gpu_plan.chosen(asked, NAMES)
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_step_of_the_plan_can_be_called(rehearse, quick):
+    known = steps.all_steps()
+    plan = gpu_plan.plan(rehearse=rehearse, quick=quick)
+    for name, step in plan.items():
+        inspect.signature(known[step.call]).bind(**step.arguments)
+        assert step.skip or step.call in ("small", name.partition(":")[0]), name
+    asked = {step.call for step in plan.values()}
+    assert asked >= set(known) - {"interpret", "compile_for"}
+    # A row and a step of one name could not be told apart.
+    assert not set(plan) & set(speed.ROWS)
+    assert all(name.startswith("speed:") for name in speed.ROWS)
+
+
+def test_a_step_that_does_not_exist_fails(report, monkeypatch):
+    typo = {"hello": gpu_plan.Step("helo", {"rehearse": True, "quick": True})}
+    gpu_day.run(typo, report, rehearse=True, seconds=60)
+    assert report.found["hello"]["status"] == "failed"
+    assert "KeyError: 'helo'" in report.found["hello"]["log"]
+
+
+def test_the_report_is_whole_after_every_step(report, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        gpu_day, "run_step", lambda *_, **__: seen.append(written(report)) or {"status": "passed", "seconds": 1}
+    )
+    assert set(written(report).values()) == {"not reached"}
+    gpu_day.run(hello_steps("record", "hello", "repeat"), report, rehearse=True, seconds=9)
+    assert [sum(status == "passed" for status in one.values()) for one in seen] == [0, 1, 2]
+    assert written(report) == dict.fromkeys(["record", "hello", "repeat"], "passed") | dict.fromkeys(
+        ["alone", "streams"], "not reached"
+    )
+    assert [path.name for path in report.place.parent.iterdir()] == ["results.json"]
+
+
+def test_steps_are_cut_where_the_time_ends(report, monkeypatch):
+    now, limits = [0.0], []
+
+    def step(name, *, seconds, **_):
+        limits.append(seconds)
+        now[0] += min(40, seconds)
+        return {"status": "passed" if seconds >= 40 else "hung", "seconds": min(40, seconds)}
+
+    monkeypatch.setattr(gpu_day, "run_step", step)
+    how = {"rehearse": True, "seconds": 50, "end": 100, "clock": lambda: now[0]}
+    gpu_day.run(hello_steps("alone", "hello", "repeat", "streams"), report, **how)
+    # The third has what is left, and the fourth is not begun; nor is a diagnosis.
+    assert limits == [50, 50, 20]
+    assert [report.found[name]["status"] for name in ("alone", "hello", "repeat", "streams")] == [
+        "passed", "passed", "hung", "not reached",
+    ]  # fmt: skip
+
+
+def test_the_phases_end_in_time():
+    assert first.phases(420) == {"build": 100, "checks": 220, "speed": 390}
+    assert first.phases(205) == {"build": 100, "checks": 200, "speed": 200}
+    assert first.phases(3) == {"build": 0, "checks": 0, "speed": 0}
+    assert set(first.phases(1200, rehearse=True).values()) == {1195}
+
+
+def test_rows_are_cut_where_the_time_ends(report, monkeypatch):
+    now = [0.0]
+
+    def row(machine):
+        now[0] += 30
+        return {"status": "passed"}
+
+    monkeypatch.setattr(speed, "ROWS", dict.fromkeys(("a", "b", "c"), row))
+    lines = io.StringIO()
+    speed.run(["a", "b", "c"], speed.Machine(rehearse=True), report, lines, end=50, clock=lambda: now[0])
+    assert [json.loads(line)["row"] for line in lines.getvalue().splitlines()] == ["a", "b"]
+    assert "c" not in report.found and report.found["a"]["status"] == "passed"
+
+
+def test_a_row_that_hangs_is_known_by_the_report(report, monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "ROWS", {"a": lambda machine: seen.append(written(report)["a"]) or {"status": "passed"}})
+    speed.run(["a"], speed.Machine(rehearse=True), report, io.StringIO(), end=float("inf"))
+    assert seen == ["begun"]
+
+
+def test_a_row_whose_check_fails_is_failed_and_not_timed():
+    row, calls = speed.Row(speed.Machine(rehearse=True)), []
+    check = speed.near([speed.torch.ones(3)], 1e-3)
+    row.add("rival", lambda: speed.torch.ones(3), check)
+    row.add("ours", lambda: calls.append(1) or speed.torch.tensor([1, 1, 1.01]), check)
+    result = row.result(1e-3)
+    assert result["status"] == "failed" and "ms" not in result
+    assert result["faults"] == ["ours: tensor 0 is off by 0.01 of its largest number"]
+    assert len(calls) == 1
+    for broken in (speed.torch.full((3,), speed.torch.nan), speed.torch.full((3,), speed.torch.inf)):
+        assert check(broken)
+
+
+def test_a_row_that_raises_is_failed_and_the_next_one_runs(report, monkeypatch):
+    def broken(machine):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(speed, "ROWS", {"a": broken, "b": lambda machine: {"status": "passed"}})
+    speed.run(["a", "b"], speed.Machine(rehearse=True), report, io.StringIO(), end=float("inf"))
+    assert report.found["a"] == {"status": "failed", "log": "RuntimeError: no kernel", "seconds": 0.0}
+    assert report.found["b"]["status"] == "passed"
+
+
+def test_the_gain_is_over_rivals_that_compute_the_same():
+    ms = {name: {"median": t, "min": t, "max": t} for name, t in
+          {"slow": 6.0, "fast": 4.0, "faster (not exact)": 1.0, "ours, a": 2.0, "ours, b": 3.0}.items()}  # fmt: skip
+    assert speed.told(ms, 1.0).startswith("x2.00 of the best rival by ours, a; floor 1, 50% of it reached; ms: slow 6 (6..6), ")
+
+
+def alive(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def pid_of(place, seconds=20):
+    """What a process writes there."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if place.exists() and (text := place.read_text().strip()):
+            return int(text)
+        time.sleep(0.05)
+    raise AssertionError(f"{place} was not written")
+
+
+def gone(pid):
+    until = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not alive(pid)
+
+
+# A process whose child holds its output and would outlive it.
+PARENT = "sleep 300 & echo $! > {place}; {then}"
+
+
+@pytest.mark.parametrize(("then", "code"), [("wait", None), ("exit 3", 3), ("exit 0", 0)])
+def test_no_child_of_a_process_is_left(then, code, tmp_path):
+    place = tmp_path / "pid"
+    with (tmp_path / "log").open("w") as log:
+        began = time.monotonic()
+        found = steps.run_command(["sh", "-c", PARENT.format(place=place, then=then)], seconds=1.5, out=log, log=log)
+    assert found == code
+    assert time.monotonic() - began < 10
+    assert gone(pid_of(place))
+
+
+STOPPED = """
+import sys, threading, time
+from lares_fast.cli import steps
+with steps.leaving_none_behind():
+    command = ["sh", "-c", sys.argv[1]]
+    other = threading.Thread(target=steps.run_command, args=(command,),
+                             kwargs=dict(seconds=300, out=sys.stdout, log=sys.stderr))
+    other.start()
+    other.join()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_no_child_is_left_by_a_signal(number, tmp_path):
+    place = tmp_path / "pid"
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, PARENT.format(place=place, then="wait")], stderr=subprocess.DEVNULL
+    )
+    pid = pid_of(place)
+    process.send_signal(number)
+    assert process.wait(20) != 0
+    assert gone(pid)
+
+
+def test_a_log_names_no_folders_and_a_sanitizer_speaks_first():
+    assert steps._public('File "/home/me/x/steps.py", line 3; a/b; 3/4') == 'File ".../steps.py", line 3; a/b; 3/4'
+    said = ["========= COMPUTE-SANITIZER", "========= Invalid read", "=========     at 0x10", "========= 1 error", "{}"]
+    assert steps._sanitizer(said) == "Invalid read; at 0x10; 1 error"
+
+
+def test_only_switches_of_this_gpu_are_tried():
+    assert "without tcgen05" not in gpu_day._switches({"gpus": [{"major": 9}]})
+    assert "without WGMMA" not in gpu_day._switches({"gpus": [{"major": 10}]})
+    assert gpu_day._switches({}) == ["without fused multiply-add", "one launch at a time"]
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """``first.main`` with steps and rows that say what they are told; the exit code and the report."""
+    answers = {}
+
+    def run(plan, report, **_):
+        for name in plan:
+            report.put(name, {"status": answers.get(name, "passed"), "seconds": 0, "log": "a log"})
+
+    def rows(names, out, seconds, rehearse):
+        found = gpu_plan.read(out / "results.json")
+        report = gpu_day.Report(out / "results.json", (), found)
+        for name in names:
+            report.put(name, {"status": answers.get(name, "passed")})
+
+    monkeypatch.setattr(gpu_day, "run", run)
+    monkeypatch.setattr(first, "speed", rows)
+
+    def call(*arguments, **told):
+        answers.clear()
+        answers.update(told)
+        code = first.main(["--rehearse", "--out", str(tmp_path), *arguments])
+        return code, json.loads((tmp_path / "results.json").read_text())
+
+    return call
+
+
+def test_all_that_passes_ends_with_0(fake, tmp_path):
+    code, found = fake()
+    assert code == 0
+    assert {"build", "record", *speed.ROWS, *gpu_plan.plan(rehearse=True, quick=True)} == set(found)
+    text = (tmp_path / "table.txt").read_text()
+    assert "\ncommit: " in text and "| speed:step | passed |" in text
+
+
+@pytest.mark.parametrize("name", ["hello", "correctness:attention:triton:float32", "speed:step", "record"])
+@pytest.mark.parametrize("status", ["failed", "hung", "not reached"])
+def test_any_failure_ends_with_1(fake, name, status):
+    code, found = fake(**{name: status})
+    assert code == 1
+    assert found[name]["status"] == status
+
+
+def test_a_package_without_its_native_module_ends_with_1(fake, monkeypatch):
+    from lares_fast import _native
+
+    monkeypatch.setattr(_native, "available", lambda: (False, "it is not built"))
+    code, found = fake()
+    assert code == 1
+    assert found["build"] == {"status": "failed", "seconds": 0, "log": "it is not built"}
+    assert found["capture:topk"]["status"] == "not reached"
+    assert found["hello"]["status"] == found["speed:step"]["status"] == "passed"
+
+
+def test_a_second_call_does_what_the_first_did_not(fake, tmp_path):
+    fake(**{"hello": "hung", "speed:step": "not reached"})
+    before = tmp_path / "before.json"
+    before.write_bytes((tmp_path / "results.json").read_bytes())
+    first_call = json.loads(before.read_text())
+    first_call["streams"]["seconds"] = 77
+    before.write_text(json.dumps(first_call))
+    code, found = fake("--only", "failed", str(before))
+    assert code == 0
+    assert found["hello"]["status"] == found["speed:step"]["status"] == "passed"
+    # What was known before stays in the report.
+    assert found["streams"]["seconds"] == 77
+
+
+@pytest.mark.parametrize("what", [("--only", "nonsense"), ("--total", "0"), ("--jobs", "-1")])
+def test_arguments_that_mean_nothing_are_errors(what, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        first.main(["--rehearse", "--out", str(tmp_path), *what])
+    assert error.value.code not in (0, None)
+
+
+def test_a_build_that_fails_is_told_and_ends_with_1(tmp_path):
+    """A real configuration by CMake, with an nvcc that is broken."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'this toolkit is damaged' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    environ = {**os.environ, "CUDACXX": str(nvcc), "TMPDIR": str(tmp_path), "LARES_FAST_CUDA_ARCHS": "90"}
+    command = [sys.executable, ROOT / "benchmarks/gpu/first.py", "--out", tmp_path / "out", "--only", "build", "--total", "120"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert done.returncode == 1, done.stderr
+    assert found["build"]["status"] == "failed"
+    assert "this toolkit is damaged" in (tmp_path / "out/build.log").read_text()
+
+
+def test_a_build_that_hangs_is_ended(tmp_path, monkeypatch):
+    place = tmp_path / "pid"
+    monkeypatch.setattr(first, "build_commands", lambda: [["sh", "-c", PARENT.format(place=place, then="wait")]])
+    assert first.build(tmp_path, 1.0, tmp_path / "build.log")["status"] == "hung"
+    assert gone(pid_of(place))
