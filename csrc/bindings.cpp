@@ -32,7 +32,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
-constexpr int ABI = 8;
+constexpr int ABI = 9;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -161,20 +161,20 @@ py::dict plan_target_rank(int64_t B, int64_t N, int64_t D, const DeviceLimits& l
 }
 
 std::string topk_cuda(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t exclude_offsets, uintptr_t exclude_ids, uintptr_t scores,
-                      uintptr_t ids, uintptr_t workspace, int64_t B, int64_t N, int64_t D, int64_t k, bool plain, const DeviceLimits& limits,
-                      int device, uintptr_t stream) {
+                      uintptr_t ids, uintptr_t workspace, int64_t B, int64_t N, int64_t D, int64_t k, int64_t E, bool plain,
+                      const DeviceLimits& limits, int device, uintptr_t stream) {
     return lares_fast::topk_cuda({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(exclude_offsets),
                                   pointer<int64_t>(exclude_ids), pointer<float>(scores), pointer<int64_t>(ids),
-                                  pointer<void>(workspace), B, N, D, k, plain},
+                                  pointer<void>(workspace), B, N, D, k, E, plain},
                                  limits_of(limits), device, stream);
 }
 
 std::string target_rank_cuda(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t target, uintptr_t exclude_offsets,
-                             uintptr_t exclude_ids, uintptr_t of_all, uintptr_t of_kept, int64_t B, int64_t N, int64_t D, bool ties_by_id,
-                             bool plain, const DeviceLimits& limits, int device, uintptr_t stream) {
+                             uintptr_t exclude_ids, uintptr_t of_all, uintptr_t of_kept, int64_t B, int64_t N, int64_t D, int64_t E,
+                             bool ties_by_id, bool plain, const DeviceLimits& limits, int device, uintptr_t stream) {
     return lares_fast::target_rank_cuda({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(target),
                                          pointer<int64_t>(exclude_offsets), pointer<int64_t>(exclude_ids), pointer<int64_t>(of_all),
-                                         pointer<int64_t>(of_kept), B, N, D, ties_by_id, plain},
+                                         pointer<int64_t>(of_kept), B, N, D, E, ties_by_id, plain},
                                         limits_of(limits), device, stream);
 }
 
@@ -231,10 +231,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("plan_topk", &plan_topk, arg("B"), arg("N"), arg("D"), arg("k"), arg("limits"));
     m.def("plan_target_rank", &plan_target_rank, arg("B"), arg("N"), arg("D"), arg("limits"));
     m.def("topk_cuda", &topk_cuda, arg("query"), arg("items"), arg("bias"), arg("exclude_offsets"), arg("exclude_ids"), arg("scores"),
-          arg("ids"), arg("workspace"), arg("B"), arg("N"), arg("D"), arg("k"), arg("plain"), arg("limits"), arg("device"), arg("stream"),
+          arg("ids"), arg("workspace"), arg("B"), arg("N"), arg("D"), arg("k"), arg("E"), arg("plain"), arg("limits"), arg("device"), arg("stream"),
           Release());
     m.def("target_rank_cuda", &target_rank_cuda, arg("query"), arg("items"), arg("bias"), arg("target"), arg("exclude_offsets"),
-          arg("exclude_ids"), arg("of_all"), arg("of_kept"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("plain"), arg("limits"),
+          arg("exclude_ids"), arg("of_all"), arg("of_kept"), arg("B"), arg("N"), arg("D"), arg("E"), arg("ties_by_id"), arg("plain"), arg("limits"),
           arg("device"), arg("stream"), Release());
     m.def("topk", &topk, arg("query"), arg("items"), arg("bias"), arg("exclude_offsets"), arg("exclude_ids"), arg("scores"), arg("ids"),
           arg("index"), arg("B"), arg("N"), arg("D"), arg("k"), arg("threads"), Release());

@@ -50,6 +50,14 @@ def ready(tensor):
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
+def rising(offsets):
+    """``offsets`` [B + 1], or all -1 if one of them falls: sequences would overlap, and two programs write one row.
+
+    Kernels take -1 as out of range. Nothing waits for the device.
+    """
+    return torch.where((offsets[1:] < offsets[:-1]).any(), -1, offsets)
+
+
 def choice(op, tensor, **sizes):
     """What :data:`find` knows of a call of ``op`` with tensors like ``tensor``."""
     return (find and find(op, tensor, sizes)) or SHIPPED

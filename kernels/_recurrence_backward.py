@@ -241,8 +241,10 @@ class _Backward:
         tiles, row_tiles = len(first) - 1, triton.cdiv(P, 16 * call.groups)
         slots = max(1, min(SLOTS, triton.cdiv(P, SLOT_ROWS)))
         self.slot_rows, self.row_tiles, self.slots = triton.cdiv(triton.cdiv(P, slots), 32) * 32, row_tiles, slots
-        self.lengths = call.offsets.diff()
-        self.row_depth = torch.repeat_interleave(call.depth, self.lengths, output_size=P)
+        self.offsets, self.depth = call.sequences
+        self.row_depth = torch.repeat_interleave(self.depth, self.offsets.diff(), output_size=P)
+        # A gradient is a sum over all sequences, and the output of one that is not sound is NaN.
+        self.poison = torch.where((self.depth > 0).all(), 0.0, torch.nan)
         self.halves, self.dqkv = h.new_empty(2 * layers, P, D), h.new_empty(P, 3 * D)
         self.multiplied, self.dsum = h.new_empty(P, D), h.new_empty(P, D)
         self.inner, self.dinner = h.new_empty(P, call.inner), h.new_empty(P, call.inner)
@@ -260,7 +262,7 @@ class _Backward:
         for t in reversed(range(len(self.states))):
             self.add_output(t)
             step = t + int(call.adapter != "none")
-            call.run(self.states[t], (call.depth - t).clamp(0, 1), step, self.halves, None, "halves")
+            call.run(self.states[t], (self.depth - t).clamp(0, 1), step, self.halves, None, "halves")
             for layer in reversed(range(call.layers)):
                 self.feed_half(t, step, layer)
                 self.attention_half(t, step, layer)
@@ -275,11 +277,11 @@ class _Backward:
             self.dstate = torch.where((self.row_depth == t + 1)[:, None], grad.float(), self.dstate)
             return
         if call.output == "last":
-            here = call.depth == t + 1
+            here = self.depth == t + 1
         else:
-            here = t < call.depth
+            here = t < self.depth
             grad = grad[(call.depth.cumsum(0) - call.depth + t).clamp(max=len(grad) - 1)]
-        self.dstate[call.offsets[1:] - 1] += torch.where(here[:, None], grad.float(), 0.0)
+        self.dstate[(self.offsets[1:] - 1).clamp(min=0)] += torch.where(here[:, None], grad.float(), 0.0)
 
     def feed_half(self, t, step, layer):
         call, size = self.call, self.call.inner * self.call.h.shape[1]
@@ -317,7 +319,7 @@ class _Backward:
     def half(self, kernel, x, *arguments):
         call = self.call
         aligned, first = call.tiles
-        shared = (x, self.dstate, call.offsets, aligned, first, call.depth, call.rows, call.seed)
+        shared = (x, self.dstate, self.offsets, aligned, first, self.depth, call.rows, call.seed)
         call.launch(kernel, len(first) - 1, *shared, *arguments, DROP=call.seed is not None)
 
     def join(self, t):
@@ -348,19 +350,19 @@ class _Backward:
 
     def collect(self):
         """The sums over slots and tiles, in the order and shapes of the inputs."""
-        call, D, ahead = self.call, self.call.h.shape[1], []
+        call, D, ahead, poison = self.call, self.call.h.shape[1], [], self.poison
         if call.adapter == "linear":
-            ahead = [self.dgate.sum()]
+            ahead = [self.dgate.sum() + poison]
         elif call.adapter == "concat":
-            ahead = self.dadapter.sum(0).split((2 * D * D, D))
+            ahead = (self.dadapter.sum(0) + poison).split((2 * D * D, D))
         if call.adapter != "none":
-            ahead = [*ahead, *self.dnorm.sum(0)]
+            ahead = [*ahead, *(self.dnorm.sum(0) + poison)]
         layers = []
-        for dweights, dnorms in zip(self.dweights.sum(1), self.dnorms.sum(2), strict=True):
+        for dweights, dnorms in zip(self.dweights.sum(1) + poison, self.dnorms.sum(2) + poison, strict=True):
             sizes = [call.weights[call.joining + i].numel() for i in ORDER]
             parts = dict(zip(ORDER, dweights.split(sizes), strict=True))
             parts |= zip((8, 9, 14, 15), dnorms.flatten(0, 1), strict=True)
             layers += [parts[i] for i in range(len(ORDER))]
         weights = [x.reshape(like.shape).to(like.dtype) for x, like in zip((*ahead, *layers), call.weights, strict=True)]
         inputs = [self.dstate] if call.pre is None else [self.dstate, self.dpre]
-        return [*(x.to(call.h.dtype) for x in inputs), *weights]
+        return [*((x + poison).to(call.h.dtype) for x in inputs), *weights]

@@ -2,6 +2,8 @@
 
 Queries, keys and values are [P, H, E]; sequence b is rows OFFSETS[b]..OFFSETS[b + 1]. A program owns one tile of S rows of
 one head of one sequence and walks the tiles of the other side. No atomics: results do not depend on program order.
+
+The host does not see OFFSETS. A sequence that leaves the P rows, or is longer than the host was told, becomes NaN.
 """
 
 import math
@@ -9,31 +11,50 @@ import math
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import WARPS, choice, launch, ready
+from lares_fast._errors import InputError
+from lares_fast.kernels._launch import WARPS, choice, launch, ready, rising
 from lares_fast.kernels._tiles import dropout_factor, load_rows, store_rows, visible
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Lengths, sizes and addresses must not compile variants of their own.
-_SIZES = ["P", "H", "tiles", "threshold", "step", "layer"]
+_SIZES = ["P", "H", "tiles", "longest", "threshold", "step", "layer"]
 
 
 @triton.jit
-def _place(OFFSETS, H, tiles, S: tl.constexpr):
-    """(sequence, head, first row of this program's tile, first packed row, length) of a program."""
+def _place(OFFSETS, P, H, tiles, longest, S: tl.constexpr):
+    """(sequence, head, first row of this program's tile, first packed row, length, first and last + 1 packed row to spoil).
+
+    Sequences that are not sound have length 0; the programs of their first tiles spoil their rows, which are the rows that no
+    sound sequence has: all sequences together have each of the P rows once.
+    """
     pid = tl.program_id(0)
-    sequence = pid // (H * tiles)
-    first = tl.load(OFFSETS + sequence)
-    length = (tl.load(OFFSETS + sequence + 1) - first).to(tl.int32)
-    return sequence, pid // tiles % H, pid % tiles * S, first, length
+    sequence, start = pid // (H * tiles), pid % tiles * S
+    begin, end = tl.load(OFFSETS + sequence), tl.load(OFFSETS + sequence + 1)
+    last = tl.num_programs(0) // (H * tiles) - 1
+    first = tl.where(sequence == 0, 0, tl.minimum(tl.maximum(begin, 0), P))
+    after = tl.where(sequence == last, P, tl.minimum(tl.maximum(end, 0), P))
+    sound = (first == begin) & (after == end) & (after - first <= longest)
+    length = tl.where(sound, after - first, 0).to(tl.int32)
+    return sequence, pid // tiles % H, start, first, length, first, tl.where(sound | (start > 0), first, after)
+
+
+@triton.jit
+def _spoil(OUT, low, high, head, H, E: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """NaN in the packed rows low..high of a head."""
+    row, column = tl.arange(0, S), tl.arange(0, C)
+    for begin in range(low, high, S):
+        nothing = tl.full((S, C), float("nan"), tl.float32)
+        store_rows(OUT + (begin * H + head) * E, nothing, row, column, H * E, high - begin, E)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def attention_forward(
-    Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, P, H, tiles, scale, threshold, kept, step, layer,
+    Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """OUT [P, H, E] and the scores' logsumexp LSE [H, P] of one tile of queries."""
-    sequence, head, start, first, length = _place(OFFSETS, H, tiles, S)
+    sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
+    _spoil(OUT, low, high, head, H, E, C, S)
     if start >= length:
         return
     at = (first * H + head) * E
@@ -64,11 +85,12 @@ def attention_forward(
 
 @triton.jit(do_not_specialize=_SIZES)
 def attention_backward_query(
-    Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, DOUT, DQ, DELTA, P, H, tiles, scale, threshold, kept, step, layer,
+    Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, DOUT, DQ, DELTA, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """DQ of one tile of queries, and DELTA [H, P] = sum(OUT * DOUT) for the other pass."""
-    sequence, head, start, first, length = _place(OFFSETS, H, tiles, S)
+    sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
+    _spoil(DQ, low, high, head, H, E, C, S)
     if start >= length:
         return
     at = (first * H + head) * E
@@ -97,11 +119,13 @@ def attention_backward_query(
 
 @triton.jit(do_not_specialize=_SIZES)
 def attention_backward_key_value(
-    Q, K, V, OFFSETS, ROWS, SEED, LSE, DOUT, DELTA, DK, DV, P, H, tiles, scale, threshold, kept, step, layer,
+    Q, K, V, OFFSETS, ROWS, SEED, LSE, DOUT, DELTA, DK, DV, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """DK and DV of one tile of keys."""
-    sequence, head, start, first, length = _place(OFFSETS, H, tiles, S)
+    sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
+    _spoil(DK, low, high, head, H, E, C, S)
+    _spoil(DV, low, high, head, H, E, C, S)
     if start >= length:
         return
     at = (first * H + head) * E
@@ -134,7 +158,7 @@ def attention_backward_key_value(
 
 def forward(query, key, value, offsets, longest, rows, seed, threshold, step, layer):
     """(out [P, H, E], lse [H, P] fp32); ``rows`` and ``seed`` are None where nothing is dropped."""
-    query, key, value, offsets = map(ready, (query, key, value, offsets))
+    query, key, value, offsets = map(ready, (query, key, value, rising(offsets)))
     P, H, _ = query.shape
     out = torch.empty_like(query)
     lse = torch.empty(H, P, dtype=torch.float32, device=query.device)
@@ -145,7 +169,7 @@ def forward(query, key, value, offsets, longest, rows, seed, threshold, step, la
 
 def backward(query, key, value, offsets, longest, rows, seed, threshold, step, layer, out, lse, grad):
     """The gradients of query, key and value."""
-    query, key, value, offsets, grad = map(ready, (query, key, value, offsets, grad))
+    query, key, value, offsets, grad = map(ready, (query, key, value, rising(offsets), grad))
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     delta = torch.empty_like(lse)
     launch_tiles, numbers = _plan(query, offsets, longest, seed, threshold, step, layer)
@@ -165,9 +189,11 @@ def _plan(query, offsets, longest, seed, threshold, step, layer):
     chosen = choice("attention", query, width=E, longest=longest)
     S = chosen.rows or tile_size(longest, E * query.element_size())
     tiles = triton.cdiv(longest, S)
+    if P and len(offsets) == 1:
+        raise InputError(f"offsets must rise from 0 to {P}, the rows of query, but there is only one.")
     programs = (len(offsets) - 1) * H * tiles if P else 0
     kept = 1 / (1 - threshold / 65536)
-    numbers = (P, H, tiles, LOG2E.value / math.sqrt(E), threshold, kept, step, layer)
+    numbers = (P, H, tiles, longest, LOG2E.value / math.sqrt(E), threshold, kept, step, layer)
     constants = {"E": E, "C": max(16, triton.next_power_of_2(E)), "S": S, "DROP": seed is not None}
 
     def launch_tiles(kernel, *arguments):

@@ -11,29 +11,36 @@ import triton
 import triton.language as tl
 from lares_fast.kernels._launch import WARPS, choice, launch, ready
 from lares_fast.kernels._tiles import load_rows, store_rows
+from torch.nn import functional as F
 
 # Enough programs to keep any GPU busy: the number of parts follows from it and not from the GPU, nor do results.
 PROGRAMS = 1024
 # Tiles of items that a part has at least, so that loading its rows is a small share of its work.
 SHORTEST_PART = 8
 RANKS = {None: 0, "order": 1, "strict": 2}
+# What probabilities are multiplied by before they are rounded: those below 2^-14 would lose digits in half precision.
+WIDER = tl.constexpr(2.0**15)
 
 _SIZES = ["M", "N", "tiles", "first", "part"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def target_score(HIDDEN, ITEMS, TARGET, OWN, M, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
-    """OWN [M]: the target's score, from a product of the same shape as all others, so that equal rows of ITEMS tie."""
+def target_score(HIDDEN, ITEMS, TARGET, OWN, M, N, first, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """OWN [M]: the target's score, from a product of the same shape as all others, so that equal rows of ITEMS tie.
+
+    NaN where the target is not among the items ``first``.. of the softmax.
+    """
     start = tl.program_id(0).to(tl.int64) * S
     row, column = start + tl.arange(0, S), tl.arange(0, C)
     hidden = load_rows(HIDDEN, row, column, D, M, D)
-    target = tl.load(TARGET + row, mask=row < M, other=0)
-    inside = (row[:, None] < M) & (column[None, :] < D)
+    target = tl.load(TARGET + row, mask=row < M, other=-1)
+    there = (target >= first) & (target < N)
+    inside = there[:, None] & (column[None, :] < D)
     items = tl.load(ITEMS + target[:, None] * D + column[None, :], mask=inside, other=0.0)
     scores = tl.dot(hidden, tl.trans(items), input_precision="ieee")
     at = tl.arange(0, S)
     own = tl.sum(tl.where(at[:, None] == at[None, :], scores, 0.0), 1)
-    tl.store(OWN + row, own, mask=row < M)
+    tl.store(OWN + row, tl.where(there, own, float("nan")), mask=row < M)
 
 
 @triton.jit
@@ -49,7 +56,7 @@ def softmax_forward(
     HIDDEN, ITEMS, TARGET, OWN, LSE, COUNT, M, N, tiles, first, part, scale,
     D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp over the items of a part but the target, and COUNT [parts, M] of those that outrank it.
+    """Log-sum-exp over the items of a part but the target, and COUNT [parts, M] of those that outrank it: all where it is none.
 
     LSE [parts, 2, M] holds the origin and the logarithm of the sum apart: added, scores of thousands would take its digits.
     """
@@ -93,12 +100,13 @@ def softmax_forward(
     tl.store(LSE + 2 * number * M + row, origin, mask=row < M)
     tl.store(LSE + (2 * number + 1) * M + row, tl.log(total), mask=row < M)
     if RANK:
+        count = tl.where((target >= first) & (target < N), count, high - low)
         tl.store(COUNT + number * M + row, count, mask=row < M)
 
 
 @triton.jit
-def _slopes(hidden, items, row, item, low, high, TARGET, LSE, SLOPE, MISS, M, scale):
-    """Derivatives of the loss by the scores of a tile: SLOPE [M] times MISS [M] = 1 - p at the target, times -p elsewhere.
+def _slopes(hidden, items, row, item, low, high, TARGET, LSE, MISS, M, scale):
+    """WIDER times the derivatives of log-probabilities by the scores of a tile: MISS [M] = 1 - p at the target, -p elsewhere.
 
     LSE [2, M] is a sum of two numbers: rounded to one, it would bend every probability of its row the same way.
     """
@@ -107,12 +115,11 @@ def _slopes(hidden, items, row, item, low, high, TARGET, LSE, SLOPE, MISS, M, sc
     lse = tl.load(LSE + row, mask=inside, other=0.0)
     rest = tl.load(LSE + M + row, mask=inside, other=0.0)
     target = tl.load(TARGET + row, mask=inside, other=-1)
-    slope = tl.load(SLOPE + row, mask=inside, other=0.0)
     miss = tl.load(MISS + row, mask=inside, other=0.0)
     p = tl.exp(raw * scale - lse[:, None] - rest[:, None])
-    slopes = slope[:, None] * tl.where(item[None, :] == target[:, None], miss[:, None], -p)
+    slopes = tl.where(item[None, :] == target[:, None], miss[:, None], -p)
     real = inside[:, None] & (item[None, :] >= low) & (item[None, :] < high)
-    return tl.where(real, slopes, 0.0)
+    return tl.where(real, slopes * WIDER, 0.0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -120,7 +127,7 @@ def softmax_backward_hidden(
     HIDDEN, ITEMS, TARGET, LSE, SLOPE, MISS, DHIDDEN, M, N, tiles, first, part, scale,
     D: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """DHIDDEN [parts, M, D] fp32: what the items of a part add."""
+    """DHIDDEN [parts, M, D] fp32: what the items of a part add, times the gradient SLOPE [M] of a row."""
     number, low, high, start = _part(tiles, N, first, part, S)
     row, column = start + tl.arange(0, S), tl.arange(0, C)
     hidden = load_rows(HIDDEN, row, column, D, M, D)
@@ -129,18 +136,20 @@ def softmax_backward_hidden(
     for begin in range(low, high, S):
         item = begin + tl.arange(0, S)
         items = load_rows(items_at, tl.arange(0, S), column, D, high - begin, D)
-        slopes = _slopes(hidden, items, row, item, low, high, TARGET, LSE, SLOPE, MISS, M, scale)
+        slopes = _slopes(hidden, items, row, item, low, high, TARGET, LSE, MISS, M, scale)
         dhidden += tl.dot(slopes.to(items.dtype), items, input_precision="ieee")
         items_at += S * D
+    # After the product: in half precision a small gradient times a probability would be nothing.
+    dhidden *= (tl.load(SLOPE + row, mask=row < M, other=0.0) / WIDER)[:, None]
     store_rows(DHIDDEN + number * M * D, dhidden, row, column, D, M, D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def softmax_backward_items(
-    HIDDEN, ITEMS, TARGET, LSE, SLOPE, MISS, DITEMS, M, N, first, scale,
+    HIDDEN, ITEMS, TARGET, LSE, SLOPE, UNIT, MISS, DITEMS, M, N, first, scale,
     D: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """DITEMS of one tile of items, over all rows."""
+    """DITEMS of one tile of items, over all rows, whose gradients are UNIT [1] times SLOPE [M], at most 1."""
     start = tl.program_id(0).to(tl.int64) * S
     item, column = start + tl.arange(0, S), tl.arange(0, C)
     items = load_rows(ITEMS, item, column, D, N, D)
@@ -149,18 +158,24 @@ def softmax_backward_items(
     for begin in range(0, M, S):
         row = begin + tl.arange(0, S)
         hidden = load_rows(hidden_at, tl.arange(0, S), column, D, M - begin, D)
-        slopes = _slopes(hidden, items, row, item, first, N, TARGET, LSE, SLOPE, MISS, M, scale)
+        slopes = _slopes(hidden, items, row, item, first, N, TARGET, LSE, MISS, M, scale)
+        slopes *= tl.load(SLOPE + row, mask=row < M, other=0.0)[:, None]
         ditems += tl.dot(tl.trans(slopes.to(hidden.dtype)), hidden, input_precision="ieee")
         hidden_at += S * D
+    # An item in front of the softmax's gets nothing, even of a row that spoils the others.
+    ditems = tl.where((item >= first)[:, None], ditems * (tl.load(UNIT) / WIDER), 0.0)
     store_rows(DITEMS, ditems, item, column, D, N, D)
 
 
 def forward(hidden, items, target, scale, skip_pad, ties):
-    """(log-probability [M], rank [M] or None, log-sum-exp [M] fp64)."""
+    """(log-probability [M], rank [M] or None, log-sum-exp [M] fp64).
+
+    A target that is not among the softmax's items gives NaN, and a rank behind all of them.
+    """
     hidden, items, target = map(ready, (hidden, items, target))
     M = len(hidden)
     run, tiles, parts, numbers = _plan(hidden, items, scale, skip_pad)
-    raw = _target_scores(run, tiles, hidden, items, target)
+    raw = _target_scores(run, tiles, hidden, items, target, numbers)
     others = torch.empty(parts, 2, M, dtype=torch.float32, device=hidden.device)
     count = torch.empty(parts, M, dtype=torch.int32, device=hidden.device) if ties else None
     run(softmax_forward, tiles * parts, hidden, items, target, raw, others, count, *numbers, RANK=RANKS[ties])
@@ -176,25 +191,33 @@ def backward(grad, hidden, items, target, lse, scale, skip_pad, needs):
     hidden, items, target = map(ready, (hidden, items, target))
     run, tiles, parts, numbers = _plan(hidden, items, scale, skip_pad)
     M, N, _, first, *_ = numbers
-    own = _target_scores(run, tiles, hidden, items, target).double() * scale
+    own = _target_scores(run, tiles, hidden, items, target, numbers).double() * scale
     slope = torch.where(lse.isfinite(), grad.double() * scale, torch.nan).float()
     two = torch.stack((lse.float(), (lse - lse.float()).float()))
-    shared = (hidden, items, target, two, slope, -(own - lse).expm1().float())
+    shared, miss = (hidden, items, target, two), -(own - lse).expm1().float()
     d_hidden = d_items = None
     if needs[0]:
         added = torch.empty(parts, *hidden.shape, dtype=torch.float32, device=hidden.device)
-        run(softmax_backward_hidden, tiles * parts, *shared, added, *numbers)
+        run(softmax_backward_hidden, tiles * parts, *shared, slope, miss, added, *numbers)
         d_hidden = added.sum(0).to(hidden.dtype)
     if needs[1]:
-        d_items = torch.empty_like(items)
-        run(softmax_backward_items, triton.cdiv(N, run.keywords["S"]), *shared, d_items, M, N, first, scale)
+        d_items, unit = torch.empty_like(items), _unit(slope)
+        programs = triton.cdiv(N, run.keywords["S"])
+        run(softmax_backward_items, programs, *shared, slope / unit, unit, miss, d_items, M, N, first, scale)
     return d_hidden, d_items
 
 
-def _target_scores(run, tiles, hidden, items, target):
+def _unit(slope):
+    """[1], a power of two that none of ``slope`` [M] exceeds, infinities and NaN aside."""
+    sizes = F.pad(slope.abs().nan_to_num(0.0, posinf=0.0), (0, 1))
+    return torch.ldexp(slope.new_ones(1), sizes.amax(0, keepdim=True).frexp().exponent)
+
+
+def _target_scores(run, tiles, hidden, items, target, numbers):
     """The targets' scores [M] fp32, with the same bits in both passes."""
-    own = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    run(target_score, tiles, hidden, items, target, own, len(hidden))
+    M, N, _, first, *_ = numbers
+    own = torch.empty(M, dtype=torch.float32, device=hidden.device)
+    run(target_score, tiles, hidden, items, target, own, M, N, first)
     return own
 
 

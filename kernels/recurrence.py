@@ -32,6 +32,8 @@ from torch.nn import functional as F
 
 # Where the reference's order of a layer's parameters has them in the order of _layers.py.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7, 8, 9, 10, 12, 11, 13, 14, 15)
+# Steps of a sequence: a dropout address has 16 bits for the step.
+MOST_STEPS = 2**16 - 1
 # All that a thread can have: left alone, ptxas spills some to fit a third program.
 MOST_REGISTERS = 255
 
@@ -65,7 +67,9 @@ def places(OFFSETS, ALIGNED, low, high, G: tl.constexpr):
     sequence, begin = owners(row, ALIGNED, low, high)
     origin = tl.load(OFFSETS + low)
     place = tl.load(OFFSETS + sequence)
-    length = (tl.load(OFFSETS + sequence + 1) - place).to(tl.int32)
+    # What is longer than its room in the tile takes no steps, and its other rows are nobody's.
+    room = tl.load(ALIGNED + sequence + 1) - tl.load(ALIGNED + sequence)
+    length = tl.minimum(tl.load(OFFSETS + sequence + 1) - place, room).to(tl.int32)
     return origin, sequence, begin, (place - origin).to(tl.int32) + row - begin, row - begin, length
 
 
@@ -132,7 +136,10 @@ def recurrence_forward(
 
 @dataclass(frozen=True)
 class Call:
-    """A call as the kernels of both directions take it; all tensors but the weights are :func:`ready`."""
+    """A call as the kernels of both directions take it; all tensors but the weights are :func:`ready`.
+
+    The host does not see ``offsets`` and ``depth``: where they are wrong, results are NaN.
+    """
 
     h: torch.Tensor
     pre: torch.Tensor | None
@@ -183,13 +190,26 @@ class Call:
         return self.choice.rows // 16 if self.choice.rows else 4 if self.longest <= 64 else 8
 
     @functools.cached_property
+    def sequences(self):
+        """(offsets that rise from 0 to P, whatever they were; the steps of each sequence, 0 of one that is not sound [B])."""
+        P = len(self.h)
+        offsets = self.offsets.clamp(0, P).cummax(0).values
+        offsets[:1] = 0
+        offsets[-1:] = P
+        lengths = offsets.diff()
+        sound = (self.offsets == offsets).all() & (lengths >= 1) & (lengths <= self.longest)
+        return offsets, torch.where(sound & (self.depth >= 1) & (self.depth <= MOST_STEPS), self.depth, 0)
+
+    @functools.cached_property
     def tiles(self):
         """(first row of each sequence, counted in rows of tiles [B + 1]; first sequence of each tile and of none).
 
         A tile takes sequences as long as they fit. Only the device knows how many tiles that makes: some at the end are empty.
         """
         P, B, R = len(self.h), len(self.offsets) - 1, 16 * self.groups
-        aligned = F.pad(((self.offsets.diff() + 3) // 4 * 4).cumsum(0), (1, 0))
+        # What is longer than a tile has one of its own.
+        sizes = ((self.sequences[0].diff() + 3) // 4 * 4).clamp(max=R)
+        aligned = F.pad(sizes.cumsum(0), (1, 0))
         # Two neighbours are more than full.
         most = min(B, 2 * (P + 3 * B) // R + 1)
         ahead = torch.searchsorted(aligned, aligned + R, right=True) - 1
@@ -215,9 +235,9 @@ class Call:
     def run(self, state, depth, first_step, out, states, output):
         """The forward kernel, from ``state`` on."""
         aligned, first = self.tiles
-        out_row = depth.cumsum(0) - depth if output == "steps" else None
+        out_row = self.depth.cumsum(0) - self.depth if output == "steps" else None
         self.launch(
-            recurrence_forward, len(first) - 1, state, self.pre, self.offsets, aligned, first, depth, out_row,
+            recurrence_forward, len(first) - 1, state, self.pre, self.sequences[0], aligned, first, depth, out_row,
             self.rows, self.seed, *self.packed, out, states, len(state), self.layers, first_step, *self.numbers(), 0,
             KIND=self.adapter, OUTPUT=output, SAVE=states is not None, DROP=self.seed is not None,
         )  # fmt: skip
@@ -225,7 +245,8 @@ class Call:
 
 def forward(call, out_rows, steps):
     """(out [out_rows, D], the states before every step [steps, P, D] for the backward)."""
-    out = call.h.new_empty(out_rows, call.h.shape[1])
+    # What no sound sequence writes.
+    out = call.h.new_full((out_rows, call.h.shape[1]), torch.nan)
     states = call.h.new_empty(steps, *call.h.shape) if steps else None
-    call.run(call.h, call.depth, int(call.adapter != "none"), out, states, call.output)
+    call.run(call.h, call.sequences[1], int(call.adapter != "none"), out, states, call.output)
     return out, states

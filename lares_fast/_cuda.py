@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from lares_fast._errors import BackendError, InputError
 
 # TOPK_LIMIT of csrc/cuda/plan.h.
 MAX_K = 1024
+
+# Device -> what it said when it could run the kernels. Anything else may pass, so it is asked for again.
+_able: dict[int, str] = {}
+# (device, op, products) that ran: the first call loads the kernels, which a graph capture forbids.
+_ran: set[tuple[int, str, bool]] = set()
 
 
 def obstacle(query: Tensor, items: Tensor, *_: object) -> str | None:
@@ -30,7 +36,7 @@ def obstacle(query: Tensor, items: Tensor, *_: object) -> str | None:
     built, reason = _native.available()
     if not built:
         return reason
-    said = _capability(_index(query.device))
+    said = _capability(query.device)
     return None if said.startswith("ok") else said
 
 
@@ -53,6 +59,11 @@ def topk(
 
     The contract is that of :func:`lares_fast.ops.topk`. Enqueues on the device's current stream and waits for nothing; the
     caller keeps the inputs alive and unchanged until then. Workspace: 8 B (1 + splits (k + 63)) bytes.
+
+    The host does not see the values of ``exclude``. A query whose list has offsets that fall or leave 0..E, or ids that are no
+    items, gets scores of NaN and ids of -1; the other queries get their answers.
+
+    Raises RuntimeError within a graph capture if the kernels did not run before.
     """
     batch, width, device = *query.shape, query.device
     if not 1 <= k <= MAX_K:
@@ -65,7 +76,7 @@ def topk(
     limits = _limits(_index(device))
     plan = _plan(_native.load().plan_topk, batch, len(items), width, k, limits)
     workspace = torch.empty(plan["workspace_bytes"], dtype=torch.uint8, device=device)
-    _launch("topk_cuda", device, (*tensors, scores, best, workspace), batch, len(items), width, k)
+    _launch("topk_cuda", device, (*tensors, scores, best, workspace), batch, len(items), width, k, _length(tensors[-1]))
     return scores, best
 
 
@@ -81,6 +92,9 @@ def target_rank(
     """Ranks [B] int64 of each target among all items, and among those not excluded; fp32 on one CUDA device.
 
     The contract is that of :func:`lares_fast.ops.target_rank`; enqueued as :func:`topk` is. No workspace.
+
+    A target that is no item has the rank N, which is behind all items; so has, among those not excluded, the target of a query
+    whose list :func:`topk` would not answer.
     """
     batch, width, device = *query.shape, query.device
     (target,) = _on(device, (("target", target, torch.int64, (batch,)),))
@@ -88,7 +102,7 @@ def target_rank(
     of_all, of_kept = torch.zeros(2, batch, dtype=torch.int64, device=device)
     if batch and len(items):
         tensors = (query, items, bias, target, offsets, ids, of_all, of_kept)
-        _launch("target_rank_cuda", device, tensors, batch, len(items), width, ties == "order")
+        _launch("target_rank_cuda", device, tensors, batch, len(items), width, _length(ids), ties == "order")
     return of_all, of_kept
 
 
@@ -111,13 +125,20 @@ def _inputs(
             ("exclude ids", exclude[1], torch.int64, exclude[1].shape[:1]),
         ),
     )
-    return query, items, bias, offsets, sort_lists(offsets, ids, count)
+    rising = offsets.cummax(0).values
+    # The lists on both sides of an offset that falls are no lists, and each must be seen to be none.
+    return query, items, bias, torch.where(offsets == rising, offsets, -1), sort_lists(rising, ids, count)
 
 
 def sort_lists(offsets: Tensor, ids: Tensor, count: int) -> Tensor:
-    """``ids`` (below ``count``), ascending within each list; waits for nothing."""
-    lists = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets[1:], right=True)
-    return (lists * count + ids).sort().values - lists * count
+    """``ids`` ascending within each list, those that are not in 0..count - 1 as -1 or ``count``; waits for nothing."""
+    lists = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets, right=True)
+    places = lists * (count + 2)
+    return (places + ids.clamp(-1, count)).sort().values - places
+
+
+def _length(ids: Tensor | None) -> int:
+    return 0 if ids is None else len(ids)
 
 
 def _on(device: torch.device, wanted: Sequence[tuple[str, Tensor, torch.dtype, Sequence[int]]]) -> list[Tensor]:
@@ -132,13 +153,17 @@ def _on(device: torch.device, wanted: Sequence[tuple[str, Tensor, torch.dtype, S
 
 def _launch(name: str, device: torch.device, tensors: Sequence[Tensor | None], *sizes: int) -> None:
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-    index = _index(device)
-    stream = torch.cuda.current_stream(device).cuda_stream
+    op, index = name.removesuffix("_cuda"), _index(device)
     plain = _settings.cuda_products() == "ffma"
-    # A RuntimeError means that the device is beyond use: nothing may catch it and go on elsewhere.
-    refusal = getattr(_native.load(), name)(*addresses, *sizes, plain, _limits(index), index, stream)
+    with _current(device):
+        if (index, op, plain) not in _ran and _capturing(device):
+            raise RuntimeError(f"{op} was not run on {device} before the graph capture: call it once outside of one first.")
+        stream = torch.cuda.current_stream(device).cuda_stream
+        # A RuntimeError means that the device is beyond use: nothing may catch it and go on elsewhere.
+        refusal = getattr(_native.load(), name)(*addresses, *sizes, plain, _limits(index), index, stream)
     if refusal:
-        raise BackendError(f"{device} refused {name.removesuffix('_cuda')} ({refusal}): use backend='reference'.")
+        raise BackendError(f"{device} refused {op} ({refusal}): use backend='reference'.")
+    _ran.add((index, op, plain))
 
 
 def _plan(plan: Any, *arguments: Any) -> dict[str, Any]:
@@ -152,9 +177,26 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-@functools.cache
-def _capability(index: int) -> str:
-    return _native.capability(index)
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` current, as the native module demands: PyTorch knows how to leave no context on another device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _capability(device: torch.device) -> str:
+    index = _index(device)
+    if index not in _able:
+        with _current(device):
+            if _capturing(device):
+                raise RuntimeError(f"{device} was not asked for the CUDA kernels before the graph capture: call the op once before.")
+            said = _native.capability(index)
+        if not said.startswith("ok"):
+            return said
+        _able[index] = said
+    return _able[index]
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from lares_fast._errors import InputError, NotBuiltError
 from lares_fast._random import Key
 
 # Equal to ABI in csrc/bindings.cpp: pointers cross this line, so a module of other sources must not be called.
-ABI = 8
+ABI = 9
 
 _REMEDY = "run pip install . in the sources' folder"
 

@@ -1,6 +1,7 @@
 """What of the CUDA side runs without a GPU: launch plans, the wrappers' reasons and preparations, rules of the sources."""
 
 import re
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +46,20 @@ def test_a_plan_covers_the_catalog_within_the_device(device, B, N):
             assert plan["merge_warps"] in (1, 2, 4, 8, 16)
             assert plan["workspace_bytes"] == 8 * B * (1 + plan["splits"] * (plan["sorted"] + 32))
             # Lists grow with the blocks that keep the device busy, not with the catalog.
-            assert plan["workspace_bytes"] <= 8 * (B + 128 * (limits[0] * 4 + plan["query_tiles"])) * (1 + plan["sorted"] + 32)
+            assert plan["workspace_bytes"] <= 8 * (B + 128 * (limits[0] * 3 + plan["query_tiles"])) * (1 + plan["sorted"] + 32)
+
+
+@needs_native
+@pytest.mark.parametrize("B", [1, 256, 1024, 4096])
+def test_all_blocks_of_a_large_catalog_run_at_once(B):
+    """Registers allow three blocks a multiprocessor, which tests/emulator/test_static.py reads from what ptxas says."""
+    places = 3 * DEVICES["sm_90"][0]
+    for D in (64, 128):
+        topk = _native.load().plan_topk(B, 1_000_000, D, 100, DEVICES["sm_90"])
+        rank = _native.load().plan_target_rank(B, 1_000_000, D, DEVICES["sm_90"])
+        for plan in (topk, rank):
+            # With four chunks of queries in shared memory two blocks fit.
+            assert 0.9 * places * (2 if D == 128 else 3) / 3 < plan["query_tiles"] * plan["splits"] <= places
 
 
 @needs_native
@@ -90,12 +104,17 @@ def test_why_the_kernels_cannot_run_is_said_in_words(monkeypatch):
     class OnDevice:
         device, dtype = torch.device("cuda", 0), torch.float32
 
-    _cuda._capability.cache_clear()
-    for said, obstacle in (("no driver: install it", "no driver: install it"), ("ok: a device", None)):
-        monkeypatch.setattr(_native, "capability", lambda device, said=said: said)
-        monkeypatch.setattr(_native, "available", lambda: (True, ""))
-        assert _cuda.obstacle(OnDevice(), items) == obstacle
-        _cuda._capability.cache_clear()
+    monkeypatch.setattr(_cuda, "_able", {})
+    monkeypatch.setattr(_cuda, "_current", lambda device: nullcontext())
+    monkeypatch.setattr(_cuda, "_capturing", lambda device: False)
+    monkeypatch.setattr(_native, "available", lambda: (True, ""))
+    # What was wrong may have passed; what could run can.
+    answers = iter(("the driver does not answer: all in use", "no kernel image: capturing", "ok: a device"))
+    monkeypatch.setattr(_native, "capability", lambda device: next(answers))
+    assert "all in use" in _cuda.obstacle(OnDevice(), items)
+    assert "no kernel image" in _cuda.obstacle(OnDevice(), items)
+    assert _cuda.obstacle(OnDevice(), items) is None
+    assert _cuda.obstacle(OnDevice(), items) is None
     OnDevice.dtype = torch.float16
     assert "it takes float32" in _cuda.obstacle(OnDevice(), items)
 
@@ -124,6 +143,65 @@ def test_a_refused_launch_is_an_error_in_words(monkeypatch):
         _native.load().device_limits(0)
 
 
+class Device:
+    """Stands for ``torch.cuda`` and the native module where there is no GPU, and notes what they are told."""
+
+    def __init__(self, monkeypatch):
+        self.told, self.capturing, self.current = [], False, 0
+        monkeypatch.setattr(_cuda, "_able", {})
+        monkeypatch.setattr(_cuda, "_ran", set())
+        monkeypatch.setattr(_cuda, "_limits", lambda index: [])
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "device", self.enter)
+        monkeypatch.setattr(_native, "load", lambda: self)
+        monkeypatch.setattr(_native, "capability", self.capability)
+
+    @contextmanager
+    def enter(self, device):
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
+
+    def capability(self, index):
+        self.told.append(("capability", index, self.current))
+        return "ok"
+
+    def topk_cuda(self, *arguments):
+        *_, index, stream = arguments
+        self.told.append(("topk", index, self.current))
+        return ""
+
+
+def test_the_tensors_device_is_current_where_the_native_module_runs(monkeypatch):
+    """A module that switched by itself would leave a context on the device that it switches back to."""
+    device = Device(monkeypatch)
+    assert _cuda._capability(torch.device("cuda", 3)) == "ok"
+    _cuda._launch("topk_cuda", torch.device("cuda", 3), ())
+    assert device.told == [("capability", 3, 3), ("topk", 3, 3)]
+    assert device.current == 0
+
+
+def test_a_first_use_within_a_graph_capture_is_refused(monkeypatch):
+    device, place = Device(monkeypatch), torch.device("cuda", 1)
+    device.capturing = True
+    with pytest.raises(RuntimeError, match="cuda:1 was not asked for the CUDA kernels before the graph capture"):
+        _cuda._capability(place)
+    with pytest.raises(RuntimeError, match="topk was not run on cuda:1 before the graph capture: call it once outside"):
+        _cuda._launch("topk_cuda", place, ())
+    assert not device.told
+    device.capturing = False
+    _cuda._capability(place)
+    _cuda._launch("topk_cuda", place, ())
+    device.capturing = True
+    assert _cuda._capability(place) == "ok"
+    _cuda._launch("topk_cuda", place, ())
+    # Other products are other kernels.
+    monkeypatch.setenv("LARES_FAST_CUDA_PRODUCTS", "ffma")
+    with pytest.raises(RuntimeError, match="before the graph capture"):
+        _cuda._launch("topk_cuda", place, ())
+
+
 @pytest.mark.parametrize(("change", "said"), [
     ({"items": torch.ones(5, 4)}, r"items must be torch.float32 \[5, 3\] on cpu"),
     ({"bias": torch.ones(4)}, r"bias must be torch.float32 \[5\]"),
@@ -143,6 +221,27 @@ def test_lists_are_sorted_query_by_query():
     assert _cuda.sort_lists(offsets, ids, 10).tolist() == [0, 1, 5, 5, 9, 2, 3]
 
 
+def test_lists_that_are_none_are_seen_to_be_none():
+    """The kernels refuse a query by its own two offsets and by the ends of its list; others must keep what is theirs."""
+    query, items = torch.ones(4, 2), torch.ones(10, 2)
+
+    def given(offsets, ids):
+        *_, places, kept = _cuda._inputs(query, items, None, (torch.tensor(offsets), torch.tensor(ids)))
+        return places.tolist(), kept.tolist()
+
+    # The third offset falls: the second and the third list end or begin there.
+    places, ids = given([0, 3, 1, 5, 7], [5, 1, 0, 9, 2, 8, 3])
+    assert places == [0, 3, -1, 5, 7]
+    assert ids[:3] == [0, 1, 5] and ids[5:] == [3, 8]
+    places, ids = given([0, 2, 4, 2**60, -(2**63)], [5, 1, 9, 2, 8])
+    assert places == [0, 2, 4, 2**60, -1]
+    assert ids[:4] == [1, 5, 2, 9]
+    # Ids that are no items stay at an end of their own list.
+    places, ids = given([0, 3, 5, 5, 7], [4, -(2**62), 1, 2**62, 3, 9, 0])
+    assert places == [0, 3, 5, 5, 7]
+    assert ids == [-1, 1, 4, 3, 10, 0, 9]
+
+
 def test_products_are_chosen_by_the_environment(monkeypatch):
     assert _settings.cuda_products() == "3xtf32"
     monkeypatch.setenv("LARES_FAST_CUDA_PRODUCTS", "ffma")
@@ -154,7 +253,7 @@ def test_products_are_chosen_by_the_environment(monkeypatch):
 
 # What breaks streams, graph capture, other libraries' devices or the promise of fp32.
 FORBIDDEN = (
-    "cudaMalloc", "cudaFree", "cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaDeviceReset", "cudaEventSynchronize",
+    "cudaSetDevice", "cudaMalloc", "cudaFree", "cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaDeviceReset", "cudaEventSynchronize",
     "cuCtxCreate", "volatile *", "volatile unsigned", "volatile int", "use_fast_math", "fmad=", "__fmul", "atomicCAS",
     "__nanosleep", "default-stream",
 )  # fmt: skip

@@ -18,14 +18,6 @@ std::string words(cudaError_t error) {
     return cudaGetErrorString(error);
 }
 
-cudaError_t find_image(int device, int current) {
-    cudaFuncAttributes attributes{};
-    cudaError_t error = cudaSetDevice(device);
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, image_probe);
-    cudaSetDevice(current);
-    return error;
-}
-
 std::int64_t attribute(cudaDeviceAttr name, int device) {
     int value = 0;
     if (const cudaError_t error = cudaDeviceGetAttribute(&value, name, device); error != cudaSuccess) {
@@ -52,13 +44,18 @@ std::string capability(int device) {
     if (device >= devices) return "no device " + std::to_string(device) + ": the driver counts " + std::to_string(devices);
     if (const cudaError_t error = cudaGetDevice(&current); error != cudaSuccess) return "the device does not answer: " + words(error);
     if (device < 0) device = current;
+    if (device != current) {
+        // The question itself would initialise the other device.
+        return "device " + std::to_string(device) + " is not asked while device " + std::to_string(current) + " is the current one";
+    }
     cudaDeviceProp properties{};
     if (const cudaError_t error = cudaGetDeviceProperties(&properties, device); error != cudaSuccess) {
         return "the device does not answer: " + words(error);
     }
     const std::string name =
         std::string(properties.name) + " (sm_" + std::to_string(properties.major) + std::to_string(properties.minor) + ")";
-    if (const cudaError_t error = find_image(device, current); error != cudaSuccess) {
+    cudaFuncAttributes attributes{};
+    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, image_probe); error != cudaSuccess) {
         return "no kernel image for this device: " + name + ": " + words(error);
     }
     return "ok: " + name + ", driver for CUDA " + version(driver) + ", built with CUDA " + version(CUDART_VERSION);

@@ -52,6 +52,9 @@ __device__ __forceinline__ unsigned long long load_relaxed(const unsigned long l
     return value;
 }
 
+// Counts how often a path is taken that should be rare: in the emulator alone.
+__device__ __forceinline__ void count_slow(const char*) {}
+
 }  // namespace lares_fast
 
 #endif

@@ -11,42 +11,21 @@
 #include <string>
 #include <utility>
 
+#include "cuda/errors.h"
+
 namespace lares_fast {
 
-// Whether a call was merely refused. Every other error ends all work of the process on the device.
-inline bool refused(cudaError_t error) {
-    switch (error) {
-        case cudaErrorInvalidValue:
-        case cudaErrorInvalidConfiguration:
-        case cudaErrorInvalidDevice:
-        case cudaErrorInvalidDeviceFunction:
-        case cudaErrorInsufficientDriver:
-        case cudaErrorNoDevice:
-        case cudaErrorNoKernelImageForDevice:
-        case cudaErrorInvalidPtx:
-        case cudaErrorUnsupportedPtxVersion:
-        case cudaErrorJitCompilerNotFound:
-        case cudaErrorMemoryAllocation:
-        case cudaErrorLaunchOutOfResources:
-        case cudaErrorNotSupported:
-            return true;
-        default:
-            return false;
-    }
-}
-
-// Work on one stream of one device, made current meanwhile. After the first error nothing more is enqueued.
+// Work on one stream of the current device, which must be `device`: to switch here, and back, would initialise a device that
+// the process may not use at all. After the first error nothing more is enqueued.
 class DeviceQueue {
 public:
     DeviceQueue(int device, std::uintptr_t stream) : device_(device), stream_(reinterpret_cast<cudaStream_t>(stream)) {
-        note(cudaGetDevice(&before_));
-        if (error_ == cudaSuccess && before_ != device) {
-            note(cudaSetDevice(device));
-            switched_ = error_ == cudaSuccess;
+        int current = 0;
+        note(cudaGetDevice(&current));
+        if (error_ == cudaSuccess && current != device) {
+            throw std::invalid_argument("device " + std::to_string(device) + " must be the current one, and that is " +
+                                        std::to_string(current));
         }
-    }
-    ~DeviceQueue() {
-        if (switched_) cudaSetDevice(before_);
     }
     DeviceQueue(const DeviceQueue&) = delete;
     DeviceQueue& operator=(const DeviceQueue&) = delete;
@@ -71,7 +50,7 @@ public:
     std::string refusal() const {
         if (error_ == cudaSuccess) return "";
         const std::string said = std::string(cudaGetErrorName(error_)) + ": " + cudaGetErrorString(error_);
-        if (refused(error_)) return said;
+        if (!beyond_use(error_)) return said;
         throw std::runtime_error(said + "; no further work on the device is possible, so start the process again");
     }
 
@@ -93,8 +72,7 @@ private:
         if (error_ == cudaSuccess) most = bytes;
     }
 
-    int device_, before_ = 0;
-    bool switched_ = false;
+    int device_;
     cudaStream_t stream_;
     cudaError_t error_ = cudaSuccess;
 };

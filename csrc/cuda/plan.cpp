@@ -51,9 +51,10 @@ WalkPlan plan_walk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t 
         throw std::invalid_argument("the kernel needs " + std::to_string(plan.shared_bytes) +
                                     " bytes of shared memory a block, and the device has " + std::to_string(limits.shared_a_block));
     }
-    const std::int64_t wanted = divide_up(limits.multiprocessors * std::min<std::int64_t>(blocks, 4), plan.query_tiles);
+    // As many as run at once: one more would wait for all others to end.
+    const std::int64_t places = limits.multiprocessors * std::min<std::int64_t>(blocks, BLOCKS_A_MULTIPROCESSOR);
     // 65535 is the limit of a grid's second dimension.
-    plan.splits = std::clamp<std::int64_t>(std::min(wanted, plan.item_tiles / tiles_a_split), 1, 65535);
+    plan.splits = std::clamp<std::int64_t>(std::min(places / plan.query_tiles, plan.item_tiles / tiles_a_split), 1, 65535);
     return plan;
 }
 

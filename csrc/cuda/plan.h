@@ -12,6 +12,8 @@ constexpr int THREADS = WARP * WARPS;
 constexpr int WARP_QUERIES = 32;
 constexpr int TILE_QUERIES = WARPS * WARP_QUERIES;
 constexpr int TILE_ITEMS = 64;
+// Blocks that a multiprocessor has registers for: the kernels are compiled to leave room for as many, and no more are planned.
+constexpr int BLOCKS_A_MULTIPROCESSOR = 3;
 // Dimensions that lie in shared memory at a time.
 constexpr int CHUNK = 32;
 // Candidates of a query that wait for being sorted into its list.

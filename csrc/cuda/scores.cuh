@@ -71,9 +71,61 @@ __device__ __forceinline__ float nan_to_lowest(float x) { return x == x ? x : -I
 __device__ inline float plain_score(const Scores& s, std::int64_t b, std::int64_t item) {
     const float *q = s.query + b * s.D, *x = s.items + item * s.D;
     float sum = s.bias ? s.bias[item] : 0.0f;
+    // Whatever is added, it stays so or becomes NaN, which counts alike.
+    if (sum == -INFINITY) return sum;
+    count_slow("score computed again");
 #pragma unroll 1
     for (int d = 0; d < s.D; ++d) sum = fmaf(q[d], x[d], sum);
     return nan_to_lowest(sum);
+}
+
+// The columns of a tile whose items have a bias of -inf, as bits over a lane's columns: their scores are -inf.
+__device__ __forceinline__ unsigned lowest_columns(const Scores& s, const Tile& tile, const Lane& lane) {
+    if (!s.bias) return 0;
+    unsigned long long lowest = 0;
+#pragma unroll 1
+    for (int half = 0; half < TILE_ITEMS / WARP; ++half) {
+        const std::int64_t item = tile.item(half * WARP + lane.lane, s.N);
+        const bool is_lowest = item >= 0 && s.bias[item] == -INFINITY;
+        lowest |= static_cast<unsigned long long>(__ballot_sync(ALL_LANES, is_lowest)) << half * WARP;
+    }
+    unsigned columns = 0;
+    if (lowest) {
+#pragma unroll 1
+        for (int n = 0; n < ROW_SUMS; ++n) columns |= static_cast<unsigned>(lowest >> lane.column(n) & 1) << n;
+    }
+    return columns;
+}
+
+// `sums`, as bits over a lane's sums, without those that need no second look: of queries that do not exist, and of items with a
+// bias of -inf where that loses. Lane i knows the `least` score that counts for query i.
+__device__ __forceinline__ unsigned long long worth_a_look(unsigned long long sums, const Scores& s, const Tile& tile, const Lane& lane,
+                                                           int first_query, float least) {
+    if (!__any_sync(ALL_LANES, sums != 0)) return 0;
+    const unsigned lowest = lowest_columns(s, tile, lane);
+#pragma unroll 1
+    for (int i = 0; i < LANE_ROWS; ++i) {
+        const bool real = first_query + lane.row(i) < s.B, lowest_loses = __shfl_sync(ALL_LANES, least, lane.row(i)) > -INFINITY;
+        const unsigned long long never = real ? (lowest_loses ? lowest : 0) : (1u << ROW_SUMS) - 1;
+        sums &= ~(never << i * ROW_SUMS);
+    }
+    return sums;
+}
+
+// One list of the exclusion in CSR. It is not valid if its offsets are no part of the E ids, if its ids, ascending, are no items,
+// or if there are 2^32 and more of them. In any case it may be read.
+struct ExcludedItems {
+    const std::int64_t* ids;
+    std::uint32_t count;
+    bool valid;
+};
+
+__device__ __forceinline__ ExcludedItems excluded_items(const std::int64_t* offsets, const std::int64_t* ids, std::int64_t E,
+                                                        std::int64_t query, std::int64_t N) {
+    if (!offsets) return {ids, 0, true};
+    const std::int64_t from = offsets[query], to = offsets[query + 1];
+    if (from < 0 || from > to || to > E || to - from > 0xffffffffll) return {ids, 0, false};
+    return {ids + from, static_cast<std::uint32_t>(to - from), from == to || (ids[from] >= 0 && ids[to - 1] < N)};
 }
 
 // sums[index] without an array in local memory.

@@ -2,6 +2,7 @@
 // with 1; the emulator itself exits with 3.
 //   cases all     every case
 //   cases small   two of them, for TSan
+//   cases counts  how often slow paths are taken, a line a call
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -20,7 +21,9 @@ namespace {
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr Limits HOPPER{132, 227 << 10, 228 << 10};
 
-enum class Values { integers, gaussian, ascending, equal, special };
+enum class Values { integers, gaussian, ascending, equal, special, masked };
+// What the host cannot see in tensors of a device: of every third query.
+enum class Wrong { nothing, offsets, ids };
 
 struct Case {
     std::string name;
@@ -30,6 +33,7 @@ struct Case {
     int longest = 6;  // exclusion list; -1 for none
     Limits limits{4, 227 << 10, 228 << 10};
     int misalign = 0;  // floats
+    Wrong wrong = Wrong::nothing;
 };
 
 struct EmulatedDevice {
@@ -87,6 +91,7 @@ struct Data {
                                                                                   : static_cast<float>(integer(-2, 2));
             }
             bias[j] = c.values == Values::equal ? 0.0f : static_cast<float>(integer(-3, 3));
+            if (c.values == Values::masked && j % 2) bias[j] = -INF;
         }
         if (c.values == Values::special) {
             // One in a row at most, so that no order of summation overflows where another does not.
@@ -98,9 +103,11 @@ struct Data {
             std::vector<std::int64_t> list(c.longest < 0 || c.N == 0 ? 0 : integer(0, c.longest));
             for (std::int64_t& id : list) id = integer(0, c.N - 1);
             target[b] = c.N ? integer(0, c.N - 1) : 0;
-            // The last of several queries has a target that is no item: no answer is right, but nothing may be read there.
+            // The last of several queries has a target that is no item, and so has one between.
             if (c.B > 1 && b == c.B - 1) target[b] = c.N + 1000;
-            if (!list.empty() && b % 3 == 0 && target[b] < c.N) list.push_back(target[b]);
+            if (c.B > 3 && b == 2) target[b] = -1 - (std::int64_t{1} << 40);
+            if (!list.empty() && b % 3 == 0 && target[b] >= 0 && target[b] < c.N) list.push_back(target[b]);
+            if (c.wrong == Wrong::ids && list.empty()) list.push_back(0);
             std::sort(list.begin(), list.end());
             gone[b].insert(list.begin(), list.end());
             ids.insert(ids.end(), list.begin(), list.end());
@@ -125,6 +132,26 @@ struct Data {
     }
 };
 
+// Whether query `b` of case `c` has a list that is not valid. The offsets of a query are those of its neighbours too.
+bool is_bad(const Case& c, int b) {
+    if (c.wrong == Wrong::ids) return b % 3 == 1;
+    return c.wrong == Wrong::offsets && (b % 3 == 1 || (b % 3 == 0 && b + 1 < c.B));
+}
+
+// The ids as the kernels read them, after `c.wrong` was done to them and to the offsets.
+std::vector<std::int64_t> spoiled(const Case& c, Data& data) {
+    std::vector<std::int64_t> ids = data.ids;
+    const auto size = static_cast<std::int64_t>(ids.size());
+    const std::int64_t offsets[] = {-1, size + 1, std::numeric_limits<std::int64_t>::min(), std::int64_t{1} << 60};
+    for (int b = 1; b < c.B; b += 3) {
+        if (c.wrong == Wrong::offsets) data.offsets[b] = offsets[b / 3 % 4];
+        if (c.wrong != Wrong::ids) continue;
+        const std::int64_t first = data.offsets[b], last = data.offsets[b + 1] - 1;
+        (b % 2 ? ids[last] : ids[first]) = b % 2 ? c.N + 70 : -5;
+    }
+    return ids;
+}
+
 std::string text(double x) { return std::to_string(x); }
 
 void check_topk(const Case& c, bool plain, unsigned seed) {
@@ -134,12 +161,22 @@ void check_topk(const Case& c, bool plain, unsigned seed) {
     std::memset(workspace.data, 0xff, static_cast<std::size_t>(plan.workspace_bytes));
     Memory<float> scores(std::size_t(c.B) * c.k);
     Memory<std::int64_t> ids(std::size_t(c.B) * c.k), exclude(data.ids.size());
-    std::copy(data.ids.begin(), data.ids.end(), exclude.data);
+    const std::vector<std::int64_t> given = spoiled(c, data);
+    std::copy(given.begin(), given.end(), exclude.data);
     EmulatedDevice device{seed};
     enqueue_topk(device, {data.query.data, data.items.data, c.bias ? data.bias.data : nullptr, c.longest < 0 ? nullptr : data.offsets.data,
-                          exclude.data, scores.data, ids.data, workspace.data, c.B, c.N, c.D, c.k, plain}, plan);
+                          exclude.data, scores.data, ids.data, workspace.data, c.B, c.N, c.D, c.k,
+                          static_cast<std::int64_t>(given.size()), plain}, plan);
     for (int b = 0; b < c.B; ++b) {
         const std::string where = "query " + std::to_string(b);
+        if (is_bad(c, b)) {
+            for (int n = 0; n < c.k; ++n) {
+                if (ids[std::size_t(b) * c.k + n] != -1 || !std::isnan(scores[std::size_t(b) * c.k + n])) {
+                    wrong(c, plain, seed, where + " has an answer, and its list is not valid");
+                }
+            }
+            continue;
+        }
         const double* const truth = data.truth.data() + std::size_t(b) * c.N;
         const double* const tolerance = data.tolerance.data() + std::size_t(b) * c.N;
         const auto score_of = [&](std::int64_t j) { return plain ? double{data.plain[std::size_t(b) * c.N + j]} : truth[j]; };
@@ -187,17 +224,18 @@ void check_rank(const Case& c, bool plain, bool ties_by_id, unsigned seed) {
     Data data(c, 7 * seed + 1);
     const WalkPlan plan = plan_target_rank(c.B, c.N, c.D, c.limits);
     Memory<std::int64_t> of_all(c.B), of_kept(c.B), exclude(data.ids.size());
-    std::copy(data.ids.begin(), data.ids.end(), exclude.data);
+    const std::vector<std::int64_t> given = spoiled(c, data);
+    std::copy(given.begin(), given.end(), exclude.data);
     EmulatedDevice device{seed};
     enqueue_target_rank(device, {data.query.data, data.items.data, c.bias ? data.bias.data : nullptr, data.target.data,
                                  c.longest < 0 ? nullptr : data.offsets.data, exclude.data, of_all.data, of_kept.data, c.B, c.N, c.D,
-                                 ties_by_id, plain}, plan);
+                                 static_cast<std::int64_t>(given.size()), ties_by_id, plain}, plan);
     for (int b = 0; b < c.B; ++b) {
         const std::int64_t t = data.target[b];
-        if (t >= c.N) continue;
+        const bool is_item = t >= 0 && t < c.N;
         std::int64_t least[2] = {}, most[2] = {};
         for (int j = 0; j < c.N; ++j) {
-            if (j == t) continue;
+            if (j == t || !is_item) continue;
             const std::size_t at = std::size_t(b) * c.N, other = at + j, own = at + t;
             const double gap = plain ? double{data.plain[other]} - data.plain[own] : data.truth[other] - data.truth[own];
             const double slack = plain ? 0 : data.tolerance[other] + data.tolerance[own];
@@ -209,6 +247,8 @@ void check_rank(const Case& c, bool plain, bool ties_by_id, unsigned seed) {
             least[0] += surely, most[0] += maybe;
             least[1] += surely && kept, most[1] += maybe && kept;
         }
+        if (!is_item) least[0] = most[0] = c.N;
+        if (!is_item || is_bad(c, b)) least[1] = most[1] = c.N;
         const std::int64_t found[2] = {of_all[b], of_kept[b]};
         for (int i = 0; i < 2; ++i) {
             if (found[i] >= least[i] && found[i] <= most[i]) continue;
@@ -263,6 +303,30 @@ const std::vector<Case> CASES = {
     {"Gaussian", 6, 700, 50, 100, Values::gaussian},
     {"Gaussian, many splits", 3, 3000, 16, 10, Values::gaussian, true, 20, HOPPER},
     {"infinite, NaN, huge, tiny", 40, 200, 5, 30, Values::special},
+    {"half of the items at -inf by their bias", 35, 300, 5, 30, Values::masked},
+    {"only -inf is left", 3, 40, 5, 40, Values::masked},
+    {"offsets out of range", 40, 300, 5, 30, Values::integers, true, 6, {4, 227 << 10, 228 << 10}, 0, Wrong::offsets},
+    {"excluded ids out of range", 40, 300, 5, 30, Values::integers, true, 6, {4, 227 << 10, 228 << 10}, 0, Wrong::ids},
+};
+
+// A line with the slow paths of one call of each op, an item tile and a warp with queries.
+void count(const Case& c) {
+    for (const bool ranks : {false, true}) {
+        emulator::slow_path("round"), emulator::slow_path("score computed again");
+        ranks ? check_rank(c, false, true, 0) : check_topk(c, false, 0);
+        const int tiles = (c.B + 31) / 32 * ((c.N + TILE_ITEMS - 1) / TILE_ITEMS);
+        std::printf("%s, %s: %.2f rounds, %.2f scores computed again\n", c.name.c_str(), ranks ? "ranks" : "top",
+                    double(emulator::slow_path("round")) / tiles, double(emulator::slow_path("score computed again")) / tiles);
+    }
+}
+
+const std::vector<Case> COUNTED = {
+    {"B 1", 1, 20000, 8, 100, Values::gaussian, false, -1},
+    {"B 32", 32, 20000, 8, 100, Values::gaussian, false, -1},
+    {"B 33", 33, 20000, 8, 100, Values::gaussian, false, -1},
+    {"B 129", 129, 20000, 8, 100, Values::gaussian, false, -1},
+    {"B 1 masked", 1, 20000, 8, 100, Values::masked, true, -1},
+    {"B 33 masked", 33, 20000, 8, 100, Values::masked, true, -1},
 };
 
 }  // namespace
@@ -271,6 +335,10 @@ const std::vector<Case> CASES = {
 int main(int argc, char** argv) {
     using namespace lares_fast;
     const std::string suite = argc > 1 ? argv[1] : "all";
+    if (suite == "counts") {
+        for (const Case& c : COUNTED) count(c);
+        return 0;
+    }
     for (const Case& c : suite == "small" ? SMALL : CASES) {
         for (const unsigned seed : {0u, 1u}) check(c, seed);
     }

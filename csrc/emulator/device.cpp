@@ -9,6 +9,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -253,6 +254,22 @@ void run_block(int threads, std::mt19937* random) {
     happens_after(&machine.whole_block);
 }
 
+struct SlowPath {
+    const char* name;
+    long long count;
+};
+
+// The first places of the array are taken.
+SlowPath slow_paths[8];
+
+SlowPath& find_slow_path(const char* name) {
+    for (SlowPath& path : slow_paths) {
+        if (!path.name) path.name = name;
+        if (std::strcmp(path.name, name) == 0) return path;
+    }
+    std::abort();
+}
+
 }  // namespace
 
 dim3 thread_index() { return dim3(static_cast<unsigned>(machine.current->index), 0, 0); }
@@ -345,6 +362,11 @@ void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t
     }
 }
 
+long long slow_path(const char* name) {
+    SlowPath& path = find_slow_path(name);
+    return std::exchange(path.count, 0);
+}
+
 void run_grid(dim3 grid, int threads, std::size_t shared_bytes, unsigned seed, const std::function<void()>& body) {
 #if defined(LARES_EMULATOR_TSAN)
     machine.scheduler_thread = __tsan_get_current_fiber();
@@ -366,3 +388,9 @@ void run_grid(dim3 grid, int threads, std::size_t shared_bytes, unsigned seed, c
 }
 
 }  // namespace lares_fast::emulator
+
+namespace lares_fast {
+
+void count_slow(const char* name) { ++emulator::find_slow_path(name).count; }
+
+}  // namespace lares_fast

@@ -57,6 +57,9 @@ void remember(const Copy& copy, Site site);
 bool recall(Copy& copy);
 void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], Site site);
 
+// How often threads went a way that should be rare, since the last time that it was asked.
+long long slow_path(const char* name);
+
 // Runs `body` once a thread of the grid. The seed gives the order of blocks and threads; 0 is ascending.
 void run_grid(dim3 grid, int threads, std::size_t shared_bytes, unsigned seed, const std::function<void()>& body);
 
@@ -143,5 +146,7 @@ inline void mma_tf32(float (&sums)[4], const std::uint32_t (&a)[4], const std::u
 }
 
 inline unsigned long long load_relaxed(const unsigned long long* from) { return __atomic_load_n(from, __ATOMIC_RELAXED); }
+
+void count_slow(const char* name);
 
 }  // namespace lares_fast

@@ -11,6 +11,7 @@ struct RankCount {
     const std::int64_t* target;
     const std::int64_t* exclude_offsets;
     const std::int64_t* exclude_ids;
+    std::int64_t E;
     unsigned long long* of_all;
     unsigned long long* of_kept;
     bool ties_by_id;
@@ -33,31 +34,38 @@ struct RankWarp {
     Lane lane;
     int first_query;
     std::uint32_t target;  // of query `lane`, as are the following; NO_TARGET where it is no item
-    const std::int64_t *excluded, *excluded_end;
+    const std::int64_t* excluded;  // those that are left of the list
+    std::uint32_t excluded_left;
     float own;
     // Of the lane's rows, over its columns.
     unsigned of_all[LANE_ROWS], of_kept[LANE_ROWS];
 
     __device__ RankWarp(const RankCount& c, std::int64_t first_item)
-        : call(c), target(NO_TARGET), excluded(nullptr), excluded_end(nullptr), own(0), of_all{}, of_kept{} {
+        : call(c), target(NO_TARGET), excluded(nullptr), excluded_left(0), own(0), of_all{}, of_kept{} {
         first_query = static_cast<int>(blockIdx.x) * TILE_QUERIES + static_cast<int>(threadIdx.x) / WARP * WARP_QUERIES;
         const int query = first_query + lane.lane;
         if (query >= call.scores.B) return;
         const std::int64_t id = call.target[query];
         if (id >= 0 && id < call.scores.N) target = static_cast<std::uint32_t>(id);
-        if (!call.exclude_offsets) return;
-        excluded = call.exclude_ids + call.exclude_offsets[query];
-        excluded_end = call.exclude_ids + call.exclude_offsets[query + 1];
-        std::int64_t left = excluded_end - excluded;
+        const ExcludedItems list = excluded_list(query);
+        if (!list.valid) return;
+        excluded = list.ids;
+        excluded_left = list.count;
+        std::uint32_t left = list.count;
         while (left > 0) {
-            const std::int64_t half = left / 2;
+            const std::uint32_t half = left / 2;
             if (excluded[half] < first_item) {
                 excluded += half + 1;
+                excluded_left -= half + 1;
                 left -= half + 1;
             } else {
                 left = half;
             }
         }
+    }
+
+    __device__ __forceinline__ ExcludedItems excluded_list(int query) const {
+        return excluded_items(call.exclude_offsets, call.exclude_ids, call.E, query, call.scores.N);
     }
 
     // The targets' own scores are on the diagonal of a tile of the block's targets.
@@ -85,7 +93,7 @@ struct RankWarp {
         Items absent = ~items_before(tile.count);
         if (target_place >= 0 && target_place < TILE_ITEMS) absent |= Items{1} << target_place;
         Items gone = absent;
-        for (; excluded != excluded_end && *excluded < std::int64_t{tile.first} + TILE_ITEMS; ++excluded) {
+        for (; excluded_left > 0 && *excluded < std::int64_t{tile.first} + TILE_ITEMS; ++excluded, --excluded_left) {
             if (*excluded >= tile.first) gone |= Items{1} << (*excluded - tile.first);
         }
         const Items before = call.ties_by_id ? items_before(target_place) : 0;
@@ -111,6 +119,7 @@ struct RankWarp {
             of_all[i] += static_cast<unsigned>(__popcll(better & ~__shfl_sync(ALL_LANES, absent, lane.row(i))));
             of_kept[i] += static_cast<unsigned>(__popcll(better & ~__shfl_sync(ALL_LANES, gone, lane.row(i))));
         }
+        odd = worth_a_look(odd, call.scores, tile, lane, first_query, own);
         while (__any_sync(ALL_LANES, odd != 0)) {
             const int at = odd ? __ffsll(static_cast<long long>(odd)) - 1 : 0;
             const int row = lane.row(at / ROW_SUMS), column = lane.column(at % ROW_SUMS);
@@ -118,7 +127,7 @@ struct RankWarp {
             const bool tie_counts = __shfl_sync(ALL_LANES, before, row) >> column & 1;
             const bool is_absent = __shfl_sync(ALL_LANES, absent, row) >> column & 1;
             const bool is_gone = __shfl_sync(ALL_LANES, gone, row) >> column & 1;
-            bool better = odd && !is_absent && first_query + row < call.scores.B;
+            bool better = odd && !is_absent;
             if (better) {
                 const float score = plain_score(call.scores, first_query + row, std::int64_t{tile.first} + column);
                 better = score > least || (score == least && tie_counts);
@@ -133,6 +142,9 @@ struct RankWarp {
     }
 
     __device__ __forceinline__ void add_up() const {
+        const bool has_rank = target != NO_TARGET, valid = has_rank && excluded_list(first_query + lane.lane).valid;
+        // Behind all items, counted once.
+        const unsigned behind = blockIdx.y == 0 ? static_cast<unsigned>(call.scores.N) : 0;
 #pragma unroll
         for (int i = 0; i < LANE_ROWS; ++i) {
             unsigned all = of_all[i], kept = of_kept[i];
@@ -141,6 +153,8 @@ struct RankWarp {
                 all += __shfl_xor_sync(ALL_LANES, all, distance);
                 kept += __shfl_xor_sync(ALL_LANES, kept, distance);
             }
+            if (!__shfl_sync(ALL_LANES, has_rank, lane.row(i))) all = behind;
+            if (!__shfl_sync(ALL_LANES, valid, lane.row(i))) kept = behind;
             const int query = first_query + lane.row(i);
             if (lane.member > 0 || query >= call.scores.B) continue;
             atomicAdd(call.of_all + query, static_cast<unsigned long long>(all));
@@ -151,7 +165,7 @@ struct RankWarp {
 
 // Counts over one split: a run of consecutive tiles, after the tiles of the block's own targets.
 template <bool PLAIN>
-__global__ void __launch_bounds__(THREADS, 3) rank_count(const __grid_constant__ RankCount call) {
+__global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) rank_count(const __grid_constant__ RankCount call) {
     constexpr int OWN_TILES = TILE_QUERIES / TILE_ITEMS;
     const std::int64_t tiles = call.item_tiles;
     const int first = static_cast<int>(tiles * blockIdx.y / call.splits), last = static_cast<int>(tiles * (blockIdx.y + 1) / call.splits);
@@ -180,6 +194,7 @@ void enqueue_target_rank(Device& device, const TargetRankCuda& call, const WalkP
     count.target = call.target;
     count.exclude_offsets = call.exclude_offsets;
     count.exclude_ids = call.exclude_ids;
+    count.E = call.E;
     count.of_all = reinterpret_cast<unsigned long long*>(call.of_all);
     count.of_kept = reinterpret_cast<unsigned long long*>(call.of_kept);
     count.ties_by_id = call.ties_by_id;

@@ -10,6 +10,7 @@ struct TopkScan {
     Scores scores;
     const std::int64_t* exclude_offsets;
     const std::int64_t* exclude_ids;
+    std::int64_t E;
     // [B]: a rank that k candidates of the query reach, raised by every split. Only a hint: nobody waits for it.
     Rank* reached;
     Rank* lists;  // [splits, B, sorted + QUEUE]
@@ -17,14 +18,15 @@ struct TopkScan {
     int stride, step;  // between the first tiles of two splits, and between two tiles of one, modulo their number
 };
 
-__device__ inline bool contains(const std::int64_t* ids, std::int64_t from, std::int64_t to, std::int64_t id) {
-    while (from < to) {
-        const std::int64_t middle = from + (to - from) / 2;
-        if (ids[middle] == id) return true;
-        if (ids[middle] < id) {
-            from = middle + 1;
+__device__ inline bool contains(const std::int64_t* ids, std::uint32_t count, std::int64_t id) {
+    while (count > 0) {
+        const std::uint32_t half = count / 2;
+        if (ids[half] == id) return true;
+        if (ids[half] < id) {
+            ids += half + 1;
+            count -= half + 1;
         } else {
-            to = middle;
+            count = half;
         }
     }
     return false;
@@ -37,11 +39,9 @@ struct Warp {
     int first_query;
     Rank threshold;
 
-    __device__ explicit Warp(const TopkScan& s) : scan(s) {
+    __device__ explicit Warp(const TopkScan& s) : scan(s), threshold(0) {
         first_query = static_cast<int>(blockIdx.x) * TILE_QUERIES + first_row();
         waiting()[lane.lane] = 0;
-        // No candidate outranks the threshold of a query that does not exist.
-        threshold = first_query + lane.lane < s.scores.B ? 0 : ~Rank{0};
         for (int row = 0; row < WARP_QUERIES && first_query + row < s.scores.B; ++row) {
             for (int at = lane.lane; at < s.sorted; at += WARP) list(row)[at] = 0;
         }
@@ -75,8 +75,8 @@ struct Warp {
     }
 
     __device__ __forceinline__ bool excluded(int query, std::int64_t item) const {
-        return scan.exclude_offsets &&
-               contains(scan.exclude_ids, scan.exclude_offsets[query], scan.exclude_offsets[query + 1], item);
+        const ExcludedItems list = excluded_items(scan.exclude_offsets, scan.exclude_ids, scan.E, query, scan.scores.N);
+        return contains(list.ids, list.count, item);
     }
 
     // Queues the items that may be among the best.
@@ -96,13 +96,15 @@ struct Warp {
                 if (!(sums[at] < least && sums[at] >= -FLT_MAX)) left |= 1ull << at;
             }
         }
+        left = worth_a_look(left, scan.scores, tile, lane, first_query, rank_score(threshold));
         while (__any_sync(ALL_LANES, left != 0)) {
+            if (lane.lane == 0) count_slow("round");
             const int at = left ? __ffsll(static_cast<long long>(left)) - 1 : 0;
             const int row = lane.row(at / ROW_SUMS);
             const int query = first_query + row;
             const std::int64_t item = tile.item(lane.column(at % ROW_SUMS), scan.scores.N);
             const Rank least = __shfl_sync(ALL_LANES, threshold, row);
-            if (left && item >= 0 && query < scan.scores.B) {
+            if (left && item >= 0) {
                 float score = pick(sums, at);
                 if (!finite(score)) score = plain_score(scan.scores, query, item);
                 const Rank rank = make_rank(score, item);
@@ -120,7 +122,7 @@ struct Warp {
 
 // The best of every `splits`-th tile, in a list a query.
 template <bool PLAIN>
-__global__ void __launch_bounds__(THREADS, 3) topk_scan(const __grid_constant__ TopkScan scan) {
+__global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) topk_scan(const __grid_constant__ TopkScan scan) {
     Warp warp(scan);
     const int split = static_cast<int>(blockIdx.y);
     const int tiles = (scan.item_tiles - split + scan.splits - 1) / scan.splits;
@@ -159,10 +161,11 @@ __global__ void __launch_bounds__(512) topk_merge(const __grid_constant__ TopkSc
         if (warp < apart && warp + apart < scan.splits) take(warp + apart);
     }
     if (warp > 0) return;
+    const bool valid = excluded_items(scan.exclude_offsets, scan.exclude_ids, scan.E, query, scan.scores.N).valid;
     for (int at = lane; at < scan.k; at += WARP) {
         const Rank rank = list(0)[at];
-        scores[query * scan.k + at] = rank_score(rank);
-        ids[query * scan.k + at] = rank_id(rank);
+        scores[query * scan.k + at] = valid ? rank_score(rank) : NAN;
+        ids[query * scan.k + at] = valid ? rank_id(rank) : -1;
     }
 }
 
@@ -173,6 +176,7 @@ void enqueue_topk(Device& device, const TopkCuda& call, const TopkPlan& plan) {
     scan.scores = make_scores(call, plan.walk);
     scan.exclude_offsets = call.exclude_offsets;
     scan.exclude_ids = call.exclude_ids;
+    scan.E = call.E;
     scan.reached = static_cast<Rank*>(call.workspace);
     scan.lists = scan.reached + call.B;
     scan.k = static_cast<int>(call.k);

@@ -8,18 +8,19 @@
 
 namespace lares_fast {
 
-// Pointers are the device's. Scores are 3xTF32 products of tensor cores with fp32 sums, or with `plain` one fused
+// Pointers are the device's. A query whose list has offsets outside of 0..E or falling, or ids that are no items, gets scores of
+// NaN and ids of -1: the host does not see these values. Scores are 3xTF32 products of tensor cores with fp32 sums, or with `plain` one fused
 // multiply-add after the other, which are the bits of topk_cpu.
 struct TopkCuda {
     const float* query;                   // [B, D]
     const float* items;                   // [N, D]
     const float* bias;                    // [N] or null
     const std::int64_t* exclude_offsets;  // [B + 1] or null
-    const std::int64_t* exclude_ids;      // ascending within each query, repeats allowed
+    const std::int64_t* exclude_ids;      // [E], ascending within each query, repeats allowed
     float* scores;                        // [B, k]
     std::int64_t* ids;                    // [B, k]
     void* workspace;                      // plan_topk(...).workspace_bytes
-    std::int64_t B, N, D, k;
+    std::int64_t B, N, D, k, E;
     bool plain;
 };
 

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lares_fast._errors import InputError
 from lares_fast._random import drop_threshold
 from lares_fast._transfer import sent
 from lares_fast.ops import _triton
 
 WIDTHS = (64, 128)
 HEAD_WIDTHS = (16, 32, 64, 128)
+# MOST_STEPS of kernels/recurrence.py.
+MOST_STEPS = 2**16 - 1
 LONGEST = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
@@ -32,6 +35,8 @@ def obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], call: Any = 
             return f"it takes heads of 16, 32, 64 or 128 columns, and they have {head}"
         if call.longest is None:
             return "it needs longest, the length of the longest sequence"
+        if call.depth is None and call.steps > MOST_STEPS:
+            return f"it takes up to {MOST_STEPS} steps, and depth is {call.steps}"
         if call.longest > LONGEST[h.dtype]:
             return f"it takes sequences of up to {LONGEST[h.dtype]} rows in {h.dtype}, and longest is {call.longest}"
     return _triton.refusal("recurrence", h, width=h.shape[1])
@@ -45,14 +50,22 @@ def tape_columns(h: Tensor) -> int:
 def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
     """(output, tape); a depth of each sequence's own on a GPU is waited for where the size of one of them follows from it."""
     h, B, depth = call.h, len(call.offsets) - 1, call.depth
-    steps = 0
-    if keep and len(h):
-        steps = call.steps if depth is None else int(depth.max())
-    out_rows = {"last": B, "tokens": len(h)}.get(call.output)
-    if out_rows is None:
-        out_rows = B * call.steps if depth is None else int(depth.sum())
+    if len(h) and not B:
+        raise InputError(f"offsets must rise from 0 to the number of tokens, {len(h)}, but there is only one.")
+    deepest, total = call.steps, B * call.steps
+    keep, by_step = keep and len(h) > 0, call.output == "steps"
+    if depth is not None and B and (keep or by_step or _on_host(depth)):
+        least, deepest, total = torch.stack((depth.min(), depth.max(), depth.sum())).tolist()
+        if not 1 <= least <= deepest <= MOST_STEPS:
+            raise InputError(f"depth must be in 1..{MOST_STEPS}, but it spans {least}..{deepest}.")
+    out_rows = {"last": B, "tokens": len(h), "steps": total}[call.output]
+    steps = deepest if keep else 0
     out, states = _triton.kernels("recurrence").forward(kernel_call(call), out_rows, steps)
     return out, None if states is None else states.view(torch.int32).view(-1, tape_columns(h))
+
+
+def _on_host(depth: Tensor) -> bool:
+    return depth.device.type == "cpu"
 
 
 def backward(call: Any, grad: Tensor, tape: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -61,6 +62,66 @@ def test_the_kernels_are_right(kind, suite, tmp_path):
     assert code == 0 and output.endswith("all cases agree\n"), output[-3000:]
 
 
+ERRORS = """
+#include <cstdio>
+#include "cuda/errors.h"
+int main() {
+    for (int error = 0; error < 1100; ++error) if (lares_fast::beyond_use(error)) std::printf("%d\\n", error);
+}
+"""
+
+
+def test_a_refusal_is_told_from_a_device_beyond_use(tmp_path):
+    (tmp_path / "errors.cpp").write_text(ERRORS)
+    subprocess.run(["g++", f"-I{CSRC}", str(tmp_path / "errors.cpp"), "-o", str(tmp_path / "errors")], check=True)
+    done = subprocess.run([tmp_path / "errors"], capture_output=True, text=True, check=True)
+    sticky = set(map(int, done.stdout.split()))
+    assert sticky >= {214, 220, 226, 700, 702, 710, *range(714, 720), 999}
+    # A bad value, no memory, no device, all in use, an old driver, no image, no cubin, no resources, and a graph capture.
+    assert not sticky & {0, 1, 2, 9, 34, 35, 36, 46, 98, 100, 101, 200, 209, 218, 222, 400, 701, 720, 801, 803, *range(900, 908)}
+    header = Path("/usr/local/cuda/include/driver_types.h")
+    if header.is_file():
+        ends = r"process must be terminated and relaunched"
+        told = re.findall(r"/\*\*(.*?)\*/\s*cudaError\w+\s*=\s*(\d+)", header.read_text(), re.DOTALL)
+        by_manual = {int(number) for text, number in told if re.search(ends, " ".join(text.replace("*", " ").split()))}
+        assert by_manual and by_manual <= sticky
+
+
+def slow_paths(sources, to):
+    """(case, op) -> (rounds, scores computed again), each of a tile of items and a warp that has queries."""
+    code, output = run(build(sources, "plain", to), "counts")
+    assert code == 0, output[-3000:]
+    lines = re.findall(r"^(.*), (top|ranks): ([\d.]+) rounds, ([\d.]+) scores computed again$", output, re.MULTILINE)
+    assert len(lines) == 12
+    return {(case, op): (float(rounds), float(again)) for case, op, rounds, again in lines}
+
+
+def test_queries_that_are_not_there_and_items_at_minus_infinity_cost_nothing(tmp_path):
+    found = slow_paths(CSRC, tmp_path)
+    rounds, _ = found["B 32", "top"]
+    assert 0 < rounds < 12
+    assert all(mine <= rounds and again == 0 for mine, again in found.values()), found
+    assert all(mine == 0 for (_, op), (mine, _) in found.items() if op == "ranks"), found
+
+
+SLOW = {
+    "items at -inf": ("(lowest_loses ? lowest : 0)", "(lowest_loses ? lowest & 0 : 0)", "B 33 masked"),
+    "scores of -inf computed again": ("    if (sum == -INFINITY) return sum;\n", "", "B 33 masked"),
+}
+
+
+@pytest.mark.parametrize("plant", SLOW)
+def test_what_slows_the_kernels_down_is_counted(plant, tmp_path):
+    good, bad, case = SLOW[plant]
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    file = tmp_path / "csrc/cuda/scores.cuh"
+    source = file.read_text()
+    assert source.count(good) == 1
+    file.write_text(source.replace(good, bad))
+    found = slow_paths(tmp_path / "csrc", tmp_path)
+    assert found[case, "top"] > (12, 0) or found[case, "top"][1] > 0, found
+
+
 # name: (file, text that stands there once, text instead of it, how it is built, what the report must say)
 PLANTS = {
     "no barrier before a stage is read and the other one written": (
@@ -88,6 +149,16 @@ PLANTS = {
     "queries past the last one are read": (
         "cuda/scores.cuh", "first_query + row < s.B ? first_query + row : -1", "first_query + row",
         "asan", ("heap-buffer-overflow", "walk")),
+    "queries that are not there are offered items": (
+        "cuda/scores.cuh", ": (1u << ROW_SUMS) - 1;", ": 0;", "asan", ("heap-buffer-overflow", "topk_scan")),
+    "an excluded list beyond the ids is read": (
+        "cuda/scores.cuh", "to > E || ", "to > E + 1 || ",
+        "asan", ("AddressSanitizer",)),
+    "a query whose list is not valid is answered": (
+        "topk/topk_cuda.cuh", "valid ? rank_id(rank) : -1", "rank_id(rank)", "plain", ("WRONG", "its list is not valid")),
+    "a target that is no item has a rank among them": (
+        "target_rank/target_rank_cuda.cuh", "lane.row(i))) all = behind;", "lane.row(i))) all = 0;", "plain",
+        ("WRONG: ", "rank of query")),
     "a target that is no item is read": (
         "cuda/scores.cuh", "return id < 0 || id >= N ? -1 : id;", "return id < 0 || id >= N + 2000 ? -1 : id;",
         "asan", ("heap-buffer-overflow", "walk")),

@@ -14,8 +14,16 @@ ROOT = Path(__file__).parents[2]
 ARCHS = ("80", "90", "100", "120")
 TENSOR = {"topk_scan<false>", "rank_count<false>"}
 KERNELS = {*TENSOR, "topk_scan<true>", "rank_count<true>", "topk_merge"}
-# Of 65536 a multiprocessor: three blocks of 128 threads, or four of 512.
-REGISTERS = {"topk_merge": 64}
+# Of a multiprocessor, and threads of a block: those of topk_merge at most.
+FILE_OF_REGISTERS, THREADS = 65_536, {"topk_merge": 512}
+
+
+def planned(name):
+    """Blocks a multiprocessor that the launcher counts on."""
+    if name == "topk_merge":
+        return 2
+    (blocks,) = re.findall(r"BLOCKS_A_MULTIPROCESSOR = (\d+);", (ROOT / "csrc/cuda/plan.h").read_text())
+    return int(blocks)
 
 
 def find(name):
@@ -67,7 +75,7 @@ def compiled(tmp_path_factory):
     return results
 
 
-def test_nothing_spills_and_registers_stay_under_their_ceiling(compiled):
+def test_nothing_spills_and_registers_allow_the_blocks_that_are_planned(compiled):
     seen = set()
     for log, _ in compiled:
         for part in log.split("Compiling entry function")[1:]:
@@ -78,7 +86,9 @@ def test_nothing_spills_and_registers_stay_under_their_ceiling(compiled):
             registers = int(re.search(r"Used (\d+) registers", part).group(1))
             name = kernel(symbol)
             assert (stack, stores, loads) == (0, 0, 0), f"{name} for sm_{arch}"
-            assert registers <= REGISTERS.get(name, 168), f"{name} for sm_{arch}"
+            # A warp's registers are given out by 256.
+            block = -(-registers // 8) * 8 * THREADS.get(name, 128)
+            assert FILE_OF_REGISTERS // block >= planned(name), f"{name} for sm_{arch} has {registers} registers"
             assert " bytes smem" not in part, f"{name} for sm_{arch} has static shared memory"
             seen.add((name, arch))
     assert seen == {(name, arch) for name in KERNELS for arch in ARCHS}

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import zipfile
 
 import pytest
@@ -12,14 +13,36 @@ pytestmark = pytest.mark.packaging
 REPORT = "import json, lares_fast._native as n; print(json.dumps([n.build_info(), n.capability()]))"
 
 
-def test_cuda_build(sources, builder, runner, needed, tmp_path):
-    environ = {
-        "LARES_FAST_CUDA": "1",
-        **{name: os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH", "CUDACXX") if name in os.environ},
-    }
-    nvcc = builder.ok("-c", "import os, setup; print(setup.find_nvcc(os.environ) or '')", cwd=sources, **environ).strip()
-    if not nvcc:
-        pytest.skip("no nvcc in CUDACXX, CUDA_HOME, CUDA_PATH, PATH or the usual folders")
+@pytest.fixture
+def environ():
+    """What asks for CUDA and says where it is."""
+    places = {name: os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH", "CUDACXX") if name in os.environ}
+    return {"LARES_FAST_CUDA": "1", **places}
+
+
+@pytest.fixture
+def nvcc(sources, builder, environ):
+    """The nvcc that the build takes."""
+    found = builder.ok("-c", "import os, setup; print(setup.find_nvcc(os.environ) or '')", cwd=sources, **environ).strip()
+    return found or pytest.skip("no nvcc in CUDACXX, CUDA_HOME, CUDA_PATH, PATH or the usual folders")
+
+
+@pytest.mark.parametrize("version", ["==3.24.*", "==3.25.*", "==3.28.*", ">=4"])
+def test_every_cmake_finds_that_nvcc_compiles(version, sources, builder, nvcc, tmp_path):
+    """The oldest that is allowed, those of Debian 12 and Ubuntu 24.04, and the newest."""
+    builder.ok("-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "tools", f"cmake{version}", cwd=tmp_path)
+    # The program itself: the script beside it takes the package of whatever environment runs it.
+    cmake = tmp_path / "tools" / "cmake" / "data" / "bin" / "cmake"
+    # The tests' program needs no Python and no pybind11.
+    settings = (f"-DCMAKE_MAKE_PROGRAM={builder.path.parent / 'ninja'}", "-DLARES_FAST_CUDA=auto", "-DNATIVE_TESTS=ON")
+    command = [cmake, "-S", sources, "-B", tmp_path / "build", "-G", "Ninja", *settings]
+    done = subprocess.run(command, env={**os.environ, "CUDACXX": nvcc}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = (tmp_path / "build" / "cuda.txt").read_text()
+    assert said.startswith("true built by nvcc "), said
+
+
+def test_cuda_build(sources, builder, runner, needed, nvcc, environ, tmp_path):
     wheel, output = builder.wheel(sources, tmp_path, **environ)
     assert "lares_fast: native module built with CUDA: built by nvcc" in output
     assert wheel.stat().st_size <= 10 << 20

@@ -1,0 +1,32 @@
+// Which of CUDA's errors end all work of the process on the device. Needs no CUDA headers, so that it is tested without them.
+#pragma once
+
+namespace lares_fast {
+
+// The errors of which CUDA's manual says that the process must be started again, those of broken memory and links, and the one
+// that nobody knows. Every other one is a refusal of this call, such as those of a graph capture (900 to 907).
+constexpr bool beyond_use(int error) {
+    switch (error) {
+        case 214:  // cudaErrorECCUncorrectable
+        case 220:  // cudaErrorNvlinkUncorrectable
+        case 226:  // cudaErrorContained
+        case 700:  // cudaErrorIllegalAddress
+        case 702:  // cudaErrorLaunchTimeout
+        case 710:  // cudaErrorAssert
+        case 714:  // cudaErrorHardwareStackError
+        case 715:  // cudaErrorIllegalInstruction
+        case 716:  // cudaErrorMisalignedAddress
+        case 717:  // cudaErrorInvalidAddressSpace
+        case 718:  // cudaErrorInvalidPc
+        case 719:  // cudaErrorLaunchFailure
+        case 721:  // cudaErrorTensorMemoryLeak
+        case 810:  // cudaErrorMpsClientTerminated
+        case 911:  // cudaErrorExternalDevice
+        case 999:  // cudaErrorUnknown
+            return true;
+        default:
+            return false;
+    }
+}
+
+}  // namespace lares_fast
