@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lares_fast import load
 from lares_fast.cli.console import Console
-from lares_fast.cli.evaluate import open_run_log, run_config
-from lares_fast.cli.inputs import split_log
+from lares_fast.cli.evaluate import open_run, run_config
 from lares_fast.reference import ranking_reward
+from lares_fast.serve import load_about
 from lares_fast.train import model_ranks
 from lares_fast.train.loop import evaluation_key
 
@@ -28,9 +27,8 @@ _RESAMPLES = 2_000
 
 def ndcg(run: Path, data: str | None, console: Console) -> dict[tuple[str, str], np.ndarray]:
     """NDCG@10 of each row, [R] fp64, by split and history, ranked as the run's own evaluation does."""
-    config, recommender = run_config(run, []), load(run)
-    log = open_run_log(config, data, recommender, run, console)
-    split, found = split_log(config.data, log), {}
+    config, (recommender, about) = run_config(run, []), load_about(run)
+    (log, split), found = open_run(config, data, recommender, about, run, console), {}
     for part in SPLITS:
         ranks = model_ranks(
             recommender.model,

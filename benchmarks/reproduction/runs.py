@@ -30,8 +30,9 @@ def collect(runs: Path, kept: Path, experiments: Sequence[Experiment]) -> None:
         if not (source / "metrics.csv").is_file():
             continue
         target.mkdir(parents=True, exist_ok=True)
-        # The folder of the data is of no use elsewhere.
-        settings = re.sub(r"(?m)^(  path: ).*$", rf"\g<1>{experiment.data}", (source / "config.yaml").read_text())
+        # The folder of the data is of no use elsewhere, and the checksum in the first line is of the file with it.
+        settings = re.sub(r"\A#.*\n", "", (source / "config.yaml").read_text())
+        settings = re.sub(r"(?m)^(  path: ).*$", rf"\g<1>{experiment.data}", settings)
         (target / "config.yaml").write_text(settings)
         for name in ("metrics", *experiment.evaluations):
             if (source / f"{name}.csv").is_file():

@@ -13,7 +13,7 @@ from lares_fast.cli import settings
 from lares_fast.cli.console import Console, notice
 from lares_fast.cli.inputs import open_log, split_log
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
-from lares_fast.data import InteractionLog
+from lares_fast.data import InteractionLog, Split
 from lares_fast.serve import Recommender, load_about
 from lares_fast.train import RunConfig, metrics, model_ranks
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
@@ -42,10 +42,7 @@ def command(arguments: Namespace) -> int:
     recommender, about = load_about(arguments.run)
     recommender.model.bf16 = arguments.bf16
     with Console() as console:
-        log = open_log(config.data, arguments.data, progress=partial(console.progress, "reading"))
-        require_order(log, recommender, arguments.run)
-        split = split_log(config.data, log)
-        require_run(log_identity(log, split), about, log.name, arguments.run)
+        log, split = open_run(config, arguments.data, recommender, about, arguments.run, console)
         console.say(f"data     {log.summary()}".replace("\n", "\n         "))
         part, evaluation = getattr(split, arguments.split), config.evaluation
         depths = [arguments.steps] if arguments.steps else evaluation.depths(recommender.model.config.mean_depth)
@@ -85,7 +82,18 @@ def run_config(run: Path, assignments: list[str]) -> RunConfig:
     return settings.build(run / "config.yaml", assignments)
 
 
-def require_order(log: InteractionLog, recommender: Recommender, run: Path) -> None:
+def open_run(
+    config: RunConfig, path: str | None, recommender: Recommender, about: dict[str, str], run: Path, console: Console
+) -> tuple[InteractionLog, Split]:
+    """The log, from ``path`` if it has moved, and the split of ``run``; :class:`InputError` if the model knows others."""
+    log = open_log(config.data, path, progress=partial(console.progress, "reading"))
+    _require_order(log, recommender, run)
+    split = split_log(config.data, log)
+    _require_same(log_identity(log, split), about, log.name, run)
+    return log, split
+
+
+def _require_order(log: InteractionLog, recommender: Recommender, run: Path) -> None:
     """Raise :class:`InputError` unless the items of ``log`` are numbered as in the model."""
     # Through JSON, as the run wrote them.
     items = json.loads(json.dumps(log.item_ids[1:].tolist()))
@@ -99,7 +107,7 @@ def require_order(log: InteractionLog, recommender: Recommender, run: Path) -> N
     raise InputError(f"{log.name} has other items than the run in {run}: give --data with the log it was trained on.")
 
 
-def require_run(ours: dict[str, str], about: dict[str, str], log: str, run: Path) -> None:
+def _require_same(ours: dict[str, str], about: dict[str, str], log: str, run: Path) -> None:
     """Raise :class:`InputError` unless the log and the split are those that the model ``about`` was trained on."""
     if not about:
         notice(f"{run} is of an earlier version and does not say which log and split it was trained on: that is not checked.")
