@@ -16,7 +16,7 @@ def whole(name: str, value: Any) -> int:
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
         # A compiler's symbol goes on as it is.
         return value  # type: ignore[return-value]
-    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
         raise InputError(f"{name} must be an integer, but got {_shown(value)}.")
     try:
         return operator.index(value)

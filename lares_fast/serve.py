@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lares_fast import ops
 from lares_fast._errors import InputError
+from lares_fast._numbers import whole
 from lares_fast.model import LARES
 from lares_fast.ops._catalog_checks import native_obstacle
 from lares_fast.train.checkpoint import fits, load_weights_about, sha256
@@ -90,7 +91,7 @@ class Recommender:
         or tensor of them. Raises :class:`InputError` for a ``k`` beyond the catalog, for what can be no raw id, and for
         scores that are not finite.
         """
-        k, num_steps, batch_size = _whole("k", k), _steps(num_steps), _whole("batch_size", batch_size)
+        k, num_steps, batch_size = whole("k", k), _steps(num_steps), whole("batch_size", batch_size)
         if not 1 <= k <= len(self.item_ids):
             raise InputError(f"k must be in 1..{len(self.item_ids)}, the number of items, but got {k}.")
         known, unknown = self._known(histories)
@@ -119,7 +120,7 @@ class Recommender:
 
         Raises :class:`InputError` if nothing of a history is known, and as :meth:`recommend`.
         """
-        num_steps, batch_size = _steps(num_steps), _whole("batch_size", batch_size)
+        num_steps, batch_size = _steps(num_steps), whole("batch_size", batch_size)
         known, _ = self._known(histories)
         if empty := [i for i, items in enumerate(known) if not items]:
             raise InputError(f"history {empty[0]} holds no item that the model knows.")
@@ -266,14 +267,5 @@ def _exact_below(number: Any) -> float:
     return 2 / float(np.finfo(getattr(number, "dtype", np.float64)).eps)
 
 
-def _whole(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool | Tensor):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} must be an integer, but got {reprlib.repr(value)}.") from None
-
-
 def _steps(num_steps: Any) -> int | None:
-    return None if num_steps is None else _whole("num_steps", num_steps)
+    return None if num_steps is None else whole("num_steps", num_steps)
