@@ -205,7 +205,8 @@ def _cpu() -> str:
 def _locked(folder: Path) -> Iterator[int | None]:
     """The descriptor of the folder's lock, or nothing if another runner, or the training that it left, has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    # Not the .lock of the training itself, which its own process takes.
+    with (folder / ".runner.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
