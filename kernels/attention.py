@@ -54,8 +54,8 @@ def attention_forward(
 ):  # fmt: skip
     """OUT [P, H, E] and the scores' logsumexp LSE [H, P] of one tile of queries."""
     sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
-    _spoil(OUT, low, high, head, H, E, C, S)
     if start >= length:
+        _spoil(OUT, low, high, head, H, E, C, S)
         return
     at = (first * H + head) * E
     row, column = start + tl.arange(0, S), tl.arange(0, C)
@@ -90,8 +90,8 @@ def attention_backward_query(
 ):  # fmt: skip
     """DQ of one tile of queries, and DELTA [H, P] = sum(OUT * DOUT) for the other pass."""
     sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
-    _spoil(DQ, low, high, head, H, E, C, S)
     if start >= length:
+        _spoil(DQ, low, high, head, H, E, C, S)
         return
     at = (first * H + head) * E
     row, column = start + tl.arange(0, S), tl.arange(0, C)
@@ -124,9 +124,9 @@ def attention_backward_key_value(
 ):  # fmt: skip
     """DK and DV of one tile of keys."""
     sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
-    _spoil(DK, low, high, head, H, E, C, S)
-    _spoil(DV, low, high, head, H, E, C, S)
     if start >= length:
+        _spoil(DK, low, high, head, H, E, C, S)
+        _spoil(DV, low, high, head, H, E, C, S)
         return
     at = (first * H + head) * E
     key, column = start + tl.arange(0, S), tl.arange(0, C)
