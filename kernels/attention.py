@@ -11,9 +11,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from lares_fast._errors import InputError
 from lares_fast.kernels._launch import WARPS, choice, launch, ready, rising
 from lares_fast.kernels._tiles import dropout_factor, load_rows, store_rows, visible
+
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Lengths, sizes and addresses must not compile variants of their own.
@@ -190,7 +190,7 @@ def _plan(query, offsets, longest, seed, threshold, step, layer):
     S = chosen.rows or tile_size(longest, E * query.element_size())
     tiles = triton.cdiv(longest, S)
     if P and len(offsets) == 1:
-        raise InputError(f"offsets must rise from 0 to {P}, the rows of query, but there is only one.")
+        raise ValueError(f"offsets must rise from 0 to {P}, the rows of query, but there is only one.")
     programs = (len(offsets) - 1) * H * tiles if P else 0
     kept = 1 / (1 - threshold / 65536)
     numbers = (P, H, tiles, longest, LOG2E.value / math.sqrt(E), threshold, kept, step, layer)

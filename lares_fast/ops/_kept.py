@@ -36,15 +36,15 @@ def write(kind: str, about: dict[str, Any], found: dict[str, Any]) -> None:
     """Keep ``found``, whole or not at all; raises OSError where it cannot be kept."""
     path = _path(kind, about)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False)
-    try:
-        with temporary as file:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        try:
             json.dump({**about, **found}, file, indent=1)
-        os.replace(temporary.name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary.name)
-        raise
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
 
 
 def _path(kind: str, about: dict[str, Any]) -> Path:

@@ -331,7 +331,10 @@ def test_the_canary_tries_what_is_launched():
         Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, p=0.5),
         Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, p=0, output="tokens"),
     ]
-    found = [answer, *(variant for one in others for variant in variants(lambda one=one: one.call(one.tensors, None, longest=20)))]
+    found = [
+        answer,
+        *(variant for one in others for variant in variants(lambda one=one: one.call(one.tensors, None, longest=20))),
+    ]
     half = {name: x.half() for name, x in case.tensors.items()}
     found += [v for v in variants(lambda: case.call(half, None, longest=100))]
     assert len({tuple(sorted(variant.items())) for variant in found}) == len(found) == len(others) + 2
@@ -345,7 +348,9 @@ def test_the_canary_of_an_answer_launches_no_backward(monkeypatch):
     names = []
     launch = _launch.launch
     module = importlib.import_module("lares_fast.kernels.recurrence")
-    monkeypatch.setattr(module, "launch", lambda kernel, *rest, **how: names.append(kernel.__name__) or launch(kernel, *rest, **how))
+    monkeypatch.setattr(
+        module, "launch", lambda kernel, *rest, **how: names.append(kernel.__name__) or launch(kernel, *rest, **how)
+    )
     (answer, *_) = (v for v in _trials.shipped("recurrence") if not v["train"])
     with triton_interpreter.interpreted(monkeypatch):
         assert _canary.try_out("recurrence", CPU, torch.float32, **answer) is None
