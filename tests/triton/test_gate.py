@@ -224,7 +224,7 @@ def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, mo
             if kernel.name == "recurrence_forward"
             else BACKWARD_STACK[kernel.name][0 if D == 64 else 2 if p else 1]
         )
-        assert kernel.stack <= limit, kernel
+        assert kernel.stack <= limit, (kernel.name, kernel.stack, limit, kernel.registers)
         if dtype == torch.float32:
             assert kernel.products == 0, kernel
         elif kernel.name != "join_backward":
