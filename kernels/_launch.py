@@ -37,7 +37,7 @@ find = None
 # Called in place of Triton's launch with (kernel, programs, arguments, options), by tools that compile or count what would run.
 stand_in = ContextVar("stand_in", default=None)
 
-# The compiler reads the process's environment.
+# The compiler reads the process's environment, which must not change under it: held by all who compile.
 _compiling = threading.Lock()
 
 # Variants that ran here: the first launch of one compiles and loads it, which a graph capture forbids.
@@ -99,14 +99,12 @@ def launch(kernel, programs, *arguments, warps, stages=1, choice=SHIPPED, **cons
 
 @contextmanager
 def sound_products(architecture):
-    """Keep what is compiled for ``architecture`` (90 is Hopper) from products that this ptxas gets wrong.
+    """Keep what is compiled for ``architecture`` (90 is Hopper) from products that this ptxas gets wrong; one thread at a time.
 
     Before 13.3 it may overwrite registers that a WGMMA still reads. Triton keeps what was compiled so apart from the rest.
     """
-    if architecture != 90 or _ptxas(architecture) >= (13, 3):
-        yield
-        return
-    with _compiling, _settings.temporarily("DISABLE_MMA_V3", "1"):
+    sound = architecture != 90 or _ptxas(architecture) >= (13, 3)
+    with _compiling, nullcontext() if sound else _settings.temporarily("DISABLE_MMA_V3", "1"):
         yield
 
 

@@ -44,9 +44,12 @@ def norm_backward(r, dy, base, PARTIAL, eps, D: tl.constexpr):
     """The gradient of the input r of a layer norm with weights at ``base``; adds those of the weights to PARTIAL [2, D]."""
     x, inverse = standardise(r, eps, D)
     column = tl.arange(0, D)
-    weight, bias = tl.sum(tl.sum(dy * x, 1), 0), tl.sum(tl.sum(dy, 1), 0)
-    tl.store(PARTIAL + column, tl.load(PARTIAL + column) + weight)
-    tl.store(PARTIAL + D + column, tl.load(PARTIAL + D + column) + bias)
+    weight = tl.load(PARTIAL + column) + tl.sum(tl.sum(dy * x, 1), 0)
+    bias = tl.load(PARTIAL + D + column) + tl.sum(tl.sum(dy, 1), 0)
+    # Another thread may store what this one loads: here, and where the caller stores what ``dy`` was loaded from.
+    tl.debug_barrier()
+    tl.store(PARTIAL + column, weight)
+    tl.store(PARTIAL + D + column, bias)
     dx = dy * vector(base, D)
     return inverse[:, :, None] * (dx - (tl.sum(dx, 2) / D)[:, :, None] - x * (tl.sum(dx * x, 2) / D)[:, :, None])
 
@@ -167,6 +170,7 @@ def input_gradient(A, W, GRAD, ROW_DEPTH, P, t, add, K: tl.constexpr, STRIDE: tl
     for k in range(0, K, PIECE):
         a = load_tile(A + start * K + k, row, real, K, PIECE)
         out += rows_times(a, matrix(W + k * STRIDE, PIECE, D, STRIDE), G)
+    tl.debug_barrier()
     store_tile(GRAD + start * D, out, row, real, D)
 
 
@@ -189,9 +193,12 @@ def join_backward(
             share = tl.sigmoid(tl.load(ADAPTER).to(tl.float32))
             gap = d * (x - load_tile(PRE + start * D, row, real, D))
             gate = tl.sum(tl.sum(tl.sum(gap, 2), 1), 0) * share * (1 - share)
-            tl.store(GATE + tl.program_id(0), tl.load(GATE + tl.program_id(0)) + gate)
+            gate += tl.load(GATE + tl.program_id(0))
+            tl.debug_barrier()
+            tl.store(GATE + tl.program_id(0), gate)
         store_tile(GRAD + start * D, d * share, row, real, D)
         dpre = load_tile(DPRE + start * D, row, real, D)
+        tl.debug_barrier()
         store_tile(DPRE + start * D, dpre + d * (1 - share), row, real, D)
 
 
@@ -217,10 +224,14 @@ def weight_gradient(
         sums += tl.sum(a.to(tl.float32), 0)
     SLOT = SLOTS_GRAD + slot.to(tl.int64) * size
     at = tl.multiple_of(place, 16) + (m + side)[:, None] * STRIDE + (n + side)[None, :]
-    tl.store(SLOT + at, tl.load(SLOT + at) + total)
+    total += tl.load(SLOT + at)
+    tl.debug_barrier()
+    tl.store(SLOT + at, total)
     if (n == 0) & (bias >= 0):
         SUMS = SLOT + tl.multiple_of(bias, 16) + m + side
-        tl.store(SUMS, tl.load(SUMS) + sums)
+        sums += tl.load(SUMS)
+        tl.debug_barrier()
+        tl.store(SUMS, sums)
 
 
 def backward(call, grad, states):

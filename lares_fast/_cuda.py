@@ -191,7 +191,9 @@ def _capability(device: torch.device) -> str:
     if index not in _able:
         with _current(device):
             if _capturing(device):
-                raise RuntimeError(f"{device} was not asked for the CUDA kernels before the graph capture: call the op once before.")
+                raise RuntimeError(
+                    f"{device} was not asked for the CUDA kernels before the graph capture: call the op once before."
+                )
             said = _native.capability(index)
         if not said.startswith("ok"):
             return said

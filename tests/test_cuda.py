@@ -168,7 +168,7 @@ class Device:
         return "ok"
 
     def topk_cuda(self, *arguments):
-        *_, index, stream = arguments
+        *_, index, _ = arguments
         self.told.append(("topk", index, self.current))
         return ""
 
@@ -253,7 +253,8 @@ def test_products_are_chosen_by_the_environment(monkeypatch):
 
 # What breaks streams, graph capture, other libraries' devices or the promise of fp32.
 FORBIDDEN = (
-    "cudaSetDevice", "cudaMalloc", "cudaFree", "cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaDeviceReset", "cudaEventSynchronize",
+    "cudaSetDevice",
+    "cudaMalloc", "cudaFree", "cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaDeviceReset", "cudaEventSynchronize",
     "cuCtxCreate", "volatile *", "volatile unsigned", "volatile int", "use_fast_math", "fmad=", "__fmul", "atomicCAS",
     "__nanosleep", "default-stream",
 )  # fmt: skip

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -26,44 +27,78 @@ if TYPE_CHECKING:
 # Of the largest number of a result: a few roundings, far less than one wrong product of integers.
 _TOLERANCE = {torch.float32: 2.0**-12, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
 
-# (op, device, dtype, variant) -> what the canary found; and those that are being tried, whose calls are its own.
+# (op, device, dtype, variant) -> what the canary found; those that are being tried; and the threads that try them.
 _known: dict[tuple[Any, ...], str | None] = {}
 _trying: set[tuple[Any, ...]] = set()
+_own: set[int] = set()
+# Guards the three, and tells those who wait that a canary has ended.
+_changed = threading.Condition()
 
 
 def refusal(op: str, device: torch.device, dtype: torch.dtype, **variant: Any) -> str | None:
-    """Why the kernels of ``op`` must not run on ``device``, or ``None``; ``variant`` says which of them."""
+    """Why the kernels of ``op`` must not run on ``device``, or ``None``; ``variant`` says which of them.
+
+    The first to ask has them tried, and everybody else who asks meanwhile waits for the verdict.
+    """
     key = (op, device, dtype, *sorted(variant.items()))
-    if key not in _known and key not in _trying:
-        _known[key] = _verdict(key, op, device, dtype, variant)
-    return _known.get(key)
+    if key in _known:
+        return _known[key]
+    if threading.get_ident() in _own:
+        # A canary's own call: to wait for its verdict would be to wait for itself.
+        return None
+    with _changed:
+        while key in _trying:
+            if _capturing(device):
+                raise _untried(op)
+            _changed.wait()
+        if key in _known:
+            return _known[key]
+        _trying.add(key)
+    try:
+        _known[key] = _verdict(op, device, dtype, variant)
+        return _known[key]
+    finally:
+        with _changed:
+            _trying.discard(key)
+            _changed.notify_all()
 
 
-def _verdict(key: tuple[Any, ...], op: str, device: torch.device, dtype: torch.dtype, variant: dict[str, Any]) -> str | None:
+def _untried(op: str) -> RuntimeError:
+    return RuntimeError(
+        f"The kernels of {op} were not tried on this GPU before the graph capture: call {op} once before, "
+        "or run lares-fast warmup."
+    )
+
+
+def _verdict(op: str, device: torch.device, dtype: torch.dtype, variant: dict[str, Any]) -> str | None:
     about = {"op": op, "dtype": str(dtype), **variant, **identity(device)}
-    name = _kept.name_of(about)
-    if "fault" in (stored := _kept.read("canary", name) or {}):
-        return stored["fault"]
+    stored = (_kept.read("canary", about) or {}).get("fault", 0)
+    if stored is None or isinstance(stored, str):
+        return stored
     if _capturing(device):
-        raise RuntimeError(
-            f"The kernels of {op} were not tried on this GPU before the graph capture: call {op} once before, "
-            "or run lares-fast warmup."
-        )
-    _trying.add(key)
+        raise _untried(op)
     try:
         # A thread of its own has no fake tensors, no autocast and no graph of the call that asks.
         with ThreadPoolExecutor(1) as apart:
-            fault = apart.submit(try_out, op, device, dtype, **variant).result()
+            fault = apart.submit(_as_own, op, device, dtype, variant).result()
     except Exception as error:
         if not answerable(error):
             raise
         return _sentence(error)
-    finally:
-        _trying.discard(key)
     # Where it cannot be kept, the next process tries again.
     with suppress(OSError):
-        _kept.write("canary", name, {**about, "fault": fault})
+        _kept.write("canary", about, {"fault": fault})
     return fault
+
+
+def _as_own(op: str, device: torch.device, dtype: torch.dtype, variant: dict[str, Any]) -> str | None:
+    _own.add(threading.get_ident())
+    try:
+        # The backward stays in this thread: that of the device may be held by a caller who waits for this verdict.
+        with torch.autograd.set_multithreading_enabled(False):
+            return try_out(op, device, dtype, **variant)
+    finally:
+        _own.discard(threading.get_ident())
 
 
 def try_out(op: str, device: torch.device, dtype: torch.dtype, **variant: Any) -> str | None:
@@ -89,7 +124,8 @@ def _wrong(trial: Trial, results: Results, dtype: torch.dtype) -> str | None:
     if not trial.exact:
         twin = trial.twin(dtype)
         verdicts = judge("forward", results.forward, twin.forward, truth.forward)
-        verdicts += judge("gradient", results.gradients, twin.gradients, truth.gradients)
+        if trial.differentiable:
+            verdicts += judge("gradient", results.gradients, twin.gradients, truth.gradients)
         return next((verdict.fault for verdict in verdicts if verdict.fault), None)
     for name, want in {**truth.forward, **truth.gradients}.items():
         error = ({**results.forward, **results.gradients}[name].double() - want).abs().max().item()

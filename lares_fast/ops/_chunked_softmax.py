@@ -1,7 +1,7 @@
 """Log-probabilities of targets and their gradients in PyTorch, a piece of the catalog at a time: any dtype and device.
 
-Products are in the tensors' dtype, those of a float16 backward in float32; what is done with a score is in fp64: a log-probability
-near 0 and the gradient that goes with it would drown in the rounding of the log-sum-exp.
+Products are in the tensors' dtype, those of a float16 backward in float32. What is done with a score is in fp64: a
+log-probability near 0 and the gradient that goes with it would drown in the rounding of the log-sum-exp.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,36 @@ def folder(kind: str) -> Path:
     return _settings.cache_folder() / kind
 
 
-def name_of(about: dict[str, Any]) -> str:
-    """A name for what is known about ``about``."""
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def read(kind: str, name: str) -> dict[str, Any] | None:
-    """What was written, or ``None`` if nothing whole is there."""
+def read(kind: str, about: dict[str, Any]) -> dict[str, Any] | None:
+    """What this user wrote about ``about``, or ``None`` if nothing whole is there, or another user's file or subject."""
     try:
-        stored = json.loads((folder(kind) / f"{name}.json").read_text())
-    except (OSError, ValueError):
+        with _path(kind, about).open() as file:
+            if os.fstat(file.fileno()).st_uid != os.geteuid():
+                return None
+            stored = json.load(file)
+    # Lists in lists without end are a RecursionError.
+    except (OSError, ValueError, RecursionError):
         return None
-    return stored if isinstance(stored, dict) else None
+    same = isinstance(stored, dict) and all(name in stored and stored[name] == value for name, value in about.items())
+    return stored if same else None
 
 
-def write(kind: str, name: str, value: dict[str, Any]) -> None:
-    """Whole or not at all; raises OSError where it cannot be kept."""
-    folder(kind).mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder(kind), delete=False) as file:
-        json.dump(value, file, indent=1)
-    os.replace(file.name, folder(kind) / f"{name}.json")
+def write(kind: str, about: dict[str, Any], found: dict[str, Any]) -> None:
+    """Keep ``found``, whole or not at all; raises OSError where it cannot be kept."""
+    path = _path(kind, about)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        try:
+            json.dump({**about, **found}, file, indent=1)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
+
+
+def _path(kind: str, about: dict[str, Any]) -> Path:
+    """The file of ``kind`` for what is known about ``about``."""
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    return folder(kind) / f"{name}.json"

@@ -14,13 +14,14 @@ from lares_fast._transfer import sent
 from lares_fast.ops import _triton
 
 WIDTHS = (64, 128)
+WEIGHTS_A_LAYER = 16
 HEAD_WIDTHS = (16, 32, 64, 128)
 # MOST_STEPS of kernels/recurrence.py.
 MOST_STEPS = 2**16 - 1
 LONGEST = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
-def obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], call: Any = None, *_: object) -> str | None:
+def obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], call: Any = None, *rest: object) -> str | None:
     """Why the kernels cannot take a call, or ``None``."""
     if h.dtype not in _triton.DTYPES:
         return f"it takes float32, float16 and bfloat16, and h is {h.dtype}"
@@ -39,7 +40,24 @@ def obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], call: Any = 
             return f"it takes up to {MOST_STEPS} steps, and depth is {call.steps}"
         if call.longest > LONGEST[h.dtype]:
             return f"it takes sequences of up to {LONGEST[h.dtype]} rows in {h.dtype}, and longest is {call.longest}"
-    return _triton.refusal("recurrence", h, width=h.shape[1])
+    return _triton.refusal("recurrence", h, **_variant(h, weights, call, *rest))
+
+
+def _variant(h: Tensor, weights: Sequence[Tensor], call: Any = None, *rest: object) -> dict[str, Any]:
+    """All of a call that leads to kernels of its own; without ``call``, of one that answers."""
+    # An adapter is known by its parameters and those of its norm.
+    adapter = {0: "none", 2: "add", 3: "linear", 4: "concat"}[len(weights) % WEIGHTS_A_LAYER]
+    sizes = {"width": h.shape[1], "inner": weights[-6].shape[0], "adapter": adapter}
+    if call is None:
+        return {**sizes, "heads": 2, "output": "last", "drop": False, "long": False, "train": False}
+    # Behind the call stands whether a tape is kept, or the gradient.
+    train = isinstance(rest[0], Tensor) or bool(rest[0]) if rest else False
+    long = call.longest > LONGEST[torch.float32]
+    return {**sizes, "heads": call.n_heads, "output": call.output, "drop": _drops(call), "long": long, "train": train}
+
+
+def _drops(call: Any) -> bool:
+    return call.rows is not None and any(map(drop_threshold, call.dropout))
 
 
 def tape_columns(h: Tensor) -> int:
@@ -81,7 +99,7 @@ def kernel_call(call: Any) -> Any:
     """``call`` as the kernels take it."""
     kernels, ready = _triton.kernels("recurrence"), _triton.kernels("_launch").ready
     thresholds = (0, 0) if call.rows is None else tuple(map(drop_threshold, call.dropout))
-    dropped = any(thresholds)
+    dropped = _drops(call)
     return kernels.Call(
         h=ready(call.h),
         pre=None if call.pre is None else ready(call.pre),

@@ -110,7 +110,7 @@ def _codes(index: Tensor, width: int, length: float) -> Tensor:
     return torch.nn.functional.pad(factor * sign.double(), (0, width - size))
 
 
-def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool = False) -> Trial:
+def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool = False, train: bool = True) -> Trial:
     from lares_fast.ops import attention
 
     lengths = torch.tensor([16, 0, 1, 7] if short else [50, 0, 1, 33])
@@ -135,10 +135,10 @@ def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool =
         query, key, value = leaves.values()
         return {"out": reference.packed_attention(query, key, value, offsets, longest, draw=draw(), **how)}
 
-    return Trial({"query": query, "key": key, "value": value}, fast, plain, exact=integers)
+    return Trial({"query": query, "key": key, "value": value}, fast, plain, differentiable=train, exact=integers)
 
 
-def _linear_cross_entropy(integers: bool, width: int = 64) -> Trial:
+def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -> Trial:
     from lares_fast import ops
 
     rows = 37
@@ -162,33 +162,54 @@ def _linear_cross_entropy(integers: bool, width: int = 64) -> Trial:
         out, rank = reference.target_logprob_and_rank(leaves["hidden"], leaves["items"], target, scale=scale, skip_pad=True)
         return {"logprob": out, "logprob with rank": out.clone(), **({"rank": rank} if integers else {})}
 
-    return Trial(leaves, fast, plain, exact=integers)
+    return Trial(leaves, fast, plain, differentiable=train, exact=integers)
 
 
-def _recurrence(integers: bool, width: int = 64, heads: int = 2, inner: int | None = None, adapter: str = "concat") -> Trial:
+def _recurrence(
+    integers: bool,
+    width: int = 64,
+    heads: int = 2,
+    inner: int | None = None,
+    adapter: str = "concat",
+    output: str = "tokens",
+    drop: bool = True,
+    long: bool = False,
+    train: bool = True,
+) -> Trial:
+    """``adapter`` may be ``none``: a block without ``pre``. A ``long`` sequence takes a tile of 128 rows."""
     from lares_fast.ops import recurrence
+    from lares_fast.reference.backbone import build_block
 
-    offsets, depth = torch.tensor([0, 5, 6, 15, 35]), torch.tensor([2, 1, 2, 1])
+    lengths, depth = torch.tensor([5, 1, 9, 70 if long else 20]), torch.tensor([2, 1, 2, 1])
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    rows, longest = int(offsets[-1]), int(lengths.max())
     sizes: dict[str, Any] = {"hidden_size": width, "n_heads": heads, "inner_size": inner or 2 * width, "n_core_layers": 1}
-    config = LARESConfig(n_items=2, adapter=adapter, **sizes)
+    joins = adapter != "none"
+    config = LARESConfig(n_items=2, adapter=adapter if joins else "add", **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        weights = {name: weight.detach().double() for name, weight in reference.Recurrence(config).named_parameters()}
-    leaves = {"h": _fill(integers, 35, width), "pre": _fill(integers, 36, width)[:35], **weights}
-    how: dict[str, Any] = {"n_heads": heads, "adapter": adapter, "output": "tokens", "dropout": 0.25, "attention_dropout": 0.25}
+        module = reference.Recurrence(config) if joins else build_block(config, 1)
+        weights = {name: weight.detach().double() for name, weight in module.named_parameters()}
+    pre = {"pre": _fill(integers, rows + 1, width)[:rows]} if joins else {}
+    leaves = {"h": _fill(integers, rows, width), **pre, **weights}
+    how: dict[str, Any] = {"n_heads": heads, "adapter": config.adapter, "output": output}
+    how |= {"dropout": 0.25, "attention_dropout": 0.25} if drop else {}
+
+    def call(leaves: Values, function: Callable[..., Tensor], *, with_longest: bool, **more: Any) -> dict[str, Tensor]:
+        h, *rest = leaves.values()
+        places = (offsets.to(h.device), depth.to(h.device))
+        draw = Draw((5, 7), torch.arange(len(depth), device=h.device)) if drop else None
+        more |= {"pre": rest.pop(0)} if joins else {}
+        more |= {"longest": longest} if with_longest else {}
+        return {"out": function(h, places[0], rest, depth=places[1], draw=draw, **how, **more)}
 
     def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
-        h, pre, *rest = leaves.values()
-        draw = Draw((5, 7), torch.arange(len(depth), device=h.device))
-        places = (offsets.to(h.device), depth.to(h.device))
-        return {"out": recurrence(h, places[0], rest, pre=pre, depth=places[1], draw=draw, longest=20, backend=backend, **how)}
+        return call(leaves, recurrence, with_longest=True, backend=backend)
 
     def plain(leaves: Values) -> dict[str, Tensor]:
-        h, pre, *rest = leaves.values()
-        draw = Draw((5, 7), torch.arange(len(depth)))
-        return {"out": reference.recurrence(h, offsets, rest, pre=pre, depth=depth, draw=draw, **how)}
+        return call(leaves, reference.recurrence, with_longest=False)
 
-    return Trial(leaves, fast, plain)
+    return Trial(leaves, fast, plain, differentiable=train)
 
 
 def _catalog() -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, Tensor]]:
@@ -241,7 +262,17 @@ _TRIALS: dict[str, Callable[..., Trial]] = {
 
 
 def shipped(op: str) -> list[dict[str, Any]]:
-    """The variants of the kernels of ``op`` that published model sizes use."""
+    """The variants of the kernels of ``op`` that models of published sizes use, to answer and to train."""
     if op == "attention":
         return [{"width": width, "drop": drop, "short": False} for width in (32, 64) for drop in (False, True)]
-    return [{"width": width} for width in (64, 128)]
+    if op == "linear_cross_entropy":
+        return [{"width": width} for width in (64, 128)]
+    # The pre-block, and the core: its answer, its last states in training, those of every step.
+    calls = [("none", "tokens", False), ("add", "last", False)]
+    calls += [("none", "tokens", True), ("add", "last", True), ("add", "steps", True)]
+    return [
+        {"width": width, "heads": 2, "inner": 4 * width, "long": False, "adapter": adapter, "output": output}
+        | {"drop": train, "train": train}
+        for width in (64, 128)
+        for adapter, output, train in (calls if width == 64 else calls[1::3])
+    ]

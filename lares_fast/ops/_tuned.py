@@ -85,7 +85,7 @@ def keep(device: torch.device, found: Mapping[str, Any]) -> None:
     """Store ``found`` (call -> choice as plain values) beside what is there. Raises OSError."""
     about = _canary.identity(device)
     calls = {**_read(device), **found}
-    _kept.write("tuned", _kept.name_of(about), {**about, "calls": calls})
+    _kept.write("tuned", about, {"calls": calls})
     _known.clear()
 
 
@@ -105,11 +105,9 @@ def note(op: str, tensor: Tensor) -> str | None:
 
 
 def _read(device: torch.device) -> dict[str, Any]:
-    about = _canary.identity(device)
-    stored = _kept.read("tuned", _kept.name_of(about)) or {}
+    stored = _kept.read("tuned", _canary.identity(device)) or {}
     calls = stored.get("calls")
-    # A file of that name that was written about another GPU was tampered with.
-    return calls if isinstance(calls, dict) and all(stored.get(name) == value for name, value in about.items()) else {}
+    return calls if isinstance(calls, dict) else {}
 
 
 def _choice(op: str, tensor: Tensor, sizes: Mapping[str, int], stored: Any) -> Any:

@@ -56,7 +56,9 @@ def attention(
 
     Raises:
         InputError: an argument has the wrong shape, dtype, device or range. The values of ``offsets`` are checked on the
-            CPU only; on a GPU wrong ones read and write where they should not.
+            CPU only, because a check on a GPU would wait for it. There ``triton`` answers NaN, and so are the gradients:
+            in the rows of a sequence that is longer than ``longest`` or leaves the P rows, and in all rows if an offset
+            is below the one before. ``reference`` ends in an error of PyTorch, after which the process must start again.
         BackendError: the backend asked for by name cannot take these arguments.
     """
     longest, step, layer = (whole(name, x) for name, x in (("longest", longest), ("step", step), ("layer", layer)))

@@ -53,7 +53,7 @@ def target_logprob(
 
     Raises:
         InputError: an argument has the wrong shape, dtype, device or range. The values of ``target`` are checked on the CPU
-            only: a check on a GPU would wait for it, and a wrong one reads where it should not.
+            only, because a check on a GPU would wait for it. There a wrong one gives NaN, and gradients that are NaN.
         BackendError: the backend asked for by name cannot take these arguments.
     """
     return _logprob(hidden, items, target, scale, skip_pad, None, backend)[0]

@@ -45,7 +45,9 @@ def target_rank(
 
     Raises:
         InputError: an argument has the wrong shape, dtype, device or range. The values of ``target`` and ``exclude``
-            are checked on the CPU only.
+            are checked on the CPU only. On a GPU ``cuda`` gives the rank N, behind all items, where the target is no item
+            or the query's list is wrong; ``reference`` ends in an error of PyTorch, after which the process must start
+            again.
         BackendError: the backend asked for by name cannot take these arguments.
     """
     return _ranks(query, items, target, bias, exclude, ties, backend)[1]

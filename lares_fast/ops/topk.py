@@ -48,7 +48,8 @@ def topk(
 
     Raises:
         InputError: an argument has the wrong shape, dtype, device or range, or ``index`` is stale. The values of
-            ``exclude`` are checked on the CPU only.
+            ``exclude`` are checked on the CPU only. On a GPU ``cuda`` gives a query whose list is wrong scores of NaN and
+            ids of -1; ``reference`` ends in an error of PyTorch, after which the process must start again.
         BackendError: the backend asked for by name cannot take these arguments.
     """
     check_arguments(query, items, bias, exclude)

@@ -78,7 +78,29 @@ def test_a_refusal_is_told_from_a_device_beyond_use(tmp_path):
     sticky = set(map(int, done.stdout.split()))
     assert sticky >= {214, 220, 226, 700, 702, 710, *range(714, 720), 999}
     # A bad value, no memory, no device, all in use, an old driver, no image, no cubin, no resources, and a graph capture.
-    assert not sticky & {0, 1, 2, 9, 34, 35, 36, 46, 98, 100, 101, 200, 209, 218, 222, 400, 701, 720, 801, 803, *range(900, 908)}
+    assert not sticky & {
+        0,
+        1,
+        2,
+        9,
+        34,
+        35,
+        36,
+        46,
+        98,
+        100,
+        101,
+        200,
+        209,
+        218,
+        222,
+        400,
+        701,
+        720,
+        801,
+        803,
+        *range(900, 908),
+    }
     header = Path("/usr/local/cuda/include/driver_types.h")
     if header.is_file():
         ends = r"process must be terminated and relaunched"

@@ -25,7 +25,7 @@ def gradients(function, hidden, items, target, upstream, **options):
 
 
 def tiny(backend, dtype):
-    """The mean over many rows: each probability times its gradient is below all numbers of half precision, their sums are not."""
+    """The mean over many rows: half precision holds no probability times its gradient, but their sums."""
     M, N, D = 256, 1000, 16
     hidden, items = (torch.randn(M, D) * 0.05 + 0.1).to(dtype), (torch.randn(N, D) + 0.5).to(dtype)
     target, upstream = torch.arange(M) % 3, torch.full((M,), 2.0**-16)

@@ -89,7 +89,7 @@ PLANTED = {
     "missing norm term of the gradient": ("_recurrence_backward", " - x * (tl.sum(dx * x, 2) / D)[:, :, None]", ""),
     "keys' gradient not turned": ("_recurrence_backward", "rows_times(turned, q, G)", "rows_times(ds, q, G)"),
     "gradient of a wrong slope": ("_recurrence_backward", "-0.5 * u * u", "-u * u"),
-    "slot forgotten": ("_recurrence_backward", "tl.load(SLOT + at) + total", "total"),
+    "slot forgotten": ("_recurrence_backward", "total += tl.load(SLOT + at)", "total += 0 * tl.load(SLOT + at)"),
 }
 
 

@@ -1,6 +1,10 @@
 """The canary: what it finds wrong, what follows from it, and what it must never answer with another backend."""
 
+import importlib
 import json
+import os
+import threading
+import time
 
 import pytest
 import torch
@@ -55,6 +59,9 @@ def test_the_reference_passes_every_trial(op, dtype, monkeypatch):
         *[("linear_cross_entropy", torch.float32, {"width": width}) for width in (1, 40, 256)],
         ("recurrence", torch.float32, {"width": 64}),
         ("recurrence", torch.bfloat16, {"width": 64}),
+        ("recurrence", torch.float32, {"inner": 256, "adapter": "add", "output": "last", "drop": False, "train": False}),
+        ("recurrence", torch.bfloat16, {"adapter": "none", "output": "tokens", "drop": False, "train": False, "long": True}),
+        ("recurrence", torch.bfloat16, {"inner": 64, "adapter": "linear", "output": "steps", "heads": 4}),
     ],
 )
 def test_the_kernels_pass(op, dtype, variant, monkeypatch):
@@ -189,3 +196,169 @@ def test_a_damaged_verdict_is_made_again(gpu, monkeypatch):
     _canary._known.clear()
     monkeypatch.setattr(_canary, "try_out", lambda *_, **__: "it is wrong")
     assert _canary.refusal("attention", CPU, torch.float32) == "it is wrong"
+
+
+def test_a_verdict_of_another_user_or_about_another_thing_is_made_again(gpu, monkeypatch):
+    monkeypatch.setattr(_canary, "try_out", lambda *_, **__: None)
+    _canary.refusal("attention", CPU, torch.float32)
+    (stored,) = gpu.iterdir()
+    right = stored.read_text()
+    monkeypatch.setattr(_canary, "try_out", lambda *_, **__: "it is wrong")
+
+    def refused():
+        _canary._known.clear()
+        return _canary.refusal("attention", CPU, torch.float32)
+
+    assert refused() is None
+    for damage in (right.replace('"none"', '"another"'), '{"fault": null}', "[" * 100_000, right.replace("null", "[]")):
+        stored.write_text(damage)
+        assert refused() == "it is wrong", damage[:50]
+    stored.write_text(right)
+    assert refused() is None
+    mine = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+    assert refused() == "it is wrong"
+
+
+def test_nothing_is_left_of_a_verdict_that_cannot_be_written(gpu, monkeypatch):
+    monkeypatch.setattr(_canary, "try_out", lambda *_, **__: None)
+
+    def full(value, file, **_):
+        file.write("{")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(_canary._kept.json, "dump", full)
+    assert _canary.refusal("attention", CPU, torch.float32) is None
+    assert list(gpu.iterdir()) == []
+
+
+def together(count, call):
+    """The answers, or errors, of ``count`` threads."""
+    answers = []
+
+    def one():
+        try:
+            answers.append(call())
+        except RuntimeError as error:
+            answers.append(str(error))
+
+    threads = [threading.Thread(target=one) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive(), "a thread waits for ever"
+    return answers
+
+
+def test_threads_wait_for_the_verdict_of_the_first(gpu, monkeypatch):
+    tried = []
+
+    def slow(op, *_, **__):
+        tried.append(op)
+        time.sleep(0.2)
+        # A call of its own, which must not wait for itself.
+        assert _canary.refusal("attention", CPU, torch.float32) is None
+        return "it is wrong"
+
+    monkeypatch.setattr(_canary, "try_out", slow)
+    answers = together(6, lambda: _canary.refusal("attention", CPU, torch.float32))
+    assert answers == ["it is wrong"] * 6
+    assert len(tried) == 1
+
+
+def test_who_waited_tries_for_himself_where_the_first_one_failed(gpu, monkeypatch):
+    tried = []
+
+    def fail(*_, **__):
+        tried.append(1)
+        time.sleep(0.05)
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(_canary, "try_out", fail)
+    assert together(3, lambda: _canary.refusal("attention", CPU, torch.float32)) == ["an illegal memory access"] * 3
+    assert len(tried) == 3
+    assert not _canary._trying and not _canary._own
+
+
+def test_a_capture_does_not_wait_for_another_thread(gpu, monkeypatch):
+    monkeypatch.setattr(_canary, "_capturing", lambda device: True)
+    monkeypatch.setattr(_canary, "_trying", {("attention", CPU, torch.float32)})
+    with pytest.raises(RuntimeError, match="were not tried on this GPU before the graph capture"):
+        _canary.refusal("attention", CPU, torch.float32)
+
+
+def test_a_backward_of_a_canary_needs_no_other_thread(gpu, monkeypatch):
+    """On a GPU it would run in the one thread of the device, which may be waiting for the verdict."""
+    seen = []
+
+    def note(*_, **__):
+        seen.append(torch._C._is_multithreading_enabled())
+
+    monkeypatch.setattr(_canary, "try_out", note)
+    _canary.refusal("attention", CPU, torch.float32)
+    assert seen[-1] is False
+
+
+def variants(call):
+    """What the canary of ``recurrence`` is asked to try for a call, as ``_triton.refusal`` is told."""
+    asked = []
+    triton = importlib.import_module("lares_fast.ops._recurrence_triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton._triton, "refusal", lambda op, tensor, **variant: asked.append(variant) or "not now")
+        call()
+    return asked
+
+
+def test_the_canary_tries_what_is_launched():
+    """The published model's answer has kernels of its own, and none of a backward."""
+    from recurrence_case import Case
+
+    case = Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, output="last", p=0)
+    (answer,) = variants(lambda: case.call(case.tensors, None, longest=20))
+    assert answer in _trials.shipped("recurrence")
+    assert not answer["train"] and not answer["drop"]
+    case = Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, output="steps", p=0.5)
+    leaves = {name: x.clone().requires_grad_() for name, x in case.tensors.items()}
+    train = variants(lambda: case.call(leaves, None, longest=20))
+    assert train[0] in _trials.shipped("recurrence") and train[0]["train"] and train[0]["drop"]
+    # Whatever compiles another kernel is another variant.
+    others = [
+        Case(lengths=[5, 20], inner=64, layers=1, adapter="add", depth=2, p=0),
+        Case(lengths=[5, 20], inner=256, layers=1, adapter="linear", depth=2, p=0),
+        Case(lengths=[5, 20], inner=256, layers=1, adapter=None, depth=2, p=0),
+        Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, p=0, H=4),
+        Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, p=0.5),
+        Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, p=0, output="tokens"),
+    ]
+    found = [
+        answer,
+        *(variant for one in others for variant in variants(lambda one=one: one.call(one.tensors, None, longest=20))),
+    ]
+    half = {name: x.half() for name, x in case.tensors.items()}
+    found += [v for v in variants(lambda: case.call(half, None, longest=100))]
+    assert len({tuple(sorted(variant.items())) for variant in found}) == len(found) == len(others) + 2
+
+
+@pytest.mark.interpreted
+def test_the_canary_of_an_answer_launches_no_backward(monkeypatch):
+    import triton_interpreter
+    from lares_fast.kernels import _launch
+
+    names = []
+    launch = _launch.launch
+    module = importlib.import_module("lares_fast.kernels.recurrence")
+    monkeypatch.setattr(
+        module, "launch", lambda kernel, *rest, **how: names.append(kernel.__name__) or launch(kernel, *rest, **how)
+    )
+    (answer, *_) = (v for v in _trials.shipped("recurrence") if not v["train"])
+    with triton_interpreter.interpreted(monkeypatch):
+        assert _canary.try_out("recurrence", CPU, torch.float32, **answer) is None
+    assert set(names) == {"recurrence_forward"}
+
+
+@pytest.mark.parametrize("variant", _trials.shipped("recurrence"), ids=str)
+def test_the_reference_passes_every_shipped_trial(variant, monkeypatch):
+    fast = _trials.Trial.results
+    monkeypatch.setattr(_trials.Trial, "results", lambda self, backend, *rest: fast(self, "reference", *rest))
+    assert _canary.try_out("recurrence", CPU, torch.float32, **variant) is None

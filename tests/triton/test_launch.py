@@ -137,3 +137,17 @@ def test_wgmma_is_off_where_the_assembler_gets_it_wrong(architecture, ptxas, for
 
 def test_the_assembler_tells_its_version():
     assert _launch._ptxas(90) >= (12, 0)
+
+
+def test_one_thread_compiles_at_a_time(kernel, monkeypatch):
+    """Another's compilation must not see what Hopper's is told by the environment."""
+    held = []
+    monkeypatch.setattr(Recorder, "__getitem__", lambda self, grid: lambda *_, **__: held.append(_launch._compiling.locked()))
+    x = torch.zeros(4)
+    _launch.launch(kernel, 1, x, warps=2)
+    _launch.launch(kernel, 1, x, warps=2)
+    assert held == [True, False]
+    for architecture in (80, 90, 100):
+        with _launch.sound_products(architecture):
+            assert _launch._compiling.locked()
+    assert not _launch._compiling.locked()

@@ -11,6 +11,10 @@ FILES = sorted(KERNELS.glob("*.py"))
 TREES = {path.name: ast.parse(path.read_text()) for path in FILES}
 
 
+# What multiplies, by itself or in a function of _layers.py.
+PRODUCTS = ("tl.dot", "rows_times", "linear")
+
+
 def calls(tree, name):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
@@ -27,7 +31,26 @@ def accumulated(statement):
     else:
         return
     if earlier:
-        yield from [ast.unparse(target)] * len(list(calls(statement.value, "tl.dot")))
+        products = [call for name in PRODUCTS for call in calls(statement.value, name)]
+        yield from [ast.unparse(target)] * len(products)
+
+
+LOADS, STORES = ("tl.load", "load_tile"), ("tl.store", "store_tile")
+
+
+def unfenced(function):
+    """A store, in the order of the source, to a place that was loaded from since the last barrier."""
+    loaded = set()
+    found = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+    # Arguments are evaluated before the call.
+    for call in sorted(found, key=lambda node: (node.end_lineno, node.end_col_offset)):
+        name = ast.unparse(call.func)
+        if name in LOADS:
+            loaded.add(ast.unparse(call.args[0]))
+        elif name in ("tl.debug_barrier", "norm_backward"):
+            loaded.clear()
+        elif name in STORES and ast.unparse(call.args[0]) in loaded:
+            yield "a barrier stands between a load and a store of one place: other threads may store what one loads"
 
 
 def faults(tree):
@@ -44,6 +67,8 @@ def faults(tree):
             sums = Counter(name for statement in ast.walk(node) for name in accumulated(statement))
             if any(count > 1 for count in sums.values()):
                 yield "one product per accumulator and iteration: two are compiled wrongly on some GPUs"
+        if isinstance(node, ast.FunctionDef):
+            yield from unfenced(node)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
             yield "kernels are launched by _launch.launch alone"
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "triton.autotune":
@@ -65,6 +90,10 @@ BROKEN = {
     "while True:\n    x += tl.dot(a, b, input_precision='ieee')\n    x += tl.dot(c, d, input_precision='ieee')": "one product",
     "while True:\n    x = x * s + tl.dot(a, b, input_precision='')\n    x += tl.dot(c, d, input_precision='')": "one product",
     "while True:\n    x += tl.dot(a, b, input_precision='') + tl.dot(c, d, input_precision='')": "one product",
+    "while True:\n    x += rows_times(a, b, G)\n    x += rows_times(c, d, G)": "one product",
+    "while True:\n    x += rows_times(a, b, G) + tl.dot(c, d, input_precision='')": "one product",
+    "def f():\n    tl.store(P + i, tl.load(P + i) + x)": "a barrier stands between",
+    "def f():\n    x = load_tile(P, i)\n    store_tile(P, x + 1, i)": "a barrier stands between",
     "kernel[(3,)](x)": "launched by _launch",
     "@triton.autotune(configs)\ndef f(): pass": "configurations are fixed",
 }

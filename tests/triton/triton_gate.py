@@ -89,7 +89,7 @@ def tool(name, *arguments):
 def wrapping_offsets(ttir):
     """Lines that add to a pointer a 32-bit offset in which a program's number was multiplied: it wraps for large tensors.
 
-    A remainder bounds what it is taken of, and what is loaded is no number of a program. In 64 bits nothing wraps.
+    A remainder bounds what it is taken of, and what is loaded or compared is no number of a program. In 64 bits nothing wraps.
     """
     numbers, products, found = set(), set(), []
     for line in ttir.splitlines():
@@ -100,13 +100,15 @@ def wrapping_offsets(ttir):
         looped = re.findall(r"(%\w+) = (%\w+)", line) if "scf.for" in line else []
         counter = re.search(r"scf\.for (%\w+) = (%\w+) to (%\w+)", line)
         looped += [(counter[1], counter[2]), (counter[1], counter[3])] if counter else []
-        for inner, outer in looped:
-            for known in (numbers, products):
-                known |= {inner} & ({inner} if outer in known else set())
+        for known in (numbers, products):
+            # Loops one behind the other use the same names.
+            of_loop = {inner for inner, outer in looped if outer in known}
+            known -= {result, *(inner for inner, _ in looped)}
+            known |= of_loop
         narrow = re.search(r":.*\bi32\b|:.*xi32>", line) and "i64" not in line.rsplit(":", 1)[1]
         if "tt.get_program_id" in line:
             numbers.add(result)
-        if "arith.rem" in line or "tt.load" in line:
+        if re.search("arith.rem|arith.cmp|tt.load", line):
             continue
         if operands & numbers:
             numbers.add(result)
