@@ -17,11 +17,11 @@ from lares_fast.kernels._tiles import dropout_factor, load_rows, store_rows, vis
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Lengths, sizes and addresses must not compile variants of their own.
-_SIZES = ["P", "B", "H", "tiles", "longest", "threshold", "step", "layer"]
+_SIZES = ["P", "H", "tiles", "longest", "threshold", "step", "layer"]
 
 
 @triton.jit
-def _place(OFFSETS, P, B, H, tiles, longest, S: tl.constexpr):
+def _place(OFFSETS, P, H, tiles, longest, S: tl.constexpr):
     """(sequence, head, first row of this program's tile, first packed row, length, first and last + 1 packed row to spoil).
 
     Sequences that are not sound have length 0; the programs of their first tiles spoil their rows, which are the rows that no
@@ -30,8 +30,9 @@ def _place(OFFSETS, P, B, H, tiles, longest, S: tl.constexpr):
     pid = tl.program_id(0)
     sequence, start = pid // (H * tiles), pid % tiles * S
     begin, end = tl.load(OFFSETS + sequence), tl.load(OFFSETS + sequence + 1)
+    last = tl.num_programs(0) // (H * tiles) - 1
     first = tl.where(sequence == 0, 0, tl.minimum(tl.maximum(begin, 0), P))
-    after = tl.where(sequence == B - 1, P, tl.minimum(tl.maximum(end, 0), P))
+    after = tl.where(sequence == last, P, tl.minimum(tl.maximum(end, 0), P))
     sound = (first == begin) & (after == end) & (after - first <= longest)
     length = tl.where(sound, after - first, 0).to(tl.int32)
     return sequence, pid // tiles % H, start, first, length, first, tl.where(sound | (start > 0), first, after)
@@ -48,11 +49,11 @@ def _spoil(OUT, low, high, head, H, E: tl.constexpr, C: tl.constexpr, S: tl.cons
 
 @triton.jit(do_not_specialize=_SIZES)
 def attention_forward(
-    Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, P, B, H, tiles, longest, scale, threshold, kept, step, layer,
+    Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """OUT [P, H, E] and the scores' logsumexp LSE [H, P] of one tile of queries."""
-    sequence, head, start, first, length, low, high = _place(OFFSETS, P, B, H, tiles, longest, S)
+    sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
         _spoil(OUT, low, high, head, H, E, C, S)
         return
@@ -84,11 +85,11 @@ def attention_forward(
 
 @triton.jit(do_not_specialize=_SIZES)
 def attention_backward_query(
-    Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, DOUT, DQ, DELTA, P, B, H, tiles, longest, scale, threshold, kept, step, layer,
+    Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, DOUT, DQ, DELTA, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """DQ of one tile of queries, and DELTA [H, P] = sum(OUT * DOUT) for the other pass."""
-    sequence, head, start, first, length, low, high = _place(OFFSETS, P, B, H, tiles, longest, S)
+    sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
         _spoil(DQ, low, high, head, H, E, C, S)
         return
@@ -118,11 +119,11 @@ def attention_backward_query(
 
 @triton.jit(do_not_specialize=_SIZES)
 def attention_backward_key_value(
-    Q, K, V, OFFSETS, ROWS, SEED, LSE, DOUT, DELTA, DK, DV, P, B, H, tiles, longest, scale, threshold, kept, step, layer,
+    Q, K, V, OFFSETS, ROWS, SEED, LSE, DOUT, DELTA, DK, DV, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """DK and DV of one tile of keys."""
-    sequence, head, start, first, length, low, high = _place(OFFSETS, P, B, H, tiles, longest, S)
+    sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
         _spoil(DK, low, high, head, H, E, C, S)
         _spoil(DV, low, high, head, H, E, C, S)
@@ -184,15 +185,15 @@ def _optional(tensor):
 
 def _plan(query, offsets, longest, seed, threshold, step, layer):
     """How all three kernels are launched for these sizes, and the numbers they take."""
-    (P, H, E), B = query.shape, len(offsets) - 1
+    P, H, E = query.shape
     chosen = choice("attention", query, width=E, longest=longest)
     S = chosen.rows or tile_size(longest, E * query.element_size())
     tiles = triton.cdiv(longest, S)
-    if P and not B:
+    if P and len(offsets) == 1:
         raise ValueError(f"offsets must rise from 0 to {P}, the rows of query, but there is only one.")
-    programs = B * H * tiles if P else 0
+    programs = (len(offsets) - 1) * H * tiles if P else 0
     kept = 1 / (1 - threshold / 65536)
-    numbers = (P, B, H, tiles, longest, LOG2E.value / math.sqrt(E), threshold, kept, step, layer)
+    numbers = (P, H, tiles, longest, LOG2E.value / math.sqrt(E), threshold, kept, step, layer)
     constants = {"E": E, "C": max(16, triton.next_power_of_2(E)), "S": S, "DROP": seed is not None}
 
     def launch_tiles(kernel, *arguments):
