@@ -100,7 +100,7 @@ def test_a_stretch_ends_and_the_next_resumes(folder):
 
     for number in (1, 2):
         work._stop = False
-        threading.Thread(target=stop_after_an_epoch, args=(number,)).start()
+        threading.Thread(target=stop_after_an_epoch, args=(number,), daemon=True).start()
         work.run([ENDLESS, LATER], ALL)
         assert [sitting["ended"] for sitting in runner.read_record(target)["sittings"]] == ["stopped"] * number
     assert not (folder / "runs" / LATER.name).exists(), "nothing is begun after the end of the stretch"

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import sysconfig
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +67,22 @@ def test_cuda_build(sources, builder, runner, needed, nvcc, environ, tmp_path):
 
     (module,) = (tmp_path / "unpacked" / "lares_fast").glob("_C.*.so")
     assert "libcuda" not in needed(module)
+
+    if (cuobjdump := find_cuobjdump()) is None:
+        pytest.skip("the images were not looked at: pip install nvidia-cuda-cuobjdump")
+    listed, used = (subprocess.check_output([cuobjdump, *what, module], text=True) for what in (IMAGES, ["-res-usage"]))
+    archs = sorted(arch.removesuffix("-real") for arch in info["cuda_archs"][:-1])
+    images = re.findall(r"sm_(\d+)\.cubin", listed)
+    # Each source has an image of each architecture, and PTX of the oldest.
+    assert sorted(images) == sorted(archs * (len(images) // len(archs))) and len(images) >= len(archs)
+    assert set(re.findall(r"sm_(\d+)\.ptx", listed)) == {info["cuda_archs"][-1].removesuffix("-virtual")}
+    assert all(kernel in used for kernel in ("topk_scan", "topk_merge", "rank_count"))
+
+
+IMAGES = ["-lelf", "-lptx"]
+
+
+def find_cuobjdump():
+    """On PATH, in the usual folder, or from its package."""
+    folders = [None, "/usr/local/cuda/bin", *map(str, (Path(sysconfig.get_path("purelib")) / "nvidia").glob("*/bin"))]
+    return next((found for folder in folders if (found := shutil.which("cuobjdump", path=folder))), None)
