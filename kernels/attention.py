@@ -30,7 +30,7 @@ def _place(OFFSETS, P, H, tiles, longest, S: tl.constexpr):
     pid = tl.program_id(0)
     sequence, start = pid // (H * tiles), pid % tiles * S
     begin, end = tl.load(OFFSETS + sequence), tl.load(OFFSETS + sequence + 1)
-    last = tl.num_programs(0) // (H * tiles) - 1
+    last = (tl.num_programs(0) - 1) // (H * tiles)
     first = tl.where(sequence == 0, 0, tl.minimum(tl.maximum(begin, 0), P))
     after = tl.where(sequence == last, P, tl.minimum(tl.maximum(end, 0), P))
     sound = (first == begin) & (after == end) & (after - first <= longest)

@@ -73,7 +73,7 @@ def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
     deepest, total = call.steps, B * call.steps
     keep, by_step = keep and len(h) > 0, call.output == "steps"
     if depth is not None and B and (keep or by_step or _on_host(depth)):
-        least, deepest, total = torch.stack((depth.min(), depth.max(), depth.sum())).tolist()
+        least, deepest, total = int(depth.min()), int(depth.max()), int(depth.sum())
         if not 1 <= least <= deepest <= MOST_STEPS:
             raise InputError(f"depth must be in 1..{MOST_STEPS}, but it spans {least}..{deepest}.")
     out_rows = {"last": B, "tokens": len(h), "steps": total}[call.output]
