@@ -45,10 +45,11 @@ def norm_backward(r, dy, base, PARTIAL, eps, D: tl.constexpr):
     x, inverse = standardise(r, eps, D)
     column = tl.arange(0, D)
     weight = tl.load(PARTIAL + column) + tl.sum(tl.sum(dy * x, 1), 0)
-    bias = tl.load(PARTIAL + D + column) + tl.sum(tl.sum(dy, 1), 0)
     # Another thread may store what this one loads: here, and where the caller stores what ``dy`` was loaded from.
     tl.debug_barrier()
     tl.store(PARTIAL + column, weight)
+    bias = tl.load(PARTIAL + D + column) + tl.sum(tl.sum(dy, 1), 0)
+    tl.debug_barrier()
     tl.store(PARTIAL + D + column, bias)
     dx = dy * vector(base, D)
     return inverse[:, :, None] * (dx - (tl.sum(dx, 2) / D)[:, :, None] - x * (tl.sum(dx * x, 2) / D)[:, :, None])

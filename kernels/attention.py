@@ -21,7 +21,7 @@ _SIZES = ["P", "H", "tiles", "longest", "threshold", "step", "layer"]
 
 @triton.jit
 def _place(OFFSETS, P, H, tiles, longest, S: tl.constexpr):
-    """(sequence, head, first row of this program's tile, first packed row, length, first and last + 1 packed row to spoil).
+    """(sequence, head, first row of this program's tile, first packed row, length, how many rows from there to spoil).
 
     Sequences that are not sound have length 0; the programs of their first tiles spoil their rows, which are the rows that no
     sound sequence has: all sequences together have each of the P rows once.
@@ -29,21 +29,22 @@ def _place(OFFSETS, P, H, tiles, longest, S: tl.constexpr):
     pid = tl.program_id(0)
     sequence, start = pid // (H * tiles), pid % tiles * S
     begin, end = tl.load(OFFSETS + sequence), tl.load(OFFSETS + sequence + 1)
-    last = tl.num_programs(0) // (H * tiles) - 1
+    last = (tl.num_programs(0) - 1) // (H * tiles)
     first = tl.where(sequence == 0, 0, tl.minimum(tl.maximum(begin, 0), P))
     after = tl.where(sequence == last, P, tl.minimum(tl.maximum(end, 0), P))
-    sound = (first == begin) & (after == end) & (after - first <= longest)
-    length = tl.where(sound, after - first, 0).to(tl.int32)
-    return sequence, pid // tiles % H, start, first, length, first, tl.where(sound | (start > 0), first, after)
+    length = after - first
+    sound = (first == begin) & (after == end) & (length <= longest)
+    spoilt = tl.where(sound | (start > 0), 0, length)
+    return sequence, pid // tiles % H, start, first, tl.where(sound, length, 0).to(tl.int32), spoilt
 
 
 @triton.jit
-def _spoil(OUT, low, high, head, H, E: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
-    """NaN in the packed rows low..high of a head."""
+def _spoil(OUT, count, first, head, H, E: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """NaN in ``count`` packed rows of a head, from ``first`` on."""
     row, column = tl.arange(0, S), tl.arange(0, C)
-    for begin in range(low, high, S):
+    for begin in range(0, count, S):
         nothing = tl.full((S, C), float("nan"), tl.float32)
-        store_rows(OUT + (begin * H + head) * E, nothing, row, column, H * E, high - begin, E)
+        store_rows(OUT + ((first + begin) * H + head) * E, nothing, row, column, H * E, count - begin, E)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -52,9 +53,9 @@ def attention_forward(
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """OUT [P, H, E] and the scores' logsumexp LSE [H, P] of one tile of queries."""
-    sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
+    sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
-        _spoil(OUT, low, high, head, H, E, C, S)
+        _spoil(OUT, spoilt, first, head, H, E, C, S)
         return
     at = (first * H + head) * E
     row, column = start + tl.arange(0, S), tl.arange(0, C)
@@ -88,9 +89,9 @@ def attention_backward_query(
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """DQ of one tile of queries, and DELTA [H, P] = sum(OUT * DOUT) for the other pass."""
-    sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
+    sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
-        _spoil(DQ, low, high, head, H, E, C, S)
+        _spoil(DQ, spoilt, first, head, H, E, C, S)
         return
     at = (first * H + head) * E
     row, column = start + tl.arange(0, S), tl.arange(0, C)
@@ -122,10 +123,10 @@ def attention_backward_key_value(
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """DK and DV of one tile of keys."""
-    sequence, head, start, first, length, low, high = _place(OFFSETS, P, H, tiles, longest, S)
+    sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
-        _spoil(DK, low, high, head, H, E, C, S)
-        _spoil(DV, low, high, head, H, E, C, S)
+        _spoil(DK, spoilt, first, head, H, E, C, S)
+        _spoil(DV, spoilt, first, head, H, E, C, S)
         return
     at = (first * H + head) * E
     key, column = start + tl.arange(0, S), tl.arange(0, C)

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 # Where the reference's order of a layer's parameters has them in the order of _layers.py.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7, 8, 9, 10, 12, 11, 13, 14, 15)
 # Steps of a sequence: a dropout address has 16 bits for the step.
-MOST_STEPS = 2**16 - 1
+MOST_STEPS = 2**16 - 2
 # All that a thread can have: left alone, ptxas spills some to fit a third program.
 MOST_REGISTERS = 255
 
@@ -67,9 +67,7 @@ def places(OFFSETS, ALIGNED, low, high, G: tl.constexpr):
     sequence, begin = owners(row, ALIGNED, low, high)
     origin = tl.load(OFFSETS + low)
     place = tl.load(OFFSETS + sequence)
-    # What is longer than its room in the tile takes no steps, and its other rows are nobody's.
-    room = tl.load(ALIGNED + sequence + 1) - tl.load(ALIGNED + sequence)
-    length = tl.minimum(tl.load(OFFSETS + sequence + 1) - place, room).to(tl.int32)
+    length = (tl.load(OFFSETS + sequence + 1) - place).to(tl.int32)
     return origin, sequence, begin, (place - origin).to(tl.int32) + row - begin, row - begin, length
 
 
@@ -88,8 +86,9 @@ def recurrence_forward(
     if low == high:
         return
     origin, sequence, begin, source, position, length = places(OFFSETS, ALIGNED, low, high, G)
-    real, last = position < length, position == length - 1
     depth = tl.load(DEPTH + sequence).to(tl.int32)
+    # A sequence that is not sound, and so may be longer than the tile, takes no steps.
+    real, last = (position < length) & (depth > 0), position == length - 1
     x = load_tile(STATE + origin * D, source, real, D)
     if DROP:
         flat_row, flat_position, quad_row, quad, pair = drop_places(ALIGNED, ROWS, low, high, G)

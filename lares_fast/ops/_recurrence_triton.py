@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
-from lares_fast._random import drop_threshold
+from lares_fast._random import MOST_STEPS, drop_threshold
 from lares_fast._transfer import sent
 from lares_fast.ops import _triton
 
 WIDTHS = (64, 128)
 WEIGHTS_A_LAYER = 16
 HEAD_WIDTHS = (16, 32, 64, 128)
-# MOST_STEPS of kernels/recurrence.py.
-MOST_STEPS = 2**16 - 1
 LONGEST = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
@@ -36,8 +34,6 @@ def obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], call: Any = 
             return f"it takes heads of 16, 32, 64 or 128 columns, and they have {head}"
         if call.longest is None:
             return "it needs longest, the length of the longest sequence"
-        if call.depth is None and call.steps > MOST_STEPS:
-            return f"it takes up to {MOST_STEPS} steps, and depth is {call.steps}"
         if call.longest > LONGEST[h.dtype]:
             return f"it takes sequences of up to {LONGEST[h.dtype]} rows in {h.dtype}, and longest is {call.longest}"
     return _triton.refusal("recurrence", h, **_variant(h, weights, call, *rest))

@@ -74,7 +74,7 @@ def recurrence(
     Raises:
         InputError: an argument has the wrong shape, dtype, device or range. The values of ``offsets`` and of a ``depth`` of
             each sequence's own are checked on the CPU only, because a check on a GPU would wait for it. There ``triton``
-            answers NaN: for a sequence that is empty, longer than ``longest`` or has a depth outside of 1..65535, and
+            answers NaN: for a sequence that is empty, longer than ``longest`` or has a depth outside of 1..65534, and
             for all if offsets do not rise from 0 to P. Then all gradients are NaN. ``layers`` and ``reference`` end in
             an error of PyTorch, after which the process must start again.
         BackendError: the backend asked for by name cannot take these arguments.
