@@ -14,7 +14,6 @@ import triton.language as tl
 from lares_fast.kernels._launch import WARPS, choice, launch, ready, rising
 from lares_fast.kernels._tiles import dropout_factor, load_rows, store_rows, visible
 
-
 LOG2E = tl.constexpr(1.4426950408889634)
 # Lengths, sizes and addresses must not compile variants of their own.
 _SIZES = ["P", "H", "tiles", "longest", "threshold", "step", "layer"]
