@@ -119,8 +119,8 @@ def _require_same(ours: dict[str, str], about: dict[str, str], log: str, run: Pa
         )
     if ours["split"] != about["split"]:
         raise InputError(
-            f"the run in {run} was trained on another split ({about['split']}) than this ({ours['split']}), so rows to be ranked may "
-            "have been trained on, which would leak their targets: leave data.split and its fractions as they were."
+            f"the run in {run} was trained on another split ({about['split']}) than this ({ours['split']}), so rows to be "
+            "ranked may have been trained on, which would leak their targets: leave data.split and its fractions as they were."
         )
     if ours["rows"] != about["rows"]:
         raise InputError(f"{log} has other times than the log of the run in {run}: give --data with the log it was trained on.")

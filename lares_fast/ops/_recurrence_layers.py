@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,13 +40,12 @@ def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
         tape = h.new_empty(-(-size * h.element_size() // 4), dtype=torch.int32)
         states, tape = _states(tape, steps), tape[:, None]
     after = []
-    with _plain(h):
-        for t in range(steps.count):
-            if states is not None:
-                states[t] = h
-            h = steps.advance(t, h, call.pre, call.weights)
-            if call.output == "steps":
-                after.append(h[steps.last])
+    for t in range(steps.count):
+        if states is not None:
+            states[t] = h
+        h = steps.advance(t, h, call.pre, call.weights)
+        if call.output == "steps":
+            after.append(h[steps.last])
     if call.output == "steps":
         return torch.stack(after, dim=1).flatten(0, 1)[steps.taken], tape
     return h if call.output == "tokens" else h[steps.last], tape
@@ -71,7 +69,7 @@ def backward(call: Any, grad: Tensor, tape: Tensor) -> list[Tensor]:
     for t in reversed(range(steps.count)):
         if call.output == "steps":
             dstate[steps.last] += after[:, t]
-        with torch.enable_grad(), _plain(h):
+        with torch.enable_grad():
             state, *leaves = (x.detach().requires_grad_() for x in (states[t], *others))
             pre, weights = (None, leaves) if call.pre is None else (leaves[0], leaves[1:])
             out = steps.advance(t, state, pre, weights)
@@ -80,12 +78,6 @@ def backward(call: Any, grad: Tensor, tape: Tensor) -> list[Tensor]:
         for total, one in zip(sums, found[1:], strict=True):
             total += one
     return [x.to(h.dtype) for x in (dstate, *sums)]
-
-
-def _plain(h: Tensor) -> AbstractContextManager[Any]:
-    """No autocast: a backward would not have that of its forward."""
-    kind = h.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _states(tape: Tensor, steps: _Steps) -> Tensor:

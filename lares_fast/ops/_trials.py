@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -140,6 +142,7 @@ def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool =
 
 def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -> Trial:
     from lares_fast import ops
+    from lares_fast.ops.target_rank import TIES
 
     rows = 37
     items = 2 * (1 << width.bit_length() - 1) + 11 if integers else 501
@@ -154,13 +157,21 @@ def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -
     def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
         place = target.to(leaves["hidden"].device)
         how: dict[str, Any] = {"scale": scale, "skip_pad": True, "backend": backend}
-        ranked, rank = ops.target_logprob_and_rank(leaves["hidden"], leaves["items"], place, **how)
-        plain = ops.target_logprob(leaves["hidden"], leaves["items"], place, **how)
-        return {"logprob": plain, "logprob with rank": ranked, **({"rank": rank} if integers else {})}
+        found = {"logprob": ops.target_logprob(leaves["hidden"], leaves["items"], place, **how)}
+        for ties in TIES:
+            found |= named(ties, *ops.target_logprob_and_rank(leaves["hidden"], leaves["items"], place, ties=ties, **how))
+        return found
 
     def plain(leaves: Values) -> dict[str, Tensor]:
-        out, rank = reference.target_logprob_and_rank(leaves["hidden"], leaves["items"], target, scale=scale, skip_pad=True)
-        return {"logprob": out, "logprob with rank": out.clone(), **({"rank": rank} if integers else {})}
+        call = partial(reference.target_logprob_and_rank, leaves["hidden"], leaves["items"], target, scale=scale, skip_pad=True)
+        found = {"logprob": call()[0]}
+        for ties in TIES:
+            found |= named(ties, *call(ties=ties))
+        return found
+
+    def named(ties: str, logprob: Tensor, rank: Tensor) -> dict[str, Tensor]:
+        # Ranks by scores that are not exact may differ.
+        return {f"logprob with {ties} rank": logprob, **({f"{ties} rank": rank} if integers else {})}
 
     return Trial(leaves, fast, plain, differentiable=train, exact=integers)
 
@@ -264,9 +275,10 @@ _TRIALS: dict[str, Callable[..., Trial]] = {
 def shipped(op: str) -> list[dict[str, Any]]:
     """The variants of the kernels of ``op`` that models of published sizes use, to answer and to train."""
     if op == "attention":
-        return [{"width": width, "drop": drop, "short": False} for width in (32, 64) for drop in (False, True)]
+        sizes = product((32, 64), (False, True), (False, True))
+        return [{"width": width, "drop": drop, "short": False, "train": train} for width, drop, train in sizes]
     if op == "linear_cross_entropy":
-        return [{"width": width} for width in (64, 128)]
+        return [{"width": width, "train": train} for width, train in product((64, 128), (False, True))]
     # The pre-block, and the core: its answer, its last states in training, those of every step.
     calls = [("none", "tokens", False), ("add", "last", False)]
     calls += [("none", "tokens", True), ("add", "last", True), ("add", "steps", True)]

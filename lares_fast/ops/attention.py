@@ -90,6 +90,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: 
             f"offsets must be [B + 1] int64 on {query.device}, "
             f"but got {offsets.dtype} {list(offsets.shape)} on {offsets.device}."
         )
+    if len(query) and len(offsets) < 2:
+        raise InputError(f"offsets must rise from 0 to {len(query)}, the rows of query, but there is only one.")
     if longest < 1:
         raise InputError(f"longest must be at least 1, but got {longest}.")
     if not 0 <= dropout < 1:
@@ -190,7 +192,9 @@ def _obstacle(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longes
     if longest > LONGEST:
         return f"it takes sequences of up to {LONGEST} rows, and longest is {longest}"
     drop = len(rest) > 1 and rest[1] is not None
-    return _triton.refusal("attention", query, width=query.shape[2], drop=drop, short=longest <= 16)
+    # What is asked for the gradients stands last.
+    train = len(rest) > 5 and rest[5] is not None
+    return _triton.refusal("attention", query, width=query.shape[2], drop=drop, short=longest <= 16, train=train)
 
 
 register(

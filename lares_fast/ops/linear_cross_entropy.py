@@ -238,14 +238,16 @@ def _triton_softmax(
     return kernels.backward(grad, hidden, items, target, lse, scale, skip_pad, needs)
 
 
-def _triton_obstacle(hidden: Tensor, items: Tensor, *_: object) -> str | None:
+def _triton_obstacle(hidden: Tensor, items: Tensor, *rest: object) -> str | None:
     if hidden.dtype not in _triton.DTYPES:
         return f"it takes float32, float16 and bfloat16, and hidden is {hidden.dtype}"
     if not 1 <= hidden.shape[-1] <= _WIDEST:
         return f"it takes 1 to {_WIDEST} columns, and hidden has {hidden.shape[-1]}"
     if len(items) > _MOST_ITEMS:
         return f"it takes up to 2^30 items, and there are {len(items)}"
-    return _triton.refusal("linear_cross_entropy", hidden, width=hidden.shape[-1])
+    # What is asked for the gradients stands last.
+    train = len(rest) > 4 and rest[4] is not None
+    return _triton.refusal("linear_cross_entropy", hidden, width=hidden.shape[-1], train=train)
 
 
 register(
