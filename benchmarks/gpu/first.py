@@ -114,6 +114,7 @@ def build(package, seconds, log):
                     return result("hung", began, f"the build took more than {seconds:.0f} s")
             (module,) = (WORK / "build").glob("_C.*.so")
         except (ImportError, OSError, ValueError) as error:
+            file.write(f"{type(error).__name__}: {error}\n")
             return result("failed", began, str(error))
     # The steps that need it begin when this function has returned.
     shutil.copy2(module, package)
