@@ -34,7 +34,7 @@ REGISTERS = {32: 144, 64: 176, 128: 240, 256: 200, 512: 255}
 ABOVE = {
     "3.6": {
         ("registers", "attention_backward_query", 32, torch.float32, True): 255,
-        ("stack", "attention_backward_query", 32, torch.float32, True): 24,
+        ("stack", "attention_backward_query", 32, torch.float32, True): 32,
         ("stack", "softmax_backward_items", 64, torch.float32, False): 24,
         ("stack", "recurrence_forward", 128, torch.bfloat16, True): 808,
     },

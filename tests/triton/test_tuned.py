@@ -207,7 +207,7 @@ def test_errors_of_a_broken_gpu_are_raised(calls, monkeypatch):
 def test_kernels_obey_the_law_in_tiles_that_are_not_shipped(op, rows, sizes):
     """The interpreter has no warps and stages."""
     with steps.interpreted(), _tuned.forced(op, _launch.Choice(rows)):
-        assert steps.faults_by_the_law(op, "triton", torch.float32, **sizes) == []
+        assert steps.faults_of(*steps.by_the_law(op, "triton", torch.float32, **sizes)) == []
 
 
 @pytest.mark.interpreted
