@@ -36,13 +36,22 @@ def test_every_cmake_finds_that_nvcc_compiles(version, sources, builder, nvcc, t
     builder.ok("-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "tools", f"cmake{version}", cwd=tmp_path)
     # The program itself: the script beside it takes the package of whatever environment runs it.
     cmake = tmp_path / "tools" / "cmake" / "data" / "bin" / "cmake"
-    # The tests' program needs no Python and no pybind11.
-    settings = (f"-DCMAKE_MAKE_PROGRAM={builder.path.parent / 'ninja'}", "-DLARES_FAST_CUDA=auto", "-DNATIVE_TESTS=ON")
-    command = [cmake, "-S", sources, "-B", tmp_path / "build", "-G", "Ninja", *settings]
-    done = subprocess.run(command, env={**os.environ, "CUDACXX": nvcc}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    settings = (
+        f"-DCMAKE_MAKE_PROGRAM={builder.path.parent / 'ninja'}",
+        f"-DPython_EXECUTABLE={builder.path}",
+        f"-Dpybind11_DIR={builder.ok('-m', 'pybind11', '--cmakedir', cwd=tmp_path).strip()}",
+        "-DLARES_FAST_CUDA=auto",
+        "-DLARES_FAST_CUDA_ARCHS=90",
+    )
+    for command in (
+        [cmake, "-S", sources, "-B", tmp_path / "build", "-G", "Ninja", *settings],
+        [cmake, "--build", tmp_path / "build", "--target", "lares_fast_cuda"],
+    ):
+        done = subprocess.run(command, env={**os.environ, "CUDACXX": nvcc}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
     said = (tmp_path / "build" / "cuda.txt").read_text()
     assert said.startswith("true built by nvcc "), said
+    assert len(list(tmp_path.glob("build/CMakeFiles/lares_fast_cuda.dir/**/*.o"))) == 3
 
 
 def test_cuda_build(sources, builder, runner, needed, nvcc, environ, tmp_path):
