@@ -362,3 +362,15 @@ def test_a_build_that_hangs_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(first, "build_commands", lambda: [["sh", "-c", PARENT.format(place=place, then="wait")]])
     assert first.build(tmp_path, 1.0, tmp_path / "build.log")["status"] == "hung"
     assert gone(pid_of(place))
+
+
+def test_no_step_checks_again_what_another_does():
+    """The seconds on a GPU are few: a step that trains also checks what its forward alone would."""
+    cases = [
+        {**step.arguments["variant"], **{name: step.arguments[name] for name in ("op", "backend", "dtype")}}
+        for step in gpu_plan.plan(rehearse=False, quick=False).values()
+        if step.call == "correctness"
+    ]
+    assert any(not case.get("train", True) for case in cases), "nothing that only answers is left, so nothing was compared"
+    for case in cases:
+        assert case.get("train", True) or {**case, "train": True} not in cases
