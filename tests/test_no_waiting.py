@@ -170,6 +170,15 @@ def test_a_step_of_the_second_phase_waits_for_nothing(reward, scores, each, laun
     assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
+def test_a_pad_within_a_sequence_elsewhere_is_nan_and_not_waited_for():
+    model = moved(LARES(LARESConfig.preset("tiny", n_items=N)))
+    items, (sequence, position) = torch.tensor([5, 0, 6, 7]), (torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    with Elsewhere(), torch.no_grad():
+        x = model._input(sent(items), sequence, position, None)
+    assert x.inner.isnan().all(1).tolist() == [False, True, False, False]
+    assert x.inner[[0, 2, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_references_run_on_one_device(name):
     """They may wait, but mix no devices."""

@@ -78,7 +78,8 @@ class LARES(nn.Module):
         give equal answers in any batch.
 
         Returns [B, D], or [B, T, D] with ``return_all_steps`` (T the largest depth; a sequence that
-        stopped earlier repeats its last state). Raises :class:`InputError` for arguments that do not fit.
+        stopped earlier repeats its last state). Raises :class:`InputError` for arguments that do not fit, and for a PAD inside
+        a sequence. Items on a GPU are not looked at: there ``lares_fast.LARES`` gives NaN for such a sequence.
         """
         self._check_sequences(item_seq, item_seq_len)
         batch = len(item_seq_len) - (item_seq.dim() == 1)
