@@ -13,7 +13,7 @@ from lares_fast._errors import InputError
 
 def whole(name: str, value: Any) -> int:
     """``value`` as an integer; :class:`InputError` for what is not one, such as 2.7, ``"2"`` or ``True``."""
-    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+    if isinstance(value, torch.SymInt):
         # A compiler's symbol goes on as it is.
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
@@ -26,7 +26,7 @@ def whole(name: str, value: Any) -> int:
 
 def number(name: str, value: Any) -> float:
     """``value`` as a float; :class:`InputError` for what is not a number, and for a tensor that wants a gradient."""
-    if isinstance(value, float | torch.SymFloat):
+    if isinstance(value, torch.SymFloat):
         return value  # type: ignore[return-value]
     if isinstance(value, Tensor) and value.requires_grad:
         raise InputError(f"{name} is a plain number and gets no gradient: give {name}.item(), or multiply by it outside.")

@@ -24,7 +24,7 @@ def test_what_is_no_integer(value):
         whole("n", value)
 
 
-@pytest.mark.parametrize("value", [0.5, np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5])])
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5), torch.tensor(0.5), torch.tensor([0.5])])
 def test_numbers_of_any_library(value):
     assert number("x", value) == 0.5
     assert type(number("x", value)) is float

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import operator
 import os
 import reprlib
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lares_fast._errors import InputError
+from lares_fast._numbers import number, whole
 from lares_fast.reference.rpt import REWARDS, SCORES
 
 PHASES = ("spt", "rpt")
@@ -57,11 +57,11 @@ def _plain(kind: str, value: Any) -> Any:
     if isinstance(value, str | bytes):
         return None
     try:
-        number: int | float = operator.index(value) if kind == "int" else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+        plain = whole("value", value) if kind == "int" else number("value", value)
+    except InputError:
         return None
     # Larger ones overflow in the arithmetic of fp32 weights.
-    return number if kind == "int" or abs(number) <= _LARGEST else None
+    return plain if kind == "int" or abs(plain) <= _LARGEST else None
 
 
 def _positive(settings: object, *names: str) -> None:
