@@ -1,18 +1,10 @@
-"""Tests run against the installed package.
+"""Make the packages ``benchmarks`` and ``tests`` importable, and test the installed package instead of the bare sources."""
 
-``python -m pytest`` puts the current folder first on the path, where the bare sources would shadow the
-installed package and its native module. An editable install is found either way.
-"""
-
-import importlib.metadata
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parent))
 
-try:
-    importlib.metadata.distribution("lares_fast")
-except importlib.metadata.PackageNotFoundError:
-    pass
-else:
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+# Both are loaded from here before `benchmarks` moves this folder to the end of the path.
+import benchmarks  # noqa: F401
+import tests.support  # noqa: F401

@@ -1,10 +1,10 @@
 """Causal attention of packed sequences against PyTorch's fused kernel on padded ones: the reference, and Triton on a GPU."""
 
-import harness
 import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks import harness
 from lares_fast import ops
 
 H, E = 2, 32

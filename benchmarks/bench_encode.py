@@ -1,12 +1,12 @@
 """Encoding for serving: padded and packed PyTorch against the model users build."""
 
-import cases
 import pytest
 import torch
-from official import OfficialLARES
-from packed_model import PackedLARES
 
 import lares_fast
+from benchmarks import cases
+from benchmarks.baseline_official import OfficialLARES
+from benchmarks.packed_model import PackedLARES
 from lares_fast import LARESConfig
 from lares_fast.reference.sequences import pack
 

@@ -3,13 +3,12 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import harness
 import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks import ROOT, harness
 from lares_fast import ops
 
 D = 64
@@ -167,9 +166,9 @@ def test_threads(compare):
 
 _MEMORY = """
 import sys
+from benchmarks.memory import extra_mib
 import torch
 from lares_fast import ops
-from memory import extra_mib
 torch.set_num_threads(1)
 M, N, D, train = map(int, sys.argv[1:])
 hidden, items = torch.randn(M, D, requires_grad=bool(train)), torch.randn(N, D, requires_grad=bool(train))
@@ -188,7 +187,7 @@ print(extra_mib(lambda: step(hidden, items, target)))
 def test_memory(note, M, N, train):
     """Peak memory of one call beyond its inputs and its gradients, in a process of its own."""
     arguments = [sys.executable, "-c", _MEMORY, *map(str, (M, N, D, int(train)))]
-    extra = float(subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout)
+    extra = float(subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     extra -= train * (M + N) * D * 4 / 2**20
     assert extra <= 32, f"{extra:.1f} MiB"
     note([harness.Fact("cross entropy", f"M{M} N{N} D{D}{' both' * train}", "peak extra MiB", extra)])

@@ -2,11 +2,10 @@
 
 import time
 
-import harness
-import packed_torch
 import pytest
 import torch
 
+from benchmarks import harness, packed_torch
 from lares_fast import LARESConfig, ops, reference
 from lares_fast._random import Draw
 

@@ -3,12 +3,11 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import harness
 import pytest
 import torch
 
+from benchmarks import ROOT, harness
 from lares_fast import ops
 
 try:
@@ -183,9 +182,9 @@ def test_hard_catalogs(compare, kind):
 
 _MEMORY = """
 import sys, time
+from benchmarks.memory import extra_mib
 import torch
 from lares_fast import ops
-from memory import extra_mib
 torch.set_num_threads(1)
 N = int(sys.argv[1])
 query, items = torch.randn(256, {D}), torch.randn(N, {D})
@@ -201,9 +200,7 @@ print(extra, time.process_time() - began)
 def test_memory(note, N):
     """Peak memory of one call beyond its inputs, in a process of its own."""
     code = _MEMORY.format(D=D, K=K)
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(N)], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-    )
+    run = subprocess.run([sys.executable, "-c", code, str(N)], capture_output=True, text=True, check=True, cwd=ROOT)
     extra, seconds = map(float, run.stdout.split())
     assert extra <= 32, f"{extra:.1f} MiB"
     shape = f"B256 N{N} D{D} K{K}"

@@ -7,9 +7,10 @@ two of a comparison take turns.
 from dataclasses import replace
 from statistics import median
 
-import harness
 import pytest
-from train_step import CANDIDATES, CASES, OURS, Step, Worker
+
+from benchmarks import harness
+from benchmarks.train_step import CANDIDATES, CASES, OURS, Step, Worker
 
 WARM_UP = 3
 CHECK = "without dropout: loss 1e-5, every gradient 1e-3, rewards equal"

@@ -5,8 +5,9 @@
 
 from pathlib import Path
 
-import harness
 import pytest
+
+from benchmarks import harness
 
 _ROWS = pytest.StashKey[list[harness.Row]]()
 _FACTS = pytest.StashKey[list[harness.Fact]]()

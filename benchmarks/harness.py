@@ -19,8 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fma_peak
 import torch
+
+from benchmarks import fma_peak
 
 
 @dataclass(frozen=True)

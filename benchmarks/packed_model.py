@@ -1,11 +1,11 @@
 """The model of official.py on packed sequences in plain PyTorch: the strongest eager rival of a whole step."""
 
-import packed_torch
 import torch
-from official import OfficialLARES
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks import packed_torch
+from benchmarks.baseline_official import OfficialLARES
 from lares_fast.reference.sequences import pack
 
 

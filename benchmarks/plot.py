@@ -1,4 +1,4 @@
-"""Plots of committed rows: ``python benchmarks/plot.py ratios|cost ROWS.csv OUT.svg``.
+"""Plots of committed rows: ``python -m benchmarks.plot ratios|cost ROWS.csv OUT.svg``.
 
 ``ratios``: the median ratio of every candidate, with its range. ``cost``: the time of a call of ``recurrence`` against T and
 against its tokens, beside what it would be if it grew in proportion from the largest.

@@ -1,14 +1,13 @@
 """Shares of the multiply-add peak of the recurrence's products alone, which bound what ``bench_recurrence.py`` can reach.
 
-``[LARES_FAST_SIMD=avx2] python benchmarks/product_peak.py``, on one core.
+``[LARES_FAST_SIMD=avx2] python -m benchmarks.product_peak``, on one core.
 """
 
 import subprocess
 import tempfile
 from pathlib import Path
 
-import fma_peak
-import harness
+from benchmarks import fma_peak, harness
 
 
 def main() -> None:

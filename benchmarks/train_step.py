@@ -1,4 +1,4 @@
-"""The candidates of bench_train_step.py, and a process that does steps of one of them: ``python train_step.py CASE CANDIDATE``.
+"""The candidates of bench_train_step.py, and a process that does steps of one of them: ``python -m benchmarks.train_step``.
 
 It answers each line of standard input with the user and system seconds of one step, and the end of input with the MiB by which
 its peak exceeded the process that had not begun.
@@ -11,14 +11,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-import cases
-import harness
-import memory
-import official
 import torch
-from packed_model import PackedLARES
 
 import lares_fast
+from benchmarks import ROOT, baseline_official, cases, harness, memory
+from benchmarks.packed_model import PackedLARES
 from lares_fast import LARESConfig, reference
 from lares_fast.reference.sequences import pack
 
@@ -50,9 +47,9 @@ OURS = "lares_fast"
 KEEP_PAGES = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_MAX_": "0"}
 # (model, dead work, environment)
 CANDIDATES = {
-    "official way": (official.OfficialLARES, True, {}),
-    "official way, allocator tuned": (official.OfficialLARES, True, KEEP_PAGES),
-    "without dead work": (official.OfficialLARES, False, {}),
+    "official way": (baseline_official.OfficialLARES, True, {}),
+    "official way, allocator tuned": (baseline_official.OfficialLARES, True, KEEP_PAGES),
+    "without dead work": (baseline_official.OfficialLARES, False, {}),
     "packed torch, softmax": (lambda config: PackedLARES(config, sdpa=False), False, {}),
     "packed torch, SDPA": (lambda config: PackedLARES(config, sdpa=True), False, {}),
     OURS: (lares_fast.LARES, False, {}),
@@ -90,7 +87,9 @@ class Step:
         depths, weights = self.case.depths, {"alpha": 0.1, "gamma": 0.5}
         batches = self.model, self.batch, self.target, self.partners
         if not self.ours:
-            return official.spt_loss(*batches, depths, 2, **weights, dead_work=self.dead_work, states=self.states), None
+            return baseline_official.spt_loss(
+                *batches, depths, 2, **weights, dead_work=self.dead_work, states=self.states
+            ), None
         passes = (reference.Pass(T, cases.draw(i, self.case.B), self.states[i]) for i, T in enumerate(depths))
         return reference.spt_loss(*batches, tuple(passes), 2, **weights).total, None
 
@@ -99,7 +98,7 @@ class Step:
         arguments = self.model, self.start, self.batch, self.target
         policy, frozen = self.states[:G], self.states[G:]
         if not self.ours:
-            return official.rpt_loss(
+            return baseline_official.rpt_loss(
                 *arguments, depths, k=K, beta=1.0, dead_work=self.dead_work, states=policy, frozen_states=frozen
             )
         num_steps = torch.tensor(depths)[:, None].expand(-1, self.case.B)
@@ -122,9 +121,9 @@ class Worker:
 
     def __init__(self, case, candidate):
         environment = {**harness.os.environ, **CANDIDATES[candidate][2]}
-        command = [sys.executable, __file__, case, candidate]
+        command = [sys.executable, "-m", "benchmarks.train_step", case, candidate]
         self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
 
     def step(self):

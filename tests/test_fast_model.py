@@ -4,7 +4,6 @@ import copy
 import pickle
 from collections import Counter
 
-import oracle
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
 from lares_fast.data import leave_one_out, make_batch, synthetic_log
 from lares_fast.reference.sequences import pack
+from tests.support import oracle
 
 needs_native = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
 N, L = 60, 12

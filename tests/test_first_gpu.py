@@ -10,10 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import first
 import pytest
-import speed
 
+from benchmarks.gpu import first, speed
 from lares_fast._errors import InputError
 from lares_fast.cli import gpu_day, gpu_plan, steps
 

@@ -7,12 +7,12 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import golden_file
 import pytest
 import torch
 
 import lares_fast
 from lares_fast import _dispatch, _native, convert, reference
+from tests.support import golden_file
 
 GOLDEN_DIR = Path(os.environ.get("LARES_GOLDEN_DIR", Path(__file__).parent / "golden"))
 FILES = sorted(GOLDEN_DIR.glob("*.npz"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 
 from lares_fast import _native, _random
 from lares_fast._errors import InputError, NotBuiltError
+
+ROOT = Path(__file__).parents[1]
 
 BUILT, WHY_NOT = _native.available()
 needs_native = pytest.mark.skipif(not BUILT, reason=WHY_NOT)
@@ -366,7 +369,8 @@ def test_several_python_threads_at_once_get_their_own_answers():
 
 FORK = """
 import os, sys
-import test_native
+sys.path.append(sys.argv[1])
+from tests import test_native
 before = test_native.on_all_ops()
 child = os.fork()
 if child == 0:
@@ -381,7 +385,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 7)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_works_after_a_fork():
     done = subprocess.run(
-        [sys.executable, "-P", "-c", FORK], env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-P", "-c", FORK, str(ROOT)], env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

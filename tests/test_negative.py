@@ -3,11 +3,11 @@
 from importlib import import_module
 from pathlib import Path
 
-import golden_file
 import pytest
 import torch
 
 from lares_fast import reference
+from tests.support import golden_file
 
 # Functions of the same name shadow some of these modules in the package.
 attention, backbone, model, recurrence, rpt, spt, target_rank = (

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from elsewhere import DEVICE, Elsewhere, sent
 
 from lares_fast import LARES, _cuda, _dispatch, _native, ops, reference
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
 from lares_fast.ops import _triton
 from lares_fast.reference.sequences import pack
+from tests.support.fake_device import DEVICE, Elsewhere, sent
 
 P, B, N, D, H = 9, 3, 70, 32, 2
 LENGTHS = [4, 0, 5]

@@ -1,8 +1,9 @@
 """The law itself can fail: planted errors of each kind must be refused."""
 
-import oracle
 import pytest
 import torch
+
+from tests.support import oracle
 
 TRUTH = torch.linspace(-3, 5, 101, dtype=torch.float64)
 TWIN = TRUTH.float()

@@ -10,15 +10,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import experiments
-import gain
 import numpy as np
 import pytest
-import report
-import runner
-import runs
-from experiments import Experiment
 
+from benchmarks.reproduction import experiments, gain, report, runner, runs
+from benchmarks.reproduction.experiments import Experiment
 from lares_fast.cli import settings
 from lares_fast.train.checkpoint import load_state
 
@@ -136,6 +132,11 @@ def test_a_failed_run_says_so(folder):
     assert "spt.lr must be greater than 0" in (run.folder / "log.txt").read_text()
 
 
+def module(name, *arguments, check=False):
+    command = [sys.executable, "-m", f"benchmarks.reproduction.{name}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=check)
+
+
 def test_another_log_is_refused(folder, monkeypatch):
     monkeypatch.setitem(experiments.DATA, "small.txt", "0" * 64)
     with pytest.raises(SystemExit, match=r"small\.txt has sha256 .* use that file"):
@@ -144,8 +145,8 @@ def test_another_log_is_refused(folder, monkeypatch):
 
 def test_the_gain_of_a_run_is_that_of_its_users(folder):
     run, twin = folder / "runs" / "beauty", folder / "runs" / "beauty-rpt-ndcg"
-    script, log = ROOT / "benchmarks" / "reproduction" / "gain.py", folder / "data" / "small.txt"
-    told = subprocess.run([sys.executable, script, run, twin, "--data", log], capture_output=True, text=True, check=True).stdout
+    log = folder / "data" / "small.txt"
+    told = module("gain", run, twin, "--data", log, check=True).stdout
     for history in ("masked", "not masked"):
         line = next(line for line in told.splitlines() if re.match(rf"test +{history} ", line))
         ours, theirs, more, low, high = map(float, re.findall(r"[-+]?\d+\.\d+", line))
@@ -289,8 +290,7 @@ def test_the_document_is_what_the_copies_give():
 
 
 def test_the_commands_of_the_head_run(tmp_path):
-    script = ROOT / "benchmarks" / "reproduction" / "runner.py"
-    listed = subprocess.run([sys.executable, script, "--runs", tmp_path, "--list"], capture_output=True, text=True)
+    listed = module("runner", "--runs", tmp_path, "--list")
     assert listed.returncode == 0 and len(listed.stdout.splitlines()) == len(experiments.EXPERIMENTS)
-    wrong = subprocess.run([sys.executable, script, "--only", "nothing"], capture_output=True, text=True)
+    wrong = module("runner", "--only", "nothing")
     assert wrong.returncode == 2 and "there is no run nothing" in wrong.stderr

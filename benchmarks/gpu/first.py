@@ -226,8 +226,8 @@ def main(argv=None):
     from lares_fast.cli import gpu_day, gpu_plan
     from lares_fast.cli.steps import leaving_none_behind
 
-    sys.path.insert(0, str(HERE))
-    rows = importlib.import_module("speed").ROWS
+    sys.path.append(str(ROOT))
+    rows = importlib.import_module("benchmarks.gpu.speed").ROWS
     steps = gpu_plan.plan(rehearse=given.rehearse, quick=given.rehearse)
     try:
         names = gpu_plan.chosen(given.only, ["build", *steps, *rows])

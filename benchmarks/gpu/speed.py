@@ -19,12 +19,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cases
-import official
-import packed_torch
-
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 import lares_fast
+from benchmarks import baseline_official, cases, packed_torch
 from lares_fast import LARESConfig, ops, reference
 from lares_fast.cli.gpu_day import Report
 from lares_fast.cli.gpu_plan import read
@@ -436,7 +433,7 @@ class SptStep:
         config = LARESConfig(n_items=cases.N, dropout=dropout)
         torch.manual_seed(0)
         weights = reference.LARES(config).state_dict()
-        build = lares_fast.LARES if self.ours else official.OfficialLARES
+        build = lares_fast.LARES if self.ours else baseline_official.OfficialLARES
         self.model = build(config).to(m.device).train()
         self.model.load_state_dict(weights)
         if "compile" in candidate:
@@ -462,7 +459,7 @@ class SptStep:
         with torch.autocast(self.device.type, BF16, enabled=self.autocast):
             if not self.ours:
                 with self.device:
-                    return official.spt_loss(*given, self.depths, 2, **weights, dead_work=False, states=self.states)
+                    return baseline_official.spt_loss(*given, self.depths, 2, **weights, dead_work=False, states=self.states)
             passes = tuple(reference.Pass(*one) for one in zip(self.depths, self.draws, self.states, strict=True))
             return reference.spt_loss(*given, passes, 2, **weights).total
 

@@ -1,6 +1,6 @@
 """How sure the gain of one run over another is: NDCG@10 user by user, and a paired bootstrap over the users.
 
-``python benchmarks/reproduction/gain.py RUN RIVAL [--data LOG]`` ranks the validation and the test rows by the models of
+``python -m benchmarks.reproduction.gain RUN RIVAL [--data LOG]`` ranks the validation and the test rows by the models of
 two run folders of the same log. The interval holds 95 % of 2,000 resamples of the users; what it leaves out is the spread
 of training seeds.
 """

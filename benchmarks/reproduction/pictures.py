@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from experiments import Experiment
-from runs import USUAL, Run
+
+from benchmarks.reproduction.experiments import Experiment
+from benchmarks.reproduction.runs import USUAL, Run
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "lares_fast"

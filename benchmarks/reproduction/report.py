@@ -1,6 +1,6 @@
 """Write docs/results.md and its plots from run folders.
 
-``python benchmarks/reproduction/report.py --runs RUNS`` first copies what describes the runs (settings, metrics, record;
+``python -m benchmarks.reproduction.report --runs RUNS`` first copies what describes the runs (settings, metrics, record;
 neither data nor models) to benchmarks/results/runs; without ``--runs`` the document is made from those copies alone. What
 was learned is kept in learned.md, which is not generated.
 """
@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import DATA, EXPERIMENTS, Experiment
-from pictures import draw, picture
-from published import PUBLISHED
-from runs import MASKED, NOT_MASKED, USUAL, Run, collect
+from benchmarks.reproduction.experiments import DATA, EXPERIMENTS, Experiment
+from benchmarks.reproduction.pictures import draw, picture
+from benchmarks.reproduction.published import PUBLISHED
+from benchmarks.reproduction.runs import MASKED, NOT_MASKED, USUAL, Run, collect
 
 _ROOT = Path(__file__).parents[2]
 _KEPT = _ROOT / "benchmarks" / "results" / "runs"
@@ -54,8 +54,8 @@ def document(runs: dict[str, Run], experiments: Sequence[Experiment], learned: s
 
 _HEAD = """# Results on real logs
 
-`python benchmarks/reproduction/runner.py` makes the runs of `benchmarks/reproduction/experiments.py`. This page is written
-by `python benchmarks/reproduction/report.py` from `benchmarks/results/runs`, which holds the settings, every metric of
+`python -m benchmarks.reproduction.runner` makes the runs of `benchmarks/reproduction/experiments.py`. This page is written
+by `python -m benchmarks.reproduction.report` from `benchmarks/results/runs`, which holds the settings, every metric of
 every epoch and the record of each run.
 
 **Protocol.** Leave-one-out; the target is ranked among all items, PAD never; no sampled metrics. "Masked" leaves the

@@ -1,6 +1,6 @@
 """Make the runs of experiments.py one after the other, for some minutes at a stretch.
 
-``python benchmarks/reproduction/runner.py --data DATA --runs RUNS --minutes 150``
+``python -m benchmarks.reproduction.runner --data DATA --runs RUNS --minutes 150``
 
 What is finished is skipped and what was interrupted goes on from its checkpoint, so the same command is given until
 nothing is left. At the end of the stretch, or on SIGTERM or SIGINT, the run saves its state and everything ends. Two
@@ -28,7 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from experiments import DATA, EXPERIMENTS, Experiment
+from benchmarks.reproduction.experiments import DATA, EXPERIMENTS, Experiment
 
 RECORD = "experiment.json"
 FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiments import Experiment
-from runner import FINISHED, RECORD, RUNNING, is_finished, is_trained, read_record
+from benchmarks.reproduction.experiments import Experiment
+from benchmarks.reproduction.runner import FINISHED, RECORD, RUNNING, is_finished, is_trained, read_record
 
 MASKED, NOT_MASKED = "masked", "not masked"
 _PHASES = ("spt", "rpt")

@@ -217,9 +217,8 @@ def test_a_rehearsal(tmp_path, capsys):
 
 @pytest.mark.interpreted
 def test_a_rehearsal_finds_a_wrong_kernel(monkeypatch, tmp_path):
-    import triton_interpreter
-
     from lares_fast.cli import gpu_steps
+    from tests.support import triton_interpreter
 
     bug = ("attention", "weight = p * factor", "weight = p")
     triton_interpreter.plant(monkeypatch, tmp_path, ("_random", "_tiles", "attention"), *bug)

@@ -13,7 +13,7 @@ FILES = ("_random", "_tiles", "attention", "linear_cross_entropy", "_layers", "r
 
 @pytest.mark.interpreted
 def test_the_sanitizer_would_watch_every_kernel(monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
         assert gpu_limits.small(rehearse=True, quick=True)["status"] == "passed"
@@ -37,7 +37,7 @@ PLANTED = {
 @pytest.mark.interpreted
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     step, *where = PLANTED[bug]
     triton_interpreter.plant(monkeypatch, tmp_path, FILES, *where)

@@ -3,16 +3,16 @@
 The Triton kernels run interpreted here, under ``-m interpreted``: every address checked, outputs poisoned with NaN.
 """
 
-import oracle
 import pytest
 import torch
-from elsewhere import NoScalarReads
 from torch.nn import functional as F
 
 from lares_fast import _dispatch, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
 from lares_fast.reference.attention import packed_logsumexp
+from tests.support import oracle
+from tests.support.fake_device import NoScalarReads
 
 KEY = (5, 2**32 - 7)
 STEP, LAYER = 3, 1
@@ -86,7 +86,7 @@ def test_reference(case):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_triton(case, monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
         check(*case, "triton")
@@ -95,7 +95,7 @@ def test_triton(case, monkeypatch):
 
 @pytest.mark.interpreted
 def test_triton_takes_any_strides_and_leaves_the_surroundings_alone(monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     checks = []
 
@@ -120,7 +120,7 @@ def test_triton_takes_any_strides_and_leaves_the_surroundings_alone(monkeypatch)
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_order_of_programs_changes_no_bit(dtype, monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     def bits(order):
         torch.manual_seed(1)
@@ -136,7 +136,7 @@ def test_the_order_of_programs_changes_no_bit(dtype, monkeypatch):
 @pytest.mark.interpreted
 def test_the_saved_statistics_are_shared_by_backends(monkeypatch):
     """A backward may run on another backend than its forward."""
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     query, key, value, _ = inputs_of([40, 20], 2, 16, torch.float32)
     arguments = (query, key, value, offsets_of([40, 20]), 40, None, None, 0.0, 0, 0)
@@ -163,8 +163,9 @@ PLANTED = {
 @pytest.mark.interpreted
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(bug, monkeypatch, tmp_path):
-    import triton_interpreter
     from triton.runtime.errors import InterpreterError
+
+    from tests.support import triton_interpreter
 
     triton_interpreter.plant(monkeypatch, tmp_path, ("_random", "_tiles", "attention"), *PLANTED[bug])
     with triton_interpreter.interpreted(monkeypatch), pytest.raises((AssertionError, InterpreterError)):
@@ -173,7 +174,7 @@ def test_a_planted_bug_is_caught(bug, monkeypatch, tmp_path):
 
 @pytest.mark.interpreted
 def test_no_rows_launch_nothing(monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
         for lengths in ([], [0, 0]):
@@ -186,7 +187,7 @@ def test_no_rows_launch_nothing(monkeypatch):
 
 @pytest.mark.interpreted
 def test_triton_never_waits_for_the_device(monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     *tensors, grad = inputs_of([20, 3], 1, 16, torch.float32)
     seed = torch.full((1,), 7)

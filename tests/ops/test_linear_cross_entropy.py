@@ -3,15 +3,15 @@
 import multiprocessing
 import threading
 
-import oracle
 import pytest
 import torch
-from catalog_cases import BACKENDS, integers, needs_native
 
 from lares_fast import LARESConfig, _dispatch, _native, model, ops, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
 from lares_fast.ops import _triton
+from tests.support import oracle
+from tests.support.catalog_cases import BACKENDS, integers, needs_native
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -192,7 +192,7 @@ def check_triton(M, N, D, dtype, skip_pad, scale):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
         yield memory
@@ -253,7 +253,7 @@ class TestTriton:
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_order_of_programs_changes_no_bit(dtype, monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     hidden, items, target, grad = (x.to(dtype) if x.is_floating_point() else x for x in case(40, 600, 16, size=0.3))
 
@@ -286,8 +286,9 @@ TRITON_BUGS = {
 @pytest.mark.interpreted
 @pytest.mark.parametrize("bug", TRITON_BUGS)
 def test_a_bug_planted_in_triton_is_caught(bug, monkeypatch, tmp_path):
-    import triton_interpreter
     from triton.runtime.errors import InterpreterError
+
+    from tests.support import triton_interpreter
 
     stem = "linear_cross_entropy"
     triton_interpreter.plant(monkeypatch, tmp_path, (stem,), stem, *TRITON_BUGS[bug])

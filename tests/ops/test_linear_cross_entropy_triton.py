@@ -3,16 +3,16 @@
 On a GPU nobody reads a target's value before the kernels do, so these tests call what stands behind the op's checks.
 """
 
-import oracle
 import pytest
 import torch
 
 from lares_fast import _dispatch, ops, reference
+from tests.support import oracle
 
 
 @pytest.fixture
 def memory(monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
         yield memory

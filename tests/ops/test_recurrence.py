@@ -2,16 +2,16 @@
 
 from collections import Counter
 
-import oracle
 import pytest
 import torch
-from recurrence_case import LENGTHS, RAGGED, Case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lares_fast import _dispatch, _native, _random, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
+from tests.support import oracle
+from tests.support.recurrence_case import LENGTHS, RAGGED, Case
 
 pytestmark = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
 

@@ -3,15 +3,15 @@
 import importlib
 from collections import Counter
 
-import oracle
 import pytest
 import torch
-from elsewhere import NoScalarReads
-from recurrence_case import RAGGED, Case
 
 from lares_fast import _dispatch, explain, ops
 from lares_fast._errors import BackendError
 from lares_fast.ops import _recurrence_layers
+from tests.support import oracle
+from tests.support.fake_device import NoScalarReads
+from tests.support.recurrence_case import RAGGED, Case
 
 HALF, BF16 = torch.float16, torch.bfloat16
 
@@ -57,7 +57,7 @@ def test_obeys_the_law_in_half_precision(case, dtype):
     (HALF, {"D": 96, "lengths": [17, 64], "depth": 1, "adapter": None}),
 ], ids=str)  # fmt: skip
 def test_obeys_the_law_around_the_kernels_of_attention(dtype, case, monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     case = Case(**{"inner": 64, "layers": 1, "std": 0.15 if dtype == torch.float32 else 0.05, **case})
     case.options["longest"] = int(case.offsets.diff().max())

@@ -2,14 +2,14 @@
 
 import importlib
 
-import oracle
 import pytest
 import torch
-from elsewhere import NoScalarReads
-from recurrence_case import Case
 
 from lares_fast import _dispatch, explain
 from lares_fast._errors import BackendError
+from tests.support import oracle
+from tests.support.fake_device import NoScalarReads
+from tests.support.recurrence_case import Case
 
 HALF, BF16 = torch.float16, torch.bfloat16
 FILES = ("_random", "_layers", "recurrence", "_recurrence_backward")
@@ -33,7 +33,7 @@ CASES = [
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("dtype", "longest", "case"), CASES, ids=str)
 def test_obeys_the_tolerance_law(dtype, longest, case, monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     # In half precision the reference itself breaks the law's ceiling with larger weights: the softmax is too sharp.
     case = Case(**{"layers": 1, "inner": 64, "std": 0.15 if dtype == torch.float32 else 0.05, **case})
@@ -52,7 +52,7 @@ def small(**changes):
 
 @pytest.mark.interpreted
 def test_the_order_of_programs_changes_no_bit(monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     results = []
     for order in (None, lambda n: range(n - 1, -1, -1), lambda n: torch.randperm(n).tolist()):
@@ -65,7 +65,7 @@ def test_the_order_of_programs_changes_no_bit(monkeypatch):
 
 @pytest.mark.interpreted
 def test_the_surroundings_of_the_inputs_are_neither_read_nor_written(monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     case = small()
     guarded = {name: triton_interpreter.between_guards(x) for name, x in case.tensors.items()}
@@ -96,8 +96,9 @@ PLANTED = {
 @pytest.mark.interpreted
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(bug, monkeypatch, tmp_path):
-    import triton_interpreter
     from triton.runtime.errors import InterpreterError
+
+    from tests.support import triton_interpreter
 
     triton_interpreter.plant(monkeypatch, tmp_path, FILES, *PLANTED[bug])
     with triton_interpreter.interpreted(monkeypatch), pytest.raises((AssertionError, InterpreterError)):
@@ -106,7 +107,7 @@ def test_a_planted_bug_is_caught(bug, monkeypatch, tmp_path):
 
 @pytest.mark.interpreted
 def test_no_sequences_launch_nothing(monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
         out, grads = small(lengths=[]).run("triton")
@@ -117,7 +118,7 @@ def test_no_sequences_launch_nothing(monkeypatch):
 
 @pytest.mark.interpreted
 def test_never_waits_for_the_device(monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     module = importlib.import_module("lares_fast.ops.recurrence")
     case = small(lengths=[20, 3])

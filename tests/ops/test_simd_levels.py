@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from catalog_cases import needs_native
 
 import lares_fast.ops  # noqa: F401 - fills the table of backends
 from lares_fast import _dispatch
+from tests.support.catalog_cases import needs_native
 
 # A backward is tested with its op.
 STEMS = sorted(

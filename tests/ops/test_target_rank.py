@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from catalog_cases import BACKENDS, CATALOGS, catalog, csr, integers, needs_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lares_fast import _dispatch, _native, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
+from tests.support.catalog_cases import BACKENDS, CATALOGS, catalog, csr, integers, needs_native
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -1,14 +1,14 @@
 """``ops.topk``: every backend against the reference and a sort, its contract with compilers, and its errors."""
 
-import oracle
 import pytest
 import torch
-from catalog_cases import BACKENDS, CATALOGS, catalog, csr, integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lares_fast import _dispatch, _native, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
+from tests.support import oracle
+from tests.support.catalog_cases import BACKENDS, CATALOGS, catalog, csr, integers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -1,10 +1,10 @@
 """``ops.topk`` and ``_cuda.target_rank`` on a CUDA device; tests/emulator runs the same kernels without one."""
 
-import oracle
 import pytest
 import torch
 
 from lares_fast import _cuda, _dispatch, ops, reference
+from tests.support import oracle
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 DEVICE = "cuda"

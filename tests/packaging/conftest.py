@@ -15,7 +15,8 @@ import venv
 from pathlib import Path
 
 import pytest
-from fake_tools import ONE_GPU, broken, nvidia_smi
+
+from tests.support.fake_tools import ONE_GPU, broken, nvidia_smi
 
 ROOT = Path(__file__).parents[2]
 

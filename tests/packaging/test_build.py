@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fake_tools import ONE_GPU, broken, nvidia_smi
+
+from tests.support.fake_tools import ONE_GPU, broken, nvidia_smi
 
 pytestmark = pytest.mark.packaging
 

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_tools import ONE_GPU, nvidia_smi
+
+from tests.support.fake_tools import ONE_GPU, nvidia_smi
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("setuptools")

@@ -2,7 +2,6 @@
 
 import copy
 
-import oracle
 import pytest
 import torch
 
@@ -10,6 +9,7 @@ import lares_fast
 from lares_fast import LARESConfig, reference
 from lares_fast._errors import InputError
 from lares_fast._random import Draw
+from tests.support import oracle
 
 B, L, N = 70, 10, 50
 

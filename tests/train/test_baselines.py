@@ -6,12 +6,12 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-import train_run
 
 from lares_fast.data import InteractionLog, Rows, leave_one_out, temporal_split
 from lares_fast.train import Interrupted, Trainer, baselines
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
 from lares_fast.train.evaluate import MASKED, NOT_MASKED
+from tests.support import train_run
 
 
 def random_log(rng, n_users, n_items, lengths):

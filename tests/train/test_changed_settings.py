@@ -7,7 +7,6 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-import train_run
 
 from lares_fast import _native
 from lares_fast._errors import InputError
@@ -16,6 +15,7 @@ from lares_fast.train import DataConfig, EvalConfig, Interrupted, RPTConfig, Run
 from lares_fast.train.checkpoint import load_state, save_state
 from lares_fast.train.identity import events_digest
 from lares_fast.train.resume import settings_of
+from tests.support import train_run
 
 # Another value for every setting.
 OTHER = {

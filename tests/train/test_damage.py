@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-import train_run
 
 from lares_fast import serve
 from lares_fast._errors import InputError
@@ -14,6 +13,7 @@ from lares_fast.cli import settings
 from lares_fast.train import Trainer, state
 from lares_fast.train.checkpoint import load_state, load_weights, save_state, save_weights
 from lares_fast.train.finite import NotFiniteError
+from tests.support import train_run
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import train_run
 
 from lares_fast import LARES, LARESConfig, serve
 from lares_fast._errors import InputError
@@ -14,6 +13,7 @@ from lares_fast.train.evaluate import keep_rankable
 from lares_fast.train.finite import NotFiniteError, all_finite, largest
 from lares_fast.train.loop import evaluation_key
 from lares_fast.train.spt import SPT
+from tests.support import train_run
 
 
 def trainer(out, emit=lambda _: None, checkpoint_minutes=10.0, **phases):

@@ -7,8 +7,6 @@ import math
 import ir_measures
 import pytest
 import torch
-import train_run
-from catalog_cases import BACKENDS, needs_native
 
 import lares_fast
 from lares_fast import LARESConfig, _dispatch, ops
@@ -17,6 +15,8 @@ from lares_fast.data import leave_one_out
 from lares_fast.train import metrics, model_ranks
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
 from lares_fast.train.evaluate import MASKED, NOT_MASKED, _queries, history_of, keep_rankable
+from tests.support import train_run
+from tests.support.catalog_cases import BACKENDS, needs_native
 
 KEY = root_key(5)
 KS = (1, 5, 10, 50)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_run
 
 import lares_fast
 from lares_fast._errors import InputError
 from lares_fast.train import Trainer, files
 from lares_fast.train.checkpoint import load_state
+from tests.support import train_run
 
 
 def names(folder):

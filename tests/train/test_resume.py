@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-import train_run
 
 from lares_fast._errors import InputError
 from lares_fast.train import Interrupted, Trainer
 from lares_fast.train.checkpoint import load_state, save_state
+from tests.support import train_run
 
 WALL_TIME = ("seconds", "data_wait")
 

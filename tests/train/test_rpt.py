@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-import train_run
-from catalog_cases import BACKENDS
 
 import lares_fast
 from lares_fast import LARESConfig, _dispatch, ops
 from lares_fast._random import root_key
 from lares_fast.train import RPTConfig
 from lares_fast.train.rpt import RPT
+from tests.support import train_run
+from tests.support.catalog_cases import BACKENDS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,6 +1,6 @@
 """The compile gate on older Tritons: what each makes of the kernels, as the table in docs/kernels/gate.md.
 
-    python tests/triton/gate_table.py 3.5.1 3.6.0 3.7.1 3.8.0 installed
+    python -m tests.triton.gate_table 3.5.1 3.6.0 3.7.1 3.8.0 installed
 
 Each version is put into a throw-away folder that stands first on the path of a process of its own.
 """
@@ -21,11 +21,12 @@ COLUMNS = "registers, bytes of stack, KB of shared memory, products"
 def measure():
     """Lines of one Triton, of this process."""
     import pytest
-    import test_gate
     import torch
     import triton
-    import triton_gate
     from lares_fast.kernels import _launch
+
+    from tests.support import triton_gate
+    from tests.triton import test_gate
 
     cases = {
         "attention D/H 32, dropout": lambda: test_gate.run(32, torch.bfloat16, 0.2, 50),
@@ -56,14 +57,13 @@ def install(version, folder):
 
 def repeat(version):
     """:func:`measure` on Triton ``version``."""
-    here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         if version != "installed":
             install(version, folder)
         environ = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-        environ["PYTHONPATH"] = os.pathsep.join([*([folder] if version != "installed" else []), str(here), str(here.parent)])
-        code = "import json, gate_table; print(json.dumps(gate_table.measure()))"
-        done = subprocess.run([sys.executable, "-P", "-c", code], env=environ, cwd=here, capture_output=True, text=True)
+        environ["PYTHONPATH"] = os.pathsep.join([*([folder] if version != "installed" else []), str(ROOT)])
+        code = "import json; from tests.triton import gate_table; print(json.dumps(gate_table.measure()))"
+        done = subprocess.run([sys.executable, "-P", "-c", code], env=environ, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"Triton {version}: {done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -80,7 +80,7 @@ def page(found):
         "and those for sm_90 are also compiled by 3.6.0, with ceilings of its own where it takes more.",
         "",
         "```",
-        f"python tests/triton/gate_table.py {' '.join(sys.argv[1:])}",
+        f"python -m tests.triton.gate_table {' '.join(sys.argv[1:])}",
         "```",
     ]
     for one in found:

@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 import torch
-from elsewhere import NoScalarReads
-from recurrence_case import Case
 
 from lares_fast import _dispatch, ops
 from lares_fast._errors import InputError
 from lares_fast.ops import _triton
+from tests.support.fake_device import NoScalarReads
+from tests.support.recurrence_case import Case
 
 pytestmark = pytest.mark.interpreted
 HUGE, LOW = 2**62, -(2**63)
@@ -19,7 +19,7 @@ HUGE, LOW = 2**62, -(2**63)
 @pytest.fixture
 def memory(monkeypatch):
     """Every address is checked, no two programs store to one element, and what is not written is NaN or a large number."""
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
         yield memory

@@ -65,7 +65,7 @@ def test_the_reference_passes_every_trial(op, dtype, monkeypatch):
     ],
 )
 def test_the_kernels_pass(op, dtype, variant, monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
         assert _canary.try_out(op, CPU, dtype, **variant) is None
@@ -99,7 +99,7 @@ FILES = {
 @pytest.mark.interpreted
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     op, *where = PLANTED[bug]
     triton_interpreter.plant(monkeypatch, tmp_path, FILES[op], *where)
@@ -110,7 +110,7 @@ def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_wrong_kernel_gives_way_and_a_right_one_is_tried_once(wrong, gpu, monkeypatch, tmp_path):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     if wrong:
         folder = tmp_path / "planted"
@@ -312,7 +312,7 @@ def variants(call):
 
 def test_the_canary_tries_what_is_launched():
     """The published model's answer has kernels of its own, and none of a backward."""
-    from recurrence_case import Case
+    from tests.support.recurrence_case import Case
 
     case = Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, output="last", p=0)
     (answer,) = variants(lambda: case.call(case.tensors, None, longest=20))
@@ -342,8 +342,9 @@ def test_the_canary_tries_what_is_launched():
 
 @pytest.mark.interpreted
 def test_the_canary_of_an_answer_launches_no_backward(monkeypatch):
-    import triton_interpreter
     from lares_fast.kernels import _launch
+
+    from tests.support import triton_interpreter
 
     names = []
     launch = _launch.launch

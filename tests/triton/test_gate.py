@@ -79,7 +79,7 @@ def run(E, dtype, p, longest):
 
 @pytest.mark.parametrize(("E", "dtype", "p", "longest", "architecture"), each(CASES))
 def test_attention(E, dtype, p, longest, architecture, monkeypatch):
-    import triton_gate
+    from tests.support import triton_gate
 
     kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: run(E, dtype, p, longest))
     assert [kernel.name for kernel in kernels] == list(DOTS)
@@ -126,8 +126,9 @@ def test_the_gate_sees_a_kernel_above_its_ceiling():
 
 
 def test_the_gate_sees_a_spill(monkeypatch):
-    import triton_gate
     from lares_fast.kernels import attention
+
+    from tests.support import triton_gate
 
     monkeypatch.setattr(attention, "tile_size", lambda longest, row_bytes: 64)
     *_, wide = triton_gate.compile_launches(monkeypatch, 80, lambda: run(32, torch.bfloat16, 0.2, 200))
@@ -135,9 +136,9 @@ def test_the_gate_sees_a_spill(monkeypatch):
 
 
 def test_the_gate_sees_an_offset_that_wraps(monkeypatch):
-    import triton_gate
-    import triton_toys
     from lares_fast.kernels._launch import launch
+
+    from tests.support import triton_gate, triton_toys
 
     def call():
         launch(triton_toys.copy, 4, torch.zeros(64), torch.zeros(64), 0, warps=4, S=16)
@@ -149,8 +150,9 @@ def test_the_gate_sees_an_offset_that_wraps(monkeypatch):
 
 @pytest.mark.parametrize(("ptxas", "wgmma"), [((12, 9), False), ((13, 3), True)])
 def test_the_gate_sees_products_that_are_not_sound(ptxas, wgmma, monkeypatch):
-    import triton_gate
     from lares_fast.kernels import _launch, attention
+
+    from tests.support import triton_gate
 
     monkeypatch.setitem(attention.WARPS, torch.bfloat16, 4)
     monkeypatch.setattr(attention, "tile_size", lambda longest, row_bytes: 64)
@@ -184,7 +186,7 @@ def catalog(D, dtype):
 
 @pytest.mark.parametrize(("D", "dtype", "architecture"), each(CATALOG_CASES))
 def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
-    import triton_gate
+    from tests.support import triton_gate
 
     kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: catalog(D, dtype))
     # The backward scores the targets again.
@@ -243,7 +245,7 @@ BACKWARD_STACK = {
 
 
 def recurrence(D, H, dtype, p, longest, adapter, backward):
-    from recurrence_case import Case
+    from tests.support.recurrence_case import Case
 
     case = Case(lengths=[longest, 3], D=D, H=H, inner=4 * D, layers=1, adapter=adapter, depth=1, p=p)
     case.options["longest"] = longest
@@ -254,7 +256,7 @@ def recurrence(D, H, dtype, p, longest, adapter, backward):
 
 @pytest.mark.parametrize(("D", "H", "dtype", "p", "longest", "adapter", "backward", "architecture"), each(RECURRENCE_CASES))
 def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, monkeypatch):
-    import triton_gate
+    from tests.support import triton_gate
 
     how = D, H, dtype, p, longest, adapter, backward
     kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: recurrence(*how))

@@ -9,14 +9,14 @@ SIZE = 64
 
 @pytest.fixture(scope="module")
 def kernels():
-    import triton_toys
+    from tests.support import triton_toys
 
     return triton_toys
 
 
 @pytest.fixture
 def memory(monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
         yield memory
@@ -57,7 +57,7 @@ def test_what_is_not_written_is_nan(memory):
 
 
 def test_the_order_of_programs_is_chosen(kernels, monkeypatch):
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     # Program i adds a digit, so the number spells the order.
     for order, digits in ((None, 123), (lambda n: range(n - 1, -1, -1), 321)):

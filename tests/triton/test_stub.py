@@ -12,8 +12,14 @@ from lares_fast.cli.steps import run_step
 
 pytestmark = pytest.mark.compiled
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 # Triton's driver comes before torch, which would tell it that there is no GPU.
-START = "import triton; triton.runtime.driver.active.get_current_device(); import stub_calls"
+START = """
+import sys, triton
+triton.runtime.driver.active.get_current_device()
+sys.path.append(sys.argv[1])
+from tests.support import stub_calls
+"""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def environment(stub, tmp_path, capability=80, shared=166_912):
 @pytest.mark.parametrize(("capability", "shared"), [(80, 166_912), (90, 232_448), (120, 101_376)])
 def test_launches(capability, shared, stub, tmp_path):
     environ = environment(stub, tmp_path, capability, shared)
-    done = subprocess.run([sys.executable, "-c", START], env=environ, cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", START, str(ROOT)], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "launched as planned\n"
 

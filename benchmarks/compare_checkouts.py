@@ -1,7 +1,8 @@
-"""Two checkouts in lockstep on one core: what a change of the recurrence's C++ is worth where neighbours are busy.
+"""Compare the C++ recurrence of two checkouts, on one core and in turns, so that a busy neighbour slows both alike.
 
-``python benchmarks/duel.py BEFORE AFTER [--rounds 24] [--core 1]``: each a checkout with its module built in place. Two
-processes take turns, before, after, after, before, and the ratio of a round is that of their CPU times: above 1 is faster.
+``python -m benchmarks.compare_checkouts BEFORE AFTER [--rounds 24] [--core 1]``. Each checkout has its native module built in
+place. Two processes take turns: before, after, after, before. The ratio of a round compares their CPU times; above 1 means that
+AFTER is faster.
 """
 
 import argparse
@@ -18,10 +19,13 @@ RUNS = [(kind, p, what) for kind, p in SHAPES for what in ("forward", "both")]
 
 def work(tree: Path) -> None:
     """Run what standard input names by its number, and print the CPU seconds."""
-    # In front of the folder of this file, which is in one of the two checkouts.
-    sys.path[:0] = [str(tree), str(tree / "benchmarks")]
-    import bench_recurrence
+    sys.path.insert(0, str(tree))
     import torch
+
+    from benchmarks import bench_recurrence
+
+    # `benchmarks` has moved the checkout to the end of the path, behind an installed package.
+    sys.path.insert(0, str(tree))
 
     torch.set_num_threads(1)
     calls = {}
@@ -45,7 +49,7 @@ def work(tree: Path) -> None:
         print(run(*RUNS[int(line)]), flush=True)
 
 
-def duel(before: Path, after: Path, rounds: int, core: int) -> None:
+def compare(before: Path, after: Path, rounds: int, core: int) -> None:
     """Print the ratio of every shape."""
     os.sched_setaffinity(0, {core})
     workers = [
@@ -88,7 +92,7 @@ def main() -> None:
     elif len(arguments.trees) != 2:
         parser.error("give two checkouts, the one before and the one after")
     else:
-        duel(*arguments.trees, arguments.rounds, arguments.core)
+        compare(*arguments.trees, arguments.rounds, arguments.core)
 
 
 if __name__ == "__main__":

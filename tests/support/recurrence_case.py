@@ -1,12 +1,12 @@
 """A call of ``ops.recurrence`` with random weights, as the tests of its backends share it."""
 
-import oracle
 import torch
 
 from lares_fast import ops, reference
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
 from lares_fast.reference.backbone import build_block
+from tests.support import oracle
 
 LENGTHS = [1, 2, 20, 49, 50, 63, 64, 65, 128]
 RAGGED = [(5 * b) % 8 + 1 for b in range(len(LENGTHS))]

@@ -1,6 +1,6 @@
 """Predictions, not measurements: launches and memory traffic of the GPU kernels against eager PyTorch, and rooflines.
 
-    python benchmarks/gpu_model.py > docs/kernels/predictions.md
+    python -m benchmarks.predict_gpu > docs/kernels/predictions.md
 
 Eager PyTorch is counted by a dispatch hook on tensors without storage: each operation that computes is a launch, reads its
 operands and writes its results once. Kernels are counted at the launch wrapper: a launch moves each of its tensors once. An op
@@ -199,7 +199,7 @@ def page():
         "**Calculated on a machine without a GPU; nothing here was measured.**",
         "",
         "```",
-        "python benchmarks/gpu_model.py > docs/kernels/predictions.md",
+        "python -m benchmarks.predict_gpu > docs/kernels/predictions.md",
         "```",
         "",
         "| in bf16 | launches | ratio | MB of HBM | ratio | ms on " + " | ms on ".join(gpu.name for gpu in GPUS) + " |",

@@ -1,20 +1,21 @@
-"""benchmarks/gpu_model.py: what it counts, and the targets of the fused recurrence."""
+"""benchmarks/predict_gpu.py: what it counts, and the targets of the fused recurrence."""
 
-import gpu_model
 import torch
+
+from benchmarks import predict_gpu
 
 
 def test_the_hook_counts_launches_bytes_and_operations():
     a, b = torch.empty(4, 8, device="meta"), torch.empty(8, 3, device="meta")
-    cost = gpu_model.eager(lambda: (a @ b).view(3, 4).relu())
+    cost = predict_gpu.eager(lambda: (a @ b).view(3, 4).relu())
     assert (cost.launches, cost.flops) == (2, 2 * 4 * 8 * 3)
     assert cost.bytes == 4 * (32 + 24 + 12 + 12 + 12)
-    expanded = gpu_model.eager(lambda: a + b[:1, :1].expand(4, 8))
+    expanded = predict_gpu.eager(lambda: a + b[:1, :1].expand(4, 8))
     assert expanded.bytes == 4 * (32 + 24 + 32)
 
 
 def test_kernels_are_counted_at_the_wrapper():
-    _, fast = gpu_model.attention(2, 10, 2, 16)
+    _, fast = predict_gpu.attention(2, 10, 2, 16)
     P, H, E = 20, 2, 16
     block, row = P * H * E * 2, P * H * 4
     # Forward: q k v out lse; backward: q k v out lse dout dq delta, and q k v lse dout delta dk dv; offsets each time.
@@ -23,9 +24,9 @@ def test_kernels_are_counted_at_the_wrapper():
 
 
 def test_targets_of_the_recurrence():
-    slow, fast = gpu_model.recurrence(64, 50, 8, 2, 64, 256)
+    slow, fast = predict_gpu.recurrence(64, 50, 8, 2, 64, 256)
     assert slow.launches >= 300 * fast.launches
     assert slow.bytes >= 40 * fast.bytes
-    one_layer, fast = gpu_model.recurrence(64, 50, 8, 1, 64, 256)
+    one_layer, fast = predict_gpu.recurrence(64, 50, 8, 1, 64, 256)
     assert one_layer.launches == 8 * 23
     assert one_layer.bytes >= 40 * fast.bytes

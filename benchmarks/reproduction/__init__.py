@@ -1,0 +1,1 @@
+"""The runs on real logs behind docs/results.md."""
