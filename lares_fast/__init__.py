@@ -14,7 +14,7 @@ _PUBLIC = {
     "Recommender": "lares_fast.serve",
     "accelerate": "lares_fast.model",
     "build_info": "lares_fast._native",
-    "explain": "lares_fast._dispatch",
+    "explain": "lares_fast.ops",
     "load": "lares_fast.serve",
 }
 _MODULES = ("convert", "data", "ops", "reference", "train")

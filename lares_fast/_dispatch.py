@@ -90,8 +90,6 @@ def explain(op: str, *args: Any, backend: str | None = None) -> str:
       native     would run
       reference  can run
     """
-    import lares_fast.ops  # noqa: F401 - fills the table
-
     if op not in _TABLE:
         raise InputError(f"op must be one of {', '.join(sorted(_TABLE))}, but got {op!r}.")
     name, chosen, lines = requested(backend), None, []

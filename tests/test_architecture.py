@@ -9,34 +9,42 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"_errors", "_law", "_numbers", "_settings", "_random", "_transfer", "_native", "_cuda", "config"}
+LEAVES = {"_errors", "_numbers", "_settings", "_random", "_transfer", "_native", "_cuda", "config"}
 
-# Room -> rooms of lares_fast that it may import, besides itself. What is not listed may not be imported.
+# Room -> rooms of lares_fast that it may import, besides itself. A room is a module or a package right below lares_fast.
 MAY_IMPORT = {
     "_errors": set(),
     "_settings": {"_errors"},
-    "_law": set(),
     "_numbers": {"_errors"},
     "_random": set(),
     "_transfer": set(),
-    "_native": {"_errors", "_random", "_settings"},
+    "_native": {"_errors", "_settings", "_random"},
     "_cuda": {"_errors", "_native", "_settings"},
     "config": {"_errors", "_numbers"},
-    "reference": {"_errors", "_numbers", "_random", "_transfer", "config"},
+    "sequences": {"_errors", "_numbers", "_transfer"},
+    "reference": {"_errors", "_numbers", "_random", "_transfer", "config", "sequences"},
     "_modules": LEAVES | {"reference"},
-    "_dispatch": LEAVES | {"ops"},
+    "_dispatch": LEAVES,
     "_library": LEAVES,
-    "ops": LEAVES | {"reference", "_dispatch", "_library", "kernels"},
+    "ops": LEAVES | {"reference", "sequences", "_dispatch", "_library", "kernels"},
+    "catalog": LEAVES | {"ops"},
     "convert": LEAVES | {"reference"},
-    "model": LEAVES | {"reference", "ops", "_dispatch", "_modules"},
-    "data": LEAVES,
-    "train": LEAVES | {"reference", "ops", "model", "data"},
-    "serve": LEAVES | {"reference", "ops", "model", "data", "train"},
+    "model": LEAVES | {"reference", "sequences", "catalog", "ops", "_dispatch", "_modules"},
+    "verify": LEAVES | {"reference", "sequences", "ops", "model", "_dispatch", "kernels"},
+    "data": LEAVES | {"sequences"},
+    "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data"},
+    "serve": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "train"},
+    "cli": LEAVES
+    | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "serve", "verify", "_dispatch", "convert"},
     "kernels": {"_settings"},
 }
+# The package itself loads every public module on first use, and its __main__ calls the command line.
+ROOTS = {"__init__", "__main__"}
 # Third-party packages that a room may import at module level. The rest is imported where it is used.
 CORE = {"torch", "numpy", "safetensors"}
 PACKAGES = {"reference": {"torch"}, "kernels": {"numpy", "torch", "triton"}, "_random": {"torch"}}
+# ops/_triton.py loads this module by its name: it calls the ops, and each kernel waits for its verdict.
+PLUG_IN = ("lares_fast.ops._triton", "lares_fast.verify")
 
 
 def sources():
@@ -47,37 +55,83 @@ def sources():
             yield path, room
 
 
-def imports(tree, package):
-    """(module, whether at module level) for every import statement."""
+def module_of(path):
+    """``lares_fast.ops.topk`` of its file; the folder kernels/ is installed as lares_fast.kernels."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "lares_fast" else ("lares_fast", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = list(sources())
+MODULES = {module_of(path): path for path, _ in SOURCES}
+
+
+def imports(path):
+    """(module, whether at module level) for every import, those by ``import_module("...")`` among them."""
+    tree = ast.parse(path.read_text())
     top = set(map(id, tree.body))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "imports are absolute"
-            # ``from lares_fast import ops`` names a room; ``from lares_fast.ops import topk`` has it in the module.
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == package else [node.module]
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else node.module for name in inner]
+            if node.module == "lares_fast":
+                # ``from lares_fast import ops`` names a room, and no name that the package defines.
+                names = [name for name in inner if name in MODULES]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MODULES.keys() - {"lares_fast"}:
+            names = [node.value]
         else:
             continue
         for name in names:
             yield name, id(node) in top
 
 
-SOURCES = list(sources())
-
-
 @pytest.mark.parametrize(("path", "room"), SOURCES, ids=[str(path.relative_to(ROOT)) for path, _ in SOURCES])
 def test_imports_flow_one_way(path, room):
-    if room in ("cli", "__init__", "__main__", "integrations"):
-        return  # these may import everything
+    if room in ROOTS:
+        return
     assert room in MAY_IMPORT, f"{path} is in no room of the architecture: add it to docs/architecture.md and here"
-    for module, at_top in imports(ast.parse(path.read_text()), "lares_fast"):
+    for module, at_top in imports(path):
         package, *rest = module.split(".")
         if package == "lares_fast":
             target = rest[0] if rest else "__init__"
-            assert target == room or target in MAY_IMPORT[room], f"{room} must not import {module}"
+            allowed = target == room or target in MAY_IMPORT[room] or (module_of(path), module) == PLUG_IN
+            assert allowed or (room == "cli" and target == "__init__"), f"{room} must not import {module}"
         elif at_top and package not in sys.stdlib_module_names:
-            assert package in PACKAGES.get(room, CORE), f"{path.name} imports {package} at module level"
+            assert package in PACKAGES.get(room, CORE if room != "cli" else {package}), f"{path.name} imports {package}"
+
+
+def test_no_import_goes_in_circles():
+    """Of modules, lazy imports counted; a package's own __init__ is left out, because it only gathers names."""
+    graph = {
+        name: {target for target, _ in imports(path) if target in MODULES and (name, target) != PLUG_IN} - {name}
+        for name, path in MODULES.items()
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    done, below = set(), []
+
+    def visit(name):
+        assert name not in below, f"imports go in a circle: {' -> '.join([*below[below.index(name) :], name])}"
+        if name not in done and name in graph:
+            below.append(name)
+            for target in sorted(graph[name]):
+                visit(target)
+            below.pop()
+            done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+def test_rooms_have_an_order():
+    """The table above has no circle itself."""
+    left = {room: set(allowed) for room, allowed in MAY_IMPORT.items()}
+    while left:
+        free = {room for room, allowed in left.items() if not allowed & left.keys()}
+        assert free, f"the rooms {sorted(left)} import each other"
+        left = {room: allowed for room, allowed in left.items() if room not in free}
 
 
 def test_importing_the_package_is_light():
@@ -126,7 +180,7 @@ def test_environment_variables_are_documented():
         used |= set(re.findall(r"LARES_FAST_\w+", path.read_text()))
     assert used == documented
     for path, room in SOURCES:
-        if room not in ("_settings", "cli"):
+        if room not in ("_settings", "cli", "verify"):
             assert "os.environ" not in path.read_text(), f"{path} reads the environment outside _settings.py"
 
 

@@ -14,7 +14,9 @@ import pytest
 
 from benchmarks.gpu import first, speed
 from lares_fast._errors import InputError
-from lares_fast.cli import gpu_day, gpu_plan, steps
+from lares_fast.cli import gpu_day
+from lares_fast.verify import gpu_plan, process
+from lares_fast.verify.__main__ import STEPS
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["build", "record", "correctness:topk:cuda:float32", "correctness:topk:triton", "correct", "speed:topk:B1"]
@@ -23,7 +25,7 @@ NAMES = ["build", "record", "correctness:topk:cuda:float32", "correctness:topk:t
 @pytest.fixture(autouse=True)
 def no_signal_seen(monkeypatch):
     """The machinery of another test that was stopped."""
-    steps._stopped.clear()
+    process._stopped.clear()
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ def test_what_is_no_report_is_an_error(text, tmp_path):
 @pytest.mark.parametrize("rehearse", [False, True])
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_step_of_the_plan_can_be_called(rehearse, quick):
-    known = steps.all_steps()
+    known = STEPS
     plan = gpu_plan.plan(rehearse=rehearse, quick=quick)
     for name, step in plan.items():
         inspect.signature(known[step.call]).bind(**step.arguments)
@@ -223,7 +225,7 @@ def test_no_child_of_a_process_is_left(then, code, tmp_path):
     place = tmp_path / "pid"
     with (tmp_path / "log").open("w") as log:
         began = time.monotonic()
-        found = steps.run_command(["sh", "-c", PARENT.format(place=place, then=then)], seconds=1.5, out=log, log=log)
+        found = process.run_command(["sh", "-c", PARENT.format(place=place, then=then)], seconds=1.5, out=log, log=log)
     assert found == code
     assert time.monotonic() - began < 10
     assert gone(pid_of(place))
@@ -231,10 +233,10 @@ def test_no_child_of_a_process_is_left(then, code, tmp_path):
 
 STOPPED = """
 import sys, threading, time
-from lares_fast.cli import steps
-with steps.leaving_none_behind():
+from lares_fast.verify import process
+with process.leaving_none_behind():
     command = ["sh", "-c", sys.argv[1]]
-    other = threading.Thread(target=steps.run_command, args=(command,),
+    other = threading.Thread(target=process.run_command, args=(command,),
                              kwargs=dict(seconds=300, out=sys.stdout, log=sys.stderr))
     other.start()
     other.join()
@@ -254,9 +256,9 @@ def test_no_child_is_left_by_a_signal(number, tmp_path):
 
 
 def test_a_log_names_no_folders_and_a_sanitizer_speaks_first():
-    assert steps._public('File "/home/me/x/steps.py", line 3; a/b; 3/4') == 'File ".../steps.py", line 3; a/b; 3/4'
+    assert process._public('File "/home/me/x/steps.py", line 3; a/b; 3/4') == 'File ".../steps.py", line 3; a/b; 3/4'
     said = ["========= COMPUTE-SANITIZER", "========= Invalid read", "=========     at 0x10", "========= 1 error", "{}"]
-    assert steps._sanitizer(said) == "Invalid read; at 0x10; 1 error"
+    assert process._sanitizer(said) == "Invalid read; at 0x10; 1 error"
 
 
 def test_only_switches_of_this_gpu_are_tried():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lares_fast.cli.gpu_plan import plan
-from lares_fast.cli.steps import run_step
+from lares_fast.verify.gpu_plan import plan
+from lares_fast.verify.process import run_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 STEPS = plan(rehearse=False, quick=True)

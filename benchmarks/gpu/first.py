@@ -101,7 +101,7 @@ def build_commands():
 
 def build(package, seconds, log):
     """Build the native module into ``package`` within ``seconds``; the result of the step."""
-    from lares_fast.cli.steps import run_command
+    from lares_fast.verify.process import run_command
 
     began = time.monotonic()
     with log.open("w") as file:
@@ -170,14 +170,14 @@ def start(call, *arguments, **how):
 
 def hopeless(found):
     """Whether the machine itself was found broken."""
-    from lares_fast.cli.gpu_plan import FIRST
+    from lares_fast.verify.gpu_plan import FIRST
 
     return any(found[name]["status"] in ("failed", "hung") for name in FIRST if name in found)
 
 
 def speed(names, out, seconds, rehearse):
     """The rows ``names`` in a process of their own, which writes them into the report."""
-    from lares_fast.cli.steps import run_command
+    from lares_fast.verify.process import run_command
 
     command = [sys.executable, "-P", str(HERE / "speed.py"), "--out", str(out), "--seconds", f"{seconds:.0f}", "--only", *names]
     with (out / "logs.txt").open("a") as log:
@@ -223,8 +223,9 @@ def main(argv=None):
     package = None if given.rehearse else assemble()
     # Only now is the package on the path.
     from lares_fast._errors import InputError
-    from lares_fast.cli import gpu_day, gpu_plan
-    from lares_fast.cli.steps import leaving_none_behind
+    from lares_fast.cli import gpu_day
+    from lares_fast.verify import gpu_plan
+    from lares_fast.verify.process import leaving_none_behind
 
     sys.path.append(str(ROOT))
     rows = importlib.import_module("benchmarks.gpu.speed").ROWS

@@ -24,8 +24,8 @@ import lares_fast
 from benchmarks import baseline_official, cases, packed_torch
 from lares_fast import LARESConfig, ops, reference
 from lares_fast.cli.gpu_day import Report
-from lares_fast.cli.gpu_plan import read
 from lares_fast.reference.sequences import pack
+from lares_fast.verify.gpu_plan import read
 
 D, TURNS, FILL_MS, MOST_CALLS = 64, 7, 20.0, 200
 # Seconds without which a row is not begun.

@@ -14,7 +14,7 @@ import numpy
 import torch
 
 from lares_fast import LARESConfig, __version__, _dispatch, _native, _settings, reference
-from lares_fast.ops import _tuned
+from lares_fast.verify import tuning
 
 # Extra -> the modules that it brings.
 _EXTRAS = {
@@ -74,7 +74,7 @@ def _tuned_calls() -> list[str]:
     """The calls whose kernels are launched as ``lares-fast tune`` found."""
     if not torch.cuda.is_available():
         return []
-    return sorted(_tuned.of_device(torch.device("cuda", torch.cuda.current_device())))
+    return sorted(tuning.of_device(torch.device("cuda", torch.cuda.current_device())))
 
 
 def _ops() -> dict[str, str]:

@@ -17,8 +17,9 @@ import torch
 
 from lares_fast._errors import InputError
 from lares_fast.cli.console import notice
-from lares_fast.cli.gpu_plan import DIAGNOSED, FIRST, Step, chosen, is_well, plan
-from lares_fast.cli.steps import leaving_none_behind, run_step, skipped
+from lares_fast.verify.comparison import skipped
+from lares_fast.verify.gpu_plan import DIAGNOSED, FIRST, Step, chosen, is_well, plan
+from lares_fast.verify.process import leaving_none_behind, run_step
 
 # What --quick leaves out.
 _LONG = ("large_", "graphs", "training", "verdicts")

@@ -11,8 +11,9 @@ import torch
 from lares_fast import _dispatch
 from lares_fast._errors import BackendError
 from lares_fast.cli.console import notice
-from lares_fast.cli.steps import ARCHITECTURES, DTYPES, by_the_law, faults_of, ops_with_triton, run_step
-from lares_fast.ops import _trials
+from lares_fast.verify import cases
+from lares_fast.verify.comparison import ARCHITECTURES, DTYPES, by_the_law, faults_of, ops_with_triton
+from lares_fast.verify.process import run_step
 
 _COLUMNS = ("op", "backend", "device", "dtype", "error", "twin", "bound", "verdict")
 
@@ -20,7 +21,7 @@ _COLUMNS = ("op", "backend", "device", "dtype", "error", "twin", "bound", "verdi
 def add_arguments(parser: ArgumentParser) -> None:
     """The arguments of ``report``."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--op", action="append", choices=_trials.ops(), help="this op alone; may be given again")
+    parser.add_argument("--op", action="append", choices=cases.ops(), help="this op alone; may be given again")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="this dtype alone; may be given again")
     parser.add_argument(
         "--prove", action="store_true", help="without a GPU: interpret and compile its kernels here; takes minutes"
@@ -29,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def command(arguments: Namespace) -> int:
     """Run ``report``; 1 if an op that can run breaks the law."""
-    rows = report(arguments.op or _trials.ops(), arguments.dtype or list(DTYPES), prove=arguments.prove)
+    rows = report(arguments.op or cases.ops(), arguments.dtype or list(DTYPES), prove=arguments.prove)
     print(json.dumps(rows, indent=1) if arguments.json else _text(rows))
     return int(any(row["verdict"].startswith("fail") or ": fail (" in row["verdict"] for row in rows))
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lares_fast import ops, reference
 from lares_fast._errors import BackendError, InputError
-from lares_fast._law import judge
 from lares_fast._random import Draw
 from lares_fast.cli.console import notice
 from lares_fast.cli.settings import build
-from lares_fast.cli.steps import DTYPES, equal, ops_with_triton
 from lares_fast.config import LARESConfig
-from lares_fast.ops import _canary, _trials, _tuned
 from lares_fast.train.config import RunConfig
+from lares_fast.verify import canary, cases, tuning
+from lares_fast.verify.comparison import DTYPES, equal, ops_with_triton
+from lares_fast.verify.tolerance import judge
 
 # A choice that is less faster than this is not worth other bits.
 _GAIN = 1.03
@@ -44,7 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def command(arguments: Namespace) -> int:
     """Run ``tune``."""
     if arguments.clear:
-        print("removed what was found" if _tuned.clear() else "nothing was found before")
+        print("removed what was found" if tuning.clear() else "nothing was found before")
         return 0
     if not torch.cuda.is_available():
         raise InputError("tune measures kernels on a GPU, and torch sees none: run it on the machine that has the GPU.")
@@ -65,17 +65,17 @@ def tune(op: str, dtype: torch.dtype, device: torch.device, model: LARESConfig, 
     call = _CALLS[op](dtype, device, model, batch)
     try:
         call()
-        found, before, after = search(op, dtype, device, sizes, _trials.trial(op, integers=False, **variant), call)
+        found, before, after = search(op, dtype, device, sizes, cases.trial(op, integers=False, **variant), call)
     except BackendError as error:
         return f"not measured, because {str(error).partition(': ')[2].rstrip('.')}"
     if not found:
         return f"as shipped ({before:.3g} ms)"
-    _tuned.keep(device, {_tuned.call_key(op, dtype, sizes): found})
+    tuning.keep(device, {tuning.call_key(op, dtype, sizes): found})
     return f"{before / after:.2f} times as fast ({before:.3g} ms to {after:.3g} ms), stored"
 
 
 def search(
-    op: str, dtype: torch.dtype, device: torch.device, sizes: dict[str, int], trial: _trials.Trial, call: Callable[[], object]
+    op: str, dtype: torch.dtype, device: torch.device, sizes: dict[str, int], trial: cases.Trial, call: Callable[[], object]
 ) -> tuple[dict[str, Any], float, float]:
     """(the best choice as plain values, empty for the shipped one; milliseconds of ``call`` as shipped; and with it).
 
@@ -83,19 +83,19 @@ def search(
     """
     make = import_module("lares_fast.kernels._launch").Choice
     best, truth = make(), trial.truth(dtype)
-    with _tuned.forced(op, best):
+    with tuning.forced(op, best):
         shipped = trial.results("triton", dtype, device)
         before = least = milliseconds(call)
 
     def candidates() -> Iterator[Any]:
-        for rows in _tuned.rows(op, sizes):
+        for rows in tuning.rows(op, sizes):
             yield make(rows)
-        for group in _tuned.KERNELS[op]:
-            for how in _tuned.launches(dtype, _tuned.capability(device)):
+        for group in tuning.KERNELS[op]:
+            for how in tuning.launches(dtype, tuning.capability(device)):
                 yield make(best.rows, {**best.kernels, **dict.fromkeys(group, how)})
 
     for choice in candidates():
-        with _tuned.forced(op, choice):
+        with tuning.forced(op, choice):
             began = time.monotonic()
             fault = _fault(trial, dtype, device, shipped, truth)
             took = least if fault else milliseconds(call)
@@ -106,13 +106,13 @@ def search(
 
 
 def _fault(
-    trial: _trials.Trial, dtype: torch.dtype, device: torch.device, shipped: _trials.Results, truth: _trials.Results
+    trial: cases.Trial, dtype: torch.dtype, device: torch.device, shipped: cases.Results, truth: cases.Results
 ) -> str | None:
     """What is wrong with the kernels as they are launched now; their twin is the shipped configuration."""
     try:
         found, again = (trial.results("triton", dtype, device) for _ in range(2))
     except Exception as error:
-        if not _canary.answerable(error):
+        if not canary.answerable(error):
             raise
         return f"not compiled or loaded ({type(error).__name__})"
     verdicts = judge("forward", found.forward, shipped.forward, truth.forward)

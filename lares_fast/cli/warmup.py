@@ -10,13 +10,15 @@ import torch
 
 from lares_fast._errors import InputError
 from lares_fast.cli.console import notice
-from lares_fast.cli.steps import ARCHITECTURES, DTYPES, ops_with_triton, run_step
-from lares_fast.ops import _canary, _trials, _triton
+from lares_fast.ops import _triton
+from lares_fast.verify import canary, cases
+from lares_fast.verify.comparison import ARCHITECTURES, DTYPES, ops_with_triton
+from lares_fast.verify.process import run_step
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The arguments of ``warmup``."""
-    parser.add_argument("--op", action="append", choices=_trials.ops(), help="this op alone; may be given again")
+    parser.add_argument("--op", action="append", choices=cases.ops(), help="this op alone; may be given again")
     parser.add_argument(
         "--dtype", action="append", choices=list(DTYPES), help="may be given again (default: float32 and bfloat16)"
     )
@@ -61,10 +63,10 @@ def _try(ops: list[str], dtypes: list[str]) -> int:
         device = torch.device("cuda", number)
         for op in ops:
             for dtype in dtypes:
-                for variant in _trials.shipped(op):
+                for variant in cases.shipped(op):
                     began = time.monotonic()
                     tensor = torch.empty(0, dtype=DTYPES[dtype], device=device)
-                    fault = _triton.obstacle(tensor) or _canary.refusal(op, device, DTYPES[dtype], **variant)
+                    fault = _triton.obstacle(tensor) or canary.refusal(op, device, DTYPES[dtype], **variant)
                     refused += fault is not None
                     name = " ".join(f"{key}={value}" for key, value in variant.items())
                     print(f"{device} {op} {dtype} {name}: {fault or 'right'} ({time.monotonic() - began:.1f} s)", flush=True)

@@ -1,6 +1,6 @@
 """Public ops: each chooses its backend by the call's arguments, and :func:`lares_fast.explain` tells which and why."""
 
-from lares_fast._dispatch import backend
+from lares_fast._dispatch import backend, explain
 from lares_fast.ops._catalog_index import CatalogIndex
 from lares_fast.ops.attention import attention
 from lares_fast.ops.linear_cross_entropy import linear_cross_entropy, target_logprob, target_logprob_and_rank
@@ -12,6 +12,7 @@ __all__ = [
     "CatalogIndex",
     "attention",
     "backend",
+    "explain",
     "linear_cross_entropy",
     "recurrence",
     "target_logprob",

@@ -1,4 +1,8 @@
-"""Triton kernels as the ops see them: loaded on first use, and what keeps them from a call, in words."""
+"""Load Triton kernels on first use, and say in words why a kernel cannot take a call.
+
+:mod:`lares_fast.verify` stands above the ops, because it calls them. It tests each kernel before its first use on a GPU and
+finds tuned launch settings. The ops know it by its name alone, and load it when the first kernel is needed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lares_fast.ops import _canary, _tuned
+VERIFIER = "lares_fast.verify"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -23,7 +27,7 @@ _anywhere = False
 def kernels(stem: str) -> ModuleType:
     """The module of the kernels of op ``stem``."""
     launch: Any = importlib.import_module("lares_fast.kernels._launch")
-    launch.find = _tuned.find
+    launch.find = _verifier().launch_settings
     return importlib.import_module(f"lares_fast.kernels.{stem}")
 
 
@@ -37,8 +41,18 @@ def refusal(op: str, tensor: Tensor, **variant: Any) -> str | None:
     """:func:`obstacle`, and on a GPU what the canary of the kernels of ``op`` found; ``variant`` says which kernels."""
     said = obstacle(tensor)
     if said is None and _is_gpu(tensor) and not _anywhere:
-        said = _canary.refusal(op, tensor.device, tensor.dtype, **variant)
+        said = _verifier().refusal(op, tensor.device, tensor.dtype, **variant)
     return said
+
+
+def note(op: str, tensor: Tensor) -> str | None:
+    """Text that ``explain`` adds to the backend ``triton``: which launch settings are tuned; or ``None``."""
+    said: str | None = _verifier().launch_note(op, tensor)
+    return said
+
+
+def _verifier() -> Any:
+    return importlib.import_module(VERIFIER)
 
 
 def _is_gpu(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
 from lares_fast._numbers import number, whole
 from lares_fast._random import Draw, drop_threshold
-from lares_fast.ops import _triton, _tuned
+from lares_fast.ops import _triton
 from lares_fast.ops._catalog_checks import check_dense
 from lares_fast.reference.attention import packed_attention_backward, packed_logsumexp
 
@@ -199,7 +199,7 @@ def _obstacle(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longes
 
 register(
     "attention",
-    Backend("triton", _triton_attention, _obstacle, note=lambda query, *_: _tuned.note("attention", query)),
+    Backend("triton", _triton_attention, _obstacle, note=lambda query, *_: _triton.note("attention", query)),
     Backend("reference", _reference, lambda *_: None),
 )
 

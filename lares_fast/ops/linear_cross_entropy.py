@@ -12,7 +12,7 @@ from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
 from lares_fast._numbers import number
-from lares_fast.ops import _chunked_softmax, _triton, _tuned
+from lares_fast.ops import _chunked_softmax, _triton
 from lares_fast.ops._catalog_checks import check_dense, native_obstacle
 from lares_fast.ops.target_rank import TIES
 from lares_fast.reference.linear_cross_entropy import PAD, reduced
@@ -252,7 +252,7 @@ def _triton_obstacle(hidden: Tensor, items: Tensor, *rest: object) -> str | None
 
 register(
     "linear_cross_entropy",
-    Backend("triton", _triton_softmax, _triton_obstacle, note=lambda hidden, *_: _tuned.note("linear_cross_entropy", hidden)),
+    Backend("triton", _triton_softmax, _triton_obstacle, note=lambda hidden, *_: _triton.note("linear_cross_entropy", hidden)),
     Backend("native", _native_softmax, lambda hidden, items, *_: native_obstacle(hidden, items, name="hidden")),
     Backend("reference", _reference, lambda *_: None),
 )

@@ -16,7 +16,7 @@ from lares_fast._library import Once, register_op
 from lares_fast._numbers import number, whole
 from lares_fast._random import MOST_STEPS, Draw
 from lares_fast.config import ADAPTERS
-from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton, _tuned
+from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton, _triton
 from lares_fast.ops._catalog_checks import check_dense
 
 _WEIGHTS_A_LAYER = 16
@@ -314,7 +314,7 @@ for _op, *_runs in (
     _triton_run, _native_run, _layers_run, _reference_run = map(_of_call, _runs)
     register(
         _op,
-        Backend("triton", _triton_run, _recurrence_triton.obstacle, note=lambda h, *_: _tuned.note("recurrence", h)),
+        Backend("triton", _triton_run, _recurrence_triton.obstacle, note=lambda h, *_: _triton.note("recurrence", h)),
         Backend("native", _native_run, _recurrence_native.obstacle),
         Backend("layers", _layers_run, _recurrence_layers.obstacle, _recurrence_layers.unasked),
         Backend("reference", _reference_run, lambda *_: None),

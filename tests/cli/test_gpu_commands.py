@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
-from lares_fast.cli import gpu_day, gpu_plan, main, steps
-from lares_fast.ops import _canary, _trials, _triton
+from lares_fast.cli import gpu_day, main
+from lares_fast.ops import _triton
+from lares_fast.verify import canary, cases, gpu_plan, process
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -22,7 +23,7 @@ def rows_of(capsys, *arguments):
 def test_report(capsys):
     code, rows = rows_of(capsys)
     assert code == 0
-    assert {row["op"] for row in rows} == set(_trials.ops())
+    assert {row["op"] for row in rows} == set(cases.ops())
     for row in rows:
         if row["backend"] == "reference":
             assert row["verdict"].startswith("pass")
@@ -33,13 +34,13 @@ def test_report(capsys):
 
 
 def test_report_tells_a_wrong_result(capsys, monkeypatch):
-    right = _trials.Trial.results
+    right = cases.Trial.results
 
     def wrong(self, *rest):
         results = right(self, *rest)
-        return _trials.Results({name: x * 1.01 for name, x in results.forward.items()}, results.exact, results.gradients)
+        return cases.Results({name: x * 1.01 for name, x in results.forward.items()}, results.exact, results.gradients)
 
-    monkeypatch.setattr(_trials.Trial, "results", wrong)
+    monkeypatch.setattr(cases.Trial, "results", wrong)
     code, rows = rows_of(capsys, "--op", "attention", "--dtype", "float32")
     assert code == 1
     assert rows[0]["verdict"].startswith("fail: out: error")
@@ -91,20 +92,20 @@ def test_warmup_tries_every_shipped_variant(capsys, monkeypatch):
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
     asked = []
     monkeypatch.setattr(
-        _canary, "refusal", lambda op, *_, **variant: asked.append(op) or ("it is wrong" if len(asked) == 2 else None)
+        canary, "refusal", lambda op, *_, **variant: asked.append(op) or ("it is wrong" if len(asked) == 2 else None)
     )
     arguments = warmup.Namespace(op=["attention"], dtype=["float32"], architectures=None)
     assert warmup.command(arguments) == 1
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == len(asked) == len(_trials.shipped("attention"))
+    assert len(said) == len(asked) == len(cases.shipped("attention"))
     assert ": it is wrong" in said[1]
 
 
 def test_a_step_that_ends_badly_is_told():
-    result = steps.run_step("interpret", seconds=60, ops=["nothing"], dtypes=["float32"])
+    result = process.run_step("interpret", seconds=60, ops=["nothing"], dtypes=["float32"])
     assert result["status"] == "failed"
     assert "KeyError" in result["log"]
-    assert steps.run_step("alone", seconds=0.05, rehearse=True, quick=True)["status"] == "hung"
+    assert process.run_step("alone", seconds=0.05, rehearse=True, quick=True)["status"] == "hung"
 
 
 def planned(*names):
@@ -217,12 +218,12 @@ def test_a_rehearsal(tmp_path, capsys):
 
 @pytest.mark.interpreted
 def test_a_rehearsal_finds_a_wrong_kernel(monkeypatch, tmp_path):
-    from lares_fast.cli import gpu_steps
+    from lares_fast.verify import gpu_checks
     from tests.support import triton_interpreter
 
     bug = ("attention", "weight = p * factor", "weight = p")
     triton_interpreter.plant(monkeypatch, tmp_path, ("_random", "_tiles", "attention"), *bug)
-    result = gpu_steps.correctness(True, True, "attention", "triton", "float32", {})
+    result = gpu_checks.correctness(True, True, "attention", "triton", "float32", {})
     assert result["status"] == "failed"
     assert any("canary" in fault for fault in result["faults"]) and any(": error " in fault for fault in result["faults"])
 
@@ -257,7 +258,7 @@ def test_doctor_shows_every_op_and_only_extras_that_something_imports(capsys):
     told = json.loads(capsys.readouterr().out)
     shown = {name.partition(",")[0] for name in told["ops"] if name.endswith("on cpu")}
     # The others are parts of these.
-    assert shown == set(_trials.ops()) <= set(_dispatch._TABLE)
+    assert shown == set(cases.ops()) <= set(_dispatch._TABLE)
     root = Path(__file__).parents[2]
     declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(doctor._EXTRAS) == set(declared) - {"dev"}

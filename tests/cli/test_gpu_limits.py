@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from lares_fast.cli import gpu_day, gpu_limits, gpu_plan
+from lares_fast.cli import gpu_day
+from lares_fast.verify import gpu_edge_cases, gpu_plan
 
 FILES = ("_random", "_tiles", "attention", "linear_cross_entropy", "_layers", "recurrence", "_recurrence_backward")
 
@@ -16,7 +17,7 @@ def test_the_sanitizer_would_watch_every_kernel(monkeypatch):
     from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
-        assert gpu_limits.small(rehearse=True, quick=True)["status"] == "passed"
+        assert gpu_edge_cases.small(rehearse=True, quick=True)["status"] == "passed"
     assert memory.launches
 
 
@@ -46,7 +47,7 @@ def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
     # PyTorch then fills what torch.empty returns with NaN.
     torch.use_deterministic_algorithms(True)
     try:
-        result = gpu_limits.STEPS[planned.call](**planned.arguments)
+        result = gpu_edge_cases.STEPS[planned.call](**planned.arguments)
     finally:
         torch.use_deterministic_algorithms(poisoned)
     assert result["status"] == "failed", result
@@ -57,16 +58,16 @@ def test_the_catalog_step_knows_the_answers(last, monkeypatch):
     """On the backend that runs here; with another last row it must object."""
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape, **how: last * ones(*shape, **how))
-    found = gpu_limits.large_catalog("cpu", 64 * 40, backend="reference")
+    found = gpu_edge_cases.large_catalog("cpu", 64 * 40, backend="reference")
     # Of queries of zeros all items score alike.
     assert [fault.split(":")[0] for fault in found] == ([] if last else ["topk", "target_rank"])
 
 
 def test_too_little_memory_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**31))
-    result = gpu_limits.LARGE["large_attention"](False, False)
+    result = gpu_edge_cases.LARGE["large_attention"](False, False)
     assert result == {"status": "skipped", "why": "it needs 44 GiB of GPU memory, and 1 GiB are free"}
-    assert gpu_limits.LARGE["large_attention"](False, True)["why"] == "--quick has small shapes only"
+    assert gpu_edge_cases.LARGE["large_attention"](False, True)["why"] == "--quick has small shapes only"
 
 
 SANITIZER = """#!{python}
@@ -97,7 +98,7 @@ def test_the_sanitizer_is_asked_for_each_kind_of_error(tmp_path, monkeypatch):
         f"sanitizer:{tool}": "passed" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
     }
     ran = (tmp_path / "memcheck").read_text()
-    assert "-m lares_fast.cli.steps small" in ran
+    assert "-m lares_fast.verify small" in ran
     assert '"rehearse": false' in ran
 
 
@@ -115,15 +116,15 @@ def test_without_a_sanitizer_the_step_is_skipped(monkeypatch):
 
 
 def test_what_needs_a_driver_is_skipped_without_one(monkeypatch):
-    monkeypatch.setattr(gpu_limits._native, "capability", lambda: "no device")
-    assert gpu_limits.capture(False, True, "topk") == {"status": "skipped", "why": "no device"}
+    monkeypatch.setattr(gpu_edge_cases._native, "capability", lambda: "no device")
+    assert gpu_edge_cases.capture(False, True, "topk") == {"status": "skipped", "why": "no device"}
 
 
 @pytest.mark.parametrize("op", ["topk", "target_rank"])
 def test_a_graph_that_does_not_follow_its_inputs_is_found(op, monkeypatch):
     """What a rehearsal calls in a replay's place, held against a call of other inputs."""
-    assert gpu_limits.capture(True, True, op)["status"] == "passed"
-    real = getattr(gpu_limits.ops, op)
+    assert gpu_edge_cases.capture(True, True, op)["status"] == "passed"
+    real = getattr(gpu_edge_cases.ops, op)
     answers = []
 
     def stale(*arguments, **how):
@@ -131,5 +132,5 @@ def test_a_graph_that_does_not_follow_its_inputs_is_found(op, monkeypatch):
         answers.append(found)
         return answers[0] if len(answers) == 1 else tuple(x + 1 for x in found) if op == "topk" else found + 1
 
-    monkeypatch.setattr(gpu_limits.ops, op, stale)
-    assert gpu_limits.capture(True, True, op)["faults"] == ["replay 0 with new inputs differs from a call"]
+    monkeypatch.setattr(gpu_edge_cases.ops, op, stale)
+    assert gpu_edge_cases.capture(True, True, op)["faults"] == ["replay 0 with new inputs differs from a call"]

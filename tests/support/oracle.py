@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lares_fast._law import judge
+from lares_fast.verify.tolerance import judge
 
 
 def check(kind: str, result: Mapping[str, Tensor], twin: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,8 @@ from lares_fast.kernels import _launch
 from lares_fast import ops
 from lares_fast._errors import BackendError
 from lares_fast._random import Draw
-from lares_fast.ops import _triton, _tuned
+from lares_fast.ops import _triton
+from lares_fast.verify import tuning
 
 _triton.obstacle = lambda tensor: None
 LOG = os.environ["STUB_LOG"]
@@ -134,7 +135,7 @@ for B, longest in ((1, 1), (1, 20), (1, 64), (7, 50), (2048, 3), (70_000, 1)):
 def tuned(op, choice, expected, call):
     """``call`` launches each kernel with the threads that ``choice`` says, and what it does not name with those of before."""
     before = [int(x[4]) for x in call()]
-    with _tuned.forced(op, choice):
+    with tuning.forced(op, choice):
         launches = call()
     assert [x[0] for x in launches] == list(expected), launches
     for x, threads in zip(launches, before, strict=True):
@@ -147,7 +148,7 @@ every = {"attention_forward": (4, 2), "attention_backward_query": (1, 3)}
 for rows in (16, 64):
     launches = tuned("attention", _launch.Choice(rows, every), names, lambda: call(1, 100, length))
     assert {int(x[2]) for x in launches} == {H * -(-100 // rows)}, launches
-catalog_kernels = dict.fromkeys(_tuned.KERNELS["linear_cross_entropy"][0], (4, 3))
+catalog_kernels = dict.fromkeys(tuning.KERNELS["linear_cross_entropy"][0], (4, 3))
 order = ["target_score", "softmax_forward", "target_score", "softmax_backward_hidden", "softmax_backward_items"]
 launches = tuned("linear_cross_entropy", _launch.Choice(16, catalog_kernels), order, lambda: catalog_call(100, 50))
 assert int(launches[-1][2]) == -(-50 // 16)

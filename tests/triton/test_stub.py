@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lares_fast.cli.steps import run_step
+from lares_fast.verify.process import run_step
 
 pytestmark = pytest.mark.compiled
 HERE = Path(__file__).parent
@@ -56,9 +56,10 @@ def test_launches(capability, shared, stub, tmp_path):
 TRIAL = """
 import triton; triton.runtime.driver.active.get_current_device()
 import torch
-from lares_fast.ops import _trials, _triton
+from lares_fast.ops import _triton
+from lares_fast.verify import cases
 with _triton.anywhere():
-    _trials.trial("linear_cross_entropy", integers=False).results("triton", torch.bfloat16)
+    cases.trial("linear_cross_entropy", integers=False).results("triton", torch.bfloat16)
 """
 
 

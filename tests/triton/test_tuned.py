@@ -7,9 +7,10 @@ import torch
 from lares_fast.kernels import _launch
 
 from lares_fast import explain, ops
-from lares_fast.cli import doctor, main, steps, tune
+from lares_fast.cli import doctor, main, tune
 from lares_fast.config import LARESConfig
-from lares_fast.ops import _canary, _trials, _triton, _tuned
+from lares_fast.ops import _triton
+from lares_fast.verify import canary, cases, comparison, tuning
 
 CPU = torch.device("cpu")
 SIZES = {"width": 32, "longest": 50}
@@ -21,25 +22,25 @@ FOUND = {"rows": 16, "kernels": {"attention_forward": [4, 2]}}
 def gpu(monkeypatch, tmp_path):
     """The CPU taken for a GPU; returns the folder of what is found."""
     monkeypatch.setenv("LARES_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(_tuned, "_is_gpu", lambda device: True)
-    monkeypatch.setattr(_tuned, "capability", lambda device: 80)
-    monkeypatch.setattr(_canary, "identity", lambda device: {"gpu": "none"})
-    monkeypatch.setattr(_tuned, "_known", {})
+    monkeypatch.setattr(tuning, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(tuning, "capability", lambda device: 80)
+    monkeypatch.setattr(canary, "identity", lambda device: {"gpu": "none"})
+    monkeypatch.setattr(tuning, "_known", {})
     return tmp_path / "tuned"
 
 
 def found(sizes=SIZES, dtype=torch.float32, op="attention"):
-    return _tuned.find(op, torch.empty(0, dtype=dtype), sizes)
+    return tuning.find(op, torch.empty(0, dtype=dtype), sizes)
 
 
 def test_what_is_found_is_used_for_its_call_alone(gpu):
     assert found() is None
-    _tuned.keep(CPU, {KEY: FOUND})
+    tuning.keep(CPU, {KEY: FOUND})
     assert found() == _launch.Choice(16, {"attention_forward": (4, 2)})
     assert found({"width": 32, "longest": 51}) is None
     assert found(dtype=torch.bfloat16) is None
     # Another call is stored beside it.
-    _tuned.keep(CPU, {"recurrence float32 width=64": FOUND})
+    tuning.keep(CPU, {"recurrence float32 width=64": FOUND})
     assert found() is not None
     (file,) = gpu.iterdir()
     assert json.loads(file.read_text())["gpu"] == "none"
@@ -52,21 +53,21 @@ def test_what_is_found_is_used_for_its_call_alone(gpu):
     {"rows": 16}, {"rows": [16], "kernels": {}}, [16], "16",
 ], ids=str)  # fmt: skip
 def test_what_may_not_be_tried_is_not_used(stored, gpu):
-    _tuned.keep(CPU, {KEY: stored})
+    tuning.keep(CPU, {KEY: stored})
     assert found() is None
 
 
 def test_a_tile_of_the_recurrence_holds_its_longest_sequence(gpu):
     sizes = {"width": 64, "heads": 2, "inner": 256, "longest": 65}
-    _tuned.keep(CPU, {_tuned.call_key("recurrence", torch.bfloat16, sizes): {"rows": 64, "kernels": {}}})
+    tuning.keep(CPU, {tuning.call_key("recurrence", torch.bfloat16, sizes): {"rows": 64, "kernels": {}}})
     assert found(sizes, torch.bfloat16, "recurrence") is None
-    assert _tuned.rows("recurrence", sizes) == (128,)
+    assert tuning.rows("recurrence", sizes) == (128,)
 
 
 def test_blackwell_keeps_to_two_warps_in_half_precision():
-    assert max(warps for warps, _ in _tuned.launches(torch.bfloat16, 100)) == 2
-    assert max(warps for warps, _ in _tuned.launches(torch.float32, 100)) == 8
-    assert max(warps for warps, _ in _tuned.launches(torch.bfloat16, 120)) == 8
+    assert max(warps for warps, _ in tuning.launches(torch.bfloat16, 100)) == 2
+    assert max(warps for warps, _ in tuning.launches(torch.float32, 100)) == 8
+    assert max(warps for warps, _ in tuning.launches(torch.bfloat16, 120)) == 8
 
 
 @pytest.mark.parametrize("damage", [
@@ -74,24 +75,24 @@ def test_blackwell_keeps_to_two_warps_in_half_precision():
     lambda file: file.write_text(file.read_text().replace('"none"', '"another"')),
 ])  # fmt: skip
 def test_a_damaged_file_is_none(damage, gpu):
-    _tuned.keep(CPU, {KEY: FOUND})
+    tuning.keep(CPU, {KEY: FOUND})
     damage(next(gpu.iterdir()))
     assert found() is None
 
 
 def test_another_driver_has_another_file(gpu, monkeypatch):
-    _tuned.keep(CPU, {KEY: FOUND})
-    monkeypatch.setattr(_canary, "identity", lambda device: {"gpu": "none", "driver": "newer"})
-    _tuned._known.clear()
+    tuning.keep(CPU, {KEY: FOUND})
+    monkeypatch.setattr(canary, "identity", lambda device: {"gpu": "none", "driver": "newer"})
+    tuning._known.clear()
     assert found() is None
 
 
 def test_a_write_is_whole_or_not_at_all(gpu, monkeypatch):
-    _tuned.keep(CPU, {KEY: FOUND})
-    monkeypatch.setattr(_tuned._kept.json, "dump", lambda value, file, **_: (file.write("{"), 1 / 0))
+    tuning.keep(CPU, {KEY: FOUND})
+    monkeypatch.setattr(tuning.cache.json, "dump", lambda value, file, **_: (file.write("{"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
-        _tuned.keep(CPU, {KEY: {"rows": 32, "kernels": {}}})
-    _tuned._known.clear()
+        tuning.keep(CPU, {KEY: {"rows": 32, "kernels": {}}})
+    tuning._known.clear()
     assert found().rows == 16
 
 
@@ -124,21 +125,21 @@ def test_a_choice_goes_before_what_is_shipped(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """The reference in the place of the kernels, whose choices are told to the clock."""
-    right = _trials.Trial.results
-    monkeypatch.setattr(_trials.Trial, "results", lambda self, backend, *rest: right(self, "reference", *rest))
-    monkeypatch.setattr(_tuned, "capability", lambda device: 80)
+    right = cases.Trial.results
+    monkeypatch.setattr(cases.Trial, "results", lambda self, backend, *rest: right(self, "reference", *rest))
+    monkeypatch.setattr(tuning, "capability", lambda device: 80)
 
 
 def search(monkeypatch, clock):
     measured = []
 
     def milliseconds(call):
-        choice = _tuned.find("attention", torch.empty(0), SIZES)
+        choice = tuning.find("attention", torch.empty(0), SIZES)
         measured.append(choice)
         return clock(choice.rows, choice.kernels)
 
     monkeypatch.setattr(tune, "milliseconds", milliseconds)
-    trial = _trials.trial("attention", integers=False)
+    trial = cases.trial("attention", integers=False)
     return tune.search("attention", torch.float32, CPU, SIZES, trial, lambda: None), measured
 
 
@@ -156,45 +157,45 @@ def test_the_fastest_is_found(calls, monkeypatch):
 
 
 def test_what_breaks_the_law_is_never_measured(calls, monkeypatch):
-    right = _trials.Trial.results
+    right = cases.Trial.results
 
     def results(self, backend, dtype, device):
         found = right(self, backend, dtype, device)
-        rows = _tuned._forced[1].rows
+        rows = tuning._forced[1].rows
         if rows == 16:
             raise OSError("no space")
         factor = 1.001 if rows == 64 else 1
-        return _trials.Results({name: x * factor for name, x in found.forward.items()}, found.exact, found.gradients)
+        return cases.Results({name: x * factor for name, x in found.forward.items()}, found.exact, found.gradients)
 
-    monkeypatch.setattr(_trials.Trial, "results", results)
+    monkeypatch.setattr(cases.Trial, "results", results)
     (best, *_), measured = search(monkeypatch, lambda rows, kernels: {None: 10.0, 32: 9.0}.get(rows, 1.0))
     assert best == {"rows": 32, "kernels": {}}
     assert not {16, 64} & {choice.rows for choice in measured}
 
 
 def test_two_answers_are_never_measured(calls, monkeypatch):
-    right, noise = _trials.Trial.results, iter(range(10**6))
+    right, noise = cases.Trial.results, iter(range(10**6))
 
     def results(self, backend, dtype, device):
         found = right(self, backend, dtype, device)
-        if _tuned._forced[1].rows == 64:
+        if tuning._forced[1].rows == 64:
             found.forward["out"].view(-1)[0] += 1e-7 * next(noise)
         return found
 
-    monkeypatch.setattr(_trials.Trial, "results", results)
+    monkeypatch.setattr(cases.Trial, "results", results)
     (best, *_), _ = search(monkeypatch, lambda rows, kernels: 1.0 if rows == 64 else 10.0)
     assert best == {}
 
 
 def test_errors_of_a_broken_gpu_are_raised(calls, monkeypatch):
-    right = _trials.Trial.results
+    right = cases.Trial.results
 
     def results(self, *rest):
-        if _tuned._forced[1].rows:
+        if tuning._forced[1].rows:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return right(self, *rest)
 
-    monkeypatch.setattr(_trials.Trial, "results", results)
+    monkeypatch.setattr(cases.Trial, "results", results)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         search(monkeypatch, lambda rows, kernels: 1.0)
 
@@ -206,16 +207,16 @@ def test_errors_of_a_broken_gpu_are_raised(calls, monkeypatch):
 ])  # fmt: skip
 def test_kernels_obey_the_law_in_tiles_that_are_not_shipped(op, rows, sizes):
     """The interpreter has no warps and stages."""
-    with steps.interpreted(), _tuned.forced(op, _launch.Choice(rows)):
-        assert steps.faults_of(*steps.by_the_law(op, "triton", torch.float32, **sizes)) == []
+    with comparison.interpreted(), tuning.forced(op, _launch.Choice(rows)):
+        assert comparison.faults_of(*comparison.by_the_law(op, "triton", torch.float32, **sizes)) == []
 
 
 @pytest.mark.interpreted
 def test_a_command_of_tuning(gpu, monkeypatch, capsys):
     """All but the clock and the GPU."""
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
-    monkeypatch.setattr(_tuned, "_WARPS", (4, 8))
-    monkeypatch.setattr(_tuned, "_STAGES", (1,))
+    monkeypatch.setattr(tuning, "_WARPS", (4, 8))
+    monkeypatch.setattr(tuning, "_STAGES", (1,))
     measured = iter((10.0, 9.0, 11.0, 10.0, 8.0))
 
     def milliseconds(call):
@@ -227,24 +228,24 @@ def test_a_command_of_tuning(gpu, monkeypatch, capsys):
     model = LARESConfig(n_items=2, hidden_size=32, n_heads=1, max_len=3, inner_size=16)
     said = tune.tune("linear_cross_entropy", torch.float32, CPU, model, 2)
     assert said == "1.25 times as fast (10 ms to 8 ms), stored"
-    kernels = dict.fromkeys(_tuned.KERNELS["linear_cross_entropy"][0], (4, 1))
+    kernels = dict.fromkeys(tuning.KERNELS["linear_cross_entropy"][0], (4, 1))
     assert found({"width": 32}, op="linear_cross_entropy") == _launch.Choice(16, kernels)
     said = tune.tune("recurrence", torch.float32, CPU, model, 2)
     assert said == "not measured, because it takes widths of 64 and 128, and h has 32"
     query = torch.zeros(2, 32)
     note = "would run, launched as lares-fast tune found best for float32 width=32"
     assert explain("linear_cross_entropy", query, query, torch.zeros(2, dtype=torch.int64)).splitlines()[1].endswith(note)
-    with steps.interpreted():
+    with comparison.interpreted():
         ops.target_logprob(query, query, torch.zeros(2, dtype=torch.int64), backend="triton")
 
 
 def test_what_is_found_is_told_and_cleared(gpu, monkeypatch, capsys):
-    _tuned.keep(CPU, {KEY: FOUND})
+    tuning.keep(CPU, {KEY: FOUND})
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
     query = torch.zeros(50, 2, 32)
     call = (query, query, query, torch.tensor([0, 50]), 50)
     assert "would run, launched as lares-fast tune found best for float32 longest=50 width=32" in explain("attention", *call)
-    monkeypatch.setattr(doctor, "_tuned_calls", lambda: sorted(_tuned.of_device(CPU)))
+    monkeypatch.setattr(doctor, "_tuned_calls", lambda: sorted(tuning.of_device(CPU)))
     assert main(["doctor"]) == 0
     assert f"tuned        {KEY}" in capsys.readouterr().out
     assert main(["tune", "--clear"]) == 0
@@ -256,4 +257,4 @@ def test_what_is_found_is_told_and_cleared(gpu, monkeypatch, capsys):
 
 
 def test_the_kernels_of_every_op_are_known():
-    assert set(_tuned.KERNELS) == set(steps.ops_with_triton()) == set(tune._CALLS)
+    assert set(tuning.KERNELS) == set(comparison.ops_with_triton()) == set(tune._CALLS)

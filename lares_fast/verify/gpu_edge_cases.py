@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lares_fast import _native, ops, reference
 from lares_fast._random import Draw
-from lares_fast.cli.steps import device_of, equal, gpu_backends, kernels_of, passed, skipped, verdict
 from lares_fast.config import LARESConfig
-from lares_fast.ops import _recurrence_triton, _trials, _triton
+from lares_fast.ops import _recurrence_triton, _triton
+from lares_fast.verify import cases
+from lares_fast.verify.comparison import device_of, equal, gpu_backends, kernels_of, passed, skipped, verdict
 
 Result = dict[str, Any]
 _HALF = torch.bfloat16
@@ -26,7 +27,7 @@ def small(rehearse: bool, quick: bool) -> Result:
     with kernels_of(rehearse):
         for op, backend in gpu_backends(rehearse):
             for dtype in (torch.float32,) if backend == "cuda" else (torch.float32, _HALF):
-                _trials.trial(op, integers=False).results(backend, dtype, device_of(rehearse))
+                cases.trial(op, integers=False).results(backend, dtype, device_of(rehearse))
     return passed()
 
 
@@ -45,7 +46,7 @@ def fork(rehearse: bool, quick: bool) -> Result:
     """A forked child and the workers of a DataLoader leave the parent's GPU as it was."""
     faults = []
     with kernels_of(rehearse):
-        trial = _trials.trial("linear_cross_entropy", integers=False)
+        trial = cases.trial("linear_cross_entropy", integers=False)
         first = trial.results("triton", torch.float32, device_of(rehearse))
         child = os.fork()
         if not child:

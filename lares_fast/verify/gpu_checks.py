@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from lares_fast import __version__, _dispatch, _native, ops
-from lares_fast.cli.steps import (
+from lares_fast.verify import canary, cases
+from lares_fast.verify.comparison import (
     DTYPES,
     device_of,
     equal,
@@ -37,7 +38,6 @@ from lares_fast.cli.steps import (
     skipped,
     verdict,
 )
-from lares_fast.ops import _canary, _trials
 
 Result = dict[str, Any]
 _PROPERTIES = (
@@ -70,7 +70,7 @@ def record(rehearse: bool, quick: bool) -> Result:
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         gpus.append({name: getattr(about, name, None) for name in _PROPERTIES})
-    return passed(**facts, gpus=gpus, canary=_canary.identity(torch.device("cuda", 0)), capability=_native.capability())
+    return passed(**facts, gpus=gpus, canary=canary.identity(torch.device("cuda", 0)), capability=_native.capability())
 
 
 def _version(package: str) -> str:
@@ -119,7 +119,7 @@ def correctness(rehearse: bool, quick: bool, op: str, backend: str, dtype: str, 
         return skipped(said)
     kind, device = DTYPES[dtype], device_of(rehearse)
     with kernels_of(rehearse):
-        trial = _trials.trial(op, integers=False, **variant)
+        trial = cases.trial(op, integers=False, **variant)
         began = time.monotonic()
         results = trial.results(backend, kind, device)
         # Compiling is most of it.
@@ -128,7 +128,7 @@ def correctness(rehearse: bool, quick: bool, op: str, backend: str, dtype: str, 
         faults = faults_of(verdicts, differ)
         if not equal(results, trial.results(backend, kind, device)):
             faults.append("two calls gave two answers")
-        if backend == "triton" and (fault := _canary.try_out(op, torch.device(device), kind, **variant)):
+        if backend == "triton" and (fault := canary.try_out(op, torch.device(device), kind, **variant)):
             faults.append(fault)
     numbers = {one.name: {"error": one.error, "twin": one.twin_error, "bound": one.bound} for one in verdicts}
     worst = max((one.error / one.bound for one in verdicts if one.bound), default=0.0)
@@ -141,7 +141,7 @@ def repeat(rehearse: bool, quick: bool) -> Result:
     with kernels_of(rehearse):
         for op, backend in gpu_backends(rehearse):
             # PyTorch's layers take the sizes that the kernels do not.
-            trial = _trials.trial(op, integers=False, **({"width": 48} if backend == "layers" else {}))
+            trial = cases.trial(op, integers=False, **({"width": 48} if backend == "layers" else {}))
             first = trial.results(backend, torch.float32, device_of(rehearse))
             for number in range(1, times):
                 if not rehearse:
@@ -188,9 +188,9 @@ def streams(rehearse: bool, quick: bool) -> Result:
     )
     pickle.loads(pickle.dumps(copy.deepcopy(model)))
     with kernels_of(rehearse):
-        trial = _trials.trial("linear_cross_entropy", integers=False)
+        trial = cases.trial("linear_cross_entropy", integers=False)
         first = trial.results("triton", torch.float32, device_of(rehearse))
-        found: list[_trials.Results] = []
+        found: list[cases.Results] = []
         threads = [
             threading.Thread(target=lambda: found.append(trial.results("triton", torch.float32, device_of(rehearse))))
             for _ in range(1 if rehearse else 4)
@@ -282,8 +282,8 @@ def verdicts(rehearse: bool, quick: bool) -> Result:
     found = {}
     for op in ops_with_triton():
         for name, dtype in DTYPES.items():
-            for variant in _trials.shipped(op):
-                said = _canary.refusal(op, torch.device("cuda", 0), dtype, **variant)
+            for variant in cases.shipped(op):
+                said = canary.refusal(op, torch.device("cuda", 0), dtype, **variant)
                 found[f"{op} {name} {variant}"] = said or "verified on this GPU"
     return passed(found=found)
 

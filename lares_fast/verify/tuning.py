@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lares_fast.ops import _canary, _kept
+from lares_fast.verify import cache, canary
 
 # Of each op the kernels that are launched alike: those of the catalog must score a target with the same bits.
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -77,24 +77,24 @@ def forced(op: str, choice: Any) -> Iterator[None]:
 def of_device(device: torch.device) -> dict[str, Any]:
     """All that is stored for ``device``, by call."""
     if device not in _known:
-        _known[device] = _read(device) if _kept.folder("tuned").is_dir() and _is_gpu(device) else {}
+        _known[device] = _read(device) if cache.folder("tuned").is_dir() and _is_gpu(device) else {}
     return _known[device]
 
 
 def keep(device: torch.device, found: Mapping[str, Any]) -> None:
     """Store ``found`` (call -> choice as plain values) beside what is there. Raises OSError."""
-    about = _canary.identity(device)
+    about = canary.identity(device)
     calls = {**_read(device), **found}
-    _kept.write("tuned", about, {"calls": calls})
+    cache.write("tuned", about, {"calls": calls})
     _known.clear()
 
 
 def clear() -> bool:
     """Remove what is stored for every GPU; whether anything was."""
     _known.clear()
-    there = _kept.folder("tuned").is_dir()
+    there = cache.folder("tuned").is_dir()
     if there:
-        shutil.rmtree(_kept.folder("tuned"))
+        shutil.rmtree(cache.folder("tuned"))
     return there
 
 
@@ -105,7 +105,7 @@ def note(op: str, tensor: Tensor) -> str | None:
 
 
 def _read(device: torch.device) -> dict[str, Any]:
-    stored = _kept.read("tuned", _canary.identity(device)) or {}
+    stored = cache.read("tuned", canary.identity(device)) or {}
     calls = stored.get("calls")
     return calls if isinstance(calls, dict) else {}
 

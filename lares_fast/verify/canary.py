@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lares_fast._law import judge
-from lares_fast.ops import _kept
+from lares_fast.verify import cache
+from lares_fast.verify.tolerance import judge
 
 if TYPE_CHECKING:
-    from lares_fast.ops._trials import Results, Trial
+    from lares_fast.verify.cases import Results, Trial
 
 # Of the largest number of a result: a few roundings, far less than one wrong product of integers.
 _TOLERANCE = {torch.float32: 2.0**-12, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
@@ -72,7 +72,7 @@ def _untried(op: str) -> RuntimeError:
 
 def _verdict(op: str, device: torch.device, dtype: torch.dtype, variant: dict[str, Any]) -> str | None:
     about = {"op": op, "dtype": str(dtype), **variant, **identity(device)}
-    stored = (_kept.read("canary", about) or {}).get("fault", 0)
+    stored = (cache.read("canary", about) or {}).get("fault", 0)
     if stored is None or isinstance(stored, str):
         return stored
     if _capturing(device):
@@ -87,7 +87,7 @@ def _verdict(op: str, device: torch.device, dtype: torch.dtype, variant: dict[st
         return _sentence(error)
     # Where it cannot be kept, the next process tries again.
     with suppress(OSError):
-        _kept.write("canary", about, {"fault": fault})
+        cache.write("canary", about, {"fault": fault})
     return fault
 
 
@@ -103,9 +103,9 @@ def _as_own(op: str, device: torch.device, dtype: torch.dtype, variant: dict[str
 
 def try_out(op: str, device: torch.device, dtype: torch.dtype, **variant: Any) -> str | None:
     """What is wrong with the kernels of ``op`` on ``device``: one call of integers, twice."""
-    from lares_fast.ops import _trials
+    from lares_fast.verify import cases
 
-    trial = _trials.trial(op, integers=True, **variant)
+    trial = cases.trial(op, integers=True, **variant)
     first, again = (trial.results("triton", dtype, device) for _ in range(2))
     if (fault := _wrong(trial, first, dtype)) is not None:
         return f"its canary came out wrong on this GPU, {op}: {fault}"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lares_fast._errors import InputError
-from lares_fast.cli.gpu_limits import LARGE
-from lares_fast.cli.steps import DTYPES, TABLES, ops_with_triton
-from lares_fast.ops import _trials
+from lares_fast.verify import cases
+from lares_fast.verify.comparison import DTYPES, TABLES, ops_with_triton
+from lares_fast.verify.gpu_edge_cases import LARGE
 
 # Without these nothing else can be told.
 FIRST = ("record", "alone")
@@ -88,7 +88,7 @@ def _correctness(how: Mapping[str, bool]) -> dict[str, Step]:
 
 def _variants(op: str, how: Mapping[str, bool]) -> list[dict[str, Any]]:
     """Those of the published sizes; one that only answers is left out where another also trains the same kernels."""
-    shipped = _trials.shipped(op)
+    shipped = cases.shipped(op)
     return [{}] if how["quick"] else [one for one in shipped if one["train"] or {**one, "train": True} not in shipped]
 
 
