@@ -29,15 +29,19 @@ class Backend:
 
 
 _TABLE: dict[str, tuple[Backend, ...]] = {}
+# Op -> builds and checks its call from the arguments of the public function.
+_BUILD: dict[str, Callable[..., Any]] = {}
 _CHOSEN: ContextVar[str | None] = ContextVar("lares_fast_backend", default=None)
 
 # (op, backend) -> calls that really ran there; tests assert on it.
 calls: Counter[tuple[str, str]] = Counter()
 
 
-def register(op: str, *backends: Backend) -> None:
-    """Declare the backends of ``op``, most preferred first."""
+def register(op: str, *backends: Backend, build: Callable[..., Any] | None = None) -> None:
+    """Declare the backends of ``op``, most preferred first. ``build`` makes its call from the public arguments."""
     _TABLE[op] = backends
+    if build is not None:
+        _BUILD[op] = build
 
 
 def requested(argument: str | None) -> str:
@@ -82,8 +86,8 @@ def choose(op: str, argument: str | None, *args: Any) -> Backend:
     raise BackendError(f"{op} has no backend {name!r}; it has: {', '.join(b.name for b in _TABLE[op])}.")
 
 
-def explain(op: str, *args: Any, backend: str | None = None) -> str:
-    """Which backend would run ``op`` on ``args`` (the op's positional arguments), and why not the others; one line each.
+def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> str:
+    """Return which backend would run ``op`` on these arguments of the op, and why the others would not; one line each.
 
     >>> print(explain("topk", query, items, 10))  # doctest: +SKIP
     topk: native
@@ -92,6 +96,8 @@ def explain(op: str, *args: Any, backend: str | None = None) -> str:
     """
     if op not in _TABLE:
         raise InputError(f"op must be one of {', '.join(sorted(_TABLE))}, but got {op!r}.")
+    if op in _BUILD:
+        args = (_BUILD[op](*args, backend=backend, **options),)
     name, chosen, lines = requested(backend), None, []
     for candidate in _TABLE[op]:
         obstacle = candidate.obstacle(*args)
