@@ -1,5 +1,6 @@
 """The documents: links lead somewhere, snippets run, the API reference is complete, and configuration files are valid."""
 
+import csv
 import importlib
 import importlib.util
 import json
@@ -152,6 +153,42 @@ def test_the_snippets_of_the_tutorial_run(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     exec(serve, {})
     assert capsys.readouterr().out.startswith("[['")
+
+
+# Numbers
+
+
+def committed_ranges():
+    """Return the (median, lowest, highest) of every committed ratio and share of the peak."""
+    ranges, shares = [], {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.csv")):
+        for row in csv.DictReader(path.read_text().splitlines()):
+            if "ratio_median" in row:
+                ranges.append(tuple(float(row[f"ratio_{name}"]) for name in ("median", "min", "max")))
+            elif row["name"].startswith("% of FMA peak, "):
+                share = shares.setdefault((row["group"], row["shape"], row["commit"], row["machine"]), {})
+                share[row["name"].split(", ")[1]] = float(row["value"])
+    return ranges + [(share["median"], share["min"], share["max"]) for share in shares.values()]
+
+
+def test_every_range_on_the_performance_page_is_a_committed_row():
+    committed = committed_ranges()
+    found = re.findall(r"(\d*\.?\d+) \((\d*\.?\d+) to (\d*\.?\d+)\)", (ROOT / "docs" / "performance.md").read_text())
+    assert len(found) > 30
+    for shown in found:
+        # A number may be off by half a unit of its last digit.
+        slack = [0.501 * 10 ** -len(text.partition(".")[2]) for text in shown]
+        near = [all(abs(float(s) - x) <= d for s, x, d in zip(shown, row, slack, strict=True)) for row in committed]
+        assert any(near), f"no committed row has {' '.join(shown)}"
+
+
+def test_the_speed_table_of_the_readme_is_that_of_the_performance_page():
+    exact = {float(text) for text in re.findall(r"\d+\.\d+", (ROOT / "docs" / "performance.md").read_text())}
+    rows = re.findall(r"(?m)^\| (?:training|encode|exact|\| ).*$", (ROOT / "README.md").read_text())
+    shown = [text for row in rows for text in re.findall(r"(?<![\d.])\d+\.\d(?!\d)", row.partition("|")[2].partition("|")[2])]
+    assert len(shown) == 18
+    for text in shown:
+        assert any(abs(float(text) - value) <= 0.0501 for value in exact), f"{text} is not on the performance page"
 
 
 # Configuration files
