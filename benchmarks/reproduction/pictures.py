@@ -39,7 +39,7 @@ def draw(runs: dict[str, Run], experiments: Sequence[Experiment], folder: Path) 
     if tested:
         _draw_depth(tested, folder / Path(picture("depth")).name)
         _draw_depth(tested, folder / Path(picture("choosing-t")).name, relative=True)
-    means = [run for run in shown if run.experiment.name in MEAN_DEPTHS]
+    means = [runs[name] for name in MEAN_DEPTHS if name in runs and runs[name].phases()]
     if means:
         _draw_curves(means, folder / Path(picture("mean-depth")).name, MEAN_DEPTHS)
 
@@ -74,7 +74,8 @@ def _draw_curves(runs: Sequence[Run], path: Path, labels: Mapping[str, str] | No
             places = [before + row["epoch"] for row in rows]
             (line,) = axes.plot(places, [row["ndcg@10"] for row in rows], style, marker=".", color=colour, label=label)
             before, colour = before + int(rows[-1]["epoch"]), line.get_color()
-    _finish(figure, axes, "epoch (dotted: phase 2)", "validation NDCG@10", path)
+    dotted = " (dotted: phase 2)" if any("rpt" in run.phases() for run in runs) else ""
+    _finish(figure, axes, f"epoch{dotted}", "validation NDCG@10", path)
 
 
 def _finish(figure: Any, axes: Any, x: str, y: str, path: Path) -> None:
