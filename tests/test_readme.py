@@ -1,4 +1,4 @@
-"""The README's first snippet runs as printed, on a log that fits it; only the number of epochs is cut."""
+"""The first snippet of the README runs as printed, on a log that fits it; only the number of epochs is reduced."""
 
 import csv
 import random

@@ -178,7 +178,7 @@ def written(folder, tmp_path_factory):
     runs.collect(folder / "runs", kept, ALL)
     found = {experiment.name: runs.Run(experiment, kept / experiment.name) for experiment in ALL}
     report.draw(found, ALL, pictures)
-    return kept, report.document(found, ALL, "## What was learned\nMuch."), pictures
+    return kept, report.document(found, ALL, "## Findings\nMuch."), pictures
 
 
 def test_neither_data_nor_models_are_copied(written, folder):
@@ -226,8 +226,8 @@ def test_what_is_missing_is_listed_and_not_invented(written):
     assert "| `endless` | small | - | - | - | - | not finished: stopped |" in ablations
     trials = text.partition("## Trials")[2].partition("\n## ")[0]
     assert "| `trial` | small | 2 (best " in trials
-    assert "not measured yet" in text.partition("## Against what was asked\n")[2].partition("\n\n")[0]
-    assert text.endswith("\n") and "## What was learned\nMuch." in text
+    assert "not measured yet" in text.partition("## Summary: NDCG@10 on the test rows\n")[2].partition("\n\n")[0]
+    assert text.endswith("\n") and "## Findings\nMuch." in text
 
 
 def test_of_each_section_validation_prefers_a_tested_run():
@@ -285,8 +285,8 @@ def test_the_experiments_are_settings_that_exist():
 def test_the_document_is_what_the_copies_give():
     kept = ROOT / "benchmarks" / "results" / "runs"
     found = {experiment.name: runs.Run(experiment, kept / experiment.name) for experiment in experiments.EXPERIMENTS}
-    learned = report._LEARNED.read_text() if report._LEARNED.is_file() else ""
-    assert (ROOT / "docs" / "results.md").read_text() == report.document(found, experiments.EXPERIMENTS, learned)
+    findings = report._FINDINGS.read_text() if report._FINDINGS.is_file() else ""
+    assert (ROOT / "docs" / "results.md").read_text() == report.document(found, experiments.EXPERIMENTS, findings)
 
 
 def test_the_commands_of_the_head_run(tmp_path):

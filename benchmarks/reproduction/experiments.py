@@ -95,11 +95,11 @@ _SASREC_TRIAL = {**_SASREC, **_COSINE, "spt.epochs": 18, "evaluation.test": Fals
 
 EXPERIMENTS = (
     _beauty("beauty-sasrec", "rival", "SASRec-style: T = 1, h0 = 0, no alignments, no RPT", _SASREC),
-    _beauty("beauty-sasrec-cosine", "rival", "the same, batch 256, cosine", {**_SASREC, **_COSINE}),
+    _beauty("beauty-sasrec-cosine", "rival", "`beauty-sasrec` with batch 256, by cosine", {**_SASREC, **_COSINE}),
     _beauty(
         "beauty-sasrec-cosine-slow",
         "rival",
-        "goes on from `beauty-sasrec-cosine` with a learning rate of .0002",
+        "continues from `beauty-sasrec-cosine` with a learning rate of .0002",
         {**_SASREC, **_COSINE, **_SLOW},
         start_from="beauty-sasrec-cosine",
     ),
@@ -114,7 +114,7 @@ EXPERIMENTS = (
     _beauty(
         "beauty-slow",
         "main",
-        "phase 1 goes on from `beauty` with a learning rate of .0002",
+        "phase 1, continues from `beauty` with a learning rate of .0002",
         {**_COSINE, **_SLOW, **_EVERY_T},
         start_from="beauty",
         evaluations=_FINAL,
@@ -168,7 +168,7 @@ EXPERIMENTS = (
     _beauty(
         "beauty-mean-8",
         "trial",
-        "batch 256, cosine, mean T 8, from a copy of `ablation-mean-8`",
+        "batch 256, cosine, mean T 8, continues from a copy of `ablation-mean-8`",
         {**_TRIAL, **_COSINE, "model.mean_depth": 8, "spt.epochs": 300},
     ),
     _beauty("beauty-sasrec-256", "trial", "`beauty-sasrec` with batch 256", {**_SASREC, **_BATCH, "evaluation.test": False}),
@@ -178,7 +178,7 @@ EXPERIMENTS = (
     _beauty(
         "trial-alpha-0.3",
         "trial",
-        "batch 256, cosine, alpha .3, as long as it rises",
+        "batch 256, cosine, alpha .3",
         {**_TRIAL, **_COSINE, "spt.alpha": 0.3, "spt.epochs": 300},
     ),
     _beauty("trial-layers-1", "trial", "batch 256, cosine, 1 + 1 layers", {**_TRIAL, **_COSINE, **_ONE_LAYER}),

@@ -1,8 +1,8 @@
 """Write docs/results.md and its plots from run folders.
 
-``python -m benchmarks.reproduction.report --runs RUNS`` first copies what describes the runs (settings, metrics, record;
-neither data nor models) to benchmarks/results/runs; without ``--runs`` the document is made from those copies alone. What
-was learned is kept in learned.md, which is not generated.
+``python -m benchmarks.reproduction.report --runs RUNS`` first copies the settings, metrics and record of the runs to
+benchmarks/results/runs, without data and models. Without ``--runs`` the document is made from these copies alone. The
+findings are copied from findings.md, which is written by hand.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from benchmarks.reproduction.runs import MASKED, NOT_MASKED, USUAL, Run, collect
 
 _ROOT = Path(__file__).parents[2]
 _KEPT = _ROOT / "benchmarks" / "results" / "runs"
-_LEARNED = Path(__file__).parent / "learned.md"
+_FINDINGS = Path(__file__).parent / "findings.md"
 
 _HISTORIES = (NOT_MASKED, MASKED)
 _SHORT = {"recall": "R", "ndcg": "N", "mrr": "MRR"}
@@ -33,10 +33,10 @@ _TITLES = {
 Cells = Sequence[str]
 
 
-def document(runs: dict[str, Run], experiments: Sequence[Experiment], learned: str = "") -> str:
-    """The text of docs/results.md."""
+def document(runs: dict[str, Run], experiments: Sequence[Experiment], findings: str = "") -> str:
+    """Return the text of docs/results.md."""
     shown = [runs[experiment.name] for experiment in experiments]
-    parts = [_HEAD, _aims(runs), _states(shown)]
+    parts = [_HEAD, _summary(runs), _states(shown)]
     for data in dict.fromkeys(run.experiment.data for run in shown):
         parts.append(_quality(data, [run for run in shown if run.experiment.data == data]))
     parts += [
@@ -46,7 +46,7 @@ def document(runs: dict[str, Run], experiments: Sequence[Experiment], learned: s
         _rewards(runs),
         _trials(runs, shown),
         _bf16(shown),
-        learned.strip(),
+        findings.strip(),
         _made(shown),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -54,52 +54,61 @@ def document(runs: dict[str, Run], experiments: Sequence[Experiment], learned: s
 
 _HEAD = """# Results on real logs
 
-`python -m benchmarks.reproduction.runner` makes the runs of `benchmarks/reproduction/experiments.py`. This page is written
-by `python -m benchmarks.reproduction.report` from `benchmarks/results/runs`, which holds the settings, every metric of
-every epoch and the record of each run.
+This page shows how well LARES ranks on two public logs, next to a SASRec-style model, simple baselines and published
+numbers. All models were trained on CPUs with two cores. The last section names the machine, versions and command of every
+run.
 
-**Protocol.** Leave-one-out; the target is ranked among all items, PAD never; no sampled metrics. "Masked" leaves the
-user's own history out of the ranking, "not masked" keeps it in, as the LARES papers do. One target a user, so recall (R)
-is hit rate; N is NDCG. The best model by validation NDCG@10 (not masked for Instruments, masked for Beauty) is tested.
-Floors use the training events `s[:-2]` only. A run that is not finished is listed with its state, and has no test numbers
-of the phase that is not over. The data files have their own licences and are not part of this repository."""
+`python -m benchmarks.reproduction.runner` makes the runs that `benchmarks/reproduction/experiments.py` declares.
+`python -m benchmarks.reproduction.report` writes this page from `benchmarks/results/runs`, which has the settings, every
+metric of every epoch and the record of each run.
+
+**Protocol.**
+
+- Leave-one-out split: the last item of a user is the test target, the item before it is the validation target.
+- The target is ranked among all items. PAD is never ranked, and no negatives are sampled.
+- "Masked" leaves the user's own history out of the ranking. "Not masked" keeps it in, as the LARES papers do.
+- There is one target for each user, so recall (R) is the hit rate. N is NDCG.
+- The model with the best validation NDCG@10 is tested. For Instruments the ranking is not masked, for Beauty it is masked.
+- The popularity and Markov-chain baselines use the training events `s[:-2]` only.
+- A run that is not finished is listed with its state. It has no test numbers for an unfinished phase.
+- The data files have their own licences and are not part of this repository."""
 
 
 # Parts of the document
 
 
-def _aims(runs: dict[str, Run]) -> str:
-    """What the reproduction must reach, and whether it does."""
-    rows: list[Cells] = []
+def _summary(runs: dict[str, Run]) -> str:
+    """Return the main numbers: LARES, the best SASRec-style run, and the gain, for each log."""
+    rows = []
+    for data, title in _TITLES.items():
+        history = USUAL[data]
+        main, rival = (_preferred(runs, data, section) for section in ("main", "rival"))
+        ours, base = _final(main, history), _final(rival, history)
+        gain = "-" if ours is None or base is None else f"{100 * (ours / base - 1):+.1f} %"
+        published = [
+            f"{model} ({source}) {_number(values['ndcg@10'])}"
+            for model, of, source, values in PUBLISHED.get(data, [])
+            if of == history
+        ]
+        rows.append((title, history, _named(main, history), _named(rival, history), gain, "; ".join(published) or "-"))
+    head = ("log", "history", "LARES", "best SASRec-style run", "gain", "published")
+    run, time = runs.get("instruments"), ""
+    if run is not None and run.tested("spt", NOT_MASKED):
+        hours = run.training_seconds("spt") / 3600
+        time = f"\n\nThe training steps of phase 1 of `instruments`, to early stopping, took {hours:.1f} hours."
+    return "## Summary: NDCG@10 on the test rows\n" + _table(head, rows) + time
 
-    def aim(what: str, value: float | None, reached: Callable[[float], bool], must: str, shown: Callable[[float], str]) -> None:
-        told = ("-", "not measured yet") if value is None else (shown(value), "yes" if reached(value) else "**no**")
-        rows.append((what, must, *told))
 
-    aims = (("Instruments", "Instruments.inter.json", 0.0302), ("Beauty", "Beauty.txt", 0.0580))
-    chosen = {(data, section): _preferred(runs, data, section) for _, data, _ in aims for section in ("main", "rival")}
-    for title, data, least in aims:
-        run, history = chosen[data, "main"], USUAL[data]
-        source = f" (`{run.experiment.name}` after {row['phase'].upper()})" if run and (row := run.final(history)) else ""
-        value = _final(run, history)
-        aim(f"{title} NDCG@10, {history}{source}", value, lambda v, least=least: v >= least, f">= {_number(least)}", _number)
-    for title, data, _ in aims:
-        rival, history = chosen[data, "rival"], USUAL[data]
-        source = f" (`{rival.experiment.name}`)" if rival else ""
-        ours, base = _final(chosen[data, "main"], history), _final(rival, history)
-        gain = None if ours is None or base is None else 100 * (ours / base - 1)
-        what = f"{title}: LARES over the best SASRec-style run{source}, NDCG@10"
-        aim(what, gain, lambda v: v > 5, "> +5 %", lambda v: f"{v:+.1f} %")
-    run = runs.get("instruments")
-    over = run is not None and bool(run.tested("spt", NOT_MASKED))
-    hours = run.training_seconds("spt") / 3600 if run is not None and over else None
-    what = "Instruments, phase 1 to early stopping, training steps as they were made"
-    aim(what, hours, lambda v: True, "reported", lambda v: f"{v:.1f} h")
-    return "## Against what was asked\n" + _table(("", "asked", "here", "reached"), rows)
+def _named(run: Run | None, history: str) -> str:
+    """Return NDCG@10 of a run's last tested phase, with the names of run and phase."""
+    row = None if run is None else run.final(history)
+    if run is None or row is None:
+        return "not measured yet"
+    return f"{_number(row['ndcg@10'])} (`{run.experiment.name}` after {row['phase'].upper()})"
 
 
 def _preferred(runs: dict[str, Run], data: str, section: str) -> Run | None:
-    """The tested run of ``section`` on a log that validation prefers."""
+    """Return the tested run of ``section`` on a log with the best validation, or ``None``."""
     history = USUAL[data]
     found = [run for run in runs.values() if (run.experiment.data, run.experiment.section) == (data, section)]
     tested = [run for run in found if run.tested("spt", history)]
@@ -107,7 +116,7 @@ def _preferred(runs: dict[str, Run], data: str, section: str) -> Run | None:
 
 
 def _final(run: Run | None, history: str) -> float | None:
-    """NDCG@10 of a run's last tested phase at its own T."""
+    """Return NDCG@10 of a run's last tested phase at its own T, or ``None``."""
     row = None if run is None else run.final(history)
     return None if row is None else row["ndcg@10"]
 
@@ -122,12 +131,12 @@ def _states(shown: Sequence[Run]) -> str:
         cells = (", ".join(epochs) or "-", f"{hours:.2f}" if epochs else "-", *best)
         rows.append((f"`{run.experiment.name}`", run.experiment.what, run.state, *cells))
     validation = [f"validation N@10, {history}" for history in _HISTORIES]
-    head = ("run", "what", "state", "epochs", "hours of training steps", *validation)
+    head = ("run", "settings", "state", "epochs", "hours of training steps", *validation)
     return "## The runs and their state\n" + _table(head, rows)
 
 
 def _quality(data: str, runs: Sequence[Run]) -> str:
-    """Floors, LARES after both phases, the SASRec-style rival and what is published, on one log."""
+    """Return the tables of one log: baselines, LARES after each phase, the SASRec-style runs and published numbers."""
     main = [run for run in runs if run.experiment.section in ("main", "rival") and run.rows]
     parts = [
         f"## {_TITLES.get(data, data)}",
@@ -155,9 +164,7 @@ def _quality(data: str, runs: Sequence[Run]) -> str:
 
 def _plot(data: str, runs: Sequence[Run]) -> str:
     drawn = any(run.phases() for run in runs)
-    return (
-        f"![Validation NDCG@10 by epoch]({picture('curves', data)})" if drawn else "No run on this log has ended an epoch yet."
-    )
+    return f"![Validation NDCG@10 by epoch]({picture('curves', data)})" if drawn else "No run on this log has an epoch yet."
 
 
 def _depths(shown: Sequence[Run]) -> str:
@@ -193,10 +200,10 @@ def _noise(shown: Sequence[Run]) -> str:
                 spread = (statistics.mean(values), min(values), max(values), statistics.stdev(values))
                 cells = (_number(value, 5) for value in spread)
                 rows.append((f"`{run.experiment.name}`", history, _heading(metric), str(len(values)), *cells))
-    table = _table(("run", "history", "", "seeds", "mean", "lowest", "highest", "standard deviation"), rows)
+    table = _table(("run", "history", "metric", "seeds", "mean", "lowest", "highest", "standard deviation"), rows)
     return (
-        "## Spread over evaluation noise\nh0 is noise at evaluation too: the same model, ranked with other seeds of it.\n\n"
-        + (table if rows else "Not measured yet.")
+        "## Spread over evaluation noise\nThe start state h0 is random at evaluation, too. This table ranks with the same model"
+        " and several seeds of h0.\n\n" + (table if rows else "Not measured yet.")
     )
 
 
@@ -209,16 +216,16 @@ def _ablations(shown: Sequence[Run]) -> str:
         rows.append((f"`{run.experiment.name}`", run.experiment.what, *cells, "" if all(tested) else run.state))
     drawn = any(run.phases() for run in runs)
     curves = f"![Validation NDCG@10 of the ablations]({picture('ablations')})\n\n" if drawn else ""
-    head = ("run", "", *(f"{metric}@10, {history}" for history in _HISTORIES for metric in ("R", "N")), "state")
+    head = ("run", "settings", *(f"{metric}@10, {history}" for history in _HISTORIES for metric in ("R", "N")), "state")
     return "## Ablations: Beauty, ten epochs of phase 1\n" + curves + _table(head, rows)
 
 
 def _rewards(runs: dict[str, Run]) -> str:
-    """Phase 2 off and on, from one phase-1 model."""
+    """Return the table of phase-2 settings, all from one phase-1 model."""
     rows = []
     others = [(run.experiment.what, name, "rpt") for name, run in runs.items() if run.experiment.section == "rpt"]
     for title, name, phase in (
-        ("no RPT", "beauty", "spt"),
+        ("no phase 2", "beauty", "spt"),
         ("reward recall, by dot as published", "beauty", "rpt"),
         *others,
     ):
@@ -227,15 +234,16 @@ def _rewards(runs: dict[str, Run]) -> str:
         cells = [_number(row[metric]) if row else "-" for row in tested for metric in ("recall@10", "ndcg@10")]
         epoch = f"{run.epochs(phase)[1]}" if run and all(tested) else (run.state if run else "not begun")
         rows.append((title, f"`{name}`", *cells, epoch))
-    head = ("", "run", *(f"{metric}@10, {history}" for history in _HISTORIES for metric in ("R", "N")), "best epoch or state")
+    metrics = (f"{metric}@10, {history}" for history in _HISTORIES for metric in ("R", "N"))
+    head = ("settings", "run", *metrics, "best epoch or state")
     return (
-        "## Phase 2 from one phase-1 model: Beauty\nThe phase counts its start model as epoch 0: a best epoch of 0 says that"
-        " none of its epochs was better on the validation rows.\n\n" + _table(head, rows)
+        "## Phase 2 from one phase-1 model: Beauty\nThe phase counts its start model as epoch 0. A best epoch of 0 means that"
+        " no epoch was better on the validation rows.\n\n" + _table(head, rows)
     )
 
 
 def _trials(runs: dict[str, Run], shown: Sequence[Run]) -> str:
-    """Settings that were tried, judged on the validation rows alone."""
+    """Return the table of trials of settings, which rank the validation rows only."""
     rows = []
     for run in (
         *(runs[name] for name in ("beauty-10", "ablation-none") if name in runs),
@@ -245,7 +253,7 @@ def _trials(runs: dict[str, Run], shown: Sequence[Run]) -> str:
         best = [_number(run.validation(phase, history)[1]) if phase else "-" for history in _HISTORIES]
         epochs = "{} (best {})".format(*run.epochs(phase)) if phase else "-"
         rows.append((f"`{run.experiment.name}`", run.experiment.what, epochs, *best, run.state))
-    head = ("run", "", "epochs", *(f"validation N@10, {history}" for history in _HISTORIES), "state")
+    head = ("run", "settings", "epochs", *(f"validation N@10, {history}" for history in _HISTORIES), "state")
     return "## Trials of settings, validation rows only\n" + _table(head, rows)
 
 
@@ -271,7 +279,7 @@ def _bf16(shown: Sequence[Run]) -> str:
 
 
 def _made(shown: Sequence[Run]) -> str:
-    """Command, seeds, data, wall time and machine of every run that has begun."""
+    """Return command, seeds, data, wall time and machine of every run that has begun."""
     entries = []
     for run in shown:
         if not run.rows:
@@ -280,29 +288,36 @@ def _made(shown: Sequence[Run]) -> str:
         wall = sum(sitting["seconds"] for sitting in sittings) / 3600
         facts = [
             f"seed {run.setting('seed')}, evaluation noise seed {run.setting('noise_seed')}",
-            f"{len(sittings)} sittings, {wall:.2f} h of wall time" if sittings else "not recorded by the runner so far",
+            f"made in {_count(len(sittings), 'part')}, {wall:.2f} h of wall time"
+            if sittings
+            else "not recorded by the runner yet",
             f"data `{run.experiment.data}`, sha256 `{record.get('sha256', DATA.get(run.experiment.data, ''))[:12]}...`",
             *_surroundings(sittings),
         ]
         command = record.get("command", run.experiment.command())
-        entries.append(f"`{run.experiment.name}`: {'; '.join(facts)}.\n```\n{command}\n```")
-    return "## How each run was made\nPaths are relative to a folder with the logs; a resumed run adds `--resume`.\n\n" + (
+        listed = "\n".join(f"- {fact}" for fact in facts)
+        entries.append(f"**`{run.experiment.name}`**\n\n{listed}\n\n```\n{command}\n```")
+    return "## How each run was made\nPaths are relative to a folder that has the logs. A resumed run adds `--resume`.\n\n" + (
         "\n\n".join(entries) or "No run has begun."
     )
 
 
 def _surroundings(sittings: Sequence[dict[str, Any]]) -> list[str]:
-    """The commits, machines and versions that the sittings name, each once."""
+    """Return the commits, machines and versions of the sittings, each once."""
     known = [sitting for sitting in sittings if "commit" in sitting]
     if not known:
         return []
     commits = dict.fromkeys(sitting["commit"] for sitting in known)
-    machines = dict.fromkeys(f"{sitting['cpu']}, {sitting['threads']} thread(s)" for sitting in known)
+    machines = dict.fromkeys(f"{sitting['cpu']}, {_count(sitting['threads'], 'thread')}" for sitting in known)
     versions = dict.fromkeys(", ".join(f"{name} {number}" for name, number in sitting["versions"].items()) for sitting in known)
     return [f"commit {', '.join(commits)}", " and ".join(machines), " and ".join(versions)]
 
 
 # Cells
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _number(value: float, digits: int = 4) -> str:
@@ -324,13 +339,13 @@ def _table(head: Cells, rows: Iterable[Cells]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, help="folder of the run folders to copy first")
+    parser.add_argument("--runs", type=Path, help="copy the run folders in this folder first")
     arguments = parser.parse_args()
     if arguments.runs is not None:
         collect(arguments.runs, _KEPT, EXPERIMENTS)
     runs = {experiment.name: Run(experiment, _KEPT / experiment.name) for experiment in EXPERIMENTS}
-    learned = _LEARNED.read_text() if _LEARNED.is_file() else ""
-    (_ROOT / "docs" / "results.md").write_text(document(runs, EXPERIMENTS, learned))
+    findings = _FINDINGS.read_text() if _FINDINGS.is_file() else ""
+    (_ROOT / "docs" / "results.md").write_text(document(runs, EXPERIMENTS, findings))
     draw(runs, EXPERIMENTS, _ROOT / "docs" / "results")
 
 
