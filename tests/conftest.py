@@ -1,4 +1,4 @@
-"""Settings of all tests. Every test runs on one thread, because tensors are tiny and threads that wait take time from others."""
+"""Settings of all tests. Every test runs on one thread: tensors are tiny, and on a busy machine waiting threads spin."""
 
 import os
 
