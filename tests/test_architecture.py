@@ -104,7 +104,7 @@ def test_imports_flow_one_way(path, room):
 
 
 def test_no_import_goes_in_circles():
-    """No module imports itself through others. Lazy imports count. A package's __init__ does not: it only gathers names."""
+    """No module imports itself through others. Lazy imports count. The __init__ of a package, which gathers names, does not."""
     graph = {
         name: {target for target, _ in imports(path) if target in MODULES and (name, target) != PLUG_IN} - {name}
         for name, path in MODULES.items()
