@@ -1,4 +1,4 @@
-"""benchmarks/predict_gpu.py: what it counts, and the targets of the fused recurrence."""
+"""benchmarks/predict_gpu.py counts correctly, and the fused recurrence reaches its targets for launches and bytes."""
 
 import torch
 
@@ -18,7 +18,7 @@ def test_kernels_are_counted_at_the_wrapper():
     _, fast = predict_gpu.attention(2, 10, 2, 16)
     P, H, E = 20, 2, 16
     block, row = P * H * E * 2, P * H * 4
-    # Forward: q k v out lse; backward: q k v out lse dout dq delta, and q k v lse dout delta dk dv; offsets each time.
+    # Forward: q k v out lse. Backward: q k v out lse dout dq delta, and q k v lse dout delta dk dv. Each launch has offsets.
     assert fast.launches == 3
     assert fast.bytes == (4 * block + row) + (6 * block + 2 * row) + (6 * block + 2 * row) + 3 * 3 * 8
 
