@@ -95,9 +95,7 @@ class Runner:
         data = self.data / experiment.data
         digest = hashlib.sha256(data.read_bytes()).hexdigest()
         if digest != DATA.get(experiment.data, digest):
-            sys.exit(
-                f"{data} has sha256 {digest}, but the experiments need {DATA[experiment.data]}: use that file."
-            )
+            sys.exit(f"{data} has sha256 {digest}, but the experiments need {DATA[experiment.data]}: use that file.")
         record = read_record(folder) or {"name": experiment.name, "sittings": []}
         _close(record["sittings"], folder)
         if not is_trained(experiment, record):
