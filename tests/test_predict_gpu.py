@@ -1,5 +1,7 @@
 """benchmarks/predict_gpu.py counts correctly, and the fused recurrence reaches its targets for launches and bytes."""
 
+from pathlib import Path
+
 import torch
 
 from benchmarks import predict_gpu
@@ -30,3 +32,8 @@ def test_targets_of_the_recurrence():
     one_layer, fast = predict_gpu.recurrence(64, 50, 8, 1, 64, 256)
     assert one_layer.launches == 8 * 23
     assert one_layer.bytes >= 40 * fast.bytes
+
+
+def test_the_page_is_what_the_program_prints():
+    page = Path(__file__).parent.parent / "docs" / "kernels" / "predictions.md"
+    assert page.read_text().splitlines() == predict_gpu.page()
