@@ -25,7 +25,7 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 # Their schemas do not mark them as views, but they compute nothing.
 FREE = ("empty", "new_empty", "_unsafe_view", "detach")
-# Seconds of host time for one launch, and the share of the tensor cores' peak that the kernels' small products reach.
+# Seconds of host time for one launch, and the assumed share of the tensor cores' peak for the kernels' small products.
 LAUNCH = 5e-6
 SHARE = 0.2
 

@@ -25,9 +25,11 @@ L, K = 20, 10
 @dataclass(frozen=True)
 class Case:
     phase: str
-    lengths: str  # of cases.lengths
+    # A kind of cases.lengths.
+    lengths: str
     B: int
-    depths: tuple[int, ...]  # T of the three passes, or of the G trajectories
+    # T of the three passes of phase 1, or of the G trajectories of phase 2.
+    depths: tuple[int, ...]
     dropout: float
 
     @property
