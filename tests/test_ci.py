@@ -1,6 +1,7 @@
 """The choice of lanes in .ci/lanes.toml, how .ci/run runs them, and what a plain pytest says about slow tests."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -173,11 +174,14 @@ def test_quick(): pass
 def test_pytest_counts_the_slow_tests_that_it_did_not_run(tmp_path, options, lines):
     if "-n" in options:
         pytest.importorskip("xdist")
+        options = ["-p", "xdist", *options]
+    # A stand-in for torch and no other plug-ins, because their imports would take most of the time.
+    (tmp_path / "torch.py").write_text("def set_num_threads(n): pass\ndef manual_seed(n): pass\n")
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "conftest.py")
     (tmp_path / "test_it.py").write_text(SLOW)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  interpreted:\n  gpu:\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"(?m)^\d+ slow .*", done.stdout) == lines
