@@ -1,6 +1,6 @@
-"""Build of lares_fast: pure Python plus one native module, ``lares_fast._C``, that CMake makes from csrc/.
+"""Build lares_fast: Python files, and one native module, ``lares_fast._C``, that CMake makes from csrc/.
 
-LARES_FAST_BUILD, LARES_FAST_CUDA and LARES_FAST_CUDA_ARCHS steer it (docs/env.md). The metadata stands in pyproject.toml.
+docs/env.md describes the settings LARES_FAST_BUILD, LARES_FAST_CUDA and LARES_FAST_CUDA_ARCHS. pyproject.toml has the metadata.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ MODULE = "lares_fast._C"
 SUPPORTED = "Linux x86-64 or aarch64 with a 64-bit CPython"
 CUDA_FOLDERS = ("/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda")
 CUDA_ARCHS = ("80", "90", "100", "120")
-# The driver answers in well under a second, but it may hang.
+# Seconds to wait for the driver. It usually answers in less than one second, but it may hang.
 DRIVER_SECONDS = 20
-# What changes the objects beside the sources; a build folder is reused only under the same values.
+# Variables that change what the compilers produce. A build folder is reused only if they have not changed.
 COMPILER_SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 
 def stop(sentence: str) -> SystemExit:
-    """The error that ends a build with one sentence and no traceback."""
+    """Return the error that ends a build with one sentence and no traceback."""
     return SystemExit(f"lares_fast: {sentence}")
 
 
 def say(sentence: str) -> None:
-    """One line of the build's log."""
+    """Write one line to the build's log."""
     print(f"lares_fast: {sentence}", file=sys.stderr, flush=True)
 
 
 def switch(name: str, allowed: Sequence[str]) -> str:
-    """The value of a build switch; unset and empty mean auto."""
+    """Return the value of the setting ``name``. If it is unset or empty, the value is auto."""
     value = os.environ.get(name) or "auto"
     if value not in allowed:
         raise stop(f"{name}={value!r} is not known: use {', '.join(allowed[:-1])} or {allowed[-1]}.")
@@ -54,15 +54,15 @@ def switch(name: str, allowed: Sequence[str]) -> str:
 
 
 def architectures(name: str = "LARES_FAST_CUDA_ARCHS") -> str:
-    """The GPU architectures to compile for, separated by commas; unset and empty mean all."""
-    asked = [part.strip() for part in (os.environ.get(name) or ",".join(CUDA_ARCHS)).split(",")]
-    if unknown := [part for part in asked if part not in CUDA_ARCHS]:
+    """Return the GPU architectures to compile for, separated by commas. If the setting is unset or empty, return all."""
+    wanted = [part.strip() for part in (os.environ.get(name) or ",".join(CUDA_ARCHS)).split(",")]
+    if unknown := [part for part in wanted if part not in CUDA_ARCHS]:
         raise stop(f"{name} has {unknown[0]!r}, which is not known: name some of {','.join(CUDA_ARCHS)}, separated by commas.")
-    return ",".join(arch for arch in CUDA_ARCHS if arch in asked)
+    return ",".join(arch for arch in CUDA_ARCHS if arch in wanted)
 
 
 def no_gpu() -> str | None:
-    """Why CUDA code is not compiled unasked, or None where a GPU is seen. The driver lists its GPUs and starts none."""
+    """Return None if the driver lists a GPU, else the reason why CUDA code is not compiled. Listing starts no GPU."""
     try:
         process = subprocess.Popen(
             ["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
@@ -70,24 +70,24 @@ def no_gpu() -> str | None:
     except OSError:
         return unseen("nvidia-smi -L: there is no such program")
     try:
-        said, _ = process.communicate(timeout=DRIVER_SECONDS)
+        listing, _ = process.communicate(timeout=DRIVER_SECONDS)
     except subprocess.TimeoutExpired:
-        # Not waited for: a process that a driver holds does not end.
+        # The build does not wait for the process to end: a process that hangs inside the driver cannot be ended.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         return unseen(f"nvidia-smi -L did not answer within {DRIVER_SECONDS} s")
     if process.returncode:
         return unseen(f"nvidia-smi -L failed with code {process.returncode}")
-    return None if re.search(r"^GPU \d+:", said, re.MULTILINE) else unseen("nvidia-smi -L lists none")
+    return None if re.search(r"^GPU \d+:", listing, re.MULTILINE) else unseen("nvidia-smi -L lists none")
 
 
-def unseen(what: str) -> str:
-    """The reason of a build without CUDA code on a machine that shows no GPU."""
-    return f"no GPU was seen when it was installed ({what}): set LARES_FAST_CUDA=1 to compile the CUDA code anyway"
+def unseen(detail: str) -> str:
+    """Return the reason for leaving out CUDA code on a machine where the driver lists no GPU."""
+    return f"no GPU was seen when it was installed ({detail}): set LARES_FAST_CUDA=1 to compile the CUDA code anyway"
 
 
 def pure_reason(build: str) -> str | None:
-    """Why this build is pure Python, or None for a native one."""
+    """Return the reason why this build is pure Python, or None if it has the native module."""
     if build == "none":
         return "LARES_FAST_BUILD=none when it was installed"
     supported = (
@@ -106,8 +106,10 @@ def pure_reason(build: str) -> str | None:
 
 
 def find_nvcc(environ: Mapping[str, str], folders: Sequence[str] = CUDA_FOLDERS) -> str | None:
-    """The nvcc to use: the first that a setting names, then PATH, then the usual folders. The first one found
-    counts even if it is broken: going on to another would build with a toolkit that nobody chose."""
+    """Return the first nvcc found in: the settings CUDACXX, CUDA_HOME and CUDA_PATH, then PATH, then ``folders``.
+
+    This nvcc is used even if it does not work. Another one would be a toolkit that the user did not choose.
+    """
     if environ.get("CUDACXX"):
         return environ["CUDACXX"]
     for name in ("CUDA_HOME", "CUDA_PATH"):
@@ -122,7 +124,7 @@ def find_nvcc(environ: Mapping[str, str], folders: Sequence[str] = CUDA_FOLDERS)
 
 
 def tool(name: str, folder: str) -> str:
-    """A build program: the one of this environment's package ``name`` (its attribute ``folder``), else of PATH."""
+    """Return a build program: from the Python package ``name``, whose attribute ``folder`` has its place, or else from PATH."""
     with contextlib.suppress(ImportError, AttributeError):
         module = importlib.import_module(name)
         if found := shutil.which(name, path=getattr(module, folder)):
@@ -133,7 +135,7 @@ def tool(name: str, folder: str) -> str:
 
 
 def pybind11_folder() -> str:
-    """Where CMake finds pybind11."""
+    """Return the folder where CMake finds pybind11."""
     try:
         import pybind11
     except ImportError as error:
@@ -143,7 +145,7 @@ def pybind11_folder() -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Two installations from one checkout take turns in a build folder."""
+    """Hold a build folder's lock, so that two installations from one checkout use it one after the other."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +155,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class NativeBuild:
-    """One CMake build of csrc/ in build/cmake-<key>, where a later build finds its objects again."""
+    """One CMake build of csrc/ in the folder build/cmake-<key>. A later build with the same key reuses its objects."""
 
     def __init__(self, version: str, cuda: str, archs: str) -> None:
         self.version = version
@@ -163,7 +165,7 @@ class NativeBuild:
         self.ninja = tool("ninja", "BIN_DIR")
 
     def run(self) -> Path:
-        """Build the module and return its file."""
+        """Build the module with or without CUDA code, and return its file."""
         if self.cuda == "0":
             return self.build("0", "LARES_FAST_CUDA=0 when it was installed")
         if self.cuda == "auto" and (reason := no_gpu()) is not None:
@@ -176,33 +178,39 @@ class NativeBuild:
         return self.build(self.cuda, "", nvcc)
 
     def without_cuda(self, reason: str) -> Path:
-        """The CPU build that ``auto`` falls back to."""
+        """Build for the CPU because of ``reason``; raise an error if the user set LARES_FAST_CUDA=1."""
         if self.cuda == "1":
             raise stop(f"LARES_FAST_CUDA=1, but {reason}.")
         return self.build("0", reason)
 
     def build(self, cuda: str, reason: str, nvcc: str = "") -> Path:
-        """Configure and compile with ``cuda``; with auto, what fails in CUDA ends in :meth:`without_cuda`."""
+        """Configure and compile with this value of LARES_FAST_CUDA. If CUDA code fails, continue with :meth:`without_cuda`."""
         folder = ROOT / "build" / f"cmake-{self.key(cuda, nvcc)}"
         with locked(folder):
             configured = self.configure(folder, cuda, reason, nvcc)
-            told = (folder / "cuda.txt").read_text() if (folder / "cuda.txt").is_file() else ""
-            built, _, told = told.partition(" ")
-            if built != "true" and cuda != "0" and told:
-                # The next build asks again: what is broken now may be mended then, and CMake would remember it.
+            with_cuda, said = self.decision(folder)
+            if cuda != "0" and not with_cuda and said:
+                # CMake would remember the failure. Without the folder, the next build tests this nvcc again.
                 shutil.rmtree(folder, ignore_errors=True)
-                return self.without_cuda(told)
+                return self.without_cuda(said)
             if not configured:
                 raise stop("CMake could not configure the native module (see above); LARES_FAST_BUILD=none goes without.")
             if cuda != "0" and not self.compile(folder, "lares_fast_cuda"):
                 return self.without_cuda(f"{nvcc} could not compile csrc/cuda (the build's log says why)")
             if not self.compile(folder, "_C"):
                 raise stop("the native module did not compile (see above); LARES_FAST_BUILD=none goes without.")
-            say(f"native module built {'with' if built == 'true' else 'without'} CUDA: {told}")
+            say(f"native module built {'with' if with_cuda else 'without'} CUDA: {said}")
             return next(folder.glob("_C.*.so"))
 
+    @staticmethod
+    def decision(folder: Path) -> tuple[bool, str]:
+        """Return (whether CMake compiles CUDA code, the reason), which CMakeLists.txt writes into cuda.txt."""
+        file = folder / "cuda.txt"
+        built, _, said = (file.read_text() if file.is_file() else "").partition(" ")
+        return built == "true", said
+
     def key(self, cuda: str, nvcc: str) -> str:
-        """Names a build folder after all that CMake remembers in it."""
+        """Return a name for the build folder that depends on everything that CMake stores in it."""
         parts = [
             str(ROOT),
             cuda,
@@ -218,7 +226,7 @@ class NativeBuild:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
 
     def configure(self, folder: Path, cuda: str, reason: str, nvcc: str) -> bool:
-        """Run CMake; whether it succeeded."""
+        """Configure with CMake. Return whether it succeeded."""
         environ = dict(os.environ)
         if nvcc:
             environ["CUDACXX"] = nvcc
@@ -237,12 +245,12 @@ class NativeBuild:
         return subprocess.run(command, env=environ, check=False).returncode == 0
 
     def compile(self, folder: Path, target: str) -> bool:
-        """Build one target; whether it succeeded."""
+        """Build one target. Return whether it succeeded."""
         return subprocess.run([self.cmake, "--build", str(folder), "--target", target], check=False).returncode == 0
 
 
 class BuildNative(build_ext):
-    """Makes the extension with CMake and puts it where setuptools expects it, next to the sources under -e."""
+    """Build the extension with CMake. Copy it to where setuptools expects it: for an editable install, beside the sources."""
 
     def build_extension(self, ext: Extension) -> None:
         """Build and copy ``ext``."""
@@ -252,13 +260,13 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Copies the packages and leaves a note in ``_build.json`` of what kind of build this is."""
+    """Copy the packages, and write into ``_build.json`` whether this build has the native module."""
 
     def run(self) -> None:
-        """Copy, then write the note."""
+        """Copy the packages, then write ``_build.json``."""
         package = ROOT / "lares_fast" if self.editable_mode else Path(self.build_lib) / "lares_fast"
         if not self.editable_mode:
-            # Files of an earlier build that the sources no longer have would end up in the wheel.
+            # Otherwise files of an earlier build, which the sources no longer have, would be in the wheel.
             shutil.rmtree(package, ignore_errors=True)
         elif PURE:
             for stale in package.glob("_C.*.so"):
@@ -269,7 +277,7 @@ class BuildPython(build_py):
 
 
 def packages() -> list[str]:
-    """Every package of lares_fast/, with kernels/ as lares_fast.kernels."""
+    """Return every package in lares_fast/, and lares_fast.kernels, which is the folder kernels/."""
     found = find_packages(str(ROOT), include=["lares_fast", "lares_fast.*"])
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "lares_fast").rglob("*.py")}
     if lost := sorted(str(folder) for folder in folders if ".".join(folder.parts) not in found):
@@ -289,7 +297,7 @@ def main() -> None:
         raise stop(f"LARES_FAST_CUDA=1, but {PURE.replace(' when it was installed', '')}.")
     if PURE:
         say(f"pure Python: {PURE}.")
-    # In build/: an egg-info folder beside the sources would pass for an installed distribution there.
+    # The egg-info folder goes into build/. Beside the sources, Python would take it for an installed distribution.
     (ROOT / "build").mkdir(exist_ok=True)
     setup(
         options={"egg_info": {"egg_base": "build"}},

@@ -1,7 +1,7 @@
 """Benchmarks: ``python -m benchmarks.NAME`` from the root of the repository, or ``pytest benchmarks --benchmark-only``.
 
-``python -m`` puts the root first on the path, where the bare sources would hide an installed package and its native module.
-The root therefore goes to the end of the path. An editable install is found either way.
+``python -m`` puts the root of the repository first on the path. There the bare sources would hide the installed package and its
+native module, so this file moves the root to the end of the path. An editable install is found in both cases.
 """
 
 import sys

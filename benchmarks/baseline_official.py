@@ -1,9 +1,14 @@
-"""The official way: what the published LARES code computes in one training step, dead work included, as padded eager PyTorch.
+"""A baseline that computes what the published LARES code computes in one training step, in padded eager PyTorch.
 
-It exists to be timed. Written from the description of what the official code does, with the parameter names of
-``reference.LARES``; bench_train_step.py checks its loss and gradients against the reference before it times anything. Dead
-work: padding, scores of every step in the anchor pass that nobody reads, the softmax over the catalog of every step and
-trajectory kept whole for both models, stacks padded to the deepest trajectory, and a graph through the frozen model.
+It is written from a description of the official code, with the parameter names of ``reference.LARES``. bench_train_step.py
+checks its loss and its gradients against the reference before it times them. Like the official code, the baseline does work
+whose results are not used (``dead_work``):
+
+- It computes on padding.
+- It scores the catalog after every step of the anchor pass.
+- It stores the softmax over the catalog of every step and trajectory, for both models.
+- It pads the trajectories to the longest one.
+- It builds a graph through the frozen model.
 """
 
 from __future__ import annotations
@@ -78,7 +83,7 @@ class _Recurrence(nn.Module):
 
 
 class OfficialLARES(nn.Module):
-    """The model with the ``add`` adapter; ``load_state_dict`` takes that of ``reference.LARES``."""
+    """The model with the ``add`` adapter. It loads the state dict of ``reference.LARES``."""
 
     def __init__(self, config: LARESConfig) -> None:
         super().__init__()
@@ -91,7 +96,7 @@ class OfficialLARES(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def encode(self, item_seq: Tensor, item_seq_len: Tensor, T: int, state: Tensor | None = None) -> Tensor:
-        """States [B, T, D] at the last position after every step; ``state`` h0 [B, L, D] is drawn if not given."""
+        """Return the states [B, T, D] of the last position after every step. ``state`` is h0 [B, L, D]; None draws it."""
         B, L = item_seq.shape
         positions = self.position_embedding(torch.arange(L).expand(B, L))
         x = self.drop(self.input_norm(self.item_embedding(item_seq) + positions))
@@ -108,12 +113,12 @@ class OfficialLARES(nn.Module):
         return torch.cat(states, 1)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Scores [..., N] of every item."""
+        """Return the scores [..., N] of every item."""
         return states @ self.item_embedding.weight.T
 
 
 def spt_loss(model, sequences, target, partners, depths, step_index, *, alpha, gamma, dead_work=True, states=(None,) * 3):
-    """Phase 1: ``depths`` are T of the cross-entropy pass and of the two alignment passes."""
+    """Return the loss of phase 1. ``depths`` has T of the cross-entropy pass and T of the alignment passes."""
     loss = F.cross_entropy(model.logits(model.encode(*sequences, depths[0], states[0])[:, -1]), target)
     trajectory = model.encode(*sequences, depths[1], states[1])
     if dead_work:
@@ -125,12 +130,12 @@ def spt_loss(model, sequences, target, partners, depths, step_index, *, alpha, g
 
 
 def info_nce(x, y, tau):
-    """Every other row of the batch is a negative."""
+    """Return the contrastive loss, in which every other row of the batch is a negative."""
     return F.cross_entropy(x @ y.T / tau, torch.arange(len(x)))
 
 
 def rpt_loss(model, start, sequences, target, depths, *, k, beta, dead_work=True, states=None, frozen_states=None):
-    """Phase 2: one trajectory for each T of ``depths``; the reward is recall at ``k``."""
+    """Return (the loss of phase 2, rewards [G, B]). Each T of ``depths`` is one trajectory. The reward is recall at ``k``."""
     states, frozen_states = states or [None] * len(depths), frozen_states or [None] * len(depths)
     policy, frozen, rewards = [], [], []
     for member, T in enumerate(depths):
@@ -153,11 +158,11 @@ def rpt_loss(model, start, sequences, target, depths, *, k, beta, dead_work=True
 
 
 def _rows(logprobs, target, whole):
-    """What is kept of log-probabilities [B, T, N]: all of them, or the target's alone."""
+    """Return the log-probabilities [B, T, N], either ``whole`` or only for the target."""
     return logprobs if whole else logprobs.gather(-1, target[:, None, None].expand(-1, logprobs.shape[1], 1))
 
 
 def _stack(members):
-    """[G, B, T, N] with zeros behind each member's own steps."""
+    """Return [G, B, T, N] with zeros after each member's own steps."""
     longest = max(member.shape[1] for member in members)
     return torch.stack([F.pad(member, (0, 0, 0, longest - member.shape[1])) for member in members])

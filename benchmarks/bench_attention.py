@@ -1,4 +1,4 @@
-"""Causal attention of packed sequences against PyTorch's fused kernel on padded ones: the reference, and Triton on a GPU."""
+"""Time causal attention of packed sequences against PyTorch's fused kernel on padded sequences, on the CPU and on a GPU."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CHECK = "results within 1e-5"
 
 
 def sequences(B, longest, device="cpu", dtype=torch.float32):
-    """Lengths of a typical log: many short sequences, some of full length."""
+    """Return (q, k, v, offsets, mask of real tokens), with the lengths of a typical log: mostly short, some of full length."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, longest // 2, (B,), generator=generator)
     lengths[::5] = longest

@@ -1,4 +1,4 @@
-"""Loading a log, building a batch, sampling partners; the rivals are what training code commonly does."""
+"""Time reading a log, building a batch and sampling partners, against the usual ways in Python."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""linear_cross_entropy on the CPU against eager torch and the best ways to do it in pieces with torch."""
+"""Time linear_cross_entropy on the CPU against eager PyTorch, and against PyTorch that works on pieces to save memory."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def own(hidden, items, target):
 
 
 class ItemPieces(torch.autograd.Function):
-    """``size`` items at a time; the backward pass computes their probabilities again."""
+    """Cross-entropy of ``size`` items at a time. The backward pass computes the probabilities again."""
 
     @staticmethod
     def forward(ctx, hidden, items, target, size):
@@ -54,7 +54,7 @@ class ItemPieces(torch.autograd.Function):
 
 
 class RowPieces(torch.autograd.Function):
-    """``size`` rows at a time; the backward pass computes their probabilities again."""
+    """Cross-entropy of ``size`` rows at a time. The backward pass computes the probabilities again."""
 
     @staticmethod
     def forward(ctx, hidden, items, target, size):
@@ -185,7 +185,7 @@ print(extra_mib(lambda: step(hidden, items, target)))
 @pytest.mark.large
 @pytest.mark.parametrize(("M", "N", "train"), [(256, 1_000_000, False), (1024, 24_588, True)])
 def test_memory(note, M, N, train):
-    """Peak memory of one call beyond its inputs and its gradients, in a process of its own."""
+    """Measure the peak memory of one call in its own process, without the inputs and the gradients."""
     arguments = [sys.executable, "-c", _MEMORY, *map(str, (M, N, D, int(train)))]
     extra = float(subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     extra -= train * (M + N) * D * 4 / 2**20

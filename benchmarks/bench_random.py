@@ -1,4 +1,4 @@
-"""Keep-masks: torch's bernoulli_, the reference's Philox in PyTorch, the C++ twin."""
+"""Time dropout masks: PyTorch's bernoulli_, the reference's Philox in PyTorch, and the same Philox in C++."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""recurrence on the CPU against packed PyTorch: time, share of the multiply-add peak, what is kept, gradient errors."""
+"""Compare recurrence on the CPU with packed PyTorch: time, share of the CPU's peak, memory kept, and gradient errors."""
 
 import time
 
@@ -20,7 +20,7 @@ def lengths(kind):
 
 
 class Call:
-    """Sequences and weights of the published sizes, forward and backward of the op."""
+    """A call of the op, with sequences and weights of the published sizes."""
 
     def __init__(self, n, p, dtype=torch.float32):
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ def without_grad(run):
 
 
 def agree(found, expected):
-    # A key's bias has a gradient of zero, which PyTorch finds as the rounding of the others.
+    # The exact gradient of a key's bias is zero. PyTorch returns rounding errors there.
     none = 1e-6 * max(float(b.abs().max()) for b in expected)
 
     def alike(a, b):
@@ -86,7 +86,7 @@ def test_against_packed_torch(compare, kind, p):
 @pytest.mark.parametrize("kind", ["mean 7", "all 50"])
 def test_share_of_peak(note, kind, p):
     call = Call(lengths(kind), p)
-    # The last layer of the last step needs keys and values of all tokens, the rest of the last ones.
+    # The last layer of the last step computes keys and values of all tokens, and everything else of the last tokens only.
     layer = 2 * (4 * D * D + 2 * D * INNER)
     flops = call.P * layer * (T * LAYERS - 1) + call.P * 4 * D * D + call.B * (layer - 4 * D * D)
     facts = harness.share_of_peak("recurrence, forward", call.shape(kind), lambda: without_grad(call.forward), flops)
@@ -113,7 +113,7 @@ def test_threads(compare, kind):
 
 
 def test_kept_for_the_backward(note):
-    """Bytes of what the graph holds beyond the inputs, a token and layer application."""
+    """Count the bytes that the graph keeps besides the inputs, for each token and application of a layer."""
     call = Call(lengths("mean 7"), 0.5)
     inputs, kept = {x.data_ptr() for x in call.inputs}, []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -125,8 +125,10 @@ def test_kept_for_the_backward(note):
 
 @pytest.mark.parametrize("p", [0.5, 0.0])
 def test_gradient_error(note, p):
-    """The worst of all gradients' errors against fp64, as a share of the gradient's largest; the rival is the padded reference,
-    because it has the same masks."""
+    """Find the largest error of any gradient against fp64, as a share of that gradient's largest value.
+
+    The other candidate is the padded reference, because it draws the same dropout masks.
+    """
     n = lengths("mean 7")
     call, double = Call(n, p), Call(n, p, torch.float64)
     truth = double.gradients(double.forward(backend="reference"))
@@ -134,7 +136,7 @@ def test_gradient_error(note, p):
     for name, backend in (("native", "native"), ("torch fp32", "reference")):
         found = call.gradients(call.forward(backend=backend))
         largest = max(float(x.abs().max()) for x in truth)
-        # A key's bias has a gradient of zero, up to rounding.
+        # The exact gradient of a key's bias is zero.
         true = [(a, b) for a, b in zip(found, truth, strict=True) if b.abs().max() > 1e-9 * largest]
         error = max(float((a - b).abs().max() / b.abs().max()) for a, b in true)
         facts.append(harness.Fact("recurrence", call.shape("mean 7"), f"gradient error against fp64, {name}", error))
@@ -143,7 +145,7 @@ def test_gradient_error(note, p):
 
 @pytest.mark.parametrize("of", ["T", "tokens"])
 def test_cost_is_linear(note, of):
-    """ns a token and layer application, forward and backward."""
+    """Measure the nanoseconds of forward and backward, for each token and application of a layer."""
     runs, work = {}, {}
     for factor in (1, 2, 4, 8):
         depth = factor if of == "T" else T

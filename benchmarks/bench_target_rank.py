@@ -1,4 +1,4 @@
-"""target_rank on the CPU against counting by torch: over all scores, and in chunks whose buffers are allocated once."""
+"""Time target_rank on the CPU against counting in PyTorch, over all scores at once and in chunks with reused buffers."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def torch_full(query, items, target):
 
 
 class TorchChunked:
-    """65,536 items at a time in reused memory. Comparisons are written as floats, which torch sums faster than booleans."""
+    """Count 65,536 items at a time, in reused memory. Comparisons give floats, which PyTorch sums faster than booleans."""
 
     def __init__(self, query, items, target):
         self.arguments = query, items, target
@@ -34,7 +34,7 @@ class TorchChunked:
 
 
 def candidates(N):
-    """The rivals and ours, each checked."""
+    """Return all candidates, after checking the result of each."""
     generator = torch.Generator().manual_seed(0)
     items, query = torch.randn(N, D, generator=generator), torch.randn(B, D, generator=generator)
     target = torch.randint(0, N, (B,), generator=generator)

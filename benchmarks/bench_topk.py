@@ -1,4 +1,4 @@
-"""topk on the CPU against the fastest ways to get exact results from torch and faiss."""
+"""Time topk on the CPU against the fastest exact ways in PyTorch and faiss."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ CHECK = "ids equal torch's in > 99.9 % of places; the index changes no bit"
 
 
 def catalog(kind, N):
-    """Item tables that screening finds easy (Gaussian) or hard."""
+    """Return an item table that is easy (Gaussian) or hard for int8 screening."""
     items = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
     if kind == "cone":
         items = items[0] + 0.05 * items
@@ -44,7 +44,7 @@ def torch_full(query, items):
 
 
 def torch_chunked(query, items):
-    """Scores in a buffer of 65,536 columns that is allocated once, the best of each piece merged at the end."""
+    """Score 65,536 items at a time in one buffer, and merge the best items of the pieces at the end."""
     buffer = torch.empty(len(query), min(CHUNK, len(items)))
     values, ids = [], []
     for start in range(0, len(items), CHUNK):
@@ -62,9 +62,9 @@ def faiss_settings(*values):
     return {f"distance_compute_{name}": value for name, value in zip(names, values, strict=True)}
 
 
-# Read before anything is set: from how many queries on faiss multiplies by BLAS differs by its version.
+# The default settings, read before any is changed. They differ between versions of faiss.
 FAISS_OWN = {} if faiss is None else {name: getattr(faiss.cvar, name) for name in faiss_settings(0, 0, 0, 0)}
-# A product by BLAS in large and in small blocks, and none.
+# The defaults, BLAS with large blocks, BLAS with small blocks, and no BLAS.
 FAISS_TRIED = (
     FAISS_OWN,
     faiss_settings(1, 4096, 1024, 100),
@@ -74,7 +74,7 @@ FAISS_TRIED = (
 
 
 def faiss_flat(items):
-    """A search of an IndexFlatIP of ``items`` by a query under settings of faiss."""
+    """Return a function that searches an IndexFlatIP of ``items`` under given settings of faiss."""
     index = faiss.IndexFlatIP(D)
     index.add(items.numpy())
 
@@ -88,10 +88,10 @@ def faiss_flat(items):
 
 
 def fastest(search, query):
-    """Those of ``FAISS_TRIED`` under which ``search`` is fastest for ``query``."""
+    """Return the settings of ``FAISS_TRIED`` under which ``search`` is fastest for ``query``."""
     seconds = [[] for _ in FAISS_TRIED]
     with harness.one_core():
-        # The first turn warms up.
+        # The first round warms up and does not count.
         for _ in range(4):
             for settings, taken in zip(FAISS_TRIED, seconds, strict=True):
                 began = time.process_time()
@@ -101,7 +101,7 @@ def fastest(search, query):
 
 
 def candidates(query, items, *, screened):
-    """The rivals and ours, each checked."""
+    """Return all candidates, after checking the result of each."""
     runs = {
         "torch mm + topk, chunks in a reused buffer": lambda: torch_chunked(query, items),
         "torch mm + topk": lambda: torch_full(query, items),
@@ -198,7 +198,7 @@ print(extra, time.process_time() - began)
 @pytest.mark.large
 @pytest.mark.parametrize("N", [1_000_000, 10_000_000])
 def test_memory(note, N):
-    """Peak memory of one call beyond its inputs, in a process of its own."""
+    """Measure the peak memory of one call in its own process, without the inputs."""
     code = _MEMORY.format(D=D, K=K)
     run = subprocess.run([sys.executable, "-c", code, str(N)], capture_output=True, text=True, check=True, cwd=ROOT)
     extra, seconds = map(float, run.stdout.split())

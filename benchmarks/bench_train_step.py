@@ -1,7 +1,7 @@
-"""One training step of each phase with its optimizer: what the official code does, and its rivals, against lares_fast.LARES.
+"""Time one training step of each phase, with its optimizer: lares_fast.LARES against the official way and packed PyTorch.
 
-Every candidate steps in a process of its own, because an allocator's settings are a process's and so is its peak memory; the
-two of a comparison take turns.
+Every candidate runs in its own process, because the settings of the allocator and the peak memory belong to a process. The two
+candidates of a comparison take turns.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ CHECK = "without dropout: loss 1e-5, every gradient 1e-3, rewards equal"
 
 
 def check(name, rival):
-    """Both candidates on the same h0 and without dropout, 32 rows."""
+    """Check that both candidates agree on 32 rows, with the same h0 and without dropout."""
     case = replace(CASES[name], B=32, dropout=0.0)
     steps = {}
     for candidate in (rival, OURS):

@@ -1,4 +1,4 @@
-"""Models and batches that several suites time."""
+"""Batches that several benchmarks use."""
 
 import torch
 
@@ -6,8 +6,7 @@ from lares_fast._random import Draw
 
 N = 24_588
 
-
-# Share of the training rows of Amazon's Instruments with 1, 2, ... 20 items; their mean is 6.3.
+# Shares of the training rows of Amazon's Instruments that have 1, 2, ... 20 items. The mean is 6.3 items.
 INSTRUMENTS = (
     0.169, 0.169, 0.119, 0.0886, 0.0683, 0.0534, 0.0429, 0.0349, 0.0291, 0.0245,
     0.0209, 0.0181, 0.0157, 0.0137, 0.0119, 0.0105, 0.0091, 0.0080, 0.0071, 0.0855,
@@ -15,7 +14,10 @@ INSTRUMENTS = (
 
 
 def lengths(kind, batch, longest):
-    """``full``: every sequence has all ``longest`` items; ``instruments``, of up to 20; ``mean 8.75``, of up to 50."""
+    """Return the lengths of ``batch`` sequences.
+
+    ``full``: every sequence has ``longest`` items. ``instruments``: up to 20 items. ``mean 8.75``: up to 50 items.
+    """
     if kind == "full":
         return torch.full((batch,), longest)
     generator = torch.Generator().manual_seed(1)

@@ -1,8 +1,9 @@
-"""Compare the C++ recurrence of two checkouts, on one core and in turns, so that a busy neighbour slows both alike.
+"""Compare the speed of the C++ recurrence of two checkouts.
 
-``python -m benchmarks.compare_checkouts BEFORE AFTER [--rounds 24] [--core 1]``. Each checkout has its native module built in
-place. Two processes take turns: before, after, after, before. The ratio of a round compares their CPU times; above 1 means that
-AFTER is faster.
+``python -m benchmarks.compare_checkouts BEFORE AFTER [--rounds 24] [--core 1]``
+
+Build the native module of each checkout in place first. Two processes on one core take turns (before, after, after, before), so
+that other programs slow both equally. The ratio of a round compares the CPU times. A ratio above 1 means that AFTER is faster.
 """
 
 import argparse
@@ -18,13 +19,13 @@ RUNS = [(kind, p, what) for kind, p in SHAPES for what in ("forward", "both")]
 
 
 def work(tree: Path) -> None:
-    """Run what standard input names by its number, and print the CPU seconds."""
+    """Read numbers of RUNS from standard input, do each run, and print its CPU seconds."""
     sys.path.insert(0, str(tree))
     import torch
 
     from benchmarks import bench_recurrence
 
-    # `benchmarks` has moved the checkout to the end of the path, behind an installed package.
+    # The package `benchmarks` has moved the checkout to the end of the path, after an installed package.
     sys.path.insert(0, str(tree))
 
     torch.set_num_threads(1)
@@ -50,7 +51,7 @@ def work(tree: Path) -> None:
 
 
 def compare(before: Path, after: Path, rounds: int, core: int) -> None:
-    """Print the ratio of every shape."""
+    """Print the ratio of every run."""
     os.sched_setaffinity(0, {core})
     workers = [
         subprocess.Popen(
@@ -66,7 +67,7 @@ def compare(before: Path, after: Path, rounds: int, core: int) -> None:
 
     results = [worker.stdout.readline().split() for worker in workers]
     if any(result[:1] != ["ready"] for result in results):
-        sys.exit("a checkout does not run: build its module in place first.")
+        sys.exit("a checkout does not run: build its native module in place first.")
     for a, b in zip(*(map(float, result[1:]) for result in results), strict=True):
         if abs(a - b) > 1e-4 * abs(a):
             sys.exit(f"the checkouts disagree: a gradient has norm {a} in one and {b} in the other.")
@@ -82,15 +83,15 @@ def compare(before: Path, after: Path, rounds: int, core: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trees", nargs="*", type=Path)
-    parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--core", type=int, default=1)
+    parser.add_argument("trees", nargs="*", type=Path, metavar="CHECKOUT", help="the checkout before, and the checkout after")
+    parser.add_argument("--rounds", type=int, default=24, help="rounds of each comparison (default: 24)")
+    parser.add_argument("--core", type=int, default=1, help="number of the core that both processes use (default: 1)")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work is not None:
         work(arguments.work)
     elif len(arguments.trees) != 2:
-        parser.error("give two checkouts, the one before and the one after")
+        parser.error("give two checkouts: before and after")
     else:
         compare(*arguments.trees, arguments.rounds, arguments.core)
 

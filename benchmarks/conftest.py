@@ -1,6 +1,6 @@
-"""``pytest benchmarks/ --benchmark-only [--rows FILE.csv]``: a group an op or phase, ratios printed at the end.
+"""``pytest benchmarks/ --benchmark-only [--rows FILE.csv]`` runs the benchmarks and prints the ratios at the end.
 
-``-m large`` chooses what takes minutes or gigabytes, ``-m "not large"`` the rest.
+``-m large`` selects the benchmarks that take minutes or gigabytes. ``-m "not large"`` selects the others.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ _FACTS = pytest.StashKey[list[harness.Fact]]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--rows", type=Path, help="append the A/B rows to this CSV file, other numbers to FILE-facts.csv")
+    parser.addoption("--rows", type=Path, help="append the ratios to this CSV file, and other numbers to FILE-facts.csv")
 
 
 def pytest_configure(config):
@@ -24,8 +24,10 @@ def pytest_configure(config):
 
 @pytest.fixture
 def compare(benchmark, request):
-    """``compare(group, shape, candidates, check, rounds)``: interleaved ratios, then pytest-benchmark's own statistics
-    of the last candidate. ``check`` names what the caller has asserted."""
+    """``compare(group, shape, candidates, check, rounds)`` times candidates in turns and stores their ratios.
+
+    pytest-benchmark then times the last candidate alone. ``check`` says which results the caller has checked.
+    """
 
     def run(group, shape, candidates, check, rounds=7, **options):
         rows = harness.interleave(group, shape, candidates, check, rounds, **options)
@@ -40,7 +42,7 @@ def compare(benchmark, request):
 
 @pytest.fixture
 def record(benchmark, request):
-    """``record(rows, facts)``: what a suite has timed by itself."""
+    """``record(rows, facts)`` stores rows and facts that a benchmark has measured itself."""
 
     def run(rows, facts):
         request.config.stash[_ROWS] += rows
@@ -52,7 +54,7 @@ def record(benchmark, request):
 
 @pytest.fixture
 def note(benchmark, request):
-    """``note(facts)``: numbers that are no ratios of times, printed and written like the rows."""
+    """``note(facts)`` stores numbers that are not ratios of times."""
 
     def run(facts):
         request.config.stash[_FACTS] += facts

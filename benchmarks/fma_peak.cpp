@@ -1,4 +1,4 @@
-// Fused multiply-adds as fast as one core issues them: twelve independent chains of the widest vector this machine has.
+// Does fused multiply-adds as fast as one core can: twelve independent chains on the widest vectors of this machine.
 #if defined(__AVX512F__)
 #define FLOATS 16
 #else
@@ -6,7 +6,7 @@
 #endif
 typedef float Vec __attribute__((vector_size(4 * FLOATS)));
 
-// Assembly, because a compiler may merge chains that compute the same.
+// This is assembly, because a compiler could merge chains that compute equal values.
 #define CHAIN(a) asm volatile("vfmadd231ps %1, %2, %0" : "+v"(a) : "v"(x), "v"(y))
 
 extern "C" long fma_flops(long rounds) {

@@ -1,5 +1,4 @@
-"""The peak that a kernel's share refers to: fp32 fused multiply-adds of one core at the kernels' SIMD level, measured in the
-same process."""
+"""Measure the peak of one core: fp32 fused multiply-adds a second, at the SIMD level of the kernels."""
 
 from __future__ import annotations
 
@@ -15,12 +14,12 @@ _ROUNDS = 10_000_000
 
 
 def level() -> str:
-    """The SIMD level whose peak is measured: ``LARES_FAST_SIMD``, or the best of this CPU."""
+    """Return the SIMD level that is measured: ``LARES_FAST_SIMD``, or else the best level of this CPU."""
     return str(_native.build_info()["simd"])
 
 
 def flags() -> list[str]:
-    """Of the compiler, for this level."""
+    """Return the compiler's flags for this level."""
     return ["-mavx2", "-mfma"] if level() == "avx2" else ["-march=native"]
 
 
@@ -34,7 +33,7 @@ def _library() -> ctypes.CDLL:
 
 
 def flops() -> int:
-    """Run the loop once (about 30 ms); returns the floating-point operations done, for :func:`harness.interleave`."""
+    """Run the loop once (about 30 ms) and return the number of floating-point operations."""
     flops = _library().fma_flops
     flops.restype, flops.argtypes = ctypes.c_long, [ctypes.c_long]
     return flops(_ROUNDS)

@@ -1,7 +1,7 @@
-"""Interleaved A/B timing: every round runs every candidate once, and a ratio compares runs of the same round.
+"""Time candidates in turns. Every round runs every candidate once, and a ratio compares two runs of the same round.
 
-CPU time of this process on one pinned core, because a neighbour's load stretches wall time and hits each candidate of
-a round alike. A result is checked before anything is timed.
+The clock is the CPU time of this process on one pinned core. Other programs on the machine make wall time longer, and they slow
+all candidates of a round about equally. The caller checks the results before it times anything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks import fma_peak
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate of one comparison, against that comparison's baseline (the first candidate)."""
+    """The times of one candidate, and its ratio to the baseline, which is the first candidate of the comparison."""
 
     group: str
     candidate: str
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fact:
-    """One measured number that is no ratio of times."""
+    """One measured number that is not a ratio of times."""
 
     group: str
     shape: str
@@ -61,10 +61,10 @@ def interleave(
     clock: Callable[[], float] = time.process_time,
     warm_up: int = 1,
 ) -> list[Row]:
-    """Time ``candidates`` (the first is the baseline); ratios are baseline time / candidate time, so above 1 is faster.
+    """Time ``candidates``, of which the first is the baseline. A ratio is baseline time / candidate time: above 1 is faster.
 
-    ``check`` says what was verified before; the caller has verified it. ``clock`` is the wall's (``time.perf_counter``)
-    only to compare numbers of threads, which each candidate then sets itself.
+    ``check`` says which results the caller has checked. To compare numbers of threads, give the clock of wall time
+    (``time.perf_counter``); then each candidate sets its number of threads itself.
     """
     with one_core() if clock is time.process_time else contextlib.nullcontext():
         for _ in range(warm_up):
@@ -80,7 +80,7 @@ def interleave(
 
 
 def rows(group: str, shape: str, seconds: Mapping[str, Sequence[float]], check: str) -> list[Row]:
-    """A row for each candidate, whose ``seconds`` in round after round are given; the first is the baseline."""
+    """Return a row for each candidate from its ``seconds`` in every round. The first candidate is the baseline."""
     baseline = next(iter(seconds))
     result = []
     for name, times in seconds.items():
@@ -93,8 +93,11 @@ def rows(group: str, shape: str, seconds: Mapping[str, Sequence[float]], check: 
 
 
 def share_of_peak(group: str, shape: str, run: Callable[[], object], flops: float, rounds: int = 25) -> list[Fact]:
-    """The part of one core's measured multiply-add peak at which ``run`` does its ``flops``: median, min and max over rounds
-    that each measure both, and of the fastest run at the highest peak, which says most where neighbours slow either."""
+    """Return the percentage of one core's measured peak that ``run`` reaches when it does ``flops`` operations.
+
+    Every round measures both. The facts are the median, the minimum and the maximum over the rounds, and the fastest run as a
+    share of the highest peak. On a busy machine the last one is the most reliable.
+    """
     done = fma_peak.flops()
     shape = f"{shape}, {fma_peak.level()}"
     peak, times = interleave(group, shape, {"peak": fma_peak.flops, "run": run}, "", rounds)
@@ -105,7 +108,7 @@ def share_of_peak(group: str, shape: str, run: Callable[[], object], flops: floa
 
 
 class one_core:
-    """Within the block: one thread of torch, one core of the machine."""
+    """A context that runs on one thread of PyTorch and one core of the machine."""
 
     def __enter__(self) -> None:
         self._threads = torch.get_num_threads()
@@ -121,7 +124,7 @@ class one_core:
 
 
 def append(path: Path, rows: Sequence[Row | Fact]) -> None:
-    """Add ``rows``, all of one kind, to a CSV file, each with the machine, the commit and the command it came from."""
+    """Append ``rows``, all of one class, to a CSV file. Each row names its machine, commit and command."""
     context = {
         "machine": _cpu(),
         "torch": torch.__version__,

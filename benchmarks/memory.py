@@ -1,15 +1,15 @@
-"""Peak memory of a call beyond what the process already holds (Linux)."""
+"""Measure the peak memory of a call, without the memory that the process already has. Linux only."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 
 def extra_mib(run: Callable[[], object]) -> float:
-    """MiB by which the resident size rose, at its highest, while ``run`` ran.
+    """Return by how many MiB the resident size rose at most while ``run`` ran.
 
-    Memory that the allocator had kept from earlier calls does not count, so measure in a fresh process.
+    Memory that the allocator has kept from earlier calls is not counted, so measure in a new process.
     """
-    # Resets the high-water mark to the present size.
+    # This sets the recorded peak to the current size.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     run()

@@ -1,4 +1,4 @@
-"""The model of official.py on packed sequences in plain PyTorch: the strongest eager rival of a whole step."""
+"""The model of baseline_official.py on packed sequences: the fastest baseline of a whole step in eager PyTorch."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from lares_fast.reference.sequences import pack
 
 
 class PackedLARES(OfficialLARES):
-    """Padded sequences in, which it packs, and the states of :class:`OfficialLARES` out."""
+    """A model that packs its padded input and returns the states of :class:`OfficialLARES`."""
 
     def __init__(self, config, *, sdpa):
         super().__init__(config)

@@ -1,12 +1,12 @@
-"""Plots of committed rows: ``python -m benchmarks.plot ratios|cost ROWS.csv OUT.svg``.
+"""Plot committed results: ``python -m benchmarks.plot ratios|cost ROWS.csv OUT.svg``.
 
-``ratios``: the median ratio of every candidate, with its range. ``cost``: the time of a call of ``recurrence`` against T and
-against its tokens, beside what it would be if it grew in proportion from the largest.
+``ratios`` shows the median ratio of every candidate, with its range. ``cost`` shows the time of a call of ``recurrence``
+against T and against the number of tokens; a line shows the time that would be proportional.
 """
 
+import argparse
 import csv
 import re
-import sys
 
 import matplotlib
 
@@ -17,7 +17,7 @@ _COST = "ns a token and layer application, by "
 
 
 def ratios(rows: list[dict[str, str]]) -> pyplot.Figure:
-    """Of the rows of a comparison."""
+    """Return a plot of the rows of comparisons."""
     rows = [row for row in rows if row["candidate"] != row["baseline"]]
     figure, axes = pyplot.subplots(figsize=(9, 0.3 * len(rows) + 1), layout="constrained")
     for place, row in enumerate(reversed(rows)):
@@ -35,7 +35,7 @@ def ratios(rows: list[dict[str, str]]) -> pyplot.Figure:
 
 
 def cost(rows: list[dict[str, str]]) -> pyplot.Figure:
-    """Of the facts of ``bench_recurrence.py``."""
+    """Return a plot of the facts of ``bench_recurrence.py``."""
     figure, places = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for axes, by in zip(places, ("T", "tokens"), strict=True):
         points = []
@@ -56,13 +56,16 @@ def cost(rows: list[dict[str, str]]) -> pyplot.Figure:
 
 
 def main(kind: str, source: str, target: str) -> None:
-    """Draw ``source`` (rows or facts of harness.append) into ``target``."""
+    """Draw ``source``, a file of harness.append, into ``target``."""
     with open(source) as file:
         figure = {"ratios": ratios, "cost": cost}[kind](list(csv.DictReader(file)))
     figure.savefig(target, metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] not in ("ratios", "cost"):
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("ratios", "cost"))
+    parser.add_argument("rows", help="a CSV file of benchmarks/results")
+    parser.add_argument("out", help="the SVG file to write")
+    arguments = parser.parse_args()
+    main(arguments.kind, arguments.rows, arguments.out)

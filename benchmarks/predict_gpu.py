@@ -1,12 +1,12 @@
-"""Predictions, not measurements: launches and memory traffic of the GPU kernels against eager PyTorch, and rooflines.
+"""Predict the launches, the memory traffic and the time of the GPU kernels and of eager PyTorch. Nothing is measured.
 
     python -m benchmarks.predict_gpu > docs/kernels/predictions.md
 
-Eager PyTorch is counted by a dispatch hook on tensors without storage: each operation that computes is a launch, reads its
-operands and writes its results once. Kernels are counted at the launch wrapper: a launch moves each of its tensors once. An op
-without Triton kernels is given one launch that moves its inputs and outputs once.
+A dispatch hook counts eager PyTorch on tensors without storage: each operation that computes is one launch, which reads its
+operands and writes its results once. Kernels are counted at the launch wrapper: a launch moves each of its tensors once.
 """
 
+import argparse
 import importlib
 import math
 import sys
@@ -18,21 +18,21 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lares_fast import LARESConfig, _dispatch, ops, reference
+from lares_fast import LARESConfig, ops, reference
 from lares_fast.ops import _triton
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-# No views by their schema, but nothing is computed.
+# Their schemas do not mark them as views, but they compute nothing.
 FREE = ("empty", "new_empty", "_unsafe_view", "detach")
-# Seconds that one launch keeps the host, and the share of the tensor cores' peak that small products in one program may reach.
+# Seconds of host time for one launch, and the assumed share of the tensor cores' peak for the kernels' small products.
 LAUNCH = 5e-6
 SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak in bf16, and bandwidth, by data sheet."""
+    """A GPU's peak in bf16 (FLOP/s) and its bandwidth (bytes/s), from its data sheet."""
 
     name: str
     flops: float
@@ -44,19 +44,19 @@ GPUS = (Gpu("A100", 312e12, 2.04e12), Gpu("H100", 990e12, 3.35e12), Gpu("B200", 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call takes."""
+    """The launches, the bytes moved and the operations of one call."""
 
     launches: int
     bytes: int
     flops: int = 0
 
     def seconds(self, gpu, share=1.0):
-        """The longest of launching, moving and multiplying."""
+        """Return the longest of the times for launching, moving and multiplying."""
         return max(self.launches * LAUNCH, self.bytes / gpu.bandwidth, self.flops / (gpu.flops * share))
 
 
 class Count(TorchDispatchMode):
-    """Launches, bytes and operations of what runs within."""
+    """Count the launches, bytes and operations of the code in the context."""
 
     def __init__(self):
         super().__init__()
@@ -82,14 +82,15 @@ def tensors(tree):
 
 
 def moved(found):
-    """Bytes of tensors that are moved once; what is expanded is read once."""
+    """Return the bytes of tensors that are moved once. An expanded tensor counts with the size of its storage."""
     return sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in found)
 
 
 def eager(call):
-    """The cost of ``call()`` on meta tensors.
+    """Return the cost of ``call()`` on meta tensors.
 
-    The reference computes scores of half precision in fp32, which an eager model would not do and is not charged for.
+    The reference computes attention scores in fp32 even if the inputs are bf16. An eager model would not. So ``scores`` takes
+    the place of that function here.
     """
     attention = importlib.import_module("lares_fast.reference.attention")
     with mock.patch.object(attention, "_scores", scores), Count() as count:
@@ -98,12 +99,12 @@ def eager(call):
 
 
 def scores(query, key, mask):
-    """Those of attention, in the dtype of ``query``."""
+    """Return the attention scores in the dtype of ``query``."""
     return query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + mask
 
 
 def fused(call, flops):
-    """The cost of the Triton launches of ``call()`` on CPU tensors; nothing is compiled or run."""
+    """Return the cost of the Triton launches of ``call()`` on CPU tensors. Nothing is compiled or run."""
     from lares_fast.kernels._launch import stand_in
 
     launches = []
@@ -116,12 +117,8 @@ def fused(call, flops):
     return Cost(len(launches), sum(launches), flops)
 
 
-def has_triton(op):
-    return any(backend.name == "triton" for backend in _dispatch._TABLE[op])
-
-
 def recurrence(B, L, T, layers, D, inner, dtype=torch.bfloat16):
-    """(eager, fused) of T steps of the core-block for inference."""
+    """Return (eager, fused) for T steps of the core block, without gradients."""
     config = LARESConfig(n_items=2, hidden_size=D, n_heads=2, inner_size=inner, n_core_layers=layers)
     with torch.device("meta"):
         block = reference.Recurrence(config).to(dtype).requires_grad_(False)
@@ -134,11 +131,8 @@ def recurrence(B, L, T, layers, D, inner, dtype=torch.bfloat16):
             state = block.core(block.norm(block.adapter(state, pre)), mask, draw=None, step=step)
 
     slow = eager(steps)
-    # Tiles are multiples of 16 rows.
+    # The kernel pads tiles to multiples of 16 rows.
     flops = slow.flops * -(-L // 16) * 16 // L
-    if not has_triton("recurrence"):
-        weights = sum(moved([weight]) for weight in block.parameters())
-        return slow, Cost(1, weights + (2 * B * L + B) * D * dtype.itemsize, flops)
     packed = torch.zeros(B * L, D, dtype=dtype)
     offsets = torch.arange(0, B * L + 1, L)
     weights = [torch.zeros(weight.shape, dtype=dtype) for weight in block.parameters()]
@@ -148,7 +142,7 @@ def recurrence(B, L, T, layers, D, inner, dtype=torch.bfloat16):
 
 
 def attention(B, L, H, E, dtype=torch.bfloat16):
-    """(eager, fused), forward and backward."""
+    """Return (eager, fused) for forward and backward."""
     with torch.device("meta"):
         q, k, v = (torch.empty(B, H, L, E, dtype=dtype, requires_grad=True) for _ in range(3))
         mask = torch.empty(B, 1, L, L, dtype=dtype)
@@ -164,12 +158,12 @@ def attention(B, L, H, E, dtype=torch.bfloat16):
     def packed():
         ops.attention(*leaves, offsets, L, backend="triton").backward(grad)
 
-    # The scores are computed again in both passes of the backward.
+    # Both passes of the backward compute the scores again.
     return slow, fused(packed, slow.flops * 9 // 6)
 
 
 def linear_cross_entropy(M, N, D, dtype=torch.bfloat16):
-    """(eager, fused), forward and backward."""
+    """Return (eager, fused) for forward and backward."""
 
     def call(device, run):
         hidden, items = (torch.zeros(n, D, dtype=dtype, device=device, requires_grad=True) for n in (M, N))
@@ -191,12 +185,11 @@ CASES = {
 
 
 def page():
-    """The table, with what it assumes."""
-    recurrence_by = "counted at the launch wrapper" if has_triton("recurrence") else "one launch by construction: no kernel yet"
+    """Return the lines of docs/kernels/predictions.md: the table and its assumptions."""
     lines = [
         "# Predictions",
         "",
-        "**Calculated on a machine without a GPU; nothing here was measured.**",
+        "**These numbers were calculated on a machine without a GPU. Nothing here was measured.**",
         "",
         "```",
         "python -m benchmarks.predict_gpu > docs/kernels/predictions.md",
@@ -216,15 +209,18 @@ def page():
     return [
         *lines,
         "",
-        "Each cell is eager PyTorch (the padded reference, without dropout) / kernels. It assumes:",
-        "- eager: every operation that computes is one launch, reads its operands and writes its results once;",
-        "- kernels: a launch moves each tensor that it is given once; what programs read again comes from the L2 cache.",
-        f"  PyTorch's own operations around the launches are not counted. The recurrence: {recurrence_by};",
-        f"- a time is the longest of launches x {1e6 * LAUNCH:g} us, bytes / bandwidth, and operations / peak, of which",
-        f"  kernels are given {SHARE:.0%} for their small products; tiles are padded to 16 rows;",
-        f"- data sheets: {sheets}.",
+        "A cell has two numbers: eager PyTorch (the padded reference, without dropout) / the kernels. The calculation assumes:",
+        "",
+        "- Eager PyTorch: every operation that computes is one launch. It reads its operands and writes its results once.",
+        "- Kernels: a launch moves each of its tensors once. What programs read again comes from the L2 cache. "
+        "PyTorch's own operations around the launches are not counted.",
+        "  The launches of the recurrence are counted at the launch wrapper.",
+        f"- A time is the longest of three: launches x {1e6 * LAUNCH:g} us, bytes / bandwidth, and operations / peak. "
+        f"The kernels get {SHARE:.0%} of the peak for their small products. Tiles are padded to 16 rows.",
+        f"- Peaks come from data sheets: {sheets}.",
     ]
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.stdout.write("\n".join(page()) + "\n")

@@ -1,4 +1,4 @@
-// Products of the recurrence alone, D 64, inner 256, on a block of 168 rows: the highest of many short measurements each.
+// Measures the matrix products of the recurrence alone: D 64, inner size 256, a block of 168 rows. Prints the best of many short runs.
 #include "recurrence/product.h"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ double cpu_seconds() {
 
 struct Measured {
     const char* name;
-    std::function<double()> run;  // returns the operations it did
+    std::function<double()> run;  // returns the number of operations
     double highest = 0;           // FLOP/s
 };
 
@@ -29,7 +29,7 @@ struct Measured {
 
 int main() {
     constexpr std::int64_t ROWS = 168, D = 64, INNER = 256, CALLS = 8;
-    // Tiles may reach beyond the last row.
+    // Tiles may extend past the last row.
     constexpr std::int64_t HELD = ROWS + 8;
     std::vector<float> memory(2 * HELD * D + HELD * INNER + 3 * D * INNER + 64, 1e-3f);
     Carver carver(memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) / sizeof(float));
@@ -54,7 +54,7 @@ int main() {
     share("weight gradient, 64 by 64", D, D, [=] { accumulate(x, D / COLUMNS, y, D / COLUMNS, ROWS, sums); });
     share("weight gradient, 256 by 64", D, INNER, [=] { accumulate(inner, INNER / COLUMNS, x, D / COLUMNS, ROWS, sums); });
     share("weight gradient, 64 by 256", D, INNER, [=] { accumulate(x, D / COLUMNS, inner, INNER / COLUMNS, ROWS, sums); });
-    // In turn, because a neighbour slows some of them for a while.
+    // The products take turns, because another program may slow the machine for a while.
     for (int round = 0; round < 2000; ++round) {
         for (Measured& m : all) {
             const double began = cpu_seconds(), done = m.run();

@@ -1,6 +1,7 @@
-"""Shares of the multiply-add peak of the recurrence's products alone, which bound what ``bench_recurrence.py`` can reach.
+"""Measure the share of one core's peak that the matrix products of the recurrence reach alone.
 
-``[LARES_FAST_SIMD=avx2] python -m benchmarks.product_peak``, on one core.
+The shares of the whole recurrence in ``bench_recurrence.py`` cannot be higher. Run ``python -m benchmarks.product_peak``;
+``LARES_FAST_SIMD=avx2`` chooses the SIMD level.
 """
 
 import subprocess

@@ -1,7 +1,7 @@
-"""The candidates of bench_train_step.py, and a process that does steps of one of them: ``python -m benchmarks.train_step``.
+"""The candidates of bench_train_step.py, and the process that runs one of them.
 
-It answers each line of standard input with the user and system seconds of one step, and the end of input with the MiB by which
-its peak exceeded the process that had not begun.
+``python -m benchmarks.train_step CASE CANDIDATE`` is that process. For each line of standard input it does one step and prints
+the step's user and system seconds. At the end of the input it prints the peak memory of the steps in MiB.
 """
 
 import copy
@@ -25,9 +25,11 @@ L, K = 20, 10
 @dataclass(frozen=True)
 class Case:
     phase: str
-    lengths: str  # of cases.lengths
+    # A kind of cases.lengths.
+    lengths: str
     B: int
-    depths: tuple[int, ...]  # T of the three passes, or of the G trajectories
+    # T of the three passes of phase 1, or of the G trajectories of phase 2.
+    depths: tuple[int, ...]
     dropout: float
 
     @property
@@ -43,9 +45,9 @@ CASES = {
     "rpt": Case("rpt", "instruments", 400, (3, 8, 5, 4), 0.1),
 }
 OURS = "lares_fast"
-# No memory goes back to the system, and none of it is mapped apart: a step then finds its pages in place.
+# The allocator keeps all memory and maps no block separately, so that a step reuses the pages of the step before it.
 KEEP_PAGES = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_MAX_": "0"}
-# (model, dead work, environment)
+# Name = (model, whether it does the dead work, environment variables).
 CANDIDATES = {
     "official way": (baseline_official.OfficialLARES, True, {}),
     "official way, allocator tuned": (baseline_official.OfficialLARES, True, KEEP_PAGES),
@@ -57,7 +59,7 @@ CANDIDATES = {
 
 
 class Step:
-    """One candidate's model, optimizer and batch; ``fixed`` gives every candidate the same h0, which a check needs."""
+    """A candidate's model, optimizer and batch. With ``fixed``, all candidates get the same h0, to compare them."""
 
     def __init__(self, case, candidate, *, fixed=False):
         self.case, self.ours = case, candidate == OURS
@@ -80,7 +82,7 @@ class Step:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
 
     def loss(self):
-        """(the loss, the rewards or nothing)"""
+        """Return (the loss, the rewards). Phase 1 has no rewards: None."""
         return (self._spt if self.case.phase == "spt" else self._rpt)()
 
     def _spt(self):
@@ -117,7 +119,7 @@ class Step:
 
 
 class Worker:
-    """A candidate in a process of its own."""
+    """A candidate that runs in its own process."""
 
     def __init__(self, case, candidate):
         environment = {**harness.os.environ, **CANDIDATES[candidate][2]}
@@ -127,12 +129,12 @@ class Worker:
         )
 
     def step(self):
-        """User and system seconds of one step."""
+        """Do one step and return its user and system seconds."""
         self._process.stdin.write("\n")
         return json.loads(self._process.stdout.readline())
 
     def close(self):
-        """Ends the process; its peak in MiB."""
+        """End the process and return its peak memory in MiB."""
         self._process.stdin.close()
         peak = json.loads(self._process.stdout.readline())
         self._process.wait()

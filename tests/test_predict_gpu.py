@@ -1,4 +1,6 @@
-"""benchmarks/predict_gpu.py: what it counts, and the targets of the fused recurrence."""
+"""benchmarks/predict_gpu.py counts correctly, and the fused recurrence reaches its targets for launches and bytes."""
+
+from pathlib import Path
 
 import torch
 
@@ -18,7 +20,7 @@ def test_kernels_are_counted_at_the_wrapper():
     _, fast = predict_gpu.attention(2, 10, 2, 16)
     P, H, E = 20, 2, 16
     block, row = P * H * E * 2, P * H * 4
-    # Forward: q k v out lse; backward: q k v out lse dout dq delta, and q k v lse dout delta dk dv; offsets each time.
+    # Forward: q k v out lse. Backward: q k v out lse dout dq delta, and q k v lse dout delta dk dv. Each launch has offsets.
     assert fast.launches == 3
     assert fast.bytes == (4 * block + row) + (6 * block + 2 * row) + (6 * block + 2 * row) + 3 * 3 * 8
 
@@ -30,3 +32,8 @@ def test_targets_of_the_recurrence():
     one_layer, fast = predict_gpu.recurrence(64, 50, 8, 1, 64, 256)
     assert one_layer.launches == 8 * 23
     assert one_layer.bytes >= 40 * fast.bytes
+
+
+def test_the_page_is_what_the_program_prints():
+    page = Path(__file__).parent.parent / "docs" / "kernels" / "predictions.md"
+    assert page.read_text().splitlines() == predict_gpu.page()

@@ -1,1 +1,1 @@
-"""The runs on real logs behind docs/results.md."""
+"""Make the runs on real logs, and the page docs/results.md from them."""

@@ -1,7 +1,7 @@
-"""Which runs reproduce the paper, in the order in which they are made.
+"""The runs that reproduce the paper, in the order in which they are made.
 
-Every run is ``lares-fast train --config instruments`` (the published Musical Instruments settings) with what its entry
-changes. Settings may be tuned on the validation rows alone: trials never rank the test rows.
+Every run is ``lares-fast train --config instruments`` (the published settings for Musical Instruments) with the changes of its
+entry. Settings are tuned on the validation rows only: trials never rank the test rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-# sha256 of the logs: the numbers hold for these bytes alone.
+# The sha256 of each log. The results are results on exactly these files.
 DATA = {
     "Instruments.inter.json": "9c4cda137811b76d3e1fe63dd9b1766ad8dbe6ea9221685c7d6f1c466b8697d4",
     "Beauty.txt": "226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
@@ -19,11 +19,11 @@ DATA = {
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One run folder.
+    """One run and its folder.
 
-    ``section`` of the document that shows it: main, rival, ablation, rpt or trial. ``start_from`` names the experiment
-    from whose phase-1 model it begins. ``evaluations``: name of a CSV file in the folder -> further arguments of
-    ``lares-fast eval`` that makes it from the finished run.
+    ``section`` is the part of docs/results.md that shows the run: main, rival, ablation, rpt or trial. ``start_from`` names the
+    experiment whose phase-1 model is the start. ``evaluations`` maps the name of a CSV file in the folder to the arguments of
+    ``lares-fast eval`` that write it after the run has finished.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Experiment:
     evaluations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def assignments(self) -> list[str]:
-        """``--set`` arguments."""
+        """Return the ``--set`` arguments."""
         return [word for key, value in self.settings.items() for word in ("--set", f"{key}={_text(value)}")]
 
     def command(self) -> str:
-        """What makes this run in a folder ``runs`` beside the data."""
+        """Return the command that makes this run in a folder ``runs`` beside the data."""
         start = ["--start-from", f"runs/{self.start_from}"] if self.start_from else []
         words = ["lares-fast", "train", "--config", self.config, "--data", self.data, "--phase", self.phase, *start]
         return shlex.join([*words, *self.assignments(), "--out", f"runs/{self.name}"])
@@ -62,14 +62,14 @@ def _beauty(name: str, section: str, what: str, settings: Mapping[str, object], 
     return Experiment(name=name, data="Beauty.txt", section=section, what=what, settings=settings, **rest)  # type: ignore[arg-type]
 
 
-# T = 1..16 around the mean depth 4, and the mean depth alone (T = 1 is always tested).
+# Test T = 1 to 16, which are 1/4 to 4 times the mean depth 4; or only the mean depth. T = 1 is always tested.
 _EVERY_T = {"evaluation.depth_ratios": [step / 4 for step in range(1, 17)]}
 _OWN_T = {"evaluation.depth_ratios": [1.0]}
 
 _NOISE = {f"noise-{seed}": ("--steps", "4", "--set", f"evaluation.noise_seed={seed}") for seed in (1, 2, 3, 4)}
 _FINAL = {**_NOISE, "bf16": ("--steps", "4", "--bf16")}
 
-# One causal transformer of 2 + 2 layers that never sees noise.
+# A causal transformer of 2 + 2 layers, without noise.
 _SASREC = {
     "model.mean_depth": 1,
     "model.depth_sampling": "non-recurrent",
@@ -78,8 +78,8 @@ _SASREC = {
     "spt.gamma": 0.0,
     **_OWN_T,
 }
-# Chosen on the validation rows of Beauty, where both learn faster: trial-batch-256 against beauty-10, and beauty against
-# beauty-dot. The similarity is the default of the official code.
+# Both were chosen on the validation rows of Beauty, because they learn faster: compare trial-batch-256 with beauty-10, and
+# beauty with beauty-dot. The similarity is the default of the official code.
 _BATCH = {"spt.batch_size": 256}
 _SIMILARITY = {"model.similarity": "cos", "model.tau": 0.07}
 _COSINE = {**_BATCH, **_SIMILARITY}

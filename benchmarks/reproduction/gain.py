@@ -1,8 +1,8 @@
-"""How sure the gain of one run over another is: NDCG@10 user by user, and a paired bootstrap over the users.
+"""Compare two runs by NDCG@10 and give an interval for the gain, by a paired bootstrap over the users.
 
-``python -m benchmarks.reproduction.gain RUN RIVAL [--data LOG]`` ranks the validation and the test rows by the models of
-two run folders of the same log. The interval holds 95 % of 2,000 resamples of the users; what it leaves out is the spread
-of training seeds.
+``python -m benchmarks.reproduction.gain RUN OTHER [--data LOG]`` ranks the validation rows and the test rows with the models of
+two run folders of the same log. The interval contains 95 % of 2,000 resamples of the users. It does not include the spread
+between training seeds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RESAMPLES = 2_000
 
 
 def ndcg(run: Path, data: str | None, console: Console) -> dict[tuple[str, str], np.ndarray]:
-    """NDCG@10 of each row, [R] fp64, by split and history, ranked as the run's own evaluation does."""
+    """Return {(split, history): NDCG@10 of each row, [R] fp64}, ranked as in the run's own evaluation."""
     config, (recommender, about) = run_config(run, []), load_about(run)
     (log, split), found = open_run(config, data, recommender, about, run, console), {}
     for part in SPLITS:
@@ -43,7 +43,7 @@ def ndcg(run: Path, data: str | None, console: Console) -> dict[tuple[str, str],
 
 
 def interval(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """(gain, low, high) in percent of ``theirs``: of the mean, and between the 2.5th and 97.5th percentile of resamples."""
+    """Return (gain of the mean, 2.5th percentile, 97.5th percentile) over the resamples, in percent of ``theirs``."""
     draw, n = np.random.default_rng(seed), len(ours)
     ratios = np.empty(_RESAMPLES)
     for i in range(_RESAMPLES):
@@ -56,20 +56,20 @@ def interval(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> tuple[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder whose gain is asked for")
-    parser.add_argument("rival", type=Path, help="run folder it is compared with")
-    parser.add_argument("--data", metavar="LOG", help="the log, if it is no longer where the runs found it")
+    parser.add_argument("run", type=Path, help="run folder whose gain is computed")
+    parser.add_argument("other", type=Path, help="run folder to compare with")
+    parser.add_argument("--data", metavar="LOG", help="the log, if it has moved since the runs were made")
     arguments = parser.parse_args()
     with Console() as console:
-        ours, theirs = (ndcg(run, arguments.data, console) for run in (arguments.run, arguments.rival))
+        ours, theirs = (ndcg(run, arguments.data, console) for run in (arguments.run, arguments.other))
         for (part, history), own in ours.items():
-            rival = theirs[part, history]
-            if len(own) != len(rival):
+            other = theirs[part, history]
+            if len(own) != len(other):
                 sys.exit(
-                    f"{arguments.run} has {len(own)} {part} rows and {arguments.rival} {len(rival)}: compare runs of one log."
+                    f"{arguments.run} has {len(own)} {part} rows and {arguments.other} {len(other)}: compare runs of one log."
                 )
-            value, low, high = interval(own, rival)
-            means = f"{own.mean():.5f} against {rival.mean():.5f}"
+            value, low, high = interval(own, other)
+            means = f"{own.mean():.5f} against {other.mean():.5f}"
             console.say(f"{part:5} {history:10} NDCG@{K} {means}, {value:+.1f} % ({low:+.1f} to {high:+.1f})")
 
 

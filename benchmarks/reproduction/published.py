@@ -1,4 +1,4 @@
-"""Published numbers on the same data: full ranking of the last item of each user (R is recall = hit rate, N is NDCG)."""
+"""Published results on the same data. All rank the whole catalog for the last item of each user. Recall is the hit rate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _AT_10 = ("recall@10", "ndcg@10")
 _AT_5_10 = ("recall@5", "ndcg@5", *_AT_10)
 _AT_5_10_20 = (*_AT_5_10, "recall@20", "ndcg@20")
 
-# data -> [(model, history, source, {metric: value})]
+# Log -> [(model, history, source, {metric: value})].
 PUBLISHED: dict[str, list[tuple[str, str, str, dict[str, float]]]] = {
     "Instruments.inter.json": [
         ("LARES", "not masked", "paper", dict(zip(_AT_5_10, (0.0411, 0.0263, 0.0636, 0.0336), strict=True))),

@@ -1,11 +1,11 @@
-"""Make the runs of experiments.py one after the other, for some minutes at a stretch.
+"""Make the runs of experiments.py one after the other, for a limited time.
 
 ``python -m benchmarks.reproduction.runner --data DATA --runs RUNS --minutes 150``
 
-What is finished is skipped and what was interrupted goes on from its checkpoint, so the same command is given until
-nothing is left. At the end of the stretch, or on SIGTERM or SIGINT, the run saves its state and everything ends. Two
-runners may share RUNS: neither takes a run that the other is making. A run that something else trains must be stopped first.
-``--list`` shows how far each run is.
+Finished runs are skipped, and interrupted runs continue from their checkpoints. So give the same command again until nothing is
+left. When the time is over, or on SIGTERM or SIGINT, the current run saves its state and the runner ends. Two runners may share
+RUNS: a runner skips a run that the other one is making. Stop other programs that train one of the runs first. ``--list`` shows
+the progress of each run.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from benchmarks.reproduction.experiments import DATA, EXPERIMENTS, Experiment
 RECORD = "experiment.json"
 FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
 
-# Large blocks stay with the process: handing each back to the system costs a page fault a page at every step.
+# The process keeps large blocks of memory. To return them to the system would cost a page fault for every page at every step.
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 _EXIT_STOPPED = 130
 _ROOT = Path(__file__).parents[2]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What the runner wrote into a run folder, or nothing yet."""
+    """Return the record that the runner wrote into a run folder, or {} if there is none yet."""
     file = folder / RECORD
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def is_trained(experiment: Experiment, record: dict[str, Any]) -> bool:
-    """Whether training came to its end under the settings of today."""
+    """Return whether training finished with the current settings."""
     ends = [sitting["ended"] for sitting in record.get("sittings", []) if sitting["made"] == "train"]
     return ends[-1:] == [FINISHED] and record["command"] == experiment.command()
 
 
 def is_finished(experiment: Experiment, folder: Path) -> bool:
-    """Whether training and every evaluation are over."""
+    """Return whether training and every evaluation are finished."""
     evaluated = all((folder / f"{name}.csv").is_file() for name in experiment.evaluations)
     return is_trained(experiment, read_record(folder)) and evaluated
 
 
 class Runner:
-    """One stretch of work in the folder ``runs``."""
+    """Make runs in the folder ``runs`` for ``minutes``."""
 
     def __init__(self, data: Path, runs: Path, minutes: float, threads: int = 1) -> None:
         self.data, self.runs, self.threads = data, runs, threads
@@ -66,11 +66,11 @@ class Runner:
         self._stop = False
 
     def request_stop(self) -> None:
-        """End the stretch now."""
+        """Stop the current run and start no other."""
         self._stop = True
 
     def run(self, experiments: Sequence[Experiment], everything: Sequence[Experiment]) -> None:
-        """Go through ``experiments``; ``everything`` holds those that they start from."""
+        """Make ``experiments`` in order. ``everything`` also has the experiments that they start from."""
         by_name = {experiment.name: experiment for experiment in everything}
         for experiment in experiments:
             folder = self.runs / experiment.name
@@ -95,7 +95,7 @@ class Runner:
         data = self.data / experiment.data
         digest = hashlib.sha256(data.read_bytes()).hexdigest()
         if digest != DATA.get(experiment.data, digest):
-            sys.exit(f"{data} has sha256 {digest}, but the experiments are of {DATA[experiment.data]}: use that file.")
+            sys.exit(f"{data} has sha256 {digest}, but the experiments need {DATA[experiment.data]}: use that file.")
         record = read_record(folder) or {"name": experiment.name, "sittings": []}
         _close(record["sittings"], folder)
         if not is_trained(experiment, record):
@@ -118,7 +118,7 @@ class Runner:
     def _sit(
         self, experiment: Experiment, folder: Path, record: dict[str, Any], made: str, words: list[str], lock: int
     ) -> None:
-        """Run ``lares-fast words`` until it ends or the stretch does; ``record`` tells what happened."""
+        """Run ``lares-fast words`` until it ends or the time is over, and add the result to ``record``."""
         began = time.monotonic()
         sitting = {"made": made, "began": _now(), "ended": RUNNING, "seconds": 0.0, **_surroundings(self.threads)}
         record["sittings"].append(sitting)
@@ -126,7 +126,7 @@ class Runner:
         _say(experiment, made)
         environment = {**os.environ, **_MEMORY, "OMP_NUM_THREADS": str(self.threads)}
         with (folder / "log.txt").open("a") as log:
-            # The child keeps the lock: a runner that is killed leaves it to its training.
+            # The child inherits the lock and keeps it if the runner is killed.
             child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "lares_fast", *words],
                 stdout=log,
@@ -147,7 +147,7 @@ class Runner:
 
 
 def progress(experiment: Experiment, folder: Path) -> str:
-    """A line about how far a run is."""
+    """Return one line about the progress of a run."""
     record = read_record(folder)
     sittings = record.get("sittings", [])
     if is_finished(experiment, folder):
@@ -168,9 +168,9 @@ def progress(experiment: Experiment, folder: Path) -> str:
 
 
 def _close(sittings: list[dict[str, Any]], folder: Path) -> None:
-    """Give an end to a sitting that no runner has seen end: the time of its last checkpoint.
+    """Set the end of a sitting that ended without a runner: the time of its last checkpoint.
 
-    A run that something else began has one such sitting, which began when its settings were written.
+    A run that was begun without a runner gets one sitting, which begins when its settings were written.
     """
     if not (folder / "state.pt").is_file():
         return
@@ -203,9 +203,9 @@ def _cpu() -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[int | None]:
-    """The descriptor of the folder's lock, or nothing if another runner, or the training that it left, has it."""
+    """Lock the folder and yield the lock's descriptor, or None if another runner or a training process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Not the .lock of the training itself, which its own process takes.
+    # The file .lock belongs to the training process, so the runner locks another file.
     with (folder / ".runner.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -231,12 +231,12 @@ def _say(experiment: Experiment, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of the logs")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run folders (default: runs)")
-    parser.add_argument("--minutes", type=float, default=150, help="end after so many minutes (default: 150)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the one training process (default: 1)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs, in this order")
-    parser.add_argument("--list", action="store_true", help="show how far each run is, and stop")
+    parser.add_argument("--data", type=Path, help="folder that has the logs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that has the run folders (default: runs)")
+    parser.add_argument("--minutes", type=float, default=150, help="stop after this many minutes (default: 150)")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of the training process (default: 1)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="make only these runs, in this order")
+    parser.add_argument("--list", action="store_true", help="show the progress of each run, and exit")
     arguments = parser.parse_args()
     by_name = {experiment.name: experiment for experiment in EXPERIMENTS}
     if unknown := sorted(set(arguments.only or ()) - set(by_name)):
@@ -246,7 +246,7 @@ def main() -> None:
         print("\n".join(progress(experiment, arguments.runs / experiment.name) for experiment in chosen))
         return
     if arguments.data is None:
-        parser.error("--data must name the folder of the logs")
+        parser.error("--data must name the folder that has the logs")
     runner = Runner(arguments.data.absolute(), arguments.runs.absolute(), arguments.minutes, arguments.threads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: runner.request_stop())

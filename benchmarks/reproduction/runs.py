@@ -1,4 +1,4 @@
-"""Reading run folders, and copying what describes a run."""
+"""Read run folders, and copy the files that describe a run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from benchmarks.reproduction.runner import FINISHED, RECORD, RUNNING, is_finishe
 MASKED, NOT_MASKED = "masked", "not masked"
 _PHASES = ("spt", "rpt")
 
-# The ranking that publications on a log report, not masked where it is not named.
+# The ranking that publications report for a log. For logs that are not listed, items of the history are not masked.
 USUAL = defaultdict(lambda: NOT_MASKED, {"Beauty.txt": MASKED})
 
 Row = dict[str, Any]
 
 
 def collect(runs: Path, kept: Path, experiments: Sequence[Experiment]) -> None:
-    """Copy settings, metrics and record of each run from ``runs`` to ``kept``; nothing of the data or the model."""
+    """Copy the settings, the metrics and the record of each run from ``runs`` to ``kept``, but no data and no model."""
     for experiment in experiments:
         source, target = runs / experiment.name, kept / experiment.name
         if not (source / "metrics.csv").is_file():
             continue
         target.mkdir(parents=True, exist_ok=True)
-        # The folder of the data is of no use elsewhere, and the checksum in the first line is of the file with it.
+        # The folder of the data has no meaning elsewhere. The checksum in the first line no longer fits when it is replaced.
         settings = re.sub(r"\A#.*\n", "", (source / "config.yaml").read_text())
         settings = re.sub(r"(?m)^(  path: ).*$", rf"\g<1>{experiment.data}", settings)
         (target / "config.yaml").write_text(settings)
@@ -42,7 +42,7 @@ def collect(runs: Path, kept: Path, experiments: Sequence[Experiment]) -> None:
 
 
 class Run:
-    """What the folder of ``experiment`` tells; an absent folder is a run that has not begun."""
+    """The results in the run folder of ``experiment``. If the folder does not exist, the run has not begun."""
 
     def __init__(self, experiment: Experiment, folder: Path) -> None:
         self.experiment, self.folder = experiment, folder
@@ -50,17 +50,17 @@ class Run:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """The rows of metrics.csv."""
+        """Return the rows of metrics.csv."""
         return _read(self.folder / "metrics.csv")
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What the runner wrote down."""
+        """Return the record that the runner wrote."""
         return read_record(self.folder)
 
     @property
     def state(self) -> str:
-        """In words."""
+        """Return the state of the run in words."""
         if is_finished(self.experiment, self.folder):
             return FINISHED
         if is_trained(self.experiment, self.record):
@@ -75,49 +75,49 @@ class Run:
         )
 
     def phases(self) -> list[str]:
-        """The phases with a validation."""
+        """Return the phases that have validation rows."""
         return [phase for phase in _PHASES if self._rows(phase, "valid")]
 
     def validated(self, phase: str, history: str) -> list[Row]:
-        """Validation rows, by epoch."""
+        """Return the validation rows, one for each epoch."""
         return [row for row in self._rows(phase, "valid") if row["history"] == history]
 
     def tested(self, phase: str, history: str) -> list[Row]:
-        """Test rows, by T; of a baseline the one row."""
+        """Return the test rows, one for each T; a baseline has one row."""
         return [row for row in self._rows(phase, "test") if row["history"] == history]
 
     def at_own_depth(self, phase: str, history: str) -> Row | None:
-        """The test row at the T that validation used."""
+        """Return the test row of the T that validation used."""
         tested = self.tested(phase, history)
         return next((row for row in tested if row["test_T"] == float(self.setting("mean_depth"))), None)
 
     def final(self, history: str) -> Row | None:
-        """:meth:`at_own_depth` of the last phase that was tested; its ``phase`` tells which."""
+        """Return :meth:`at_own_depth` of the last phase that was tested. The row's ``phase`` names it."""
         tested = [row for phase in self.phases() if (row := self.at_own_depth(phase, history))]
         return tested[-1] if tested else None
 
     def evaluated(self, name: str, history: str) -> list[Row]:
-        """The model's rows of an evaluation's file."""
+        """Return the model's rows of an evaluation's file."""
         return [row for row in _read(self.folder / f"{name}.csv") if row.get("test_T") and row["history"] == history]
 
     def epochs(self, phase: str) -> tuple[int, int]:
-        """How many there were, and the best by the watched ranking."""
+        """Return (number of epochs, best epoch by the ranking that early stopping watched)."""
         watched = self.validated(phase, MASKED if self.setting("watch_masked", "false") == "true" else NOT_MASKED)
-        # Of equal epochs the run keeps the last.
+        # If epochs are equally good, the run keeps the last one.
         best = max(watched, key=lambda row: (row["ndcg@10"], row["epoch"]))
         return int(watched[-1]["epoch"]), int(best["epoch"])
 
     def validation(self, phase: str, history: str) -> tuple[int, float]:
-        """(best epoch, its NDCG@10 in the ranking ``history``)."""
+        """Return (best epoch, its NDCG@10 in the ranking ``history``)."""
         best = self.epochs(phase)[1]
         return best, next(row["ndcg@10"] for row in self.validated(phase, history) if row["epoch"] == best)
 
     def training_seconds(self, phase: str) -> float:
-        """Of the training steps of every epoch, validation not counted."""
+        """Return the seconds of all training steps, without validation."""
         return sum(row.get("seconds", 0.0) for row in self.validated(phase, MASKED))
 
     def setting(self, name: str, default: str = "") -> str:
-        """A setting whose name occurs once in config.yaml."""
+        """Return the text of a setting whose name occurs once in config.yaml."""
         found = re.search(rf"(?m)^ *{name}: (.*)$", (self.folder / "config.yaml").read_text())
         return found[1] if found else default
 
@@ -126,7 +126,7 @@ class Run:
 
 
 def _read(file: Path) -> list[Row]:
-    """Rows of a CSV file, numbers as floats and empty cells left out; none if there is no file."""
+    """Return the rows of a CSV file, with numbers as floats and without empty cells; [] if there is no file."""
     if not file.is_file():
         return []
     with file.open() as lines:

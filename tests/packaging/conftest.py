@@ -1,7 +1,7 @@
-"""Fixtures that build the package: a copy of the sources, one environment with the build requirements, shared wheels.
+"""Fixtures that build the package: a copy of the sources, an environment with the build requirements, and shared wheels.
 
-These tests take minutes, so they run only under ``-m packaging``. All builds but the one of ``test_cuda.py`` leave CUDA
-out, and all share one copy of the sources, so that objects are compiled once.
+These tests take minutes, so they run only under ``-m packaging``. Only ``test_cuda.py`` builds CUDA code. All builds share one
+copy of the sources, so that objects are compiled once.
 """
 
 import dataclasses
@@ -29,12 +29,15 @@ class Result:
 
 @dataclasses.dataclass
 class Python:
-    """An interpreter in an environment of its own."""
+    """The interpreter of a separate environment."""
 
     path: Path
 
     def __call__(self, *arguments, cwd, **environ) -> Result:
-        """Run it away from the sources, with no setting of ours but those given; a None leaves a variable out."""
+        """Run it in ``cwd``, outside the sources. ``environ`` adds variables; None removes a variable.
+
+        Variables of the package, of Python and of CUDA that the tests were started with are removed.
+        """
         settings = {k: v for k, v in os.environ.items() if not k.startswith(("LARES_FAST_", "PYTHON", "CUDA"))}
         settings = {**settings, "LARES_FAST_CUDA": "0", **environ}
         settings = {k: str(v) for k, v in settings.items() if v is not None}
@@ -47,12 +50,12 @@ class Python:
         return result.output
 
     def info(self, cwd) -> dict:
-        """``lares_fast.build_info()`` as this interpreter sees it from ``cwd``."""
+        """Return ``lares_fast.build_info()`` of the package that this interpreter finds from ``cwd``."""
         code = "import json, lares_fast; print(json.dumps(lares_fast.build_info()))"
         return json.loads(self.ok("-c", code, cwd=cwd).splitlines()[-1])
 
     def wheel(self, source, to, *options, **environ) -> tuple[Path, str]:
-        """Build a wheel with this environment's build requirements; the wheel and the build's output."""
+        """Build a wheel with this environment's build requirements. Return the wheel and the output of the build."""
         arguments = ("-m", "pip", "wheel", source, "--no-deps", "--no-build-isolation", "-v", "-w", to, *options)
         output = self.ok(*arguments, cwd=to, **environ)
         (wheel,) = to.glob("*.whl")
@@ -60,7 +63,7 @@ class Python:
 
 
 def copy_sources(to: Path) -> Path:
-    """The files that git knows or would add, as they are now."""
+    """Copy the current files of the checkout, except files that git ignores."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -76,7 +79,7 @@ def copy_sources(to: Path) -> Path:
 
 
 def create(folder: Path, *, with_pip: bool = True) -> Python:
-    """An environment with pip or nothing."""
+    """Create an environment, with pip or empty."""
     venv.create(folder, with_pip=with_pip, symlinks=True)
     return Python(folder / "bin" / "python")
 
@@ -86,7 +89,7 @@ def packages_of(folder: Path) -> Path:
 
 
 def link(folder: Path, origin: Path, leave: tuple[str, ...] = ()) -> None:
-    """Make the packages of ``origin`` part of the environment in ``folder``."""
+    """Link the packages of ``origin`` into the environment in ``folder``."""
     for entry in origin.iterdir():
         target = packages_of(folder) / entry.name
         if not entry.name.startswith(("pip", "__", *leave)) and not target.exists():
@@ -95,13 +98,13 @@ def link(folder: Path, origin: Path, leave: tuple[str, ...] = ()) -> None:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory):
-    """The copy of the sources that the builds share; a test that changes files makes its own."""
+    """The copy of the sources that the builds share. A test that changes files makes its own copy."""
     return copy_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="session")
 def builder(tmp_path_factory):
-    """An environment with the build requirements and nothing else: no torch."""
+    """An environment with the build requirements only, so without torch."""
     python = create(tmp_path_factory.mktemp("builder"))
     requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     python.ok("-m", "pip", "install", "-q", *requirements, cwd=ROOT.parent)
@@ -111,7 +114,7 @@ def builder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def user(builder, tmp_path_factory):
-    """Makes environments that hold the dependencies, linked from the running one, but not lares_fast."""
+    """Make environments that have the dependencies, linked from the running environment, but not lares_fast."""
 
     def make(*, with_pip: bool = True, build_requirements: bool = False) -> Python:
         folder = tmp_path_factory.mktemp("user")
@@ -131,7 +134,7 @@ def user(builder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runner(user):
-    """An environment that only runs what lies unpacked in a folder."""
+    """An environment that runs packages which are unpacked in a folder."""
     return user(with_pip=False)
 
 
@@ -151,7 +154,7 @@ def wheel(sources, builder, tmp_path_factory):
 
 @pytest.fixture
 def needed():
-    """The libraries and search paths that a shared object asks the loader for."""
+    """``needed(library)`` returns the libraries and search paths that a shared object asks the loader for."""
 
     def read(library: Path) -> str:
         listing = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
@@ -164,7 +167,7 @@ def needed():
 
 @pytest.fixture
 def broken_nvcc(tmp_path):
-    """A PATH whose first nvcc fails, on a machine that shows a GPU."""
+    """A PATH whose first nvcc fails, and whose nvidia-smi lists a GPU."""
     folder = broken(tmp_path)
     nvidia_smi(folder, ONE_GPU)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"

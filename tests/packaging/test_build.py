@@ -1,4 +1,4 @@
-"""What the build decides, and how it says so."""
+"""The build's decisions, and its messages about them."""
 
 import os
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def unpacked_info(python, wheel, to):
-    """``build_info()`` of a wheel that is only unpacked."""
+    """Return ``build_info()`` of a wheel that is unpacked but not installed."""
     shutil.unpack_archive(wheel, to, "zip")
     return python.info(to)
 
@@ -41,7 +41,7 @@ def test_no_nvcc_gives_a_cpu_build_and_one_line(builder, runner, sources, tmp_pa
     emptied = script.replace('CUDA_FOLDERS = ("/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda")', 'CUDA_FOLDERS = ("/nowhere",)')
     assert emptied != script
     (copy / "setup.py").write_text(emptied)
-    # The compiler and git keep their links; nvcc is what PATH loses.
+    # This PATH has the compiler, but no nvcc.
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("c++", "cc", "gcc", "g++", "as", "ld", "ar", "ranlib", "strip", "sh", "uname"):
@@ -61,7 +61,7 @@ def test_no_nvcc_gives_a_cpu_build_and_one_line(builder, runner, sources, tmp_pa
 
 
 def test_without_a_gpu_no_cuda_code_is_compiled_unasked(sources, builder, runner, tmp_path):
-    """Nor is nvcc, which is broken here, so much as tried."""
+    """The build does not try nvcc, which is broken here."""
     tools = broken(tmp_path)
     nvidia_smi(tools, "echo 'No devices were found'")
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"

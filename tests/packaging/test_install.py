@@ -1,4 +1,4 @@
-"""What is installed, and that it works from where users are."""
+"""An install has the right files, and works outside the sources."""
 
 import shutil
 import tarfile
@@ -51,7 +51,7 @@ def test_sdist_builds_the_same_wheel(sdist, wheel, builder, tmp_path):
 
 
 def test_plain_install_with_isolation(sources, user, tmp_path):
-    """``pip install .`` as a user types it, then use from another directory."""
+    """``pip install .`` as a user types it; then the package is used from another folder."""
     python = user()
     torch = python.ok("-c", "import torch; print(torch.__version__.partition('+')[0])", cwd=tmp_path).strip()
     (tmp_path / "constraints.txt").write_text(f"torch=={torch}\n")
@@ -80,7 +80,7 @@ def test_editable_install(sources, user, tmp_path):
     assert Path(where) == copy / "kernels" / "__init__.py"
     assert python("-c", "import kernels", cwd=elsewhere).code != 0
     assert not list(copy.glob("*.egg-info"))
-    # A later edit is seen at once, and a later pure build leaves no native module behind.
+    # A later edit takes effect at once, and a later pure build removes the native module.
     (copy / "lares_fast" / "_errors.py").open("a").write("\nMARK = 1\n")
     python.ok("-c", "from lares_fast._errors import MARK", cwd=elsewhere)
     python.ok(*install, cwd=copy, LARES_FAST_BUILD="none", LARES_FAST_CUDA=None)

@@ -1,4 +1,4 @@
-"""What setup.py decides, by itself: no build, and a driver and a toolkit that are scripts."""
+"""The decisions of setup.py alone: nothing is built, and scripts stand in for the driver and the toolkit."""
 
 import importlib.util
 import os
@@ -56,7 +56,7 @@ def test_other_platforms_are_pure_python_and_told_so(script, monkeypatch, system
 
 @pytest.fixture
 def driver(script, tmp_path, monkeypatch):
-    """``driver(lines)``: why no CUDA code is compiled unasked where nvidia-smi does this."""
+    """``driver(lines)`` returns ``no_gpu()`` on a machine whose nvidia-smi is this script."""
 
     def ask(lines):
         if lines is not None:
@@ -145,6 +145,6 @@ def test_other_architectures_are_built_in_another_folder(script):
         for archs in ("90", "80,90"):
             build.archs = archs
             keys[nvcc, archs] = build.key("1", nvcc)
-    # Without nvcc there is nothing that they could change.
+    # Without nvcc the architectures change nothing.
     assert keys["", "90"] == keys["", "80,90"]
     assert len(set(keys.values())) == 3
