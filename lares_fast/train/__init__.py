@@ -2,7 +2,7 @@
 
 from lares_fast.train.config import DataConfig, EvalConfig, RPTConfig, RunConfig, SPTConfig
 from lares_fast.train.evaluate import model_ranks
-from lares_fast.train.loop import Interrupted, Trainer
+from lares_fast.train.trainer import Interrupted, Trainer
 from lares_fast.train.metrics import metrics
 
 __all__ = [

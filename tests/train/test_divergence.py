@@ -11,7 +11,7 @@ from lares_fast.train import Interrupted, Trainer, model_ranks
 from lares_fast.train.checkpoint import load_state, load_weights
 from lares_fast.train.evaluate import keep_rankable
 from lares_fast.train.finite import NotFiniteError, all_finite, largest
-from lares_fast.train.loop import evaluation_key
+from lares_fast.train.trainer import evaluation_key
 from lares_fast.train.spt import SPT
 from tests.support import train_run
 

@@ -210,7 +210,7 @@ def test_a_state_without_newer_settings_and_counters_is_resumed(whole, tmp_path)
 
 def test_an_epoch_that_was_cut_counts_all_its_seconds(tmp_path, monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr("lares_fast.train.loop.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("lares_fast.train.trainer.time.monotonic", lambda: next(clock))
     train_run.train(tmp_path / "whole", ("spt",), spt_epochs=1)
     with pytest.raises(Interrupted):
         train_run.train(tmp_path / "cut", ("spt",), spt_epochs=1, stop=train_run.Stop("step", 2))
