@@ -11,7 +11,17 @@ class LaresFastError(Exception):
 
 
 class InputError(LaresFastError, ValueError):
-    """An argument, a configuration key or a file is not usable; the command line exits with code 2."""
+    """An argument, a configuration key or a file is not usable; the command line exits with code 2.
+
+    ``setting``
+        The dotted name of the setting that the user can change, such as ``data.format``, or ``None``.
+    ``value``
+        The value that the message advises for ``setting``, or ``None`` if the user must choose it.
+    """
+
+    def __init__(self, message: str, setting: str | None = None, value: object = None) -> None:
+        super().__init__(message)
+        self.setting, self.value = setting, value
 
 
 class BackendError(LaresFastError, RuntimeError):

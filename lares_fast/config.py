@@ -134,6 +134,14 @@ class LARESConfig:
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
+    def preview(cls, **settings: Any) -> LARESConfig:
+        """A configuration before the catalog is known: ``n_items`` is 2, the least that is valid.
+
+        It checks ``settings``, fills in the others, and describes every part of a model except its item table.
+        """
+        return cls(n_items=2, **settings)
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LARESConfig:
         """The inverse of :meth:`to_dict`; an unknown key is an :class:`InputError`."""
         known = {field.name for field in fields(cls)}

@@ -105,7 +105,7 @@ def test_a_stop_during_the_baselines_is_heeded_and_a_resumed_run_has_both(tmp_pa
         return run
 
     def baselines_of(run):
-        return [row["phase"] for row in run.state["history"] if row["phase"] in ("popularity", "markov")]
+        return [row["phase"] for row in run.state.history if row["phase"] in ("popularity", "markov")]
 
     stopped = trainer(what)
     with pytest.raises(Interrupted):

@@ -108,7 +108,7 @@ def test_every_setting_is_honoured_and_told_or_refused(stopped, section, name):
                 Trainer(new, train_run.log(), train_run.split(), stopped / place)
             continue
         trainer = Trainer(new, train_run.log(), train_run.split(), stopped / place)
-        (event,) = trainer._news
+        (event,) = trainer._run.news
         before, after = (settings_of(config)[key] for config in (train_run.config(), new))
         assert event == {"event": "changed", "what": "setting", "name": key, "old": before, "new": after}
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def served(folder):
 
 
 READERS = {
-    "state.pt": lambda folder: plain(state.load_run(folder / "state.pt")),
+    "state.pt": lambda folder: plain(asdict(state.load_run(folder / "state.pt"))),
     "model.safetensors": served,
     "item_ids.json": served,
     "config.yaml": lambda folder: settings.build(folder / "config.yaml").to_dict(),

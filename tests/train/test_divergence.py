@@ -11,7 +11,7 @@ from lares_fast.train import Interrupted, Trainer, model_ranks
 from lares_fast.train.checkpoint import load_state, load_weights
 from lares_fast.train.evaluate import keep_rankable
 from lares_fast.train.finite import NotFiniteError, all_finite, largest
-from lares_fast.train.trainer import evaluation_key
+from lares_fast.train.keys import evaluation_key
 from lares_fast.train.spt import SPT
 from tests.support import train_run
 
@@ -49,11 +49,11 @@ def test_a_learning_rate_far_too_high(tmp_path, lr, size, minutes):
 
 
 def test_nothing_reaches_the_weights_when_the_loss_or_its_gradient_is_not_finite(tmp_path, monkeypatch):
-    whole = SPT.loss
+    whole = SPT.forward
 
-    def loss(harm):
-        def of_batch(self, batch, key):
-            value, parts = whole(self, batch, key)
+    def forward(harm):
+        def of_batch(self, batch):
+            value, parts = whole(self, batch)
             count.append(0)
             return (harm(value) if len(count) == 3 else value), parts
 
@@ -67,11 +67,11 @@ def test_nothing_reaches_the_weights_when_the_loss_or_its_gradient_is_not_finite
     }
     for name, harm in harms.items():
         count = []
-        monkeypatch.setattr(SPT, "loss", loss(harm))
+        monkeypatch.setattr(SPT, "forward", forward(harm))
         run = trainer(tmp_path / name, spt={"batch_size": 64})
         with pytest.raises(NotFiniteError, match=r"after 2 of its steps: lower spt\.lr"):
             run.run(("spt",))
-        assert run.state["step"] == 2 and all_finite(run.model.state_dict().values())
+        assert run.state.progress.step == 2 and all_finite(run.model.state_dict().values())
         assert_sound(tmp_path / name)
 
 

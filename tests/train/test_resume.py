@@ -51,9 +51,10 @@ def test_a_newer_best_model_makes_an_earlier_test_void(tmp_path):
         return [row for row in history if (row["phase"], row["split"]) == ("spt", "test")]
 
     trainer = train_run.train(tmp_path, ("spt",), spt_epochs=1)
-    assert tests(trainer.state["history"])
-    trainer.state["best_value"] = 0.0  # whatever comes is better
-    trainer._save()
+    assert tests(trainer.state.history)
+    # Any later model is better.
+    trainer.state.progress.best_value = 0.0
+    trainer._run.save()
     with pytest.raises(Interrupted):
         train_run.train(tmp_path, ("spt",), stop=train_run.Stop("valid", 1), spt_epochs=3)
     assert not tests(load_state(tmp_path / "state.pt")["history"])
@@ -129,7 +130,7 @@ def test_a_resumed_run_takes_other_settings(tmp_path):
     trainer = Trainer(other, train_run.log(), train_run.split(), tmp_path)
     trainer.run(("spt",))
     after = load_state(tmp_path / "state.pt")["model"]
-    assert trainer.state["history"][-1]["epoch"] == 2
+    assert trainer.state.history[-1]["epoch"] == 2
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
@@ -210,7 +211,7 @@ def test_a_state_without_newer_settings_and_counters_is_resumed(whole, tmp_path)
 
 def test_an_epoch_that_was_cut_counts_all_its_seconds(tmp_path, monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr("lares_fast.train.trainer.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("lares_fast.train.epoch.time.monotonic", lambda: next(clock))
     train_run.train(tmp_path / "whole", ("spt",), spt_epochs=1)
     with pytest.raises(Interrupted):
         train_run.train(tmp_path / "cut", ("spt",), spt_epochs=1, stop=train_run.Stop("step", 2))
@@ -235,7 +236,7 @@ def test_early_stopping_watches_the_ranking_that_it_is_told(watch_masked, histor
     settings = replace(train_run.config().evaluation, watch_masked=watch_masked)
     trainer = Trainer(replace(train_run.config(), evaluation=settings), train_run.log(), train_run.split(), tmp_path)
     rows = [row for row in trainer.run(("spt",)) if row["split"] == "valid"]
-    assert trainer.state["best_value"] == max(row["ndcg@10"] for row in rows if row["history"] == history)
+    assert trainer.state.progress.best_value == max(row["ndcg@10"] for row in rows if row["history"] == history)
     assert len({row["ndcg@10"] for row in rows}) == len(rows)
 
 
