@@ -135,9 +135,9 @@ class LARESConfig:
 
     @classmethod
     def preview(cls, **settings: Any) -> LARESConfig:
-        """A configuration before the catalog is known: ``n_items`` is 2, the least that is valid.
+        """Return a configuration for use before the catalog is known: ``n_items`` is 2, the smallest valid value.
 
-        It checks ``settings``, fills in the others, and describes every part of a model except its item table.
+        All other values are checked and filled in as usual, so it describes every part of a model except its item table.
         """
         return cls(n_items=2, **settings)
 

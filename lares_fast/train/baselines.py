@@ -38,10 +38,6 @@ def markov_ranks(log: InteractionLog, split: Split, rows: Rows, progress: Progre
     return _ranks(log, rows, _Followers(_places(log, split), log.items[following - 1], log.items[following]), progress)
 
 
-# Name in the table of results -> ranks.
-BASELINES = {"popularity": popularity_ranks, "markov": markov_ranks}
-
-
 class _Followers:
     """The order of all items after each item: its followers by how often they followed, then the rest by popularity.
 

@@ -40,8 +40,7 @@ def changed_settings(old: dict[str, Any], state: RunState, config: RunConfig, ru
             raise InputError(
                 f"{name} cannot change from {before} to {now} when {run} goes on, because {reason}: "
                 f"resume with {name}={before}, or begin a new run in another folder.",
-                setting=name,
-                value=before,
+                setting=f"{name}={before}",
             )
     return changes
 

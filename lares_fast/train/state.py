@@ -82,7 +82,7 @@ class RunState:
     ``phase, progress``
         The current phase and how far it has come.
     ``restarts``
-        How many runs came before this one in a chain of runs that start from each other's models.
+        The number of earlier runs in a chain of runs, each of which started from the model of the run before it.
     ``history``
         The rows of metrics.csv.
     """
@@ -101,7 +101,7 @@ class SavedRun:
     ``state``
         Where the run stands.
     ``optimizer``
-        The ``state_dict`` of Adam, or ``None`` where no step of the phase has been made.
+        The ``state_dict`` of Adam, or ``None`` before the training of the phase has begun.
     ``model, start``
         The weights of the model, and of the frozen model that phase ``rpt`` started from (``None`` in phase ``spt``).
     ``settings, environment``
@@ -158,7 +158,7 @@ def _fault(values: dict[str, Any]) -> str | None:
 
 
 def _wrong_type(values: dict[str, Any]) -> str | None:
-    # A file with settings has all newer entries, except that the two times were added in no fixed version.
+    # A file with settings must have the other newer entries too. The two times may be missing in any file.
     optional = ("seconds", "waited") if "settings" in values else _NEWER
     for name, hint in _HINTS.items():
         if name not in values:

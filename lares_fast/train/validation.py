@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from lares_fast.data import Rows
-from lares_fast.train.baselines import BASELINES
 from lares_fast.train.checkpoint import weights_of
 from lares_fast.train.evaluate import MASKED, NOT_MASKED, model_ranks
 from lares_fast.train.finite import NotFiniteError
 from lares_fast.train.keys import evaluation_key
 from lares_fast.train.metrics import metrics
+from lares_fast.train.results import BASELINES, result_rows
 from lares_fast.train.run import Run
 
 # The metric that early stopping watches.
@@ -26,10 +24,11 @@ def validate(run: Run, epoch: int, means: dict[str, float]) -> None:
     """
     state, progress = run.state, run.state.progress
     try:
-        results = _evaluate(run, run.split.valid, "valid", epoch, run.model.config.steps, means)
+        ranks = _evaluate(run, run.split.valid, "valid", epoch, run.model.config.steps, means)
     except NotFiniteError:
         raise run.diverged("the scores in validation are not finite") from None
-    watched = results[MASKED if run.config.evaluation.watch_masked else NOT_MASKED]
+    settings = run.config.evaluation
+    watched = metrics(ranks[MASKED if settings.watch_masked else NOT_MASKED], settings.ks)
     value = watched[WATCHED]
     # As in RecBole, a tie counts as an improvement.
     better = value >= progress.best_value
@@ -60,11 +59,11 @@ def rank_test_rows(run: Run) -> None:
 
 def rank_baselines(run: Run) -> None:
     """Rank the test rows by each baseline that has no results yet."""
-    for name, ranks in BASELINES.items():
+    for name, baseline in BASELINES.items():
         # A run may have been stopped between two of them.
         if all(row["phase"] != name for row in run.state.history):
-            found = ranks(run.log, run.split, run.split.test, run.events.progress(name))
-            _add_results(run, found, phase=name, split="test")
+            ranks = baseline(run.log, run.split, run.split.test, run.events.progress(name))
+            run.state.history += result_rows(ranks, run.config.evaluation.ks, phase=name, split="test")
 
 
 def _drop_tests(run: Run) -> None:
@@ -73,8 +72,8 @@ def _drop_tests(run: Run) -> None:
     run.state.history = [row for row in run.state.history if (row["phase"], row["split"]) != (phase, "test")]
 
 
-def _evaluate(run: Run, rows: Rows, split: str, epoch: int, depth: int, means: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Rank ``rows`` at ``depth`` steps, add the results to the history, and return the metrics by kind of history."""
+def _evaluate(run: Run, rows: Rows, split: str, epoch: int, depth: int, means: dict[str, float]) -> dict[str, Tensor]:
+    """Rank ``rows`` at ``depth`` steps, add the results to the history, and return the ranks."""
     settings = run.config.evaluation
     ranks = model_ranks(
         run.model,
@@ -85,10 +84,6 @@ def _evaluate(run: Run, rows: Rows, split: str, epoch: int, depth: int, means: d
         batch_size=settings.batch_size,
         progress=run.events.progress(f"{split} T={depth}"),
     )
-    return _add_results(run, ranks, phase=run.state.phase, split=split, epoch=epoch, test_T=depth, **means)
-
-
-def _add_results(run: Run, ranks: dict[str, Tensor], **labels: Any) -> dict[str, dict[str, float]]:
-    results = {history: metrics(rank, run.config.evaluation.ks) for history, rank in ranks.items()}
-    run.state.history += [{**labels, "history": history, **values} for history, values in results.items()]
-    return results
+    labels = {"phase": run.state.phase, "split": split, "epoch": epoch, "test_T": depth, **means}
+    run.state.history += result_rows(ranks, settings.ks, **labels)
+    return ranks
