@@ -84,7 +84,7 @@ def load_weights_about(path: Path) -> tuple[Weights, LARESConfig, dict[str, str]
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:
-        raise InputError(f"{path} is no readable safetensors file: it is truncated or of another format.") from error
+        raise InputError(f"{path} is not a readable safetensors file: it is truncated or of another format.") from error
     if _FORMAT not in metadata:
         raise InputError(f"{path} was not written by lares_fast ({_FORMAT}): convert official weights with lares_fast.convert.")
     values, about = _verified(path, metadata[_FORMAT], weights)
@@ -145,15 +145,13 @@ def _verified(path: Path, text: str, weights: Weights) -> tuple[Any, dict[str, s
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"{path} has metadata that cannot be read: it is damaged; train again, or take a copy.")
+        raise InputError(f"{path} is damaged (its metadata cannot be read): train again, or use a copy.")
     if "n_items" in content:
         # An earlier version wrote only the configuration.
         return content, {}
     stored = content.pop("sha256", None)
     if set(content) != {"config", "about"} or stored != _digest(weights, content):
-        raise InputError(
-            f"{path} is damaged (it does not have its own checksum): lares-fast train --resume {path.parent} writes it again."
-        )
+        raise InputError(f"{path} is damaged (its checksum is wrong): lares-fast train --resume {path.parent} writes it again.")
     return content["config"], content["about"]
 
 
@@ -179,7 +177,7 @@ def _config(path: Path, values: Any) -> LARESConfig:
     try:
         config = LARESConfig.from_dict(values)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path} holds a configuration that cannot be used ({error}): train again, or take a copy.") from None
+        raise InputError(f"{path} holds a configuration that cannot be used ({error}): train again, or use a copy.") from None
     for field in fields(config):
         allowed = {kind for part in str(field.type).split(" | ") for kind in _KINDS[part]}
         if type(value := getattr(config, field.name)) not in allowed:

@@ -128,7 +128,7 @@ def _acquire(folder: Path, tell: Callable[[str], Any]) -> int | None:
         except BlockingIOError:
             os.close(descriptor)
             raise InputError(
-                f"{folder} is in use: another run writes into it; wait for its end, stop it, or choose another folder."
+                f"{folder} is in use: another run writes into it; wait until it ends, stop it, or choose another folder."
             ) from None
         except OSError as error:
             os.close(descriptor)

@@ -48,7 +48,9 @@ class RunFolder:
         """
         with locked(self.path, tell):
             if _stamp(self.state_file) != self._stamp:
-                raise InputError(f"{self.path} was changed by another run since this one read it: begin again from its state.")
+                raise InputError(
+                    f"{self.path} was changed by another run since this one read it: start again from its new state."
+                )
             remove_leftovers(self.path, _FILES)
             yield
 

@@ -79,7 +79,7 @@ def resume_events(saved: SavedRun, config: RunConfig, run: Path) -> list[dict[st
     Raises :class:`InputError` as :func:`changed_settings`.
     """
     if saved.settings is None or saved.environment is None:
-        text = f"{run / 'state.pt'} is of an earlier version and holds no settings: whether some have changed is not checked."
+        text = f"{run / 'state.pt'} is of an earlier version and holds no settings, so changed settings are not detected."
         return [{"event": "notice", "text": text}]
     changes = {
         "setting": changed_settings(saved.settings, saved.state, config, run),

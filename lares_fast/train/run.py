@@ -134,7 +134,7 @@ class Run:
             )
         else:
             setting = "model.tau"
-            remedy = "no step is made yet, so a setting of the model is out of range: model.tau may be too small"
+            remedy = "no step was made yet, so a setting of the model is out of range: model.tau may be too small"
         where = f"in epoch {progress.epoch + 1} of phase {phase}, after {progress.step} of its steps"
         return NotFiniteError(f"{found} {where}: {remedy}.", setting=setting)
 

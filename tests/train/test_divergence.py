@@ -1,4 +1,4 @@
-"""A model that diverges is never saved, chosen or exported, and the run can go on from what was saved before."""
+"""A diverged model is never saved, chosen or exported, and the run can be resumed from the state before it."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def assert_sound(out):
 @pytest.mark.parametrize("minutes", [10.0, 0.0])
 @pytest.mark.parametrize(("lr", "size"), [(1e30, 64), (1e30, 100_000), (1e19, 64), (1e37, 100_000)])
 def test_a_learning_rate_far_too_high(tmp_path, lr, size, minutes):
-    """In either phase, in the middle of an epoch or at its end, and whether steps are saved or not."""
+    """The run diverges in each phase, in an epoch or at its end, with and without checkpoints after each step."""
     for phase in ("spt", "rpt"):
         before = load_weights(tmp_path / "model.safetensors")[0] if phase == "rpt" else None
         with pytest.raises(InputError, match=rf"lower {phase}\.lr and resume"):
@@ -135,7 +135,7 @@ def model(request):
     ],
 )
 def test_ranks_of_a_broken_model_are_refused(model, name, value):
-    """Also where a single number is broken, and where the scores would be finite by accident."""
+    """One broken number is enough, and even scores that are finite by accident do not count."""
     log, rows = train_run.log(), train_run.split().valid
     with torch.no_grad():
         model.get_parameter(name).view(-1)[-1] = value
@@ -170,7 +170,7 @@ def test_queries_that_overflow_are_refused_though_all_weights_are_sound(model, m
 
 
 def test_a_stop_at_the_first_step_still_saves(tmp_path):
-    """The state that is written before the first step does not stand in the way of a stop."""
+    """The state that is written before the first step is replaced when the run stops."""
     stop = train_run.Stop("step", 1)
     with pytest.raises(Interrupted):
         train_run.train(tmp_path, ("spt",), stop=stop)
