@@ -29,8 +29,7 @@ def train_epoch(run: Run, phase: Phase, optimizer: torch.optim.Optimizer, key: K
     clock = _Clock(run)
     phase.train()
     while progress.step < last:
-        keyed = step_key(key, progress.step)
-        batch = clock.fetch(phase, batches[progress.step], keyed)
+        batch = clock.fetch(phase, batches[progress.step], step_key(key, progress.step))
         parts = _loss_and_gradient(run, phase, optimizer, batch)
         # Here the saved weights have shown that their next loss is finite, so a run can continue from them.
         clock.save_if_due()

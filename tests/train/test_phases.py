@@ -76,6 +76,14 @@ def test_the_loss_depends_on_the_key_alone(name):
     assert loss((3, 4)) == one != loss((3, 5))
 
 
+@pytest.mark.parametrize(("name", "passes"), [("spt", 3), ("rpt", 2)])
+def test_every_pass_of_every_step_has_its_own_random_numbers(name, passes):
+    phase = phase_of(name, model_of(train_run.log()))
+    batches = [phase.batch(torch.arange(10), key) for key in ((3, 4), (3, 5))]
+    drawn = [each for batch in batches for each in (batch.passes if name == "spt" else (batch.policy_pass, batch.start_pass))]
+    assert len({each.draw.key for each in drawn}) == 2 * passes
+
+
 @pytest.mark.parametrize("name", ["spt", "rpt"])
 def test_a_batch_goes_to_a_device_with_its_rows_only(name):
     batch = phase_of(name, model_of(train_run.log())).batch(torch.arange(10), root_key(1))
