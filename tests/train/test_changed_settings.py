@@ -248,6 +248,13 @@ def test_values_that_a_setting_cannot_have(kind, values):
     assert error.value.setting == f"{section}{name}"
 
 
+def test_a_preview_checks_the_settings_of_a_model_whose_catalog_is_unknown():
+    preview = LARESConfig.preview(**train_run.MODEL)
+    assert preview.n_items == 2 and preview.replace(n_items=9) == LARESConfig(n_items=9, **train_run.MODEL)
+    with pytest.raises(InputError, match="max_len must be at least 1"):
+        LARESConfig.preview(max_len=0)
+
+
 def test_numbers_of_array_libraries_can_be_saved_and_read_again(tmp_path):
     config = train_run.config(spt_epochs=1)
     config = replace(
