@@ -134,6 +134,14 @@ class LARESConfig:
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
+    def preview(cls, **settings: Any) -> LARESConfig:
+        """Return a configuration for use before the catalog is known: ``n_items`` is 2, the smallest valid value.
+
+        All other values are checked and filled in as usual, so it describes every part of a model except its item table.
+        """
+        return cls(n_items=2, **settings)
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LARESConfig:
         """The inverse of :meth:`to_dict`; an unknown key is an :class:`InputError`."""
         known = {field.name for field in fields(cls)}

@@ -19,7 +19,7 @@ from lares_fast.cli.evaluate import open_run, run_config
 from lares_fast.reference import ranking_reward
 from lares_fast.serve import load_about
 from lares_fast.train import model_ranks
-from lares_fast.train.loop import evaluation_key
+from lares_fast.train.keys import evaluation_key
 
 SPLITS, K = ("valid", "test"), 10
 _RESAMPLES = 2_000

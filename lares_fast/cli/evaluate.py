@@ -19,7 +19,7 @@ from lares_fast.train import RunConfig, metrics, model_ranks
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
 from lares_fast.train.files import write_text
 from lares_fast.train.identity import log_identity
-from lares_fast.train.loop import evaluation_key
+from lares_fast.train.keys import evaluation_key
 from lares_fast.train.metrics import rows_csv
 
 

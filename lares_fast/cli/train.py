@@ -179,7 +179,7 @@ class _Curves:
         if not self._possible:
             return
         try:
-            save_curves(self._trainer.out / "curves.png", self._trainer.state["history"], self._title)
+            save_curves(self._trainer.out / "curves.png", self._trainer.state.history, self._title)
         except MissingExtraError as error:
             self._possible = False
             notice(str(error))

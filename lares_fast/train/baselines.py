@@ -1,4 +1,4 @@
-"""What needs no training: popularity and first-order Markov, ranked by the same protocol as the model."""
+"""Baselines without training, popularity and a first-order Markov chain, ranked by the protocol of the model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _NOTHING = np.empty(0, np.int64)
 
 
 def popularity_ranks(log: InteractionLog, split: Split, rows: Rows, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Ranks by how often an item occurs in the training events, ties by id; returned as by ``model_ranks``.
+    """Rank items by how often they occur in the training events, ties by id; returns as ``model_ranks``.
 
-    ``progress`` is called now and then as ``progress(done_rows, total_rows)``.
+    ``progress`` is called after each batch with the number of finished rows and of all rows.
     """
     return _ranks(log, rows, _Followers(_places(log, split), _NOTHING, _NOTHING), progress)
 
 
 def markov_ranks(log: InteractionLog, split: Split, rows: Rows, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Ranks by how often an item followed the row's last item in training, ties by popularity, then by id.
+    """Rank items by how often they followed the row's last item in training, ties by popularity, then by id.
 
-    ``progress`` is called as by :func:`popularity_ranks`.
+    Returns, and calls ``progress``, as :func:`popularity_ranks`.
     """
     seen = _in_training(log, split)
     follows = seen & np.roll(seen, 1)
@@ -41,21 +41,24 @@ def markov_ranks(log: InteractionLog, split: Split, rows: Rows, progress: Progre
 class _Followers:
     """The order of all items after each item: its followers by how often they followed, then the rest by popularity.
 
-    Only pairs of items that occur are kept, sorted by ``previous * N + place of next``.
+    It stores only pairs of items that occur, sorted by ``previous * N + place of the next item``.
     """
 
     def __init__(self, place: NDArray[np.int64], previous: NDArray[np.integer], following: NDArray[np.integer]) -> None:
-        """``place`` [N]: where each item stands by popularity, 0 first. ``previous``, ``following``: pairs of items."""
+        """``place`` [N] is each item's place by popularity, 0 first; ``previous`` and ``following`` [n] are pairs of items."""
         self.place = place
         self._pairs, self._times = np.unique(previous.astype(np.int64) * len(place) + place[following], return_counts=True)
         of_pair = self._pairs // len(place)
         order = np.lexsort((-self._times, of_pair))
-        # Of each pair: how many followers of the same item stand before it.
+        # For each pair: the number of followers of the same item that come before it.
         self._before = np.empty(len(order), np.int64)
         self._before[order] = np.arange(len(order)) - np.searchsorted(of_pair, of_pair[order])
 
     def find(self, last: NDArray[np.int64], item: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """How often ``item`` [n] followed ``last`` [n], and where the pair stands or would stand among the pairs."""
+        """Return how often ``item`` [n] followed ``last`` [n], and the pair's position among the stored pairs.
+
+        A pair that is not stored gets the position where it would be inserted.
+        """
         code = last * len(self.place) + self.place[item]
         at = np.searchsorted(self._pairs, code)
         times = np.zeros(len(code), np.int64)
@@ -65,9 +68,9 @@ class _Followers:
         return times, at
 
     def rank(self, last: NDArray[np.int64], item: NDArray[np.integer]) -> NDArray[np.int64]:
-        """The 0-based rank of ``item`` [n] after ``last`` [n]."""
+        """Return the rank of ``item`` [n] after ``last`` [n], 0 for the best."""
         times, at = self.find(last, item)
-        # More popular items, and those that are less popular but follow.
+        # Items that are more popular rank before it, and less popular items that follow ``last``.
         ranks = self.place[item] + np.searchsorted(self._pairs, (last + 1) * len(self.place)) - at
         follows = times > 0
         ranks[follows] = self._before[at[follows]]
@@ -93,7 +96,10 @@ def _ranks(log: InteractionLog, rows: Rows, followers: _Followers, progress: Pro
 
 
 def _batches(log: InteractionLog, rows: Rows) -> Iterator[NDArray[np.int64]]:
-    """Indices of rows in order, so few at a time that their histories are few events (but at least one row)."""
+    """Yield the indices of the rows in order, in batches of bounded size whose histories are bounded in total.
+
+    A batch has at least one row.
+    """
     events = np.cumsum(rows.ends - log.offsets[rows.users])
     begin = 0
     while begin < len(rows):
@@ -105,12 +111,12 @@ def _batches(log: InteractionLog, rows: Rows) -> Iterator[NDArray[np.int64]]:
 
 
 def _in_training(log: InteractionLog, split: Split) -> NDArray[np.bool_]:
-    """[E]: the events that training may see."""
+    """Return a mask [E] of the training events."""
     return np.arange(log.n_events) < np.repeat(split.train_end, log.lengths)
 
 
 def _places(log: InteractionLog, split: Split) -> NDArray[np.int64]:
-    """[N]: where each item stands by its number of training events, ties by id; PAD stands last."""
+    """Return the place [N] of each item by its number of training events, ties by id; PAD comes last."""
     counts = np.bincount(log.items[_in_training(log, split)], minlength=log.n_items)
     place = np.empty(log.n_items, np.int64)
     place[1 + np.argsort(-counts[1:], kind="stable")] = np.arange(log.n_items - 1)

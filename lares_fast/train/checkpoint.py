@@ -1,8 +1,8 @@
-"""Files of a run: verified when they are read, and read without unpickling code.
+"""The files state.pt and model.safetensors: they are verified when they are read, and reading them runs no code.
 
-A damaged file is an :class:`InputError` that names it: ``state.pt`` has the checksums of its archive, and the metadata of
-``model.safetensors`` holds a SHA-256 of everything in it and one of ``item_ids.json``. Files that an earlier version wrote
-without a SHA-256 are read all the same.
+A damaged file raises an :class:`InputError` that names it. ``state.pt`` is an archive with checksums. The metadata of
+``model.safetensors`` holds a SHA-256 of everything in the file, and one of ``item_ids.json``. Files of an earlier version
+have no SHA-256 and are read without that check.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Weights = dict[str, Tensor]
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Atomically write the resumable state: tensors and plain values only."""
+    """Write ``state`` to ``path`` atomically; it holds tensors and plain values only."""
     atomic_write(path, lambda file: torch.save({"format": _FORMAT, **state}, file))
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read :func:`save_state`'s file; :class:`InputError` if it is missing, damaged or something else."""
+    """Read the file that :func:`save_state` wrote; raises :class:`InputError` if it is missing, damaged or another file."""
     _require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.load reads past the checksums.
+            # torch.load does not check the checksums.
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -54,33 +54,37 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def save_weights(path: Path, weights: Weights, config: LARESConfig, about: dict[str, str] | None = None) -> None:
-    """Atomically write a safetensors file with ``config`` and ``about`` in its metadata, and a SHA-256 of all three.
+    """Write a safetensors file to ``path`` atomically.
 
-    Raises :class:`InputError` for weights that are not finite.
+    Its metadata holds ``config``, ``about`` (entries on the log and the split) and a SHA-256 of them and the weights.
+    Raises :class:`NotFiniteError` for weights that are not finite.
     """
     if not all_finite(weights.values()):
         raise NotFiniteError(f"{path} is not written: the weights are not finite; train with a lower lr.")
     content: dict[str, Any] = {"config": config.to_dict(), "about": about or {}}
-    # One entry: safetensors writes several in no fixed order, and equal runs are to give equal files.
+    # One entry, because safetensors writes several entries in no fixed order, and equal runs must give equal files.
     metadata = {_FORMAT: json.dumps({**content, "sha256": _digest(weights, content)})}
     data = safetensors_bytes({name: value.contiguous() for name, value in weights.items()}, metadata)
     atomic_write(path, lambda file: file.write(data))
 
 
 def load_weights(path: Path) -> tuple[Weights, LARESConfig]:
-    """Read :func:`save_weights`' file; :class:`InputError` if it is missing, damaged or something else."""
+    """Return the weights and the configuration in a file that :func:`save_weights` wrote.
+
+    Raises :class:`InputError` if the file is missing, damaged or another file, or holds weights that are not finite.
+    """
     return load_weights_about(path)[:2]
 
 
 def load_weights_about(path: Path) -> tuple[Weights, LARESConfig, dict[str, str]]:
-    """As :func:`load_weights`, with ``about``, which is empty for files of an earlier version."""
+    """Return as :func:`load_weights`, and ``about``, which is empty for files of an earlier version."""
     _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:
-        raise InputError(f"{path} is no readable safetensors file: it is truncated or of another format.") from error
+        raise InputError(f"{path} is not a readable safetensors file: it is truncated or of another format.") from error
     if _FORMAT not in metadata:
         raise InputError(f"{path} was not written by lares_fast ({_FORMAT}): convert official weights with lares_fast.convert.")
     values, about = _verified(path, metadata[_FORMAT], weights)
@@ -91,51 +95,68 @@ def load_weights_about(path: Path) -> tuple[Weights, LARESConfig, dict[str, str]
 
 
 def sha256(data: bytes) -> str:
-    """64 hex digits."""
+    """Return the SHA-256 of ``data`` as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def same_form(weights: Weights, other: Weights) -> bool:
-    """Whether both have tensors of the same names, shapes and dtypes."""
+    """Return whether both have tensors of the same names, shapes and dtypes."""
     return {name: (value.shape, value.dtype) for name, value in weights.items()} == {
         name: (value.shape, value.dtype) for name, value in other.items()
     }
 
 
+def weights_of(model: LARES) -> Weights:
+    """Return a copy of the parameters by name."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def check_weights(model: LARES, weights: Weights, path: Path, part: str) -> None:
+    """Raise :class:`InputError` unless ``weights``, which are ``part`` of the state ``path``, can be weights of ``model``."""
+    if not same_form(weights, model.state_dict()):
+        raise InputError(f"{path} holds weights under {part!r} that are not of this model: go on from a copy, or train again.")
+    if not all_finite(weights.values()):
+        raise InputError(f"{path} holds weights under {part!r} that are not finite: begin a new run with a lower lr.")
+
+
+def load_into(model: LARES, weights: Weights, path: Path, part: str) -> None:
+    """Give ``model`` the ``weights``; raises as :func:`check_weights`."""
+    check_weights(model, weights, path, part)
+    model.load_state_dict(weights)
+
+
 def fits(weights: Weights, config: LARESConfig) -> bool:
-    """Whether ``weights`` are those of a model of ``config``, which takes no memory to find out."""
+    """Return whether a model of ``config`` has tensors with the names and shapes of ``weights``; it allocates no tensor."""
     if config.n_pre_layers + config.n_core_layers > len(weights):
         return False
     try:
         with torch.device("meta"):
             expected = LARES(config).state_dict()
     except (InputError, RuntimeError, OverflowError):
-        # A backbone that is not there, or a size that no tensor can have.
+        # The backbone is not registered, or a size is too large for any tensor.
         return False
     return {name: value.shape for name, value in weights.items()} == {name: value.shape for name, value in expected.items()}
 
 
 def _verified(path: Path, text: str, weights: Weights) -> tuple[Any, dict[str, str]]:
-    """The configuration and ``about`` of a metadata entry."""
+    """Return the configuration and ``about`` in a metadata entry."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"{path} has metadata that cannot be read: it is damaged; train again, or take a copy.")
+        raise InputError(f"{path} is damaged (its metadata cannot be read): train again, or use a copy.")
     if "n_items" in content:
-        # An earlier version wrote the configuration alone.
+        # An earlier version wrote only the configuration.
         return content, {}
     stored = content.pop("sha256", None)
     if set(content) != {"config", "about"} or stored != _digest(weights, content):
-        raise InputError(
-            f"{path} is damaged (it does not have its own checksum): lares-fast train --resume {path.parent} writes it again."
-        )
+        raise InputError(f"{path} is damaged (its checksum is wrong): lares-fast train --resume {path.parent} writes it again.")
     return content["config"], content["about"]
 
 
 def _digest(weights: Weights, content: dict[str, Any]) -> str:
-    """SHA-256 of the tensors, with their names, dtypes and shapes, and of ``content``."""
+    """Return the SHA-256 of ``content`` and of the tensors with their names, dtypes and shapes."""
     forms = [(name, str(value.dtype), list(value.shape)) for name, value in sorted(weights.items())]
     digest = hashlib.sha256(json.dumps([content, forms], sort_keys=True).encode())
     for _, value in sorted(weights.items()):
@@ -156,7 +177,7 @@ def _config(path: Path, values: Any) -> LARESConfig:
     try:
         config = LARESConfig.from_dict(values)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path} holds a configuration that cannot be used ({error}): train again, or take a copy.") from None
+        raise InputError(f"{path} holds a configuration that cannot be used ({error}): train again, or use a copy.") from None
     for field in fields(config):
         allowed = {kind for part in str(field.type).split(" | ") for kind in _KINDS[part]}
         if type(value := getattr(config, field.name)) not in allowed:
@@ -165,6 +186,6 @@ def _config(path: Path, values: Any) -> LARESConfig:
 
 
 def _require_file(path: Path) -> None:
-    # Unlike pathlib's, this never raises.
+    # Unlike Path.is_file, this never raises.
     if not os.path.isfile(path):
         raise InputError(f"{path} does not exist: name the folder of a run.")

@@ -1,4 +1,4 @@
-"""Settings of a training run; the defaults are the published Musical Instruments run."""
+"""The settings of a training run. The default values are those of the published run on Musical Instruments."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ import difflib
 import os
 import reprlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 
 from lares_fast._errors import InputError
 from lares_fast._numbers import number, whole
+from lares_fast.config import LARESConfig
 from lares_fast.reference.rpt import REWARDS, SCORES
 
 PHASES = ("spt", "rpt")
 SPLITS = ("leave-one-out", "temporal")
 
 
+def needs_start(phase: str) -> bool:
+    """Return whether ``phase`` starts from the best model of the phase before it."""
+    return phase != PHASES[0]
+
+
 def _check_types(settings: Any) -> None:
-    """Have every field hold exactly what its annotation says, finite and in Python's own types; raises :class:`InputError`."""
+    """Convert every field to the type of its annotation.
+
+    Raises :class:`InputError` for a value of another type, and for a number that is not finite.
+    """
     for each in fields(settings):
         value, kinds = getattr(settings, each.name), str(each.type).split(" | ")
         if kinds[0] not in _WORDS or (value is None and "None" in kinds):
@@ -32,8 +41,8 @@ def _check_types(settings: Any) -> None:
         else:
             plain = tuple(_plain(kind, item) for item in value) if many else _plain(kind, value)
         if plain is None or (many and None in plain):
-            raise InputError(f"{_name(settings, each.name)} must be {_WORDS[kinds[0]]}, but got {reprlib.repr(value)}.")
-        # A number of an array library could be saved and not be read again.
+            raise _refusal(settings, each.name, _WORDS[kinds[0]], reprlib.repr(value))
+        # A number of an array library could be saved, but not read again.
         object.__setattr__(settings, each.name, plain)
 
 
@@ -49,7 +58,7 @@ _WORDS = {
 
 
 def _plain(kind: str, value: Any) -> Any:
-    """``value`` as ``kind``, or ``None`` if it is something else."""
+    """Return ``value`` as a plain value of ``kind``, or ``None`` if it is not one."""
     if kind == "str":
         return os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if isinstance(value, bool | np.bool_) or kind == "bool":
@@ -60,7 +69,7 @@ def _plain(kind: str, value: Any) -> Any:
         plain = whole("value", value) if kind == "int" else number("value", value)
     except InputError:
         return None
-    # Larger ones overflow in the arithmetic of fp32 weights.
+    # Larger numbers overflow in the arithmetic of fp32 weights.
     return plain if kind == "int" or abs(plain) <= _LARGEST else None
 
 
@@ -68,25 +77,20 @@ def _positive(settings: object, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if value is not None and value <= 0:
-            raise InputError(f"{_name(settings, name)} must be greater than 0, but got {value}.")
+            raise _refusal(settings, name, "greater than 0", value)
 
 
 def _not_negative(settings: object, *names: str) -> None:
     for name in names:
         if (value := getattr(settings, name)) < 0:
-            raise InputError(f"{_name(settings, name)} must be 0 or greater, but got {value}.")
+            raise _refusal(settings, name, "0 or greater", value)
 
 
-def _name(settings: object, name: str) -> str:
-    """The dotted name of a setting."""
-    section = _section(settings)
-    return f"{section}.{name}" if section else name
-
-
-def _section(settings: object) -> str:
-    """The section of a run's settings that an object of this class fills."""
-    sections = {DataConfig: "data", SPTConfig: "spt", RPTConfig: "rpt", EvalConfig: "evaluation", RunConfig: ""}
-    return sections.get(type(settings), "phase")
+def _refusal(settings: object, name: str, expected: str, value: object) -> InputError:
+    """Return the error for the field ``name`` of ``settings``, which must be ``expected`` but is ``value``."""
+    section = next((section for section, kind in SECTIONS.items() if type(settings) is kind), None)
+    setting = name if section is None else f"{section}.{name}"
+    return InputError(f"{setting} must be {expected}, but got {value}.", setting=setting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +98,15 @@ class DataConfig:
     """Where the log comes from and how it is split.
 
     ``path``
-        A log file; ``None`` makes the synthetic log of ``synthetic``.
+        A log file, or ``None`` for a synthetic log.
     ``format, user, item, time``
-        As in :func:`lares_fast.data.read_log`: the format (``auto`` looks), and the column names of event logs.
+        The format of the file (``auto`` detects it), and the names of its columns, as in
+        :func:`lares_fast.data.read_log`.
     ``split, valid_fraction, test_fraction``
-        ``leave-one-out``, or ``temporal``: global cut-off times that leave these fractions of the events to the two
-        last windows.
+        ``leave-one-out``, or ``temporal``. A temporal split has two cut-off times for all users; they leave these
+        fractions of the events for validation and test.
     ``synthetic_users, synthetic_items, synthetic_seed``
-        Size and seed of the synthetic log.
+        The size and the seed of the synthetic log.
     """
 
     path: str | None = None
@@ -119,15 +124,21 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         if self.split not in SPLITS:
-            raise InputError(f"data.split must be one of {', '.join(SPLITS)}, but got {self.split!r}.")
+            raise _refusal(self, "split", f"one of {', '.join(SPLITS)}", repr(self.split))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """What both phases have: Adam's settings and when to stop.
+    """The settings that both phases have: those of Adam, and when to stop.
 
-    ``epochs`` at most; ``patience`` non-improving epochs are borne and the next one stops the phase; ``max_steps``
-    ends it after so many steps.
+    ``batch_size``
+        B, the number of training rows in a step.
+    ``lr, weight_decay``
+        The learning rate and the weight decay of Adam.
+    ``epochs, max_steps``
+        The largest number of epochs, and of steps (``None``: no limit).
+    ``patience``
+        The phase stops after more than ``patience`` epochs in a row without an improvement.
     """
 
     batch_size: int = 1024
@@ -145,7 +156,13 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SPTConfig(PhaseConfig):
-    """Phase 1. ``alpha``, ``gamma`` weigh the two alignments; ``same_step`` gives the aligned passes one depth."""
+    """The settings of phase 1, self-supervised pre-training.
+
+    ``alpha, gamma``
+        The weights of the trajectory-level and of the step-level alignment.
+    ``same_step``
+        Whether the two passes that are aligned have the same depth.
+    """
 
     alpha: float = 0.1
     gamma: float = 0.5
@@ -154,13 +171,22 @@ class SPTConfig(PhaseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RPTConfig(PhaseConfig):
-    """Phase 2. ``group_size`` G trajectories a sequence, rewarded by ``reward`` at ``k``, KL weighted by ``beta``.
+    """The settings of phase 2, reinforcement post-training.
 
-    ``scores`` are what trajectories are rewarded and weighed by: ``dot``, plain dot products whatever the model's similarity
-    (official), or ``model``, what the model ranks by, which differs with ``cos``.
-
-    ``data_filter`` keeps the training rows whose target is among the first ``filter_top`` in one of
-    ``filter_passes`` noisy passes of the phase-1 model. ``dropout`` replaces the model's in this phase.
+    ``group_size``
+        G, the number of trajectories for each sequence.
+    ``reward, k``
+        The reward of a trajectory: ``recall`` or ``ndcg`` at ``k``.
+    ``beta``
+        The weight of the KL term.
+    ``scores``
+        The scores that rewards and probabilities are computed from: ``dot``, plain dot products even if the model ranks by
+        ``cos`` (as in the official code), or ``model``, the scores that the model ranks by.
+    ``dropout``
+        The dropout in this phase, instead of the model's.
+    ``data_filter, filter_top, filter_passes``
+        The filter keeps the training rows whose target is among the first ``filter_top`` items in at least one of
+        ``filter_passes`` passes of the phase-1 model, each with its own random initial states.
     """
 
     group_size: int = 4
@@ -179,20 +205,30 @@ class RPTConfig(PhaseConfig):
         super().__post_init__()
         _positive(self, "k", "filter_top", "filter_passes")
         if self.group_size < 2:
-            raise InputError(f"rpt.group_size must be at least 2, but got {self.group_size}: advantages compare trajectories.")
+            raise _refusal(self, "group_size", "at least 2, because advantages compare trajectories", self.group_size)
         for name, allowed in (("reward", REWARDS), ("scores", SCORES)):
             if (value := getattr(self, name)) not in allowed:
-                raise InputError(f"rpt.{name} must be one of {', '.join(allowed)}, but got {value!r}.")
+                raise _refusal(self, name, f"one of {', '.join(allowed)}", repr(value))
         if not 0 <= self.dropout < 1:
-            raise InputError(f"rpt.dropout must be in [0, 1), but got {self.dropout}.")
+            raise _refusal(self, "dropout", "in [0, 1)", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Full ranking of every item. ``ks`` cut-offs; ``depth_ratios`` times the mean depth are the T's tested (T = 1
-    always is); ``noise_seed`` addresses h0, so that every evaluation of the same weights gives the same numbers.
-    Early stopping watches the ranking with the history in it, or with ``watch_masked`` the one without. ``test`` ranks
-    the test rows when a phase is over; a trial of settings leaves them alone.
+    """The settings of evaluation, which ranks every item of the catalog.
+
+    ``batch_size``
+        The number of rows that are encoded at once. It has no influence on the results beyond rounding.
+    ``ks``
+        The cut-offs of the metrics. They must hold 10, which early stopping watches.
+    ``depth_ratios``
+        The test uses these multiples of the mean depth as numbers of steps T, and T = 1.
+    ``noise_seed``
+        The seed of the initial states. With one seed, every evaluation of the same weights gives the same numbers.
+    ``watch_masked``
+        Early stopping watches the ranking of all items, or, if true, the ranking without the items of the user's history.
+    ``test``
+        Whether the test rows are ranked at the end of each phase. Turn it off while you try settings.
     """
 
     batch_size: int = 256
@@ -206,16 +242,26 @@ class EvalConfig:
         _check_types(self)
         _positive(self, "batch_size")
         if 10 not in self.ks or min(self.ks) < 1:
-            raise InputError(f"evaluation.ks must be positive and hold 10, which early stopping watches, but got {self.ks}.")
+            raise _refusal(self, "ks", "positive and hold 10, which early stopping watches", self.ks)
 
     def depths(self, mean_depth: int) -> list[int]:
-        """The T's of the test table, ascending."""
+        """Return the numbers of steps T of the test, ascending."""
         return sorted({1, *(max(1, int(ratio * mean_depth)) for ratio in self.depth_ratios)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. ``model`` holds :class:`~lares_fast.LARESConfig` fields except ``n_items``, which the data tells."""
+    """All settings of a run.
+
+    ``model``
+        Fields of :class:`~lares_fast.LARESConfig`, except ``n_items``, which the log determines.
+    ``data, spt, rpt, evaluation``
+        The settings of the data, of the two phases and of evaluation.
+    ``seed``
+        The seed of everything random in training, in 0..2**64-1.
+    ``checkpoint_minutes``
+        The minutes between two saves of the state within an epoch. The state is also saved after each epoch.
+    """
 
     model: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = DataConfig()
@@ -227,31 +273,32 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name, kind in {
-            "model": dict,
-            "data": DataConfig,
-            "spt": SPTConfig,
-            "rpt": RPTConfig,
-            "evaluation": EvalConfig,
-        }.items():
+        for name, kind in {**SECTIONS, "model": dict}.items():
             if not isinstance(getattr(self, name), kind):
-                raise InputError(f"{name} must be a {kind.__name__}, but got {reprlib.repr(getattr(self, name))}.")
+                raise _refusal(self, name, f"a {kind.__name__}", reprlib.repr(getattr(self, name)))
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in self.model.items()}
         object.__setattr__(self, "model", plain)
         _not_negative(self, "checkpoint_minutes")
         if not 0 <= self.seed < 2**64:
-            raise InputError(f"seed must be in 0..2**64-1, but got {self.seed}.")
+            raise _refusal(self, "seed", "in 0..2**64-1", self.seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, ready for YAML."""
+        """Return nested plain values, ready for YAML."""
         values = asdict(self)
         for name, value in values["evaluation"].items():
             values["evaluation"][name] = list(value) if isinstance(value, tuple) else value
         return values
 
 
+# Each section of the settings by its name, and the class that checks it. ``RunConfig.model`` holds no ``n_items``.
+SECTIONS: dict[str, type] = {
+    "model": LARESConfig,
+    **{each.name: type(each.default) for each in fields(RunConfig) if is_dataclass(each.default)},
+}
+
+
 def checked_phases(given: Sequence[str]) -> set[str]:
-    """``given`` as phases; :class:`InputError` with the nearest names for anything else, a single text included."""
+    """Return ``given`` as a set of phases; raises :class:`InputError` with a suggestion if it is not a sequence of phases."""
     names = given if isinstance(given, Sequence | set | frozenset) and not isinstance(given, str | bytes) else None
     if names and all(isinstance(name, str) and name in PHASES for name in names):
         return set(names)

@@ -1,4 +1,4 @@
-"""Full-ranking evaluation by streaming ranks: one integer a row is kept, never a [rows, N] matrix."""
+"""Evaluation by full ranking. It stores one rank for each row, and never a matrix of [R, N] scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lares_fast.train.finite import largest, require_finite_scores, require_usab
 
 Progress = Callable[[int, int], None]
 
-# Which items compete with the target: all of them, or all but the user's own history.
+# The items that are ranked with the target: all items, or all except the user's history.
 NOT_MASKED, MASKED = "not masked", "masked"
 
 
@@ -30,10 +30,13 @@ def model_ranks(
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Rank of each row's target (int64 [R], 0 is best, PAD never ranked), with the history masked and not.
+    """Return the rank of each row's target ([R] int64, 0 is the best), under the names ``not masked`` and ``masked``.
 
-    h0 is addressed by ``key`` and the row's index, so the batch size does not enter. Workspace: that of ``ops.target_rank``.
-    Raises :class:`InputError` if weights or scores are not finite: the order of ids would be ranked.
+    ``not masked`` ranks all items, ``masked`` leaves out the items of the user's history. PAD is never ranked.
+    ``num_steps`` is T (default: the model's). The initial states depend on ``key`` and on each row's index, not on
+    ``batch_size``. ``progress`` is called after each batch with the number of finished rows and of all rows.
+    The workspace is that of ``ops.target_ranks``.
+    Raises :class:`InputError` if weights or scores are not finite, because the ranks would show the order of the ids only.
     """
     ranks = {name: torch.empty(len(rows), dtype=torch.int64) for name in (NOT_MASKED, MASKED)}
     for batch, query, items in _queries(model, log, rows, key, num_steps, batch_size, progress):
@@ -53,10 +56,10 @@ def _queries(
     batch_size: int,
     progress: Progress | None,
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """(batch, its queries [B, D], items [N, D]) of an evaluation pass."""
+    """Yield (batch, its queries [B, D], all items [N, D]) of an evaluation pass."""
     training, width = model.training, model.config.hidden_size
     require_usable(model, width)
-    # One number a batch, read when all batches are done: a GPU is not waited for.
+    # One number for each batch. They are read after the last batch, so that no batch waits for a GPU.
     largest_queries, items = list[Tensor](), torch.empty(0)
     model.eval()
     try:
@@ -73,7 +76,7 @@ def _queries(
 
 
 def _batches(log: InteractionLog, rows: Rows, max_len: int, batch_size: int) -> Iterator[tuple[int, Batch]]:
-    """(rows done, batch) in order of length, which makes batches of like cost."""
+    """Yield (number of finished rows, batch). The rows come in order of length, so that rows of a batch cost about the same."""
     lengths = np.minimum(rows.ends - log.offsets[rows.users], max_len)
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
@@ -82,7 +85,7 @@ def _batches(log: InteractionLog, rows: Rows, max_len: int, batch_size: int) -> 
 
 
 def history_of(log: InteractionLog, rows: Rows, index: Tensor) -> Exclude:
-    """Everything the user had before each row's target, as an exclusion list over the item rows behind PAD."""
+    """Return the history of the rows ``index`` [B] as an exclusion list (offsets [B + 1], ids), where id 0 is item 1."""
     chosen = index.numpy()
     starts, ends = log.offsets[rows.users[chosen]], rows.ends[chosen]
     offsets = np.concatenate(([0], np.cumsum(ends - starts)))
@@ -101,9 +104,10 @@ def keep_rankable(
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> Rows:
-    """The rows whose target is among the first ``top`` in at least one of ``passes`` noisy passes.
+    """Return the rows whose target is among the first ``top`` items in at least one of ``passes`` passes.
 
-    The official RPT data filter; PAD and history are ranked as there. A row that one pass keeps is not ranked again.
+    This is the row filter of the official phase-2 trainer; as there, PAD and the history are ranked too. The key of each
+    pass gives it other initial states. A row that one pass keeps is not ranked again.
     """
     left = np.arange(len(rows))
     for number in range(passes):

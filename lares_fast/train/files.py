@@ -1,4 +1,4 @@
-"""How files are written: whole or not at all, by one process at a time."""
+"""Atomic writes, which leave a whole file or none, and the lock of a run folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from lares_fast._errors import InputError
 
 try:
     import fcntl
-except ImportError:  # not on Windows
+except ImportError:
+    # Windows has no such module.
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
@@ -26,16 +27,16 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.E
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of ``path`` when the block ends well, and is removed when it does not.
+    """Open a new file that replaces ``path`` when the block ends, and is removed if the block raises.
 
-    Until then it has a random name in the same folder, which no other process shares. It is on the disk before it is
-    moved, its mode obeys the umask, and a link at ``path`` is replaced and not followed.
-    Raises :class:`InputError` if the disk is full or refuses; what stood at ``path`` before is then untouched.
+    Until then the file has a random name in the same folder. It is synced to the disk before it is moved, its mode obeys
+    the umask, and a link at ``path`` is replaced, not followed.
+    Raises :class:`InputError` if the file cannot be written, for example on a full disk. The previous file is then intact.
     """
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The system itself applies the umask to this mode.
+        # The system applies the umask to this mode.
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -46,26 +47,30 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _keep_name(path.parent)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         if (cause := _cause(error)) is None:
             raise
-        raise InputError(_refusal(path, cause)) from error
+        raise InputError(_not_written(path, cause)) from error
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Have ``write(file)`` fill a file that takes the place of ``path``: :func:`replacing` in one call."""
+    """Replace ``path`` with a file that ``write(file)`` fills; raises as :func:`replacing`."""
     with replacing(path) as file:
         write(file)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomically write ``text`` as UTF-8."""
+    """Write ``text`` to ``path`` as UTF-8, atomically; raises as :func:`replacing`."""
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append ``line``; where a process was killed within the last one, the new one still begins a line of its own."""
+    """Append ``line`` to the file ``path``.
+
+    It begins a new line even if a process was killed while it wrote the last one. Raises :class:`InputError` if the file
+    cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
@@ -75,15 +80,15 @@ def append_line(path: Path, line: str) -> None:
                     line = f"\n{line}"
             file.write(f"{line}\n".encode())
     except OSError as error:
-        raise InputError(_refusal(path, error)) from error
+        raise InputError(_not_written(path, error)) from error
 
 
 def remove_leftovers(folder: Path, names: tuple[str, ...]) -> None:
-    """Remove the temporary files of processes that were killed while they wrote a file of ``names``.
+    """Remove the temporary files of processes that were killed while they wrote one of the files ``names``.
 
-    Only for who holds the lock of ``folder``: another writer's file would be removed as well.
+    The caller must hold the lock of ``folder``, because the file of another writer would be removed as well.
     """
-    # Eight letters: the temporary names of an earlier version.
+    # An earlier version used temporary names of eight characters.
     leftover = re.compile(r"\.(?P<name>.+)\.([0-9a-f]{16}|[a-z0-9_]{8})")
     for path in folder.iterdir():
         if (match := leftover.fullmatch(path.name)) and match["name"] in names:
@@ -92,38 +97,38 @@ def remove_leftovers(folder: Path, names: tuple[str, ...]) -> None:
 
 @contextmanager
 def locked(folder: Path, tell: Callable[[str], Any] = lambda _: None) -> Iterator[None]:
-    """Hold the lock of ``folder``, which is made if it is missing; the lock ends with the block or with the process.
+    """Hold the lock of ``folder`` until the block or the process ends; a missing folder is made.
 
-    Raises :class:`InputError` if somebody holds it already, in this process too, or if nothing can be written there.
-    Where the file system has no locks, ``tell`` gets a sentence that says so, and the block runs without one.
+    Raises :class:`InputError` if the lock is already held, by this process or another, or if the folder cannot be written.
+    If the file system has no locks, ``tell`` is called with a sentence that says so, and the block runs without a lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _take(folder, tell)
+        descriptor = _acquire(folder, tell)
     except OSError as error:
-        raise InputError(_refusal(folder / LOCK, error)) from error
+        raise InputError(_not_written(folder / LOCK, error)) from error
     try:
         yield
     finally:
         if descriptor is not None:
-            # First the file, then the lock: who waits for the lock sees that its file is gone, and takes a new one.
+            # The file goes before the lock: a process that waits for the lock then finds the file gone and makes a new one.
             (folder / LOCK).unlink(missing_ok=True)
             os.close(descriptor)
 
 
-def _take(folder: Path, tell: Callable[[str], Any]) -> int | None:
+def _acquire(folder: Path, tell: Callable[[str], Any]) -> int | None:
     path = folder / LOCK
     while fcntl is not None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(descriptor, path):
+            if _is_open_at(descriptor, path):
                 return descriptor
             os.close(descriptor)
         except BlockingIOError:
             os.close(descriptor)
             raise InputError(
-                f"{folder} is in use: another run writes into it; wait for its end, stop it, or choose another folder."
+                f"{folder} is in use: another run writes into it; wait until it ends, stop it, or choose another folder."
             ) from None
         except OSError as error:
             os.close(descriptor)
@@ -135,16 +140,15 @@ def _take(folder: Path, tell: Callable[[str], Any]) -> int | None:
     return None
 
 
-def _is(descriptor: int, path: Path) -> bool:
-    """Whether ``path`` still names the open file: its last holder may have removed it."""
+def _is_open_at(descriptor: int, path: Path) -> bool:
+    """Return whether ``path`` still names the open file; its last holder may have removed it."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     return False
 
 
-def _keep_name(folder: Path) -> None:
-    """Have the new name in ``folder`` survive a loss of power, too."""
-    # Not every system can open or sync a folder.
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in ``folder`` survive a loss of power, where the system can sync a folder."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -154,13 +158,14 @@ def _keep_name(folder: Path) -> None:
 
 
 def _cause(error: BaseException | None) -> OSError | None:
-    """The error of the system: torch and arrow report a failed write in words of their own while they handle it."""
+    """Return the system's error behind ``error``, if any: torch and arrow replace it by an error of their own."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
-def _refusal(path: Path, error: OSError) -> str:
+def _not_written(path: Path, error: OSError) -> str:
+    """Return the message for a file that cannot be written."""
     remedy = "free the disk and try again" if error.errno in _FULL else "choose a place that can be written to"
     intact = "; the previous file is intact" if os.path.isfile(path) else ""
     return f"{path} could not be written ({error.strerror or error}): {remedy}{intact}."

@@ -1,4 +1,4 @@
-"""Whether numbers are finite and small enough to be scored: a diverged model must not be saved, chosen or served."""
+"""Checks that numbers are finite and small enough to be scored: a diverged model must not be saved, chosen or served."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ class NotFiniteError(InputError):
 
 
 def largest(tensors: Iterable[Tensor]) -> float:
-    """The largest magnitude in floating-point ``tensors``; NaN if one holds NaN, 0 if there is nothing."""
+    """Return the largest magnitude in the floating-point ``tensors``: NaN if one holds NaN, 0 if there are no numbers."""
     ends = [end for value in tensors if value.is_floating_point() and value.numel() for end in torch.aminmax(value.detach())]
     return torch.stack([end.double() for end in ends]).abs().amax().item() if ends else 0.0
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no floating-point tensor holds infinity or NaN."""
+    """Return whether no floating-point tensor holds infinity or NaN."""
     return math.isfinite(largest(tensors))
 
 
 def require_usable(model: nn.Module, width: int) -> None:
-    """Raise :class:`NotFiniteError` unless products of the weights over ``width`` numbers are finite in fp32."""
+    """Raise :class:`NotFiniteError` unless every dot product of ``width`` weights is finite in fp32."""
     require_finite_scores(largest(model.state_dict().values()), None, width, "the weights of the model")
 
 
 def require_finite_scores(query: float, items: float | None, width: int, what: str = "the scores of the model") -> None:
-    """Raise :class:`NotFiniteError` unless dot products of ``width`` numbers up to ``query`` and ``items`` are finite in fp32.
+    """Raise :class:`NotFiniteError` unless dot products of vectors of ``width`` numbers are finite in fp32.
 
-    ``items`` None means as ``query``. The bound refuses NaN, too.
+    ``query`` and ``items`` are the largest magnitudes on the two sides; ``items=None`` stands for the value of ``query``.
+    NaN is refused too. ``what`` begins the message.
     """
     if not query * (query if items is None else items) * width < _FP32_MAX:
         raise NotFiniteError(f"{what} are not finite, or too large for fp32: the model has diverged; train it with a lower lr.")

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, and the files that it holds."""
+"""The folder of a run: its lock, and the files in it."""
 
 from __future__ import annotations
 
@@ -14,52 +14,54 @@ import torch
 
 from lares_fast._errors import InputError
 from lares_fast.config import LARESConfig
-from lares_fast.train.checkpoint import Weights, load_weights_about, same_form, save_state, save_weights, sha256
+from lares_fast.train.checkpoint import Weights, load_weights_about, same_form, save_weights, sha256
 from lares_fast.train.files import append_line, locked, remove_leftovers, write_text
 from lares_fast.train.metrics import rows_csv
-from lares_fast.train.state import State, load_run
+from lares_fast.train.state import SavedRun, load_run, save_run
 
 _FILES = ("state.pt", "metrics.csv", "model.safetensors", "item_ids.json", "config.yaml", "curves.png")
 
 
 class RunFolder:
-    """The folder ``path``, which need not be there yet."""
+    """The run folder ``path``, which may not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state_file = path / "state.pt"
-        # The state that was there when this object was made, or that it wrote last.
+        # Identifies the state file that this object found when it was made, or that it wrote last.
         self._stamp = _stamp(self.state_file)
 
     def has_state(self) -> bool:
-        """Whether the folder held a run when it was looked at last."""
+        """Return whether the folder held a state when this object was made, or holds one that it wrote."""
         return self._stamp is not None
 
-    def load(self) -> State:
-        """The state in the folder; raises as :func:`lares_fast.train.state.load_run`."""
+    def load(self) -> SavedRun:
+        """Return the content of state.pt; raises as :func:`lares_fast.train.state.load_run`."""
         return load_run(self.state_file)
 
     @contextmanager
     def holding(self, tell: Callable[[str], Any]) -> Iterator[None]:
-        """Keep other runs out while the block runs, and clean up after those that were killed.
+        """Lock the folder while the block runs, and remove temporary files of runs that were killed.
 
-        Raises :class:`InputError` if another one holds the folder, or has changed its state since this object saw it.
-        ``tell`` as in :func:`lares_fast.train.files.locked`.
+        Raises :class:`InputError` if another run holds the lock, or has changed the state since this object was made.
+        ``tell`` is used as in :func:`lares_fast.train.files.locked`.
         """
         with locked(self.path, tell):
             if _stamp(self.state_file) != self._stamp:
-                raise InputError(f"{self.path} was changed by another run since this one read it: begin again from its state.")
+                raise InputError(
+                    f"{self.path} was changed by another run since this one read it: start again from its new state."
+                )
             remove_leftovers(self.path, _FILES)
             yield
 
-    def save(self, state: State) -> None:
-        """Write ``state`` and the table of its results."""
-        save_state(self.state_file, state)
+    def save(self, saved: SavedRun) -> None:
+        """Write state.pt, and the table of results as metrics.csv."""
+        save_run(self.state_file, saved)
         self._stamp = _stamp(self.state_file)
-        write_text(self.path / "metrics.csv", rows_csv(state["history"]))
+        write_text(self.path / "metrics.csv", rows_csv(saved.state.history))
 
     def export(self, weights: Weights, config: LARESConfig, item_ids: list[Any], about: dict[str, str]) -> None:
-        """Write what serving reads, unless it is there, whole and the same already."""
+        """Write model.safetensors and item_ids.json for serving, unless both already have exactly this content."""
         text = json.dumps(item_ids)
         about = {**about, "item_ids": sha256(text.encode())}
         if self._exported(weights, config, about):
@@ -77,12 +79,12 @@ class RunFolder:
         return same and (its_config, its_about) == (config, about) and sha256(item_ids) == about["item_ids"]
 
     def add_event(self, record: dict[str, Any]) -> None:
-        """Append ``record`` with its time to events.jsonl."""
+        """Append ``record`` and the current time to events.jsonl."""
         append_line(self.path / "events.jsonl", json.dumps({"time": round(time.time(), 3), **record}))
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when another process replaces ``path``; ``None`` if there is nothing."""
+    """Return values that change when another process replaces ``path``, or ``None`` if there is no file."""
     try:
         found = os.stat(path)
     except OSError:

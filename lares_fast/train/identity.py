@@ -1,4 +1,4 @@
-"""Whose run it is: the model, the seed, the log and the split, which must stay the same as long as a run goes on."""
+"""The identity of a run: its model, seed, log and split, which must not change when the run is resumed."""
 
 from __future__ import annotations
 
@@ -14,23 +14,34 @@ from lares_fast.config import LARESConfig
 from lares_fast.data import InteractionLog, Split
 from lares_fast.train.config import RunConfig
 
-# The part that an exported model takes along, so that it can be compared with a log.
+# The entries that an exported model carries, so that a log can be compared with the training log.
 ABOUT = ("data", "split", "rows", "events")
 
-# What must be the same, in the words of an error.
+# How an error calls an entry, where its name would not be clear.
 _CALLED = {"rows": "split of the same name", "events": "data of the same order"}
 
 
 def identity_of(config: RunConfig, model_config: LARESConfig, log: InteractionLog, split: Split) -> dict[str, Any]:
-    """What must not change between the parts of one run.
+    """Return the entries that must not change when a run is resumed.
 
-    ``data`` is of the dense items in their order, ``events`` of raw ids in any order of users, ``rows`` of the split.
+    ``model``, ``seed``
+        The configuration of the model, and the seed.
+    ``data, split, rows, events``
+        As in :func:`log_identity`.
     """
     return {"model": model_config.to_dict(), "seed": config.seed, **log_identity(log, split)}
 
 
 def log_identity(log: InteractionLog, split: Split) -> dict[str, str]:
-    """The part of :func:`identity_of` that a log and its split have: the entries :data:`ABOUT`."""
+    """Return the identity of a log and its split: the entries :data:`ABOUT`.
+
+    ``data``
+        A fingerprint of the dense items in their order.
+    ``split, rows``
+        The name of the split, and the SHA-256 of its rows.
+    ``events``
+        As in :func:`events_digest`.
+    """
     digest = hashlib.sha256()
     for part in (split.train, split.valid, split.test):
         digest.update(part.users.astype("<i4").tobytes())
@@ -39,7 +50,7 @@ def log_identity(log: InteractionLog, split: Split) -> dict[str, str]:
 
 
 def events_digest(log: InteractionLog) -> str:
-    """SHA-256 of who had which item in which order, by raw id: it does not depend on how a file is sorted."""
+    """Return the SHA-256 of every user's items in order, by raw ids: the order of the users in the file does not matter."""
     users = np.argsort(log.user_ids, kind="stable")
     order = np.argsort(log.item_ids[1:], kind="stable")
     rank = np.empty(log.n_items, np.int64)
@@ -53,8 +64,11 @@ def events_digest(log: InteractionLog) -> str:
 
 
 def require_same(theirs: dict[str, Any], ours: dict[str, Any], run: Path, purpose: str) -> None:
-    """Raise :class:`InputError` where the identity ``theirs`` of ``run`` is not ``ours``; what an old one lacks is let be."""
-    # A setting that the model had before it had a name is the default.
+    """Raise :class:`InputError` if the identity ``theirs`` of the run in the folder ``run`` differs from ``ours``.
+
+    Entries that an earlier version did not write are not compared. ``purpose`` begins the remedy: "resume with".
+    """
+    # An earlier version had fewer settings of the model, and computed what the others give by default.
     theirs = {**theirs, "model": LARESConfig.from_dict(theirs["model"]).to_dict()}
     for name, value in ours.items():
         if theirs.get(name, value) != value:

@@ -1,4 +1,4 @@
-"""Ranking metrics of one target a row, from its 0-based rank among all items, and their file."""
+"""Ranking metrics from the rank of each row's target, and the file metrics.csv."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def metrics(rank: Tensor, ks: Sequence[int]) -> dict[str, float]:
-    """Means over ``rank`` [R] int64: ``recall@k`` (= hit rate), ``ndcg@k`` and ``mrr@k`` for each k."""
+    """Return ``recall@k`` (the hit rate), ``ndcg@k`` and ``mrr@k`` for each k of ``ks``.
+
+    They are means over ``rank`` ([R] int64), the ranks of R targets among all items; rank 0 is the best.
+    """
     place = rank.double() + 1
     result = {}
     for name, gain in (("recall", torch.ones_like(place)), ("ndcg", 1 / torch.log2(place + 1)), ("mrr", 1 / place)):
@@ -22,7 +25,7 @@ def metrics(rank: Tensor, ks: Sequence[int]) -> dict[str, float]:
 
 
 def rows_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """``rows`` as CSV with every column that one of them has."""
+    """Return ``rows`` as CSV text, with every column that at least one row has."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""What a run that goes on may change: settings are honoured and announced, or refused where what is saved depends on them."""
+"""Changed settings of a resumed run: a change is applied and announced, or refused if the saved state depends on it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from lares_fast import _native, _settings
 from lares_fast._errors import InputError
 from lares_fast.train.config import RunConfig
-from lares_fast.train.state import State
+from lares_fast.train.state import RunState, SavedRun
 
 _FILTER = ("rpt.data_filter", "rpt.filter_top", "rpt.filter_passes")
 _WATCHED = ("evaluation.noise_seed", "evaluation.watch_masked")
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted name, except those of the identity: a model's are compared there, and the seed."""
+    """Return every setting by its dotted name, except the model's settings and the seed: the identity of a run has those."""
     values = config.to_dict()
     del values["model"], values["seed"]
     return {
@@ -28,36 +28,38 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def changed_settings(state: State, config: RunConfig, run: Path) -> dict[str, tuple[Any, Any]]:
-    """(old, new) of each setting in which ``config`` differs from the run that saved ``state``, ready to be announced.
+def changed_settings(old: dict[str, Any], state: RunState, config: RunConfig, run: Path) -> dict[str, tuple[Any, Any]]:
+    """Return (old value, new value) of each setting that ``config`` has another value of than the ``old`` settings.
 
-    All of them hold from the next step on, but for those that what is saved depends on: they raise :class:`InputError`.
+    The new values hold from the next step on. Raises :class:`InputError` if ``state`` depends on a setting that has changed.
     """
-    old, new = state["settings"], settings_of(config)
+    new = settings_of(config)
     changes = {name: (old[name], value) for name, value in new.items() if name in old and old[name] != value}
     for name, (before, now) in changes.items():
         if reason := _obstacle(name, state, changes, new):
             raise InputError(
                 f"{name} cannot change from {before} to {now} when {run} goes on, because {reason}: "
-                f"resume with {name}={before}, or begin a new run in another folder."
+                f"resume with {name}={before}, or begin a new run in another folder.",
+                setting=f"{name}={before}",
             )
     return changes
 
 
-def _obstacle(name: str, state: State, changes: dict[str, tuple[Any, Any]], new: dict[str, Any]) -> str | None:
-    phase = state["phase"]
-    if name == f"{phase}.batch_size" and state["step"]:
-        return f"{state['step']} batches of an epoch are done, and the rest would skip or repeat rows"
-    if name in _WATCHED and state["best_value"] >= 0:
+def _obstacle(name: str, state: RunState, changes: dict[str, tuple[Any, Any]], new: dict[str, Any]) -> str | None:
+    """Return why the setting ``name`` cannot change, or ``None`` if it can."""
+    phase, progress = state.phase, state.progress
+    if name == f"{phase}.batch_size" and progress.step:
+        return f"{progress.step} batches of an epoch are done, and the rest would skip or repeat rows"
+    if name in _WATCHED and progress.best_value >= 0:
         return f"the best value of phase {phase} was found with it and could not be compared"
     filtered = new["rpt.data_filter"] or "rpt.data_filter" in changes
-    if name in _FILTER and filtered and phase == "rpt" and (state["kept"] is not None or state["steps"]):
-        return "phase rpt has chosen its training rows with it"
+    if name in _FILTER and name.startswith(f"{phase}.") and filtered and (progress.kept is not None or progress.steps):
+        return f"phase {phase} has chosen its training rows with it"
     return None
 
 
 def environment() -> dict[str, Any]:
-    """What the bits of a run depend on besides its settings: versions, threads, instruction set and backend."""
+    """Return the parts of the environment that can change a bit of a result: versions, threads, instruction set, backend."""
     try:
         version = importlib.metadata.version("lares_fast")
     except importlib.metadata.PackageNotFoundError:
@@ -71,15 +73,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def news(state: State, config: RunConfig, run: Path) -> list[dict[str, Any]]:
-    """What to tell about the run in the folder ``run`` that goes on from ``state``, as events of the trainer.
+def resume_events(saved: SavedRun, config: RunConfig, run: Path) -> list[dict[str, Any]]:
+    """Return the events that announce what has changed since the run in the folder ``run`` was ``saved``.
 
     Raises :class:`InputError` as :func:`changed_settings`.
     """
-    if "settings" not in state:
-        text = f"{run / 'state.pt'} is of an earlier version and holds no settings: whether some have changed is not checked."
+    if saved.settings is None or saved.environment is None:
+        text = f"{run / 'state.pt'} is of an earlier version and holds no settings, so changed settings are not detected."
         return [{"event": "notice", "text": text}]
-    changes = {"setting": changed_settings(state, config, run), "environment": changed_environment(state)}
+    changes = {
+        "setting": changed_settings(saved.settings, saved.state, config, run),
+        "environment": changed_environment(saved.environment),
+    }
     return [
         {"event": "changed", "what": what, "name": name, "old": old, "new": new}
         for what, values in changes.items()
@@ -87,7 +92,6 @@ def news(state: State, config: RunConfig, run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def changed_environment(state: State) -> dict[str, tuple[Any, Any]]:
-    """(old, new) of each entry of :func:`environment` that is not as it was."""
-    old, new = state["environment"], environment()
-    return {name: (old.get(name), value) for name, value in new.items() if old.get(name) != value}
+def changed_environment(old: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return (old value, new value) of each entry of :func:`environment` that differs from ``old``."""
+    return {name: (old.get(name), value) for name, value in environment().items() if old.get(name) != value}

@@ -1,12 +1,12 @@
-"""One training step of phase 2: depths and random numbers of the group; the loss is ``reference.rpt_loss``."""
+"""Phase 2, reinforcement post-training, as a module whose forward is the loss."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lares_fast import reference
 from lares_fast._random import Draw, Key, fold, generator
@@ -17,48 +17,109 @@ from lares_fast.train.config import RPTConfig
 _DEPTHS, _POLICY, _REFERENCE = range(3)
 
 
-class RPT:
-    """Reinforcement post-training of ``model`` against the frozen ``start`` model."""
+@dataclass(frozen=True, eq=False)
+class RPTBatch:
+    """B training rows with all random choices of one step.
+
+    ``inputs``
+        The rows: packed histories, and the target item of each row.
+    ``policy_pass, start_pass``
+        The depths [G, B] and the random numbers of G trajectories a row, for the model in training and for the frozen
+        model. The depths are equal in both.
+    """
+
+    inputs: Batch
+    policy_pass: reference.Pass
+    start_pass: reference.Pass
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def to(self, device: torch.device | str) -> RPTBatch:
+        """Return a copy with the rows on ``device``; depths and random numbers stay on the CPU."""
+        return replace(self, inputs=self.inputs.to(device))
+
+
+class RPT(nn.Module):
+    """Reinforcement post-training of ``model`` against the frozen model ``start``::
+
+        phase = RPT(model, copy.deepcopy(model), log, split.train)
+        for index in torch.randperm(len(phase.rows)).split(phase.settings.batch_size):
+            loss, parts = phase(phase.batch(index, key))
+            loss.backward()
+            ...
+
+    ``model``
+        The model to train, in training mode, on any device. Its dropout is set to ``settings.dropout``.
+    ``start``
+        The pre-trained model, on the same device. It is put in evaluation mode and stays there, and its parameters
+        require no gradient. It is a submodule too, so an optimizer must take ``model.parameters()``.
+    ``rows``
+        The training rows of ``log``.
+    ``settings``
+        The group size, the reward and the weight of the KL term. The module ignores the settings of the optimizer, of the
+        loop and of the row filter.
+    """
 
     name: ClassVar[str] = "rpt"
 
     def __init__(
-        self, model: reference.LARES, start: reference.LARES, log: InteractionLog, rows: Rows, settings: RPTConfig
+        self,
+        model: reference.LARES,
+        start: reference.LARES,
+        log: InteractionLog,
+        rows: Rows,
+        settings: RPTConfig | None = None,
     ) -> None:
-        self.model, self.log, self.rows, self.settings = model, log, rows, settings
-        self._start = start.eval().requires_grad_(False)
-        model.set_dropout(settings.dropout)
+        super().__init__()
+        self.model, self.log, self.rows = model, log, rows
+        self.settings = settings or RPTConfig()
+        self.start = start.eval().requires_grad_(False)
+        model.set_dropout(self.settings.dropout)
 
-    def batch(self, index: Tensor, key: Key) -> Batch:
-        """The rows ``index``."""
-        return make_batch(self.log, self.rows, index, self.model.config.max_len)
+    def train(self, mode: bool = True) -> RPT:
+        """Set the mode of ``model``; ``start`` stays in evaluation mode."""
+        super().train(mode)
+        self.start.eval()
+        return self
 
-    def loss(self, batch: Batch, key: Key) -> tuple[Tensor, dict[str, float]]:
-        """The loss of one :meth:`batch` and its parts; everything random is a function of ``key``."""
-        config, settings, size = self.model.config, self.settings, len(batch)
-        choices = generator(fold(key, _DEPTHS))
-        group = settings.group_size
+    def batch(self, index: Tensor, key: Key) -> RPTBatch:
+        """Prepare the rows ``index`` ([B] int64, each in 0..R-1) on the CPU.
+
+        All that is random is a function of ``key``, a pair of integers in [0, 2**32): depths, initial states and dropout
+        masks. Give every step its own key.
+        """
+        config, group = self.model.config, self.settings.group_size
+        inputs = make_batch(self.log, self.rows, index, config.max_len)
+        size, choices = len(inputs), generator(fold(key, _DEPTHS))
         depths = [sample_depth(config, size if config.per_sequence_depth else 1, choices).expand(size) for _ in range(group)]
         rows = torch.arange(group * size)
         policy = reference.Pass(torch.stack(depths), Draw(fold(key, _POLICY), rows))
-        theirs = fold(key, _POLICY if config.share_reference_noise else _REFERENCE)
-        frozen = replace(policy, draw=Draw(theirs, rows))
+        # With shared noise, the frozen model starts from the initial states of the model in training.
+        noise = _POLICY if config.share_reference_noise else _REFERENCE
+        return RPTBatch(inputs, policy, replace(policy, draw=Draw(fold(key, noise), rows)))
+
+    def forward(self, batch: RPTBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss (a scalar with a gradient) and the numbers to report (scalars without one).
+
+        These are the mean ``reward``, the ``kl`` term before its weight, ``adv-nonzero``, the share of trajectories with an
+        advantage other than 0, and ``T``, the mean depth. The loss itself is :func:`lares_fast.reference.rpt_loss`.
+        """
         loss = reference.rpt_loss(
             self.model,
-            self._start,
-            batch.sequences,
-            batch.target,
-            policy,
-            frozen,
-            k=settings.k,
-            beta=settings.beta,
-            reward=settings.reward,
-            scores=settings.scores,
+            self.start,
+            batch.inputs.sequences,
+            batch.inputs.target,
+            batch.policy_pass,
+            batch.start_pass,
+            k=self.settings.k,
+            beta=self.settings.beta,
+            reward=self.settings.reward,
+            scores=self.settings.scores,
         )
-        parts = {
-            "reward": loss.rewards.mean().item(),
-            "kl": loss.kl.item(),
-            "adv-nonzero": (loss.advantages != 0).double().mean().item(),
-            "T": torch.stack(depths).double().mean().item(),
+        return loss.total, {
+            "reward": loss.rewards.mean(),
+            "kl": loss.kl.detach(),
+            "adv-nonzero": (loss.advantages != 0).double().mean(),
+            "T": torch.as_tensor(batch.policy_pass.num_steps).double().mean(),
         }
-        return loss.total, parts

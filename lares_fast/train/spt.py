@@ -1,45 +1,85 @@
-"""One training step of phase 1: which partners, depths and random numbers; the loss is ``reference.spt_loss``."""
+"""Phase 1, self-supervised pre-training, as a module whose forward is the loss."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lares_fast import reference
 from lares_fast._random import Draw, Key, fold, generator
-from lares_fast.data import InteractionLog, Rows, SameTargetIndex, make_batch
+from lares_fast.data import Batch, InteractionLog, Rows, SameTargetIndex, make_batch
 from lares_fast.reference.depth import sample_depth
 from lares_fast.train.config import SPTConfig
 
 _CHOICES, _PASSES = 0, (1, 2, 3)
 
 
-class SPT:
-    """Self-supervised pre-training on ``rows`` of ``log``."""
+@dataclass(frozen=True, eq=False)
+class SPTBatch:
+    """B training rows with all random choices of one step.
+
+    ``inputs``
+        The rows: packed histories, and the target item of each row.
+    ``partners``
+        For each row, another row with the same target.
+    ``passes``
+        The depths [B] and the random numbers of the cross-entropy pass, the anchor pass and the partner pass.
+    ``step_index``
+        Which state of the anchor pass is aligned with its last state, counted from 0.
+    """
+
+    inputs: Batch
+    partners: Batch
+    passes: tuple[reference.Pass, reference.Pass, reference.Pass]
+    step_index: int
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def to(self, device: torch.device | str) -> SPTBatch:
+        """Return a copy with both sets of rows on ``device``; depths and random numbers stay on the CPU."""
+        return replace(self, inputs=self.inputs.to(device), partners=self.partners.to(device))
+
+
+class SPT(nn.Module):
+    """Self-supervised pre-training of ``model`` on training rows::
+
+        phase = SPT(model, log, split.train)
+        for index in torch.randperm(len(phase.rows)).split(phase.settings.batch_size):
+            loss, parts = phase(phase.batch(index, key))
+            loss.backward()
+            ...
+
+    ``model``
+        The model to train, in training mode, on any device. It is a submodule, so :meth:`parameters` are its parameters.
+    ``rows``
+        The training rows of ``log``. Other rows would leak their targets into training.
+    ``settings``
+        Weights of the losses. The module ignores the settings of the optimizer and of the loop.
+    """
 
     name: ClassVar[str] = "spt"
 
-    def __init__(self, model: reference.LARES, log: InteractionLog, rows: Rows, settings: SPTConfig) -> None:
-        self.model, self.log, self.rows, self.settings = model, log, rows, settings
+    def __init__(self, model: reference.LARES, log: InteractionLog, rows: Rows, settings: SPTConfig | None = None) -> None:
+        """Raises :class:`InputError` if there is no row."""
+        super().__init__()
+        self.model, self.log, self.rows = model, log, rows
+        self.settings = settings or SPTConfig()
         self._partners = SameTargetIndex(log, rows)
 
-    def batch(self, index: Tensor, key: Key) -> tuple[reference.Sequences, Tensor, reference.Sequences, torch.Generator]:
-        """(sequences, targets, partner sequences, the generator of this step's remaining choices)."""
-        choices = generator(fold(key, _CHOICES))
-        length = self.model.config.max_len
-        own = make_batch(self.log, self.rows, index, length)
-        partner = make_batch(self.log, self.rows, self._partners.sample(index, choices), length)
-        return own.sequences, own.target, partner.sequences, choices
+    def batch(self, index: Tensor, key: Key) -> SPTBatch:
+        """Prepare the rows ``index`` ([B] int64, each in 0..R-1) on the CPU.
 
-    def loss(
-        self, batch: tuple[reference.Sequences, Tensor, reference.Sequences, torch.Generator], key: Key
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The loss of one :meth:`batch` and its parts; everything random is a function of ``key``."""
-        sequences, target, partners, choices = batch
-        config, size = self.model.config, len(target)
+        All that is random is a function of ``key``, a pair of integers in [0, 2**32): partners, depths, initial states and
+        dropout masks. Give every step its own key.
+        """
+        config, choices = self.model.config, generator(fold(key, _CHOICES))
+        inputs = make_batch(self.log, self.rows, index, config.max_len)
+        partners = make_batch(self.log, self.rows, self._partners.sample(index, choices), config.max_len)
+        size = len(inputs)
 
         def depth() -> Tensor:
             return sample_depth(config, size if config.per_sequence_depth else 1, choices).expand(size)
@@ -51,20 +91,28 @@ class SPT:
         first, second, third = (
             reference.Pass(T, Draw(fold(key, number), rows)) for T, number in zip(depths, _PASSES, strict=True)
         )
+        return SPTBatch(inputs, partners, (first, second, third), step_index)
+
+    def forward(self, batch: SPTBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss (a scalar with a gradient) and the numbers to report (scalars without one).
+
+        These are the weighted parts of the loss, ``ce``, ``trajectory`` and ``step``, and ``T``, the mean depth.
+        The loss itself is :func:`lares_fast.reference.spt_loss`.
+        """
         loss = reference.spt_loss(
             self.model,
-            sequences,
-            target,
-            partners,
-            (first, second, third),
-            step_index,
+            batch.inputs.sequences,
+            batch.inputs.target,
+            batch.partners.sequences,
+            batch.passes,
+            batch.step_index,
             alpha=self.settings.alpha,
             gamma=self.settings.gamma,
         )
-        parts = {
-            "ce": loss.cross_entropy.item(),
-            "trajectory": loss.trajectory.item(),
-            "step": loss.step.item(),
-            "T": float(np.mean([T.double().mean() for T in depths])),
+        depths = [torch.as_tensor(each.num_steps).double().mean() for each in batch.passes]
+        return loss.total, {
+            "ce": loss.cross_entropy.detach(),
+            "trajectory": loss.trajectory.detach(),
+            "step": loss.step.detach(),
+            "T": torch.stack(depths).sum() / len(depths),
         }
-        return loss.total, parts

@@ -1,169 +1,221 @@
-"""What ``state.pt`` holds."""
+"""The state of a run, and how it is saved in ``state.pt`` and loaded from it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
-from lares_fast.model import LARES
-from lares_fast.train.checkpoint import Weights, load_state, same_form
-from lares_fast.train.config import PHASES, PhaseConfig, RunConfig
-from lares_fast.train.finite import all_finite
+from lares_fast.train.checkpoint import Weights, load_state, save_state
+from lares_fast.train.config import PHASES, PhaseConfig, needs_start
 
-State = dict[str, Any]
 
-_COUNTS = ("epoch", "step", "steps", "best_epoch", "bad_epochs")
-_NUMBERS: tuple[type, ...] = (int, float)
-_MAYBE_DICT: tuple[type, ...] = (dict, type(None))
-_KINDS: dict[str, tuple[type, ...]] = {
-    "identity": (dict,),
-    "phase": (str,),
-    "history": (list,),
-    **dict.fromkeys(_COUNTS, (int,)),
-    "best_value": _NUMBERS,
-    "sums": (dict,),
-    "model": (dict,),
-    "start": _MAYBE_DICT,
-    "best": _MAYBE_DICT,
-    "kept": _MAYBE_DICT,
-    "optimizer": _MAYBE_DICT,
+@dataclass(kw_only=True)
+class Progress:
+    """How far the current phase has come. A new phase begins with the default values.
+
+    ``epoch, step, steps``
+        Finished epochs, finished steps of the current epoch, and finished steps of the phase.
+    ``sums``
+        The sum of the loss, and of each of its parts, over the finished steps of the current epoch.
+    ``seconds, waited``
+        Seconds that the current epoch has taken so far, and how many of them went into preparing batches.
+    ``best_value, best_epoch, best``
+        The best value of the watched metric so far (-1 before the first validation), its epoch and the weights that
+        reached it. Before the first validation, ``best`` holds the weights that the run started from, if any.
+    ``bad_epochs``
+        Epochs since the last improvement.
+    ``kept``
+        The training rows that the filter of phase ``rpt`` has kept: ``users`` and ``ends`` as in
+        :class:`lares_fast.data.Rows`, or ``None`` before the filter has run.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    waited: float = 0.0
+    best_value: float = -1.0
+    best_epoch: int = 0
+    bad_epochs: int = 0
+    best: Weights | None = None
+    kept: dict[str, Tensor] | None = None
+
+    def is_over(self, settings: PhaseConfig) -> bool:
+        """Return whether the phase has reached its last epoch or step, or has stopped improving."""
+        out_of_steps = settings.max_steps is not None and self.steps >= settings.max_steps
+        return self.bad_epochs > settings.patience or self.epoch >= settings.epochs or out_of_steps
+
+    def add_step(self, parts: dict[str, float]) -> None:
+        """Count one step, whose loss and parts of the loss are ``parts``."""
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in parts.items()}
+        self.step += 1
+        self.steps += 1
+
+    def end_epoch(self) -> None:
+        """Count the epoch and begin the next one."""
+        self.epoch += 1
+        self.step, self.sums, self.seconds, self.waited = 0, {}, 0.0, 0.0
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of the loss, and of each of its parts, over the finished steps of the current epoch."""
+        return {name: value / self.step for name, value in self.sums.items()}
+
+    def data_wait(self) -> float:
+        """Return the share of the epoch's time that went into preparing batches."""
+        return self.waited / (self.seconds or 1.0)
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """Where a run stands.
+
+    ``identity``
+        The model, seed, data and split of the run: see :mod:`lares_fast.train.identity`.
+    ``phase, progress``
+        The current phase and how far it has come.
+    ``restarts``
+        The number of earlier runs in a chain of runs, each of which started from the model of the run before it.
+    ``history``
+        The rows of metrics.csv.
+    """
+
+    identity: dict[str, Any]
+    phase: str = PHASES[0]
+    restarts: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRun:
+    """The content of ``state.pt``.
+
+    ``state``
+        Where the run stands.
+    ``optimizer``
+        The ``state_dict`` of Adam, or ``None`` before the training of the phase has begun.
+    ``model, start``
+        The weights of the model, and of the frozen model that phase ``rpt`` started from (``None`` in phase ``spt``).
+    ``settings, environment``
+        The settings and the software that the run had: see :mod:`lares_fast.train.resume`. ``None`` in a file of an
+        earlier version.
+    """
+
+    state: RunState
+    optimizer: dict[str, Any] | None
+    model: Weights
+    start: Weights | None
+    settings: dict[str, Any] | None
+    environment: dict[str, Any] | None
+
+
+# In the file, all fields of the three classes stand side by side.
+_NESTED = ("state", "progress")
+_HINTS: dict[str, Any] = {
+    name: hint for kind in (RunState, Progress, SavedRun) for name, hint in get_type_hints(kind).items() if name not in _NESTED
 }
-# What an earlier version did not write.
-_NEWER: dict[str, tuple[type, ...]] = {
-    "restarts": (int,),
-    "seconds": _NUMBERS,
-    "waited": _NUMBERS,
-    "settings": (dict,),
-    "environment": (dict,),
-}
+# Files of an earlier version lack these.
+_NEWER = ("restarts", "seconds", "waited", "settings", "environment")
 
 
-def fresh_phase() -> State:
-    """The state at the beginning of a phase."""
-    return {
-        "epoch": 0,
-        "step": 0,
-        "steps": 0,
-        "sums": {},
-        "seconds": 0.0,
-        "waited": 0.0,
-        "best_value": -1.0,
-        "best_epoch": 0,
-        "bad_epochs": 0,
-        "best": None,
-        "kept": None,
-        "optimizer": None,
-    }
+def save_run(path: Path, saved: SavedRun) -> None:
+    """Write ``saved`` to ``path`` atomically."""
+    state = saved.state
+    rest = {name: value for name, value in vars(saved).items() if name not in _NESTED}
+    outer = {name: value for name, value in vars(state).items() if name not in _NESTED}
+    save_state(path, {**outer, **vars(state.progress), **rest})
 
 
-def load_run(path: Path) -> State:
-    """The state of a run; :class:`InputError` if ``path`` is damaged or lacks something, and never a default instead."""
-    state = load_state(path)
-    if fault := _fault(state):
+def load_run(path: Path) -> SavedRun:
+    """Read the file that :func:`save_run` wrote.
+
+    Raises :class:`InputError` if the file is missing or damaged, lacks an entry or has a wrong one. No entry is replaced
+    by a default value, except those that files of an earlier version lack.
+    """
+    values = load_state(path)
+    if fault := _fault(values):
         raise InputError(f"{path} is no usable state of a run ({fault}): go on from a copy, or train again.")
-    return state
+    state = RunState(**_fields_of(RunState, values), progress=Progress(**_fields_of(Progress, values)))
+    return SavedRun(state=state, **{"settings": None, "environment": None, **_fields_of(SavedRun, values)})
 
 
-def _fault(state: State) -> str | None:
-    kinds = {**_KINDS, **{name: kind for name, kind in _NEWER.items() if name in state}}
-    if "settings" in state:
-        kinds |= {name: _NEWER[name] for name in ("restarts", "environment")}
-    for name, kind in kinds.items():
-        if name not in state:
+def _fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the ``values`` that are fields of the dataclass ``kind``."""
+    return {each.name: values[each.name] for each in fields(kind) if each.name in values}
+
+
+def _fault(values: dict[str, Any]) -> str | None:
+    """Return what is wrong with the content of a file, or ``None``."""
+    return _wrong_type(values) or _wrong_value(values) or _wrong_structure(values)
+
+
+def _wrong_type(values: dict[str, Any]) -> str | None:
+    # A file with settings must have the other newer entries too. The two times may be missing in any file.
+    optional = ("seconds", "waited") if "settings" in values else _NEWER
+    for name, hint in _HINTS.items():
+        if name not in values:
+            if name in optional:
+                continue
             return f"it lacks {name!r}"
-        if not isinstance(state[name], kind) or isinstance(state[name], bool):
-            return f"{name!r} is a {type(state[name]).__name__}"
-    for name in (*_COUNTS, "restarts"):
-        if state.get(name, 0) < 0:
-            return f"{name!r} is {state[name]}"
-    if state["phase"] not in PHASES:
-        return f"'phase' is {state['phase']!r:.40}"
-    if state["phase"] == "rpt" and state["start"] is None:
-        return "'start' is empty in phase rpt"
-    for name in ("model", "start", "best"):
-        if not all(isinstance(value, Tensor) for value in (state[name] or {}).values()):
-            return f"{name!r} holds something other than tensors"
-    numbers: list[Any] = [state["best_value"], *state["sums"].values(), state.get("seconds", 0.0), state.get("waited", 0.0)]
+        # A file never holds None where an earlier version had no entry.
+        kinds = _kinds(hint, none=name not in _NEWER)
+        if not isinstance(values[name], kinds) or isinstance(values[name], bool):
+            return f"{name!r} is a {type(values[name]).__name__}"
+    return None
+
+
+def _kinds(hint: Any, *, none: bool) -> tuple[type, ...]:
+    """Return the classes that a type hint allows; ``none`` tells whether ``None`` may be one of them."""
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds = tuple(get_origin(part) or part for part in parts if none or part is not NoneType)
+    return (*kinds, int) if float in kinds else kinds
+
+
+def _wrong_value(values: dict[str, Any]) -> str | None:
+    for name in ("epoch", "step", "steps", "best_epoch", "bad_epochs", "restarts"):
+        if values.get(name, 0) < 0:
+            return f"{name!r} is {values[name]}"
+    if values["phase"] not in PHASES:
+        return f"'phase' is {values['phase']!r:.40}"
+    if needs_start(values["phase"]) and not values["start"]:
+        return f"'start' is empty in phase {values['phase']}"
+    numbers = [values["best_value"], *values["sums"].values(), values.get("seconds", 0.0), values.get("waited", 0.0)]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
         return "its running sums are no finite numbers"
-    if not all(isinstance(row, dict) and {"phase", "split", "history"} <= row.keys() for row in state["history"]):
+    return None
+
+
+def _wrong_structure(values: dict[str, Any]) -> str | None:
+    for name in ("model", "start", "best"):
+        if not _all_are((values[name] or {}).values(), Tensor):
+            return f"{name!r} holds something other than tensors"
+    if not all(isinstance(row, dict) and {"phase", "split", "history"} <= row.keys() for row in values["history"]):
         return "'history' is no table of results"
-    optimizer = state["optimizer"]
-    if optimizer is not None and not (
-        isinstance(optimizer.get("state"), dict) and all(isinstance(value, dict) for value in optimizer["state"].values())
-    ):
+    optimizer, kept, identity = values["optimizer"], values["kept"], values["identity"]
+    if optimizer is not None and not (isinstance(optimizer.get("state"), dict) and _all_are(optimizer["state"].values(), dict)):
         return "'optimizer' is no state of an optimizer"
-    kept = state["kept"]
     if kept is not None and not (
         kept.keys() == {"users", "ends"}
         and all(isinstance(value, Tensor) and value.dim() == 1 for value in kept.values())
         and len(kept["users"]) == len(kept["ends"])
     ):
         return "'kept' is no list of rows"
-    wanted = {"model": dict, "seed": int, "data": str, "split": str}
-    if not all(isinstance(state["identity"].get(name), kind) for name, kind in wanted.items()):
+    if not all(isinstance(identity.get(name), kind) for name, kind in _IDENTITY.items()):
         return "'identity' does not say whose run it is"
     return None
 
 
-def load_into(model: LARES, weights: Weights, path: Path, part: str) -> None:
-    """Give ``model`` the weights under ``part`` of the state ``path``; :class:`InputError` if they cannot be its own."""
-    if not same_form(weights, model.state_dict()):
-        raise InputError(f"{path} holds weights under {part!r} that are not of this model: go on from a copy, or train again.")
-    if not all_finite(weights.values()):
-        raise InputError(f"{path} holds weights under {part!r} that are not finite: begin a new run with a lower lr.")
-    model.load_state_dict(weights)
+# The entries of ``identity`` that every version has written.
+_IDENTITY: dict[str, type] = {"model": dict, "seed": int, "data": str, "split": str}
 
 
-def adam(model: LARES, settings: PhaseConfig, saved: dict[str, Any] | None, path: Path) -> torch.optim.Adam:
-    """The optimizer of a phase, with what ``path`` ``saved`` of it; :class:`InputError` if that is not of ``model``."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    if saved is None:
-        return optimizer
-    try:
-        optimizer.load_state_dict(saved)
-        fits = all(
-            moment.shape in (torch.Size(), parameter.shape)
-            for parameter, values in optimizer.state.items()
-            for moment in values.values()
-        )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise InputError(f"{path} holds an optimizer that is not of this model: go on from a copy, or train again.")
-    # A resumed run may be given other settings, and its optimizer's state holds the old ones.
-    for group in optimizer.param_groups:
-        group.update(lr=settings.lr, weight_decay=settings.weight_decay)
-    return optimizer
-
-
-def weights_of(model: LARES) -> Weights:
-    """A copy of the parameters by name."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def moments(optimizer: dict[str, Any] | None) -> Iterator[Tensor]:
-    """The tensors in the ``state_dict`` of an optimizer."""
-    for values in (optimizer or {}).get("state", {}).values():
-        yield from (value for value in values.values() if isinstance(value, Tensor))
-
-
-def remedy_of_divergence(state: State, config: RunConfig, path: Path) -> str:
-    """The rest of a sentence that says what is not finite in a run with ``state``."""
-    phase = state["phase"]
-    if state["steps"]:
-        decay = f" or {phase}.weight_decay" if getattr(config, phase).weight_decay else ""
-        remedy = f"lower {phase}.lr{decay} and resume; {path} holds an earlier state that is sound"
-    elif phase == "rpt" or state["restarts"]:
-        remedy = (
-            "the phase has made no step, so the model that it starts from has diverged: begin a new run with a lower spt.lr"
-        )
-    else:
-        remedy = "no step is made yet, so a setting of the model is out of range: model.tau may be too small"
-    return f"in epoch {state['epoch'] + 1} of phase {phase}, after {state['step']} of its steps: {remedy}."
+def _all_are(values: Iterable[Any], kind: type) -> bool:
+    return all(isinstance(value, kind) for value in values)

@@ -1,4 +1,4 @@
-"""A small log, its split and runs that take a second: shared by the tests of the driver."""
+"""A small log, its split, and training runs that take about a second."""
 
 from functools import cache
 
@@ -31,7 +31,7 @@ def config(*, spt_epochs=2, rpt_epochs=2, model=None, **changes):
 
 
 class Stop:
-    """A listener that asks its trainer to stop at the n-th event of a kind."""
+    """A listener that requests a stop of ``trainer`` at event number ``count`` of the kind ``event``."""
 
     def __init__(self, event, count):
         self.event, self.left, self.trainer = event, count, None

@@ -1,4 +1,4 @@
-"""Baselines against dense tables of scores, in little memory, with progress."""
+"""The baselines equal dense tables of scores, need little memory and report progress."""
 
 import time
 import tracemalloc
@@ -25,7 +25,7 @@ def random_log(rng, n_users, n_items, lengths):
 
 
 def dense_ranks(log, split, rows, markov):
-    """The definition: a table of scores for all items, sorted by score and then by id."""
+    """Rank by definition: sort a table of the scores of all items by score, then by id."""
     popularity = np.zeros(log.n_items)
     follows = np.zeros((log.n_items, log.n_items))
     for user in range(log.n_users):
@@ -69,7 +69,7 @@ def test_a_million_items_take_little_memory_and_time():
     for ranks in (popularity_ranks, markov_ranks):
         ranks(log, split, split.test)
     assert time.process_time() - began < 10
-    # One row of a table of scores has 8 MB.
+    # One row of a dense table of scores would take 8 MB.
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
 
@@ -95,7 +95,7 @@ def test_progress_rises_to_the_number_of_rows_and_may_stop_the_work(ranks, monke
 
 
 @pytest.mark.parametrize("what", ["popularity", "markov"])
-def test_a_stop_during_the_baselines_is_heeded_and_a_resumed_run_has_both(tmp_path, what):
+def test_a_stop_during_the_baselines_is_obeyed_and_a_resumed_run_has_both(tmp_path, what):
     def trainer(stop):
         def emit(event):
             if event["event"] == "progress" and event["what"] == stop:
@@ -105,7 +105,7 @@ def test_a_stop_during_the_baselines_is_heeded_and_a_resumed_run_has_both(tmp_pa
         return run
 
     def baselines_of(run):
-        return [row["phase"] for row in run.state["history"] if row["phase"] in ("popularity", "markov")]
+        return [row["phase"] for row in run.state.history if row["phase"] in ("popularity", "markov")]
 
     stopped = trainer(what)
     with pytest.raises(Interrupted):

@@ -1,4 +1,4 @@
-"""What happens to every setting that has another value when a run goes on."""
+"""A setting that has another value when a run is resumed is applied and announced, or refused."""
 
 import json
 from dataclasses import fields, replace
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from lares_fast import _native
+from lares_fast import LARESConfig, _native
 from lares_fast._errors import InputError
 from lares_fast.data import leave_one_out, log_from_sequences, temporal_split
 from lares_fast.train import DataConfig, EvalConfig, Interrupted, RPTConfig, RunConfig, SPTConfig, Trainer
 from lares_fast.train.checkpoint import load_state, save_state
+from lares_fast.train.config import SECTIONS
 from lares_fast.train.identity import events_digest
 from lares_fast.train.resume import settings_of
 from tests.support import train_run
@@ -40,7 +41,7 @@ EVERY = [(section, name) for section, values in OTHER.items() for name in values
 BEST = {("evaluation", "noise_seed"), ("evaluation", "watch_masked")}
 FILTER = {("rpt", "data_filter"), ("rpt", "filter_top"), ("rpt", "filter_passes")}
 
-# Where a run was stopped, by the number of its steps -> what cannot change there.
+# Place where a run was stopped -> settings that cannot change there.
 REFUSED = {
     "spt, before its first step": set(),
     "spt, in an epoch": {("spt", "batch_size")},
@@ -63,11 +64,12 @@ def test_the_table_has_every_setting():
         assert set(OTHER[section]) == {field.name for field in fields(kind)}
     assert {field.name for field in fields(RunConfig)} == {*OTHER, "model", "seed", "checkpoint_minutes"}
     assert len(settings_of(RunConfig())) == len(EVERY)
+    assert {"model": LARESConfig, "data": DataConfig, "spt": SPTConfig, "rpt": RPTConfig, "evaluation": EvalConfig} == SECTIONS
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """State files of runs that were stopped in the places of the table."""
+    """Stop runs in the places of the table, and return the folder of their state files."""
     out = tmp_path_factory.mktemp("stopped")
     stops = {
         "spt, in an epoch": train_run.Stop("step", 1),
@@ -99,16 +101,17 @@ def test_the_places_are_what_they_are_called(stopped):
 
 
 @pytest.mark.parametrize(("section", "name"), EVERY)
-def test_every_setting_is_honoured_and_told_or_refused(stopped, section, name):
+def test_every_setting_is_applied_and_announced_or_refused(stopped, section, name):
     key = f"{section}.{name}".removeprefix(".")
     for place, refused in REFUSED.items():
         new = changed(train_run.config(), section, name)
         if (section, name) in refused:
-            with pytest.raises(InputError, match=rf"^{key} cannot change .* resume with {key}="):
+            with pytest.raises(InputError, match=rf"^{key} cannot change .* resume with {key}=") as error:
                 Trainer(new, train_run.log(), train_run.split(), stopped / place)
+            assert error.value.setting == f"{key}={settings_of(train_run.config())[key]}"
             continue
         trainer = Trainer(new, train_run.log(), train_run.split(), stopped / place)
-        (event,) = trainer._news
+        (event,) = trainer._run.news
         before, after = (settings_of(config)[key] for config in (train_run.config(), new))
         assert event == {"event": "changed", "what": "setting", "name": key, "old": before, "new": after}
 
@@ -125,7 +128,7 @@ def test_what_has_changed_is_emitted_and_written_once(tmp_path):
     assert [event["name"] for event in written if event["event"] == "changed"] == ["spt.lr", "spt.epochs", "evaluation.ks"]
 
 
-def test_a_filter_that_is_off_may_be_set_as_one_likes(tmp_path):
+def test_the_settings_of_a_filter_that_is_off_may_change(tmp_path):
     config = train_run.config(spt_epochs=1, rpt_epochs=1)
     config = replace(config, rpt=replace(config.rpt, data_filter=False))
     Trainer(config, train_run.log(), train_run.split(), tmp_path).run(train_run.BOTH)
@@ -134,8 +137,8 @@ def test_a_filter_that_is_off_may_be_set_as_one_likes(tmp_path):
         Trainer(train_run.config(spt_epochs=1, rpt_epochs=1), train_run.log(), train_run.split(), tmp_path)
 
 
-def test_every_row_is_trained_on_once_whatever_is_asked(tmp_path, monkeypatch):
-    """Another batch size in the middle of an epoch is refused, and between epochs it is honoured."""
+def test_an_epoch_trains_on_every_row_once_in_spite_of_stops(tmp_path, monkeypatch):
+    """Another batch size is refused in the middle of an epoch, and applied between two epochs."""
     from lares_fast.train.spt import SPT
 
     seen, whole = [], SPT.batch
@@ -172,7 +175,7 @@ def test_a_state_of_an_earlier_version_goes_on_with_a_notice(tmp_path):
     assert {"settings", "environment"} <= load_state(tmp_path / "state.pt").keys()
 
 
-def test_other_surroundings_are_told(tmp_path, monkeypatch):
+def test_a_changed_environment_is_announced(tmp_path, monkeypatch):
     train_run.train(tmp_path, ("spt",), spt_epochs=1)
     saved = load_state(tmp_path / "state.pt")["environment"]
     assert saved["torch"] == torch.__version__ and saved["threads"] == torch.get_num_threads()
@@ -194,7 +197,7 @@ def test_other_surroundings_are_told(tmp_path, monkeypatch):
         (("spt,rpt",), ""), (b"spt", ""), ({"spt": 1}, ""),
     ],
 )  # fmt: skip
-def test_phases_that_there_are_not(tmp_path, phases, meant):
+def test_unknown_phases_are_refused_with_a_suggestion(tmp_path, phases, meant):
     trainer = Trainer(train_run.config(), train_run.log(), train_run.split(), tmp_path)
     with pytest.raises(InputError) as error:
         trainer.run(phases)
@@ -239,8 +242,17 @@ def test_a_run_that_has_begun_does_not_start_from_another(tmp_path):
 )  # fmt: skip
 def test_values_that_a_setting_cannot_have(kind, values):
     (name,) = values
-    with pytest.raises(InputError, match=rf"{name} must be"):
+    with pytest.raises(InputError, match=rf"{name} must be") as error:
         kind(**values)
+    section = {kind: f"{section}." for section, kind in SECTIONS.items()}.get(kind, "")
+    assert error.value.setting == f"{section}{name}"
+
+
+def test_a_preview_checks_the_settings_of_a_model_whose_catalog_is_unknown():
+    preview = LARESConfig.preview(**train_run.MODEL)
+    assert preview.n_items == 2 and preview.replace(n_items=9) == LARESConfig(n_items=9, **train_run.MODEL)
+    with pytest.raises(InputError, match="max_len must be at least 1"):
+        LARESConfig.preview(max_len=0)
 
 
 def test_numbers_of_array_libraries_can_be_saved_and_read_again(tmp_path):
@@ -257,7 +269,7 @@ def test_numbers_of_array_libraries_can_be_saved_and_read_again(tmp_path):
     Trainer(config, train_run.log(), train_run.split(), tmp_path).run(("spt",))
 
 
-# Whose run it is
+# The identity of a run
 
 USERS = {f"u{n}": [f"i{(n * 7 + step * (n % 3 + 1)) % 23}" for step in range(6)] for n in range(30)}
 
@@ -267,7 +279,7 @@ def small(**changes):
 
 
 def test_another_log_of_the_same_shape_is_refused(tmp_path):
-    """Other raw ids, for the exported ids would no longer fit the model."""
+    """The other log has other raw ids, so the exported ids would no longer fit the model."""
     log = log_from_sequences(USERS)
     Trainer(small(), log, leave_one_out(log), tmp_path).run(("spt",))
     renamed = log_from_sequences({user: [f"x{item}" for item in items] for user, items in USERS.items()})
@@ -286,7 +298,7 @@ def test_another_split_of_the_same_name_is_refused(tmp_path):
         Trainer(small(), late, temporal_split(late, 4, 5), tmp_path)
 
 
-def test_the_digest_of_events_knows_raw_ids_and_no_order_of_users():
+def test_the_digest_of_events_depends_on_raw_ids_but_not_on_the_order_of_users():
     shuffled = dict(sorted(USERS.items(), key=lambda pair: hash(pair[0]) % 7))
     assert list(shuffled) != list(USERS)
     digests = [

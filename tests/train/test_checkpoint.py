@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and nothing that is read can run code."""
+"""Files are written whole or not at all, and reading a file never runs code."""
 
 import errno
 import pickle

@@ -1,8 +1,9 @@
-"""A damaged file of a run is refused by its name, or gives what the whole one gives: never another model without a word."""
+"""A damaged file of a run raises an error that names it, or is read as the intact file: never as another model."""
 
 import json
 import random
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.support import train_run
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of both phases with its settings."""
+    """Return the folder of a finished run of both phases with its settings."""
     out = tmp_path_factory.mktemp("whole") / "run"
     train_run.train(out, spt_epochs=1, rpt_epochs=1)
     settings.save(out / "config.yaml", train_run.config(spt_epochs=1, rpt_epochs=1))
@@ -31,7 +32,7 @@ def copy(run, tmp_path):
 
 
 def plain(value):
-    """Tensors, lists and dictionaries in a form that compares."""
+    """Return ``value`` with every tensor replaced by its dtype, shape and bytes, so that ``==`` compares it."""
     if isinstance(value, torch.Tensor):
         return (
             str(value.dtype),
@@ -49,7 +50,7 @@ def served(folder):
 
 
 READERS = {
-    "state.pt": lambda folder: plain(state.load_run(folder / "state.pt")),
+    "state.pt": lambda folder: plain(asdict(state.load_run(folder / "state.pt"))),
     "model.safetensors": served,
     "item_ids.json": served,
     "config.yaml": lambda folder: settings.build(folder / "config.yaml").to_dict(),
@@ -57,7 +58,7 @@ READERS = {
 
 
 def harmed(content, draw):
-    """``content`` with one kind of damage somewhere."""
+    """Return ``content`` with one random kind of damage at a random place."""
     data, size = bytearray(content), len(content)
     at, length = draw.randrange(size), draw.choice((1, 16, 64, 512, 4096))
     match draw.choice(("bit", "bit", "zeros", "noise", "cut", "gap", "swap")):
@@ -100,7 +101,7 @@ def test_a_flipped_bit_in_a_weight_names_the_checksum(copy):
     for name in ("state.pt", "model.safetensors"):
         path = copy / name
         data = bytearray(path.read_bytes())
-        # The middle of either file is in the weights.
+        # In both files, the middle byte belongs to the weights.
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
         with pytest.raises(InputError, match=rf"{name} is damaged .*checksum"):
@@ -108,7 +109,7 @@ def test_a_flipped_bit_in_a_weight_names_the_checksum(copy):
 
 
 def test_tampered_parts_of_a_state_are_refused(run, copy):
-    """No key of the state has a default to fall back to."""
+    """No entry of the state is replaced by a default value."""
     whole = load_state(run / "state.pt")
     del whole["format"]
     for key in set(whole) - {"settings", "seconds", "waited"}:
@@ -141,7 +142,7 @@ def test_tampered_parts_of_a_state_are_refused(run, copy):
 
 
 def test_files_of_an_earlier_version_are_read(run, copy):
-    """They have the configuration alone in their metadata, and no checksums."""
+    """Their metadata holds only the configuration, and no checksum."""
     from safetensors.torch import save_file
 
     weights, config = load_weights(run / "model.safetensors")
@@ -156,13 +157,13 @@ def test_files_of_an_earlier_version_are_read(run, copy):
 def test_an_edited_configuration_says_how_to_change_settings(copy):
     path = copy / "config.yaml"
     path.write_text(path.read_text().replace("epochs: 1", "epochs: 7"))
-    with pytest.raises(InputError, match=r"config\.yaml is damaged, or was edited: change settings with --set"):
+    with pytest.raises(InputError, match=r"config\.yaml .*damaged.*: change settings with --set"):
         settings.build(path)
-    assert settings.build(train_run_yaml(path)).spt.epochs == 7
+    assert settings.build(without_checksum(path)).spt.epochs == 7
 
 
-def train_run_yaml(path):
-    """Without the first line the file is the user's own."""
+def without_checksum(path):
+    """Remove the first line, so that the file counts as written by the user, and return its path."""
     path.write_text(path.read_text().partition("\n")[2])
     return path
 
@@ -233,7 +234,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_served(run, copy):
 
 
 @pytest.mark.parametrize("harm", ["missing model", "cut model", "missing ids", "other ids", "another model"])
-def test_a_finished_run_mends_what_it_exported(run, copy, harm):
+def test_a_finished_run_repairs_its_exported_files(run, copy, harm):
     model, ids = copy / "model.safetensors", copy / "item_ids.json"
     match harm:
         case "missing model":

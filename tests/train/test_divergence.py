@@ -1,4 +1,4 @@
-"""A model that diverges is never saved, chosen or exported, and the run can go on from what was saved before."""
+"""A diverged model is never saved, chosen or exported, and the run can be resumed from the state before it."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from lares_fast.train import Interrupted, Trainer, model_ranks
 from lares_fast.train.checkpoint import load_state, load_weights
 from lares_fast.train.evaluate import keep_rankable
 from lares_fast.train.finite import NotFiniteError, all_finite, largest
-from lares_fast.train.loop import evaluation_key
+from lares_fast.train.keys import evaluation_key
 from lares_fast.train.spt import SPT
 from tests.support import train_run
 
@@ -32,7 +32,7 @@ def assert_sound(out):
 @pytest.mark.parametrize("minutes", [10.0, 0.0])
 @pytest.mark.parametrize(("lr", "size"), [(1e30, 64), (1e30, 100_000), (1e19, 64), (1e37, 100_000)])
 def test_a_learning_rate_far_too_high(tmp_path, lr, size, minutes):
-    """In either phase, in the middle of an epoch or at its end, and whether steps are saved or not."""
+    """The run diverges in each phase, in an epoch or at its end, with and without checkpoints after each step."""
     for phase in ("spt", "rpt"):
         before = load_weights(tmp_path / "model.safetensors")[0] if phase == "rpt" else None
         with pytest.raises(InputError, match=rf"lower {phase}\.lr and resume"):
@@ -49,11 +49,11 @@ def test_a_learning_rate_far_too_high(tmp_path, lr, size, minutes):
 
 
 def test_nothing_reaches_the_weights_when_the_loss_or_its_gradient_is_not_finite(tmp_path, monkeypatch):
-    whole = SPT.loss
+    whole = SPT.forward
 
-    def loss(harm):
-        def of_batch(self, batch, key):
-            value, parts = whole(self, batch, key)
+    def forward(harm):
+        def of_batch(self, batch):
+            value, parts = whole(self, batch)
             count.append(0)
             return (harm(value) if len(count) == 3 else value), parts
 
@@ -67,11 +67,11 @@ def test_nothing_reaches_the_weights_when_the_loss_or_its_gradient_is_not_finite
     }
     for name, harm in harms.items():
         count = []
-        monkeypatch.setattr(SPT, "loss", loss(harm))
+        monkeypatch.setattr(SPT, "forward", forward(harm))
         run = trainer(tmp_path / name, spt={"batch_size": 64})
         with pytest.raises(NotFiniteError, match=r"after 2 of its steps: lower spt\.lr"):
             run.run(("spt",))
-        assert run.state["step"] == 2 and all_finite(run.model.state_dict().values())
+        assert run.state.progress.step == 2 and all_finite(run.model.state_dict().values())
         assert_sound(tmp_path / name)
 
 
@@ -135,7 +135,7 @@ def model(request):
     ],
 )
 def test_ranks_of_a_broken_model_are_refused(model, name, value):
-    """Also where a single number is broken, and where the scores would be finite by accident."""
+    """One broken number is enough, and even scores that are finite by accident do not count."""
     log, rows = train_run.log(), train_run.split().valid
     with torch.no_grad():
         model.get_parameter(name).view(-1)[-1] = value
@@ -170,7 +170,7 @@ def test_queries_that_overflow_are_refused_though_all_weights_are_sound(model, m
 
 
 def test_a_stop_at_the_first_step_still_saves(tmp_path):
-    """The state that is written before the first step does not stand in the way of a stop."""
+    """The state that is written before the first step is replaced when the run stops."""
     stop = train_run.Stop("step", 1)
     with pytest.raises(Interrupted):
         train_run.train(tmp_path, ("spt",), stop=stop)

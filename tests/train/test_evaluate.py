@@ -1,4 +1,4 @@
-"""Metrics: against an independent library, against top-k, for every batch size, and against a dense ranking."""
+"""Metrics and ranks agree with an independent library, with top-k, for every batch size, and with a dense ranking."""
 
 import copy
 import itertools
@@ -53,7 +53,7 @@ def test_metrics_equal_ir_measures():
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_batch_size_does_not_enter(batch_size, model):
+def test_the_batch_size_does_not_change_the_metrics(batch_size, model):
     rows = train_run.split().test
     whole = model_ranks(model, train_run.log(), rows, key=KEY, batch_size=256)
     parts = model_ranks(model, train_run.log(), rows, key=KEY, batch_size=batch_size)
@@ -63,7 +63,7 @@ def test_batch_size_does_not_enter(batch_size, model):
 
 
 def history_without_target(log, rows, batch):
-    """A user may have bought the target before; evaluation never lets a list hide its own target."""
+    """Return the history without the target: a user may have bought it before, and evaluation ranks it all the same."""
     offsets, ids = history_of(log, rows, batch.rows)
     owner = torch.repeat_interleave(torch.arange(len(batch)), offsets.diff())
     kept = ids != batch.target[owner] - 1
@@ -71,7 +71,7 @@ def history_without_target(log, rows, batch):
 
 
 def places_in_topk(model, history, backend):
-    """The place of each test row's target in the whole catalog's ``topk`` of the queries that evaluation ranks."""
+    """Return the place of each test row's target in ``topk`` over the whole catalog, for the queries of evaluation."""
     log, rows = train_run.log(), train_run.split().test
     places = torch.empty(len(rows), dtype=torch.int64)
     for batch, query, items in _queries(model, log, rows, KEY, None, 17, None):
@@ -85,7 +85,7 @@ def places_in_topk(model, history, backend):
 @pytest.mark.parametrize("similarity", ["dot", "cos"])
 @pytest.mark.parametrize("history", [MASKED, NOT_MASKED])
 def test_metrics_are_those_of_topk(history, similarity):
-    """Exactly, near ties included: both ops score alike to the last bit."""
+    """The metrics are exactly equal even with near ties, because both ops give the same bits of every score."""
     torch.manual_seed(3)
     model = lares_fast.LARES(LARESConfig(n_items=train_run.log().n_items, similarity=similarity, **train_run.MODEL))
     with ops.backend("native"):
@@ -119,7 +119,7 @@ def test_evaluation_and_filter_run_on_the_kernel(model):
 
 
 def test_pad_is_never_ranked(model):
-    """Nothing looks padding up behind a sequence's end and nothing ranks it, so its row may hold anything."""
+    """No input and no ranking uses the row of PAD, so it may hold any numbers."""
     log, rows = train_run.log(), train_run.split().test
     before = model_ranks(model, log, rows, key=KEY)
     loud = copy.deepcopy(model)

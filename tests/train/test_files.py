@@ -1,4 +1,4 @@
-"""Whole files or none, by one process at a time."""
+"""Files are written whole or not at all, and one process at a time writes into a run folder."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ def names(folder):
 
 
 def start(code, *arguments):
-    """Another process that prints a line when it is ready."""
+    """Start another process, which prints a line when it is ready."""
     root = Path(lares_fast.__file__).parents[1]
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
@@ -42,7 +42,7 @@ def test_a_link_is_replaced_and_not_followed(tmp_path):
     victim, output = tmp_path / "victim", tmp_path / "out.csv"
     victim.write_text("mine")
     output.symlink_to(victim)
-    # A name that an earlier version would have written to.
+    # An earlier version wrote to this name.
     (tmp_path / ".out.csv.part").symlink_to(victim)
     files.write_text(output, "answers")
     assert victim.read_text() == "mine" and output.read_text() == "answers" and not output.is_symlink()
@@ -60,7 +60,7 @@ def test_the_umask_is_obeyed(tmp_path, umask, mode):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, InputError, SystemExit])
-def test_what_breaks_off_leaves_the_old_file_alone(tmp_path, error):
+def test_a_write_that_raises_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(error), files.replacing(path) as file:
@@ -71,7 +71,7 @@ def test_what_breaks_off_leaves_the_old_file_alone(tmp_path, error):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("there", [False, True])
-def test_a_refusing_disk_is_told_as_it_is(tmp_path, code, there):
+def test_an_error_of_the_disk_is_reported_in_its_own_words(tmp_path, code, there):
     path = tmp_path / "state.pt"
     if there:
         path.write_text("old")
@@ -157,7 +157,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks_is_said_and_borne(tmp_path, monkeypatch, code):
+def test_a_file_system_without_locks_gives_a_notice_and_the_run_continues(tmp_path, monkeypatch, code):
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
@@ -178,7 +178,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
 
 
 def test_two_trainers_of_one_folder(tmp_path):
-    """While the first runs, in this process or another, the second is refused and changes nothing."""
+    """While the first one runs, the second raises an error and changes nothing."""
     refused = []
 
     def trainer(lr, emit=lambda _: None):
@@ -198,10 +198,10 @@ def test_two_trainers_of_one_folder(tmp_path):
     first.run(("spt",))
     assert len(refused) == 3
     assert load_state(tmp_path / "state.pt")["settings"]["spt.lr"] == 0.001
-    # It was made before the first run wrote its state, of which it knows nothing.
+    # It was made before the first trainer wrote its state, so its own state is out of date.
     with pytest.raises(InputError, match="was changed by another run"):
         second.run(("spt",))
-    # The same trainer may go on with what it wrote itself.
+    # The first trainer wrote that state itself and can continue.
     first.run(train_run.BOTH)
 
 

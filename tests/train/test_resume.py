@@ -1,4 +1,4 @@
-"""A run cut anywhere and resumed ends with the same bits as one that was never cut."""
+"""A run that is cut at any point and resumed ends with the same bits as an uninterrupted run."""
 
 import itertools
 from dataclasses import replace
@@ -9,6 +9,7 @@ import torch
 from lares_fast._errors import InputError
 from lares_fast.train import Interrupted, Trainer
 from lares_fast.train.checkpoint import load_state, save_state
+from lares_fast.train.state import load_run
 from tests.support import train_run
 
 WALL_TIME = ("seconds", "data_wait")
@@ -16,7 +17,7 @@ WALL_TIME = ("seconds", "data_wait")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Both phases, two epochs each, in one go."""
+    """Return the folder of an uninterrupted run of both phases, two epochs each."""
     out = tmp_path_factory.mktemp("whole")
     train_run.train(out)
     return out
@@ -37,7 +38,7 @@ def assert_same(one, other):
 
 
 def test_more_epochs_equal_one_run(whole, tmp_path):
-    """N epochs = k + resume + (N - k), in both phases."""
+    """In both phases, k epochs and N - k epochs after a resume equal N epochs."""
     train_run.train(tmp_path, ("spt",), spt_epochs=1)
     train_run.train(tmp_path, rpt_epochs=1)
     train_run.train(tmp_path)
@@ -45,15 +46,16 @@ def test_more_epochs_equal_one_run(whole, tmp_path):
 
 
 def test_a_newer_best_model_makes_an_earlier_test_void(tmp_path):
-    """The run has been tested, goes on, finds a better model and is stopped before its next test."""
+    """A tested run is resumed, finds a better model and is stopped before its next test."""
 
     def tests(history):
         return [row for row in history if (row["phase"], row["split"]) == ("spt", "test")]
 
     trainer = train_run.train(tmp_path, ("spt",), spt_epochs=1)
-    assert tests(trainer.state["history"])
-    trainer.state["best_value"] = 0.0  # whatever comes is better
-    trainer._save()
+    assert tests(trainer.state.history)
+    # Any later model is better.
+    trainer.state.progress.best_value = 0.0
+    trainer._run.save()
     with pytest.raises(Interrupted):
         train_run.train(tmp_path, ("spt",), stop=train_run.Stop("valid", 1), spt_epochs=3)
     assert not tests(load_state(tmp_path / "state.pt")["history"])
@@ -73,15 +75,44 @@ def test_the_same_run_again_is_the_same_and_another_seed_is_not(whole, tmp_path)
     ("progress", 1), ("progress", 2), ("progress", 3), ("progress", 6), ("progress", 8), ("progress", 10),
 ])  # fmt: skip
 def test_a_stop_anywhere(event, count, whole, tmp_path):
-    """In the middle of an epoch, at its end, in validation, in a test, in the data filter, in either phase."""
+    """The run stops within or after an epoch, in validation, in the test or in the row filter, in each phase."""
     with pytest.raises(Interrupted, match="resume with lares-fast train --resume"):
         train_run.train(tmp_path, stop=train_run.Stop(event, count))
     train_run.train(tmp_path)
     assert_same(whole, tmp_path)
 
 
+def test_a_trainer_runs_again_after_its_listener_has_raised(whole, tmp_path):
+    """The same trainer continues with the moments of its optimizer."""
+    failed = []
+
+    def fail_once(record):
+        if record["event"] == "step" and record["step"] == 2 and not failed:
+            failed.append(record)
+            raise KeyError
+
+    trainer = Trainer(train_run.config(), train_run.log(), train_run.split(), tmp_path, fail_once)
+    with pytest.raises(KeyError):
+        trainer.run(train_run.BOTH)
+    trainer.run(train_run.BOTH)
+    assert_same(whole, tmp_path)
+
+
+def test_the_state_file_holds_exactly_these_entries(whole):
+    """Other versions read them by these names."""
+    names = (
+        "format identity phase restarts history epoch step steps sums seconds waited best_value best_epoch bad_epochs best "
+        "kept optimizer model start settings environment"
+    )
+    state = load_state(whole / "state.pt")
+    assert list(state) == names.split()
+    saved = load_run(whole / "state.pt")
+    assert (saved.state.phase, saved.state.progress.epoch, saved.state.history) == ("rpt", 2, state["history"])
+    assert all(torch.equal(saved.model[name], value) for name, value in state["model"].items())
+
+
 def test_a_stop_in_the_validation_after_the_last_allowed_step(tmp_path):
-    """The epoch that ``max_steps`` ends is validated by the resumed run, which has a best model then."""
+    """The resumed run validates the epoch that ``max_steps`` ended, and so has a best model."""
     short = replace(train_run.config(), spt=replace(train_run.config().spt, max_steps=2))
     stop = train_run.Stop("progress", 1)
     stop.trainer = Trainer(short, train_run.log(), train_run.split(), tmp_path / "cut", stop)
@@ -103,7 +134,7 @@ def test_stopped_twice(whole, tmp_path):
 
 
 def test_a_periodic_checkpoint_in_the_middle_of_an_epoch(whole, tmp_path, monkeypatch):
-    """A run killed without warning goes on from its last periodic checkpoint."""
+    """A killed run is resumed from its last periodic checkpoint."""
 
     class KilledError(Exception):
         pass
@@ -122,14 +153,14 @@ def test_a_periodic_checkpoint_in_the_middle_of_an_epoch(whole, tmp_path, monkey
 
 
 def test_a_resumed_run_takes_other_settings(tmp_path):
-    """Those of the optimizer, too, whose saved state holds the old ones."""
+    """The optimizer uses the new settings too, although its saved state holds the old ones."""
     before = train_run.train(tmp_path, ("spt",), spt_epochs=1).model.state_dict()
     settings = train_run.config()
     other = replace(settings, spt=replace(settings.spt, lr=1e-30))
     trainer = Trainer(other, train_run.log(), train_run.split(), tmp_path)
     trainer.run(("spt",))
     after = load_state(tmp_path / "state.pt")["model"]
-    assert trainer.state["history"][-1]["epoch"] == 2
+    assert trainer.state.history[-1]["epoch"] == 2
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
@@ -142,7 +173,7 @@ def test_another_run_is_not_resumed(change, named, whole):
 
 
 def test_rpt_from_the_model_of_another_run(whole, tmp_path):
-    """As if phase 1 had been made in the same folder, whether the other run is still in phase 1 or past it."""
+    """The result equals a run of both phases in one folder, whether the other run is in phase 1 or in phase 2."""
     train_run.train(tmp_path / "spt", ("spt",))
     for parent in (whole, tmp_path / "spt"):
         out = tmp_path / f"from-{parent.name}"
@@ -161,12 +192,13 @@ def test_rpt_from_the_model_of_another_run(whole, tmp_path):
 
 
 def test_spt_goes_on_from_the_model_of_another_run(tmp_path):
-    """That model is the one to beat: with a step too small to change it, it is what the run ends with."""
+    """A later model must beat that model. With steps too small to change it, the run ends with it."""
     train_run.train(tmp_path / "parent", ("spt",))
     settings = train_run.config()
     for lr in (1e-30, settings.spt.lr):
         config, out = replace(settings, spt=replace(settings.spt, lr=lr)), tmp_path / f"lr-{lr}"
-        stop = train_run.Stop("progress", 1)  # in the first validation, of the model it starts from
+        # The run stops in its first validation, which ranks the model that it starts from.
+        stop = train_run.Stop("progress", 1)
         stop.trainer = Trainer(config, train_run.log(), train_run.split(), out, stop)
         stop.trainer.start_from(tmp_path / "parent")
         with pytest.raises(Interrupted):
@@ -180,8 +212,8 @@ def test_spt_goes_on_from_the_model_of_another_run(tmp_path):
         assert ended["best_value"] == max(watched)
 
 
-def test_a_model_that_goes_on_meets_other_random_numbers(tmp_path):
-    """With steps too small to change it, the first epoch of each run in a chain has a loss of its own."""
+def test_each_run_of_a_chain_draws_other_random_numbers(tmp_path):
+    """Steps too small to change the model still give each run of a chain another loss in its first epoch."""
     settings = train_run.config()
     still = replace(settings, spt=replace(settings.spt, lr=1e-30, epochs=1))
     losses = []
@@ -208,9 +240,9 @@ def test_a_state_without_newer_settings_and_counters_is_resumed(whole, tmp_path)
     assert_same(whole, tmp_path)
 
 
-def test_an_epoch_that_was_cut_counts_all_its_seconds(tmp_path, monkeypatch):
+def test_an_epoch_that_was_cut_counts_the_seconds_of_both_parts(tmp_path, monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr("lares_fast.train.loop.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("lares_fast.train.epoch.time.monotonic", lambda: next(clock))
     train_run.train(tmp_path / "whole", ("spt",), spt_epochs=1)
     with pytest.raises(Interrupted):
         train_run.train(tmp_path / "cut", ("spt",), spt_epochs=1, stop=train_run.Stop("step", 2))
@@ -219,7 +251,7 @@ def test_an_epoch_that_was_cut_counts_all_its_seconds(tmp_path, monkeypatch):
         next(row["seconds"] for row in load_state(tmp_path / name / "state.pt")["history"] if "seconds" in row)
         for name in ("whole", "cut")
     )
-    # The clock ticks at every reading, and a stop leaves out or adds one.
+    # The clock ticks at each reading, and a stop may add or remove one reading.
     assert abs(cut - whole) <= 1
 
 
@@ -231,11 +263,11 @@ def test_a_trial_leaves_the_test_rows_alone(tmp_path):
 
 
 @pytest.mark.parametrize(("watch_masked", "history"), [(False, "not masked"), (True, "masked")])
-def test_early_stopping_watches_the_ranking_that_it_is_told(watch_masked, history, tmp_path):
+def test_early_stopping_watches_the_chosen_ranking(watch_masked, history, tmp_path):
     settings = replace(train_run.config().evaluation, watch_masked=watch_masked)
     trainer = Trainer(replace(train_run.config(), evaluation=settings), train_run.log(), train_run.split(), tmp_path)
     rows = [row for row in trainer.run(("spt",)) if row["split"] == "valid"]
-    assert trainer.state["best_value"] == max(row["ndcg@10"] for row in rows if row["history"] == history)
+    assert trainer.state.progress.best_value == max(row["ndcg@10"] for row in rows if row["history"] == history)
     assert len({row["ndcg@10"] for row in rows}) == len(rows)
 
 

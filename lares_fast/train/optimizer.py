@@ -1,0 +1,45 @@
+"""The optimizer of a phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lares_fast._errors import InputError
+from lares_fast.model import LARES
+from lares_fast.train.config import PhaseConfig
+
+
+def adam(model: LARES, settings: PhaseConfig, saved: dict[str, Any] | None, path: Path) -> torch.optim.Adam:
+    """Return the optimizer of a phase, with the ``state_dict`` that ``path`` has ``saved`` of it, if any.
+
+    Raises :class:`InputError` if ``saved`` is not the state of an optimizer of ``model``.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    if saved is None:
+        return optimizer
+    try:
+        optimizer.load_state_dict(saved)
+        fits = all(
+            moment.shape in (torch.Size(), parameter.shape)
+            for parameter, values in optimizer.state.items()
+            for moment in values.values()
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise InputError(f"{path} holds an optimizer that is not of this model: go on from a copy, or train again.")
+    # A resumed run may have other settings, but the saved state holds the old ones.
+    for group in optimizer.param_groups:
+        group.update(lr=settings.lr, weight_decay=settings.weight_decay)
+    return optimizer
+
+
+def moments(saved: dict[str, Any] | None) -> Iterator[Tensor]:
+    """Yield the tensors in the ``state_dict`` of an optimizer."""
+    for values in (saved or {}).get("state", {}).values():
+        yield from (value for value in values.values() if isinstance(value, Tensor))

@@ -1,0 +1,158 @@
+"""The parts of a run that its epochs, validations and phases share, and how they are saved and resumed."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lares_fast._errors import InputError
+from lares_fast._random import root_key
+from lares_fast.config import LARESConfig
+from lares_fast.data import InteractionLog, Split
+from lares_fast.model import LARES
+from lares_fast.train.checkpoint import Weights, check_weights, load_into, weights_of
+from lares_fast.train.config import PhaseConfig, RunConfig, needs_start
+from lares_fast.train.events import Event, Events, Listener
+from lares_fast.train.finite import NotFiniteError, all_finite
+from lares_fast.train.folder import RunFolder
+from lares_fast.train.identity import ABOUT, identity_of, require_same
+from lares_fast.train.keys import initial_weights_seed
+from lares_fast.train.optimizer import adam, moments
+from lares_fast.train.resume import environment, resume_events, settings_of
+from lares_fast.train.state import Progress, RunState, SavedRun, load_run
+
+
+class Run:
+    """One training run.
+
+    ``config, log, split``
+        The settings and the data.
+    ``folder, events``
+        The run folder, and the channel for events and for a request to stop.
+    ``key``
+        The root of the run's random keys.
+    ``model``
+        The model in training.
+    ``start``
+        The frozen model that phase ``rpt`` started from, or ``None`` in phase ``spt``.
+    ``state``
+        Where the run stands.
+    ``news``
+        Events that came up before the folder was locked. They are recorded when training begins.
+    """
+
+    def __init__(self, config: RunConfig, log: InteractionLog, split: Split, out: Path, listener: Listener) -> None:
+        """Set up a new run, or the one whose state is in the folder ``out``; raises as :class:`lares_fast.train.Trainer`."""
+        self.config, self.log, self.split = config, log, split
+        self.key = root_key(config.seed)
+        model_config = LARESConfig.from_dict({**config.model, "n_items": log.n_items})
+        if max(config.rpt.k, *config.evaluation.ks) > log.n_items - 1:
+            raise InputError(f"rpt.k and evaluation.ks must be at most {log.n_items - 1}, the number of items.")
+        self.state = RunState(identity=identity_of(config, model_config, log, split))
+        with torch.random.fork_rng():
+            torch.manual_seed(initial_weights_seed(self.key))
+            self.model = LARES(model_config)
+        self.start: LARES | None = None
+        self.news: list[Event] = []
+        self.folder = RunFolder(out)
+        self.events = Events(listener, self.folder)
+        self._optimizer: torch.optim.Adam | None = None
+        # The loaded state of the optimizer, until an optimizer takes it over.
+        self._loaded_optimizer: dict[str, Any] | None = None
+        if self.folder.has_state():
+            self._resume(self.folder.load())
+
+    @property
+    def best(self) -> Weights:
+        """The best weights of the current phase; empty before its first validation."""
+        return self.state.progress.best or {}
+
+    def start_from(self, run: Path) -> None:
+        """Take over the best ``spt`` model of the run in the folder ``run``; raises as ``Trainer.start_from``."""
+        if self.folder.has_state() or self.state.progress.steps:
+            raise InputError(
+                f"{self.folder.path} holds a run already: a run that starts from another's model needs a new folder."
+            )
+        path = run / "state.pt"
+        saved = load_run(path)
+        # The other run may have any seed.
+        require_same({**saved.state.identity, "seed": self.config.seed}, self.state.identity, run, "start from")
+        weights = saved.start if needs_start(saved.state.phase) else saved.state.progress.best
+        if not weights:
+            raise InputError(f"{run} holds no model of phase spt: run --phase spt there first.")
+        load_into(self.model, weights, path, "best")
+        self.state.progress.best = weights
+        self.state.restarts = saved.state.restarts + 1
+
+    def enter(self, phase: str) -> None:
+        """Begin ``phase`` from the best model of the phase before it."""
+        self.model.load_state_dict(self.best)
+        self.start = copy.deepcopy(self.model)
+        self._optimizer = self._loaded_optimizer = None
+        self.state.phase, self.state.progress = phase, Progress()
+
+    def make_optimizer(self, settings: PhaseConfig) -> torch.optim.Adam:
+        """Return the optimizer of the current phase, which continues from the state that was loaded, if any."""
+        self._optimizer = adam(self.model, settings, self._optimizer_state(), self.folder.state_file)
+        self._loaded_optimizer = None
+        return self._optimizer
+
+    def save(self) -> None:
+        """Write state.pt and metrics.csv; raises :class:`NotFiniteError` for weights or moments that are not finite."""
+        saved = SavedRun(
+            state=self.state,
+            optimizer=self._optimizer_state(),
+            model=weights_of(self.model),
+            start=None if self.start is None else weights_of(self.start),
+            settings=settings_of(self.config),
+            environment=environment(),
+        )
+        if not all_finite([*saved.model.values(), *moments(saved.optimizer)]):
+            raise self.diverged("the weights or Adam's moments are not finite")
+        self.folder.save(saved)
+
+    def export_best(self) -> None:
+        """Write the best model for serving."""
+        about = {name: self.state.identity[name] for name in ABOUT}
+        self.folder.export(self.best, self.model.config, self.log.item_ids.tolist(), about)
+
+    def diverged(self, found: str) -> NotFiniteError:
+        """Return the error of a run that has diverged; ``found`` says what is not finite."""
+        phase, progress = self.state.phase, self.state.progress
+        setting: str | None = f"{phase}.lr"
+        if progress.steps:
+            decay = f" or {phase}.weight_decay" if getattr(self.config, phase).weight_decay else ""
+            remedy = f"lower {setting}{decay} and resume; {self.folder.state_file} holds an earlier state that is sound"
+        elif needs_start(phase) or self.state.restarts:
+            setting = None
+            remedy = (
+                "the phase has made no step, so the model that it starts from has diverged: begin a new run with a lower spt.lr"
+            )
+        else:
+            setting = "model.tau"
+            remedy = "no step was made yet, so a setting of the model is out of range: model.tau may be too small"
+        where = f"in epoch {progress.epoch + 1} of phase {phase}, after {progress.step} of its steps"
+        return NotFiniteError(f"{found} {where}: {remedy}.", setting=setting)
+
+    def _optimizer_state(self) -> dict[str, Any] | None:
+        return self._loaded_optimizer if self._optimizer is None else self._optimizer.state_dict()
+
+    def _resume(self, saved: SavedRun) -> None:
+        path = self.folder.state_file
+        require_same(saved.state.identity, self.state.identity, self.folder.path, "resume with")
+        self.news = resume_events(saved, self.config, self.folder.path)
+        load_into(self.model, saved.model, path, "model")
+        if saved.start:
+            self.start = copy.deepcopy(self.model)
+            load_into(self.start, saved.start, path, "start")
+        if best := saved.state.progress.best:
+            check_weights(self.model, best, path, "best")
+        if not all_finite(moments(saved.optimizer)):
+            raise InputError(f"{path} holds numbers of the optimizer that are not finite: begin a new run.")
+        # An earlier version wrote a shorter identity.
+        self.state = replace(saved.state, identity=self.state.identity)
+        self._loaded_optimizer = saved.optimizer

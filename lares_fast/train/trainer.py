@@ -1,0 +1,130 @@
+"""The trainer: it runs both phases, stops early, saves checkpoints, and resumes without changing a bit.
+
+Everything random is a function of (seed, phase, epoch, step), so a checkpoint holds no generator state. A run that is cut
+after any step continues as if it had not been cut. It gives the same bits for the same versions, thread count, instruction
+set and backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lares_fast._errors import InputError
+from lares_fast.data import InteractionLog, Split
+from lares_fast.model import LARES
+from lares_fast.train.config import PHASES, RunConfig, checked_phases, needs_start
+from lares_fast.train.epoch import train_epoch
+from lares_fast.train.events import Event, Interrupted
+from lares_fast.train.keys import epoch_key, phase_key
+from lares_fast.train.phases import Phase, make_phase
+from lares_fast.train.run import Run
+from lares_fast.train.state import RunState
+from lares_fast.train.validation import rank_baselines, rank_test_rows, validate
+
+
+class Trainer:
+    """A run of one or both phases in the folder ``out``.
+
+    ``emit`` is called with each event, a dictionary whose entry ``event`` names its kind: progress bars and logs listen to
+    it. It may call :meth:`request_stop`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        log: InteractionLog,
+        split: Split,
+        out: str | Path,
+        emit: Callable[[Event], None] = lambda _: None,
+    ) -> None:
+        """Set up a new run, or continue the one in ``out``.
+
+        ``out`` may hold the state of an earlier run of the same model, data and seed that was interrupted or was shorter.
+        :meth:`run` then continues it, and emits a ``changed`` event for every setting that has another value now.
+        Raises :class:`InputError` if the state is damaged or belongs to another run, or if a setting has changed that
+        the state depends on.
+        """
+        self.config, self.log, self.split, self.out = config, log, split, Path(out)
+        self._run = Run(config, log, split, self.out, emit)
+
+    @property
+    def model(self) -> LARES:
+        """The model in training."""
+        return self._run.model
+
+    @property
+    def state(self) -> RunState:
+        """Where the run stands; its ``history`` holds the rows of metrics.csv so far."""
+        return self._run.state
+
+    def request_stop(self) -> None:
+        """Make :meth:`run` save its state after the current step and raise :class:`Interrupted`."""
+        self._run.events.request_stop()
+
+    def start_from(self, run: str | Path) -> None:
+        """Start a new run from the best ``spt`` model of the run in the folder ``run``, which is not changed.
+
+        Phase ``rpt`` can follow at once. Phase ``spt`` trains the model further, with a new optimizer, other random numbers
+        and the settings of this run.
+        Raises :class:`InputError` if the other run has another model or other data or no such model, or if this run has
+        already begun.
+        """
+        self._run.start_from(Path(run))
+
+    def run(self, phases: Sequence[str]) -> list[dict[str, Any]]:
+        """Train ``phases`` (of ``spt``, ``rpt``), test the best model of each, and return the rows of metrics.csv.
+
+        ``rpt`` alone needs a folder with a finished ``spt`` phase, or :meth:`start_from`. Meanwhile no other run can write
+        into the folder.
+        Raises :class:`InputError` for another phase, for a folder that is in use, and for a model that diverges; its
+        state is not saved then.
+        """
+        wanted, run = checked_phases(phases), self._run
+        if all(map(needs_start, wanted)) and not needs_start(run.state.phase) and not run.best:
+            raise InputError(f"{self.out} holds no model of phase spt: run --phase spt or both first.")
+        with run.folder.holding(tell=lambda text: run.news.append({"event": "notice", "text": text})):
+            # The listener may write the first file of the run now.
+            run.events.show("begin")
+            try:
+                self._train(wanted)
+            except Interrupted:
+                run.save()
+                raise
+        return run.state.history
+
+    def _train(self, wanted: set[str]) -> None:
+        run = self._run
+        while run.news:
+            run.events.record(**run.news.pop(0))
+        rank_baselines(run)
+        for phase in PHASES:
+            if phase not in wanted:
+                continue
+            if PHASES.index(run.state.phase) > PHASES.index(phase):
+                if len(wanted) == 1:
+                    run.events.record("notice", text=f"phase {phase} is over in {self.out}: there is nothing to train.")
+                continue
+            if phase != run.state.phase:
+                run.enter(phase)
+            _train_phase(run, make_phase(run))
+            if self.config.evaluation.test:
+                rank_test_rows(run)
+        if run.best:
+            run.export_best()
+
+
+def _train_phase(run: Run, phase: Phase) -> None:
+    progress = run.state.progress
+    key = phase_key(run.key, phase.name, run.state.restarts)
+    optimizer = run.make_optimizer(phase.settings)
+    if progress.best_value < 0 and (needs_start(phase.name) or run.best):
+        # The model that the phase starts from is the one to beat.
+        validate(run, epoch=0, means={})
+    if not run.folder.has_state():
+        # A run that diverges in its first epoch goes back to this state.
+        run.save()
+    # An epoch that was cut ends with its validation even if it has made the last step of the phase.
+    while progress.step or not progress.is_over(phase.settings):
+        train_epoch(run, phase, optimizer, epoch_key(key, progress.epoch))

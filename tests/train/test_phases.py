@@ -1,0 +1,145 @@
+"""The phases are modules: a plain loop over them gives the bits of the trainer, and they use the ops."""
+
+import copy
+
+import pytest
+import torch
+
+import lares_fast
+from lares_fast import LARESConfig, _dispatch, ops
+from lares_fast._errors import InputError
+from lares_fast._random import root_key
+from lares_fast.data import Rows, epoch_order
+from lares_fast.train import RPT, SPT, RPTConfig, SPTConfig, keys
+from lares_fast.train.checkpoint import load_state
+from tests.support import train_run
+from tests.support.catalog_cases import BACKENDS
+
+
+def model_of(log):
+    torch.manual_seed(0)
+    return lares_fast.LARES(LARESConfig(n_items=log.n_items, **train_run.MODEL))
+
+
+def phase_of(name, model):
+    log, rows = train_run.log(), train_run.split().train
+    if name == "spt":
+        return SPT(model, log, rows, SPTConfig(batch_size=128))
+    return RPT(model, copy.deepcopy(model), log, rows, RPTConfig(batch_size=128, group_size=2))
+
+
+@pytest.mark.parametrize("name", ["spt", "rpt"])
+def test_a_plain_loop_gives_the_bits_of_the_trainer(name, tmp_path):
+    """It uses the keys, the order of rows and the optimizer of the trainer, and none of its code."""
+    settings = {"spt_epochs": 1, "rpt_epochs": 1}
+    train_run.train(tmp_path, ("spt",) if name == "spt" else train_run.BOTH, **settings)
+    state, config = load_state(tmp_path / "state.pt"), train_run.config(**settings)
+    model = model_of(train_run.log())
+    if name == "spt":
+        with torch.random.fork_rng():
+            torch.manual_seed(keys.initial_weights_seed(root_key(config.seed)))
+            model = lares_fast.LARES(model.config)
+        phase = SPT(model, train_run.log(), train_run.split().train, config.spt)
+    else:
+        model.load_state_dict(state["start"])
+        rows = Rows(state["kept"]["users"].numpy(), state["kept"]["ends"].numpy())
+        phase = RPT(model, copy.deepcopy(model), train_run.log(), rows, config.rpt)
+    optimizer = torch.optim.Adam(model.parameters(), lr=phase.settings.lr)
+    epoch = keys.epoch_key(keys.phase_key(root_key(config.seed), name, restarts=0), 0)
+    phase.train()
+    order = epoch_order(len(phase.rows), keys.order_key(epoch))
+    for step, index in enumerate(order.split(phase.settings.batch_size)):
+        loss, _ = phase(phase.batch(index, keys.step_key(epoch, step)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["spt", "rpt"])
+def test_the_loss_depends_on_the_key_alone(name):
+    phase = phase_of(name, model_of(train_run.log())).train()
+    index = torch.arange(100)
+
+    def loss(key):
+        batch = phase.batch(index, key)
+        assert len(batch) == 100
+        # The batch holds all random choices, so a second forward gives the same bits.
+        first, parts = phase(batch)
+        assert first.requires_grad and not any(value.requires_grad or value.dim() for value in parts.values())
+        assert torch.equal(first, phase(batch)[0])
+        return first.item()
+
+    torch.manual_seed(1)
+    one = loss((3, 4))
+    torch.manual_seed(2)
+    assert loss((3, 4)) == one != loss((3, 5))
+
+
+@pytest.mark.parametrize(("name", "passes"), [("spt", 3), ("rpt", 2)])
+def test_every_pass_of_every_step_has_its_own_random_numbers(name, passes):
+    phase = phase_of(name, model_of(train_run.log()))
+    batches = [phase.batch(torch.arange(10), key) for key in ((3, 4), (3, 5))]
+    drawn = [each for batch in batches for each in (batch.passes if name == "spt" else (batch.policy_pass, batch.start_pass))]
+    assert len({each.draw.key for each in drawn}) == 2 * passes
+
+
+@pytest.mark.parametrize("name", ["spt", "rpt"])
+def test_a_batch_goes_to_a_device_with_its_rows_only(name):
+    batch = phase_of(name, model_of(train_run.log())).batch(torch.arange(10), root_key(1))
+    moved = batch.to("meta")
+    assert moved.inputs.items.device.type == moved.inputs.target.device.type == "meta" and len(moved) == 10
+    assert batch.inputs.items.device.type == "cpu"
+    if name == "spt":
+        assert moved.partners.items.device.type == "meta"
+        assert moved.passes is batch.passes and moved.step_index == batch.step_index
+    else:
+        assert moved.policy_pass is batch.policy_pass and moved.start_pass is batch.start_pass
+
+
+def test_a_phase_trains_the_parameters_of_its_model_and_sets_its_dropout():
+    model = model_of(train_run.log())
+    assert set(phase_of("spt", model).parameters()) == set(model.parameters())
+    phase = phase_of("rpt", model)
+    assert (model.config.dropout, phase.start.config.dropout) == (0.1, 0.5)
+    trained = [value for value in phase.parameters() if value.requires_grad]
+    assert set(trained) == set(model.parameters())
+
+
+def test_the_start_model_stays_frozen_and_in_evaluation_mode():
+    model = model_of(train_run.log())
+    phase = phase_of("rpt", model)
+    before = {name: value.clone() for name, value in phase.start.state_dict().items()}
+    for mode in (True, False, True):
+        phase.train(mode)
+        assert model.training is mode and not any(module.training for module in phase.start.modules())
+    loss, _ = phase(phase.batch(torch.arange(50), root_key(1)))
+    loss.backward()
+    assert all(value.grad is None for value in phase.start.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in phase.start.state_dict().items())
+
+
+def test_a_phase_without_rows_is_refused():
+    log, rows = train_run.log(), train_run.split().train
+    with pytest.raises(InputError, match="rows must hold a training row"):
+        SPT(model_of(log), log, Rows(rows.users[:0], rows.ends[:0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_reward_ranks_on_the_op(backend):
+    log, rows = train_run.log(), train_run.split().valid
+    model = lares_fast.LARES(LARESConfig(n_items=log.n_items, **train_run.MODEL))
+    torch.nn.init.normal_(model.item_embedding.weight)
+    phase = RPT(model, copy.deepcopy(model), log, rows, RPTConfig(batch_size=30, group_size=3, k=20))
+    batch = phase.batch(torch.arange(30), root_key(2))
+    with ops.backend("reference"):
+        expected, _ = phase(batch)
+    with ops.backend(backend):
+        before = _dispatch.calls["linear_cross_entropy", backend]
+        loss, parts = phase(batch)
+        after = _dispatch.calls["linear_cross_entropy", backend]
+    assert after == before + 3, "one call for last steps with ranks, one for the other steps, one for the start model"
+    torch.testing.assert_close(loss, expected)
+    assert parts["reward"] > 0
+    loss.backward()
+    assert model.item_embedding.weight.grad.abs().sum() > 0
