@@ -83,12 +83,15 @@ public:
         return *this;
     }
 
+    bool has(const char* name) const { return py::detail::dict_getitemstring(given_.ptr(), name) != nullptr; }
+
     template <class T>
     T get(const char* name) {
-        if (!given_.contains(name)) throw py::type_error(std::string("the argument ") + name + " is missing");
+        const py::handle value = py::detail::dict_getitemstring(given_.ptr(), name);
+        if (!value) throw py::type_error(std::string("the argument ") + name + " is missing");
         ++read_;
         try {
-            return py::cast<T>(given_[name]);
+            return py::cast<T>(value);
         } catch (const py::cast_error&) {
             throw py::type_error(std::string(name) + " has a wrong type or is out of the range of its type");
         }
@@ -155,7 +158,7 @@ void topk(const py::kwargs& given) {
     lares_fast::Topk call{};
     read_catalog(arguments, call);
     arguments.read("k", call.k).read("scores", call.scores).read("ids", call.ids);
-    read_tables(arguments, "index_", call.index);
+    if (arguments.has("index_centre")) read_tables(arguments, "index_", call.index);
     const int64_t threads = arguments.get<int64_t>("threads");
     unlocked(arguments, [&] { lares_fast::topk_cpu(call, threads); });
 }

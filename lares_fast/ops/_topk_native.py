@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,9 @@ from lares_fast._native_call import allocation
 from lares_fast.ops import _catalog_native
 from lares_fast.ops._catalog_calls import IndexTables, TopkCall
 
-obstacle = _catalog_native.obstacle
+_INDEX = [f"index_{table}" for table in IndexTables._fields]
 
-_NO_INDEX = dict.fromkeys(f"index_{table}" for table in IndexTables._fields)
+obstacle = _catalog_native.obstacle
 
 
 def run(call: TopkCall, threads: int | None = None) -> tuple[Tensor, Tensor]:
@@ -19,6 +21,6 @@ def run(call: TopkCall, threads: int | None = None) -> tuple[Tensor, Tensor]:
     shape = (call.query.shape[0], call.k)
     with allocation(f"the result {list(shape)}"):
         scores, ids = call.query.new_empty(shape), call.query.new_empty(shape, dtype=torch.int64)
-    index = _NO_INDEX if call.index is None else {f"index_{name}": table for name, table in call.index._asdict().items()}
+    index: dict[str, Any] = {} if call.index is None else dict(zip(_INDEX, call.index, strict=True))
     _catalog_native.run(call, threads, k=call.k, scores=scores, ids=ids, **index)
     return scores, ids
