@@ -278,3 +278,24 @@ def test_bad_arguments(change, message):
     arguments = {"query": torch.ones(2, 3), "items": torch.ones(5, 3), "target": torch.tensor([1, 2]), **change}
     with pytest.raises(InputError, match=message):
         ops.target_rank(arguments.pop("query"), arguments.pop("items"), arguments.pop("target"), **arguments)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"target": torch.tensor([0, 6])}, r"target must be in 0\.\.5, but got values in 0\.\.6"),
+    ({"target": torch.tensor([0, -1])}, r"target must be in 0\.\.5, but got values in -1\.\.0"),
+    ({"exclude": (torch.tensor([0, 1, 2]), torch.tensor([0, 6]))}, r"exclude ids must be in 0\.\.5, but got values in 0\.\.6"),
+    ({"exclude": (torch.tensor([0, 3, 2]), torch.tensor([0, 1]))}, "exclude offsets must rise from 0 to the number of ids, 2"),
+    ({"exclude": (torch.tensor([1, 1, 2]), torch.tensor([0, 1]))}, "exclude offsets must rise from 0 to the number of ids, 2"),
+    ({"exclude": (torch.tensor([0, 1, 3]), torch.tensor([0, 1]))}, "exclude offsets must rise from 0 to the number of ids, 2"),
+    ({"exclude": (torch.tensor([0, 1, 1]), torch.tensor([0, 1]))}, "exclude offsets must rise from 0 to the number of ids, 2"),
+])  # fmt: skip
+def test_wrong_values_are_named_by_every_backend(change, message, backend):
+    arguments = {"query": torch.ones(2, 4), "items": torch.ones(6, 4), "target": torch.tensor([0, 1]), **change}
+    with pytest.raises(InputError, match=message):
+        ops.target_rank(**arguments, backend=backend)
+
+
+@needs_native
+def test_no_threads_are_an_error():
+    with pytest.raises(InputError, match="threads must be at least 1, but got 0"):
+        native_ranks(torch.ones(2, 4), torch.ones(6, 4), torch.tensor([0, 1]), threads=0)
