@@ -1,4 +1,4 @@
-"""What of the CUDA side runs without a GPU: launch plans, the wrappers' reasons and preparations, rules of the sources."""
+"""The parts of the CUDA backends that run without a GPU: launch plans, reasons, preparation of inputs, rules of sources."""
 
 import re
 from contextlib import contextmanager, nullcontext
@@ -16,7 +16,7 @@ from lares_fast.ops._catalog_calls import TargetRankCall, TopkCall
 CSRC = Path(__file__).parents[1] / "csrc"
 needs_native = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
 
-# Multiprocessors, shared memory a block, shared memory a multiprocessor: sm_80, sm_90 and sm_100, sm_120, a slice of one.
+# Multiprocessors, bytes of shared memory of a block and of a multiprocessor. sm_100 has the limits of sm_90.
 DEVICES = {
     "sm_80": (108, 163 << 10, 164 << 10),
     "sm_90": (132, 227 << 10, 228 << 10),
@@ -47,21 +47,21 @@ def test_a_plan_covers_the_catalog_within_the_device(device, B, N):
             assert plan["sorted"] % 32 == 0 and k <= plan["sorted"] < k + 32
             assert plan["merge_warps"] in (1, 2, 4, 8, 16)
             assert plan["workspace_bytes"] == 8 * B * (1 + plan["splits"] * (plan["sorted"] + 32))
-            # Lists grow with the blocks that keep the device busy, not with the catalog.
+            # The lists grow with the number of blocks that keep the device busy, and not with the catalog.
             assert plan["workspace_bytes"] <= 8 * (B + 128 * (limits[0] * 3 + plan["query_tiles"])) * (1 + plan["sorted"] + 32)
 
 
 @needs_native
 @pytest.mark.parametrize("B", [1, 256, 1024, 4096])
 def test_all_blocks_of_a_large_catalog_run_at_once(B):
-    """Registers allow three blocks a multiprocessor, which tests/emulator/test_static.py reads from what ptxas says."""
+    """Registers allow three blocks on a multiprocessor: tests/emulator/test_static.py reads it from the output of ptxas."""
     places = 3 * DEVICES["sm_90"][0]
     for D in (64, 128):
         sizes = {"B": B, "N": 1_000_000, "D": D, "limits": DEVICES["sm_90"]}
         topk = _native.load().plan_topk(**sizes, k=100)
         rank = _native.load().plan_target_rank(**sizes)
         for plan in (topk, rank):
-            # With four chunks of queries in shared memory two blocks fit.
+            # With four chunks of queries in shared memory, two blocks fit.
             assert 0.9 * places * (2 if D == 128 else 3) / 3 < plan["query_tiles"] * plan["splits"] <= places
 
 
@@ -110,7 +110,7 @@ def test_why_the_kernels_cannot_run_is_said_in_words(monkeypatch):
     monkeypatch.setattr(_cuda_launch, "_current", lambda device: nullcontext())
     monkeypatch.setattr(_cuda_launch, "_capturing", lambda device: False)
     monkeypatch.setattr(_native, "available", lambda: (True, ""))
-    # What was wrong may have passed; what could run can.
+    # A fault may pass, so it is asked for again. A device that could run the kernels still can.
     answers = iter(("the driver does not answer: all in use", "no kernel image: capturing", "ok: a device"))
     monkeypatch.setattr(_native, "capability", lambda device: next(answers))
     assert "all in use" in _cuda_launch.obstacle(call)
@@ -146,7 +146,7 @@ def test_a_refused_launch_is_an_error_in_words(monkeypatch):
 
 
 class Device:
-    """Stands for ``torch.cuda`` and the native module where there is no GPU, and notes what they are told."""
+    """Takes the place of ``torch.cuda`` and the native module where there is no GPU, and records their calls."""
 
     def __init__(self, monkeypatch):
         self.told, self.capturing, self.current = [], False, 0
@@ -175,7 +175,7 @@ class Device:
 
 
 def test_the_tensors_device_is_current_where_the_native_module_runs(monkeypatch):
-    """A module that switched by itself would leave a context on the device that it switches back to."""
+    """If the module switched the device itself, it would leave a context on the device that it switches back to."""
     device = Device(monkeypatch)
     assert _cuda_launch.capability(torch.device("cuda", 3)) == "ok"
     _cuda_launch.enqueue("topk", torch.device("cuda", 3))
@@ -197,7 +197,7 @@ def test_a_first_use_within_a_graph_capture_is_refused(monkeypatch):
     device.capturing = True
     assert _cuda_launch.capability(place) == "ok"
     _cuda_launch.enqueue("topk", place)
-    # Other products are other kernels.
+    # Each kind of products has kernels of its own.
     monkeypatch.setenv("LARES_FAST_CUDA_PRODUCTS", "ffma")
     with pytest.raises(RuntimeError, match="before the graph capture"):
         _cuda_launch.enqueue("topk", place)
@@ -211,20 +211,20 @@ def test_lists_are_sorted_query_by_query():
 
 
 def test_lists_that_are_none_are_seen_to_be_none():
-    """The kernels refuse a query by its own two offsets and by the ends of its list; others must keep what is theirs."""
+    """The kernels notice a wrong list by its two offsets and by its first and last id. The other lists must keep their ids."""
 
     def given(offsets, ids):
         places, kept = _cuda_launch.sorted_lists(torch.tensor(offsets), torch.tensor(ids), 10)
         return places.tolist(), kept.tolist()
 
-    # The third offset falls: the second and the third list end or begin there.
+    # The third offset falls. The second list ends there, and the third one begins there.
     places, ids = given([0, 3, 1, 5, 7], [5, 1, 0, 9, 2, 8, 3])
     assert places == [0, 3, -1, 5, 7]
     assert ids[:3] == [0, 1, 5] and ids[5:] == [3, 8]
     places, ids = given([0, 2, 4, 2**60, -(2**63)], [5, 1, 9, 2, 8])
     assert places == [0, 2, 4, 2**60, -1]
     assert ids[:4] == [1, 5, 2, 9]
-    # Ids that are no items stay at an end of their own list.
+    # Ids that are no items go to an end of their own list.
     places, ids = given([0, 3, 5, 5, 7], [4, -(2**62), 1, 2**62, 3, 9, 0])
     assert places == [0, 3, 5, 5, 7]
     assert ids == [-1, 1, 4, 3, 10, 0, 9]
@@ -239,7 +239,7 @@ def test_products_are_chosen_by_the_environment(monkeypatch):
         _settings.cuda_products()
 
 
-# What breaks streams, graph capture, other libraries' devices or the promise of fp32.
+# These words break streams, graph capture, the devices of other libraries, or the fp32 results.
 FORBIDDEN = (
     "cudaSetDevice",
     "cudaMalloc", "cudaFree", "cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaDeviceReset", "cudaEventSynchronize",
@@ -254,6 +254,6 @@ def test_sources_keep_the_rules_of_the_stream():
     for path in [*files, CSRC.parent / "CMakeLists.txt"]:
         for word in FORBIDDEN:
             assert word not in path.read_text(), f"{path.name} has {word}"
-    # No block waits for another: what others change is read once a tile, in no loop's condition.
+    # No block waits for another one. Values that other blocks change are read once a tile, never in the condition of a loop.
     for path in files:
         assert not re.search(r"(while|for) \([^)]*(load_relaxed|atomic)", path.read_text()), path.name

@@ -1,4 +1,4 @@
-"""Loading of the native module: what it says about itself, and why it is missing."""
+"""The loader of the native module: its report, its reasons for a missing module, and how it takes arguments."""
 
 import importlib
 
@@ -28,7 +28,7 @@ def test_build_info_of_a_native_build():
 
 @pytest.fixture
 def module_raises(monkeypatch):
-    """Makes the import of ``_C`` raise what a test gives."""
+    """Make the import of ``_C`` raise the error that a test gives."""
 
     def install(error):
         real = importlib.import_module

@@ -1,4 +1,4 @@
-"""Random numbers of the native module: the bits of ``_random``, and errors for arguments out of range."""
+"""Random numbers of the native module have the bits of ``_random``, and arguments out of range raise errors."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def on_all_ops(seed=0):
-    """Answers of every catalog op on the same data, as one list of tensors."""
+    """Return the answers of every catalog op on the same data, as one list of tensors."""
     query, items, bias, exclude = whole_numbers(seed, 9, 70_000, 8, longest=20)
     target = torch.arange(9) * 7000
     return [
@@ -73,7 +73,7 @@ def test_works_after_a_fork():
 
 @contextlib.contextmanager
 def ticking():
-    """A Python thread that notes the time and this process's number of threads, again and again."""
+    """Run a Python thread that records the time and the number of threads of this process, again and again."""
     ticks, stop = [], threading.Event()
 
     def tick():
@@ -109,7 +109,7 @@ LONG_CALLS = {
 
 @pytest.mark.parametrize("op", LONG_CALLS)
 def test_other_python_threads_run_meanwhile(op):
-    """The call holds no lock of Python's: a second thread goes on in the middle of it."""
+    """The call holds no lock of Python, so a second thread runs during the call."""
     query, items = torch.randn(512, 64), torch.randn(300_000, 64)
     with ticking() as ticks:
         began = time.perf_counter()

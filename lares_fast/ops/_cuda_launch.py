@@ -69,9 +69,9 @@ def enqueue(op: str, device: torch.device, **arguments: object) -> None:
         stream = torch.cuda.current_stream(device).cuda_stream
         # A RuntimeError means that the device is unusable. Nothing may catch it and continue with another backend.
         function = getattr(_native.load(), f"{op}_cuda")
-        refused = function(**addresses(arguments), plain=plain, limits=limits(index), device=index, stream=stream)
-    if refused:
-        raise BackendError(f"{device} did not accept the launch of {op} ({refused}): use backend='reference'.")
+        fault = function(**addresses(arguments), plain=plain, limits=limits(index), device=index, stream=stream)
+    if fault:
+        raise BackendError(f"{device} did not accept the launch of {op} ({fault}): use backend='reference'.")
     _ran.add((index, op, plain))
 
 

@@ -77,7 +77,7 @@ def test_leading_dimensions(backend):
 
 
 def test_uniform_over_many_items(backend):
-    """Equal terms are where a single fp32 sum over a large catalog drifts furthest."""
+    """A single fp32 sum over a large catalog drifts most when all terms are equal."""
     items = (torch.arange(4) - 1.5)[torch.arange(200_000) % 4][:, None].contiguous()
     check(
         "target_logprob", torch.tensor([[1.0], [0.1]]), items, torch.tensor([0, 7]), torch.tensor([1.0, -2.0]), backend=backend

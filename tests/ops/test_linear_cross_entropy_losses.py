@@ -9,8 +9,6 @@ from tests.support import oracle
 
 
 class TestLosses:
-    """The training losses of the model users build, by the law against the reference's."""
-
     N, L, B = 60, 10, 24
 
     def losses(self, kind, similarity, phase, scores="dot"):

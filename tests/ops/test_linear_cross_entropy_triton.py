@@ -27,7 +27,7 @@ from tests.support.softmax_cases import (
     run,
 )
 
-# M, N, D, dtype, skip_pad, scale. A tile is 16, 32 or 64 rows by the bytes of a row; a part at least 8 tiles of items.
+# M, N, D, dtype, skip_pad, scale. A tile has 16, 32 or 64 rows, depending on the bytes of a row. A part has at least 8 tiles.
 TRITON = [
     (1, 1, 1, torch.float32, False, 1.0),
     (5, 63, 17, torch.float32, False, 0.5),
@@ -59,7 +59,7 @@ def interpreted(monkeypatch):
 @pytest.mark.interpreted
 @pytest.mark.usefixtures("interpreted")
 class TestTriton:
-    """The kernels' source, run on the CPU: every address checked, outputs poisoned with NaN."""
+    """The source of the kernels runs on the CPU. Every address is checked, and outputs begin as NaN."""
 
     @pytest.mark.parametrize("arguments", TRITON, ids=str)
     def test_law(self, arguments):
@@ -72,7 +72,7 @@ class TestTriton:
         check_rank(ties, skip_pad, N, "triton")
 
     def test_rank_in_bf16(self):
-        """Of scores that are exact in bf16 products and fp32 sums, many of them equal."""
+        """The scores are exact in bf16 products and fp32 sums, and many of them are equal."""
         hidden, items, target = integers(30, 5).bfloat16(), integers(300, 5).bfloat16(), torch.randint(0, 300, (30,))
         rank = ops.target_logprob_and_rank(hidden, items, target, backend="triton")[1]
         assert torch.equal(rank, reference.target_rank(hidden.float(), items.float(), target))
@@ -89,7 +89,7 @@ class TestTriton:
 
     def test_uniform_over_many_items(self, monkeypatch):
         kernels = _triton.kernels("linear_cross_entropy")
-        # One part: the longest sums.
+        # With one part the sums are as long as possible.
         monkeypatch.setattr(kernels, "PROGRAMS", 1)
         items = torch.zeros(20_000, 4)
         check("target_logprob", torch.ones(2, 4), items, torch.tensor([0, 7]), torch.tensor([1.0, -2.0]), backend="triton")
@@ -172,18 +172,18 @@ def gradients(function, hidden, items, target, upstream, **options):
 
 
 def tiny(backend, dtype):
-    """The mean over many rows: half precision holds no probability times its gradient, but their sums."""
+    """Check the mean over many rows: half precision cannot hold a probability times its gradient, but their sum."""
     M, N, D = 256, 1000, 16
     hidden, items = (torch.randn(M, D) * 0.05 + 0.1).to(dtype), (torch.randn(N, D) + 0.5).to(dtype)
     target, upstream = torch.arange(M) % 3, torch.full((M,), 2.0**-16)
-    # What is below half of the smallest number is rounded to none.
+    # A value below half of the smallest number is rounded to 0.
     assert 2.0**-16 / N < 2.0**-25
     how = {"hidden": hidden, "items": items, "target": target, "upstream": upstream}
     result = gradients(ops.target_logprob, **how, backend=backend)
     twin = gradients(reference.target_logprob, **how)
     truth = gradients(reference.target_logprob, **{**how, "hidden": hidden.double(), "items": items.double()})
     oracle.check("gradient", result, twin, truth)
-    # Among the rows that are no targets the law sees little; here is what a lost product would leave of them.
+    # The tolerances see little of the rows that are no targets. A lost product would leave an error of their whole size.
     rest, wanted = result["items"][3:].double(), truth["items"][3:]
     assert (rest - wanted).abs().max() <= 2.0**-24 + 0.05 * wanted.abs().max() < 0.5 * wanted.abs().max()
 
@@ -202,7 +202,7 @@ def test_tiny_gradients_reach_the_items_by_the_kernels(dtype, interpreted):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("size", [2.0**-8, 1.0, 2.0**12])
 def test_gradients_of_very_different_sizes(size, interpreted):
-    """The largest of them sets the unit in which all are multiplied."""
+    """The largest gradient sets the unit in which all gradients are multiplied."""
     hidden, items, target = torch.randn(40, 16).half(), torch.randn(70, 16).half(), torch.arange(40)
     upstream = torch.randn(40) * size
     upstream[3] = 0
@@ -214,7 +214,7 @@ def test_gradients_of_very_different_sizes(size, interpreted):
     assert not result["hidden"][3].any()
 
 
-# No item of the softmax, with row 0 left out of it.
+# With row 0 left out, none of these is an item of the softmax.
 WRONG = [0, -1, 90, 91, 2**31, -(2**31), 2**40, 2**63 - 1, -(2**63)]
 
 
@@ -249,5 +249,5 @@ def test_a_target_that_is_no_item_gives_nan(monkeypatch):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_target_that_is_no_item_is_not_read(dtype, interpreted):
-    """Every address is checked against the tensors."""
+    """Every address is checked to be inside a tensor."""
     wrong_targets("triton", dtype)

@@ -21,7 +21,7 @@ def backend(request):
 
 
 def by_counting(query, items, target, *, bias=None, lists=None, ties="order"):
-    """Exact on integers, and spelled out item by item."""
+    """Count item by item. Exact on integers."""
     scores = query.double() @ items.double().T + (0 if bias is None else bias.double())
     ranks = []
     for b, (row, t) in enumerate(zip(scores.tolist(), target.tolist(), strict=True)):
@@ -33,7 +33,7 @@ def by_counting(query, items, target, *, bias=None, lists=None, ties="order"):
 
 
 def check_exactly(B, N, D, backend):
-    """Against a count, with bias and without, for both kinds of ties; the lists are unsorted, repeat, and hold the target."""
+    """Compare with a count, with and without bias, for both ties. The lists are unsorted, repeat and hold the target."""
     query, items, bias, target = integers(B, D), integers(N, D), integers(N), torch.randint(0, N, (B,))
     lists = [[*torch.randint(0, N, (n % 7,)).tolist() * 2, t] for n, t in enumerate(target.tolist())]
     for ties in ("order", "strict"):
@@ -50,7 +50,7 @@ def check_exactly(B, N, D, backend):
             assert torch.equal(both[1], kept)
 
 
-# A panel is 12, 24 or 48 items and a tile of queries 4 or 8 rows, as the SIMD level has it.
+# A panel has 12, 24 or 48 items and a tile of queries 4 or 8 rows, depending on the SIMD level.
 @pytest.mark.parametrize("N", [1, 2, 11, 12, 13, 23, 24, 25, 47, 48, 49, 257])
 @pytest.mark.parametrize(("B", "D"), [(1, 1), (3, 4), (9, 5)])
 def test_massed_ties_are_exact(B, N, D, backend):
@@ -124,7 +124,7 @@ def test_gaussian(N, D, backend):
 
 @pytest.mark.parametrize("D", [1, 7, 64, 129])
 def test_scores_that_are_all_equal_earn_no_credit(D, backend):
-    """However a score rounds: the rank is the number of items with a smaller id that are left."""
+    """The rank is the number of items with a smaller id that are left, whatever the rounding of a score is."""
     N = 300
     query, items, target = torch.randn(50, D), torch.randn(1, D).repeat(N, 1), torch.arange(50) * 6
     lists = [torch.randint(0, N, (n % 9,)).tolist() for n in range(50)]
@@ -135,7 +135,7 @@ def test_scores_that_are_all_equal_earn_no_credit(D, backend):
 
 
 def test_a_target_scored_in_another_order_outranks_itself():
-    """The trap that the test above guards against is real on its data."""
+    """On the data of the test above, such a target does outrank itself."""
     query, row, target = torch.randn(50, 64), torch.randn(1, 64), torch.arange(50) * 6
     scores = (query @ row.repeat(320, 1).T)[:, :300]
     own = (query * row).sum(1)
@@ -171,7 +171,7 @@ def test_nan_and_infinity(backend):
 @needs_native
 @pytest.mark.parametrize("kind", CATALOGS)
 def test_the_place_in_topk_is_the_rank(kind):
-    """On any data, because both score alike to the last bit."""
+    """This holds for any data, because both ops compute scores with the same bits."""
     N = 500
     query, items = catalog(kind, N, 19)
     target = torch.randint(0, N, (len(query),))

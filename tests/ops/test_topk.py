@@ -22,7 +22,7 @@ def backend(request):
 
 
 def by_sorting(query, items, k, bias=None, lists=None):
-    """Exact on integers: ids by (score descending, id ascending), -1 where none is left."""
+    """Return ids by (score descending, id ascending), and -1 where no item is left. Exact on integers."""
     scores = query.double() @ items.double().T + (0 if bias is None else bias.double())
     rows = []
     for b, row in enumerate(scores.tolist()):

@@ -33,7 +33,7 @@ class TestCatalogIndex:
         size=st.sampled_from([1e-30, 1e-17, 1e-12, 1.0, 1e10, 1e18]),
     )
     def test_the_bound_holds_whatever_the_sizes(self, seed, D, k, spread, size):
-        """Dimensions, items and queries of very different sizes, zeros, repeats and a few values that are not finite."""
+        """The values have very different sizes; some are zero, some repeat, and a few are not finite."""
         generator = torch.Generator().manual_seed(seed)
 
         def table(rows):
@@ -113,7 +113,7 @@ class TestCatalogIndex:
     @pytest.mark.parametrize("fused", [False, True])
     @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
     def test_a_step_of_an_optimizer_makes_an_index_stale(self, kind, fused):
-        """A fused step leaves the version of a parameter as it was; one row alone has a gradient here."""
+        """A fused step does not change the version of a parameter. Here only one row has a gradient."""
         items = torch.nn.Parameter(torch.randn(5000, 8))
         optimizer = kind([{"params": [items]}], lr=1.0, fused=fused)
         index, other = ops.CatalogIndex(items.detach()[1:]), ops.CatalogIndex(torch.randn(40, 8))
@@ -160,7 +160,7 @@ class TestCatalogIndex:
 @pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("N", [4096, 12_101, 66_001])
 def test_a_sample_that_misleads(N, indexed):
-    """The panels from which the first threshold is guessed hold all the large scores, too few of them."""
+    """The first threshold is guessed from a few panels. Here these panels hold all large scores, but fewer than k."""
     panel = _native.load().index_shape(N=N, D=4)[0]
     panels = min(2048, N // 12) // panel
     sampled = torch.arange(N) // panel % (N // panel // panels) == 0

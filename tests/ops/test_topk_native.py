@@ -16,7 +16,7 @@ pytestmark = needs_native
 
 
 def order(scores, k, excluded=()):
-    """The contract spelled out for one query: (score, id) pairs by score descending, then id ascending."""
+    """Return scores and ids for one query, by score descending, then id ascending."""
     scores = np.where(np.isnan(scores), -np.inf, scores)
     ids = [i for i in range(len(scores)) if i not in set(excluded)]
     ids = sorted(ids, key=lambda i: (-scores[i], i))[:k]

@@ -15,7 +15,7 @@ BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 
 def integers(*shape):
-    """Sums of products are exact, and ties are massed."""
+    """Return a tensor whose sums of products are exact. Many scores are equal."""
     return torch.randint(-2, 3, shape).float()
 
 
@@ -25,7 +25,7 @@ def csr(lists):
 
 
 def catalog(kind, N, D):
-    """(query, items) of a shape that screening finds easy, hard or impossible."""
+    """Return (query, items) of a kind that is easy, hard or impossible to screen."""
     query, items = torch.randn(21, D), torch.randn(N, D)
     if kind == "cone":
         items = torch.randn(D) + 0.05 * items
@@ -59,8 +59,10 @@ CATALOGS = [
 
 
 def whole_numbers(seed, batch, count, width, *, values=2, with_bias=True, longest=None):
-    """(query, items, bias, exclude) of small whole numbers: every sum is exact, and ties are massed. Lists of exclusions are
-    unsorted and repeat."""
+    """Return (query, items, bias, exclude) of small whole numbers: every sum is exact, and many scores are equal.
+
+    The lists of exclusions are unsorted and repeat.
+    """
     rng = np.random.default_rng(seed)
     query = torch.from_numpy(rng.integers(-values, values + 1, (batch, width)).astype(np.float32))
     items = torch.from_numpy(rng.integers(-values, values + 1, (count, width)).astype(np.float32))
@@ -74,7 +76,7 @@ def whole_numbers(seed, batch, count, width, *, values=2, with_bias=True, longes
 
 
 def same(got, wanted):
-    """Bit by bit."""
+    """Compare bit by bit."""
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=False)
 
@@ -88,6 +90,6 @@ def native_ranks(*arguments, threads=None, **options):
 
 
 def plant(monkeypatch, op, backend, bug):
-    """Have ``backend`` run calls of ``op`` by ``bug(run)``, where ``run`` is its own function."""
+    """Replace the function ``run`` with which ``backend`` runs ``op`` by ``bug(run)``."""
     row = [replace(own, run=bug(own.run)) if own.name == backend else own for own in _dispatch._TABLE[op]]
     monkeypatch.setitem(_dispatch._TABLE, op, tuple(row))
