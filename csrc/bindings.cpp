@@ -6,9 +6,11 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "build_info.h"
@@ -65,52 +67,68 @@ py::dict build_info() {
     return info;
 }
 
-// The keyword arguments of one call. A value is read into its place in a struct, whose type decides what is accepted.
+// The keyword arguments of one call. Each is taken once, by its name.
 class Arguments {
 public:
-    explicit Arguments(const py::kwargs& given) : given_(given) {}
+    explicit Arguments(const py::kwargs& given) : given_(given), left_(given.size()) {}
 
-    // A tensor: the address 0 stands for none.
+    bool has(const char* name) const { return PyDict_GetItemString(given_.ptr(), name) != nullptr; }
+
+    template <class T>
+    T take(const char* name) {
+        PyObject* const value = PyDict_GetItemString(given_.ptr(), name);
+        if (!value) throw py::type_error(std::string(name) + " is missing");
+        --left_;
+        try {
+            return py::handle(value).cast<T>();
+        } catch (const py::cast_error&) {
+            throw py::type_error(std::string(name) + " has a wrong type or is out of range");
+        }
+    }
+
+    // A tensor, by its address; 0 stands for none.
+    template <class T>
+    T* tensor(const char* name) {
+        return pointer<T>(take<uintptr_t>(name));
+    }
+
+    // The value that the string `name` stands for.
+    template <class T>
+    T one_of(const char* name, std::initializer_list<std::pair<const char*, T>> values) {
+        const auto given = take<std::string>(name);
+        for (const auto& [word, value] : values) {
+            if (given == word) return value;
+        }
+        throw std::invalid_argument(std::string(name) + " has an unknown value");
+    }
+
+    // Takes an argument into its place in a struct, whose type decides what is accepted.
     template <class T>
     Arguments& read(const char* name, T*& place) {
-        place = pointer<T>(get<uintptr_t>(name));
+        place = tensor<T>(name);
         return *this;
     }
 
     template <class T>
     Arguments& read(const char* name, T& place) {
-        place = get<T>(name);
+        place = take<T>(name);
         return *this;
     }
 
-    bool has(const char* name) const { return py::detail::dict_getitemstring(given_.ptr(), name) != nullptr; }
-
-    template <class T>
-    T get(const char* name) {
-        const py::handle value = py::detail::dict_getitemstring(given_.ptr(), name);
-        if (!value) throw py::type_error(std::string("the argument ") + name + " is missing");
-        ++read_;
-        try {
-            return py::cast<T>(value);
-        } catch (const py::cast_error&) {
-            throw py::type_error(std::string(name) + " has a wrong type or is out of the range of its type");
-        }
-    }
-
-    // To be called before the work begins. Every argument must have been read.
-    void finish() const {
-        if (read_ != given_.size()) throw py::type_error("there are unknown arguments");
+    // To be called before the work begins: throws if an argument is left.
+    void end() const {
+        if (left_) throw py::type_error("there is an argument that it does not take");
     }
 
 private:
     const py::kwargs& given_;
-    std::size_t read_ = 0;
+    std::size_t left_;
 };
 
 // Calls `work` without the interpreter's lock, so that other Python threads go on.
 template <class Work>
 auto unlocked(const Arguments& arguments, const Work& work) {
-    arguments.finish();
+    arguments.end();
     const py::gil_scoped_release release;
     return work();
 }
@@ -130,7 +148,7 @@ void read_tables(Arguments& arguments, const std::string& prefix, lares_fast::In
     read("bounds", tables.bounds);
 }
 
-// What topk and target_rank have in common, on the CPU and on CUDA devices.
+// The arguments that topk and target_rank share, on the CPU and on CUDA devices.
 template <class Call>
 void read_catalog(Arguments& arguments, Call& call) {
     arguments.read("query", call.query)
@@ -145,10 +163,9 @@ void read_catalog(Arguments& arguments, Call& call) {
 
 void build_index(const py::kwargs& given) {
     Arguments arguments(given);
-    const float* items;
     lares_fast::IndexTables tables{};
-    arguments.read("items", items);
-    const int64_t N = arguments.get<int64_t>("N"), D = arguments.get<int64_t>("D"), threads = arguments.get<int64_t>("threads");
+    const float* const items = arguments.tensor<float>("items");
+    const int64_t N = arguments.take<int64_t>("N"), D = arguments.take<int64_t>("D"), threads = arguments.take<int64_t>("threads");
     read_tables(arguments, "", tables);
     unlocked(arguments, [&] { lares_fast::build_index(items, N, D, tables, threads); });
 }
@@ -159,7 +176,7 @@ void topk(const py::kwargs& given) {
     read_catalog(arguments, call);
     arguments.read("k", call.k).read("scores", call.scores).read("ids", call.ids);
     if (arguments.has("index_centre")) read_tables(arguments, "index_", call.index);
-    const int64_t threads = arguments.get<int64_t>("threads");
+    const int64_t threads = arguments.take<int64_t>("threads");
     unlocked(arguments, [&] { lares_fast::topk_cpu(call, threads); });
 }
 
@@ -169,7 +186,7 @@ void target_rank(const py::kwargs& given) {
     read_catalog(arguments, call);
     arguments.read("target", call.target).read("ties_by_id", call.ties_by_id);
     arguments.read("rank", call.rank).read("rank_of_all", call.rank_of_all);
-    const int64_t threads = arguments.get<int64_t>("threads");
+    const int64_t threads = arguments.take<int64_t>("threads");
     unlocked(arguments, [&] { lares_fast::target_rank_cpu(call, threads); });
 }
 
@@ -189,7 +206,7 @@ void target_logprob(const py::kwargs& given) {
     lares_fast::TargetLogprob call{};
     read_softmax(arguments, call.softmax);
     arguments.read("logprob", call.logprob).read("lse", call.lse).read("rank", call.rank).read("ties_by_id", call.ties_by_id);
-    const int64_t threads = arguments.get<int64_t>("threads");
+    const int64_t threads = arguments.take<int64_t>("threads");
     unlocked(arguments, [&] { lares_fast::target_logprob_cpu(call, threads); });
 }
 
@@ -198,7 +215,7 @@ void target_logprob_backward(const py::kwargs& given) {
     lares_fast::TargetLogprobBackward call{};
     read_softmax(arguments, call.softmax);
     arguments.read("grad", call.grad).read("lse", call.lse).read("d_hidden", call.d_hidden).read("d_items", call.d_items);
-    const int64_t threads = arguments.get<int64_t>("threads");
+    const int64_t threads = arguments.take<int64_t>("threads");
     unlocked(arguments, [&] { lares_fast::target_logprob_backward_cpu(call, threads); });
 }
 
@@ -271,7 +288,7 @@ struct Launch {
     uintptr_t stream;
 
     explicit Launch(Arguments& arguments)
-        : limits(arguments.get<DeviceLimits>("limits")), device(arguments.get<int>("device")), stream(arguments.get<uintptr_t>("stream")) {}
+        : limits(arguments.take<DeviceLimits>("limits")), device(arguments.take<int>("device")), stream(arguments.take<uintptr_t>("stream")) {}
 };
 
 std::string topk_cuda(const py::kwargs& given) {
@@ -302,7 +319,7 @@ Key key_of(const Words2& key) { return {key[0], key[1]}; }
 
 MaskAddress mask_address(Arguments& arguments) {
     MaskAddress address{};
-    address.key = key_of(arguments.get<Words2>("key"));
+    address.key = key_of(arguments.take<Words2>("key"));
     arguments.read("threshold", address.threshold).read("step", address.step).read("layer", address.layer).read("rows", address.rows);
     return address;
 }
@@ -310,29 +327,27 @@ MaskAddress mask_address(Arguments& arguments) {
 void keep_hidden(const py::kwargs& given) {
     Arguments arguments(given);
     const MaskAddress address = mask_address(arguments);
-    const int64_t* positions;
-    std::uint8_t* keep;
-    arguments.read("positions", positions).read("keep", keep);
-    const int64_t site = arguments.get<int64_t>("site"), P = arguments.get<int64_t>("P"), D = arguments.get<int64_t>("D");
+    const int64_t* const positions = arguments.tensor<int64_t>("positions");
+    std::uint8_t* const keep = arguments.tensor<std::uint8_t>("keep");
+    const int64_t site = arguments.take<int64_t>("site"), P = arguments.take<int64_t>("P"), D = arguments.take<int64_t>("D");
     unlocked(arguments, [&] { lares_fast::keep_hidden(address, positions, site, P, D, keep); });
 }
 
 void state_uniforms(const py::kwargs& given) {
     Arguments arguments(given);
-    const Key key = key_of(arguments.get<Words2>("key"));
-    const int64_t *rows, *positions;
-    double* uniforms;
-    arguments.read("rows", rows).read("positions", positions).read("uniforms", uniforms);
-    const int64_t P = arguments.get<int64_t>("P"), D = arguments.get<int64_t>("D");
+    const Key key = key_of(arguments.take<Words2>("key"));
+    const int64_t* const rows = arguments.tensor<int64_t>("rows");
+    const int64_t* const positions = arguments.tensor<int64_t>("positions");
+    double* const uniforms = arguments.tensor<double>("uniforms");
+    const int64_t P = arguments.take<int64_t>("P"), D = arguments.take<int64_t>("D");
     unlocked(arguments, [&] { lares_fast::state_uniforms(key, rows, positions, P, D, uniforms); });
 }
 
 void keep_attention(const py::kwargs& given) {
     Arguments arguments(given);
     const MaskAddress address = mask_address(arguments);
-    std::uint8_t* keep;
-    arguments.read("keep", keep);
-    const int64_t B = arguments.get<int64_t>("B"), H = arguments.get<int64_t>("H"), L = arguments.get<int64_t>("L");
+    std::uint8_t* const keep = arguments.tensor<std::uint8_t>("keep");
+    const int64_t B = arguments.take<int64_t>("B"), H = arguments.take<int64_t>("H"), L = arguments.take<int64_t>("L");
     unlocked(arguments, [&] { lares_fast::keep_attention(address, B, H, L, keep); });
 }
 

@@ -1,7 +1,8 @@
 """The calls of the ops that score a whole catalog: their arguments, checked when a call is built.
 
-A call checks shapes, dtypes and devices, which compilers know too. Values are checked by ``check_values``, and only on the CPU:
-the native kernels check them while they read them, and the references before.
+A call checks shapes, dtypes and devices, which compilers know too. It does not read values. ``check_values`` reads them, on the
+CPU only. The reference backends call it first. The native kernels check each value when they read it, so the native backends
+call it only after an error, for the message.
 """
 
 from __future__ import annotations
@@ -176,10 +177,10 @@ class LogprobCall(SoftmaxCall):
 
 @dataclass(frozen=True)
 class LogprobBackwardCall(SoftmaxCall):
-    """The arguments of the gradients of ``target_logprob``: the call's, and what its forward left.
+    """The arguments of the gradients of ``target_logprob``, with hidden [M, D] and target [M].
 
-    ``grad`` [M] is the gradient of the log-probabilities, and ``lse`` [M] fp64 the log-sum-exp. ``need_hidden`` and
-    ``need_items`` say which gradients are wanted.
+    ``grad`` [M] is the gradient of the log-probabilities, and ``lse`` [M] is the log-sum-exp of the forward, in fp64.
+    ``need_hidden`` and ``need_items`` say which gradients are computed.
     """
 
     op: ClassVar[str] = "linear_cross_entropy_backward"

@@ -40,6 +40,6 @@ def run(call: CatalogCall, threads: int | None, **arguments: object) -> None:
             **arguments,
         )
     except InputError:
-        # The native code checks each value when it reads it. Only after an error is it worth a second look, for the message.
+        # The native code found a wrong value. This check names it.
         call.check_values()
         raise

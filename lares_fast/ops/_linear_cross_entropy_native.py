@@ -53,6 +53,6 @@ def _run(function: str, call: SoftmaxCall, threads: int | None, **arguments: obj
             **arguments,
         )
     except InputError:
-        # The native code checks each target when it reads it. Only after an error is it worth a second look, for the message.
+        # The native code found a wrong target. This check names it.
         call.check_values()
         raise

@@ -143,6 +143,15 @@ class TestCatalogIndex:
         with pytest.raises(InputError, match="index is stale"):
             ops.topk(torch.randn(2, 8), items, 1, index=index)
 
+    def test_a_change_by_an_alias_is_seen_by_the_alias(self):
+        """``.data`` gives an alias that counts its own changes. Row 1 is not among the compared rows."""
+        items = torch.randn(5000, 8)
+        index, alias = ops.CatalogIndex(items), items.data
+        ops.topk(torch.randn(2, 8), alias, 1, index=index)
+        alias[1] += 1
+        with pytest.raises(InputError, match="index is stale"):
+            ops.topk(torch.randn(2, 8), alias, 1, index=index)
+
     def test_items_that_train_can_be_indexed(self):
         items = torch.randn(50, 4, requires_grad=True)
         scores, _ = ops.topk(torch.randn(2, 4), items, 3, index=ops.CatalogIndex(items))
