@@ -1,4 +1,4 @@
-"""The only place that chooses a backend, and the only place that explains the choice."""
+"""Choose the backend of a call, and explain the choice. No other module does either."""
 
 from __future__ import annotations
 
@@ -13,39 +13,47 @@ from lares_fast import _settings
 from lares_fast._errors import BackendError, InputError
 
 
+def _nothing(*_: Any) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op. ``obstacle(*args)`` says in words why it cannot take a call, or returns ``None``.
+    """One way to run an op. All functions take the call (:class:`lares_fast.ops._call.Call`).
 
-    ``unasked(*args)`` says why it takes one only where it is asked for by name, or returns ``None``; ``note(*args)`` what
-    :func:`explain` adds.
+    Args:
+        name: the name that users give as ``backend``.
+        run: runs the call and returns its results.
+        obstacle: returns why this backend cannot run the call, as a clause, or ``None``.
+        unasked: returns why this backend runs the call only if it is requested by name, or ``None``.
+        note: returns text that :func:`explain` adds to a backend that can run the call, or ``None``.
     """
 
     name: str
     run: Callable[..., Any]
-    obstacle: Callable[..., str | None]
-    unasked: Callable[..., str | None] = lambda *_: None
-    note: Callable[..., str | None] = lambda *_: None
+    obstacle: Callable[..., str | None] = _nothing
+    unasked: Callable[..., str | None] = _nothing
+    note: Callable[..., str | None] = _nothing
 
 
 _TABLE: dict[str, tuple[Backend, ...]] = {}
-# Op -> builds and checks its call from the arguments of the public function.
+# Op -> builds its call from the arguments of the public function.
 _BUILD: dict[str, Callable[..., Any]] = {}
 _CHOSEN: ContextVar[str | None] = ContextVar("lares_fast_backend", default=None)
 
-# (op, backend) -> calls that really ran there; tests assert on it.
+# (op, backend) -> number of calls that this backend ran. Tests read it.
 calls: Counter[tuple[str, str]] = Counter()
 
 
 def register(op: str, *backends: Backend, build: Callable[..., Any] | None = None) -> None:
-    """Declare the backends of ``op``, most preferred first. ``build`` makes its call from the public arguments."""
+    """Declare the backends of ``op``, the preferred one first. ``build`` makes a call from the public arguments."""
     _TABLE[op] = backends
     if build is not None:
         _BUILD[op] = build
 
 
 def requested(argument: str | None) -> str:
-    """The backend asked for: by argument, by the :func:`backend` context, by environment, else ``auto``."""
+    """Return the requested backend: from the argument, else from :func:`backend`, else from the environment, else ``auto``."""
     name = argument or _CHOSEN.get() or _settings.backend()
     if name not in _settings.BACKENDS:
         raise InputError(f"backend must be one of {', '.join(_settings.BACKENDS)}, but got {name!r}.")
@@ -54,7 +62,7 @@ def requested(argument: str | None) -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the ``with`` block every op uses backend ``name``, or raises :class:`BackendError`."""
+    """Request the backend ``name`` for every op within the ``with`` block; an op that lacks it raises :class:`BackendError`."""
     token = _CHOSEN.set(requested(name))
     try:
         yield
@@ -63,9 +71,9 @@ def backend(name: str) -> Iterator[None]:
 
 
 def run(op: str, argument: str | None, *args: Any) -> Any:
-    """Call ``op`` on the backend that :func:`requested` names, or with ``auto`` on the first that can take ``args``.
+    """Run a call of ``op`` on the requested backend; with ``auto``, on the first backend that can run it.
 
-    Ops ask here, when they run, and not where they are called: a compiler's trace would fix the answer.
+    Operators call this when they run. If the public function chose the backend, a compiler would trace the choice and keep it.
     """
     chosen = choose(op, argument, *args)
     calls[op, chosen.name] += 1
@@ -73,7 +81,7 @@ def run(op: str, argument: str | None, *args: Any) -> Any:
 
 
 def choose(op: str, argument: str | None, *args: Any) -> Backend:
-    """The backend that :func:`run` would use."""
+    """Return the backend that :func:`run` uses."""
     name = requested(argument)
     for candidate in _TABLE[op]:
         if name not in ("auto", candidate.name):
@@ -87,15 +95,18 @@ def choose(op: str, argument: str | None, *args: Any) -> Backend:
 
 
 def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> str:
-    """Return which backend would run ``op`` on these arguments of the op, and why the others would not; one line each.
+    """Return which backend runs ``op`` on these arguments and why the others do not, one line for each backend.
+
+    The arguments are those of the op's public function.
 
     >>> print(explain("topk", query, items, 10))  # doctest: +SKIP
     topk: native
       native     would run
       reference  can run
     """
-    if op not in _TABLE:
-        raise InputError(f"op must be one of {', '.join(sorted(_TABLE))}, but got {op!r}.")
+    ops = sorted(name for name in _TABLE if not name.endswith("_backward"))
+    if op not in ops:
+        raise InputError(f"op must be one of {', '.join(ops)}, but got {op!r}.")
     if op in _BUILD:
         args = (_BUILD[op](*args, backend=backend, **options),)
     name, chosen, lines = requested(backend), None, []

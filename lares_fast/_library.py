@@ -1,4 +1,4 @@
-"""Registration of ops with torch.library: opaque to compilers, with shapes known to fake tensors."""
+"""Register ops with torch.library: a compiler does not look inside them, and fake tensors know the shapes of their results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
-# Library.define + impl costs under a millisecond; torch.library.custom_op imports the compiler on its first call.
+# Library.define and impl take less than a millisecond. torch.library.custom_op would import the compiler on its first call.
 _LIBRARY = torch.library.Library("lares_fast", "DEF")
 
 
@@ -23,10 +23,15 @@ def register_op(
     backward: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
 ) -> Any:
-    """Define ``schema`` ("name(args) -> results") with its implementation, its fake and its backward; return the op.
+    """Define an op and return it.
 
-    ``backward(ctx, *grads)`` returns one gradient per input, from what ``save(ctx, inputs, output)`` kept. An op that has no
-    gradient raises there, or is itself a backward and has none.
+    Args:
+        schema: "name(arguments) -> results".
+        run: the implementation.
+        fake: returns empty results of the right shapes, for compilers.
+        backward: ``backward(ctx, *grads)`` returns one gradient for each argument. An op without a gradient gives
+            :func:`no_gradient` here; an op that is itself a backward may give nothing.
+        save: ``save(ctx, inputs, output)`` keeps the values that ``backward`` needs.
     """
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
@@ -38,7 +43,10 @@ def register_op(
 
 
 def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run`` in the dtypes of its tensors, whatever autocast its caller has: a backward would not have that of its forward."""
+    """Return ``run`` with autocast disabled: it computes in the dtypes of its tensors.
+
+    A backward does not run under the autocast of its forward, so the two would compute in different dtypes.
+    """
 
     @functools.wraps(run)
     def plain(*arguments: Any) -> Any:
@@ -54,7 +62,7 @@ def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_gradient(op: str, instead: str) -> Callable[..., Any]:
-    """A backward that refuses, naming the op to use instead."""
+    """Return a backward that raises NotImplementedError and names the op to use instead."""
 
     def backward(*_: Any) -> Any:
         raise NotImplementedError(f"{op} has no gradient: {instead}.")
@@ -63,18 +71,18 @@ def no_gradient(op: str, instead: str) -> Callable[..., Any]:
 
 
 class Once(torch.autograd.Function):
-    """``Once.apply(op, count, *inputs, *gradients)``: the last ``count``, whose own differentiation is refused.
+    """``Once.apply(op, count, *inputs, *gradients)`` returns the last ``count`` tensors; differentiating them raises an error.
 
-    For a backward that is no op with a :func:`no_gradient`: without it a second derivative would be lost in silence.
+    It is for a backward that is not an op with :func:`no_gradient`. Without it a second derivative would silently be wrong.
     """
 
     @staticmethod
     def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients as they are."""
+        """Return the gradients unchanged."""
         ctx.op = op
         return tuple(None if x is None else x.view_as(x) for x in tensors[-count:])
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        """Refused."""
+        """Raise NotImplementedError."""
         raise NotImplementedError(f"{ctx.op} can be differentiated once, and not twice.")

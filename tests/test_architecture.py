@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"_errors", "_numbers", "_settings", "_random", "_transfer", "_native", "_cuda", "config"}
+LEAVES = {"_errors", "_numbers", "_settings", "_random", "_transfer", "_watch", "config"}
+LEAVES |= {"_native", "_native_call", "_native_random"}
 
 # Room -> rooms of lares_fast that it may import, besides itself. A room is a module or a package right below lares_fast.
 MAY_IMPORT = {
@@ -18,8 +19,10 @@ MAY_IMPORT = {
     "_numbers": {"_errors"},
     "_random": set(),
     "_transfer": set(),
+    "_watch": set(),
     "_native": {"_errors", "_settings", "_random"},
-    "_cuda": {"_errors", "_native", "_settings"},
+    "_native_call": {"_errors", "_native"},
+    "_native_random": {"_errors", "_native_call", "_random"},
     "config": {"_errors", "_numbers"},
     "sequences": {"_errors", "_numbers", "_transfer"},
     "reference": {"_errors", "_numbers", "_random", "_transfer", "config", "sequences"},

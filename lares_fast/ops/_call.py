@@ -1,13 +1,13 @@
-"""One call of an op: its arguments in one frozen object, which is also where the operator's schema comes from."""
+"""One call of an op: a frozen object with its arguments, from which the operator's schema is derived."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, get_type_hints
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-# Python type of a field -> its type in a schema. There is no list of tensors: an exported package cannot pass one.
+# Python type of a field -> its type in a schema. Lists of tensors are left out, because an exported package cannot pass one.
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -20,34 +20,96 @@ _SCHEMA_TYPES: dict[Any, str] = {
 }
 
 
+class Field(NamedTuple):
+    """A field of a call: its name and type, and for a group of tensors its class and the names of its members."""
+
+    name: str
+    type: Any
+    group: Any = None
+    members: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Call:
-    """Base class of the calls. A subclass lists the arguments as fields, in the order of the operator; ``backend`` is last.
+    """The arguments of one call. Every step from the public function to a backend passes this object on.
 
-    Every step from the public function to a backend hands this object on: the public function builds and checks it, the
-    operator takes :meth:`arguments` and rebuilds it, and each backend reads its fields.
+    The public function builds the call. The operator takes :meth:`arguments` and builds the call again by :meth:`of`. A
+    backend reads the fields. A subclass checks its fields in ``__post_init__``, so that no invalid call exists.
+
+    A subclass lists the arguments as fields, with the names and the order of the public function, and ``backend`` is among
+    them. A field has one of the types in ``_SCHEMA_TYPES``, or it is a group: a named tuple of tensors, or ``None``. A group
+    ``exclude`` with the members ``offsets`` and ``ids`` gives the operator two arguments, ``exclude_offsets`` and
+    ``exclude_ids``.
     """
 
-    # The operator's name without the namespace.
+    # The name of the op in the table of backends.
     op: ClassVar[str]
+    layout: ClassVar[tuple[Field, ...]]
+    # Name of each field, and how many members it has if it is a group: :meth:`arguments` reads plain constants alone, which
+    # a compiler can trace.
+    _sizes: ClassVar[tuple[tuple[str, int], ...]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        types = {name: kind for name, kind in get_type_hints(cls).items() if get_origin(kind) is not ClassVar}
+        cls.layout = tuple(_field(name, kind) for name, kind in types.items() if kind is not KW_ONLY)
+        cls._sizes = tuple((field.name, len(field.members)) for field in cls.layout)
+
+    @classmethod
+    def build(cls, *arguments: Any, **options: Any) -> Self:
+        """Return the call for the arguments of the public function; ``__post_init__`` converts those that differ."""
+        return cls(*arguments, **options)
 
     @classmethod
     def schema(cls, *, after: str = "") -> str:
-        """The arguments in a schema, such as ``Tensor query, Tensor items, int k``; ``after`` is added behind them."""
-        types = get_type_hints(cls)
-        listed = [f"{_SCHEMA_TYPES[types[field.name]]} {field.name}" for field in fields(cls)]
+        """Return the arguments in a schema, such as ``Tensor query, Tensor items, int k``, followed by ``after``."""
+        listed = []
+        for field in cls.layout:
+            if field.group is None:
+                listed.append(f"{_SCHEMA_TYPES[field.type]} {field.name}")
+            listed += [f"Tensor? {field.name}_{member}" for member in field.members]
         return ", ".join([*listed, *([after] if after else [])])
 
     @classmethod
     def count(cls) -> int:
-        """How many arguments a call has."""
-        return len(fields(cls))
+        """Return the number of the operator's arguments."""
+        return sum(size or 1 for _, size in cls._sizes)
+
+    @classmethod
+    def of(cls, *arguments: Any) -> Self:
+        """Return the call with these arguments of the operator."""
+        values = {}
+        position = 0
+        for name, _, group, members in cls.layout:
+            if group is None:
+                values[name] = arguments[position]
+                position += 1
+                continue
+            parts = arguments[position : position + len(members)]
+            values[name] = None if parts[0] is None else group(*parts)
+            position += len(members)
+        return cls(**values)
 
     def arguments(self) -> tuple[Any, ...]:
-        """The values of all fields, in order."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        """Return the arguments of the operator, in order."""
+        values: list[Any] = []
+        for name, size in self._sizes:
+            value = getattr(self, name)
+            if not size:
+                values.append(value)
+            elif value is None:
+                values.extend([None] * size)
+            else:
+                values.extend(value)
+        return tuple(values)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The values of the fields that hold a tensor or may hold one, in order."""
-        types = get_type_hints(type(self))
-        return tuple(getattr(self, field.name) for field in fields(self) if types[field.name] in (Tensor, Tensor | None))
+        """Return the values of the fields that hold a tensor or may hold one, in order; groups are left out."""
+        return tuple(getattr(self, field.name) for field in self.layout if field.type in (Tensor, Tensor | None))
+
+
+def _field(name: str, kind: Any) -> Field:
+    for part in get_args(kind):
+        if hasattr(part, "_fields"):
+            return Field(name, kind, part, part._fields)
+    return Field(name, kind)

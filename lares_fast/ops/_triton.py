@@ -1,7 +1,7 @@
-"""Load Triton kernels on first use, and say in words why a kernel cannot take a call.
+"""Load Triton kernels on first use, and say why a kernel cannot run a call.
 
-:mod:`lares_fast.verify` stands above the ops, because it calls them. It tests each kernel before its first use on a GPU and
-finds tuned launch settings. The ops know it by its name alone, and load it when the first kernel is needed.
+:mod:`lares_fast.verify` tests each kernel before its first use on a GPU and finds tuned launch settings. It calls the ops, so
+the ops must not import it. They know only its name, and load it when they need the first kernel.
 """
 
 from __future__ import annotations
@@ -20,25 +20,31 @@ VERIFIER = "lares_fast.verify"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Not a context variable: a backward may run in a thread of its own.
+# This is not a context variable, because a backward may run in another thread.
 _anywhere = False
 
 
 def kernels(stem: str) -> ModuleType:
-    """The module of the kernels of op ``stem``."""
+    """Return the module with the kernels of op ``stem``."""
     launch: Any = importlib.import_module("lares_fast.kernels._launch")
     launch.find = _verifier().launch_settings
     return importlib.import_module(f"lares_fast.kernels.{stem}")
 
 
 def seed(key: Sequence[int], device: torch.device) -> Tensor:
-    """The folded ``key`` as the kernels read it; a kernel fills it: no copy from the host, which would wait."""
+    """Return the folded ``key`` as the kernels read it, an int64 tensor [1].
+
+    A kernel on the device fills it, because a copy from the CPU would wait.
+    """
     packed = key[0] | key[1] << 32
     return torch.full((1,), packed - (packed >> 63 << 64), dtype=torch.int64, device=device)
 
 
 def refusal(op: str, tensor: Tensor, **variant: Any) -> str | None:
-    """:func:`obstacle`, and on a GPU what the canary of the kernels of ``op`` found; ``variant`` says which kernels."""
+    """Return :func:`obstacle`, or on a GPU the fault that the self-test of the kernels found, or ``None``.
+
+    ``variant`` selects the kernels of ``op``.
+    """
     said = obstacle(tensor)
     if said is None and _is_gpu(tensor) and not _anywhere:
         said = _verifier().refusal(op, tensor.device, tensor.dtype, **variant)
@@ -46,7 +52,7 @@ def refusal(op: str, tensor: Tensor, **variant: Any) -> str | None:
 
 
 def note(op: str, tensor: Tensor) -> str | None:
-    """Text that ``explain`` adds to the backend ``triton``: which launch settings are tuned; or ``None``."""
+    """Return the text that ``explain`` adds to the backend ``triton``, which names the tuned launch settings, or ``None``."""
     said: str | None = _verifier().launch_note(op, tensor)
     return said
 
@@ -61,7 +67,7 @@ def _is_gpu(tensor: Tensor) -> bool:
 
 @contextmanager
 def anywhere() -> Iterator[None]:
-    """Let kernels take tensors of any device: for tools that interpret, compile or count them."""
+    """Allow kernels to take tensors on any device, for tools that interpret, compile or count them."""
     global _anywhere
     before, _anywhere = _anywhere, True
     try:
@@ -71,13 +77,13 @@ def anywhere() -> Iterator[None]:
 
 
 def obstacle(tensor: Tensor) -> str | None:
-    """Why no Triton kernel can take a call on the device of ``tensor``, or ``None``."""
+    """Return why no Triton kernel can run on the device of ``tensor``, as a clause, or ``None``."""
     if _anywhere:
         return None
     if not _is_gpu(tensor):
         return f"it runs on an NVIDIA GPU, and the tensors are on {tensor.device}"
     if torch.version.hip is not None:
-        return "it was not tried on AMD GPUs"
+        return "it has not been tested on AMD GPUs"
     for package in ("triton", "lares_fast.kernels"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed"
