@@ -12,7 +12,7 @@ from lares_fast import _dispatch
 from lares_fast._errors import BackendError
 from lares_fast.cli.console import notice
 from lares_fast.verify import cases
-from lares_fast.verify.comparison import ARCHITECTURES, DTYPES, by_the_law, faults_of, ops_with_triton
+from lares_fast.verify.comparison import ARCHITECTURES, DTYPES, compare_case, faults_of, ops_with_triton
 from lares_fast.verify.process import run_step
 
 _COLUMNS = ("op", "backend", "device", "dtype", "error", "twin", "bound", "verdict")
@@ -64,7 +64,7 @@ def _row(op: str, backend: str, device: str, dtype: str) -> dict[str, Any]:
     if backend not in ("reference", "layers") and (backend in ("triton", "cuda")) != (device == "cuda"):
         return _cells(op, backend, device, dtype, "elsewhere")
     try:
-        verdicts, differ = by_the_law(op, backend, DTYPES[dtype], device)
+        verdicts, differ = compare_case(op, backend, DTYPES[dtype], device)
     except BackendError as error:
         reason = str(error).partition(": ")[2].rstrip(".") or str(error)
         return _cells(op, backend, device, dtype, f"cannot run: {reason}")

@@ -19,7 +19,7 @@ from lares_fast.cli.console import notice
 from lares_fast.cli.settings import build
 from lares_fast.config import LARESConfig
 from lares_fast.train.config import RunConfig
-from lares_fast.verify import canary, cases, tuning
+from lares_fast.verify import cases, self_test, tuning
 from lares_fast.verify.comparison import DTYPES, equal, ops_with_triton
 from lares_fast.verify.tolerance import judge
 
@@ -65,7 +65,7 @@ def tune(op: str, dtype: torch.dtype, device: torch.device, model: LARESConfig, 
     call = _CALLS[op](dtype, device, model, batch)
     try:
         call()
-        found, before, after = search(op, dtype, device, sizes, cases.trial(op, integers=False, **variant), call)
+        found, before, after = search(op, dtype, device, sizes, cases.case(op, integers=False, **variant), call)
     except BackendError as error:
         return f"not measured, because {str(error).partition(': ')[2].rstrip('.')}"
     if not found:
@@ -75,16 +75,16 @@ def tune(op: str, dtype: torch.dtype, device: torch.device, model: LARESConfig, 
 
 
 def search(
-    op: str, dtype: torch.dtype, device: torch.device, sizes: dict[str, int], trial: cases.Trial, call: Callable[[], object]
+    op: str, dtype: torch.dtype, device: torch.device, sizes: dict[str, int], case: cases.Case, call: Callable[[], object]
 ) -> tuple[dict[str, Any], float, float]:
     """(the best choice as plain values, empty for the shipped one; milliseconds of ``call`` as shipped; and with it).
 
     Rows of a tile first, then how the kernels are launched, one after the other. Only what obeys the law is measured.
     """
     make = import_module("lares_fast.kernels._launch").Choice
-    best, truth = make(), trial.truth(dtype)
+    best, truth = make(), case.truth(dtype)
     with tuning.forced(op, best):
-        shipped = trial.results("triton", dtype, device)
+        shipped = case.results("triton", dtype, device)
         before = least = milliseconds(call)
 
     def candidates() -> Iterator[Any]:
@@ -97,7 +97,7 @@ def search(
     for choice in candidates():
         with tuning.forced(op, choice):
             began = time.monotonic()
-            fault = _fault(trial, dtype, device, shipped, truth)
+            fault = _fault(case, dtype, device, shipped, truth)
             took = least if fault else milliseconds(call)
         notice(f"{op} {choice}: {fault or f'{took:.3g} ms'} ({time.monotonic() - began:.0f} s)")
         if took * _GAIN < least:
@@ -106,13 +106,13 @@ def search(
 
 
 def _fault(
-    trial: cases.Trial, dtype: torch.dtype, device: torch.device, shipped: cases.Results, truth: cases.Results
+    case: cases.Case, dtype: torch.dtype, device: torch.device, shipped: cases.Results, truth: cases.Results
 ) -> str | None:
     """What is wrong with the kernels as they are launched now; their twin is the shipped configuration."""
     try:
-        found, again = (trial.results("triton", dtype, device) for _ in range(2))
+        found, again = (case.results("triton", dtype, device) for _ in range(2))
     except Exception as error:
-        if not canary.answerable(error):
+        if not self_test.can_fall_back(error):
             raise
         return f"not compiled or loaded ({type(error).__name__})"
     verdicts = judge("forward", found.forward, shipped.forward, truth.forward)
@@ -138,7 +138,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def _sizes(op: str, model: LARESConfig) -> tuple[dict[str, int], dict[str, Any]]:
-    """(the sizes by which a choice is found, the variant of the trial)."""
+    """(the sizes by which a choice is found, the variant of the case)."""
     width, heads, longest = model.hidden_size, model.n_heads, model.max_len
     if op == "attention":
         return {"width": width // heads, "longest": longest}, {"width": width // heads, "short": longest <= 16}

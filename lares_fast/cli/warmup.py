@@ -11,7 +11,7 @@ import torch
 from lares_fast._errors import InputError
 from lares_fast.cli.console import notice
 from lares_fast.ops import _triton
-from lares_fast.verify import canary, cases
+from lares_fast.verify import cases, self_test
 from lares_fast.verify.comparison import ARCHITECTURES, DTYPES, ops_with_triton
 from lares_fast.verify.process import run_step
 
@@ -66,7 +66,7 @@ def _try(ops: list[str], dtypes: list[str]) -> int:
                 for variant in cases.shipped(op):
                     began = time.monotonic()
                     tensor = torch.empty(0, dtype=DTYPES[dtype], device=device)
-                    fault = _triton.obstacle(tensor) or canary.refusal(op, device, DTYPES[dtype], **variant)
+                    fault = _triton.obstacle(tensor) or self_test.refusal(op, device, DTYPES[dtype], **variant)
                     refused += fault is not None
                     name = " ".join(f"{key}={value}" for key, value in variant.items())
                     print(f"{device} {op} {dtype} {name}: {fault or 'right'} ({time.monotonic() - began:.1f} s)", flush=True)

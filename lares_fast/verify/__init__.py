@@ -3,7 +3,7 @@
 The three names below are what :mod:`lares_fast.ops` calls when it loads a Triton kernel.
 """
 
-from lares_fast.verify.canary import refusal
+from lares_fast.verify.self_test import refusal
 from lares_fast.verify.tuning import find as launch_settings
 from lares_fast.verify.tuning import note as launch_note
 

@@ -35,7 +35,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Case:
     """``fast(leaves, backend)`` is the op and ``plain(leaves)`` the reference, on ``leaves`` (fp64 on the CPU)."""
 
     leaves: Values
@@ -73,14 +73,14 @@ class Trial:
         return Results({name: value.detach().cpu() for name, value in numbers.items()}, exact, gradients)
 
 
-def trial(op: str, *, integers: bool, **variant: Any) -> Trial:
+def case(op: str, *, integers: bool, **variant: Any) -> Case:
     """The trial of ``op``; ``variant`` chooses among its kernels as the op's own ``refusal`` does."""
-    return _TRIALS[op](integers, **variant)
+    return _CASES[op](integers, **variant)
 
 
 def ops() -> list[str]:
     """The ops that have trials."""
-    return list(_TRIALS)
+    return list(_CASES)
 
 
 def _upstream(value: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _codes(index: Tensor, width: int, length: float) -> Tensor:
     return torch.nn.functional.pad(factor * sign.double(), (0, width - size))
 
 
-def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool = False, train: bool = True) -> Trial:
+def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool = False, train: bool = True) -> Case:
     from lares_fast.ops import attention
 
     lengths = torch.tensor([16, 0, 1, 7] if short else [50, 0, 1, 33])
@@ -137,10 +137,10 @@ def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool =
         query, key, value = leaves.values()
         return {"out": reference.packed_attention(query, key, value, offsets, longest, draw=draw(), **how)}
 
-    return Trial({"query": query, "key": key, "value": value}, fast, plain, differentiable=train, exact=integers)
+    return Case({"query": query, "key": key, "value": value}, fast, plain, differentiable=train, exact=integers)
 
 
-def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -> Trial:
+def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -> Case:
     from lares_fast import ops
     from lares_fast.ops.target_rank import TIES
 
@@ -173,7 +173,7 @@ def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -
         # Ranks by scores that are not exact may differ.
         return {f"logprob with {ties} rank": logprob, **({f"{ties} rank": rank} if integers else {})}
 
-    return Trial(leaves, fast, plain, differentiable=train, exact=integers)
+    return Case(leaves, fast, plain, differentiable=train, exact=integers)
 
 
 def _recurrence(
@@ -186,7 +186,7 @@ def _recurrence(
     drop: bool = True,
     long: bool = False,
     train: bool = True,
-) -> Trial:
+) -> Case:
     """``adapter`` may be ``none``: a block without ``pre``. A ``long`` sequence takes a tile of 128 rows."""
     from lares_fast.ops import recurrence
     from lares_fast.reference.backbone import build_block
@@ -220,7 +220,7 @@ def _recurrence(
     def plain(leaves: Values) -> dict[str, Tensor]:
         return call(leaves, reference.recurrence, with_longest=False)
 
-    return Trial(leaves, fast, plain, differentiable=train)
+    return Case(leaves, fast, plain, differentiable=train)
 
 
 def _catalog() -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, Tensor]]:
@@ -230,7 +230,7 @@ def _catalog() -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, Tensor]]:
     return leaves, torch.arange(9) * 31, excluded
 
 
-def _topk(integers: bool) -> Trial:
+def _topk(integers: bool) -> Case:
     from lares_fast import ops
 
     leaves, _, exclude = _catalog()
@@ -244,10 +244,10 @@ def _topk(integers: bool) -> Trial:
         scores, ids = reference.topk(leaves["query"], leaves["items"], 40, exclude=exclude)
         return {"scores": scores, "ids": ids}
 
-    return Trial(leaves, fast, plain, differentiable=False, exact=True)
+    return Case(leaves, fast, plain, differentiable=False, exact=True)
 
 
-def _target_rank(integers: bool) -> Trial:
+def _target_rank(integers: bool) -> Case:
     from lares_fast import ops
 
     leaves, target, exclude = _catalog()
@@ -260,10 +260,10 @@ def _target_rank(integers: bool) -> Trial:
     def plain(leaves: Values) -> dict[str, Tensor]:
         return {"rank": reference.target_rank(leaves["query"], leaves["items"], target, exclude=exclude)}
 
-    return Trial(leaves, fast, plain, differentiable=False, exact=True)
+    return Case(leaves, fast, plain, differentiable=False, exact=True)
 
 
-_TRIALS: dict[str, Callable[..., Trial]] = {
+_CASES: dict[str, Callable[..., Case]] = {
     "attention": _attention,
     "linear_cross_entropy": _linear_cross_entropy,
     "recurrence": _recurrence,

@@ -1,4 +1,4 @@
-"""What the checks of kernels share: how a case is run and judged, and the form of a result."""
+"""What the checks of kernels share: how a case is run and compare_results, and the form of a result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lares_fast.verify.tolerance import Verdict, judge
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ARCHITECTURES = (80, 86, 90, 100, 120)
 # The ops that have CUDA kernels.
-TABLES = ("topk", "target_rank")
+CUDA_OPS = ("topk", "target_rank")
 
 
 def passed(**facts: Any) -> dict[str, Any]:
@@ -40,24 +40,24 @@ def ops_with_triton() -> list[str]:
     return [op for op in cases.ops() if any(backend.name == "triton" for backend in _dispatch._TABLE[op])]
 
 
-def by_the_law(
+def compare_case(
     op: str, backend: str, dtype: torch.dtype, device: str = "cpu", **variant: Any
 ) -> tuple[list[Verdict], list[str]]:
-    """The law's verdicts on a trial of ``op``, and the names of whole numbers that differ."""
-    trial = cases.trial(op, integers=False, **variant)
-    return judged(trial, trial.results(backend, dtype, device), dtype)
+    """The law's verdicts on a case of ``op``, and the names of whole numbers that differ."""
+    case = cases.case(op, integers=False, **variant)
+    return compare_results(case, case.results(backend, dtype, device), dtype)
 
 
-def judged(trial: cases.Trial, results: cases.Results, dtype: torch.dtype) -> tuple[list[Verdict], list[str]]:
-    """The law's verdicts on ``results`` of ``trial``, and the names of whole numbers that differ."""
-    twin, truth = trial.twin(dtype), trial.truth(dtype)
+def compare_results(case: cases.Case, results: cases.Results, dtype: torch.dtype) -> tuple[list[Verdict], list[str]]:
+    """The law's verdicts on ``results`` of ``case``, and the names of whole numbers that differ."""
+    twin, truth = case.twin(dtype), case.truth(dtype)
     verdicts = judge("forward", results.forward, twin.forward, truth.forward) if truth.forward else []
     verdicts += judge("gradient", results.gradients, twin.gradients, truth.gradients) if truth.gradients else []
     return verdicts, [name for name, want in truth.exact.items() if not torch.equal(results.exact[name], want)]
 
 
 def faults_of(verdicts: Sequence[Verdict], differ: Sequence[str]) -> list[str]:
-    """What :func:`judged` finds wrong, in words."""
+    """What :func:`compare_results` finds wrong, in words."""
     return [fault for one in verdicts if (fault := one.fault)] + [f"{name}: not exact" for name in differ]
 
 
@@ -74,7 +74,7 @@ def kernels_of(rehearse: bool) -> Any:
 def gpu_backends(rehearse: bool) -> list[tuple[str, str]]:
     """(op, backend) of all that is there for a GPU and can be run."""
     found = [(op, "triton") for op in ops_with_triton()] + [("recurrence", "layers")]
-    return found if rehearse or not _native.capability().startswith("ok") else [*found, *((op, "cuda") for op in TABLES)]
+    return found if rehearse or not _native.capability().startswith("ok") else [*found, *((op, "cuda") for op in CUDA_OPS)]
 
 
 def equal(one: cases.Results, other: cases.Results) -> bool:

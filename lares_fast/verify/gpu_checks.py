@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from lares_fast import __version__, _dispatch, _native, ops
-from lares_fast.verify import canary, cases
+from lares_fast.verify import cases, self_test
 from lares_fast.verify.comparison import (
     DTYPES,
+    compare_results,
     device_of,
     equal,
     faults_of,
     gpu_backends,
-    judged,
     kernels_of,
     ops_with_triton,
     passed,
@@ -70,7 +70,7 @@ def record(rehearse: bool, quick: bool) -> Result:
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         gpus.append({name: getattr(about, name, None) for name in _PROPERTIES})
-    return passed(**facts, gpus=gpus, canary=canary.identity(torch.device("cuda", 0)), capability=_native.capability())
+    return passed(**facts, gpus=gpus, self_test=self_test.identity(torch.device("cuda", 0)), capability=_native.capability())
 
 
 def _version(package: str) -> str:
@@ -119,16 +119,16 @@ def correctness(rehearse: bool, quick: bool, op: str, backend: str, dtype: str, 
         return skipped(said)
     kind, device = DTYPES[dtype], device_of(rehearse)
     with kernels_of(rehearse):
-        trial = cases.trial(op, integers=False, **variant)
+        case = cases.case(op, integers=False, **variant)
         began = time.monotonic()
-        results = trial.results(backend, kind, device)
+        results = case.results(backend, kind, device)
         # Compiling is most of it.
         first_call = round(time.monotonic() - began, 2)
-        verdicts, differ = judged(trial, results, kind)
+        verdicts, differ = compare_results(case, results, kind)
         faults = faults_of(verdicts, differ)
-        if not equal(results, trial.results(backend, kind, device)):
+        if not equal(results, case.results(backend, kind, device)):
             faults.append("two calls gave two answers")
-        if backend == "triton" and (fault := canary.try_out(op, torch.device(device), kind, **variant)):
+        if backend == "triton" and (fault := self_test.try_out(op, torch.device(device), kind, **variant)):
             faults.append(fault)
     numbers = {one.name: {"error": one.error, "twin": one.twin_error, "bound": one.bound} for one in verdicts}
     worst = max((one.error / one.bound for one in verdicts if one.bound), default=0.0)
@@ -141,13 +141,13 @@ def repeat(rehearse: bool, quick: bool) -> Result:
     with kernels_of(rehearse):
         for op, backend in gpu_backends(rehearse):
             # PyTorch's layers take the sizes that the kernels do not.
-            trial = cases.trial(op, integers=False, **({"width": 48} if backend == "layers" else {}))
-            first = trial.results(backend, torch.float32, device_of(rehearse))
+            case = cases.case(op, integers=False, **({"width": 48} if backend == "layers" else {}))
+            first = case.results(backend, torch.float32, device_of(rehearse))
             for number in range(1, times):
                 if not rehearse:
                     with torch.cuda.stream(torch.cuda.Stream()):
                         torch.randn(512 + 8 * number, 512, device="cuda").square_().sum()
-                again = trial.results(backend, torch.float32, device_of(rehearse))
+                again = case.results(backend, torch.float32, device_of(rehearse))
                 if not equal(first, again):
                     faults.append(f"{op} {backend}: call {number} gave other bits")
                     break
@@ -188,11 +188,11 @@ def streams(rehearse: bool, quick: bool) -> Result:
     )
     pickle.loads(pickle.dumps(copy.deepcopy(model)))
     with kernels_of(rehearse):
-        trial = cases.trial("linear_cross_entropy", integers=False)
-        first = trial.results("triton", torch.float32, device_of(rehearse))
+        case = cases.case("linear_cross_entropy", integers=False)
+        first = case.results("triton", torch.float32, device_of(rehearse))
         found: list[cases.Results] = []
         threads = [
-            threading.Thread(target=lambda: found.append(trial.results("triton", torch.float32, device_of(rehearse))))
+            threading.Thread(target=lambda: found.append(case.results("triton", torch.float32, device_of(rehearse))))
             for _ in range(1 if rehearse else 4)
         ]
         for thread in threads:
@@ -204,10 +204,10 @@ def streams(rehearse: bool, quick: bool) -> Result:
         if not rehearse:
             with torch.cuda.stream(torch.cuda.Stream()):
                 faults += (
-                    [] if equal(first, trial.results("triton", torch.float32, "cuda")) else ["a side stream got another answer"]
+                    [] if equal(first, case.results("triton", torch.float32, "cuda")) else ["a side stream got another answer"]
                 )
             for number in range(1, torch.cuda.device_count()):
-                if not equal(first, trial.results("triton", torch.float32, f"cuda:{number}")):
+                if not equal(first, case.results("triton", torch.float32, f"cuda:{number}")):
                     faults.append(f"cuda:{number} got another answer")
     return verdict(faults)
 
@@ -283,7 +283,7 @@ def verdicts(rehearse: bool, quick: bool) -> Result:
     for op in ops_with_triton():
         for name, dtype in DTYPES.items():
             for variant in cases.shipped(op):
-                said = canary.refusal(op, torch.device("cuda", 0), dtype, **variant)
+                said = self_test.refusal(op, torch.device("cuda", 0), dtype, **variant)
                 found[f"{op} {name} {variant}"] = said or "verified on this GPU"
     return passed(found=found)
 

@@ -27,7 +27,7 @@ def small(rehearse: bool, quick: bool) -> Result:
     with kernels_of(rehearse):
         for op, backend in gpu_backends(rehearse):
             for dtype in (torch.float32,) if backend == "cuda" else (torch.float32, _HALF):
-                cases.trial(op, integers=False).results(backend, dtype, device_of(rehearse))
+                cases.case(op, integers=False).results(backend, dtype, device_of(rehearse))
     return passed()
 
 
@@ -46,20 +46,20 @@ def fork(rehearse: bool, quick: bool) -> Result:
     """A forked child and the workers of a DataLoader leave the parent's GPU as it was."""
     faults = []
     with kernels_of(rehearse):
-        trial = cases.trial("linear_cross_entropy", integers=False)
-        first = trial.results("triton", torch.float32, device_of(rehearse))
+        case = cases.case("linear_cross_entropy", integers=False)
+        first = case.results("triton", torch.float32, device_of(rehearse))
         child = os.fork()
         if not child:
             # Without what Python does at the end: nothing of the parent's is touched.
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             faults.append("a child that does nothing ended badly")
-        if not equal(first, trial.results("triton", torch.float32, device_of(rehearse))):
+        if not equal(first, case.results("triton", torch.float32, device_of(rehearse))):
             faults.append("after a fork the parent got another answer")
         workers = DataLoader(_OnTheCPU(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
         if [int(best) for best in workers] != [5, 0, 1, 2]:
             faults.append("a worker got another answer on the CPU")
-        if not equal(first, trial.results("triton", torch.float32, device_of(rehearse))):
+        if not equal(first, case.results("triton", torch.float32, device_of(rehearse))):
             faults.append("after the workers the parent got another answer")
     return verdict(faults)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from lares_fast._errors import InputError
 from lares_fast.verify import cases
-from lares_fast.verify.comparison import DTYPES, TABLES, ops_with_triton
+from lares_fast.verify.comparison import CUDA_OPS, DTYPES, ops_with_triton
 from lares_fast.verify.gpu_edge_cases import LARGE
 
 # Without these nothing else can be told.
@@ -48,8 +48,8 @@ def plan(*, rehearse: bool, quick: bool) -> dict[str, Step]:
     how = {"rehearse": rehearse, "quick": quick}
     steps = {name: Step(name, how) for name in (*FIRST, "hello")}
     steps |= _correctness(how)
-    for op in ("target_logprob", "attention", "recurrence", *TABLES):
-        steps[f"capture:{op}"] = Step("capture", {**how, "op": op}, native=op in TABLES)
+    for op in ("target_logprob", "attention", "recurrence", *CUDA_OPS):
+        steps[f"capture:{op}"] = Step("capture", {**how, "op": op}, native=op in CUDA_OPS)
     for op in ("attention", "recurrence"):
         steps[f"replays:{op}"] = Step("replays", {**how, "op": op})
     steps |= {name: Step(name, how, native=name == "repeat") for name in ("graphs", "streams", "fork", "boundaries", "repeat")}
@@ -73,7 +73,7 @@ def _correctness(how: Mapping[str, bool]) -> dict[str, Step]:
         name = ":".join(["correctness", op, backend, dtype, ",".join(f"{key}={value}" for key, value in variant.items())])
         arguments = {**how, "op": op, "backend": backend, "dtype": dtype, "variant": variant}
         steps[name.rstrip(":")] = Step("correctness", arguments)
-    for op in TABLES:
+    for op in CUDA_OPS:
         for products in ("3xtf32", "ffma"):
             arguments = {**how, "op": op, "backend": "cuda", "dtype": "float32", "variant": {}}
             steps[f"correctness:{op}:cuda:float32:{products}"] = Step(

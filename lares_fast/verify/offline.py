@@ -7,7 +7,7 @@ from typing import Any
 
 from lares_fast.ops import _triton
 from lares_fast.verify import cases
-from lares_fast.verify.comparison import DTYPES, by_the_law, faults_of, interpreted, passed
+from lares_fast.verify.comparison import DTYPES, compare_case, faults_of, interpreted, passed
 
 
 def interpret(ops: list[str], dtypes: list[str]) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def interpret(ops: list[str], dtypes: list[str]) -> dict[str, Any]:
     with interpreted():
         for op in ops:
             for dtype in dtypes:
-                found[f"{op} {dtype}"] = faults_of(*by_the_law(op, "triton", DTYPES[dtype]))
+                found[f"{op} {dtype}"] = faults_of(*compare_case(op, "triton", DTYPES[dtype]))
     return passed(found=found)
 
 
@@ -29,6 +29,6 @@ def compile_for(ops: list[str], dtypes: list[str], architectures: list[int], shi
             for architecture in architectures:
                 with _triton.anywhere(), offline.compiling(architecture) as compiled:
                     for variant in cases.shipped(op) if shipped else [{}]:
-                        cases.trial(op, integers=False, **variant).results("triton", DTYPES[dtype])
+                        cases.case(op, integers=False, **variant).results("triton", DTYPES[dtype])
                 found.setdefault(f"{op} {dtype}", {})[architecture] = len(compiled)
     return passed(found=found)

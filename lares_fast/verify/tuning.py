@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lares_fast.verify import cache, canary
+from lares_fast.verify import cache, self_test
 
 # Of each op the kernels that are launched alike: those of the catalog must score a target with the same bits.
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -83,7 +83,7 @@ def of_device(device: torch.device) -> dict[str, Any]:
 
 def keep(device: torch.device, found: Mapping[str, Any]) -> None:
     """Store ``found`` (call -> choice as plain values) beside what is there. Raises OSError."""
-    about = canary.identity(device)
+    about = self_test.identity(device)
     calls = {**_read(device), **found}
     cache.write("tuned", about, {"calls": calls})
     _known.clear()
@@ -105,7 +105,7 @@ def note(op: str, tensor: Tensor) -> str | None:
 
 
 def _read(device: torch.device) -> dict[str, Any]:
-    stored = cache.read("tuned", canary.identity(device)) or {}
+    stored = cache.read("tuned", self_test.identity(device)) or {}
     calls = stored.get("calls")
     return calls if isinstance(calls, dict) else {}
 

@@ -9,7 +9,7 @@ import torch
 
 from lares_fast.cli import gpu_day, main
 from lares_fast.ops import _triton
-from lares_fast.verify import canary, cases, gpu_plan, process
+from lares_fast.verify import cases, gpu_plan, process, self_test
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -34,13 +34,13 @@ def test_report(capsys):
 
 
 def test_report_tells_a_wrong_result(capsys, monkeypatch):
-    right = cases.Trial.results
+    right = cases.Case.results
 
     def wrong(self, *rest):
         results = right(self, *rest)
         return cases.Results({name: x * 1.01 for name, x in results.forward.items()}, results.exact, results.gradients)
 
-    monkeypatch.setattr(cases.Trial, "results", wrong)
+    monkeypatch.setattr(cases.Case, "results", wrong)
     code, rows = rows_of(capsys, "--op", "attention", "--dtype", "float32")
     assert code == 1
     assert rows[0]["verdict"].startswith("fail: out: error")
@@ -92,7 +92,7 @@ def test_warmup_tries_every_shipped_variant(capsys, monkeypatch):
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
     asked = []
     monkeypatch.setattr(
-        canary, "refusal", lambda op, *_, **variant: asked.append(op) or ("it is wrong" if len(asked) == 2 else None)
+        self_test, "refusal", lambda op, *_, **variant: asked.append(op) or ("it is wrong" if len(asked) == 2 else None)
     )
     arguments = warmup.Namespace(op=["attention"], dtype=["float32"], architectures=None)
     assert warmup.command(arguments) == 1
@@ -225,7 +225,7 @@ def test_a_rehearsal_finds_a_wrong_kernel(monkeypatch, tmp_path):
     triton_interpreter.plant(monkeypatch, tmp_path, ("_random", "_tiles", "attention"), *bug)
     result = gpu_checks.correctness(True, True, "attention", "triton", "float32", {})
     assert result["status"] == "failed"
-    assert any("canary" in fault for fault in result["faults"]) and any(": error " in fault for fault in result["faults"])
+    assert any("self_test" in fault for fault in result["faults"]) and any(": error " in fault for fault in result["faults"])
 
 
 @needs_no_gpu

@@ -59,7 +59,7 @@ import torch
 from lares_fast.ops import _triton
 from lares_fast.verify import cases
 with _triton.anywhere():
-    cases.trial("linear_cross_entropy", integers=False).results("triton", torch.bfloat16)
+    cases.case("linear_cross_entropy", integers=False).results("triton", torch.bfloat16)
 """
 
 

@@ -22,7 +22,7 @@ from lares_fast.verify import cache
 from lares_fast.verify.tolerance import judge
 
 if TYPE_CHECKING:
-    from lares_fast.verify.cases import Results, Trial
+    from lares_fast.verify.cases import Case, Results
 
 # Of the largest number of a result: a few roundings, far less than one wrong product of integers.
 _TOLERANCE = {torch.float32: 2.0**-12, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
@@ -72,7 +72,7 @@ def _untried(op: str) -> RuntimeError:
 
 def _verdict(op: str, device: torch.device, dtype: torch.dtype, variant: dict[str, Any]) -> str | None:
     about = {"op": op, "dtype": str(dtype), **variant, **identity(device)}
-    stored = (cache.read("canary", about) or {}).get("fault", 0)
+    stored = (cache.read("self_test", about) or {}).get("fault", 0)
     if stored is None or isinstance(stored, str):
         return stored
     if _capturing(device):
@@ -82,12 +82,12 @@ def _verdict(op: str, device: torch.device, dtype: torch.dtype, variant: dict[st
         with ThreadPoolExecutor(1) as apart:
             fault = apart.submit(_as_own, op, device, dtype, variant).result()
     except Exception as error:
-        if not answerable(error):
+        if not can_fall_back(error):
             raise
         return _sentence(error)
     # Where it cannot be kept, the next process tries again.
     with suppress(OSError):
-        cache.write("canary", about, {"fault": fault})
+        cache.write("self_test", about, {"fault": fault})
     return fault
 
 
@@ -96,35 +96,35 @@ def _as_own(op: str, device: torch.device, dtype: torch.dtype, variant: dict[str
     try:
         # The backward stays in this thread: that of the device may be held by a caller who waits for this verdict.
         with torch.autograd.set_multithreading_enabled(False):
-            return try_out(op, device, dtype, **variant)
+            return run(op, device, dtype, **variant)
     finally:
         _own.discard(threading.get_ident())
 
 
-def try_out(op: str, device: torch.device, dtype: torch.dtype, **variant: Any) -> str | None:
+def run(op: str, device: torch.device, dtype: torch.dtype, **variant: Any) -> str | None:
     """What is wrong with the kernels of ``op`` on ``device``: one call of integers, twice."""
     from lares_fast.verify import cases
 
-    trial = cases.trial(op, integers=True, **variant)
-    first, again = (trial.results("triton", dtype, device) for _ in range(2))
-    if (fault := _wrong(trial, first, dtype)) is not None:
-        return f"its canary came out wrong on this GPU, {op}: {fault}"
+    case = cases.case(op, integers=True, **variant)
+    first, again = (case.results("triton", dtype, device) for _ in range(2))
+    if (fault := _wrong(case, first, dtype)) is not None:
+        return f"its self-test failed on this GPU, {op}: {fault}"
     for one, other in zip(first.parts(), again.parts(), strict=True):
         for name in one:
             if not torch.equal(one[name], other[name]):
-                return f"its canary gave two answers on this GPU, {op}: {name}"
+                return f"its self-test gave two answers on this GPU, {op}: {name}"
     return None
 
 
-def _wrong(trial: Trial, results: Results, dtype: torch.dtype) -> str | None:
-    truth = trial.truth(dtype)
+def _wrong(case: Case, results: Results, dtype: torch.dtype) -> str | None:
+    truth = case.truth(dtype)
     for name, want in truth.exact.items():
         if not torch.equal(results.exact[name], want):
             return f"{name} is not exact"
-    if not trial.exact:
-        twin = trial.twin(dtype)
+    if not case.exact:
+        twin = case.twin(dtype)
         verdicts = judge("forward", results.forward, twin.forward, truth.forward)
-        if trial.differentiable:
+        if case.differentiable:
             verdicts += judge("gradient", results.gradients, twin.gradients, truth.gradients)
         return next((verdict.fault for verdict in verdicts if verdict.fault), None)
     for name, want in {**truth.forward, **truth.gradients}.items():
@@ -167,7 +167,7 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def answerable(error: Exception) -> bool:
+def can_fall_back(error: Exception) -> bool:
     """Whether another backend may take the call: a kernel that does not compile or fit, not a GPU that is beyond use."""
     errors = importlib.import_module("triton.errors")
     return isinstance(error, (errors.TritonError, OSError)) or "C compiler" in str(error)
