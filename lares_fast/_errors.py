@@ -11,7 +11,15 @@ class LaresFastError(Exception):
 
 
 class InputError(LaresFastError, ValueError):
-    """An argument, a configuration key or a file is not usable; the command line exits with code 2."""
+    """An argument, a setting or a file is not usable. The command line prints the message and exits with code 2.
+
+    ``setting`` is the dotted setting that the remedy changes, such as ``data.format``, or ``data.format=pairs`` with its
+    value. The command line adds it to the message as a flag.
+    """
+
+    def __init__(self, message: str, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class BackendError(LaresFastError, RuntimeError):

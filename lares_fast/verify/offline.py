@@ -1,4 +1,4 @@
-"""Checks of Triton kernels that need no GPU: interpret them, and compile them for GPUs that need not be here."""
+"""Checks of Triton kernels that need no GPU: interpret them, and compile them for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lares_fast.verify.comparison import DTYPES, compare_case, faults_of, interp
 
 
 def interpret(ops: list[str], dtypes: list[str]) -> dict[str, Any]:
-    """Each op's Triton kernels by Triton's interpreter, held to the law."""
+    """Run the Triton kernels of each op in Triton's interpreter, and check them against the tolerances."""
     found = {}
     with interpreted():
         for op in ops:
@@ -21,7 +21,10 @@ def interpret(ops: list[str], dtypes: list[str]) -> dict[str, Any]:
 
 
 def compile_for(ops: list[str], dtypes: list[str], architectures: list[int], shipped: bool = False) -> dict[str, Any]:
-    """Each op's Triton kernels compiled for GPUs that need not be here, as their launches would compile them."""
+    """Compile the Triton kernels of each op for ``architectures``, as a launch on such a GPU would compile them.
+
+    With ``shipped``, compile the variants that models of published sizes use.
+    """
     offline = import_module("lares_fast.kernels._offline")
     found: dict[str, dict[int, int]] = {}
     for op in ops:

@@ -1,0 +1,21 @@
+"""Result rows, as metrics.csv and the results tables hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lares_fast.train.baselines import markov_ranks, popularity_ranks
+from lares_fast.train.metrics import metrics
+
+Row = dict[str, Any]
+
+# The baselines of every results table: name -> function that ranks the rows of a split.
+BASELINES = {"popularity": popularity_ranks, "markov": markov_ranks}
+
+
+def result_rows(ranks: Mapping[str, Tensor], ks: Sequence[int], **labels: Any) -> list[Row]:
+    """Return one row of metrics for each treatment of the history in ``ranks``. Every row begins with ``labels``."""
+    return [{**labels, "history": history, **metrics(rank, ks)} for history, rank in ranks.items()]
