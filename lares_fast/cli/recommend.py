@@ -121,11 +121,12 @@ def _users(
 
 def _with_own_flag(error: InputError) -> InputError:
     """Return ``error`` with the flag of this command that changes its setting, because this command has no --set."""
-    name = (error.setting or "").removeprefix("data.")
-    if name.startswith("format"):
-        return InputError(with_flag(str(error), f"--{name.replace('=', ' ')}"))
-    if name.partition("=")[0] in _ROLES:
-        return InputError(with_flag(str(error), f"--columns {name}"))
+    setting = (error.setting or "").removeprefix("data.")
+    name = setting.partition("=")[0]
+    if name == "format":
+        return InputError(with_flag(str(error), setting, "--format {value}"))
+    if name in _ROLES:
+        return InputError(with_flag(str(error), setting, "--columns {name}={value}"))
     return InputError(str(error))
 
 
