@@ -68,7 +68,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         if "tensors" in result:
             accuracy = f"largest error {result['worst']:.2f} of its bound, first call {result['first_call_s']} s"
         last = result.get("log", "").strip().splitlines()[-1:]
-        details = [*result.get("faults", []), result.get("why", ""), result.get("said", ""), *last, accuracy]
+        details = [*result.get("faults", []), result.get("why", ""), result.get("summary", ""), *last, accuracy]
         text = "; ".join(part[:1000] for part in details if part)
         if cures:
             text += f" (passes {', '.join(cures)})"
