@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, HelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
@@ -18,7 +18,7 @@ from lares_fast.cli.console import with_flag
 _COMMANDS = {
     "train": ("train", "train a model: phase 1 (SPT), phase 2 (RPT) or both"),
     "eval": ("evaluate", "evaluate a trained run by ranking all items, and print the results table"),
-    "recommend": ("recommend", "recommend items to one user, for one history or for all users of a file"),
+    "recommend": ("recommend", "recommend items for one user, one history or all users of a file"),
     "demo": ("demo", "train on a synthetic log in a few minutes and show the results"),
     "report": ("report", "check every op on every backend against the tolerances"),
     "warmup": ("warmup", "compile the GPU kernels of published model sizes and self-test them"),
@@ -26,6 +26,10 @@ _COMMANDS = {
     "gpu-day": ("gpu_day", "run all GPU checks and write one report"),
     "doctor": ("doctor", "show what is installed, what was built and which backends run"),
 }
+
+
+def _wide(program: str) -> HelpFormatter:
+    return HelpFormatter(program, max_help_position=28)
 
 
 class _Parser(ArgumentParser):
@@ -92,6 +96,7 @@ def _run(argv: list[str]) -> int:
         prog="lares-fast",
         description="Train, evaluate and serve LARES, a sequential recommender that reasons in latent space.",
         epilog="lares-fast COMMAND --help describes one command.",
+        formatter_class=_wide,
     )
     parser.add_argument("--version", action="version", version=__version__, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

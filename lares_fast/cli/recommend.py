@@ -1,4 +1,4 @@
-"""``lares-fast recommend``: recommend items by their raw ids, for one user, for one history or for all users of a file."""
+"""``lares-fast recommend``: recommend items by their raw ids, for one user, one history or all users of a file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Line = tuple[Any, int, Any, float]
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``recommend``."""
-    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder of lares-fast train")
+    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder that lares-fast train wrote")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--user", metavar="ID", help="recommend to this user (raw id) of the run's log")
     what.add_argument("--history", metavar="ITEM,ITEM,...", help="recommend for this history of raw item ids, oldest first")
@@ -46,14 +46,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     what.add_argument("--input", metavar="FILE", type=Path, help="recommend to all users of this log, in any training format")
     parser.add_argument("--data", metavar="PATH", help="with --user: the log of the run, if it has moved")
     parser.add_argument(
-        "--format", choices=("auto", *FORMATS), help="format of the log (default: as the run's log, or by the file's ending)"
+        "--format",
+        choices=("auto", *FORMATS),
+        help="format of the log (default: the format of the run's log, or by the name's ending)",
     )
     parser.add_argument("--columns", metavar="ROLE=NAME,...", help="columns of the log, such as user=who,item=what,time=none")
     parser.add_argument("--k", type=int, default=10, help="number of items for each user (default: 10)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write a .csv or .parquet file (default: print CSV)")
     parser.add_argument("--keep-seen", action="store_true", help="also recommend items that are in the history")
-    parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: as the run)")
-    parser.add_argument("--batch-size", type=int, default=256, help="number of histories in a batch (default: 256)")
+    parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: as set for the run)")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=256, help="number of histories in a batch (default: 256)"
+    )
 
 
 def command(arguments: Namespace) -> int:

@@ -47,7 +47,7 @@ def add_set_argument(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         dest="assignments",
-        help="change one setting, such as spt.lr=0.001; repeatable (train --print-config prints all settings)",
+        help="change one setting, such as spt.lr=0.001; repeatable (lares-fast train --print-config lists all)",
     )
 
 
@@ -115,7 +115,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read as a configuration: it is nested too deeply.") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else _short(values)
-        raise InputError(f"{path} must hold 'key: value' lines, but holds {found}.")
+        raise InputError(f"{path} must hold 'key: value' lines, but it holds {found}.")
     return values
 
 

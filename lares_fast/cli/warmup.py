@@ -31,8 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         type=int,
         choices=ARCHITECTURES,
-        help="only compile, into Triton's cache, for another GPU: "
-        f"{', '.join(map(str, ARCHITECTURES))} (its compute capability times 10); repeatable",
+        help="only compile, into Triton's cache, for a GPU that need not be here; SM is its compute capability "
+        f"times 10: {', '.join(map(str, ARCHITECTURES))}; repeatable",
     )
 
 

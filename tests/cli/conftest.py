@@ -1,12 +1,14 @@
 """A small log file, a run trained on it, and the command line called in this process."""
 
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lares_fast.cli import main
+from tests.support.command_line import events, write_csv
 
 SMALL = [
     *("--config", "tiny"),
@@ -46,6 +48,29 @@ def trained(tmp_path_factory, log_file):
     out = tmp_path_factory.mktemp("runs") / "small"
     assert main(["train", *SMALL, "--data", str(log_file), "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, small_settings):
+    """A run on integer ids, one on texts and one with a temporal split, with the files of their logs."""
+    folder = tmp_path_factory.mktemp("identity")
+    found = {}
+    for name, ids, more in (
+        ("integers", int, []),
+        ("texts", lambda number: f"n{number}", []),
+        ("temporal", int, ["--set", "data.split=temporal"]),
+    ):
+        log = write_csv(folder / f"{name}.csv", events(ids))
+        arguments = ["train", *small_settings, "--data", str(log), "--phase", "spt", "--out", str(folder / name), *more]
+        assert main(arguments) == 0
+        found[name] = (folder / name, log)
+    return found
+
+
+@pytest.fixture
+def damaged(trained, tmp_path):
+    """A copy of a finished run, for a test to damage."""
+    return shutil.copytree(trained, tmp_path / "damaged")
 
 
 @pytest.fixture

@@ -53,10 +53,10 @@ def test_assignments_win_over_the_file_and_have_the_types_of_their_settings():
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
-        ("spt.lrr=3", "no setting 'spt.lrr'; the nearest name is 'spt.lr'"),
-        ("modle.dropout=3", "the nearest name is 'model.dropout'"),
-        ("lr=3", "no setting 'lr'; the nearest name is 'spt.lr'"),
-        ("model.n_items=5", "no setting 'model.n_items'"),
+        ("spt.lrr=3", "unknown setting 'spt.lrr'; did you mean 'spt.lr'?"),
+        ("modle.dropout=3", "did you mean 'model.dropout'?"),
+        ("lr=3", "unknown setting 'lr'; did you mean 'spt.lr'?"),
+        ("model.n_items=5", "unknown setting 'model.n_items'"),
         ("model.hidden_size=wide", "model.hidden_size must be an integer, but got 'wide'"),
         ("spt.max_steps=1.5", "spt.max_steps must be an integer or null, but got '1.5'"),
         ("spt.same_step=perhaps", "spt.same_step must be true or false"),
@@ -79,13 +79,13 @@ def test_bad_assignments_are_one_sentence_that_names_the_argument(assignment, ex
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("spt:\n  learning_rate: 1\n", "no setting 'spt.learning_rate'"),
-        ("epoch: 1\n", "no setting 'epoch'; the nearest name is"),
-        ("spt: fast\n", "spt must hold settings such as 'batch_size: ...', but holds 'fast'"),
+        ("spt:\n  learning_rate: 1\n", "unknown setting 'spt.learning_rate'"),
+        ("epoch: 1\n", "unknown setting 'epoch'; did you mean"),
+        ("spt: fast\n", "spt must hold settings such as 'batch_size: ...', but it holds 'fast'"),
         ("spt:\n  lr: fast\n", "spt.lr must be a number, but got 'fast'"),
         ("spt:\n  lr: [1\n", "line 3: not valid YAML"),
         ("- a\n", "must hold 'key: value' lines"),
-        ("", "must hold 'key: value' lines, but holds nothing"),
+        ("", "must hold 'key: value' lines, but it holds nothing"),
     ],
 )
 def test_bad_files_are_one_sentence_that_names_the_file(text, expected, tmp_path):

@@ -179,7 +179,7 @@ def test_two_answers_are_one_too_many(monkeypatch):
         return cases.Results({name: x * next(answers) for name, x in truth.forward.items()}, truth.exact, truth.gradients)
 
     monkeypatch.setattr(cases.Case, "results", results)
-    assert "two answers" in self_test.run("attention", CPU, torch.float32)
+    assert "different results" in self_test.run("attention", CPU, torch.float32)
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(gpu, monkeypatch, tmp_path):
@@ -285,7 +285,7 @@ def test_who_waited_tries_for_himself_where_the_first_one_failed(gpu, monkeypatc
 def test_a_capture_does_not_wait_for_another_thread(gpu, monkeypatch):
     monkeypatch.setattr(self_test, "_capturing", lambda device: True)
     monkeypatch.setattr(self_test, "_trying", {("attention", CPU, torch.float32)})
-    with pytest.raises(RuntimeError, match="were not tried on this GPU before the graph capture"):
+    with pytest.raises(RuntimeError, match="were not tested on this GPU before the graph capture"):
         self_test.refusal("attention", CPU, torch.float32)
 
 

@@ -7,10 +7,10 @@ import torch
 from lares_fast.kernels import _launch
 
 from lares_fast import explain, ops
-from lares_fast.cli import doctor, main, tune
+from lares_fast.cli import doctor, main
 from lares_fast.config import LARESConfig
 from lares_fast.ops import _triton
-from lares_fast.verify import cases, comparison, self_test, tuning
+from lares_fast.verify import cases, comparison, launch_search, self_test, tuning
 
 CPU = torch.device("cpu")
 SIZES = {"width": 32, "longest": 50}
@@ -26,7 +26,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "capability", lambda device: 80)
     monkeypatch.setattr(self_test, "identity", lambda device: {"gpu": "none"})
     monkeypatch.setattr(tuning, "_known", {})
-    return tmp_path / "tuned"
+    return tmp_path / "launch_settings"
 
 
 def found(sizes=SIZES, dtype=torch.float32, op="attention"):
@@ -138,9 +138,9 @@ def search(monkeypatch, clock):
         measured.append(choice)
         return clock(choice.rows, choice.kernels)
 
-    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    monkeypatch.setattr(launch_search, "milliseconds", milliseconds)
     case = cases.case("attention", integers=False)
-    return tune.search("attention", torch.float32, CPU, SIZES, case, lambda: None), measured
+    return launch_search.search("attention", torch.float32, CPU, SIZES, case, lambda: None, print), measured
 
 
 def test_the_fastest_is_found(calls, monkeypatch):
@@ -222,18 +222,18 @@ def test_a_command_of_tuning(gpu, monkeypatch, capsys):
     def milliseconds(call):
         return next(measured, 20.0)
 
-    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    monkeypatch.setattr(launch_search, "milliseconds", milliseconds)
     # Interpreted, all candidates would take minutes.
-    monkeypatch.setattr(tune, "_fault", lambda *_: None)
+    monkeypatch.setattr(launch_search, "fault_of", lambda *_: None)
     model = LARESConfig(n_items=2, hidden_size=32, n_heads=1, max_len=3, inner_size=16)
-    said = tune.tune("linear_cross_entropy", torch.float32, CPU, model, 2)
+    said = launch_search.tune("linear_cross_entropy", torch.float32, CPU, model, 2, print)
     assert said == "1.25 times as fast (10 ms to 8 ms), stored"
     kernels = dict.fromkeys(tuning.KERNELS["linear_cross_entropy"][0], (4, 1))
     assert found({"width": 32}, op="linear_cross_entropy") == _launch.Choice(16, kernels)
-    said = tune.tune("recurrence", torch.float32, CPU, model, 2)
+    said = launch_search.tune("recurrence", torch.float32, CPU, model, 2, print)
     assert said == "not measured, because it takes widths of 64 and 128, and h has 32"
     query = torch.zeros(2, 32)
-    note = "would run, launched as lares-fast tune found best for float32 width=32"
+    note = "would run, with launch settings from lares-fast tune for float32 width=32"
     assert explain("linear_cross_entropy", query, query, torch.zeros(2, dtype=torch.int64)).splitlines()[1].endswith(note)
     with comparison.interpreted():
         ops.target_logprob(query, query, torch.zeros(2, dtype=torch.int64), backend="triton")
@@ -244,17 +244,17 @@ def test_what_is_found_is_told_and_cleared(gpu, monkeypatch, capsys):
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
     query = torch.zeros(50, 2, 32)
     call = (query, query, query, torch.tensor([0, 50]), 50)
-    assert "would run, launched as lares-fast tune found best for float32 longest=50 width=32" in explain("attention", *call)
+    assert "would run, with launch settings from lares-fast tune for float32 longest=50 width=32" in explain("attention", *call)
     monkeypatch.setattr(doctor, "_tuned_calls", lambda: sorted(tuning.of_device(CPU)))
     assert main(["doctor"]) == 0
     assert f"tuned        {KEY}" in capsys.readouterr().out
     assert main(["tune", "--clear"]) == 0
-    assert capsys.readouterr().out == "removed what was found\n"
+    assert capsys.readouterr().out == "removed the stored launch settings\n"
     assert found() is None
     assert "tune" not in explain("attention", *call)
     assert main(["tune", "--clear"]) == 0
-    assert capsys.readouterr().out == "nothing was found before\n"
+    assert capsys.readouterr().out == "no launch settings were stored\n"
 
 
 def test_the_kernels_of_every_op_are_known():
-    assert set(tuning.KERNELS) == set(comparison.ops_with_triton()) == set(tune._CALLS)
+    assert set(tuning.KERNELS) == set(comparison.ops_with_triton()) == set(launch_search._CALLS)
