@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import ArgumentParser, HelpFormatter
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
@@ -26,10 +26,6 @@ _COMMANDS = {
     "gpu-day": ("gpu_day", "run all GPU checks and write one report"),
     "doctor": ("doctor", "show what is installed, what was built and which backends run"),
 }
-
-
-def _wide(program: str) -> HelpFormatter:
-    return HelpFormatter(program, max_help_position=28)
 
 
 class _Parser(ArgumentParser):
@@ -96,7 +92,6 @@ def _run(argv: list[str]) -> int:
         prog="lares-fast",
         description="Train, evaluate and serve LARES, a sequential recommender that reasons in latent space.",
         epilog="lares-fast COMMAND --help describes one command.",
-        formatter_class=_wide,
     )
     parser.add_argument("--version", action="version", version=__version__, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

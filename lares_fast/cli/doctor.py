@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import torch
 
-from lares_fast import LARESConfig, __version__, _dispatch, _native, _settings, reference
+from lares_fast import LARESConfig, __version__, _native, _settings, explain, reference
 from lares_fast.cli.console import counted
 from lares_fast.verify import tuning
 
@@ -94,7 +94,7 @@ def _ops() -> dict[str, str]:
             "topk": (query, items, 10, None, None),
             "target_rank": (query, items, target),
         }
-        texts |= {f"{op}, fp32 on {device}": _dispatch.explain(op, *arguments) for op, arguments in calls.items()}
+        texts |= {f"{op}, fp32 on {device}": explain(op, *arguments) for op, arguments in calls.items()}
     return texts
 
 
@@ -113,7 +113,7 @@ def _text(report: dict[str, Any]) -> str:
     lines.append(f"{'CUDA code':<12} {cuda}")
     lines.append(f"{'tuned':<12} {'; '.join(report['tuned']) or 'nothing; run lares-fast tune on a GPU'}")
     known = ("native", "reason", "cuda_built", "cuda_reason", "cuda_archs")
-    lines += [f"  {name:<10} {value}" for name, value in build.items() if name not in known]
+    lines += [f"  {name:<10} {value}" for name, value in build.items() if value != "" and name not in known]
     for extra, modules in report["extras"].items():
         missing = [name for name, there in modules.items() if not there]
         state = f'missing {", ".join(missing)}: pip install "lares_fast[{extra}]"' if missing else "installed"

@@ -28,9 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder that lares-fast train wrote")
     parser.add_argument("--data", metavar="PATH", help="the log of the run, if it has moved")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="rows to evaluate (default: test)")
-    parser.add_argument(
-        "--steps", metavar="T", type=int, help="number of reasoning steps (default: every test depth of the run)"
-    )
+    parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: all depths of the run)")
     parser.add_argument("--bf16", action="store_true", help="round the operands of matrix products in the encoder to bf16")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="also write every metric to a CSV file")
     settings.add_set_argument(parser)

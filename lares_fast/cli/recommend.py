@@ -48,16 +48,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=("auto", *FORMATS),
-        help="format of the log (default: the format of the run's log, or by the name's ending)",
+        help="format of the log (default: as the run's log, or by the file's ending)",
     )
     parser.add_argument("--columns", metavar="ROLE=NAME,...", help="columns of the log, such as user=who,item=what,time=none")
     parser.add_argument("--k", type=int, default=10, help="number of items for each user (default: 10)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write a .csv or .parquet file (default: print CSV)")
     parser.add_argument("--keep-seen", action="store_true", help="also recommend items that are in the history")
     parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: as set for the run)")
-    parser.add_argument(
-        "--batch-size", metavar="N", type=int, default=256, help="number of histories in a batch (default: 256)"
-    )
+    parser.add_argument("--batch-size", metavar="N", type=int, default=256, help="histories in a batch (default: 256)")
 
 
 def command(arguments: Namespace) -> int:

@@ -122,8 +122,14 @@ def test_a_missing_extra_is_a_hint_in_one_line(cli, monkeypatch, module, argumen
     assert result.code == 2 and is_one_sentence(result.err) and hint in result.err and result.written == []
 
 
-def test_eval_and_train_name_settings(cli, runs, tmp_path, small_settings):
+def test_each_command_names_its_own_flag_for_a_setting(cli, runs, tmp_path, small_settings):
     without = write_csv(tmp_path / "b.csv", [(1, 2)], ("user_id", "item_id"))
     assert refused(cli("train", *small_settings, "--data", without), "--set data.time=none")
     (tmp_path / "twice.txt").write_text("1 2 3 4\n1 2 3 4\n")
-    assert refused(cli("train", *small_settings, "--data", tmp_path / "twice.txt"), "--set data.format=pairs")
+    twice = tmp_path / "twice.txt"
+    run, _ = runs["integers"]
+    assert refused(cli("train", *small_settings, "--data", twice), "line 2: user 1", "(--set data.format=pairs)")
+    assert refused(cli("eval", "--run", run, "--data", twice), "line 2: user 1", "(--set data.format=pairs)")
+    assert refused(cli("recommend", "--run", run, "--input", twice), "line 2: user 1", "(--format pairs)")
+    columns = ["--set", "data.user=who", "--data", twice]
+    assert refused(cli("train", *small_settings, *columns), "columns name the columns", "(--set data.format=VALUE)")

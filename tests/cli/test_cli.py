@@ -158,6 +158,12 @@ def test_doctor(cli):
     assert json.loads(report.out)["extras"]["train"]["rich"] is True
 
 
+def test_doctor_in_a_process_of_its_own():
+    """Nothing else has imported the ops there."""
+    out, err = python("-m", "lares_fast", "doctor").communicate(timeout=60)
+    assert "\ntopk, fp32 on cpu\n" in out, err
+
+
 def test_no_command_shows_the_commands(cli):
     result = cli()
     assert result.code == 0 and "doctor" in result.out and result.err == ""

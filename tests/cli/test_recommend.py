@@ -153,7 +153,6 @@ def test_ctrl_c_leaves_no_temporary_and_no_traceback(runs, tmp_path, ending):
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
-    assert (
-        running.returncode == 130 and out == "" and err == "lares-fast: aborted; everything that was saved before is intact.\n"
-    )
+    assert (running.returncode, out) == (130, "")
+    assert err == "lares-fast: aborted; everything that was saved before is intact.\n"
     assert not list(folder.iterdir())
