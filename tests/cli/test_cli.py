@@ -32,7 +32,8 @@ def test_train_without_data_says_that_it_makes_some(cli, small_settings):
     assert "no --data was given, so a synthetic log is made" in result.out and "is synthetic" in result.out
     assert "best possible" in results_of(result.out, "history not masked")
     assert "saved    runs/synthetic-tiny-seed2025" in result.out and "next     lares-fast recommend" in result.out
-    assert "SPT epoch 1  loss" in result.out and "valid R@10" in result.out  # plain lines, no bars
+    # Plain lines, because the output is no terminal.
+    assert "SPT epoch 1  loss" in result.out and "valid R@10" in result.out
     again = cli("train", *small_settings, *made)
     assert again.code == 2 and is_one_sentence(again.err) and "--resume runs/synthetic-tiny-seed2025" in again.err
 
@@ -159,7 +160,7 @@ def test_doctor(cli):
 
 
 def test_doctor_in_a_process_of_its_own():
-    """Nothing else has imported the ops there."""
+    """There, no other test has imported the ops."""
     out, err = python("-m", "lares_fast", "doctor").communicate(timeout=60)
     assert "\ntopk, fp32 on cpu\n" in out, err
 

@@ -39,7 +39,7 @@ def test_two_runs_at_once_make_one(runs, tmp_path, small_settings):
     processes = [python(*common, "--set", f"spt.lr={lr}") for lr in ("0.001", "0.01")]
     results = [process.communicate(timeout=120) for process in processes]
     codes = [process.returncode for process in processes]
-    # If one ended before the other began, that one finds a finished run.
+    # One process trains. The other one finds the folder in use, or a finished run.
     assert sorted(codes) == [0, 2], results
     (lr,) = {state for state in (load_state(out / "state.pt")["settings"]["spt.lr"],)}
     assert lr == (0.001, 0.01)[codes.index(0)] == settings.build(out / "config.yaml").spt.lr
@@ -72,7 +72,7 @@ def test_other_errors_of_the_program_are_not_hidden(cli, runs, monkeypatch):
 
 
 def test_a_fifo_is_no_file_of_a_run(cli, runs, tmp_path):
-    """Nothing waits for a writer that never comes."""
+    """A command must not wait for a process that would write into the pipe."""
     copy = shutil.copytree(runs["integers"][0], tmp_path / "copy")
     for name, command in (
         ("item_ids.json", ["recommend", "--item", "5", "--run"]),
@@ -114,7 +114,8 @@ def test_sigterm_saves_and_says_how_to_resume(cli, small_settings, log_file, tmp
     resumed = cli("train", "--resume", out, "--set", "spt.epochs=2")
     assert resumed.code == 0 and "LARES rpt T=2" in results_of(resumed.out, "history masked")
     epochs = [row["epoch"] for row in metrics_csv(out) if (row["phase"], row["split"]) == ("spt", "valid")]
-    assert len(epochs) == len(set(epochs)) * 2  # masked and not; no epoch was done twice
+    # Each epoch has two rows, for the history masked and not masked. No epoch was trained twice.
+    assert len(epochs) == len(set(epochs)) * 2
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(damaged):

@@ -1,4 +1,4 @@
-"""The steps of ``lares-fast gpu-day`` at the edges: rehearsed by Triton's interpreter, and what they find wrong."""
+"""The checks of ``lares-fast gpu-day``, rehearsed in Triton's interpreter: they find planted bugs, and the sanitizer runs."""
 
 import os
 import sys
@@ -44,7 +44,7 @@ def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
     triton_interpreter.plant(monkeypatch, tmp_path, FILES, *where)
     planned = gpu_plan.plan(rehearse=True, quick=False)[step]
     poisoned = torch.are_deterministic_algorithms_enabled()
-    # PyTorch then fills what torch.empty returns with NaN.
+    # PyTorch then fills the memory of torch.empty with NaN.
     torch.use_deterministic_algorithms(True)
     try:
         result = CHECKS[planned.check](**planned.arguments)
@@ -55,11 +55,11 @@ def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("last", [1.0, 0.0])
 def test_the_catalog_step_knows_the_answers(last, monkeypatch):
-    """On the backend that runs here; with another last row it must object."""
+    """The check passes on a backend that runs here, and fails if the last row is another one."""
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape, **how: last * ones(*shape, **how))
     found = gpu_large.large_catalog("cpu", 64 * 40, backend="reference")
-    # Of queries of zeros all items score alike.
+    # For queries of zeros all items have the same score.
     assert [fault.split(":")[0] for fault in found] == ([] if last else ["topk", "target_rank"])
 
 
@@ -122,7 +122,7 @@ def test_what_needs_a_driver_is_skipped_without_one(monkeypatch):
 
 @pytest.mark.parametrize("op", ["topk", "target_rank"])
 def test_a_graph_that_does_not_follow_its_inputs_is_found(op, monkeypatch):
-    """What a rehearsal calls in a replay's place, held against a call of other inputs."""
+    """The call that replaces a replay in a rehearsal is compared with a call on other inputs."""
     assert gpu_edge_cases.graph_inputs(True, True, op)["status"] == "passed"
     real = getattr(gpu_edge_cases.ops, op)
     answers = []

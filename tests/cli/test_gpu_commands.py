@@ -115,7 +115,7 @@ def planned(*names):
 
 @pytest.fixture
 def day(tmp_path):
-    """``day(names)`` runs these steps and gives the report."""
+    """``day(*names)`` runs these steps and returns the report."""
 
     def run(*names, **how):
         report = gpu_report.Report(tmp_path / "report.json", names)
@@ -143,7 +143,7 @@ def test_steps_go_on_after_a_failure_and_its_cure_is_the_diagnosis(day, monkeypa
     found = day("machine", WRONG, "boundaries", jobs=jobs)
     assert found["boundaries"]["status"] == "passed"
     assert ("correctness", "DISABLE_MMA_V3") in asked
-    # Of Blackwell.
+    # This option concerns Blackwell only.
     assert not any("DISABLE_MMA_V5" in one for one in asked)
     assert f"| {WRONG} | failed | 1 | out is off (passes without WGMMA) |" in gpu_report.table(found)
 
@@ -186,7 +186,7 @@ def test_a_day_ends_with_1_unless_all_passed(tmp_path, monkeypatch, capsys):
     arguments = ["gpu-day", "--rehearse", "--out", str(tmp_path), "--only", "first_kernel"]
     assert main(arguments) == 1
     (file,) = tmp_path.iterdir()
-    # The machine is told in every report.
+    # Every report describes the machine.
     assert {name: one["status"] for name, one in json.loads(file.read_text()).items()} == {
         "machine": "passed",
         "first_kernel": "failed",
@@ -259,7 +259,7 @@ def test_doctor_shows_every_op_and_only_extras_that_something_imports(capsys):
     assert main(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     shown = {name.partition(",")[0] for name in told["ops"] if name.endswith("on cpu")}
-    # The others are parts of these.
+    # The other ops are parts of these.
     assert shown == set(cases.ops()) <= set(_dispatch._TABLE)
     root = Path(__file__).parents[2]
     declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -268,6 +268,6 @@ def test_doctor_shows_every_op_and_only_extras_that_something_imports(capsys):
     sources = "".join(path.read_text() for folder in folders for path in (root / folder).rglob("*.py"))
     for extra, modules in doctor._EXTRAS.items():
         for module in modules:
-            # pytest finds its plugin by itself.
+            # pytest finds this plugin by itself.
             if module != "pytest_benchmark":
                 assert re.search(rf"(import |from |\(\"|\.){module}\b", sources), f"nothing imports {module} of [{extra}]"

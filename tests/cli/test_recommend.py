@@ -78,7 +78,7 @@ def schema(path):
 
 @pytest.mark.parametrize(("name", "kind"), [("integers", "int64"), ("texts", "string")])
 def test_types_are_those_of_the_run_and_the_log(cli, runs, tmp_path, name, kind, monkeypatch):
-    """Not those of the first chunk, which may hold nobody or only ids that look like integers."""
+    """The types must not come from the first chunk, which may be empty or hold only ids that look like integers."""
     monkeypatch.setattr("lares_fast.cli.recommend._CHUNK", 2)
     run, _ = runs[name]
     known = 5 if name == "integers" else "n5"

@@ -47,7 +47,7 @@ def test_eval_refuses_other_times_where_they_make_the_split(cli, runs, tmp_path)
 
 
 def test_the_same_log_elsewhere_is_taken(cli, runs, tmp_path):
-    """A copy without state.pt, and integer ids whose rows are sorted otherwise."""
+    """A copy of the run without state.pt, and a log with integer ids whose rows are sorted in another way."""
     run, log = runs["integers"]
     copy = shutil.copytree(run, tmp_path / "copy")
     (copy / "state.pt").unlink()
@@ -59,7 +59,7 @@ def test_the_same_log_elsewhere_is_taken(cli, runs, tmp_path):
 
 
 def test_texts_whose_rows_are_sorted_otherwise(cli, runs, tmp_path):
-    """They are numbered otherwise: raw ids do for recommendations, and eval says what is the matter."""
+    """String ids are then numbered in another order. ``recommend`` needs raw ids only, and ``eval`` explains the problem."""
     run, log = runs["texts"]
     other = write_csv(tmp_path / "sorted.csv", [line.split(",") for line in sorted(log.read_text().split()[1:])])
     expected = cli("recommend", "--run", run, "--user", "n7")

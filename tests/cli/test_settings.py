@@ -10,7 +10,7 @@ from lares_fast.train import RunConfig
 
 
 def as_built(config):
-    """With the model's defaults written out."""
+    """Return ``config`` as a dictionary with all settings of the model."""
     model = LARESConfig(n_items=2, **config.model).to_dict()
     del model["n_items"]
     return {**config.to_dict(), "model": model}
@@ -158,7 +158,7 @@ def test_the_settings_of_a_run_are_verified(tmp_path):
     settings.save(path, config)
     first, _, rest = path.read_text().partition("\n")
     assert first.startswith("# The sha256 of the lines below is ") and rest == settings.dump(config)
-    # Another system's line ends, and a file without the line, are the same settings.
+    # Line ends of another system and a missing first line do not change the settings.
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert settings.build(path) == config
     path.write_text(rest)
