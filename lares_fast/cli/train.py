@@ -72,7 +72,7 @@ def _config_and_folder(arguments: Namespace) -> tuple[RunConfig, Path]:
             if getattr(arguments, name) is not None:
                 raise InputError(f"--{name} cannot be combined with --resume {arguments.resume}: leave --{name} out.")
         if not (arguments.resume / "state.pt").is_file():
-            raise InputError(f"{arguments.resume} has no state.pt: give --resume the folder of an interrupted run.")
+            raise InputError(f"{arguments.resume} has no state.pt: give --resume the folder of a run.")
     source = arguments.resume / "config.yaml" if arguments.resume else arguments.config
     if arguments.resume and not source.is_file():
         raise InputError(f"{source} does not exist: give --resume the folder of a run.")
