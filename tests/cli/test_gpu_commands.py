@@ -227,7 +227,7 @@ def test_a_rehearsal_finds_a_wrong_kernel(monkeypatch, tmp_path):
     triton_interpreter.plant(monkeypatch, tmp_path, ("_random", "_tiles", "attention"), *bug)
     result = gpu_checks.correctness(True, True, "attention", "triton", "float32", {})
     assert result["status"] == "failed"
-    assert any("self_test" in fault for fault in result["faults"]) and any(": error " in fault for fault in result["faults"])
+    assert any("self-test" in fault for fault in result["faults"]) and any(": error " in fault for fault in result["faults"])
 
 
 @needs_no_gpu
