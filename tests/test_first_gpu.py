@@ -1,4 +1,4 @@
-"""``lares-fast gpu-day`` and benchmarks/gpu as machinery: what is chosen, what there is time for, what is left behind."""
+"""``lares-fast gpu-day`` and benchmarks/gpu: which steps are chosen, how time limits apply, and which processes remain."""
 
 import inspect
 import io
@@ -11,49 +11,51 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu import first, speed
+from benchmarks.gpu import first, measurement, speed
 from lares_fast._errors import InputError
-from lares_fast.cli import gpu_day
-from lares_fast.verify import gpu_plan, process
-from lares_fast.verify.__main__ import STEPS
+from lares_fast.verify import gpu_plan, gpu_report, gpu_run, process
+from lares_fast.verify.__main__ import CHECKS
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["build", "record", "correctness:topk:cuda:float32", "correctness:topk:triton", "correct", "speed:topk:B1"]
+NAMES = ["build", "machine", "correctness:topk:cuda:float32", "correctness:topk:triton", "correct", "speed:topk:B1"]
 
 
 @pytest.fixture(autouse=True)
 def no_signal_seen(monkeypatch):
-    """The machinery of another test that was stopped."""
+    """Forget that another test stopped all processes."""
     process._stopped.clear()
 
 
 @pytest.fixture
 def report(tmp_path):
-    return gpu_day.Report(tmp_path / "results.json", ["record", "alone", "hello", "repeat", "streams"])
+    return gpu_report.Report(tmp_path / "results.json", ["machine", "matmul", "first_kernel", "determinism", "streams"])
 
 
 def written(report):
-    return {name: one["status"] for name, one in json.loads(report.place.read_text()).items()}
+    return {name: one["status"] for name, one in json.loads(report.path.read_text()).items()}
 
 
-def hello_steps(*names, **how):
-    return {name: gpu_plan.Step("alone", {"rehearse": True, "quick": True}, **how) for name in names}
+def matmul_steps(*names, **how):
+    return {name: gpu_plan.Step("matmul", {"rehearse": True, "quick": True}, **how) for name in names}
 
 
 @pytest.mark.parametrize(("asked", "found"), [
     (None, NAMES),
     (["correctness"], ["correctness:topk:cuda:float32", "correctness:topk:triton"]),
-    (["correctness:topk:triton", "record"], ["record", "correctness:topk:triton"]),
+    (["correctness:topk:triton", "machine"], ["machine", "correctness:topk:triton"]),
     (["speed", "correct"], ["correct", "speed:topk:B1"]),
 ])  # fmt: skip
 def test_names_and_groups_are_chosen_in_their_order(asked, found):
     assert gpu_plan.chosen(asked, NAMES) == found
 
 
-@pytest.mark.parametrize("asked", [["corr"], ["record", "speed:topk:B"], ["correctness:topk:"], [""]])
+@pytest.mark.parametrize("asked", [["corr"], ["machine", "speed:topk:B"], ["correctness:topk:"], [""]])
 def test_a_name_that_is_no_step_is_an_error(asked):
-    with pytest.raises(InputError, match=f"--only {asked[-1]} is no step: use failed REPORT, a full name, or a group .*build"):
+    with pytest.raises(
+        InputError, match=f"--only {asked[-1]} is not a step: give failed REPORT, a full name, or a group .*build"
+    ):
         gpu_plan.chosen(asked, NAMES)
 
 
@@ -63,58 +65,58 @@ def test_what_failed_or_was_not_reached_is_chosen_from_a_report(tmp_path):
     place.write_text(json.dumps({name: {"status": status} for name, status in zip(NAMES, statuses, strict=True)}))
     wanted = ["correctness:topk:cuda:float32", "correctness:topk:triton", "speed:topk:B1"]
     assert gpu_plan.chosen(["failed", str(place)], NAMES) == wanted
-    # Of what this plan does not have, such as a row, nothing is chosen.
+    # A name that this plan does not have, such as a row, is not chosen.
     assert gpu_plan.chosen(["failed", str(place)], NAMES[:4]) == wanted[:2]
     place.write_text(json.dumps({name: {"status": "passed"} for name in NAMES}))
     assert gpu_plan.chosen(["failed", str(place)], NAMES) == []
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", "{", '{"record": 1}', '{"record": {}}', "\0"])
+@pytest.mark.parametrize("text", [None, "", "[]", "{", '{"machine": 1}', '{"machine": {}}', "\0"])
 def test_what_is_no_report_is_an_error(text, tmp_path):
     place = tmp_path / "before.json"
     if text is not None:
         place.write_text(text)
     with pytest.raises(InputError, match="is not a report of gpu-day"):
         gpu_plan.chosen(["failed", str(place)], NAMES)
-    for asked in (["failed"], ["failed", str(place), "record"]):
-        with pytest.raises(InputError, match="takes one report"):
+    for asked in (["failed"], ["failed", str(place), "machine"]):
+        with pytest.raises(InputError, match="needs one report"):
             gpu_plan.chosen(asked, NAMES)
 
 
 @pytest.mark.parametrize("rehearse", [False, True])
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_step_of_the_plan_can_be_called(rehearse, quick):
-    known = STEPS
+    known = CHECKS
     plan = gpu_plan.plan(rehearse=rehearse, quick=quick)
     for name, step in plan.items():
-        inspect.signature(known[step.call]).bind(**step.arguments)
-        assert step.skip or step.call in ("small", name.partition(":")[0]), name
-    asked = {step.call for step in plan.values()}
+        inspect.signature(known[step.check]).bind(**step.arguments)
+        assert step.skip or step.check in ("every_kernel", name.partition(":")[0]), name
+    asked = {step.check for step in plan.values()}
     assert asked >= set(known) - {"interpret", "compile_for"}
-    # A row and a step of one name could not be told apart.
+    # The names of rows and steps must differ, because a report holds both.
     assert not set(plan) & set(speed.ROWS)
     assert all(name.startswith("speed:") for name in speed.ROWS)
 
 
 def test_a_step_that_does_not_exist_fails(report, monkeypatch):
-    typo = {"hello": gpu_plan.Step("helo", {"rehearse": True, "quick": True})}
-    gpu_day.run(typo, report, rehearse=True, seconds=60)
-    assert report.found["hello"]["status"] == "failed"
-    assert "KeyError: 'helo'" in report.found["hello"]["log"]
+    typo = {"first_kernel": gpu_plan.Step("first_kernl", {"rehearse": True, "quick": True})}
+    gpu_run.run_steps(typo, report, gpu_run.Limits(60), rehearse=True)
+    assert report.found["first_kernel"]["status"] == "failed"
+    assert "KeyError: 'first_kernl'" in report.found["first_kernel"]["log"]
 
 
 def test_the_report_is_whole_after_every_step(report, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        gpu_day, "run_step", lambda *_, **__: seen.append(written(report)) or {"status": "passed", "seconds": 1}
+        gpu_run, "run_check", lambda *_, **__: seen.append(written(report)) or {"status": "passed", "seconds": 1}
     )
     assert set(written(report).values()) == {"not reached"}
-    gpu_day.run(hello_steps("record", "hello", "repeat"), report, rehearse=True, seconds=9)
+    gpu_run.run_steps(matmul_steps("machine", "first_kernel", "determinism"), report, gpu_run.Limits(9), rehearse=True)
     assert [sum(status == "passed" for status in one.values()) for one in seen] == [0, 1, 2]
-    assert written(report) == dict.fromkeys(["record", "hello", "repeat"], "passed") | dict.fromkeys(
-        ["alone", "streams"], "not reached"
+    assert written(report) == dict.fromkeys(["machine", "first_kernel", "determinism"], "passed") | dict.fromkeys(
+        ["matmul", "streams"], "not reached"
     )
-    assert [path.name for path in report.place.parent.iterdir()] == ["results.json"]
+    assert [path.name for path in report.path.parent.iterdir()] == ["results.json"]
 
 
 def test_steps_are_cut_where_the_time_ends(report, monkeypatch):
@@ -125,12 +127,12 @@ def test_steps_are_cut_where_the_time_ends(report, monkeypatch):
         now[0] += min(40, seconds)
         return {"status": "passed" if seconds >= 40 else "hung", "seconds": min(40, seconds)}
 
-    monkeypatch.setattr(gpu_day, "run_step", step)
-    how = {"rehearse": True, "seconds": 50, "end": 100, "clock": lambda: now[0]}
-    gpu_day.run(hello_steps("alone", "hello", "repeat", "streams"), report, **how)
-    # The third has what is left, and the fourth is not begun; nor is a diagnosis.
+    monkeypatch.setattr(gpu_run, "run_check", step)
+    limits_of_all = gpu_run.Limits(50, end=100, clock=lambda: now[0])
+    gpu_run.run_steps(matmul_steps("matmul", "first_kernel", "determinism", "streams"), report, limits_of_all, rehearse=True)
+    # The third step gets the remaining time. The fourth does not start, and there is no diagnosis.
     assert limits == [50, 50, 20]
-    assert [report.found[name]["status"] for name in ("alone", "hello", "repeat", "streams")] == [
+    assert [report.found[name]["status"] for name in ("matmul", "first_kernel", "determinism", "streams")] == [
         "passed", "passed", "hung", "not reached",
     ]  # fmt: skip
 
@@ -151,7 +153,7 @@ def test_rows_are_cut_where_the_time_ends(report, monkeypatch):
 
     monkeypatch.setattr(speed, "ROWS", dict.fromkeys(("a", "b", "c"), row))
     lines = io.StringIO()
-    speed.run(["a", "b", "c"], speed.Machine(rehearse=True), report, lines, end=50, clock=lambda: now[0])
+    speed.run(["a", "b", "c"], measurement.Machine(rehearse=True), report, lines, end=50, clock=lambda: now[0])
     assert [json.loads(line)["row"] for line in lines.getvalue().splitlines()] == ["a", "b"]
     assert "c" not in report.found and report.found["a"]["status"] == "passed"
 
@@ -159,20 +161,20 @@ def test_rows_are_cut_where_the_time_ends(report, monkeypatch):
 def test_a_row_that_hangs_is_known_by_the_report(report, monkeypatch):
     seen = []
     monkeypatch.setattr(speed, "ROWS", {"a": lambda machine: seen.append(written(report)["a"]) or {"status": "passed"}})
-    speed.run(["a"], speed.Machine(rehearse=True), report, io.StringIO(), end=float("inf"))
+    speed.run(["a"], measurement.Machine(rehearse=True), report, io.StringIO(), end=float("inf"))
     assert seen == ["begun"]
 
 
 def test_a_row_whose_check_fails_is_failed_and_not_timed():
-    row, calls = speed.Row(speed.Machine(rehearse=True)), []
-    check = speed.near([speed.torch.ones(3)], 1e-3)
-    row.add("rival", lambda: speed.torch.ones(3), check)
-    row.add("ours", lambda: calls.append(1) or speed.torch.tensor([1, 1, 1.01]), check)
+    row, calls = measurement.Row(measurement.Machine(rehearse=True)), []
+    check = measurement.near([torch.ones(3)], 1e-3)
+    row.add("rival", lambda: torch.ones(3), check)
+    row.add("ours", lambda: calls.append(1) or torch.tensor([1, 1, 1.01]), check)
     result = row.result(1e-3)
     assert result["status"] == "failed" and "ms" not in result
-    assert result["faults"] == ["ours: tensor 0 is off by 0.01 of its largest number"]
+    assert result["faults"] == ["ours: the error of tensor 0 is 0.01 of its largest number"]
     assert len(calls) == 1
-    for broken in (speed.torch.full((3,), speed.torch.nan), speed.torch.full((3,), speed.torch.inf)):
+    for broken in (torch.full((3,), torch.nan), torch.full((3,), torch.inf)):
         assert check(broken)
 
 
@@ -181,7 +183,7 @@ def test_a_row_that_raises_is_failed_and_the_next_one_runs(report, monkeypatch):
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(speed, "ROWS", {"a": broken, "b": lambda machine: {"status": "passed"}})
-    speed.run(["a", "b"], speed.Machine(rehearse=True), report, io.StringIO(), end=float("inf"))
+    speed.run(["a", "b"], measurement.Machine(rehearse=True), report, io.StringIO(), end=float("inf"))
     assert report.found["a"] == {"status": "failed", "log": "RuntimeError: no kernel", "seconds": 0.0}
     assert report.found["b"]["status"] == "passed"
 
@@ -189,7 +191,9 @@ def test_a_row_that_raises_is_failed_and_the_next_one_runs(report, monkeypatch):
 def test_the_gain_is_over_rivals_that_compute_the_same():
     ms = {name: {"median": t, "min": t, "max": t} for name, t in
           {"slow": 6.0, "fast": 4.0, "faster (not exact)": 1.0, "ours, a": 2.0, "ours, b": 3.0}.items()}  # fmt: skip
-    assert speed.told(ms, 1.0).startswith("x2.00 of the best rival by ours, a; floor 1, 50% of it reached; ms: slow 6 (6..6), ")
+    assert measurement.summary_of(ms, 1.0).startswith(
+        "ours, a is 2.00 times as fast as the best rival; the floor of 1 ms is 50% of its time; ms: slow 6 (6..6), "
+    )
 
 
 def alive(pid):
@@ -200,7 +204,7 @@ def alive(pid):
 
 
 def pid_of(place, seconds=20):
-    """What a process writes there."""
+    """Return the process id that a process writes to ``place``."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if place.exists() and (text := place.read_text().strip()):
@@ -216,7 +220,7 @@ def gone(pid):
     return not alive(pid)
 
 
-# A process whose child holds its output and would outlive it.
+# A process with a child that keeps its output open and would outlive it.
 PARENT = "sleep 300 & echo $! > {place}; {then}"
 
 
@@ -234,7 +238,7 @@ def test_no_child_of_a_process_is_left(then, code, tmp_path):
 STOPPED = """
 import sys, threading, time
 from lares_fast.verify import process
-with process.leaving_none_behind():
+with process.leaving_no_processes():
     command = ["sh", "-c", sys.argv[1]]
     other = threading.Thread(target=process.run_command, args=(command,),
                              kwargs=dict(seconds=300, out=sys.stdout, log=sys.stderr))
@@ -256,33 +260,33 @@ def test_no_child_is_left_by_a_signal(number, tmp_path):
 
 
 def test_a_log_names_no_folders_and_a_sanitizer_speaks_first():
-    assert process._public('File "/home/me/x/steps.py", line 3; a/b; 3/4') == 'File ".../steps.py", line 3; a/b; 3/4'
+    assert process.without_folders('File "/home/me/x/steps.py", line 3; a/b; 3/4') == 'File ".../steps.py", line 3; a/b; 3/4'
     said = ["========= COMPUTE-SANITIZER", "========= Invalid read", "=========     at 0x10", "========= 1 error", "{}"]
-    assert process._sanitizer(said) == "Invalid read; at 0x10; 1 error"
+    assert process.sanitizer_summary(said) == "Invalid read; at 0x10; 1 error"
 
 
 def test_only_switches_of_this_gpu_are_tried():
-    assert "without tcgen05" not in gpu_day._switches({"gpus": [{"major": 9}]})
-    assert "without WGMMA" not in gpu_day._switches({"gpus": [{"major": 10}]})
-    assert gpu_day._switches({}) == ["without fused multiply-add", "one launch at a time"]
+    assert "without tcgen05" not in gpu_run.options_for({"gpus": [{"major": 9}]})
+    assert "without WGMMA" not in gpu_run.options_for({"gpus": [{"major": 10}]})
+    assert gpu_run.options_for({}) == ["without fused multiply-add", "one launch at a time"]
 
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """``first.main`` with steps and rows that say what they are told; the exit code and the report."""
+    """``first.main`` with fake steps and rows, whose statuses a test sets. It returns the exit code and the report."""
     answers = {}
 
-    def run(plan, report, **_):
+    def run(plan, report, limits, **_):
         for name in plan:
             report.put(name, {"status": answers.get(name, "passed"), "seconds": 0, "log": "a log"})
 
     def rows(names, out, seconds, rehearse):
-        found = gpu_plan.read(out / "results.json")
-        report = gpu_day.Report(out / "results.json", (), found)
+        found = gpu_report.read(out / "results.json")
+        report = gpu_report.Report(out / "results.json", (), found)
         for name in names:
             report.put(name, {"status": answers.get(name, "passed")})
 
-    monkeypatch.setattr(gpu_day, "run", run)
+    monkeypatch.setattr(gpu_run, "run_steps", run)
     monkeypatch.setattr(first, "speed", rows)
 
     def call(*arguments, **told):
@@ -297,12 +301,12 @@ def fake(monkeypatch, tmp_path):
 def test_all_that_passes_ends_with_0(fake, tmp_path):
     code, found = fake()
     assert code == 0
-    assert {"build", "record", *speed.ROWS, *gpu_plan.plan(rehearse=True, quick=True)} == set(found)
+    assert {"build", "machine", *speed.ROWS, *gpu_plan.plan(rehearse=True, quick=True)} == set(found)
     text = (tmp_path / "table.txt").read_text()
-    assert "\ncommit: " in text and "| speed:step | passed |" in text
+    assert "\ncommit: " in text and "| speed:training_step | passed |" in text
 
 
-@pytest.mark.parametrize("name", ["hello", "correctness:attention:triton:float32", "speed:step", "record"])
+@pytest.mark.parametrize("name", ["first_kernel", "correctness:attention:triton:float32", "speed:training_step", "machine"])
 @pytest.mark.parametrize("status", ["failed", "hung", "not reached"])
 def test_any_failure_ends_with_1(fake, name, status):
     code, found = fake(**{name: status})
@@ -317,12 +321,12 @@ def test_a_package_without_its_native_module_ends_with_1(fake, monkeypatch):
     code, found = fake()
     assert code == 1
     assert found["build"] == {"status": "failed", "seconds": 0, "log": "it is not built"}
-    assert found["capture:topk"]["status"] == "not reached"
-    assert found["hello"]["status"] == found["speed:step"]["status"] == "passed"
+    assert found["graph_inputs:topk"]["status"] == "not reached"
+    assert found["first_kernel"]["status"] == found["speed:training_step"]["status"] == "passed"
 
 
 def test_a_second_call_does_what_the_first_did_not(fake, tmp_path):
-    fake(**{"hello": "hung", "speed:step": "not reached"})
+    fake(**{"first_kernel": "hung", "speed:training_step": "not reached"})
     before = tmp_path / "before.json"
     before.write_bytes((tmp_path / "results.json").read_bytes())
     first_call = json.loads(before.read_text())
@@ -330,8 +334,8 @@ def test_a_second_call_does_what_the_first_did_not(fake, tmp_path):
     before.write_text(json.dumps(first_call))
     code, found = fake("--only", "failed", str(before))
     assert code == 0
-    assert found["hello"]["status"] == found["speed:step"]["status"] == "passed"
-    # What was known before stays in the report.
+    assert found["first_kernel"]["status"] == found["speed:training_step"]["status"] == "passed"
+    # Earlier results stay in the report.
     assert found["streams"]["seconds"] == 77
 
 
@@ -343,7 +347,7 @@ def test_arguments_that_mean_nothing_are_errors(what, tmp_path):
 
 
 def test_a_build_that_fails_is_told_and_ends_with_1(tmp_path):
-    """A real configuration by CMake, with an nvcc that is broken."""
+    """CMake really configures the build, with a broken nvcc."""
     for package in ("cmake", "ninja", "pybind11"):
         pytest.importorskip(package, reason=f"pip install {package}: the build needs it")
     nvcc = tmp_path / "nvcc"
@@ -366,11 +370,11 @@ def test_a_build_that_hangs_is_ended(tmp_path, monkeypatch):
 
 
 def test_no_step_checks_again_what_another_does():
-    """The seconds on a GPU are few: a step that trains also checks what its forward alone would."""
+    """Time on a GPU is short. A training step also checks the kernels that its forward alone would launch."""
     cases = [
         {**step.arguments["variant"], **{name: step.arguments[name] for name in ("op", "backend", "dtype")}}
         for step in gpu_plan.plan(rehearse=False, quick=False).values()
-        if step.call == "correctness"
+        if step.check == "correctness"
     ]
     assert any(not case.get("train", True) for case in cases), "nothing that only answers is left, so nothing was compared"
     for case in cases:

@@ -1,10 +1,10 @@
-"""What a GPU alone can tell: the steps of ``lares-fast gpu-day``, small."""
+"""The steps of ``lares-fast gpu-day --quick`` as tests. They need a GPU."""
 
 import pytest
 import torch
 
 from lares_fast.verify.gpu_plan import plan
-from lares_fast.verify.process import run_step
+from lares_fast.verify.process import run_check
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 STEPS = plan(rehearse=False, quick=True)
@@ -16,5 +16,5 @@ def test_step(name):
     if step.skip:
         pytest.skip(step.skip)
     environ = {"TRITON_INTERPRET": "0", **step.environ}
-    result = run_step(step.call, seconds=600, environ=environ, under=step.under, **step.arguments)
+    result = run_check(step.check, seconds=600, environ=environ, under=step.under, **step.arguments)
     assert result["status"] in ("passed", "skipped"), result

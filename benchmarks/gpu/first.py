@@ -1,12 +1,12 @@
-"""The first run on a GPU as one command, in a bare checkout: build, check and time, within a total time.
+"""The first run on a GPU as one command, in a bare checkout: build, check and time, within a time limit.
 
     python benchmarks/gpu/first.py --out DIR                              # everything, in 420 s
-    python benchmarks/gpu/first.py --out DIR --only failed REPORT         # what failed there or was not reached
+    python benchmarks/gpu/first.py --out DIR --only failed REPORT         # what failed or was not reached in REPORT
     python benchmarks/gpu/first.py --out DIR --only speed:recurrence      # rows, steps or groups by name
     python benchmarks/gpu/first.py --out DIR --rehearse                   # on the CPU, with the installed package
 
-The folder has every result as soon as it is known: results.json, speed.jsonl, build.log, logs.txt, and table.txt at the end.
-The exit code is 0 if all that was asked for passed. This process never touches the GPU.
+Every result is written to the folder at once: results.json, speed.jsonl, build.log and logs.txt. The end adds table.txt.
+The exit code is 0 if every chosen step and row passed or was skipped. This process itself does not use the GPU.
 """
 
 import argparse
@@ -25,47 +25,48 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# Kept from call to call, so that a second one compiles nothing again.
+# Kept between calls, so that a second call compiles nothing again.
 WORK = Path(tempfile.gettempdir()) / "lares_fast-gpu"
-# Seconds after the start by which each phase is over; and what the table at the end may take.
+# Seconds after the start at which each phase must end.
 UNTIL = {"build": 100, "checks": 220, "speed": 390}
-TABLE = 5
-# A first call leaves time for a second.
+# Seconds for the table at the end.
+TABLE_SECONDS = 5
+# Default of --total. It leaves time for a second call.
 TOTAL, REHEARSAL = 420, 1200
 
 
 def phases(total, rehearse=False):
-    """The ends of the phases, cut to ``total`` seconds; a rehearsal has that alone, because its machine may be slow."""
-    latest = max(0.0, total - TABLE)
+    """Return the ends of the phases within ``total`` seconds. A rehearsal has no other limit: its machine may be slow."""
+    latest = max(0.0, total - TABLE_SECONDS)
     return {name: latest if rehearse else min(until, latest) for name, until in UNTIL.items()}
 
 
 def assemble():
-    """The package without its native module, which Triton's kernels do not need, in a folder that stands first on the path."""
+    """Copy the package to a folder that comes first on the path. Triton's kernels need no native module, so it has none."""
     package = WORK / "site" / "lares_fast"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "lares_fast", package, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json"))
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    note(package, native=False, reason="benchmarks/gpu/first.py has not built it")
+    write_build_info(package, native=False, reason="benchmarks/gpu/first.py has not built it")
     sys.path.insert(0, str(package.parent))
     os.environ.update(
         PYTHONPATH=os.pathsep.join(filter(None, [str(package.parent), os.environ.get("PYTHONPATH")])),
         LARES_FAST_CACHE=str(WORK / "cache"),
         TRITON_CACHE_DIR=str(WORK / "triton"),
         TORCHINDUCTOR_CACHE_DIR=str(WORK / "inductor"),
-        # Many processes share the cores.
+        # Many processes run at the same time.
         OMP_NUM_THREADS="2",
     )
     return package
 
 
-def note(package, **facts):
-    """What the package says of its build."""
+def write_build_info(package, **facts):
+    """Write the file in which the package describes its build."""
     (package / "_build.json").write_text(json.dumps(facts))
 
 
 def tool(name, folder):
-    """A build program: the one of the Python package ``name``, else of the path."""
+    """Return the path of a build program, from the Python package ``name`` or else from PATH."""
     with contextlib.suppress(ImportError):
         if found := shutil.which(name, path=getattr(importlib.import_module(name), folder)):
             return found
@@ -73,17 +74,20 @@ def tool(name, folder):
 
 
 def architecture():
-    """That of the first GPU, such as 90; nothing if the driver does not say."""
+    """Return the architecture of the first GPU, such as 90, or an empty text if the driver does not answer."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
-    return said.split("\n")[0].replace(".", "").strip()
+    return printed.split("\n")[0].replace(".", "").strip()
 
 
 def build_commands():
-    """Configure and compile, with neither pip nor setuptools; for ``LARES_FAST_CUDA_ARCHS``, else for the card that is here."""
+    """Return the commands that configure and compile the native module, without pip and setuptools.
+
+    They compile for ``LARES_FAST_CUDA_ARCHS``, or else for the GPU of this machine.
+    """
     import pybind11
 
     import lares_fast
@@ -100,7 +104,7 @@ def build_commands():
 
 
 def build(package, seconds, log):
-    """Build the native module into ``package`` within ``seconds``; the result of the step."""
+    """Build the native module into ``package`` within ``seconds``, and return the result of this step."""
     from lares_fast.verify.process import run_command
 
     began = time.monotonic()
@@ -109,16 +113,16 @@ def build(package, seconds, log):
             for command in build_commands():
                 left = began + seconds - time.monotonic()
                 if code := run_command(command, seconds=left, out=file, log=file):
-                    return result("failed", began, f"{Path(command[0]).name} ended with code {code}: see build.log")
+                    return result("failed", began, f"{Path(command[0]).name} ended with exit code {code}: see build.log")
                 if code is None:
                     return result("hung", began, f"the build took more than {seconds:.0f} s")
             (module,) = (WORK / "build").glob("_C.*.so")
         except (ImportError, OSError, ValueError) as error:
             file.write(f"{type(error).__name__}: {error}\n")
             return result("failed", began, str(error))
-    # The steps that need it begin when this function has returned.
+    # The steps that need the module start after this function has returned.
     shutil.copy2(module, package)
-    note(package, native=True, reason="")
+    write_build_info(package, native=True, reason="")
     return result("passed", began)
 
 
@@ -127,7 +131,7 @@ def result(status, began, log=""):
 
 
 def installed():
-    """The step "build" of a rehearsal: the native module of the installed package."""
+    """Return the result of the step "build" in a rehearsal: whether the installed package has its native module."""
     from lares_fast import _native
 
     there, why = _native.available()
@@ -135,15 +139,15 @@ def installed():
 
 
 def checks(steps, report, built, *, rehearse, jobs, began, ends):
-    """Correctness: the steps that need no native module begin beside its build, the others when ``built`` is set."""
-    from lares_fast.cli import gpu_day
+    """Run the checks. Steps that need no native module start at once, the others when the event ``built`` is set."""
+    from lares_fast.verify import gpu_run
 
-    how = {"rehearse": rehearse, "jobs": jobs, "seconds": ends["checks"], "end": began + ends["checks"]}
+    limits = gpu_run.Limits(ends["checks"], jobs, began + ends["checks"])
     native = {name: step for name, step in steps.items() if step.native}
     plain = {name: step for name, step in steps.items() if not step.native}
-    at_once = start(gpu_day.run, plain, report, **how)
+    at_once = start(gpu_run.run_steps, plain, report, limits, rehearse=rehearse)
     if rehearse:
-        # On few cores, one after the other.
+        # A rehearsal has few cores, so the native steps wait.
         at_once.join()
     while not built.wait(0.5):
         if hopeless(report.found):
@@ -152,12 +156,12 @@ def checks(steps, report, built, *, rehearse, jobs, began, ends):
         for name in native:
             report.put(name, {"status": "not reached", "why": "the native module was not built: see build.log"})
     elif not hopeless(report.found):
-        gpu_day.run(native, report, **how)
+        gpu_run.run_steps(native, report, limits, rehearse=rehearse)
     at_once.join()
 
 
 def start(call, *arguments, **how):
-    """A thread with this call; that a signal has ended it is told by the main thread."""
+    """Run this call in a thread. The main thread reports an interruption, so this thread ends silently."""
 
     def run():
         with contextlib.suppress(KeyboardInterrupt):
@@ -169,14 +173,14 @@ def start(call, *arguments, **how):
 
 
 def hopeless(found):
-    """Whether the machine itself was found broken."""
+    """Return whether the machine itself is broken."""
     from lares_fast.verify.gpu_plan import FIRST
 
     return any(found[name]["status"] in ("failed", "hung") for name in FIRST if name in found)
 
 
 def speed(names, out, seconds, rehearse):
-    """The rows ``names`` in a process of their own, which writes them into the report."""
+    """Run the rows ``names`` in a new process, which writes them into the report."""
     from lares_fast.verify.process import run_command
 
     command = [sys.executable, "-P", str(HERE / "speed.py"), "--out", str(out), "--seconds", f"{seconds:.0f}", "--only", *names]
@@ -185,16 +189,16 @@ def speed(names, out, seconds, rehearse):
 
 
 def heading(found, commit):
-    """Where the results are from."""
-    record = found.get("record", {})
-    cards = ", ".join(gpu["name"] for gpu in record.get("gpus", ())) or record.get("gpu", "unknown")
-    about = {"card": cards, **{name: record.get(name, "unknown") for name in ("date", "driver", "torch", "triton", "python")}}
+    """Return the lines about the machine and the software."""
+    machine = found.get("machine", {})
+    cards = ", ".join(gpu["name"] for gpu in machine.get("gpus", ())) or machine.get("gpu", "unknown")
+    about = {"card": cards, **{name: machine.get(name, "unknown") for name in ("date", "driver", "torch", "triton", "python")}}
     about |= {"commit": commit, "command": shlex.join(["python", "benchmarks/gpu/first.py", *sys.argv[1:]])}
     return "\n".join(f"{name}: {value}" for name, value in about.items())
 
 
 def checked_out():
-    """The commit of the sources, if git knows it."""
+    """Return the commit of the sources, if git knows it."""
     try:
         command = ["git", "rev-parse", "--short", "HEAD"]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -204,16 +208,16 @@ def checked_out():
 
 def arguments(argv):
     parser = argparse.ArgumentParser(description="The first run on a GPU: build, check and time.")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the results; made if it is not there")
-    parser.add_argument("--total", metavar="SECONDS", type=float, help=f"for all together (default: {TOTAL})")
-    parser.add_argument("--jobs", metavar="N", type=int, help="checks at the same time (default: 10; 2 in a rehearsal)")
-    parser.add_argument("--only", metavar="NAME", nargs="+", help="steps, rows or groups; or failed REPORT")
-    parser.add_argument("--commit", help="of the sources, where git is not there to say it")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with the installed package")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the results; created if needed")
+    parser.add_argument("--total", metavar="SECONDS", type=float, help=f"time limit of everything (default: {TOTAL})")
+    parser.add_argument("--jobs", metavar="N", type=int, help="checks that run at a time (default: 10; 2 in a rehearsal)")
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="run only these steps, rows or groups; or failed REPORT")
+    parser.add_argument("--commit", help="commit of the sources, if git cannot tell it")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, with the installed package")
     given = parser.parse_args(argv)
     for name in ("total", "jobs"):
         if (value := getattr(given, name)) is not None and not value > 0:
-            parser.error(f"--{name} must be greater than 0, but is {value:g}")
+            parser.error(f"--{name} must be greater than 0, but got {value:g}")
     return given
 
 
@@ -221,23 +225,24 @@ def main(argv=None):
     began, given = time.monotonic(), arguments(argv)
     given.out.mkdir(parents=True, exist_ok=True)
     package = None if given.rehearse else assemble()
-    # Only now is the package on the path.
+    # The package is on the path only now.
     from lares_fast._errors import InputError
-    from lares_fast.cli import gpu_day
-    from lares_fast.verify import gpu_plan
-    from lares_fast.verify.process import leaving_none_behind
+    from lares_fast.cli.console import notice
+    from lares_fast.verify import gpu_plan, gpu_report
+    from lares_fast.verify.process import leaving_no_processes
 
     sys.path.append(str(ROOT))
     rows = importlib.import_module("benchmarks.gpu.speed").ROWS
     steps = gpu_plan.plan(rehearse=given.rehearse, quick=given.rehearse)
     try:
         names = gpu_plan.chosen(given.only, ["build", *steps, *rows])
-        before = gpu_plan.read(Path(given.only[1])) if given.only and given.only[0] == "failed" else {}
+        before = gpu_report.read(Path(given.only[1])) if given.only and given.only[0] == "failed" else {}
     except InputError as error:
         sys.exit(f"first.py: {error}")
     ends = phases(given.total or (REHEARSAL if given.rehearse else TOTAL), given.rehearse)
-    # Nothing is told without the machine and the module.
-    report = gpu_day.Report(given.out / "results.json", dict.fromkeys(["build", "record", *names]), before)
+    # Every report describes the machine and the build.
+    names_in_report = dict.fromkeys(["build", "machine", *names])
+    report = gpu_report.Report(given.out / "results.json", names_in_report, before, tell=notice)
     built = threading.Event()
 
     def make():
@@ -247,27 +252,27 @@ def main(argv=None):
         finally:
             built.set()
 
-    with leaving_none_behind():
+    with leaving_no_processes():
         start(make)
-        asked = {name: step for name, step in steps.items() if name == "record" or name in names}
+        chosen = {name: step for name, step in steps.items() if name == "machine" or name in names}
         jobs = given.jobs or (2 if given.rehearse else 10)
-        checks(asked, report, built, rehearse=given.rehearse, jobs=jobs, began=began, ends=ends)
+        checks(chosen, report, built, rehearse=given.rehearse, jobs=jobs, began=began, ends=ends)
         left = began + ends["speed"] - time.monotonic()
-        asked = [name for name in names if name in rows]
-        if asked and left > 0 and not hopeless(report.found):
-            speed(asked, given.out, left, given.rehearse)
-    found = gpu_plan.read(report.place)
-    text = f"{heading(found, given.commit or checked_out())}\n\n{gpu_day.table(found)}\n"
+        chosen_rows = [name for name in names if name in rows]
+        if chosen_rows and left > 0 and not hopeless(report.found):
+            speed(chosen_rows, given.out, left, given.rehearse)
+    found = gpu_report.read(report.path)
+    text = f"{heading(found, given.commit or checked_out())}\n\n{gpu_report.table(found)}\n"
     (given.out / "table.txt").write_text(text)
     with (given.out / "logs.txt").open("a") as logs:
         logs.writelines(f"\n== {name}\n{one['log']}\n" for name, one in found.items() if "log" in one)
     print(f"{text}\n{time.monotonic() - began:.0f} s in all")
-    return int(not all(gpu_plan.is_well(found[name]) for name in report.found))
+    return int(not all(gpu_report.is_well(found[name]) for name in report.found))
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        # What was known is on the disk.
+        # The results so far are in the folder.
         sys.exit(130)

@@ -12,30 +12,35 @@ from typing import NoReturn
 
 from lares_fast import __version__, _settings
 from lares_fast._errors import InputError, LaresFastError
+from lares_fast.cli.console import with_flag
 
-# Command -> (its module here, what it does); a module is imported when its command is chosen.
+# Command -> (its module in this package, what it does). A module is imported when its command is chosen.
 _COMMANDS = {
     "train": ("train", "train a model: phase 1 (SPT), phase 2 (RPT) or both"),
-    "eval": ("evaluate", "rank every item for a trained run and print the results table"),
-    "recommend": ("recommend", "recommend items to one user, one history or a whole file"),
+    "eval": ("evaluate", "evaluate a trained run by ranking all items, and print the results table"),
+    "recommend": ("recommend", "recommend items for one user, one history or all users of a file"),
     "demo": ("demo", "train on a synthetic log in a few minutes and show the results"),
-    "report": ("report", "hold every op on every backend of this machine to the tolerance law"),
-    "warmup": ("warmup", "compile the GPU kernels of published model sizes and try them"),
-    "tune": ("tune", "measure how this GPU launches the kernels of a model best, and use that from then on"),
-    "gpu-day": ("gpu_day", "find out all that a GPU can tell about the kernels, into one report file"),
-    "doctor": ("doctor", "say what is installed, what was built and what would run"),
+    "report": ("report", "check every op on every backend against the tolerances"),
+    "warmup": ("warmup", "compile the GPU kernels of published model sizes and self-test them"),
+    "tune": ("tune", "benchmark launch settings on this GPU and store the fastest"),
+    "gpu-day": ("gpu_day", "run all GPU checks and write one report"),
+    "doctor": ("doctor", "show what is installed, what was built and which backends run"),
 }
 
 
 class _Parser(ArgumentParser):
-    """Complains in one sentence."""
+    """A parser that reports an error as one sentence."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code: 0, 2 for what the user can mend, 130 for an interrupted run."""
+    """Run a command and return its exit code.
+
+    The code is 0 for success, 2 for an error that the user can correct, and 130 for an interrupted run. ``report``,
+    ``warmup`` and ``gpu-day`` return 1 if a check failed.
+    """
     _settings.wait_patiently()
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
@@ -43,35 +48,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except LaresFastError as error:
         stopped = type(error).__name__ == "Interrupted"
-        _complain(str(error), "" if stopped else "error: ")
+        setting = error.setting if isinstance(error, InputError) else None
+        _complain(with_flag(str(error), setting) if setting else str(error), "" if stopped else "error: ")
         return 130 if stopped else 2
     except KeyboardInterrupt:
-        _complain("aborted; what was saved before stands.")
+        _complain("aborted; everything that was saved before is intact.")
         return 130
     except UnicodeEncodeError as error:
         _complain(
-            f"{error.object[error.start : error.end]!r} cannot be written in {error.encoding}: set PYTHONIOENCODING=utf-8.",
+            f"the output cannot show {error.object[error.start : error.end]!r} in {error.encoding}: "
+            "set PYTHONIOENCODING=utf-8.",
             "error: ",
         )
         return 2
     except BrokenPipeError:
-        # The reader of our output has left; keep the interpreter from flushing into the closed pipe.
+        # The reader of the output has closed the pipe. Keep the interpreter from flushing into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         _complain(f"{error.filename or 'writing'}: {error.strerror or error}.", "error: ")
         return 2
     except (MemoryError, RuntimeError) as error:
-        if (asked := _memory_asked(error)) is None:
+        if (size := _missing_memory(error)) is None:
             raise
-        _complain(
-            f"there is not enough memory{asked}: lower the batch sizes, or the sizes of the model or of the log.", "error: "
-        )
+        _complain(f"there is not enough memory{size}: use smaller batches, a smaller model or a smaller log.", "error: ")
         return 2
 
 
-def _memory_asked(error: Exception) -> str | None:
-    """How much memory could not be had, in words, or ``None`` if ``error`` is about something else."""
+def _missing_memory(error: Exception) -> str | None:
+    """Return in words how much memory could not be allocated, or ``None`` if ``error`` has another cause."""
     text = str(error)
     if found := re.search(r"tried to allocate ([\d.]+ ?\w+)|allocate ([\d.]+ \w+)", text, re.IGNORECASE):
         size = found[1] or found[2]
@@ -83,8 +88,12 @@ def _memory_asked(error: Exception) -> str | None:
 
 
 def _run(argv: list[str]) -> int:
-    parser = _Parser(prog="lares-fast", description="Latent-reasoning sequential recommendation (LARES).")
-    parser.add_argument("--version", action="version", version=__version__)
+    parser = _Parser(
+        prog="lares-fast",
+        description="Train, evaluate and serve LARES, a sequential recommender that reasons in latent space.",
+        epilog="lares-fast COMMAND --help describes one command.",
+    )
+    parser.add_argument("--version", action="version", version=__version__, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (module, what) in _COMMANDS.items():
         chosen = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", allow_abbrev=False)

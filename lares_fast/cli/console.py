@@ -1,4 +1,4 @@
-"""What a run says while it works: progress bars on a terminal, plain lines elsewhere."""
+"""What a command prints while it works: progress bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,22 +9,38 @@ from typing import Any, TextIO
 
 Event = dict[str, Any]
 
-PATIENCE_SECONDS = 2.0  # what is over sooner gets no bar
-LINE_SECONDS = 10.0  # between plain lines of the same bar
+# Work that takes less time gets no bar.
+PATIENCE_SECONDS = 2.0
+# Time between two plain lines about the same work.
+LINE_SECONDS = 10.0
 
 
 def notice(text: str) -> None:
-    """A line on stderr, beside the results."""
+    """Print a line on stderr, apart from the results."""
     print(f"lares-fast: {text}", file=sys.stderr)
 
 
+def with_flag(text: str, setting: str, flag: str = "--set {name}={value}") -> str:
+    """Return the sentence ``text`` followed by the flag that changes ``setting``, such as ``data.format=pairs``.
+
+    Without a value in ``setting`` the flag shows ``VALUE``.
+    """
+    name, _, value = setting.partition("=")
+    return f"{text.rstrip('.')} ({flag.format(name=name, value=value or 'VALUE')})."
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``number`` with ``noun``, such as ``1 user`` or ``2,000 users``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def step_text(event: Event) -> str:
-    """The running means of an epoch: loss parts, mean T, waiting for data and users/s."""
+    """Return the running means of an epoch: parts of the loss, mean T, share of time spent waiting for data, and users/s."""
     return _means_text(event["means"], event["data_wait"], event["users_per_s"])
 
 
 def valid_text(event: Event, users_per_s: float | None) -> str:
-    """One line an epoch: what it cost and what it is worth."""
+    """Return the line of an epoch: training means, speed, and validation metrics."""
     values, means = event["metrics"], dict(event["means"])
     means.pop("seconds", None)
     waited = means.pop("data_wait", None)
@@ -50,9 +66,9 @@ def _clock(seconds: float) -> str:
 
 
 class Console:
-    """Listens to a :class:`~lares_fast.train.Trainer` and to other long work; used as a context manager.
+    """Show the events of a :class:`~lares_fast.train.Trainer` and the progress of other long work.
 
-    One bar lives at a time; every finished epoch leaves a line.
+    Use it as a context manager. It shows one bar at a time, and prints one line for every finished epoch.
     """
 
     def __init__(self, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
@@ -70,7 +86,7 @@ class Console:
         self._bar.close()
 
     def say(self, text: str = "") -> None:
-        """A line that stays."""
+        """Print a line, after removing the bar."""
         self._bar.close()
         self._what = ""
         print(text, file=self._stream, flush=True)
@@ -85,7 +101,7 @@ class Console:
             case "progress":
                 self.progress(event["what"], event["done"], event["total"])
             case "filtered":
-                self.say(f"RPT data filter keeps {event['kept']:,} of {event['rows']:,} training rows")
+                self.say(f"the RPT data filter kept {event['kept']:,} of {event['rows']:,} training rows")
             case "valid":
                 self.say(valid_text(event, self._users_per_s if event["means"] else None))
             case "changed":
@@ -94,7 +110,7 @@ class Console:
                 self.say(f"note     {event['text']}")
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Show how far ``what`` is once it takes longer than two seconds."""
+        """Show the progress of ``what`` once it has taken longer than two seconds."""
         self._show(what, done, total, "", patience=PATIENCE_SECONDS)
 
     def _show(self, what: str, done: int, total: int, text: str, patience: float) -> None:
@@ -102,7 +118,8 @@ class Console:
         if what != self._what:
             self._bar.close()
             self._what, self._began, self._first = what, now, done
-            self._shown = now  # what follows is shown after an interval, and not at once
+            # The first update comes after one interval.
+            self._shown = now
         if now - self._began < patience:
             return
         moved = done - self._first
@@ -113,7 +130,7 @@ class Console:
 
 
 class _PlainBar:
-    """A line now and then."""
+    """Print a line from time to time."""
 
     interval = LINE_SECONDS
 
@@ -129,7 +146,7 @@ class _PlainBar:
 
 
 class _RichBar:
-    """A rich progress bar over a line of numbers; both vanish when it is closed."""
+    """A progress bar above a line of numbers, drawn by rich. ``close`` removes both."""
 
     interval = 0.1
 
@@ -167,7 +184,7 @@ class _RichBar:
 
 
 def _terminal_bar(stream: TextIO) -> _RichBar | None:
-    """A bar if ``stream`` is a terminal and rich is installed."""
+    """Return a bar if ``stream`` is a terminal and rich is installed, else ``None``."""
     if not stream.isatty():
         return None
     try:

@@ -1,4 +1,4 @@
-"""``lares-fast demo``: the whole road on a made-up log in a few minutes."""
+"""``lares-fast demo``: train, evaluate and recommend on a synthetic log in a few minutes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SHOWN_USERS, _SHOWN_HISTORY, _SHOWN_ITEMS = 3, 6, 5
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of ``demo``."""
+    """Add the arguments of ``demo``."""
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
-    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], dest="assignments", help="change one setting")
+    settings.add_set_argument(parser)
 
 
 def command(arguments: Namespace) -> int:
@@ -32,12 +32,12 @@ def command(arguments: Namespace) -> int:
     out = arguments.out
     config = settings.build("demo", arguments.assignments)
     if config.data.path is not None:
-        raise InputError("the demo makes its own log: use lares-fast train for data.path.")
+        raise InputError("the demo makes its own log and takes no data.path: use lares-fast train for your log.")
     _check_replaceable(out)
     with locked(out):
         for name in _FILES:
             (out / name).unlink(missing_ok=True)
-    # The demo's model is too small for a second thread to pay for its own synchronisation.
+    # The demo's model is so small that a second thread would make it slower.
     torch.set_num_threads(1)
     log = train(config, out, PHASES)
     print(_examples(out, log))
@@ -48,21 +48,21 @@ def command(arguments: Namespace) -> int:
 
 
 def _check_replaceable(out: Path) -> None:
-    """A folder that an earlier demo filled may be replaced, anything else not."""
+    """Raise :class:`InputError` unless ``out`` is empty or holds an earlier demo."""
     if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
         return
     if not (out / "config.yaml").is_file() or settings.build(out / "config.yaml").data.path is not None:
-        raise InputError(f"{out} holds something other than an earlier demo: choose another --out.")
+        raise InputError(f"{out} holds files that are not from an earlier demo: choose another --out.")
 
 
 def _examples(out: Path, log: InteractionLog) -> str:
     recommender = load(out)
     histories = [log.item_ids[log.history(user)].tolist() for user in range(_SHOWN_USERS)]
     found = recommender.recommend(histories, _SHOWN_ITEMS)
-    lines = ["\nThree recommendations (synthetic people and products, items already bought left out):"]
+    lines = ["\nRecommendations for three users (users and products are synthetic; products already bought are left out):"]
     for user, history in enumerate(histories):
         dots = "... " if len(history) > _SHOWN_HISTORY else ""
         lines.append(f"  {log.user_ids[user]} bought {dots}{' '.join(history[-_SHOWN_HISTORY:])}")
         pairs = zip(found.ids[user], found.scores[user].tolist(), strict=False)
-        lines.append("    next " + ", ".join(f"{item} ({score:.2f})" for item, score in pairs))
+        lines.append("    recommended " + ", ".join(f"{item} ({score:.2f})" for item, score in pairs))
     return "\n".join(lines)

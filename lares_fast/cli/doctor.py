@@ -1,4 +1,4 @@
-"""``lares-fast doctor``: what is installed, what was built, and what would run and why."""
+"""``lares-fast doctor``: show what is installed, what was built, and which backends run and why."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import numpy
 import torch
 
-from lares_fast import LARESConfig, __version__, _dispatch, _native, _settings, reference
+from lares_fast import LARESConfig, __version__, _native, _settings, explain, reference
+from lares_fast.cli.console import counted
 from lares_fast.verify import tuning
 
-# Extra -> the modules that it brings.
+# Extra -> the modules that it installs.
 _EXTRAS = {
     "train": ("jsonargparse", "yaml", "rich", "pyarrow", "matplotlib"),
     "triton": ("triton",),
@@ -26,7 +27,7 @@ _EXTRAS = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of ``doctor``."""
+    """Add the arguments of ``doctor``."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -38,7 +39,7 @@ def command(arguments: Namespace) -> int:
 
 
 def diagnose() -> dict[str, Any]:
-    """The report as plain values."""
+    """Return the report as plain values."""
     return {
         "versions": {
             "lares_fast": __version__,
@@ -65,23 +66,23 @@ def diagnose() -> dict[str, Any]:
 
 def _gpu() -> str:
     if not torch.cuda.is_available():
-        return "none that torch can use" + ("" if torch.version.cuda else " (this torch was built without CUDA)")
+        return "torch sees none" + ("" if torch.version.cuda else " (this torch was built without CUDA)")
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     return f"{name}, compute capability {major}.{minor}, torch built for CUDA {torch.version.cuda}"
 
 
 def _tuned_calls() -> list[str]:
-    """The calls whose kernels are launched as ``lares-fast tune`` found."""
+    """Return the calls that use launch settings from ``lares-fast tune``."""
     if not torch.cuda.is_available():
         return []
     return sorted(tuning.of_device(torch.device("cuda", torch.cuda.current_device())))
 
 
 def _ops() -> dict[str, str]:
-    """What ``explain`` says of a small example of each op, on the CPU and on the GPU if there is one."""
+    """Return the text of ``explain`` for a small example of each op, on the CPU and on the GPU if there is one."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     weights = [weight.detach() for weight in reference.Recurrence(LARESConfig(n_items=2)).parameters()]
-    said: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for device in devices:
         query, items = torch.zeros(4, 64, device=device), torch.zeros(100, 64, device=device)
         target, offsets = (torch.tensor(x, device=device) for x in ([0, 0, 0, 0], [0, 4]))
@@ -93,14 +94,14 @@ def _ops() -> dict[str, str]:
             "topk": (query, items, 10),
             "target_rank": (query, items, target),
         }
-        said |= {f"{op}, fp32 on {device}": _dispatch.explain(op, *arguments) for op, arguments in calls.items()}
-    return said
+        texts |= {f"{op}, fp32 on {device}": explain(op, *arguments) for op, arguments in calls.items()}
+    return texts
 
 
 def _text(report: dict[str, Any]) -> str:
     lines = [f"{name:<12} {value}" for name, value in report["versions"].items()]
     cpu, build = report["cpu"], report["build"]
-    lines.append(f"{'cpu':<12} {cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} torch threads")
+    lines.append(f"{'cpu':<12} {cpu['capability']}, {counted(cpu['cores'], 'core')}, {counted(cpu['threads'], 'torch thread')}")
     lines.append(f"{'gpu':<12} {report['gpu']}")
     lines.append(f"{'native':<12} {'built' if build['native'] else build['reason']}")
     archs = ", ".join(build.get("cuda_archs", ()))
@@ -110,14 +111,14 @@ def _text(report: dict[str, Any]) -> str:
         else f"not built: {build['cuda_reason']}"
     )
     lines.append(f"{'CUDA code':<12} {cuda}")
-    lines.append(f"{'tuned':<12} {'; '.join(report['tuned']) or 'nothing: lares-fast tune measures on a GPU'}")
+    lines.append(f"{'tuned':<12} {'; '.join(report['tuned']) or 'nothing; run lares-fast tune on a GPU'}")
     known = ("native", "reason", "cuda_built", "cuda_reason", "cuda_archs")
-    lines += [f"  {name:<10} {value}" for name, value in build.items() if name not in known]
+    lines += [f"  {name:<10} {value}" for name, value in build.items() if value != "" and name not in known]
     for extra, modules in report["extras"].items():
         missing = [name for name, there in modules.items() if not there]
         state = f'missing {", ".join(missing)}: pip install "lares_fast[{extra}]"' if missing else "installed"
         lines.append(f"{f'[{extra}]':<12} {state}")
     lines.append(f"{'backend':<12} {report['backend']}")
-    for name, said in report["ops"].items():
-        lines += ["", name, *(f"  {line}" for line in said.splitlines())]
+    for name, text in report["ops"].items():
+        lines += ["", name, *(f"  {line}" for line in text.splitlines())]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""curves.png: losses, validation quality and test quality against T on one sheet."""
+"""The picture curves.png: training losses, validation metrics, and test metrics against T."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOSSES = {"spt": ("loss", "ce", "trajectory", "step"), "rpt": ("reward", "kl", 
 
 
 def save_curves(path: Path, history: Sequence[Row], title: str) -> None:
-    """Draw the rows of metrics.csv and atomically write the picture."""
+    """Draw the rows of metrics.csv and atomically write the picture to ``path``."""
     require("matplotlib", "train", "curves.png")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ def _losses(axis: Any, rows: Sequence[Row], phase: str, title: str) -> None:
 
 
 def _validation(axis: Any, rows: Sequence[Row]) -> None:
-    """Both phases one after the other, with a line where the second begins."""
+    """Draw both phases one after the other, with a line where the second phase begins."""
     rows = [row for row in rows if row["split"] == "valid"]
     shift = max((row["epoch"] for row in rows if row["phase"] == "spt"), default=0)
     places = [row["epoch"] + (shift if row["phase"] == "rpt" else 0) for row in rows]
@@ -79,4 +79,4 @@ def _finish(axis: Any, title: str, x: str) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)
     else:
-        axis.text(0.5, 0.5, "nothing yet", ha="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "no data yet", ha="center", transform=axis.transAxes)

@@ -1,4 +1,4 @@
-"""``lares-fast recommend``: raw ids in, ranked raw ids out, for one user, one history or a whole file."""
+"""``lares-fast recommend``: recommend items by their raw ids, for one user, one history or all users of a file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from lares_fast._errors import InputError, require
-from lares_fast.cli.console import Console, notice
-from lares_fast.cli.inputs import Flags, open_log
+from lares_fast.cli.console import Console, counted, notice, with_flag
+from lares_fast.cli.inputs import open_log
 from lares_fast.data import InteractionLog
 from lares_fast.data.readers import FORMATS
 from lares_fast.serve import Recommender, load_about
@@ -29,28 +29,33 @@ _CHUNK = 4096
 _COLUMNS = ("user", "rank", "item", "score")
 _TABLES = ("csv", "inter", "parquet")
 _ROLES = ("user", "item", "time")
-_FLAGS = Flags(column="--columns ", format="--format ")
 
 # (user, rank, item, score)
 Line = tuple[Any, int, Any, float]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of ``recommend``."""
-    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder of lares-fast train")
+    """Add the arguments of ``recommend``."""
+    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder that lares-fast train wrote")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--user", metavar="ID", help="a raw user id of the log that the run was trained on")
-    what.add_argument("--history", metavar="ITEM,ITEM,...", help="raw item ids, oldest first")
-    what.add_argument("--item", metavar="ID", action="append", help="one raw item id, exactly; repeat it, oldest first")
-    what.add_argument("--input", metavar="FILE", type=Path, help="a log in any format that training reads")
-    parser.add_argument("--data", metavar="PATH", help="with --user: the log, if it is no longer where the run found it")
-    parser.add_argument("--format", choices=("auto", *FORMATS), help="format of the log (default: the run's, or by its ending)")
+    what.add_argument("--user", metavar="ID", help="recommend to this user (raw id) of the run's log")
+    what.add_argument("--history", metavar="ITEM,ITEM,...", help="recommend for this history of raw item ids, oldest first")
+    what.add_argument(
+        "--item", metavar="ID", action="append", help="one item of the history, for ids with commas; repeat it, oldest first"
+    )
+    what.add_argument("--input", metavar="FILE", type=Path, help="recommend to all users of this log, in any training format")
+    parser.add_argument("--data", metavar="PATH", help="with --user: the log of the run, if it has moved")
+    parser.add_argument(
+        "--format",
+        choices=("auto", *FORMATS),
+        help="format of the log (default: as the run's log, or by the file's ending)",
+    )
     parser.add_argument("--columns", metavar="ROLE=NAME,...", help="columns of the log, such as user=who,item=what,time=none")
-    parser.add_argument("--k", type=int, default=10, help="items for each user (default: 10)")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="a .csv or .parquet file (default: CSV on the screen)")
-    parser.add_argument("--keep-seen", action="store_true", help="items of the history may be recommended again")
-    parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: the run's)")
-    parser.add_argument("--batch-size", type=int, default=256, help="histories at a time (default: 256)")
+    parser.add_argument("--k", type=int, default=10, help="number of items for each user (default: 10)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write a .csv or .parquet file (default: print CSV)")
+    parser.add_argument("--keep-seen", action="store_true", help="also recommend items that are in the history")
+    parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: as set for the run)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=256, help="histories in a batch (default: 256)")
 
 
 def command(arguments: Namespace) -> int:
@@ -70,36 +75,39 @@ def command(arguments: Namespace) -> int:
         began = time.monotonic()
         with _writer(arguments.output, user_kind, _kind(recommender.item_ids)) as write:
             for chunk in _chunks(users):
-                write(_answer(recommender, chunk, arguments, counts))
+                write(_recommend(recommender, chunk, arguments, counts))
                 console.progress("recommending", counts["users"], total)
     if counts["unknown"]:
-        notice(f"{counts['unknown']:,} events with items that the run does not know were left out.")
+        notice(f"left out {counted(counts['unknown'], 'event')} with items that the run does not know.")
     if counts["empty"]:
-        notice(f"{counts['empty']:,} users have no known item and get no recommendation.")
+        notice(f"recommended nothing to {counted(counts['empty'], 'user')} without known items.")
     if arguments.output:
         seconds = max(time.monotonic() - began, 1e-9)
-        print(f"{arguments.output}: {counts['users'] - counts['empty']:,} users, {counts['users'] / seconds:,.0f} users/s")
+        answered = counted(counts["users"] - counts["empty"], "user")
+        print(f"{arguments.output}: {answered}, {counts['users'] / seconds:,.0f} users/s")
     return 0
 
 
 def _users(
     arguments: Namespace, recommender: Recommender, about: dict[str, str], console: Console
 ) -> tuple[Iterable[tuple[Any, list[Any]]], int, type]:
-    """(raw user id, raw history) pairs, how many there are, and the type of the user ids."""
+    """Return pairs (raw user id, raw history), their number, and the type of the user ids."""
     if (history := _history(arguments, recommender)) is not None:
         return [("history", history)], 1, str
-    # Only these need a configuration, and with it the [train] extra.
+    # Imported here, because only --user and --input need a configuration, and with it the [train] extra.
     from lares_fast.cli.evaluate import run_config
 
     data = run_config(arguments.run, []).data
     path = arguments.input or arguments.data
-    log = open_log(
-        _as_asked(data, None if path is None else Path(path), arguments),
-        None if path is None else str(path),
-        min_events=3 if arguments.input is None else 1,
-        progress=partial(console.progress, "reading"),
-        flags=_FLAGS,
-    )
+    try:
+        log = open_log(
+            _reading_settings(data, None if path is None else Path(path), arguments),
+            None if path is None else str(path),
+            min_events=3 if arguments.input is None else 1,
+            progress=partial(console.progress, "reading"),
+        )
+    except InputError as error:
+        raise _with_own_flag(error) from None
     kind = _kind(log.user_ids.tolist())
     if arguments.input is not None:
         return ((log.user_ids[u], log.item_ids[log.history(u)].tolist()) for u in range(log.n_users)), log.n_users, kind
@@ -113,33 +121,48 @@ def _users(
     return [(log.user_ids[index], log.item_ids[log.history(index)].tolist())], 1, kind
 
 
+def _with_own_flag(error: InputError) -> InputError:
+    """Return ``error`` with the flag of this command that changes its setting, because this command has no --set."""
+    setting = (error.setting or "").removeprefix("data.")
+    name = setting.partition("=")[0]
+    if name == "format":
+        return InputError(with_flag(str(error), setting, "--format {value}"))
+    if name in _ROLES:
+        return InputError(with_flag(str(error), setting, "--columns {name}={value}"))
+    return InputError(str(error))
+
+
 def _history(arguments: Namespace, recommender: Recommender) -> list[str] | None:
-    """The items of --item or --history, of which every one must be known: a typing error is not to be left out."""
+    """Return the items of --item or --history, or ``None``. An unknown item raises, because it may be a typing error."""
     if arguments.item is not None:
         flag, items = "--item", list(arguments.item)
     elif arguments.history is not None:
         flag, items = "--history", [word.strip() for word in arguments.history.split(",") if word.strip()]
         if not items:
-            raise InputError("--history holds no item: give raw item ids with commas between them.")
+            raise InputError("--history holds no item: give raw item ids separated by commas.")
     else:
         return None
     if not any(map(recommender.knows, items)):
-        raise InputError(f"{flag} {', '.join(items)!r:.60} holds no item that the run in {arguments.run} knows.")
+        raise InputError(
+            f"{flag} {', '.join(items)!r:.60} holds no item of the run in {arguments.run}: give raw ids of its training log."
+        )
     if unknown := [item for item in items if not recommender.knows(item)]:
-        hint = "; give an id with a comma in it with --item" if flag == "--history" and len(items) > 1 else ""
-        raise InputError(f"{flag} {unknown[0]!r:.60} is no item that the run in {arguments.run} knows{hint}.")
+        hint = ", and give an id that contains a comma with --item" if flag == "--history" and len(items) > 1 else ""
+        raise InputError(
+            f"{flag} {unknown[0]!r:.60} is not an item of the run in {arguments.run}: give raw ids of its training log{hint}."
+        )
     return items
 
 
-def _as_asked(data: DataConfig, path: Path | None, arguments: Namespace) -> DataConfig:
-    """How to read the log at ``path``: as the run's, under --format and --columns."""
+def _reading_settings(data: DataConfig, path: Path | None, arguments: Namespace) -> DataConfig:
+    """Return the settings to read the log ``path`` with: the run's settings, changed by --format and --columns."""
     chosen = arguments.format
     if chosen is None:
         alike = path is None or data.path is None or path.suffix == Path(data.path).suffix
         chosen = data.format if alike else "auto"
     endings = set(Path(path or data.path or "").suffixes)
     if not (chosen in _TABLES or (chosen == "auto" and endings & {".csv", ".tsv", ".inter", ".parquet", ".pq"})):
-        # Other formats have no columns.
+        # Only tables have columns.
         data = replace(data, user=None, item=None, time=None)
     asked = _columns(arguments.columns)
     columns = {role: asked.get(role, getattr(data, role)) for role in _ROLES}
@@ -147,7 +170,7 @@ def _as_asked(data: DataConfig, path: Path | None, arguments: Namespace) -> Data
 
 
 def _columns(text: str | None) -> dict[str, str]:
-    """The names under their roles; a name may have commas in it."""
+    """Return the names of the columns by role. A name may contain commas."""
     columns = {}
     for part in () if text is None else re.split(rf",(?=(?:{'|'.join(_ROLES)})=)", text):
         role, _, name = part.partition("=")
@@ -158,16 +181,16 @@ def _columns(text: str | None) -> dict[str, str]:
 
 
 def _require_events(log: InteractionLog, recommender: Recommender, about: dict[str, str], run: Path) -> None:
-    """Raise :class:`InputError` unless ``log`` holds the events that the model was trained on, in whatever order of rows."""
+    """Raise :class:`InputError` unless ``log`` holds the events that the model was trained on, in any order of rows."""
     if not about:
-        notice(f"{run} is of an earlier version and does not say which log it was trained on: only its items are compared.")
+        notice(f"{run} is of an earlier version and does not name its log, so only the items were compared.")
         same = set(map(str, log.item_ids[1:].tolist())) == set(map(str, recommender.item_ids))
     else:
         same = events_digest(log) == about["events"]
     if not same:
         raise InputError(
             f"{log.name} has other events than the log of the run in {run}: give --data with the log it was trained on, or "
-            "--input with this one."
+            "give this log with --input."
         )
 
 
@@ -182,7 +205,7 @@ def _chunks(users: Iterable[tuple[Any, list[Any]]]) -> Iterator[list[tuple[Any, 
         yield chunk
 
 
-def _answer(
+def _recommend(
     recommender: Recommender, chunk: list[tuple[Any, list[Any]]], arguments: Namespace, counts: dict[str, int]
 ) -> list[Line]:
     found = recommender.recommend(
@@ -202,13 +225,13 @@ def _answer(
 
 
 def _kind(ids: Sequence[Any]) -> type:
-    """int if every id is an integer of 64 bits, else str."""
+    """Return int if every id is an integer of 64 bits, else str."""
     return int if all(type(raw) is int and -(2**63) <= raw < 2**63 for raw in ids) else str
 
 
 @contextmanager
 def _writer(path: Path | None, user_kind: type, item_kind: type) -> Iterator[Callable[[list[Line]], None]]:
-    """A function that appends lines to ``path`` or to the screen; a failed run leaves no file and no half of one."""
+    """Return a function that writes lines to ``path`` or to the screen. If the run fails, ``path`` stays as it was."""
     if path is None:
         text = csv.writer(sys.stdout, lineterminator="\n")
         text.writerow(_COLUMNS)
@@ -237,7 +260,7 @@ def _csv(file: IO[bytes]) -> Iterator[Callable[[list[Line]], None]]:
 
 @contextmanager
 def _parquet(file: IO[bytes], user_kind: type, item_kind: type) -> Iterator[Callable[[list[Line]], None]]:
-    """One row group a chunk; the types are those of the ids of the log and of the run, whatever the lines hold."""
+    """Write one row group for each chunk. The columns have the types of the user ids and item ids, even without any line."""
     arrow = require("pyarrow", "train", "writing parquet")
     parquet = require("pyarrow.parquet", "train", "writing parquet")
     kinds = {int: arrow.int64(), str: arrow.string()}
@@ -256,5 +279,5 @@ def _parquet(file: IO[bytes], user_kind: type, item_kind: type) -> Iterator[Call
     try:
         yield write
     finally:
-        # In a run that was broken off, too: the writer would complain later of the file that is gone.
+        # Also after an interruption: otherwise the writer would fail later, because its file is gone.
         writer.close()

@@ -1,4 +1,4 @@
-"""``lares-fast report``: every op on every backend and dtype of this machine, held to the tolerance law."""
+"""``lares-fast report``: check every op on every backend and dtype of this machine against the tolerances."""
 
 from __future__ import annotations
 
@@ -12,31 +12,39 @@ from lares_fast import _dispatch
 from lares_fast._errors import BackendError
 from lares_fast.cli.console import notice
 from lares_fast.verify import cases
-from lares_fast.verify.comparison import ARCHITECTURES, DTYPES, by_the_law, faults_of, ops_with_triton
-from lares_fast.verify.process import run_step
+from lares_fast.verify.comparison import ARCHITECTURES, DTYPES, compare_case, faults_of, ops_with_triton
+from lares_fast.verify.process import run_check
 
-_COLUMNS = ("op", "backend", "device", "dtype", "error", "twin", "bound", "verdict")
+_COLUMNS = ("op", "backend", "device", "dtype", "error", "reference_error", "bound", "verdict")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of ``report``."""
+    """Add the arguments of ``report``."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--op", action="append", choices=cases.ops(), help="this op alone; may be given again")
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="this dtype alone; may be given again")
+    parser.add_argument("--op", action="append", choices=cases.ops(), help="check only this op; repeatable (default: all)")
     parser.add_argument(
-        "--prove", action="store_true", help="without a GPU: interpret and compile its kernels here; takes minutes"
+        "--dtype", action="append", choices=list(DTYPES), help="check only this dtype; repeatable (default: all)"
+    )
+    parser.add_argument(
+        "--prove",
+        action="store_true",
+        help="on a machine without a GPU, also run the Triton kernels in Triton's interpreter and compile them; takes minutes",
     )
 
 
 def command(arguments: Namespace) -> int:
-    """Run ``report``; 1 if an op that can run breaks the law."""
+    """Run ``report``. Return 1 if an op that can run is outside the tolerances, else 0."""
     rows = report(arguments.op or cases.ops(), arguments.dtype or list(DTYPES), prove=arguments.prove)
     print(json.dumps(rows, indent=1) if arguments.json else _text(rows))
     return int(any(row["verdict"].startswith("fail") or ": fail (" in row["verdict"] for row in rows))
 
 
 def report(ops: list[str], dtypes: list[str], *, prove: bool = False) -> list[dict[str, Any]]:
-    """One row an op, backend, device and dtype; ``error``, ``twin`` and ``bound`` are those of the tensor nearest its bound."""
+    """Return one row for each op, backend, device and dtype.
+
+    ``error``, ``reference_error`` and ``bound`` belong to the tensor that is nearest to its bound. ``reference_error`` is
+    the error of the PyTorch reference in the same dtype.
+    """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = [
         _row(op, backend.name, device, dtype)
@@ -44,8 +52,8 @@ def report(ops: list[str], dtypes: list[str], *, prove: bool = False) -> list[di
         for backend in _dispatch._TABLE[op]
         for device in devices
         for dtype in dtypes
+        if _belongs_on(backend.name, device)
     ]
-    rows = [row for row in rows if not row["verdict"].startswith("elsewhere")]
     if "cuda" not in devices:
         rows += _without_gpu([op for op in ops if op in ops_with_triton()], dtypes, prove)
         rows += [
@@ -56,43 +64,45 @@ def report(ops: list[str], dtypes: list[str], *, prove: bool = False) -> list[di
     return rows
 
 
+def _belongs_on(backend: str, device: str) -> bool:
+    return backend in ("reference", "layers") or (backend in ("triton", "cuda")) == (device == "cuda")
+
+
 def _cells(op: str, backend: str, device: str, dtype: str, verdict: str, **numbers: float) -> dict[str, Any]:
     return {"op": op, "backend": backend, "device": device, "dtype": dtype, **numbers, "verdict": verdict}
 
 
 def _row(op: str, backend: str, device: str, dtype: str) -> dict[str, Any]:
-    if backend not in ("reference", "layers") and (backend in ("triton", "cuda")) != (device == "cuda"):
-        return _cells(op, backend, device, dtype, "elsewhere")
     try:
-        verdicts, differ = by_the_law(op, backend, DTYPES[dtype], device)
+        verdicts, differ = compare_case(op, backend, DTYPES[dtype], device)
     except BackendError as error:
         reason = str(error).partition(": ")[2].rstrip(".") or str(error)
         return _cells(op, backend, device, dtype, f"cannot run: {reason}")
     faults = faults_of(verdicts, differ)
-    said = f"fail: {'; '.join(faults)}" if faults else "pass" if verdicts else "pass, exact"
+    text = f"fail: {'; '.join(faults)}" if faults else "pass" if verdicts else "pass, exact"
     if not verdicts:
-        return _cells(op, backend, device, dtype, said)
+        return _cells(op, backend, device, dtype, text)
     worst = max(verdicts, key=lambda one: one.error / one.bound if one.bound else 0.0)
-    numbers = {"error": worst.error, "twin": worst.twin_error, "bound": worst.bound}
-    return _cells(op, backend, device, dtype, said, **numbers)
+    numbers = {"error": worst.error, "reference_error": worst.twin_error, "bound": worst.bound}
+    return _cells(op, backend, device, dtype, text, **numbers)
 
 
 def _without_gpu(ops: list[str], dtypes: list[str], prove: bool) -> list[dict[str, Any]]:
-    """What can be said of Triton's kernels here."""
+    """Return the rows of Triton's kernels on a machine without a GPU."""
     rows = []
     for op in ops:
         for dtype in dtypes:
             if prove:
                 notice(f"interpreting and compiling {op} in {dtype}")
-                said = f"{_interpreted(op, dtype)}; {_compiled(op, dtype)}; not run on a GPU"
+                text = f"{_interpreted(op, dtype)}; {_compiled(op, dtype)}; not run on a GPU"
             else:
-                said = "not run on a GPU; --prove interprets and compiles it here"
-            rows.append(_cells(op, "triton", "none", dtype, said))
+                text = "not run on a GPU; --prove interprets and compiles it here"
+            rows.append(_cells(op, "triton", "none", dtype, text))
     return rows
 
 
 def _interpreted(op: str, dtype: str) -> str:
-    done = run_step("interpret", seconds=1800, environ={"TRITON_INTERPRET": "1"}, ops=[op], dtypes=[dtype])
+    done = run_check("interpret", seconds=1800, environ={"TRITON_INTERPRET": "1"}, ops=[op], dtypes=[dtype])
     if done["status"] != "passed":
         return f"interpreted: fail ({done['log'].strip().splitlines()[-1]})"
     faults = done["found"][f"{op} {dtype}"]
@@ -102,14 +112,15 @@ def _interpreted(op: str, dtype: str) -> str:
 def _compiled(op: str, dtype: str) -> str:
     environ = {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     how: dict[str, Any] = {"ops": [op], "dtypes": [dtype], "architectures": list(ARCHITECTURES)}
-    done = run_step("compile_for", seconds=1800, environ=environ, **how)
+    done = run_check("compile_for", seconds=1800, environ=environ, **how)
     if done["status"] != "passed":
         return f"compiled: fail ({done['log'].strip().splitlines()[-1]})"
     return "compiled for " + ", ".join(f"sm_{architecture}" for architecture in done["found"][f"{op} {dtype}"])
 
 
 def _text(rows: list[dict[str, Any]]) -> str:
-    table = [list(_COLUMNS), *([_cell(row.get(column, "")) for column in _COLUMNS] for row in rows)]
+    headings = [column.replace("_", " ") for column in _COLUMNS]
+    table = [headings, *([_cell(row.get(column, "")) for column in _COLUMNS] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(_COLUMNS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table)
 

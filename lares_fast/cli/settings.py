@@ -1,4 +1,4 @@
-"""Settings of a run: defaults, then a YAML file, then ``--set`` arguments, all checked before anything is written."""
+"""Settings of a run: defaults, then a YAML file, then ``--set`` arguments. All are checked before anything is written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import hashlib
 import re
 import reprlib
+from argparse import ArgumentParser
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from lares_fast.config import LARESConfig
 from lares_fast.train.config import DataConfig, EvalConfig, RPTConfig, RunConfig, SPTConfig
 from lares_fast.train.files import write_text
 
-# (where it comes from, dotted key, value)
+# (source, dotted key, value). The source is a file or an argument, as errors name it.
 Setting = tuple[str, str, Any]
 
 _SECTIONS: dict[str, type] = {
@@ -31,22 +32,35 @@ _TOP = ("seed", "checkpoint_minutes")
 _PRESETS = Path(__file__).parent / "configs"
 _FEATURE = "reading settings"
 
-# The first line of a file that training wrote. Other files, and those of an earlier version, have none.
+# The first line of a file that training wrote. Files of users and of earlier versions have no such line.
 _MARK = "# The sha256 of the lines below is "
 _MARKED = re.compile(re.escape(_MARK) + r"([0-9a-f]{64}); change settings with --set\n")
-# What is left of that line where a file is damaged.
+# What may remain of that line in a damaged file.
 _REST_OF_MARK = re.compile(r"sha256|#.*[0-9a-f]{16}")
 
 
+def add_set_argument(parser: ArgumentParser) -> None:
+    """Add the argument ``--set``; its values are in ``assignments``."""
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="assignments",
+        help="change one setting, such as spt.lr=0.001; repeatable (lares-fast train --print-config lists all)",
+    )
+
+
 def presets() -> list[str]:
-    """Names of the shipped configurations."""
+    """Return the names of the presets, which are the configurations in this package."""
     return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
 
 
 def build(config: str | Path | None = None, assignments: Iterable[str] = ()) -> RunConfig:
-    """The configuration of the YAML file or preset ``config`` (an existing file wins) under ``a.b=c`` assignments.
+    """Return the configuration of the YAML file or preset ``config``, changed by ``section.key=value`` assignments.
 
-    Raises :class:`InputError` naming the file or argument and the key for an unknown key, a wrong type or a bad value.
+    An existing file is preferred to a preset of the same name. Raises :class:`InputError`, which names the file or argument
+    and the key, for an unknown key, a wrong type or a bad value.
     """
     settings: list[Setting] = []
     if config is not None:
@@ -57,20 +71,20 @@ def build(config: str | Path | None = None, assignments: Iterable[str] = ()) -> 
 
 
 def dump(config: RunConfig) -> str:
-    """``config`` as YAML that :func:`build` reads back; every setting is written out."""
+    """Return ``config`` as YAML with every setting, which :func:`build` can read."""
     values = config.to_dict()
     values["model"] = {**_model_values(LARESConfig(n_items=2)), **values["model"]}
     return str(require("yaml", "train", _FEATURE).safe_dump(values, sort_keys=False))
 
 
 def save(path: Path, config: RunConfig) -> None:
-    """Atomically write ``config`` as YAML, below a line with its checksum."""
+    """Atomically write ``config`` as YAML below a line with its checksum."""
     text = dump(config)
     write_text(path, f"{_MARK}{_checksum(text)}; change settings with --set\n{text}")
 
 
 def known_keys() -> list[str]:
-    """All dotted keys."""
+    """Return all dotted keys."""
     sections = [f"{name}.{field.name}" for name, kind in _SECTIONS.items() for field in fields(kind)]
     return [*(key for key in sections if key != "model.n_items"), *_TOP]
 
@@ -80,7 +94,7 @@ def _find(config: str | Path) -> Path:
         return Path(config)
     if str(config) in presets():
         return _PRESETS / f"{config}.yaml"
-    raise InputError(f"--config {config} is no file, and no shipped configuration: those are {', '.join(presets())}.")
+    raise InputError(f"--config {config} is neither a file nor a preset (presets: {', '.join(presets())}).")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -95,23 +109,23 @@ def _read(path: Path) -> dict[str, Any]:
     except InputError:
         raise
     except (OSError, ValueError, OverflowError) as error:
-        # Besides undecodable bytes: a date that there is not, or a number of thousands of digits.
+        # Besides undecodable bytes: an impossible date, or a number of thousands of digits.
         raise InputError(f"{path} cannot be read as a configuration: {str(error)[:200]}.") from None
     except RecursionError:
         raise InputError(f"{path} cannot be read as a configuration: it is nested too deeply.") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else _short(values)
-        raise InputError(f"{path} must hold 'key: value' lines, but holds {found}.")
+        raise InputError(f"{path} must hold 'key: value' lines, but it holds {found}.")
     return values
 
 
 def _verified(path: Path, text: str) -> str:
-    """``text`` if its checksum is right, or if it has none."""
+    """Return ``text`` without the line of its checksum. Raise :class:`InputError` if the checksum is wrong."""
     if match := _MARKED.match(text):
         text = text[match.end() :]
     if (match and match[1] != _checksum(text)) or _REST_OF_MARK.search(text):
         raise InputError(
-            f"{path} is damaged, or was edited: change settings with --set, or remove its first line to use it as it is."
+            f"{path} was edited or is damaged: change settings with --set, or remove its first line to use the file as it is."
         )
     return text
 
@@ -121,7 +135,7 @@ def _checksum(text: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """``value`` in a sentence; a value of YAML can be endless, for its parts may stand for each other."""
+    """Return a short text for ``value``, because the aliases of YAML can make a value endless."""
     return _SHORT.repr(value)
 
 
@@ -138,14 +152,16 @@ def _flatten(source: str, values: dict[str, Any]) -> Iterable[Setting]:
             for key, inner in value.items():
                 yield source, f"{name}.{key}", _flat(source, f"{name}.{key}", inner)
         elif value is not None:
-            raise InputError(f"{source}: {name} must hold settings such as '{_example(name)}: ...', but holds {_short(value)}.")
+            raise InputError(
+                f"{source}: {name} must hold settings such as '{_example(name)}: ...', but it holds {_short(value)}."
+            )
 
 
 def _flat(source: str, key: str, value: Any) -> Any:
-    """``value`` unless it is nested, as no setting is."""
+    """Return ``value``. Raise :class:`InputError` if it is nested, because no setting is."""
     inner = value if isinstance(value, list) else [value]
     if any(isinstance(item, dict | list | set | tuple) for item in inner):
-        raise InputError(f"{source}: {_short(key)} must be a value or a list of values, but is {_short(value)}.")
+        raise InputError(f"{source}: {_short(key)} must be a value or a list of values, but got {_short(value)}.")
     return value
 
 
@@ -166,9 +182,7 @@ def _run_config(settings: list[Setting]) -> RunConfig:
     for setting in settings:
         source, key, _ = setting
         if key not in known:
-            raise InputError(
-                f"{source}: there is no setting {_short(key)}; the nearest name is {_nearest(key[:100], known)!r}."
-            )
+            raise InputError(f"{source}: unknown setting {_short(key)}; did you mean {_nearest(key[:100], known)!r}?")
         wanted[key] = setting
     values = _typed(list(wanted.values()))
     origin = {key.split(".")[0]: source for key, (source, _, _) in wanted.items()}
@@ -182,7 +196,7 @@ def _run_config(settings: list[Setting]) -> RunConfig:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """The best match by the last part of the dotted name if that is clear, else by the whole name."""
+    """Return the most similar known key: in the same section, else with the same last part, else among all."""
     section, _, name = key.rpartition(".")
     same_section = [full for full in known if full.rpartition(".")[0] == section]
     for candidates, wanted in ((same_section, key), ([full for full in known if full.rpartition(".")[2] == name], key)):
@@ -192,7 +206,7 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _typed(settings: list[Setting]) -> dict[str, Any]:
-    """The values, converted to their settings' types by jsonargparse, by section and name."""
+    """Return the values by section and name. jsonargparse converts them to the types of their settings."""
     nested: dict[str, Any] = {}
     for _, key, value in settings:
         section, _, name = key.rpartition(".")
@@ -203,7 +217,7 @@ def _typed(settings: list[Setting]) -> dict[str, Any]:
         if len(settings) == 1:
             source, key, value = settings[0]
             raise InputError(f"{source}: {key} must be {_in_words(_kind(key))}, but got {_short(value)}.") from None
-        # Which one is it? A call costs as much for one setting as for all.
+        # Find the setting that is wrong.
         for setting in settings:
             _typed([setting])
         raise
@@ -214,7 +228,7 @@ def _typed(settings: list[Setting]) -> dict[str, Any]:
 
 
 def _kind(key: str) -> str:
-    """The annotation of a setting."""
+    """Return the annotation of a setting."""
     section, _, name = key.rpartition(".")
     return next(str(field.type) for field in fields(_SECTIONS.get(section, RunConfig)) if field.name == name)
 
@@ -233,7 +247,7 @@ def _in_words(kind: str) -> str:
 
 
 def _construct(section: str, values: dict[str, Any], source: str | None) -> Any:
-    """The section's dataclass, or for ``model`` its checked values as a dictionary."""
+    """Return the dataclass of the section, or for ``model`` its checked values as a dictionary."""
     try:
         if section == "model":
             return _model_values(LARESConfig(n_items=2, **values))

@@ -1,4 +1,4 @@
-"""Results tables as aligned text, as wide as the terminal allows."""
+"""Results tables as aligned text that fits the width of the terminal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _CELL = 8
 
 
 def bound_rows(log: InteractionLog, rows: Rows, settings: EvalConfig) -> list[Row]:
-    """For a synthetic log, the row of the ranking that knows the law the log was drawn from."""
+    """Return, for a synthetic log, the row of the best possible ranking, which knows how the log was drawn."""
     if not isinstance(log, SyntheticLog):
         return []
     return [{"phase": "best possible", "history": NOT_MASKED, **best_possible(log, rows, settings.ks)}]
 
 
 def results_text(rows: Sequence[Row], ks: Sequence[int], width: int | None = None) -> str:
-    """One table for each way to treat the history; ``rows`` are rows of metrics.csv."""
+    """Return one table for each treatment of the history. ``rows`` are rows of metrics.csv."""
     width = width or shutil.get_terminal_size((100, 24)).columns
     tables = []
     for history in (NOT_MASKED, MASKED):
@@ -36,11 +36,11 @@ def results_text(rows: Sequence[Row], ks: Sequence[int], width: int | None = Non
 
 
 def protocol_text(log: InteractionLog, split: Split, part: str, settings: EvalConfig) -> str:
-    """What the numbers mean, in one sentence or two."""
+    """Return a few sentences that say how the metrics were computed."""
     text = (
-        f"{part.capitalize()} rows of the {split.protocol} split; the target is ranked among all {log.n_items - 1:,} items "
-        "(full ranking, no sampling, PAD never ranked), with the user's own history in the ranking (not masked) or left "
-        f"out of it (masked); noise seed {settings.noise_seed}."
+        f"{part.capitalize()} rows of the {split.protocol} split. Each target is ranked among all {log.n_items - 1:,} items, "
+        "without sampling and without PAD. 'History not masked' ranks the user's own history too; 'history masked' leaves it "
+        f"out. Noise seed {settings.noise_seed}."
     )
     return text + (" The data is synthetic." if log.synthetic else "")
 
@@ -64,7 +64,7 @@ def _name(row: Row) -> str:
 
 
 def _columns(ks: Sequence[int], room: int) -> list[str]:
-    """As many columns as there is room for: those at 10 first, then recall and NDCG, then MRR."""
+    """Return as many columns as fit in ``room``. Metrics at 10 come first, then recall and NDCG, then MRR."""
     everything = [f"{metric}@{k}" for metric in _SHORT for k in ks]
     rank = {"recall": 0, "ndcg": 0, "mrr": 1}
     wanted = sorted(everything, key=lambda name: (not name.endswith("@10"), rank[name.split("@")[0]]))[:room]

@@ -1,4 +1,4 @@
-"""A listener that writes a run's events for TensorBoard."""
+"""Write the events of a run for TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Event = dict[str, Any]
 
 
 def listener(folder: Path) -> Callable[[], Callable[[Event], None]]:
-    """Check that TensorBoard is installed; what is returned opens ``folder`` and gives the listener."""
+    """Check that TensorBoard is installed, and return a function that opens ``folder`` and returns a listener of events."""
     require("tensorboard", "tb", "--tensorboard")
     module = require("torch.utils.tensorboard", "tb", "--tensorboard")
 

@@ -1,4 +1,4 @@
-"""``lares-fast train``: both phases with everything a run shows and leaves behind."""
+"""``lares-fast train``: train a model, show progress and results, and write the files of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from lares_fast import __version__, _native, _settings
 from lares_fast._errors import InputError, MissingExtraError
 from lares_fast.cli import settings, tensorboard
-from lares_fast.cli.console import Console, Event, notice
+from lares_fast.cli.console import Console, Event, counted, notice
 from lares_fast.cli.inputs import log_label, open_log, split_log
 from lares_fast.cli.plots import save_curves
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
@@ -32,14 +32,15 @@ _REDRAW_SECONDS = 60
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of ``train``."""
-    parser.add_argument("--config", metavar="FILE", help=f"YAML file, or a shipped one: {', '.join(settings.presets())}")
+    """Add the arguments of ``train``."""
+    presets = ", ".join(settings.presets())
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file or preset: {presets} (default: instruments)")
     parser.add_argument("--data", metavar="PATH", help="interaction log; without it, a synthetic log is made")
-    parser.add_argument("--phase", choices=(*PHASES, "both"), default="both", help="which phases to run (default: both)")
-    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], dest="assignments", help="change one setting")
+    parser.add_argument("--phase", choices=(*PHASES, "both"), default="both", help="phases to run (default: both)")
+    settings.add_set_argument(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/<data>-<config>-seed<seed>)")
-    parser.add_argument("--resume", metavar="DIR", type=Path, help="go on with the interrupted run in this folder")
-    parser.add_argument("--start-from", metavar="DIR", type=Path, help="begin from the phase-1 model of this run")
+    parser.add_argument("--resume", metavar="DIR", type=Path, help="continue the interrupted run in this folder")
+    parser.add_argument("--start-from", metavar="DIR", type=Path, help="start a new run from the phase 1 model of this run")
     parser.add_argument("--tensorboard", action="store_true", help="also write events for TensorBoard into the run folder")
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML and stop")
 
@@ -52,15 +53,16 @@ def command(arguments: Namespace) -> int:
         return 0
     if arguments.phase == "rpt" and not (arguments.resume or arguments.start_from):
         raise InputError(
-            "--phase rpt goes on from a trained model: add --resume or --start-from DIR with a run whose phase spt is over."
+            "--phase rpt needs a trained model: add --resume DIR or --start-from DIR with a run that has finished SPT training."
         )
     if arguments.start_from and arguments.resume:
-        raise InputError("--start-from begins a new run and --resume goes on with an old one: give one of them.")
+        raise InputError("--start-from starts a new run and --resume continues an old one: give one of them.")
     if not arguments.resume and (out / "state.pt").exists():
-        raise InputError(f"{out} holds a run already: go on with --resume {out}, or choose another --out.")
+        raise InputError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out.")
     phases = PHASES if arguments.phase == "both" else (arguments.phase,)
     train(config, out, phases, start_from=arguments.start_from, use_tensorboard=arguments.tensorboard)
-    print(f"next     lares-fast recommend --run {shlex.quote(str(out))} --k 10 --user {_an_example(config)}")
+    user = "user-0001" if config.data.path is None else "USER"
+    print(f"next     lares-fast recommend --run {shlex.quote(str(out))} --k 10 --user {user}")
     return 0
 
 
@@ -68,12 +70,12 @@ def _config_and_folder(arguments: Namespace) -> tuple[RunConfig, Path]:
     if arguments.resume:
         for name in ("config", "out"):
             if getattr(arguments, name) is not None:
-                raise InputError(f"--{name} has no place beside --resume: the run in {arguments.resume} has its own.")
+                raise InputError(f"--{name} cannot be combined with --resume {arguments.resume}: leave --{name} out.")
         if not (arguments.resume / "state.pt").is_file():
-            raise InputError(f"{arguments.resume} holds no run to resume: there is no state.pt in it.")
+            raise InputError(f"{arguments.resume} has no state.pt: give --resume the folder of a run.")
     source = arguments.resume / "config.yaml" if arguments.resume else arguments.config
     if arguments.resume and not source.is_file():
-        raise InputError(f"{source} does not exist: --resume needs the folder of a run.")
+        raise InputError(f"{source} does not exist: give --resume the folder of a run.")
     config = settings.build(source, arguments.assignments)
     path = arguments.data or config.data.path
     config = replace(config, data=replace(config.data, path=None if path is None else str(Path(path).absolute())))
@@ -89,9 +91,9 @@ def train(
     start_from: Path | None = None,
     use_tensorboard: bool = False,
 ) -> InteractionLog:
-    """Train into ``out`` with bars, a results table, plots and orderly ends on signals; return the log.
+    """Train into the folder ``out``, show progress, results and plots, and return the log.
 
-    Bad input writes nothing.
+    SIGINT and SIGTERM save the run before it ends. Bad input writes nothing.
     """
     start_tensorboard = tensorboard.listener(out / "tensorboard") if use_tensorboard else None
     with Console() as console:
@@ -99,7 +101,7 @@ def train(
         log = open_log(config.data, progress=partial(console.progress, "reading"))
         split = split_log(config.data, log)
         if config.data.path is None:
-            console.say("no log is named with --data: a synthetic one is made")
+            console.say("no --data was given, so a synthetic log is made")
         console.say(f"data     {_indented(log.summary())}")
         console.say(f"split    {split.summary()}")
         listeners: list[Callable[[Event], None]] = [console]
@@ -129,7 +131,7 @@ def train(
         except Interrupted:
             curves.draw()
             again = f"lares-fast train --resume {shlex.quote(str(out))}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
-            raise Interrupted(f"stopped and saved: resume with {again}") from None
+            raise Interrupted(f"stopped and saved; resume with: {again}") from None
         curves.draw()
         console.say("\n" + run_table(rows, log, split, config))
         names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
@@ -138,23 +140,22 @@ def train(
 
 
 def header(seed: int) -> str:
-    """Which software runs and how."""
+    """Return two lines about the software, the threads, the seed and the backend of a run."""
     info = _native.build_info()
-    asked = _settings.backend()
+    requested = _settings.backend()
     native = f"native CPU code ({info['simd']})" if info["native"] else f"plain PyTorch ({info['reason']})"
-    if asked == "reference":
-        native = "plain PyTorch (LARES_FAST_BACKEND=reference asks for it)"
-    elif asked != "auto":
-        native = f"{asked} (LARES_FAST_BACKEND asks for it)"
+    if requested != "auto":
+        name = "plain PyTorch" if requested == "reference" else requested
+        native = f"{name} (LARES_FAST_BACKEND={requested})"
     cuda = "built" if info["cuda_built"] else f"not built ({info['cuda_reason']})"
     return (
         f"lares_fast {__version__}  torch {torch.__version__}  Python {platform.python_version()}  "
-        f"{torch.get_num_threads()} threads  seed {seed}\nbackend  {native}; CUDA code {cuda}"
+        f"{counted(torch.get_num_threads(), 'thread')}  seed {seed}\nbackend  {native}; CUDA code {cuda}"
     )
 
 
 def run_table(rows: list[dict[str, Any]], log: InteractionLog, split: Split, config: RunConfig) -> str:
-    """Baselines, for a synthetic log the best possible, and both phases at every T, with the protocol below."""
+    """Return the results table: baselines, for a synthetic log the best possible ranking, and both phases at every T."""
     tested = [row for row in rows if row["split"] == "test"]
     baselines = [row for row in tested if row["phase"] not in PHASES]
     models = [row for row in tested if row["phase"] in PHASES]
@@ -163,7 +164,7 @@ def run_table(rows: list[dict[str, Any]], log: InteractionLog, split: Split, con
 
 
 class _Curves:
-    """Redraws curves.png after a validation, at most once a minute, for the plot costs a second."""
+    """Redraw curves.png after a validation, but at most once a minute, because a plot takes a second."""
 
     def __init__(self, trainer: Trainer, title: str) -> None:
         self._trainer, self._title = trainer, title
@@ -187,16 +188,16 @@ class _Curves:
 
 @contextmanager
 def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGINT and SIGTERM let the current step end and save; a second SIGINT aborts at once."""
-    asked = False
+    """Have SIGINT and SIGTERM save the run after the current step; a second SIGINT aborts at once."""
+    requested = False
 
     def handle(number: int, _: FrameType | None) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
+        nonlocal requested
+        if requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked = True
+        requested = True
         trainer.request_stop()
-        notice(f"{signal.Signals(number).name}: finishing this step and saving; press Ctrl-C again to abort without saving")
+        notice(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to abort without saving")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -208,7 +209,3 @@ def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
 
 def _indented(text: str) -> str:
     return text.replace("\n", "\n         ")
-
-
-def _an_example(config: RunConfig) -> str:
-    return "user-0001" if config.data.path is None else "USER"

@@ -1,4 +1,4 @@
-"""``lares-fast warmup``: compile the kernels of published model sizes before they are needed, and try them on the GPU."""
+"""``lares-fast warmup``: compile the kernels of published model sizes before they are needed, and self-test them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import torch
 from lares_fast._errors import InputError
 from lares_fast.cli.console import notice
 from lares_fast.ops import _triton
-from lares_fast.verify import canary, cases
+from lares_fast.verify import cases, self_test
 from lares_fast.verify.comparison import ARCHITECTURES, DTYPES, ops_with_triton
-from lares_fast.verify.process import run_step
+from lares_fast.verify.process import run_check
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The arguments of ``warmup``."""
-    parser.add_argument("--op", action="append", choices=cases.ops(), help="this op alone; may be given again")
+    """Add the arguments of ``warmup``."""
     parser.add_argument(
-        "--dtype", action="append", choices=list(DTYPES), help="may be given again (default: float32 and bfloat16)"
+        "--op", action="append", choices=ops_with_triton(), help="compile only this op; repeatable (default: all)"
+    )
+    parser.add_argument(
+        "--dtype", action="append", choices=list(DTYPES), help="compile this dtype; repeatable (default: float32 and bfloat16)"
     )
     parser.add_argument(
         "--for",
@@ -29,19 +31,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         type=int,
         choices=ARCHITECTURES,
-        help="compile into Triton's cache for this GPU (80, 90, ...), which need not be here; nothing is tried",
+        help="only compile, into Triton's cache, for a GPU that need not be here; SM is its compute capability "
+        f"times 10: {', '.join(map(str, ARCHITECTURES))}; repeatable",
     )
 
 
 def command(arguments: Namespace) -> int:
-    """Run ``warmup``; 1 if a kernel was refused."""
+    """Run ``warmup``. Return 1 if a kernel failed its self-test, else 0."""
     ops = arguments.op or ops_with_triton()
     dtypes = arguments.dtype or ["float32", "bfloat16"]
     if arguments.architectures:
         return _compile(ops, dtypes, arguments.architectures)
     if not torch.cuda.is_available():
-        raise InputError("warmup tries kernels on a GPU, and torch sees none: give --for SM to compile for one elsewhere.")
-    return _try(ops, dtypes)
+        raise InputError("warmup needs a GPU, and torch sees none: give --for SM to compile for a GPU of another machine.")
+    return _self_test(ops, dtypes)
 
 
 def _compile(ops: list[str], dtypes: list[str], architectures: list[int]) -> int:
@@ -49,16 +52,16 @@ def _compile(ops: list[str], dtypes: list[str], architectures: list[int]) -> int
         for dtype in dtypes:
             notice(f"compiling {op} in {dtype}")
             how: dict[str, Any] = {"ops": [op], "dtypes": [dtype], "architectures": architectures, "shipped": True}
-            done = run_step("compile_for", seconds=3600, environ={"TRITON_INTERPRET": "0"}, **how)
+            done = run_check("compile_for", seconds=3600, environ={"TRITON_INTERPRET": "0"}, **how)
             if done["status"] != "passed":
                 raise InputError(f"{op} in {dtype} could not be compiled: {done['log'].strip().splitlines()[-1]}")
             for architecture, count in done["found"][f"{op} {dtype}"].items():
-                print(f"{op} {dtype} sm_{architecture}: {count} launches compiled")
+                print(f"{op} {dtype} sm_{architecture}: {count} kernel launches compiled")
     return 0
 
 
-def _try(ops: list[str], dtypes: list[str]) -> int:
-    refused = 0
+def _self_test(ops: list[str], dtypes: list[str]) -> int:
+    failures = 0
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
         for op in ops:
@@ -66,8 +69,8 @@ def _try(ops: list[str], dtypes: list[str]) -> int:
                 for variant in cases.shipped(op):
                     began = time.monotonic()
                     tensor = torch.empty(0, dtype=DTYPES[dtype], device=device)
-                    fault = _triton.obstacle(tensor) or canary.refusal(op, device, DTYPES[dtype], **variant)
-                    refused += fault is not None
+                    fault = _triton.obstacle(tensor) or self_test.refusal(op, device, DTYPES[dtype], **variant)
+                    failures += fault is not None
                     name = " ".join(f"{key}={value}" for key, value in variant.items())
-                    print(f"{device} {op} {dtype} {name}: {fault or 'right'} ({time.monotonic() - began:.1f} s)", flush=True)
-    return int(refused > 0)
+                    print(f"{device} {op} {dtype} {name}: {fault or 'passed'} ({time.monotonic() - began:.1f} s)", flush=True)
+    return int(failures > 0)

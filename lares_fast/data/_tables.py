@@ -31,11 +31,12 @@ def check_columns(path: Path, names: Names, present: list[str]) -> list[str]:
     """The names of the wanted columns; raises :class:`InputError` for the first that is not there exactly once."""
     for role, name in names.items():
         if name is not None and (count := present.count(name)) != 1:
-            remedy = f"name the {role} column in columns" + (
-                ", or give columns={'time': None} to keep the file's order" if role == "time" else ""
-            )
+            remedy, value = f"name the {role} column in columns", "NAME"
+            if role == "time":
+                remedy, value = f"{remedy}, or give None as its name to keep the file's order", "none"
             found = "no column" if not count else f"{count} columns"
-            raise InputError(f"{path} has {found} {name!r} among {printable(', '.join(present))}; {remedy}.")
+            message = f"{path} has {found} {name!r} among {printable(', '.join(present))}; {remedy}."
+            raise InputError(message, f"data.{role}={value}")
     return [name for name in names.values() if name is not None]
 
 

@@ -7,14 +7,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lares_fast.verify import gpu_checks, gpu_edge_cases, offline
+from lares_fast.verify import gpu_checks, gpu_edge_cases, gpu_large, offline
 
-STEPS: dict[str, Callable[..., dict[str, Any]]] = {
+CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     "interpret": offline.interpret,
     "compile_for": offline.compile_for,
-    **gpu_checks.STEPS,
-    **gpu_edge_cases.STEPS,
+    **gpu_checks.CHECKS,
+    **gpu_edge_cases.CHECKS,
+    **gpu_large.CHECKS,
 }
 
 if __name__ == "__main__":
-    print(json.dumps(STEPS[sys.argv[1]](**json.loads(sys.argv[2]))))
+    print(json.dumps(CHECKS[sys.argv[1]](**json.loads(sys.argv[2]))))

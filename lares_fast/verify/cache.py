@@ -1,4 +1,4 @@
-"""What was found out about this GPU and is kept for other processes: JSON files in the folder ``LARES_FAST_CACHE``."""
+"""A cache of JSON files in the folder ``LARES_FAST_CACHE``: results of self-tests, and launch settings of GPUs."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from lares_fast import _settings
 
 
 def folder(kind: str) -> Path:
-    """Where the files of ``kind`` are."""
+    """Return the folder of the files of one ``kind``."""
     return _settings.cache_folder() / kind
 
 
-def read(kind: str, about: dict[str, Any]) -> dict[str, Any] | None:
-    """What this user wrote about ``about``, or ``None`` if nothing whole is there, or another user's file or subject."""
+def read(kind: str, key: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the entry that was stored under ``key``, or ``None``.
+
+    An entry counts only if its file is whole, belongs to the current user and repeats every field of ``key``.
+    """
     try:
-        with _path(kind, about).open() as file:
+        with _path(kind, key).open() as file:
             if os.fstat(file.fileno()).st_uid != os.geteuid():
                 return None
             stored = json.load(file)
-    # Lists in lists without end are a RecursionError.
+    # JSON that is nested too deeply raises RecursionError.
     except (OSError, ValueError, RecursionError):
         return None
-    same = isinstance(stored, dict) and all(name in stored and stored[name] == value for name, value in about.items())
+    same = isinstance(stored, dict) and all(name in stored and stored[name] == value for name, value in key.items())
     return stored if same else None
 
 
-def write(kind: str, about: dict[str, Any], found: dict[str, Any]) -> None:
-    """Keep ``found``, whole or not at all; raises OSError where it cannot be kept."""
-    path = _path(kind, about)
+def write(kind: str, key: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Atomically store ``entry`` under ``key``. Raises OSError if the file cannot be written."""
+    path = _path(kind, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         try:
-            json.dump({**about, **found}, file, indent=1)
+            json.dump({**key, **entry}, file, indent=1)
             file.flush()
             os.replace(file.name, path)
         except BaseException:
@@ -47,7 +50,6 @@ def write(kind: str, about: dict[str, Any], found: dict[str, Any]) -> None:
             raise
 
 
-def _path(kind: str, about: dict[str, Any]) -> Path:
-    """The file of ``kind`` for what is known about ``about``."""
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+def _path(kind: str, key: dict[str, Any]) -> Path:
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return folder(kind) / f"{name}.json"

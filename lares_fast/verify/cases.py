@@ -1,6 +1,7 @@
-"""Small calls of every op beside the reference's answer, for canaries, ``lares-fast report`` and ``lares-fast gpu-day``.
+"""Test cases: a small call of every op beside the same call of the reference.
 
-A trial of integers has results that are exact, or are after one rounding: softmaxes see scores that are equal or far apart.
+Self-tests, ``lares-fast report``, ``lares-fast tune`` and ``lares-fast gpu-day`` run them. On integers the results are exact,
+or exact before one rounding, because every softmax gets scores that are either equal or far apart.
 """
 
 from __future__ import annotations
@@ -23,38 +24,41 @@ Values = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Results:
-    """What a call gave, on the CPU: numbers, whole numbers, and gradients."""
+    """The results of a call, on the CPU: floating-point tensors, integer tensors, and gradients."""
 
     forward: dict[str, Tensor]
     exact: dict[str, Tensor]
     gradients: dict[str, Tensor]
 
     def parts(self) -> tuple[dict[str, Tensor], ...]:
-        """All three."""
+        """Return the three parts."""
         return self.forward, self.exact, self.gradients
 
 
 @dataclass(frozen=True)
-class Trial:
-    """``fast(leaves, backend)`` is the op and ``plain(leaves)`` the reference, on ``leaves`` (fp64 on the CPU)."""
+class Case:
+    """One test case: ``fast(leaves, backend)`` calls the op, and ``plain(leaves)`` calls the reference.
+
+    ``leaves`` are the floating-point inputs, in fp64 on the CPU.
+    """
 
     leaves: Values
     fast: Callable[[Values, str], dict[str, Tensor]]
     plain: Callable[[Values], dict[str, Tensor]]
     differentiable: bool = True
-    # Whether the answer is exact but for its last rounding, so that the law need not judge it.
+    # True if results are exact before the last rounding, so that a self-test needs no twin.
     exact: bool = False
 
     def results(self, backend: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Results:
-        """The op's."""
+        """Return the results of the op on ``backend`` in ``dtype`` on ``device``."""
         return self._run(lambda leaves: self.fast(leaves, backend), dtype, dtype, device)
 
     def twin(self, dtype: torch.dtype) -> Results:
-        """The reference's in ``dtype``."""
+        """Return the results of the reference in ``dtype``."""
         return self._run(self.plain, dtype, dtype, "cpu")
 
     def truth(self, dtype: torch.dtype) -> Results:
-        """The reference's in fp64 on values rounded to ``dtype``."""
+        """Return the results of the reference in fp64, on inputs that were rounded to ``dtype``."""
         return self._run(self.plain, dtype, torch.float64, "cpu")
 
     def _run(
@@ -73,24 +77,24 @@ class Trial:
         return Results({name: value.detach().cpu() for name, value in numbers.items()}, exact, gradients)
 
 
-def trial(op: str, *, integers: bool, **variant: Any) -> Trial:
-    """The trial of ``op``; ``variant`` chooses among its kernels as the op's own ``refusal`` does."""
-    return _TRIALS[op](integers, **variant)
+def case(op: str, *, integers: bool, **variant: Any) -> Case:
+    """Return the test case of ``op``. ``variant`` chooses among its kernels, with the names that its self-test uses."""
+    return _CASES[op](integers, **variant)
 
 
 def ops() -> list[str]:
-    """The ops that have trials."""
-    return list(_TRIALS)
+    """Return the names of the ops that have test cases."""
+    return list(_CASES)
 
 
 def _upstream(value: Tensor) -> Tensor:
-    """A gradient of -2, -1, 1 and 2."""
+    """Return a gradient of -2, -1, 1 and 2 for ``value``."""
     counted = torch.arange(value.numel(), device=value.device) * 7 % 4 - 2
     return (counted + (counted >= 0)).view(value.shape).to(value.dtype)
 
 
 def _fill(integers: bool, *shape: int) -> Tensor:
-    """Normal numbers or integers in -2..2, always the same."""
+    """Return reproducible normal numbers, or integers in -2..2."""
     generator = torch.Generator().manual_seed(sum(shape))
     if integers:
         return torch.randint(-2, 3, shape, generator=generator).double()
@@ -98,9 +102,10 @@ def _fill(integers: bool, *shape: int) -> Tensor:
 
 
 def _codes(index: Tensor, width: int, length: float) -> Tensor:
-    """Rows [..., ``width``] of integers for ``index`` [...]: their products are 0, or at least ``length`` where indices agree.
+    """Return rows [..., ``width``] of integers for ``index`` [...].
 
-    They are rows of a Hadamard matrix, so no entry is 0 but those behind the last power of two.
+    The rows come from a Hadamard matrix of size S, the largest power of two that is at most ``width``. Their first S entries
+    differ from 0. The product of two rows is at least ``length`` if their indices are equal modulo S, and 0 otherwise.
     """
     size = 1 << width.bit_length() - 1
     common = (index % size)[..., None] & torch.arange(size)
@@ -112,7 +117,7 @@ def _codes(index: Tensor, width: int, length: float) -> Tensor:
     return torch.nn.functional.pad(factor * sign.double(), (0, width - size))
 
 
-def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool = False, train: bool = True) -> Trial:
+def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool = False, train: bool = True) -> Case:
     from lares_fast.ops import attention
 
     lengths = torch.tensor([16, 0, 1, 7] if short else [50, 0, 1, 33])
@@ -120,9 +125,9 @@ def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool =
     rows, longest, heads = int(offsets[-1]), int(lengths.max()), 2
     query, key, value = (_fill(integers, rows + i, heads, width)[:rows] for i in range(3))
     if integers:
-        place = torch.cat([torch.arange(int(n)) // 2 for n in lengths])[:, None] + torch.arange(heads)
-        # Far apart after the division by the root of the width.
-        query = key = _codes(place, width, 64 * width**0.5)
+        index = torch.cat([torch.arange(int(n)) // 2 for n in lengths])[:, None] + torch.arange(heads)
+        # The scores stay far apart after the division by the square root of the width.
+        query = key = _codes(index, width, 64 * width**0.5)
     how: dict[str, Any] = {"dropout": 0.5 if drop else 0.0, "step": 2, "layer": 1}
 
     def draw(device: torch.device | None = None) -> Draw | None:
@@ -130,17 +135,17 @@ def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool =
 
     def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
         query, key, value = leaves.values()
-        places = offsets.to(query.device)
-        return {"out": attention(query, key, value, places, longest, draw=draw(query.device), backend=backend, **how)}
+        how_fast = {**how, "draw": draw(query.device), "backend": backend}
+        return {"out": attention(query, key, value, offsets.to(query.device), longest, **how_fast)}
 
     def plain(leaves: Values) -> dict[str, Tensor]:
         query, key, value = leaves.values()
         return {"out": reference.packed_attention(query, key, value, offsets, longest, draw=draw(), **how)}
 
-    return Trial({"query": query, "key": key, "value": value}, fast, plain, differentiable=train, exact=integers)
+    return Case({"query": query, "key": key, "value": value}, fast, plain, differentiable=train, exact=integers)
 
 
-def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -> Trial:
+def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -> Case:
     from lares_fast import ops
     from lares_fast.ops._catalog_calls import TIES
 
@@ -149,17 +154,17 @@ def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -
     target = 1 + torch.arange(rows) * 11 % (items - 1)
     leaves = {"hidden": _fill(integers, rows, width), "items": _fill(integers, items, width)}
     if integers:
-        # Every other target is among the items of the largest score.
+        # Every second target is among the items that have the largest score.
         index = torch.where(torch.arange(rows) % 2 == 1, target, torch.arange(items - rows, items))
         leaves = {"hidden": _codes(index, width, 64), "items": _codes(torch.arange(items), width, 64)}
     scale = 1.0 if integers else width**-0.5
 
     def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
-        place = target.to(leaves["hidden"].device)
+        targets = target.to(leaves["hidden"].device)
         how: dict[str, Any] = {"scale": scale, "skip_pad": True, "backend": backend}
-        found = {"logprob": ops.target_logprob(leaves["hidden"], leaves["items"], place, **how)}
+        found = {"logprob": ops.target_logprob(leaves["hidden"], leaves["items"], targets, **how)}
         for ties in TIES:
-            found |= named(ties, *ops.target_logprob_and_rank(leaves["hidden"], leaves["items"], place, ties=ties, **how))
+            found |= named(ties, *ops.target_logprob_and_rank(leaves["hidden"], leaves["items"], targets, ties=ties, **how))
         return found
 
     def plain(leaves: Values) -> dict[str, Tensor]:
@@ -170,10 +175,10 @@ def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -
         return found
 
     def named(ties: str, logprob: Tensor, rank: Tensor) -> dict[str, Tensor]:
-        # Ranks by scores that are not exact may differ.
+        # Ranks are compared on integers only: rounding may change the order of other scores.
         return {f"logprob with {ties} rank": logprob, **({f"{ties} rank": rank} if integers else {})}
 
-    return Trial(leaves, fast, plain, differentiable=train, exact=integers)
+    return Case(leaves, fast, plain, differentiable=train, exact=integers)
 
 
 def _recurrence(
@@ -186,8 +191,8 @@ def _recurrence(
     drop: bool = True,
     long: bool = False,
     train: bool = True,
-) -> Trial:
-    """``adapter`` may be ``none``: a block without ``pre``. A ``long`` sequence takes a tile of 128 rows."""
+) -> Case:
+    """Build the case of the recurrence. ``adapter="none"`` is a block without ``pre``; ``long`` needs a tile of 128 rows."""
     from lares_fast.ops import recurrence
     from lares_fast.reference.backbone import build_block
 
@@ -208,11 +213,10 @@ def _recurrence(
 
     def call(leaves: Values, function: Callable[..., Tensor], *, with_longest: bool, **more: Any) -> dict[str, Tensor]:
         h, *rest = leaves.values()
-        places = (offsets.to(h.device), depth.to(h.device))
         draw = Draw((5, 7), torch.arange(len(depth), device=h.device)) if drop else None
         more |= {"pre": rest.pop(0)} if joins else {}
         more |= {"longest": longest} if with_longest else {}
-        return {"out": function(h, places[0], rest, depth=places[1], draw=draw, **how, **more)}
+        return {"out": function(h, offsets.to(h.device), rest, depth=depth.to(h.device), draw=draw, **how, **more)}
 
     def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
         return call(leaves, recurrence, with_longest=True, backend=backend)
@@ -220,17 +224,17 @@ def _recurrence(
     def plain(leaves: Values) -> dict[str, Tensor]:
         return call(leaves, reference.recurrence, with_longest=False)
 
-    return Trial(leaves, fast, plain, differentiable=train)
+    return Case(leaves, fast, plain, differentiable=train)
 
 
 def _catalog() -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, Tensor]]:
-    """Integers, for ties: query and items, targets, and what is excluded."""
+    """Return queries and items of integers (which makes ties), targets, and exclusion lists."""
     leaves = {"query": _fill(True, 9, 32), "items": _fill(True, 300, 32)}
-    excluded = torch.arange(0, 10) * 2, torch.arange(18) * 13 % 300
-    return leaves, torch.arange(9) * 31, excluded
+    exclude = torch.arange(0, 10) * 2, torch.arange(18) * 13 % 300
+    return leaves, torch.arange(9) * 31, exclude
 
 
-def _topk(integers: bool) -> Trial:
+def _topk(integers: bool) -> Case:
     from lares_fast import ops
 
     leaves, _, exclude = _catalog()
@@ -244,26 +248,26 @@ def _topk(integers: bool) -> Trial:
         scores, ids = reference.topk(leaves["query"], leaves["items"], 40, exclude=exclude)
         return {"scores": scores, "ids": ids}
 
-    return Trial(leaves, fast, plain, differentiable=False, exact=True)
+    return Case(leaves, fast, plain, differentiable=False, exact=True)
 
 
-def _target_rank(integers: bool) -> Trial:
+def _target_rank(integers: bool) -> Case:
     from lares_fast import ops
 
     leaves, target, exclude = _catalog()
 
     def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
-        place, *lists = (x.to(leaves["query"].device) for x in (target, *exclude))
-        rank = ops.target_rank(leaves["query"], leaves["items"], place, exclude=(lists[0], lists[1]), backend=backend)
+        targets, *lists = (x.to(leaves["query"].device) for x in (target, *exclude))
+        rank = ops.target_rank(leaves["query"], leaves["items"], targets, exclude=(lists[0], lists[1]), backend=backend)
         return {"rank": rank}
 
     def plain(leaves: Values) -> dict[str, Tensor]:
         return {"rank": reference.target_rank(leaves["query"], leaves["items"], target, exclude=exclude)}
 
-    return Trial(leaves, fast, plain, differentiable=False, exact=True)
+    return Case(leaves, fast, plain, differentiable=False, exact=True)
 
 
-_TRIALS: dict[str, Callable[..., Trial]] = {
+_CASES: dict[str, Callable[..., Case]] = {
     "attention": _attention,
     "linear_cross_entropy": _linear_cross_entropy,
     "recurrence": _recurrence,
@@ -273,13 +277,13 @@ _TRIALS: dict[str, Callable[..., Trial]] = {
 
 
 def shipped(op: str) -> list[dict[str, Any]]:
-    """The variants of the kernels of ``op`` that models of published sizes use, to answer and to train."""
+    """Return the variants of the kernels of ``op`` that models of published sizes use, in inference and in training."""
     if op == "attention":
         sizes = product((32, 64), (False, True), (False, True))
         return [{"width": width, "drop": drop, "short": False, "train": train} for width, drop, train in sizes]
     if op == "linear_cross_entropy":
         return [{"width": width, "train": train} for width, train in product((64, 128), (False, True))]
-    # The pre-block, and the core: its answer, its last states in training, those of every step.
+    # The pre-block and the core in inference; then in training, where the core returns its last states or those of every step.
     calls = [("none", "tokens", False), ("add", "last", False)]
     calls += [("none", "tokens", True), ("add", "last", True), ("add", "steps", True)]
     return [

@@ -1,8 +1,12 @@
-"""Steps of ``lares-fast gpu-day`` at the edges: a sanitizer's, forked children, graphs and their seeds, offsets beyond 2^31."""
+"""Checks of how a program may use a GPU: threads and streams, forked processes, CUDA graphs, torch.compile, a sanitizer."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
+import pickle
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -11,28 +15,56 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lares_fast import _native, ops, reference
-from lares_fast._random import Draw
-from lares_fast.config import LARESConfig
+from lares_fast import _native, ops
 from lares_fast.ops import _recurrence_triton, _triton
 from lares_fast.verify import cases
-from lares_fast.verify.comparison import device_of, equal, gpu_backends, kernels_of, passed, skipped, verdict
+from lares_fast.verify.comparison import device_of, gpu_backends, kernels_of, passed, same_bits, skipped, verdict
+from lares_fast.verify.gpu_large import recurrence_inputs
 
 Result = dict[str, Any]
-_HALF = torch.bfloat16
 
 
-def small(rehearse: bool, quick: bool) -> Result:
-    """Every kernel once: what a sanitizer watches."""
+def every_kernel(rehearse: bool, quick: bool) -> Result:
+    """Run every kernel once, on small inputs, for compute-sanitizer to watch."""
     with kernels_of(rehearse):
         for op, backend in gpu_backends(rehearse):
-            for dtype in (torch.float32,) if backend == "cuda" else (torch.float32, _HALF):
-                cases.trial(op, integers=False).results(backend, dtype, device_of(rehearse))
+            for dtype in (torch.float32,) if backend == "cuda" else (torch.float32, torch.bfloat16):
+                cases.case(op, integers=False).results(backend, dtype, device_of(rehearse))
     return passed()
 
 
-class _OnTheCPU(Dataset[Tensor]):
-    """What a worker may do: work on the CPU."""
+def streams(rehearse: bool, quick: bool) -> Result:
+    """Compare the results of threads, side streams and other GPUs, and copy a model."""
+    faults = []
+    lares = import_module("lares_fast")
+    model = lares.LARES(lares.LARESConfig(n_items=50, hidden_size=32, inner_size=32))
+    pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with kernels_of(rehearse):
+        case = cases.case("linear_cross_entropy", integers=False)
+        first = case.results("triton", torch.float32, device_of(rehearse))
+        found: list[cases.Results] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(case.results("triton", torch.float32, device_of(rehearse))))
+            for _ in range(1 if rehearse else 4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if len(found) != len(threads) or not all(same_bits(first, one) for one in found):
+            faults.append("threads got different results")
+        if not rehearse:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                if not same_bits(first, case.results("triton", torch.float32, "cuda")):
+                    faults.append("a side stream got a different result")
+            for number in range(1, torch.cuda.device_count()):
+                if not same_bits(first, case.results("triton", torch.float32, f"cuda:{number}")):
+                    faults.append(f"cuda:{number} got a different result")
+    return verdict(faults)
+
+
+class _ItemsOnTheCPU(Dataset[Tensor]):
+    """What a worker of a DataLoader may do: it works on the CPU."""
 
     def __len__(self) -> int:
         return 4
@@ -43,58 +75,59 @@ class _OnTheCPU(Dataset[Tensor]):
 
 
 def fork(rehearse: bool, quick: bool) -> Result:
-    """A forked child and the workers of a DataLoader leave the parent's GPU as it was."""
+    """Check that a forked child and the workers of a DataLoader do not disturb the parent's GPU."""
     faults = []
     with kernels_of(rehearse):
-        trial = cases.trial("linear_cross_entropy", integers=False)
-        first = trial.results("triton", torch.float32, device_of(rehearse))
+        case = cases.case("linear_cross_entropy", integers=False)
+        first = case.results("triton", torch.float32, device_of(rehearse))
         child = os.fork()
         if not child:
-            # Without what Python does at the end: nothing of the parent's is touched.
+            # Skip Python's clean-up, which would touch what belongs to the parent.
             os._exit(0)
         if os.waitpid(child, 0)[1]:
-            faults.append("a child that does nothing ended badly")
-        if not equal(first, trial.results("triton", torch.float32, device_of(rehearse))):
-            faults.append("after a fork the parent got another answer")
-        workers = DataLoader(_OnTheCPU(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+            faults.append("a forked child that does nothing ended with an error")
+        if not same_bits(first, case.results("triton", torch.float32, device_of(rehearse))):
+            faults.append("after a fork the parent got a different result")
+        workers = DataLoader(_ItemsOnTheCPU(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
         if [int(best) for best in workers] != [5, 0, 1, 2]:
-            faults.append("a worker got another answer on the CPU")
-        if not equal(first, trial.results("triton", torch.float32, device_of(rehearse))):
-            faults.append("after the workers the parent got another answer")
+            faults.append("a worker got a different result on the CPU")
+        if not same_bits(first, case.results("triton", torch.float32, device_of(rehearse))):
+            faults.append("after the workers ended the parent got a different result")
     return verdict(faults)
 
 
-def replays(rehearse: bool, quick: bool, op: str) -> Result:
-    """Dropout in a captured graph follows the seed on the device; a rehearsal calls where a GPU replays."""
+def graphs(rehearse: bool, quick: bool) -> Result:
+    """Check that a first launch during a graph capture raises, and that torch.compile takes the op as a whole."""
+    if rehearse:
+        return skipped("the CPU has no graph capture")
     faults = []
-    with kernels_of(rehearse):
-        call, seed = {"attention": _attention_by_seed, "recurrence": _recurrence_by_seed}[op](device_of(rehearse))
-        replay = call if rehearse else _captured(call)
-
-        def under(value: int, run: Callable[[], Tensor] = replay) -> Tensor:
-            seed.fill_(value)
-            return run()
-
-        first, again, other, back = (under(value) for value in (7, 7, 8, 7))
-        if not torch.equal(first, again) or not torch.equal(first, back):
-            faults.append("replays with one seed differ")
-        if torch.equal(first, other):
-            faults.append("a new seed gives the masks of the old")
-        if not torch.equal(other, under(8, call)):
-            faults.append("a replay with a new seed differs from a call")
+    hidden, items = torch.randn(40, 64, device="cuda"), torch.randn(500, 64, device="cuda")
+    target = torch.arange(40, device="cuda")
+    call = functools.partial(ops.target_logprob, items=items, target=target, backend="triton")
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            call(hidden)
+        faults.append("a first launch during a graph capture raised no error")
+    except RuntimeError as error:
+        if "before the graph capture" not in str(error):
+            faults.append(f"a first launch during a graph capture raised: {error}")
+    for mode in ("default", "reduce-overhead"):
+        compiled = torch.compile(lambda x: call(x) * 2, fullgraph=True, mode=mode)
+        if not torch.allclose(compiled(hidden), call(hidden) * 2):
+            faults.append(f"torch.compile in mode {mode} gave a different result")
     return verdict(faults)
 
 
-def capture(rehearse: bool, quick: bool, op: str) -> Result:
-    """A captured graph of the public op follows new inputs; a rehearsal calls where a GPU replays."""
+def graph_inputs(rehearse: bool, quick: bool, op: str) -> Result:
+    """Check that a captured graph of the public op follows new inputs. A rehearsal calls the op instead of a replay."""
     backend = "triton" if op in ("target_logprob", "attention", "recurrence") else "reference" if rehearse else "cuda"
-    if backend == "cuda" and not (said := _native.capability()).startswith("ok"):
-        return skipped(said)
+    if backend == "cuda" and not (capability := _native.capability()).startswith("ok"):
+        return skipped(capability)
     device, faults = device_of(rehearse), []
     given = torch.randn(40, 64).to(device)
     items, target = torch.randn(500, 64).to(device), torch.arange(40, device=device)
     offsets, heads = torch.tensor([0, 33, 40], device=device), given.view(40, 2, 32)
-    _, _, weights, n_heads = _recurrence(64, torch.float32, device, B=1)
+    _, _, weights, n_heads = recurrence_inputs(64, torch.float32, device, B=1)
     calls: dict[str, Callable[[], Tensor]] = {
         "target_logprob": lambda: ops.target_logprob(given, items, target, backend=backend),
         "attention": lambda: ops.attention(heads, heads, heads, offsets, 33, backend=backend),
@@ -113,8 +146,29 @@ def capture(rehearse: bool, quick: bool, op: str) -> Result:
     return verdict(faults)
 
 
+def graph_seeds(rehearse: bool, quick: bool, op: str) -> Result:
+    """Check that dropout in a captured graph follows the seed on the device. A rehearsal calls the op instead of a replay."""
+    faults = []
+    with kernels_of(rehearse):
+        call, seed = {"attention": _attention_by_seed, "recurrence": _recurrence_by_seed}[op](device_of(rehearse))
+        replay = call if rehearse else _captured(call)
+
+        def with_seed(value: int, run: Callable[[], Tensor] = replay) -> Tensor:
+            seed.fill_(value)
+            return run()
+
+        first, again, other, back = (with_seed(value) for value in (7, 7, 8, 7))
+        if not torch.equal(first, again) or not torch.equal(first, back):
+            faults.append("replays with one seed differ")
+        if torch.equal(first, other):
+            faults.append("a new seed gives the masks of the old seed")
+        if not torch.equal(other, with_seed(8, call)):
+            faults.append("a replay with a new seed differs from a call")
+    return verdict(faults)
+
+
 def _captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    # A capture refuses kernels that did not run yet.
+    # A kernel must run once before a capture.
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -128,7 +182,7 @@ def _captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def _attention_by_seed(device: str) -> tuple[Callable[[], Tensor], Tensor]:
-    """(output and gradients of attention, the seed that they read)."""
+    """Return a call of attention that gives its output and gradients, and the seed tensor that it reads."""
     query, key, value, grad = torch.randn(4, 40, 2, 32).to(device)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     offsets, rows = torch.tensor([0, 33, 40], device=device), torch.arange(2, device=device)
@@ -142,137 +196,19 @@ def _attention_by_seed(device: str) -> tuple[Callable[[], Tensor], Tensor]:
 
 
 def _recurrence_by_seed(device: str) -> tuple[Callable[[], Tensor], Tensor]:
-    """(output of the recurrence, the seed that it reads)."""
-    h, offsets, weights, n_heads = _recurrence(64, torch.float32, device, B=2)
+    """Return a call of the recurrence that gives its output, and the seed tensor that it reads."""
+    h, offsets, weights, n_heads = recurrence_inputs(64, torch.float32, device, B=2)
     rows = torch.arange(2, device=device)
     arguments = (h, h, offsets, None, rows, weights, 2, [0, 0], [0.5, 0.5], n_heads, "add", "tokens", 1e-12, 32)
     call = _recurrence_triton.kernel_call(import_module("lares_fast.ops.recurrence")._Call(*arguments))
     return lambda: _triton.kernels("recurrence").forward(call, len(h), 0)[0], call.seed
 
 
-def _recurrence(width: int, dtype: torch.dtype, device: str, B: int) -> tuple[Tensor, Tensor, list[Tensor], int]:
-    """(h, offsets, weights, heads) of ``B`` equal sequences of 32 tokens."""
-    config = LARESConfig(n_items=2, hidden_size=width, n_heads=2, inner_size=64, n_core_layers=1)
-    weights = [x.detach().to(device, dtype) for x in reference.Recurrence(config).parameters()]
-    h = torch.randn(32, width).to(device, dtype).repeat(B, 1)
-    return h, 32 * torch.arange(B + 1, device=device), weights, config.n_heads
-
-
-def _large(step: Callable[[str, int], list[str]], bytes_an_element: int, least: int) -> Callable[[bool, bool], Result]:
-    """A step on tensors of more than 2^31 elements; a rehearsal has ``least``."""
-
-    def run(rehearse: bool, quick: bool) -> Result:
-        elements = least if rehearse else 2**31 + 2**20
-        if not rehearse:
-            if quick:
-                return skipped("--quick has small shapes only")
-            need, free = elements * bytes_an_element, torch.cuda.mem_get_info()[0]
-            if free < need:
-                return skipped(f"it needs {need / 2**30:.0f} GiB of GPU memory, and {free / 2**30:.0f} GiB are free")
-        with kernels_of(rehearse):
-            return verdict(step(device_of(rehearse), elements), elements=elements)
-
-    return run
-
-
-def large_attention(device: str, elements: int) -> list[str]:
-    """Many equal sequences under equal masks: the last, far behind 2^31, is as one alone. Returns the faults."""
-    length, H, E = 64, 2, 128
-    one = [torch.randn(length, H, E).to(device, _HALF) for _ in range(4)]
-
-    def call(B: int) -> list[Tensor]:
-        query, key, value, grad = (x.repeat(B, 1, 1) for x in one)
-        leaves = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
-        draw = Draw((5, 7), torch.zeros(B, dtype=torch.int64, device=device))
-        offsets = length * torch.arange(B + 1, device=device)
-        out = ops.attention(*leaves, offsets, length, draw=draw, dropout=0.5, backend="triton")
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-    alone = call(1)
-    return _differ(("out", "d query", "d key", "d value"), [x[-length:] for x in call(-(-elements // (length * H * E)))], alone)
-
-
-def large_recurrence(device: str, elements: int) -> list[str]:
-    """As :func:`large_attention`; the states that are saved for the backward are what is large."""
-    width = 64
-    # Interpreted, a step takes seconds.
-    depth = 8 if elements > 2**31 else 1
-    one = torch.randn(4, width).to(device, _HALF)
-
-    def call(B: int) -> list[Tensor]:
-        torch.manual_seed(0)
-        h, offsets, weights, n_heads = _recurrence(width, _HALF, device, B)
-        draw = Draw((5, 7), torch.zeros(B, dtype=torch.int64, device=device))
-        how: dict[str, Any] = {"n_heads": n_heads, "draw": draw, "dropout": 0.5, "depth": depth, "longest": 32}
-        h.requires_grad_()
-        out = ops.recurrence(h, offsets, weights, pre=h.detach(), backend="triton", **how)
-        return [out.detach()[-2:], torch.autograd.grad(out, h, one.repeat(B // 4, 1))[0][-64:]]
-
-    # A tile has two sequences, whose places in it may differ in the last bit.
-    return _differ(("out", "d h"), call(-(-elements // (4 * 32 * width * depth)) * 4), call(4))
-
-
-def _differ(names: tuple[str, ...], found: list[Tensor], expected: list[Tensor]) -> list[str]:
-    return [
-        f"{name} behind 2^31 elements is another" for name, a, b in zip(names, found, expected, strict=True) if not a.equal(b)
-    ]
-
-
-def large_linear_cross_entropy(device: str, elements: int) -> list[str]:
-    """All rows of the table are 0 but the last: the log-probabilities and gradients are known."""
-    D, scale = 64, 0.125
-    N = -(-elements // D)
-    hidden = torch.randn(2, D).to(device, _HALF).requires_grad_()
-    items = torch.zeros(N, D, dtype=_HALF, device=device)
-    items[-1] = hidden[0].detach()
-    items.requires_grad_()
-    out = ops.target_logprob(hidden, items, torch.tensor([N - 1, 0], device=device), scale=scale, backend="triton")
-    d_hidden, d_items = torch.autograd.grad(out, (hidden, items), out.new_tensor([1.0, 2.0]))
-    h, last = hidden.detach().double(), items[-1].detach().double()
-    score = scale * (h @ last)
-    lse = torch.log(N - 1 + score.exp())
-    p = torch.exp(score - lse)
-    miss = torch.stack((1 - p[0], -2 * p[1]))
-    zero = torch.stack((-torch.exp(-lse[0]), 2 - 2 * torch.exp(-lse[1])))
-    wanted = {
-        "log-probability": (out, torch.stack((score[0] - lse[0], -lse[1]))),
-        "d hidden": (d_hidden, scale * miss[:, None] * last),
-        "d items, last": (d_items[-1], scale * miss @ h),
-        "d items, first": (d_items[0], scale * zero @ h),
-    }
-    bound = 2.0**-6
-    errors = {name: (found.double() - want).abs().max() / want.abs().max() for name, (found, want) in wanted.items()}
-    return [f"{name}: relative error {error:.3g}" for name, error in errors.items() if not error <= bound]
-
-
-def _large_catalog(rehearse: bool, quick: bool) -> Result:
-    """The CUDA kernels, which nothing interprets here."""
-    said = _native.capability()
-    if rehearse or not said.startswith("ok"):
-        return skipped("there is no interpreter of the CUDA kernels: the tests emulate them" if rehearse else said)
-    return _large(large_catalog, 6, 0)(rehearse, quick)
-
-
-def large_catalog(device: str, elements: int, backend: str = "cuda") -> list[str]:
-    """All items score 0 but the last, which is one query's best and the other's worst."""
-    D = 64
-    N = -(-elements // D)
-    query = torch.ones(2, D, device=device)
-    query[1] = -1
-    items = torch.zeros(N, D, device=device)
-    items[-1] = 1
-    _, ids = ops.topk(query, items, 3, backend=backend)
-    target = torch.tensor([N - 1, N - 1], device=device)
-    rank = ops.target_rank(query, items, target, backend=backend)
-    wanted = {"topk": (ids.tolist(), [[N - 1, 0, 1], [0, 1, 2]]), "target_rank": (rank.tolist(), [0, N - 1])}
-    return [f"{name}: {found} instead of {want}" for name, (found, want) in wanted.items() if found != want]
-
-
-LARGE: dict[str, Callable[..., Result]] = {
-    "large_attention": _large(large_attention, 22, 2**15),
-    "large_linear_cross_entropy": _large(large_linear_cross_entropy, 7, 2**13),
-    "large_recurrence": _large(large_recurrence, 12, 2**14),
-    "large_catalog": _large_catalog,
+CHECKS: dict[str, Callable[..., Result]] = {
+    "every_kernel": every_kernel,
+    "streams": streams,
+    "fork": fork,
+    "graphs": graphs,
+    "graph_inputs": graph_inputs,
+    "graph_seeds": graph_seeds,
 }
-
-STEPS: dict[str, Callable[..., Result]] = {"small": small, "fork": fork, "replays": replays, "capture": capture, **LARGE}

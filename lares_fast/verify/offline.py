@@ -1,4 +1,4 @@
-"""Checks of Triton kernels that need no GPU: interpret them, and compile them for GPUs that need not be here."""
+"""Checks of Triton kernels that need no GPU: interpret them, and compile them for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from typing import Any
 
 from lares_fast.ops import _triton
 from lares_fast.verify import cases
-from lares_fast.verify.comparison import DTYPES, by_the_law, faults_of, interpreted, passed
+from lares_fast.verify.comparison import DTYPES, compare_case, faults_of, interpreted, passed
 
 
 def interpret(ops: list[str], dtypes: list[str]) -> dict[str, Any]:
-    """Each op's Triton kernels by Triton's interpreter, held to the law."""
+    """Run the Triton kernels of each op in Triton's interpreter, and check them against the tolerances."""
     found = {}
     with interpreted():
         for op in ops:
             for dtype in dtypes:
-                found[f"{op} {dtype}"] = faults_of(*by_the_law(op, "triton", DTYPES[dtype]))
+                found[f"{op} {dtype}"] = faults_of(*compare_case(op, "triton", DTYPES[dtype]))
     return passed(found=found)
 
 
 def compile_for(ops: list[str], dtypes: list[str], architectures: list[int], shipped: bool = False) -> dict[str, Any]:
-    """Each op's Triton kernels compiled for GPUs that need not be here, as their launches would compile them."""
+    """Compile the Triton kernels of each op for ``architectures``, as a launch on such a GPU would compile them.
+
+    With ``shipped``, compile the variants that models of published sizes use.
+    """
     offline = import_module("lares_fast.kernels._offline")
     found: dict[str, dict[int, int]] = {}
     for op in ops:
@@ -29,6 +32,6 @@ def compile_for(ops: list[str], dtypes: list[str], architectures: list[int], shi
             for architecture in architectures:
                 with _triton.anywhere(), offline.compiling(architecture) as compiled:
                     for variant in cases.shipped(op) if shipped else [{}]:
-                        cases.trial(op, integers=False, **variant).results("triton", DTYPES[dtype])
+                        cases.case(op, integers=False, **variant).results("triton", DTYPES[dtype])
                 found.setdefault(f"{op} {dtype}", {})[architecture] = len(compiled)
     return passed(found=found)

@@ -1,6 +1,6 @@
-"""Steps that need a process of their own: Triton interprets or compiles per process, and a GPU beyond use ends its process.
+"""Run a check in a process of its own.
 
-``python -P -m lares_fast.verify NAME ARGUMENTS`` runs one and prints its result as a line of JSON.
+Triton interprets or compiles for a whole process, and an error that makes the GPU unusable ends its process.
 """
 
 from __future__ import annotations
@@ -18,39 +18,44 @@ from contextlib import contextmanager, suppress
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-# The processes that run now; and whether a signal has ended them.
+# The processes that run now, and whether a signal ended them.
 _running: set[subprocess.Popen[str]] = set()
 _stopped = threading.Event()
 
 
-def run_step(
+def run_check(
     name: str, *, seconds: float, environ: Mapping[str, str] | None = None, under: Sequence[str] = (), **arguments: Any
 ) -> dict[str, Any]:
-    """Run a step in a process of its own, by the command ``under``: its result, or how it failed, and how long it took."""
+    """Run the check ``name`` of ``python -m lares_fast.verify`` in a new process, and return its result.
+
+    ``under`` is a command that runs the process, such as compute-sanitizer. The result says how many seconds the process
+    took. If the process failed or took longer than ``seconds``, the result holds the end of its log.
+    """
     command = [*under, sys.executable, "-P", "-m", "lares_fast.verify", name, json.dumps(arguments)]
     began = time.monotonic()
-    # Files, because a pipe stays open as long as any child of the step holds it.
+    # Files, because a pipe stays open as long as any child of the process holds it.
     with TemporaryFile("w+") as out, TemporaryFile("w+") as log:
         code = run_command(command, seconds=seconds, environ=environ, out=out, log=log)
         took = round(time.monotonic() - began, 1)
         out.seek(0)
         log.seek(0)
-        said, complaint = out.read().splitlines(), log.read()[-2000:]
+        printed, complaint = out.read().splitlines(), log.read()[-2000:]
     if code is None:
-        return {"status": "hung", "seconds": took, "log": f"{_public(complaint)}\nnothing came within {seconds:g} s".lstrip()}
-    results = [line for line in said if line.startswith("{")]
+        text = f"{without_folders(complaint)}\nit did not finish within {seconds:g} s"
+        return {"status": "hung", "seconds": took, "log": text.lstrip()}
+    results = [line for line in printed if line.startswith("{")]
     if code or not results:
-        told = "\n".join(filter(None, [complaint.strip(), _sanitizer(said)]))
-        return {"status": "failed", "seconds": took, "log": _public(told) or f"it ended with code {code} and said nothing"}
+        text = without_folders("\n".join(filter(None, [complaint.strip(), sanitizer_summary(printed)])))
+        return {"status": "failed", "seconds": took, "log": text or f"it ended with exit code {code} and printed nothing"}
     return {"seconds": took, **json.loads(results[-1])}
 
 
 def run_command(
     command: Sequence[str], *, seconds: float, out: IO[str], log: IO[str], environ: Mapping[str, str] | None = None
 ) -> int | None:
-    """The exit code of ``command``, or None if it took longer.
+    """Run ``command`` and return its exit code, or ``None`` if it did not end within ``seconds``.
 
-    When it ends, so does every process that it has started: what is left would keep the GPU.
+    All processes that it started end with it, because a process that is left over would keep the GPU.
     """
     process = subprocess.Popen(
         command, env={**os.environ, **(environ or {})}, stdout=out, stderr=log, text=True, start_new_session=True
@@ -61,7 +66,7 @@ def run_command(
     except subprocess.TimeoutExpired:
         code = None
     finally:
-        _kill(process)
+        _kill_group(process)
         process.wait()
         _running.discard(process)
     if _stopped.is_set():
@@ -69,23 +74,22 @@ def run_command(
     return code
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    """Kill all of the group of the process."""
+def _kill_group(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
-def leaving_none_behind() -> Iterator[None]:
-    """At the end of the ``with`` block, also by Ctrl-C or SIGTERM, nothing runs that :func:`run_command` started in any thread.
+def leaving_no_processes() -> Iterator[None]:
+    """At the end of the ``with`` block, end every process that :func:`run_command` started in any thread.
 
-    For the main thread, which alone has signals.
+    Ctrl-C and SIGTERM end the block. Only the main thread can use this, because only it receives signals.
     """
 
     def end() -> None:
         _stopped.set()
         for process in list(_running):
-            _kill(process)
+            _kill_group(process)
 
     def stop(*_: object) -> None:
         end()
@@ -102,13 +106,13 @@ def leaving_none_behind() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _sanitizer(lines: Sequence[str]) -> str:
-    """What compute-sanitizer says first and last."""
+def sanitizer_summary(lines: Sequence[str]) -> str:
+    """Return the first lines and the last line of a report of compute-sanitizer."""
     kept = [line.strip("= \n") for line in lines if line.startswith("=========")]
     kept = [line for line in kept if line and not line.startswith("COMPUTE-SANITIZER")]
     return "; ".join([*kept[:2], *kept[2:][-1:]])
 
 
-def _public(text: str) -> str:
-    """A log for strangers' eyes: of paths, the names of the files alone."""
+def without_folders(text: str) -> str:
+    """Return ``text`` with every path cut to the name of its file, so that a report can be published."""
     return re.sub(r"/(?:[^\s/:\"']+/)+", ".../", text)

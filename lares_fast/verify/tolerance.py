@@ -1,14 +1,19 @@
-"""The one tolerance law of the project.
+"""The numerical tolerances of the project: one function decides whether a result is accurate enough.
 
-``truth`` is the reference in fp64 on inputs that were first rounded to the tested dtype; ``twin`` is the reference in the
-tested dtype. A result passes iff, tensor by tensor,
+Three results are compared, tensor by tensor:
+
+* ``result`` comes from the op and backend under test, in the tested dtype;
+* ``twin`` comes from the PyTorch reference in the tested dtype;
+* ``truth`` comes from the PyTorch reference in fp64, on inputs that were first rounded to the tested dtype.
+
+A result passes if and only if
 
     max|result - truth| <= FACTOR[kind] * max|twin - truth| + ROUNDING[dtype] * rms(truth)
     and max|result - truth| <= CEILING[dtype] * max(rms(truth), max|truth| / 16)
 
-so a bad twin cannot excuse a bad kernel. rms(truth) counts as at least a tenth of the rms over all tensors of the check,
-because some gradients are zero by construction (key biases) and come out as rounding of the others. Nothing anywhere
-loosens it.
+The ceiling keeps an inaccurate twin from excusing an inaccurate kernel. ``rms(truth)`` counts as at least a tenth of the rms
+over all tensors of the check, because some gradients are zero by construction (gradients of key biases) and their computed
+values are rounding errors of the other gradients. No caller can loosen these tolerances.
 """
 
 from __future__ import annotations
@@ -26,7 +31,11 @@ CEILING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one tensor: the largest errors of result and twin, what is allowed, and what is wrong or ``None``."""
+    """The comparison of one tensor.
+
+    ``error`` and ``twin_error`` are the largest absolute errors of the result and of the twin, and ``bound`` is the largest
+    error that passes. ``fault`` says what is wrong, or is ``None``.
+    """
 
     name: str
     error: float
@@ -36,7 +45,7 @@ class Verdict:
 
 
 def judge(kind: str, result: Mapping[str, Tensor], twin: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> list[Verdict]:
-    """A verdict on each tensor of ``result``; ``kind`` is forward or gradient."""
+    """Return a verdict on each tensor of ``result``. ``kind`` is ``forward`` or ``gradient``."""
     floor = torch.cat([x.double().flatten() for x in truth.values()]).square().mean().sqrt().item() / 10
     return [_verdict(name, kind, result[name], twin[name], truth[name], floor) for name in result]
 
@@ -60,6 +69,7 @@ def _verdict(name: str, kind: str, result: Tensor, twin: Tensor, truth: Tensor, 
     fault = None
     if error > bound or error > ceiling:
         fault = (
-            f"{name}: error {error:.3e} exceeds min(bound {bound:.3e}, ceiling {ceiling:.3e}); the twin's is {twin_error:.3e}"
+            f"{name}: error {error:.3e} exceeds min(bound {bound:.3e}, ceiling {ceiling:.3e}); "
+            f"the reference's error in this dtype is {twin_error:.3e}"
         )
     return Verdict(name, error, twin_error, min(bound, ceiling), fault)

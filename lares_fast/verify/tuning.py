@@ -1,6 +1,6 @@
-"""Launch configurations that ``lares-fast tune`` measured on this GPU, kept beside the canaries' verdicts by the same identity.
+"""Launch settings that ``lares-fast tune`` measured on this GPU, stored beside the results of self-tests under one identity.
 
-They are used only where one for a call's very sizes is there and is one that may be tried.
+A call uses them only if settings are stored for its exact sizes and are among those that may be tried.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lares_fast.verify import cache, canary
+from lares_fast.verify import cache, self_test
 
-# Of each op the kernels that are launched alike: those of the catalog must score a target with the same bits.
+_CACHE = "launch_settings"
+
+# The kernels of each op, in groups that share their launch settings. The catalog kernels are one group, because they must
+# compute a target's score with the same bits.
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "attention": (("attention_forward",), ("attention_backward_query",), ("attention_backward_key_value",)),
     "linear_cross_entropy": (("target_score", "softmax_forward", "softmax_backward_hidden", "softmax_backward_items"),),
@@ -27,14 +30,14 @@ KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
 }  # fmt: skip
 _WARPS, _STAGES = (1, 2, 4, 8), (1, 2, 3)
 
-# Device -> what is stored for it, by call.
+# Device -> the stored settings, by call.
 _known: dict[torch.device, dict[str, Any]] = {}
-# (op, choice) that goes before what is stored. Not a context variable: a backward may run in a thread of its own.
+# (op, choice) that replaces the stored settings. Not a context variable, because a backward may run in another thread.
 _forced: tuple[str, Any] | None = None
 
 
 def rows(op: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Rows that a tile of ``op`` may have."""
+    """Return the numbers of rows that a tile of ``op`` may have."""
     longest = sizes.get("longest", 64)
     if op == "recurrence":
         # A tile holds whole sequences.
@@ -43,14 +46,14 @@ def rows(op: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def launches(dtype: torch.dtype, capability: int) -> list[tuple[int, int]]:
-    """(warps, stages) that may be tried."""
-    # With four, products of half precision are tcgen05 on Blackwell, which Triton compiled wrongly in places.
-    sound = _WARPS[:2] if 100 <= capability < 120 and dtype != torch.float32 else _WARPS
-    return [(warps, stages) for warps in sound for stages in _STAGES]
+    """Return the pairs (warps, stages) that may be tried."""
+    # With four warps, Triton compiles half-precision products to tcgen05 on Blackwell, and some of that code is wrong.
+    warps_allowed = _WARPS[:2] if 100 <= capability < 120 and dtype != torch.float32 else _WARPS
+    return [(warps, stages) for warps in warps_allowed for stages in _STAGES]
 
 
 def find(op: str, tensor: Tensor, sizes: Mapping[str, int]) -> Any:
-    """The choice for a call, or ``None`` to launch as shipped."""
+    """Return the settings for a call, or ``None`` for the shipped ones."""
     if _forced is not None and _forced[0] == op:
         return _forced[1]
     known = of_device(tensor.device)
@@ -59,13 +62,13 @@ def find(op: str, tensor: Tensor, sizes: Mapping[str, int]) -> Any:
 
 
 def call_key(op: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str:
-    """The name of a call."""
+    """Return the key of a call, such as ``attention float32 longest=50 width=32``."""
     return " ".join([op, str(dtype).removeprefix("torch."), *(f"{name}={value}" for name, value in sorted(sizes.items()))])
 
 
 @contextmanager
 def forced(op: str, choice: Any) -> Iterator[None]:
-    """Launch the kernels of ``op`` as ``choice`` says, whatever is stored."""
+    """Within the ``with`` block, launch the kernels of ``op`` with ``choice`` instead of the stored settings."""
     global _forced
     before, _forced = _forced, (op, choice)
     try:
@@ -75,43 +78,42 @@ def forced(op: str, choice: Any) -> Iterator[None]:
 
 
 def of_device(device: torch.device) -> dict[str, Any]:
-    """All that is stored for ``device``, by call."""
+    """Return all settings that are stored for ``device``, by call."""
     if device not in _known:
-        _known[device] = _read(device) if cache.folder("tuned").is_dir() and _is_gpu(device) else {}
+        _known[device] = _read(device) if cache.folder(_CACHE).is_dir() and _is_gpu(device) else {}
     return _known[device]
 
 
 def keep(device: torch.device, found: Mapping[str, Any]) -> None:
-    """Store ``found`` (call -> choice as plain values) beside what is there. Raises OSError."""
-    about = canary.identity(device)
+    """Store ``found`` (call -> settings as plain values) beside the settings of other calls. Raises OSError."""
     calls = {**_read(device), **found}
-    cache.write("tuned", about, {"calls": calls})
+    cache.write(_CACHE, self_test.identity(device), {"calls": calls})
     _known.clear()
 
 
 def clear() -> bool:
-    """Remove what is stored for every GPU; whether anything was."""
+    """Remove the stored settings of every GPU, and return whether there were any."""
     _known.clear()
-    there = cache.folder("tuned").is_dir()
-    if there:
-        shutil.rmtree(cache.folder("tuned"))
-    return there
+    stored = cache.folder(_CACHE).is_dir()
+    if stored:
+        shutil.rmtree(cache.folder(_CACHE))
+    return stored
 
 
 def note(op: str, tensor: Tensor) -> str | None:
-    """What ``explain`` says beside a backend that uses stored choices, or ``None``."""
+    """Return what ``explain`` adds to a backend that uses stored settings, or ``None``."""
     sizes = [key.partition(" ")[2] for key in of_device(tensor.device) if key.split()[0] == op]
-    return f"launched as lares-fast tune found best for {'; '.join(sizes)}" if sizes else None
+    return f"with launch settings from lares-fast tune for {'; '.join(sizes)}" if sizes else None
 
 
 def _read(device: torch.device) -> dict[str, Any]:
-    stored = cache.read("tuned", canary.identity(device)) or {}
+    stored = cache.read(_CACHE, self_test.identity(device)) or {}
     calls = stored.get("calls")
     return calls if isinstance(calls, dict) else {}
 
 
 def _choice(op: str, tensor: Tensor, sizes: Mapping[str, int], stored: Any) -> Any:
-    """``stored`` if it may be tried for this call, else ``None``."""
+    """Return ``stored`` as launch settings if this call may use them, else ``None``."""
     allowed = launches(tensor.dtype, capability(tensor.device))
     names = {name for group in KERNELS[op] for name in group}
     try:
@@ -126,7 +128,7 @@ def _choice(op: str, tensor: Tensor, sizes: Mapping[str, int], stored: Any) -> A
 
 
 def capability(device: torch.device) -> int:
-    """80 for 8.0."""
+    """Return the compute capability as an integer, such as 80 for 8.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

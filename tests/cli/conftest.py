@@ -1,12 +1,14 @@
-"""A small log file, a run trained on it, and the command line called in this process."""
+"""Fixtures: a small log file, runs trained on small logs, and a call of the command line in this process."""
 
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lares_fast.cli import main
+from tests.support.command_line import events, write_csv
 
 SMALL = [
     *("--config", "tiny"),
@@ -17,7 +19,7 @@ SMALL = [
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Threads that wait for each other on a busy machine would make these tests many times slower."""
+    """Use one thread. On a busy machine, threads that wait for each other make these tests many times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +33,7 @@ def small_settings():
 
 @pytest.fixture(scope="session")
 def log_file(tmp_path_factory):
-    """80 users u1.. with 4 to 9 of 40 items i1.. each, and one user too short to keep."""
+    """A log of 80 users u1.. with 4 to 20 of 40 items i1.. each, and of one user with too few items to keep."""
     draw = random.Random(0)
     path = tmp_path_factory.mktemp("log") / "shop.txt"
     items = [f"i{n}" for n in range(1, 41)]
@@ -48,9 +50,32 @@ def trained(tmp_path_factory, log_file):
     return out
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, small_settings):
+    """Name -> (run folder, log file): a run on integer ids, one on string ids, and one with a temporal split."""
+    folder = tmp_path_factory.mktemp("identity")
+    found = {}
+    for name, ids, more in (
+        ("integers", int, []),
+        ("texts", lambda number: f"n{number}", []),
+        ("temporal", int, ["--set", "data.split=temporal"]),
+    ):
+        log = write_csv(folder / f"{name}.csv", events(ids))
+        arguments = ["train", *small_settings, "--data", str(log), "--phase", "spt", "--out", str(folder / name), *more]
+        assert main(arguments) == 0
+        found[name] = (folder / name, log)
+    return found
+
+
+@pytest.fixture
+def damaged(trained, tmp_path):
+    """A copy of a finished run, for a test to damage."""
+    return shutil.copytree(trained, tmp_path / "damaged")
+
+
 @pytest.fixture
 def cli(capsys, monkeypatch, tmp_path):
-    """Call the command line in an empty folder; the result has ``code``, ``out`` and ``err``."""
+    """Call the command line in an empty folder. The result has ``code``, ``out``, ``err`` and the names ``written``."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

@@ -1,57 +1,16 @@
+"""What each command prints and writes."""
+
 import csv
 import json
-import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
-import lares_fast
 from lares_fast import ops
 from lares_fast.cli import settings
-from lares_fast.train.checkpoint import load_state
-
-
-def is_one_sentence(err):
-    lines = err.strip().splitlines()
-    return len(lines) == 1 and lines[0].startswith("lares-fast: error: ") and "Traceback" not in err
-
-
-def results_of(text, heading):
-    """{row name: {column: text}} of the table under ``heading``."""
-    lines = text[text.index(heading) :].splitlines()
-    columns = lines[0][len(heading) :].split()
-    rows = {}
-    for line in lines[2:]:
-        if not line.strip():
-            break
-        cells = line.split()
-        rows[" ".join(cells[: -len(columns)])] = dict(zip(columns, cells[-len(columns) :], strict=True))
-    return rows
-
-
-def metrics_csv(run):
-    with (run / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def python(*arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lares_fast.__file__).parents[1])},
-        **options,
-    )
-
-
-# What a run leaves and says
+from tests.support.command_line import is_one_sentence, metrics_csv, python, refused, results_of
 
 
 def test_a_run_leaves_its_files(trained):
@@ -70,10 +29,11 @@ def test_train_without_data_says_that_it_makes_some(cli, small_settings):
     made = ["--set", "data.synthetic_users=60", "--set", "data.synthetic_items=40"]
     result = cli("train", *small_settings, *made, "--phase", "spt")
     assert result.code == 0 and result.err == ""
-    assert "no log is named with --data: a synthetic one is made" in result.out and "is synthetic" in result.out
+    assert "no --data was given, so a synthetic log is made" in result.out and "is synthetic" in result.out
     assert "best possible" in results_of(result.out, "history not masked")
     assert "saved    runs/synthetic-tiny-seed2025" in result.out and "next     lares-fast recommend" in result.out
-    assert "SPT epoch 1  loss" in result.out and "valid R@10" in result.out  # plain lines, no bars
+    # Plain lines, because the output is no terminal.
+    assert "SPT epoch 1  loss" in result.out and "valid R@10" in result.out
     again = cli("train", *small_settings, *made)
     assert again.code == 2 and is_one_sentence(again.err) and "--resume runs/synthetic-tiny-seed2025" in again.err
 
@@ -151,7 +111,7 @@ def test_recommend_to_a_user_leaves_out_what_they_had(cli, trained, log_file):
 def test_recommend_drops_and_counts_unknown_items(cli, trained):
     Path("people.csv").write_text("user_id,item_id,timestamp\nhistory,i1,1\nhistory,nothing,2\nhistory,i2,3\n")
     result = cli("recommend", "--run", trained, "--input", "people.csv", "--k", "3")
-    assert result.code == 0 and "1 events with items that the run does not know were left out" in result.err
+    assert result.code == 0 and "left out 1 event with items that the run does not know" in result.err
     assert cli("recommend", "--run", trained, "--history", "i1,i2", "--k", "3").out == result.out
 
 
@@ -161,7 +121,7 @@ def test_recommend_to_a_file(cli, trained, tmp_path, ending):
     output = tmp_path / f"answers.{ending}"
     result = cli("recommend", "--run", trained, "--input", tmp_path / "people.csv", "--k", "4", "--output", output)
     assert result.code == 0 and "2 users" in result.out
-    assert "1 events with items" in result.err and "1 users have no known item" in result.err
+    assert "left out 1 event with items" in result.err and "recommended nothing to 1 user without known items" in result.err
     rows = list(csv.DictReader(output.open())) if ending == "csv" else pyarrow.parquet.read_table(output).to_pylist()
     assert [(str(row["user"]), int(row["rank"])) for row in rows] == [(user, n) for user in "79" for n in range(1, 5)]
     one = cli("recommend", "--run", trained, "--history", "i1,i2", "--k", "4")
@@ -177,7 +137,7 @@ def test_demo_shows_a_table_plots_and_three_recommendations(cli):
     assert result.code == 0 and result.err == ""
     for name in ("popularity", "Markov chain", "best possible", "LARES rpt T=1"):
         assert name in results_of(result.out, "history not masked")
-    assert result.out.count("    next ") == 3 and "curves.png" in result.out and "synthetic" in result.out
+    assert result.out.count("    recommended ") == 3 and "curves.png" in result.out and "synthetic" in result.out
 
 
 def test_demo_replaces_nothing_but_a_demo(cli, trained, tmp_path):
@@ -199,6 +159,12 @@ def test_doctor(cli):
     assert json.loads(report.out)["extras"]["train"]["rich"] is True
 
 
+def test_doctor_in_a_process_of_its_own():
+    """There, no other test has imported the ops."""
+    out, err = python("-m", "lares_fast", "doctor").communicate(timeout=60)
+    assert "\ntopk, fp32 on cpu\n" in out, err
+
+
 def test_no_command_shows_the_commands(cli):
     result = cli()
     assert result.code == 0 and "doctor" in result.out and result.err == ""
@@ -208,126 +174,24 @@ def test_help_and_version(cli):
     assert cli("--help").code == 0 and cli("train", "--help").code == 0 and cli("--version").code == 0
 
 
-# Bad input: one sentence, exit code 2, nothing written
-
-BAD_LOGS = {
-    "empty": ("", "is empty"),
-    "malformed": ("1 5 6 7\n2 5 x 7\n", "line 2"),
-    "zero": ("1 5 6 7\n2 5 0 7\n", "line 2: item id '0' is not greater than 0"),
-    "negative": ("1 5 6 7\n2 5 -3 7\n", "line 2: item id '-3' is not greater than 0"),
-    "short": ("1 5 6\n2 5 6\n", "no user has 3 events"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_LOGS)
-def test_bad_logs(cli, tmp_path, kind):
-    text, expected = BAD_LOGS[kind]
-    path = tmp_path / "log.txt"
-    path.write_text(text)
-    result = cli("train", "--config", "tiny", "--data", path)
-    assert result.code == 2 and is_one_sentence(result.err) and result.written == []
-    assert expected in result.err and "log.txt" in result.err
+def test_changed_settings_are_shown(cli, runs, tmp_path):
+    copy = shutil.copytree(runs["integers"][0], tmp_path / "copy")
+    result = cli("train", "--resume", copy, "--phase", "spt", "--set", "spt.lr=0.5", "--set", "evaluation.depth_ratios=[1]")
+    assert result.code == 0
+    assert "changed  setting spt.lr: 0.001 -> 0.5" in result.out
+    assert "changed  setting evaluation.depth_ratios: [1.0, 2.0] -> [1.0]" in result.out
+    again = cli("train", "--resume", copy, "--phase", "spt")
+    assert "changed  " not in again.out
+    assert refused(cli("train", "--resume", copy, "--set", "evaluation.noise_seed=9"), "evaluation.noise_seed", "resume with")
 
 
-def test_unknown_columns(cli, tmp_path):
-    (tmp_path / "log.csv").write_text("who,what,when\n1,2,3\n")
-    result = cli("train", "--config", "tiny", "--data", tmp_path / "log.csv")
-    assert result.code == 2 and is_one_sentence(result.err) and result.written == []
-    assert "log.csv has no column 'user_id'" in result.err and "--set data.user=NAME" in result.err
+@pytest.mark.parametrize(("asked", "shown"), [("reference", "plain PyTorch (LARES_FAST_BACKEND=reference)"), ("auto", "")])
+def test_the_header_tells_what_computes(monkeypatch, asked, shown):
+    from lares_fast.cli.train import header
 
-
-def test_columns_by_name_and_without_time(cli, tmp_path, small_settings):
-    lines = [f"{user},{item}" for user in range(1, 31) for item in range(user, user + 6)]
-    (tmp_path / "log.csv").write_text("\n".join(["who,what", *lines]))
-    names = ["--set", "data.user=who", "--set", "data.item=what", "--set", "data.time=none"]
-    result = cli("train", *small_settings, *names, "--data", tmp_path / "log.csv", "--phase", "spt")
-    assert result.code == 0 and "30 users" in result.out
-
-
-BAD_ARGUMENTS = {
-    "missing log": (["train", "--data", "nowhere.txt"], "nowhere.txt"),
-    "missing config": (["train", "--config", "nowhere.yaml"], "--config nowhere.yaml"),
-    "unknown key": (["train", "--set", "spt.learning_rate=1"], "no setting 'spt.learning_rate'; the nearest name is 'spt."),
-    "heads": (["train", "--set", "model.n_heads=5"], "model.hidden_size must be a multiple of n_heads"),
-    "rpt.k beyond the items": (["train", "--set", "data.synthetic_items=40", "--set", "rpt.k=41"], "rpt.k"),
-    "phase": (["train", "--phase", "three"], "--phase"),
-    "rpt of nothing": (["train", "--phase", "rpt"], "--phase rpt"),
-    "resume of nothing": (["train", "--resume", "nowhere"], "nowhere"),
-    "unknown argument": (["train", "--epochs", "3"], "--epochs"),
-    "unknown command": (["fit"], "fit"),
-    "run of nothing": (["eval", "--run", "nowhere"], "nowhere"),
-    "recommend from nothing": (["recommend", "--run", "nowhere", "--history", "i1"], "nowhere"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_ARGUMENTS)
-def test_bad_arguments(cli, kind):
-    arguments, expected = BAD_ARGUMENTS[kind]
-    result = cli(*arguments)
-    assert result.code == 2 and is_one_sentence(result.err) and expected in result.err and result.written == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--history", "i1", "--k", "41"], "--k must be in 1..40"),
-        (["--history", "i1", "--k", "0"], "--k must be in 1..40"),
-        (["--history", "i1", "--steps", "0"], "--steps"),
-        (["--history", "other,things"], "holds no item"),
-        (["--user", "nobody"], "--user nobody is not in shop.txt"),
-        (["--input", "nowhere.csv"], "nowhere.csv"),
-        (["--history", "i1", "--output", "answers.xlsx"], "answers.xlsx must end in .csv or .parquet"),
-        (["--history", "i1", "--user", "u1"], "not allowed with"),
-    ],
-)
-def test_bad_requests_for_recommendations(cli, trained, arguments, expected):
-    result = cli("recommend", "--run", trained, *arguments)
-    assert result.code == 2 and is_one_sentence(result.err) and expected in result.err
-    assert result.written == [] and result.out == ""
-
-
-@pytest.fixture
-def damaged(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "damaged")
-
-
-@pytest.mark.parametrize("how", ["truncated", "foreign"])
-@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "item_ids.json"])
-def test_damaged_files_of_a_run(cli, damaged, name, how):
-    path = damaged / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if how == "truncated" else b'{"some": "thing else"}')
-    before = {path.name: path.read_bytes() for path in damaged.iterdir()}
-    arguments = ["train", "--resume", damaged] if name == "state.pt" else ["recommend", "--run", damaged, "--history", "i1"]
-    result = cli(*arguments)
-    assert result.code == 2 and is_one_sentence(result.err) and name in result.err
-    assert {path.name: path.read_bytes() for path in damaged.iterdir()} == before
-
-
-def test_eval_on_another_log(cli, trained, tmp_path):
-    (tmp_path / "other.txt").write_text("a x y z\nb x y w\n")
-    result = cli("eval", "--run", trained, "--data", tmp_path / "other.txt")
-    assert result.code == 2 and is_one_sentence(result.err) and "other.txt has other items" in result.err
-
-
-def test_resume_with_another_model(cli, trained):
-    result = cli("train", "--resume", trained, "--set", "model.hidden_size=32")
-    assert result.code == 2 and is_one_sentence(result.err) and "another model" in result.err
-    assert "hidden_size: 16" in (trained / "config.yaml").read_text()
-
-
-@pytest.mark.parametrize(
-    ("module", "arguments", "hint"),
-    [
-        ("jsonargparse", ["train"], 'pip install "lares_fast[train]"'),
-        ("tensorboard", ["train", "--tensorboard"], 'pip install "lares_fast[tb]"'),
-        ("yaml", ["demo"], 'pip install "lares_fast[train]"'),
-    ],
-)
-def test_a_missing_extra_is_a_hint_in_one_line(cli, monkeypatch, module, arguments, hint):
-    monkeypatch.setitem(sys.modules, module, None)
-    settings._parser.cache_clear()
-    result = cli(*arguments)
-    assert result.code == 2 and is_one_sentence(result.err) and hint in result.err and result.written == []
+    monkeypatch.setenv("LARES_FAST_BACKEND", asked)
+    backend = header(1).splitlines()[1]
+    assert shown in backend and ("native CPU code" in backend) <= (asked == "auto")
 
 
 def test_the_command_line_starts_light():
@@ -337,39 +201,3 @@ def test_the_command_line_starts_light():
     )
     out, err = python("-c", code).communicate(timeout=60)
     assert out.endswith("set()\n"), err
-
-
-# Interruptions and a full disk
-
-
-def test_sigterm_saves_and_says_how_to_resume(cli, small_settings, log_file, tmp_path):
-    out = tmp_path / "cut"
-    endless = ["--set", "spt.epochs=100000", "--set", "spt.patience=100000"]
-    running = python("-m", "lares_fast", "train", *small_settings, *endless, "--data", log_file, "--out", out)
-    for line in running.stdout:
-        if line.startswith("SPT epoch 2 "):
-            running.send_signal(signal.SIGTERM)
-            break
-    _, err = running.communicate(timeout=60)
-    assert running.returncode == 130, err
-    assert f"stopped and saved: resume with lares-fast train --resume {out}" in err and "Traceback" not in err
-    assert load_state(out / "state.pt")["epoch"] >= 1
-    resumed = cli("train", "--resume", out, "--set", "spt.epochs=2")
-    assert resumed.code == 0 and "LARES rpt T=2" in results_of(resumed.out, "history masked")
-    epochs = [row["epoch"] for row in metrics_csv(out) if (row["phase"], row["split"]) == ("spt", "valid")]
-    assert len(epochs) == len(set(epochs)) * 2  # masked and not; no epoch was done twice
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(damaged):
-    state = damaged / "state.pt"
-    before, room = state.read_bytes(), state.stat().st_size // 2
-
-    def little_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-
-    running = python("-m", "lares_fast", "train", "--resume", damaged, "--set", "rpt.epochs=2", preexec_fn=little_room)
-    _, err = running.communicate(timeout=60)
-    assert running.returncode == 2 and is_one_sentence(err), err
-    assert "state.pt could not be written" in err
-    assert state.read_bytes() == before and load_state(state)["phase"] == "rpt"
-    assert not list(damaged.glob(".*"))

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from lares_fast.cli import gpu_day, main
+from lares_fast.cli import main
 from lares_fast.ops import _triton
-from lares_fast.verify import canary, cases, gpu_plan, process
+from lares_fast.verify import cases, gpu_plan, gpu_report, gpu_run, process, self_test
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -34,13 +34,13 @@ def test_report(capsys):
 
 
 def test_report_tells_a_wrong_result(capsys, monkeypatch):
-    right = cases.Trial.results
+    right = cases.Case.results
 
     def wrong(self, *rest):
         results = right(self, *rest)
         return cases.Results({name: x * 1.01 for name, x in results.forward.items()}, results.exact, results.gradients)
 
-    monkeypatch.setattr(cases.Trial, "results", wrong)
+    monkeypatch.setattr(cases.Case, "results", wrong)
     code, rows = rows_of(capsys, "--op", "attention", "--dtype", "float32")
     assert code == 1
     assert rows[0]["verdict"].startswith("fail: out: error")
@@ -60,7 +60,7 @@ def test_a_proof_that_fails_is_no_pass(capsys, monkeypatch):
 
     answers = {"interpret": {"status": "passed", "found": {"attention float32": ["out: error 1"]}},
                "compile_for": {"status": "failed", "log": "Traceback\nPTXASError: no"}}  # fmt: skip
-    monkeypatch.setattr(report, "run_step", lambda name, **_: answers[name])
+    monkeypatch.setattr(report, "run_check", lambda name, **_: answers[name])
     code, rows = rows_of(capsys, "--op", "attention", "--dtype", "float32", "--prove")
     assert code == 1
     assert rows[-1]["verdict"] == "interpreted: fail (out: error 1); compiled: fail (PTXASError: no); not run on a GPU"
@@ -92,7 +92,7 @@ def test_warmup_tries_every_shipped_variant(capsys, monkeypatch):
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
     asked = []
     monkeypatch.setattr(
-        canary, "refusal", lambda op, *_, **variant: asked.append(op) or ("it is wrong" if len(asked) == 2 else None)
+        self_test, "refusal", lambda op, *_, **variant: asked.append(op) or ("it is wrong" if len(asked) == 2 else None)
     )
     arguments = warmup.Namespace(op=["attention"], dtype=["float32"], architectures=None)
     assert warmup.command(arguments) == 1
@@ -102,10 +102,10 @@ def test_warmup_tries_every_shipped_variant(capsys, monkeypatch):
 
 
 def test_a_step_that_ends_badly_is_told():
-    result = process.run_step("interpret", seconds=60, ops=["nothing"], dtypes=["float32"])
+    result = process.run_check("interpret", seconds=60, ops=["nothing"], dtypes=["float32"])
     assert result["status"] == "failed"
     assert "KeyError" in result["log"]
-    assert process.run_step("alone", seconds=0.05, rehearse=True, quick=True)["status"] == "hung"
+    assert process.run_check("matmul", seconds=0.05, rehearse=True, quick=True)["status"] == "hung"
 
 
 def planned(*names):
@@ -115,12 +115,12 @@ def planned(*names):
 
 @pytest.fixture
 def day(tmp_path):
-    """``day(names)`` runs these steps and gives the report."""
+    """``day(*names)`` runs these steps and returns the report."""
 
     def run(*names, **how):
-        report = gpu_day.Report(tmp_path / "report.json", names)
-        gpu_day.run(planned(*names), report, rehearse=False, seconds=9, **how)
-        assert json.loads(report.place.read_text()) == report.found
+        report = gpu_report.Report(tmp_path / "report.json", names)
+        gpu_run.run_steps(planned(*names), report, gpu_run.Limits(9, **how), rehearse=False)
+        assert json.loads(report.path.read_text()) == report.found
         return report.found
 
     return run
@@ -136,27 +136,27 @@ def test_steps_go_on_after_a_failure_and_its_cure_is_the_diagnosis(day, monkeypa
     def answer(name, *, environ, **arguments):
         asked.append((name, *(switch for switch in ("DISABLE_MMA_V3", "DISABLE_MMA_V5") if switch in environ)))
         bad = arguments.get("op") == "attention" and not environ.get("DISABLE_MMA_V3")
-        facts = {"gpus": [{"major": 9}]} if name == "record" else {"faults": ["out is off"]} if bad else {}
+        facts = {"gpus": [{"major": 9}]} if name == "machine" else {"faults": ["out is off"]} if bad else {}
         return {"status": "failed" if bad else "passed", "seconds": 1, **facts}
 
-    monkeypatch.setattr(gpu_day, "run_step", answer)
-    found = day("record", WRONG, "boundaries", jobs=jobs)
+    monkeypatch.setattr(gpu_run, "run_check", answer)
+    found = day("machine", WRONG, "boundaries", jobs=jobs)
     assert found["boundaries"]["status"] == "passed"
     assert ("correctness", "DISABLE_MMA_V3") in asked
-    # Of Blackwell.
+    # This option concerns Blackwell only.
     assert not any("DISABLE_MMA_V5" in one for one in asked)
-    assert f"| {WRONG} | failed | 1 | out is off (passes without WGMMA) |" in gpu_day.table(found)
+    assert f"| {WRONG} | failed | 1 | out is off (passes without WGMMA) |" in gpu_report.table(found)
 
 
-@pytest.mark.parametrize("broken", ["record", "alone"])
+@pytest.mark.parametrize("broken", ["machine", "matmul"])
 def test_nothing_is_asked_of_a_broken_machine(day, monkeypatch, broken):
     def answer(name, **_):
         return {"status": "failed" if name == broken else "passed", "seconds": 1, "log": "no driver"}
 
-    monkeypatch.setattr(gpu_day, "run_step", answer)
-    found = day("record", "alone", "hello")
+    monkeypatch.setattr(gpu_run, "run_check", answer)
+    found = day("machine", "matmul", "first_kernel")
     assert found[broken]["status"] == "failed"
-    assert found["hello"] == {"status": "not reached"}
+    assert found["first_kernel"] == {"status": "not reached"}
 
 
 def test_steps_run_as_many_at_a_time_as_asked_but_those_of_a_lane_in_turn(day, monkeypatch):
@@ -172,8 +172,8 @@ def test_steps_run_as_many_at_a_time_as_asked_but_those_of_a_lane_in_turn(day, m
             running.remove(name)
         return {"status": "passed", "seconds": 0}
 
-    monkeypatch.setattr(gpu_day, "run_step", answer)
-    found = day("hello", "streams", "fork", "boundaries", "large_attention", "large_recurrence", "large_catalog", jobs=3)
+    monkeypatch.setattr(gpu_run, "run_check", answer)
+    found = day("first_kernel", "streams", "fork", "boundaries", "large_attention", "large_recurrence", "large_catalog", jobs=3)
     assert most == {"any": 3, "large": 1}
     assert {one["status"] for one in found.values()} == {"passed"}
 
@@ -181,28 +181,30 @@ def test_steps_run_as_many_at_a_time_as_asked_but_those_of_a_lane_in_turn(day, m
 def test_a_day_ends_with_1_unless_all_passed(tmp_path, monkeypatch, capsys):
     status = "failed"
     monkeypatch.setattr(
-        gpu_day, "run_step", lambda name, **_: {"status": status if name == "hello" else "passed", "seconds": 0}
+        gpu_run, "run_check", lambda name, **_: {"status": status if name == "first_kernel" else "passed", "seconds": 0}
     )
-    arguments = ["gpu-day", "--rehearse", "--out", str(tmp_path), "--only", "hello"]
+    arguments = ["gpu-day", "--rehearse", "--out", str(tmp_path), "--only", "first_kernel"]
     assert main(arguments) == 1
     (file,) = tmp_path.iterdir()
-    # The machine is told in every report.
+    # Every report describes the machine.
     assert {name: one["status"] for name, one in json.loads(file.read_text()).items()} == {
-        "record": "passed",
-        "hello": "failed",
+        "machine": "passed",
+        "first_kernel": "failed",
     }
     file.rename(tmp_path / "before.json")
     status = "passed"
     assert main([*arguments[:-1], "failed", str(tmp_path / "before.json")]) == 0
-    assert "| hello | passed |" in capsys.readouterr().out
-    for wrong in (["--only", "helo"], ["--jobs", "0"], ["--total", "-1"], ["--only", "failed", "nowhere"]):
+    assert "| first_kernel | passed |" in capsys.readouterr().out
+    for wrong in (["--only", "first_kernl"], ["--jobs", "0"], ["--total", "-1"]):
         assert main([*arguments[:4], *wrong]) == 2
         assert capsys.readouterr().err.startswith(f"lares-fast: error: {wrong[0]}")
+    assert main([*arguments[:4], "--only", "failed", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("lares-fast: error: nowhere is not a report of gpu-day")
 
 
 @pytest.mark.interpreted
 def test_a_rehearsal(tmp_path, capsys):
-    names = ("record", "alone", "hello", "boundaries", "graphs", "correctness:linear_cross_entropy")
+    names = ("machine", "matmul", "first_kernel", "boundaries", "graphs", "correctness:linear_cross_entropy")
     arguments = ["--jobs", "2", "--total", "600", "--only", *names]
     assert main(["gpu-day", "--rehearse", "--quick", "--out", str(tmp_path), *arguments]) == 0
     (file,) = tmp_path.iterdir()
@@ -210,8 +212,8 @@ def test_a_rehearsal(tmp_path, capsys):
     assert [found[name]["status"] for name in names[:5]] == ["passed"] * 4 + ["skipped"]
     right = found["correctness:linear_cross_entropy:triton:float32"]
     assert right["first_call_s"] > 0
-    assert {"logprob", "d items"} <= set(right["law"])
-    for one in right["law"].values():
+    assert {"logprob", "d items"} <= set(right["tensors"])
+    for one in right["tensors"].values():
         assert 0 < one["error"] <= one["bound"]
     assert "| graphs | skipped |" in capsys.readouterr().out
 
@@ -225,7 +227,7 @@ def test_a_rehearsal_finds_a_wrong_kernel(monkeypatch, tmp_path):
     triton_interpreter.plant(monkeypatch, tmp_path, ("_random", "_tiles", "attention"), *bug)
     result = gpu_checks.correctness(True, True, "attention", "triton", "float32", {})
     assert result["status"] == "failed"
-    assert any("canary" in fault for fault in result["faults"]) and any(": error " in fault for fault in result["faults"])
+    assert any("self-test" in fault for fault in result["faults"]) and any(": error " in fault for fault in result["faults"])
 
 
 @needs_no_gpu
@@ -257,7 +259,7 @@ def test_doctor_shows_every_op_and_only_extras_that_something_imports(capsys):
     assert main(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     shown = {name.partition(",")[0] for name in told["ops"] if name.endswith("on cpu")}
-    # The others are parts of these.
+    # The other ops are parts of these.
     assert shown == set(cases.ops()) <= set(_dispatch._TABLE)
     root = Path(__file__).parents[2]
     declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -266,6 +268,6 @@ def test_doctor_shows_every_op_and_only_extras_that_something_imports(capsys):
     sources = "".join(path.read_text() for folder in folders for path in (root / folder).rglob("*.py"))
     for extra, modules in doctor._EXTRAS.items():
         for module in modules:
-            # pytest finds its plugin by itself.
+            # pytest finds this plugin by itself.
             if module != "pytest_benchmark":
                 assert re.search(rf"(import |from |\(\"|\.){module}\b", sources), f"nothing imports {module} of [{extra}]"

@@ -10,7 +10,7 @@ from lares_fast.train import RunConfig
 
 
 def as_built(config):
-    """With the model's defaults written out."""
+    """Return ``config`` as a dictionary with all settings of the model."""
     model = LARESConfig(n_items=2, **config.model).to_dict()
     del model["n_items"]
     return {**config.to_dict(), "model": model}
@@ -53,10 +53,10 @@ def test_assignments_win_over_the_file_and_have_the_types_of_their_settings():
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
-        ("spt.lrr=3", "no setting 'spt.lrr'; the nearest name is 'spt.lr'"),
-        ("modle.dropout=3", "the nearest name is 'model.dropout'"),
-        ("lr=3", "no setting 'lr'; the nearest name is 'spt.lr'"),
-        ("model.n_items=5", "no setting 'model.n_items'"),
+        ("spt.lrr=3", "unknown setting 'spt.lrr'; did you mean 'spt.lr'?"),
+        ("modle.dropout=3", "did you mean 'model.dropout'?"),
+        ("lr=3", "unknown setting 'lr'; did you mean 'spt.lr'?"),
+        ("model.n_items=5", "unknown setting 'model.n_items'"),
         ("model.hidden_size=wide", "model.hidden_size must be an integer, but got 'wide'"),
         ("spt.max_steps=1.5", "spt.max_steps must be an integer or null, but got '1.5'"),
         ("spt.same_step=perhaps", "spt.same_step must be true or false"),
@@ -79,13 +79,13 @@ def test_bad_assignments_are_one_sentence_that_names_the_argument(assignment, ex
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("spt:\n  learning_rate: 1\n", "no setting 'spt.learning_rate'"),
-        ("epoch: 1\n", "no setting 'epoch'; the nearest name is"),
-        ("spt: fast\n", "spt must hold settings such as 'batch_size: ...', but holds 'fast'"),
+        ("spt:\n  learning_rate: 1\n", "unknown setting 'spt.learning_rate'"),
+        ("epoch: 1\n", "unknown setting 'epoch'; did you mean"),
+        ("spt: fast\n", "spt must hold settings such as 'batch_size: ...', but it holds 'fast'"),
         ("spt:\n  lr: fast\n", "spt.lr must be a number, but got 'fast'"),
         ("spt:\n  lr: [1\n", "line 3: not valid YAML"),
         ("- a\n", "must hold 'key: value' lines"),
-        ("", "must hold 'key: value' lines, but holds nothing"),
+        ("", "must hold 'key: value' lines, but it holds nothing"),
     ],
 )
 def test_bad_files_are_one_sentence_that_names_the_file(text, expected, tmp_path):
@@ -158,7 +158,7 @@ def test_the_settings_of_a_run_are_verified(tmp_path):
     settings.save(path, config)
     first, _, rest = path.read_text().partition("\n")
     assert first.startswith("# The sha256 of the lines below is ") and rest == settings.dump(config)
-    # Another system's line ends, and a file without the line, are the same settings.
+    # Line ends of another system and a missing first line do not change the settings.
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert settings.build(path) == config
     path.write_text(rest)

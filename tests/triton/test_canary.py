@@ -12,7 +12,7 @@ import torch
 from lares_fast import _dispatch, explain, ops
 from lares_fast._errors import BackendError
 from lares_fast.ops import _triton
-from lares_fast.verify import canary, cases
+from lares_fast.verify import cases, self_test
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -25,9 +25,9 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("LARES_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
     monkeypatch.setattr(_triton, "_is_gpu", lambda tensor: True)
-    monkeypatch.setattr(canary, "identity", lambda device: {"gpu": "none"})
-    monkeypatch.setattr(canary, "_known", {})
-    return tmp_path / "canary"
+    monkeypatch.setattr(self_test, "identity", lambda device: {"gpu": "none"})
+    monkeypatch.setattr(self_test, "_known", {})
+    return tmp_path / "self_test"
 
 
 def softmax():
@@ -44,9 +44,9 @@ def backend_of(call):
 @pytest.mark.parametrize("op", cases.ops())
 def test_the_reference_passes_every_trial(op, dtype, monkeypatch):
     """Of integers all backends have the same answer."""
-    fast = cases.Trial.results
-    monkeypatch.setattr(cases.Trial, "results", lambda self, backend, *rest: fast(self, "reference", *rest))
-    assert canary.try_out(op, CPU, dtype) is None
+    fast = cases.Case.results
+    monkeypatch.setattr(cases.Case, "results", lambda self, backend, *rest: fast(self, "reference", *rest))
+    assert self_test.run(op, CPU, dtype) is None
 
 
 @pytest.mark.interpreted
@@ -69,7 +69,7 @@ def test_the_kernels_pass(op, dtype, variant, monkeypatch):
     from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
-        assert canary.try_out(op, CPU, dtype, **variant) is None
+        assert self_test.run(op, CPU, dtype, **variant) is None
     assert memory.launches
 
 
@@ -105,7 +105,7 @@ def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
     op, *where = PLANTED[bug]
     triton_interpreter.plant(monkeypatch, tmp_path, FILES[op], *where)
     with triton_interpreter.interpreted(monkeypatch):
-        assert "its canary came out wrong on this GPU" in canary.try_out(op, CPU, torch.bfloat16)
+        assert "its self-test failed on this GPU" in self_test.run(op, CPU, torch.bfloat16)
 
 
 @pytest.mark.interpreted
@@ -123,12 +123,12 @@ def test_a_wrong_kernel_gives_way_and_a_right_one_is_tried_once(wrong, gpu, monk
         (stored,) = gpu.iterdir()
         assert bool(json.loads(stored.read_text())["fault"]) == wrong
         # Another process finds the verdict.
-        canary._known.clear()
+        self_test._known.clear()
         launches = memory.launches
-        assert ("its canary came out wrong" in explain("linear_cross_entropy", *softmax())) == wrong
+        assert ("its self-test failed" in explain("linear_cross_entropy", *softmax())) == wrong
         assert memory.launches == launches
         if wrong:
-            with pytest.raises(BackendError, match="its canary came out wrong on this GPU"):
+            with pytest.raises(BackendError, match="its self-test failed on this GPU"):
                 ops.target_logprob(*softmax(), backend="triton")
 
 
@@ -136,7 +136,7 @@ def failing(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(cases.Trial, "results", fail)
+    monkeypatch.setattr(cases.Case, "results", fail)
 
 
 def test_a_gpu_beyond_use_is_no_reason_for_another_backend(gpu, monkeypatch):
@@ -156,7 +156,7 @@ def test_kernels_that_do_not_fit_or_compile_give_way(gpu, monkeypatch):
         OSError("no space"),
         RuntimeError("Failed to find C compiler"),
     ):
-        canary._known.clear()
+        self_test._known.clear()
         failing(monkeypatch, error)
         assert backend_of(lambda: ops.target_logprob(*softmax())) != ["triton"]
         with pytest.raises(BackendError, match=f"cannot be compiled or loaded here .{type(error).__name__}"):
@@ -166,7 +166,7 @@ def test_kernels_that_do_not_fit_or_compile_give_way(gpu, monkeypatch):
 
 
 def test_no_canary_within_a_capture(gpu, monkeypatch):
-    monkeypatch.setattr(canary, "_capturing", lambda device: True)
+    monkeypatch.setattr(self_test, "_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="run lares-fast warmup"):
         ops.target_logprob(*softmax())
 
@@ -178,37 +178,37 @@ def test_two_answers_are_one_too_many(monkeypatch):
         truth = self.truth(dtype)
         return cases.Results({name: x * next(answers) for name, x in truth.forward.items()}, truth.exact, truth.gradients)
 
-    monkeypatch.setattr(cases.Trial, "results", results)
-    assert "two answers" in canary.try_out("attention", CPU, torch.float32)
+    monkeypatch.setattr(cases.Case, "results", results)
+    assert "different results" in self_test.run("attention", CPU, torch.float32)
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(gpu, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LARES_FAST_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(canary, "try_out", lambda *_, **__: "it is wrong")
-    assert canary.refusal("attention", CPU, torch.float32) == "it is wrong"
+    monkeypatch.setattr(self_test, "run", lambda *_, **__: "it is wrong")
+    assert self_test.refusal("attention", CPU, torch.float32) == "it is wrong"
 
 
 def test_a_damaged_verdict_is_made_again(gpu, monkeypatch):
-    monkeypatch.setattr(canary, "try_out", lambda *_, **__: None)
-    canary.refusal("attention", CPU, torch.float32)
+    monkeypatch.setattr(self_test, "run", lambda *_, **__: None)
+    self_test.refusal("attention", CPU, torch.float32)
     (stored,) = gpu.iterdir()
     stored.write_text("{")
-    canary._known.clear()
-    monkeypatch.setattr(canary, "try_out", lambda *_, **__: "it is wrong")
-    assert canary.refusal("attention", CPU, torch.float32) == "it is wrong"
+    self_test._known.clear()
+    monkeypatch.setattr(self_test, "run", lambda *_, **__: "it is wrong")
+    assert self_test.refusal("attention", CPU, torch.float32) == "it is wrong"
 
 
 def test_a_verdict_of_another_user_or_about_another_thing_is_made_again(gpu, monkeypatch):
-    monkeypatch.setattr(canary, "try_out", lambda *_, **__: None)
-    canary.refusal("attention", CPU, torch.float32)
+    monkeypatch.setattr(self_test, "run", lambda *_, **__: None)
+    self_test.refusal("attention", CPU, torch.float32)
     (stored,) = gpu.iterdir()
     right = stored.read_text()
-    monkeypatch.setattr(canary, "try_out", lambda *_, **__: "it is wrong")
+    monkeypatch.setattr(self_test, "run", lambda *_, **__: "it is wrong")
 
     def refused():
-        canary._known.clear()
-        return canary.refusal("attention", CPU, torch.float32)
+        self_test._known.clear()
+        return self_test.refusal("attention", CPU, torch.float32)
 
     assert refused() is None
     for damage in (right.replace('"none"', '"another"'), '{"fault": null}', "[" * 100_000, right.replace("null", "[]")):
@@ -222,14 +222,14 @@ def test_a_verdict_of_another_user_or_about_another_thing_is_made_again(gpu, mon
 
 
 def test_nothing_is_left_of_a_verdict_that_cannot_be_written(gpu, monkeypatch):
-    monkeypatch.setattr(canary, "try_out", lambda *_, **__: None)
+    monkeypatch.setattr(self_test, "run", lambda *_, **__: None)
 
     def full(value, file, **_):
         file.write("{")
         raise OSError("no space left")
 
-    monkeypatch.setattr(canary.cache.json, "dump", full)
-    assert canary.refusal("attention", CPU, torch.float32) is None
+    monkeypatch.setattr(self_test.cache.json, "dump", full)
+    assert self_test.refusal("attention", CPU, torch.float32) is None
     assert list(gpu.iterdir()) == []
 
 
@@ -259,11 +259,11 @@ def test_threads_wait_for_the_verdict_of_the_first(gpu, monkeypatch):
         tried.append(op)
         time.sleep(0.2)
         # A call of its own, which must not wait for itself.
-        assert canary.refusal("attention", CPU, torch.float32) is None
+        assert self_test.refusal("attention", CPU, torch.float32) is None
         return "it is wrong"
 
-    monkeypatch.setattr(canary, "try_out", slow)
-    answers = together(6, lambda: canary.refusal("attention", CPU, torch.float32))
+    monkeypatch.setattr(self_test, "run", slow)
+    answers = together(6, lambda: self_test.refusal("attention", CPU, torch.float32))
     assert answers == ["it is wrong"] * 6
     assert len(tried) == 1
 
@@ -276,17 +276,17 @@ def test_who_waited_tries_for_himself_where_the_first_one_failed(gpu, monkeypatc
         time.sleep(0.05)
         raise RuntimeError("an illegal memory access")
 
-    monkeypatch.setattr(canary, "try_out", fail)
-    assert together(3, lambda: canary.refusal("attention", CPU, torch.float32)) == ["an illegal memory access"] * 3
+    monkeypatch.setattr(self_test, "run", fail)
+    assert together(3, lambda: self_test.refusal("attention", CPU, torch.float32)) == ["an illegal memory access"] * 3
     assert len(tried) == 3
-    assert not canary._trying and not canary._own
+    assert not self_test._trying and not self_test._own
 
 
 def test_a_capture_does_not_wait_for_another_thread(gpu, monkeypatch):
-    monkeypatch.setattr(canary, "_capturing", lambda device: True)
-    monkeypatch.setattr(canary, "_trying", {("attention", CPU, torch.float32)})
-    with pytest.raises(RuntimeError, match="were not tried on this GPU before the graph capture"):
-        canary.refusal("attention", CPU, torch.float32)
+    monkeypatch.setattr(self_test, "_capturing", lambda device: True)
+    monkeypatch.setattr(self_test, "_trying", {("attention", CPU, torch.float32)})
+    with pytest.raises(RuntimeError, match="were not tested on this GPU before the graph capture"):
+        self_test.refusal("attention", CPU, torch.float32)
 
 
 def test_a_backward_of_a_canary_needs_no_other_thread(gpu, monkeypatch):
@@ -296,8 +296,8 @@ def test_a_backward_of_a_canary_needs_no_other_thread(gpu, monkeypatch):
     def note(*_, **__):
         seen.append(torch._C._is_multithreading_enabled())
 
-    monkeypatch.setattr(canary, "try_out", note)
-    canary.refusal("attention", CPU, torch.float32)
+    monkeypatch.setattr(self_test, "run", note)
+    self_test.refusal("attention", CPU, torch.float32)
     assert seen[-1] is False
 
 
@@ -355,12 +355,12 @@ def test_the_canary_of_an_answer_launches_no_backward(monkeypatch):
     )
     (answer, *_) = (v for v in cases.shipped("recurrence") if not v["train"])
     with triton_interpreter.interpreted(monkeypatch):
-        assert canary.try_out("recurrence", CPU, torch.float32, **answer) is None
+        assert self_test.run("recurrence", CPU, torch.float32, **answer) is None
     assert set(names) == {"recurrence_forward"}
 
 
 @pytest.mark.parametrize("variant", cases.shipped("recurrence"), ids=str)
 def test_the_reference_passes_every_shipped_trial(variant, monkeypatch):
-    fast = cases.Trial.results
-    monkeypatch.setattr(cases.Trial, "results", lambda self, backend, *rest: fast(self, "reference", *rest))
-    assert canary.try_out("recurrence", CPU, torch.float32, **variant) is None
+    fast = cases.Case.results
+    monkeypatch.setattr(cases.Case, "results", lambda self, backend, *rest: fast(self, "reference", *rest))
+    assert self_test.run("recurrence", CPU, torch.float32, **variant) is None

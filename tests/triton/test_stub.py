@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lares_fast.verify.process import run_step
+from lares_fast.verify.process import run_check
 
 pytestmark = pytest.mark.compiled
 HERE = Path(__file__).parent
@@ -59,7 +59,7 @@ import torch
 from lares_fast.ops import _triton
 from lares_fast.verify import cases
 with _triton.anywhere():
-    cases.trial("linear_cross_entropy", integers=False).results("triton", torch.bfloat16)
+    cases.case("linear_cross_entropy", integers=False).results("triton", torch.bfloat16)
 """
 
 
@@ -72,7 +72,7 @@ def test_what_was_compiled_elsewhere_is_not_compiled_again(stub, tmp_path):
 
     how = {"ops": ["linear_cross_entropy"], "dtypes": ["bfloat16"], "architectures": [80]}
     plain = {"TRITON_CACHE_DIR": environ["TRITON_CACHE_DIR"], "TRITON_INTERPRET": "0"}
-    assert run_step("compile_for", seconds=300, environ=plain, **how)["status"] == "passed"
+    assert run_check("compile_for", seconds=300, environ=plain, **how)["status"] == "passed"
     before = compiled()
     subprocess.run([sys.executable, "-P", "-c", TRIAL], env=environ, cwd=HERE, check=True)
     assert (tmp_path / "log").read_text()

@@ -7,10 +7,10 @@ import torch
 from lares_fast.kernels import _launch
 
 from lares_fast import explain, ops
-from lares_fast.cli import doctor, main, tune
+from lares_fast.cli import doctor, main
 from lares_fast.config import LARESConfig
 from lares_fast.ops import _triton
-from lares_fast.verify import canary, cases, comparison, tuning
+from lares_fast.verify import cases, comparison, launch_search, self_test, tuning
 
 CPU = torch.device("cpu")
 SIZES = {"width": 32, "longest": 50}
@@ -24,9 +24,9 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("LARES_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "_is_gpu", lambda device: True)
     monkeypatch.setattr(tuning, "capability", lambda device: 80)
-    monkeypatch.setattr(canary, "identity", lambda device: {"gpu": "none"})
+    monkeypatch.setattr(self_test, "identity", lambda device: {"gpu": "none"})
     monkeypatch.setattr(tuning, "_known", {})
-    return tmp_path / "tuned"
+    return tmp_path / "launch_settings"
 
 
 def found(sizes=SIZES, dtype=torch.float32, op="attention"):
@@ -82,7 +82,7 @@ def test_a_damaged_file_is_none(damage, gpu):
 
 def test_another_driver_has_another_file(gpu, monkeypatch):
     tuning.keep(CPU, {KEY: FOUND})
-    monkeypatch.setattr(canary, "identity", lambda device: {"gpu": "none", "driver": "newer"})
+    monkeypatch.setattr(self_test, "identity", lambda device: {"gpu": "none", "driver": "newer"})
     tuning._known.clear()
     assert found() is None
 
@@ -125,8 +125,8 @@ def test_a_choice_goes_before_what_is_shipped(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """The reference in the place of the kernels, whose choices are told to the clock."""
-    right = cases.Trial.results
-    monkeypatch.setattr(cases.Trial, "results", lambda self, backend, *rest: right(self, "reference", *rest))
+    right = cases.Case.results
+    monkeypatch.setattr(cases.Case, "results", lambda self, backend, *rest: right(self, "reference", *rest))
     monkeypatch.setattr(tuning, "capability", lambda device: 80)
 
 
@@ -138,9 +138,9 @@ def search(monkeypatch, clock):
         measured.append(choice)
         return clock(choice.rows, choice.kernels)
 
-    monkeypatch.setattr(tune, "milliseconds", milliseconds)
-    trial = cases.trial("attention", integers=False)
-    return tune.search("attention", torch.float32, CPU, SIZES, trial, lambda: None), measured
+    monkeypatch.setattr(launch_search, "milliseconds", milliseconds)
+    case = cases.case("attention", integers=False)
+    return launch_search.search("attention", torch.float32, CPU, SIZES, case, lambda: None, print), measured
 
 
 def test_the_fastest_is_found(calls, monkeypatch):
@@ -157,7 +157,7 @@ def test_the_fastest_is_found(calls, monkeypatch):
 
 
 def test_what_breaks_the_law_is_never_measured(calls, monkeypatch):
-    right = cases.Trial.results
+    right = cases.Case.results
 
     def results(self, backend, dtype, device):
         found = right(self, backend, dtype, device)
@@ -167,14 +167,14 @@ def test_what_breaks_the_law_is_never_measured(calls, monkeypatch):
         factor = 1.001 if rows == 64 else 1
         return cases.Results({name: x * factor for name, x in found.forward.items()}, found.exact, found.gradients)
 
-    monkeypatch.setattr(cases.Trial, "results", results)
+    monkeypatch.setattr(cases.Case, "results", results)
     (best, *_), measured = search(monkeypatch, lambda rows, kernels: {None: 10.0, 32: 9.0}.get(rows, 1.0))
     assert best == {"rows": 32, "kernels": {}}
     assert not {16, 64} & {choice.rows for choice in measured}
 
 
 def test_two_answers_are_never_measured(calls, monkeypatch):
-    right, noise = cases.Trial.results, iter(range(10**6))
+    right, noise = cases.Case.results, iter(range(10**6))
 
     def results(self, backend, dtype, device):
         found = right(self, backend, dtype, device)
@@ -182,20 +182,20 @@ def test_two_answers_are_never_measured(calls, monkeypatch):
             found.forward["out"].view(-1)[0] += 1e-7 * next(noise)
         return found
 
-    monkeypatch.setattr(cases.Trial, "results", results)
+    monkeypatch.setattr(cases.Case, "results", results)
     (best, *_), _ = search(monkeypatch, lambda rows, kernels: 1.0 if rows == 64 else 10.0)
     assert best == {}
 
 
 def test_errors_of_a_broken_gpu_are_raised(calls, monkeypatch):
-    right = cases.Trial.results
+    right = cases.Case.results
 
     def results(self, *rest):
         if tuning._forced[1].rows:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return right(self, *rest)
 
-    monkeypatch.setattr(cases.Trial, "results", results)
+    monkeypatch.setattr(cases.Case, "results", results)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         search(monkeypatch, lambda rows, kernels: 1.0)
 
@@ -208,7 +208,7 @@ def test_errors_of_a_broken_gpu_are_raised(calls, monkeypatch):
 def test_kernels_obey_the_law_in_tiles_that_are_not_shipped(op, rows, sizes):
     """The interpreter has no warps and stages."""
     with comparison.interpreted(), tuning.forced(op, _launch.Choice(rows)):
-        assert comparison.faults_of(*comparison.by_the_law(op, "triton", torch.float32, **sizes)) == []
+        assert comparison.faults_of(*comparison.compare_case(op, "triton", torch.float32, **sizes)) == []
 
 
 @pytest.mark.interpreted
@@ -222,18 +222,18 @@ def test_a_command_of_tuning(gpu, monkeypatch, capsys):
     def milliseconds(call):
         return next(measured, 20.0)
 
-    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    monkeypatch.setattr(launch_search, "milliseconds", milliseconds)
     # Interpreted, all candidates would take minutes.
-    monkeypatch.setattr(tune, "_fault", lambda *_: None)
+    monkeypatch.setattr(launch_search, "fault_of", lambda *_: None)
     model = LARESConfig(n_items=2, hidden_size=32, n_heads=1, max_len=3, inner_size=16)
-    said = tune.tune("linear_cross_entropy", torch.float32, CPU, model, 2)
+    said = launch_search.tune("linear_cross_entropy", torch.float32, CPU, model, 2, print)
     assert said == "1.25 times as fast (10 ms to 8 ms), stored"
     kernels = dict.fromkeys(tuning.KERNELS["linear_cross_entropy"][0], (4, 1))
     assert found({"width": 32}, op="linear_cross_entropy") == _launch.Choice(16, kernels)
-    said = tune.tune("recurrence", torch.float32, CPU, model, 2)
+    said = launch_search.tune("recurrence", torch.float32, CPU, model, 2, print)
     assert said == "not measured, because it takes widths of 64 and 128, and h has 32"
     query = torch.zeros(2, 32)
-    note = "would run, launched as lares-fast tune found best for float32 width=32"
+    note = "would run, with launch settings from lares-fast tune for float32 width=32"
     assert explain("linear_cross_entropy", query, query, torch.zeros(2, dtype=torch.int64)).splitlines()[1].endswith(note)
     with comparison.interpreted():
         ops.target_logprob(query, query, torch.zeros(2, dtype=torch.int64), backend="triton")
@@ -244,17 +244,17 @@ def test_what_is_found_is_told_and_cleared(gpu, monkeypatch, capsys):
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
     query = torch.zeros(50, 2, 32)
     call = (query, query, query, torch.tensor([0, 50]), 50)
-    assert "would run, launched as lares-fast tune found best for float32 longest=50 width=32" in explain("attention", *call)
+    assert "would run, with launch settings from lares-fast tune for float32 longest=50 width=32" in explain("attention", *call)
     monkeypatch.setattr(doctor, "_tuned_calls", lambda: sorted(tuning.of_device(CPU)))
     assert main(["doctor"]) == 0
     assert f"tuned        {KEY}" in capsys.readouterr().out
     assert main(["tune", "--clear"]) == 0
-    assert capsys.readouterr().out == "removed what was found\n"
+    assert capsys.readouterr().out == "removed the stored launch settings\n"
     assert found() is None
     assert "tune" not in explain("attention", *call)
     assert main(["tune", "--clear"]) == 0
-    assert capsys.readouterr().out == "nothing was found before\n"
+    assert capsys.readouterr().out == "no launch settings were stored\n"
 
 
 def test_the_kernels_of_every_op_are_known():
-    assert set(tuning.KERNELS) == set(comparison.ops_with_triton()) == set(tune._CALLS)
+    assert set(tuning.KERNELS) == set(comparison.ops_with_triton()) == set(launch_search._CALLS)

@@ -1,4 +1,4 @@
-"""The steps of ``lares-fast gpu-day`` at the edges: rehearsed by Triton's interpreter, and what they find wrong."""
+"""The checks of ``lares-fast gpu-day``, rehearsed in Triton's interpreter: they find planted bugs, and the sanitizer runs."""
 
 import os
 import sys
@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from lares_fast.cli import gpu_day
-from lares_fast.verify import gpu_edge_cases, gpu_plan
+from lares_fast.verify import gpu_edge_cases, gpu_large, gpu_plan, gpu_report, gpu_run
+from lares_fast.verify.__main__ import CHECKS
 
 FILES = ("_random", "_tiles", "attention", "linear_cross_entropy", "_layers", "recurrence", "_recurrence_backward")
 
@@ -17,13 +17,13 @@ def test_the_sanitizer_would_watch_every_kernel(monkeypatch):
     from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
-        assert gpu_edge_cases.small(rehearse=True, quick=True)["status"] == "passed"
+        assert gpu_edge_cases.every_kernel(rehearse=True, quick=True)["status"] == "passed"
     assert memory.launches
 
 
 PLANTED = {
     "a seed that is not read": (
-        "replays:attention", "_tiles", "keep_attention(tl.load(SEED),", "keep_attention(0 * tl.load(SEED),",
+        "graph_seeds:attention", "_tiles", "keep_attention(tl.load(SEED),", "keep_attention(0 * tl.load(SEED),",
     ),
     "a tile of items that is left out": (
         "large_linear_cross_entropy", "linear_cross_entropy", "triton.cdiv(N, run.keywords", "-1 + triton.cdiv(N, run.keywords",
@@ -44,10 +44,10 @@ def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
     triton_interpreter.plant(monkeypatch, tmp_path, FILES, *where)
     planned = gpu_plan.plan(rehearse=True, quick=False)[step]
     poisoned = torch.are_deterministic_algorithms_enabled()
-    # PyTorch then fills what torch.empty returns with NaN.
+    # PyTorch then fills the memory of torch.empty with NaN.
     torch.use_deterministic_algorithms(True)
     try:
-        result = gpu_edge_cases.STEPS[planned.call](**planned.arguments)
+        result = CHECKS[planned.check](**planned.arguments)
     finally:
         torch.use_deterministic_algorithms(poisoned)
     assert result["status"] == "failed", result
@@ -55,19 +55,19 @@ def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("last", [1.0, 0.0])
 def test_the_catalog_step_knows_the_answers(last, monkeypatch):
-    """On the backend that runs here; with another last row it must object."""
+    """The check passes on a backend that runs here, and fails if the last row is another one."""
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape, **how: last * ones(*shape, **how))
-    found = gpu_edge_cases.large_catalog("cpu", 64 * 40, backend="reference")
-    # Of queries of zeros all items score alike.
+    found = gpu_large.large_catalog("cpu", 64 * 40, backend="reference")
+    # For queries of zeros all items have the same score.
     assert [fault.split(":")[0] for fault in found] == ([] if last else ["topk", "target_rank"])
 
 
 def test_too_little_memory_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**31))
-    result = gpu_edge_cases.LARGE["large_attention"](False, False)
+    result = gpu_large.CHECKS["large_attention"](False, False)
     assert result == {"status": "skipped", "why": "it needs 44 GiB of GPU memory, and 1 GiB are free"}
-    assert gpu_edge_cases.LARGE["large_attention"](False, True)["why"] == "--quick has small shapes only"
+    assert gpu_large.CHECKS["large_attention"](False, True)["why"] == "--quick runs small shapes only"
 
 
 SANITIZER = """#!{python}
@@ -87,8 +87,8 @@ def sanitizer(folder, monkeypatch, said, code):
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     plan = gpu_plan.plan(rehearse=False, quick=False)
     tools = {name: step for name, step in plan.items() if name.startswith("sanitizer:")}
-    report = gpu_day.Report(folder / "report.json", tools)
-    gpu_day.run(tools, report, rehearse=False, seconds=60)
+    report = gpu_report.Report(folder / "report.json", tools)
+    gpu_run.run_steps(tools, report, gpu_run.Limits(60), rehearse=False)
     return report.found
 
 
@@ -98,7 +98,7 @@ def test_the_sanitizer_is_asked_for_each_kind_of_error(tmp_path, monkeypatch):
         f"sanitizer:{tool}": "passed" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
     }
     ran = (tmp_path / "memcheck").read_text()
-    assert "-m lares_fast.verify small" in ran
+    assert "-m lares_fast.verify every_kernel" in ran
     assert '"rehearse": false' in ran
 
 
@@ -117,13 +117,13 @@ def test_without_a_sanitizer_the_step_is_skipped(monkeypatch):
 
 def test_what_needs_a_driver_is_skipped_without_one(monkeypatch):
     monkeypatch.setattr(gpu_edge_cases._native, "capability", lambda: "no device")
-    assert gpu_edge_cases.capture(False, True, "topk") == {"status": "skipped", "why": "no device"}
+    assert gpu_edge_cases.graph_inputs(False, True, "topk") == {"status": "skipped", "why": "no device"}
 
 
 @pytest.mark.parametrize("op", ["topk", "target_rank"])
 def test_a_graph_that_does_not_follow_its_inputs_is_found(op, monkeypatch):
-    """What a rehearsal calls in a replay's place, held against a call of other inputs."""
-    assert gpu_edge_cases.capture(True, True, op)["status"] == "passed"
+    """The call that replaces a replay in a rehearsal is compared with a call on other inputs."""
+    assert gpu_edge_cases.graph_inputs(True, True, op)["status"] == "passed"
     real = getattr(gpu_edge_cases.ops, op)
     answers = []
 
@@ -133,4 +133,4 @@ def test_a_graph_that_does_not_follow_its_inputs_is_found(op, monkeypatch):
         return answers[0] if len(answers) == 1 else tuple(x + 1 for x in found) if op == "topk" else found + 1
 
     monkeypatch.setattr(gpu_edge_cases.ops, op, stale)
-    assert gpu_edge_cases.capture(True, True, op)["faults"] == ["replay 0 with new inputs differs from a call"]
+    assert gpu_edge_cases.graph_inputs(True, True, op)["faults"] == ["replay 0 with new inputs differs from a call"]

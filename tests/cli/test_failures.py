@@ -1,0 +1,133 @@
+"""Errors outside the input: interruptions, a full disk, a folder in use, missing memory, diverging runs, pipes, bugs."""
+
+import os
+import resource
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+import lares_fast
+from lares_fast.cli import settings
+from lares_fast.train import files
+from lares_fast.train.checkpoint import load_state
+from tests.support.command_line import is_one_sentence, metrics_csv, python, refused, results_of
+
+
+def test_a_folder_in_use_is_one_sentence(cli, runs, tmp_path, small_settings):
+    run, log = runs["integers"]
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with files.locked(copy):
+        assert refused(cli("train", "--resume", copy, "--set", "spt.lr=0.5"), "copy is in use")
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    # This holds for a new run too: the second run writes no settings into the folder of the first.
+    with files.locked(tmp_path / "new"):
+        train = ["train", *small_settings, "--data", log, "--phase", "spt", "--out", tmp_path / "new"]
+        assert refused(cli(*train), "new is in use")
+        assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    with files.locked(Path("runs/demo")):
+        assert refused(cli("demo"), "in use")
+
+
+def test_two_runs_at_once_make_one(runs, tmp_path, small_settings):
+    _, log = runs["integers"]
+    out = tmp_path / "both"
+    common = ["-m", "lares_fast", "train", *small_settings, "--data", log, "--phase", "spt", "--out", out]
+    processes = [python(*common, "--set", f"spt.lr={lr}") for lr in ("0.001", "0.01")]
+    results = [process.communicate(timeout=120) for process in processes]
+    codes = [process.returncode for process in processes]
+    # One process trains. The other one finds the folder in use, or a finished run.
+    assert sorted(codes) == [0, 2], results
+    (lr,) = {state for state in (load_state(out / "state.pt")["settings"]["spt.lr"],)}
+    assert lr == (0.001, 0.01)[codes.index(0)] == settings.build(out / "config.yaml").spt.lr
+    assert "Traceback" not in results[0][1] + results[1][1]
+
+
+def test_a_diverging_run_is_one_sentence(cli, runs, tmp_path, small_settings):
+    _, log = runs["integers"]
+    train = ["train", *small_settings, "--data", log, "--phase", "spt", "--out", "run", "--set", "spt.batch_size=100000"]
+    result = cli(*train, "--set", "spt.lr=1e30")
+    assert refused(result, "spt.lr") and "* best" not in result.out
+    assert not Path("run/model.safetensors").exists()
+    assert cli("train", "--resume", "run", "--phase", "spt", "--set", "spt.lr=0.001").code == 0
+    assert cli("recommend", "--run", "run", "--item", "5").code == 0
+
+
+@pytest.mark.parametrize("setting", ["model.hidden_size=20000000000", "model.inner_size=1000000000000000"])
+def test_memory_that_there_is_not_is_one_sentence(cli, runs, setting, small_settings):
+    _, log = runs["integers"]
+    assert refused(cli("train", *small_settings, "--data", log, "--out", "run", "--set", setting), "not enough memory")
+
+
+def test_other_errors_of_the_program_are_not_hidden(cli, runs, monkeypatch):
+    def bug(*_, **__):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(lares_fast.Recommender, "recommend", bug)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        cli("recommend", "--run", runs["integers"][0], "--item", "5")
+
+
+def test_a_fifo_is_no_file_of_a_run(cli, runs, tmp_path):
+    """A command must not wait for a process that would write into the pipe."""
+    copy = shutil.copytree(runs["integers"][0], tmp_path / "copy")
+    for name, command in (
+        ("item_ids.json", ["recommend", "--item", "5", "--run"]),
+        ("model.safetensors", ["recommend", "--item", "5", "--run"]),
+        ("config.yaml", ["eval", "--run"]),
+        ("state.pt", ["train", "--resume"]),
+    ):
+        kept = (copy / name).read_bytes()
+        (copy / name).unlink()
+        os.mkfifo(copy / name)
+        result = list[object]()
+        thread = threading.Thread(target=lambda r=result, words=(*command, copy): r.append(cli(*words)), daemon=True)
+        thread.start()
+        thread.join(20)
+        assert result and refused(result[0], str(copy))
+        (copy / name).unlink()
+        (copy / name).write_bytes(kept)
+    os.mkfifo(tmp_path / "fifo.yaml")
+    assert refused(cli("train", "--config", tmp_path / "fifo.yaml"), "fifo.yaml")
+
+
+def test_advice_names_the_command(cli):
+    assert refused(cli("train", "--epochs", "3"), "--epochs", "lares-fast train --help")
+    assert refused(cli("eval", "--epochs", "3"), "lares-fast eval --help")
+
+
+def test_sigterm_saves_and_says_how_to_resume(cli, small_settings, log_file, tmp_path):
+    out = tmp_path / "cut"
+    endless = ["--set", "spt.epochs=100000", "--set", "spt.patience=100000"]
+    running = python("-m", "lares_fast", "train", *small_settings, *endless, "--data", log_file, "--out", out)
+    for line in running.stdout:
+        if line.startswith("SPT epoch 2 "):
+            running.send_signal(signal.SIGTERM)
+            break
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130, err
+    assert f"stopped and saved; resume with: lares-fast train --resume {out}" in err and "Traceback" not in err
+    assert load_state(out / "state.pt")["epoch"] >= 1
+    resumed = cli("train", "--resume", out, "--set", "spt.epochs=2")
+    assert resumed.code == 0 and "LARES rpt T=2" in results_of(resumed.out, "history masked")
+    epochs = [row["epoch"] for row in metrics_csv(out) if (row["phase"], row["split"]) == ("spt", "valid")]
+    # Each epoch has two rows, for the history masked and not masked. No epoch was trained twice.
+    assert len(epochs) == len(set(epochs)) * 2
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(damaged):
+    state = damaged / "state.pt"
+    before, room = state.read_bytes(), state.stat().st_size // 2
+
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    running = python("-m", "lares_fast", "train", "--resume", damaged, "--set", "rpt.epochs=2", preexec_fn=little_room)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 2 and is_one_sentence(err), err
+    assert "state.pt could not be written" in err
+    assert state.read_bytes() == before and load_state(state)["phase"] == "rpt"
+    assert not list(damaged.glob(".*"))
