@@ -45,7 +45,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lares_fast"
 
 
-def wait_patiently() -> None:
+def set_passive_omp() -> None:
     """Have OpenMP threads sleep while they wait for each other, unless ``OMP_WAIT_POLICY`` says otherwise.
 
     Only before torch is imported. On a machine with other work, spinning makes small models ten times slower.

@@ -12,8 +12,8 @@ from lares_fast import _modules, _native, ops, reference
 from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
 from lares_fast._numbers import whole
-from lares_fast._random import SITE_INPUT, Draw, drop_threshold, dropped, keep_hidden, normal_of
-from lares_fast._transfer import sent
+from lares_fast._random import SITE_INPUT, Draw, apply_dropout, drop_threshold, keep_hidden, normal_of
+from lares_fast._transfer import to_device
 from lares_fast.config import LARESConfig
 from lares_fast.ops._catalog_checks import check_exclude, checked_exclude
 from lares_fast.reference.linear_cross_entropy import PAD
@@ -87,7 +87,7 @@ class LARES(reference.LARES):
             pre = self._before(items, offsets, masks)
         output = "steps" if every_step else "last"
         return self._steps(
-            self.recurrence, sent(state, pre.device).to(pre), offsets, masks, pre=pre, depth=depth, output=output
+            self.recurrence, to_device(state, pre.device).to(pre), offsets, masks, pre=pre, depth=depth, output=output
         )
 
     def _padded_because(self) -> str | None:
@@ -115,7 +115,7 @@ class LARES(reference.LARES):
 
     def _input(self, items: Tensor, sequence: Tensor, position: Tensor, draw: Draw | None) -> Tensor:
         """What the pre-block reads, [P, D]."""
-        x = self.input_norm(self.item_embedding(items) + self.position_embedding(sent(position, items.device)))
+        x = self.input_norm(self.item_embedding(items) + self.position_embedding(to_device(position, items.device)))
         if items.device.type != "cpu":
             # A PAD within a sequence is refused on the CPU; elsewhere the check would wait, so the answer is NaN.
             x = x.masked_fill((items == PAD)[:, None], torch.nan)
@@ -129,13 +129,13 @@ class LARES(reference.LARES):
         else:
             length = int(position.max()) + 1
             keep = keep_hidden(draw.key, threshold, **address, rows=draw.rows, length=length)[sequence, position]
-        return dropped(x, sent(keep, x.device), threshold)
+        return apply_dropout(x, to_device(keep, x.device), threshold)
 
     def _steps(self, block: nn.Module, h: Tensor, offsets: Tensor, draw: Draw | None, **arguments: Any) -> Tensor:
         config = self.config
         return ops.recurrence(
             h,
-            sent(offsets, h.device),
+            to_device(offsets, h.device),
             # A parameter that two layers share comes twice.
             [parameter for _, parameter in block.named_parameters(remove_duplicate=False)],
             n_heads=config.n_heads,

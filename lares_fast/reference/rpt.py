@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
-from lares_fast._transfer import sent
+from lares_fast._transfer import to_device
 from lares_fast.reference.model import LARES
 from lares_fast.reference.spt import Pass, Sequences
 
@@ -72,7 +72,7 @@ def rpt_loss(
     earlier = torch.ones_like(member).index_fill(0, last, 0).nonzero().squeeze(1)
     order = torch.cat((earlier, last))
     owner, steps = member[order], depth[member[order]]
-    order, owner, steps = (sent(x, target.device) for x in (order, owner, steps))
+    order, owner, steps = (to_device(x, target.device) for x in (order, owner, steps))
     wanted = target.repeat(len(num_steps))[owner]
     count = len(earlier)
 

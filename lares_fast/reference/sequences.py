@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lares_fast._transfer import sent
+from lares_fast._transfer import to_device
 
 
 def pack(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """``(rows [P, ...], offsets [B + 1])`` of ``padded`` [B, L, ...] with ``lengths`` [B] int64, on the CPU or where it is."""
     offsets = F.pad(lengths.cumsum(0), (1, 0))
-    sequence, position = (sent(place, padded.device) for place in places(offsets))
+    sequence, position = (to_device(place, padded.device) for place in places(offsets))
     return padded[sequence, position], offsets
 
 
@@ -39,7 +39,7 @@ def rectangle(states: Tensor, depth: Tensor) -> Tensor:
     if len(states) == len(depth) * len(steps):
         return states.unflatten(0, (len(depth), len(steps)))
     first = depth.cumsum(0) - depth
-    return states[sent(first[:, None] + steps.minimum(depth[:, None] - 1), states.device)]
+    return states[to_device(first[:, None] + steps.minimum(depth[:, None] - 1), states.device)]
 
 
 def places(offsets: Tensor) -> tuple[Tensor, Tensor]:
