@@ -8,7 +8,7 @@ from benchmarks import cases
 from benchmarks.baseline_official import OfficialLARES
 from benchmarks.packed_model import PackedLARES
 from lares_fast import LARESConfig
-from lares_fast.reference.sequences import pack
+from lares_fast.sequences import Sequences
 
 B, L, T = 256, 50, 4
 
@@ -24,7 +24,7 @@ def test_encode(compare, kind):
         for build in (OfficialLARES, lambda c: PackedLARES(c, sdpa=False), lambda c: PackedLARES(c, sdpa=True))
     )
     padded = cases.sequences(kind, B, L)
-    packed = pack(*padded)
+    packed = Sequences.from_padded(*padded)
     state = ours.initial_state(ours._default_draw(B), L)
     compiled = torch.compile(eager.encode)
     candidates = {

@@ -12,7 +12,7 @@ from lares_fast import LARESConfig, _dispatch, _native, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
 from lares_fast.data import leave_one_out, make_batch, synthetic_log
-from lares_fast.reference.sequences import pack
+from lares_fast.sequences import Sequences
 from tests.support import oracle
 
 needs_native = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
@@ -203,7 +203,7 @@ def test_trajectories_are_passes_on_their_own(kind, dropout, B=24):
     model = next(model for model in twins(dropout=dropout) if type(model) is kind)
     depth, rows = torch.stack((torch.full((B,), 3), torch.arange(B) % 4 + 1)), torch.arange(2 * B)
     states = model.trajectories(*batch(), depth, draw=Draw((1, 2), rows)).split(depth.sum(1).tolist())
-    packed = model.trajectories(*pack(*batch()), depth, draw=Draw((1, 2), rows))
+    packed = model.trajectories(*Sequences.from_padded(*batch()), depth, draw=Draw((1, 2), rows))
     torch.testing.assert_close(packed, torch.cat(states))
     for g, (found, part) in enumerate(zip(states, rows.split(B), strict=True)):
         alone = model.encode(*batch(), num_steps=depth[g], draw=Draw((1, 2), part), return_all_steps=True)

@@ -12,7 +12,7 @@ import lares_fast
 from lares_fast import LARESConfig, reference
 from lares_fast._random import Draw
 from lares_fast.reference.recurrence import ConcatAdapter
-from lares_fast.reference.sequences import pack
+from lares_fast.sequences import Sequences
 
 N, L = 30, 6
 
@@ -133,7 +133,7 @@ def test_what_modules_do_is_done(name, training):
         said = lares_fast.accelerate(fast)
         assert "encode: as before, because " in said
         assert_alike(answers(fast, training), answers(slow, training))
-        assert_alike(answers(fast, training, lambda: pack(*sequences())), answers(slow, training))
+        assert_alike(answers(fast, training, lambda: Sequences.from_padded(*sequences())), answers(slow, training))
     plain = answers(built(nothing))[0]
     assert (answers(slow)[0] - plain).abs().max() > 1e-3, "the change does nothing, so nothing was compared"
 

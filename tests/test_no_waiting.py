@@ -10,9 +10,10 @@ from lares_fast import LARES, _cuda, _dispatch, _native, ops, reference
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
 from lares_fast.ops import _triton
-from lares_fast.reference.sequences import pack
+from lares_fast.sequences import Sequences
 from tests.support.fake_device import DEVICE, Elsewhere, sent
 
+OPS = [name for name in ops.__all__ if name not in ("CatalogIndex", "backend", "explain")]
 P, B, N, D, H = 9, 3, 70, 32, 2
 LENGTHS = [4, 0, 5]
 
@@ -81,7 +82,7 @@ KERNELS = {name: "triton" if name in DIFFERENTIABLE else "cuda" for name in CALL
 
 
 def test_every_op_is_watched():
-    assert {name for name in ops.__all__ if name not in ("CatalogIndex", "backend")} <= set(CALLS)
+    assert set(OPS) <= set(CALLS)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -136,7 +137,7 @@ def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, laun
     lengths, rows = torch.tensor([4, 1, 6]), torch.arange(B)
     items, sizes = torch.arange(18).view(B, 6) % N, lengths
     if packed:
-        items, sizes = pack(items, lengths)
+        items, sizes = Sequences.from_padded(items, lengths)
     depth = torch.tensor([3, 1, 2]) if each else 3
     passes = tuple(reference.Pass(depth, Draw((1, i), rows)) for i in range(3))
     with Elsewhere():
@@ -156,7 +157,7 @@ def test_a_step_of_the_second_phase_waits_for_nothing(reward, scores, each, laun
     monkeypatch.setattr(_native, "available", lambda: (False, "its loader is a stand-in here"))
     config = LARESConfig(n_items=N, hidden_size=64, n_heads=H, inner_size=64, max_len=6, dropout=0.2, similarity="cos", tau=0.1)
     model, frozen = (moved(LARES(config, backend="triton")) for _ in range(2))
-    items, lengths = pack(torch.arange(1, 19).view(B, 6), torch.tensor([4, 1, 6]))
+    items, lengths = Sequences.from_padded(torch.arange(1, 19).view(B, 6), torch.tensor([4, 1, 6]))
     depth = torch.tensor([[3, 1, 2], [1, 2, 2]] if each else [[3] * B, [2] * B])
     group = reference.Pass(depth, Draw((1, 2), torch.arange(2 * B)))
     with Elsewhere():
@@ -172,9 +173,9 @@ def test_a_step_of_the_second_phase_waits_for_nothing(reward, scores, each, laun
 
 def test_a_pad_within_a_sequence_elsewhere_is_nan_and_not_waited_for():
     model = moved(LARES(LARESConfig.preset("tiny", n_items=N)))
-    items, (sequence, position) = torch.tensor([5, 0, 6, 7]), (torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    items, offsets = torch.tensor([5, 0, 6, 7]), torch.tensor([0, 4])
     with Elsewhere(), torch.no_grad():
-        x = model._input(sent(items), sequence, position, None)
+        x = model._input(Sequences(sent(items), offsets), None)
     assert x.inner.isnan().all(1).tolist() == [False, True, False, False]
     assert x.inner[[0, 2, 3]].isfinite().all()
 
@@ -236,7 +237,7 @@ def compiled_calls():
     }
 
 
-@pytest.mark.parametrize("name", [name for name in ops.__all__ if name not in ("CatalogIndex", "backend")])
+@pytest.mark.parametrize("name", OPS)
 def test_compiles_without_a_break(name):
     function, tensors = compiled_calls()[name]
     with torch.no_grad():

@@ -14,6 +14,7 @@ from lares_fast import _random
 from lares_fast._errors import InputError
 from lares_fast.data.log import InteractionLog
 from lares_fast.data.split import Rows
+from lares_fast.sequences import Sequences
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +43,9 @@ class Batch:
         return len(self.target)
 
     @property
-    def sequences(self) -> tuple[Tensor, Tensor]:
-        """``(items, offsets)``, which models encode."""
-        return self.items, self.offsets
+    def sequences(self) -> Sequences:
+        """The packed sequences of the rows, for ``model.encode(*batch.sequences)``."""
+        return Sequences(self.items, self.offsets)
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on ``device``; copies from pinned memory do not wait."""

@@ -221,12 +221,13 @@ def test_an_empty_batch(model_class):
     assert model_class(config()).eval().encode(seq, lengths).shape == (0, 16)
 
 
+# (sequences, where the first PAD inside one is)
 PAD_INSIDE = {
-    "left padding": ([[0, 0, 0, 5, 6, 7]], [6]),
-    "left padding, its length not counted": ([[0, 0, 0, 5, 6, 7]], [3]),
-    "between two items": ([[1, 2, 0, 4], [5, 0, 0, 0]], [4, 1]),
-    "at the end": ([[1, 2, 3, 0]], [4]),
-    "packed": ([5, 6, 0, 7], [0, 2, 4]),
+    "left padding": ([[0, 0, 0, 5, 6, 7]], [6], "position 0 of sequence 0"),
+    "left padding, its length not counted": ([[0, 0, 0, 5, 6, 7]], [3], "position 0 of sequence 0"),
+    "between two items": ([[5, 0, 0, 0], [1, 2, 0, 4]], [1, 4], "position 2 of sequence 1"),
+    "at the end": ([[1, 2, 3, 0]], [4], "position 3 of sequence 0"),
+    "packed": ([5, 6, 0, 7], [0, 2, 4], "position 0 of sequence 1"),
 }
 
 
@@ -234,9 +235,10 @@ PAD_INSIDE = {
 @pytest.mark.parametrize("kind", [reference.LARES, lares_fast.LARES])
 def test_a_pad_within_a_sequence_is_refused(kind, name):
     """The reference would hide it from attention, where packed tokens have no place for it."""
-    model, sequences = kind(config()).eval(), tuple(map(torch.tensor, PAD_INSIDE[name]))
+    *sequences, place = PAD_INSIDE[name]
+    model, sequences = kind(config()).eval(), tuple(map(torch.tensor, sequences))
     for call in (model.encode, model, lambda *x: model.trajectories(*x, torch.ones(2, len(x[1]) - (x[0].dim() == 1)).long())):
-        with pytest.raises(InputError, match=r"item_seq holds PAD \(0\) inside a sequence, at \["):
+        with pytest.raises(InputError, match=rf"item_seq holds PAD \(0\) inside a sequence, at {place}: "):
             call(*sequences)
 
 

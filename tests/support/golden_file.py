@@ -78,8 +78,8 @@ def check_logprobs(golden):
 def check_scores(golden):
     model = golden.model("policy")
     T = int(golden["forward.scores_num_steps"])
-    query, items = model.query_and_items(model.encode(*golden.sequences, num_steps=T, state=golden["forward.h0"]))
-    assert_close("scores", query @ items.T, golden["forward.scores"])
+    queries = model.queries(model.encode(*golden.sequences, num_steps=T, state=golden["forward.h0"]))
+    assert_close("scores", queries @ model.item_table().T, golden["forward.scores"])
 
 
 def check_spt(golden):
