@@ -1,4 +1,4 @@
-"""Notices that a tensor changed after something was computed from it."""
+"""Notice that the values of a tensor have changed."""
 
 from __future__ import annotations
 
@@ -10,53 +10,72 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# About this many rows are compared at every call.
 _SAMPLED = 256
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# All that are alive.
+# All watches that are alive.
 _watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 
 class Watch:
-    """Compares ``tensor`` [N, ...], which is on the CPU and tracks changes, with the values that it has now.
+    """Remember the values that ``tensor`` has now, and tell later whether they have changed.
 
-    It notices an in-place operation of PyTorch, a step of a ``torch.optim`` optimizer that holds the tensor, and every other
-    change of one of the 256 or more rows, at equal distances, that it compares at each call. It does not notice a write past
-    PyTorch (``.data``, NumPy, another process) that leaves all of those rows as they were.
+    A cache of something computed from a tensor builds a watch first and computes second, so that a change in between is
+    noticed. Before each use it calls :meth:`changed`; if that returns a reason, it builds the watch and the value again.
+
+    A watch notices three kinds of change:
+
+    - an in-place operation of PyTorch, by the tensor's version counter (an inference tensor has none);
+    - a step of a ``torch.optim`` optimizer that holds a parameter in the same memory, because a fused step leaves the
+      version counter as it was;
+    - any other change of a sampled row: 256 to 511 rows at equal distances, or all rows of a smaller tensor, are compared
+      bit by bit in every call of :meth:`changed`. A tensor that is not on the CPU is not compared, because the comparison
+      would wait for its device.
+
+    A write that bypasses PyTorch (``.data``, NumPy, another process) and changes none of the sampled rows is not noticed.
+
+    Args:
+        tensor: a dense tensor with at least one dimension. The watch keeps a reference, so that no other tensor can be
+            allocated at its address.
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        # The tensor is held, so that no other tensor can get its address.
         self._tensor = tensor.detach()
-        self._version, self._stepped, self._sample = self._tensor._version, False, self._sampled().clone()
-        _watch_optimizers()
+        self._version = _version(self._tensor)
+        self._stepped = False
+        self._sample = self._sampled().clone() if self._tensor.device.type == "cpu" else None
+        _hook_optimizers()
         _watches.add(self)
 
     def changed(self) -> str | None:
-        """Return how the tensor was changed since this watch was made, or ``None``."""
+        """Return what has changed the tensor since this watch was built, as a clause, or ``None``."""
+        if _version(self._tensor) != self._version:
+            return "an in-place operation changed it"
         if self._stepped:
-            return "an optimizer made a step"
-        if self._tensor._version != self._version:
-            return "an operation wrote to it in place"
-        # The bytes are compared, because a NaN does not equal itself.
-        if not torch.equal(self._sampled().view(torch.uint8), self._sample.view(torch.uint8)):
+            return "an optimizer changed it"
+        if self._sample is not None and not torch.equal(self._sampled(), self._sample):
             return "its values changed"
         return None
 
     def _sampled(self) -> Tensor:
-        """Return up to 512 rows at equal distances, from the first row on."""
-        return self._tensor[:: max(1, len(self._tensor) // _SAMPLED)].contiguous()
+        """Return the sampled rows as integers, so that a NaN is equal to itself."""
+        rows = self._tensor[:: max(1, len(self._tensor) // _SAMPLED)]
+        return rows.view(_INTEGERS[rows.element_size()])
 
-    def _overlaps(self, tensor: Tensor) -> bool:
-        return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() == self._tensor.untyped_storage().data_ptr()
+    def _shares_memory(self, tensor: Tensor) -> bool:
+        ours = self._tensor
+        return tensor.device == ours.device and tensor.untyped_storage().data_ptr() == ours.untyped_storage().data_ptr()
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @functools.cache
-def _watch_optimizers() -> None:
-    """Let every optimizer step mark the watches of its parameters: a fused step does not count up their version."""
+def _hook_optimizers() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for watch in _watches:
-        watch._stepped |= any(watch._overlaps(p) for group in optimizer.param_groups for p in group["params"])
+        watch._stepped |= any(watch._shares_memory(p) for group in optimizer.param_groups for p in group["params"])

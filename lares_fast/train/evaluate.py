@@ -85,10 +85,8 @@ def _batches(log: InteractionLog, rows: Rows, max_len: int, batch_size: int) -> 
 def history_of(log: InteractionLog, rows: Rows, index: Tensor) -> Exclude:
     """Everything the user had before each row's target, as an exclusion list of item ids."""
     chosen = index.numpy()
-    starts, ends = log.offsets[rows.users[chosen]], rows.ends[chosen]
-    offsets = np.concatenate(([0], np.cumsum(ends - starts)))
-    flat = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
-    return torch.from_numpy(offsets), torch.from_numpy(log.items[flat].astype(np.int64))
+    items, offsets = log.events(log.offsets[rows.users[chosen]], rows.ends[chosen])
+    return torch.from_numpy(offsets), torch.from_numpy(items)
 
 
 def keep_rankable(

@@ -102,7 +102,7 @@ def test_a_stray_quote_in_a_csv_is_refused_though_its_column_is_not_read(tmp_pat
     monkeypatch.setattr(_text, "BLOCK_BYTES", block)
     path = table(tmp_path / "a.csv", titled(titles))
     written(path, path.read_text().replace("\n", end))
-    with pytest.raises(InputError, match=r"a\.csv, .*\bline 3\b.*write a quote that is part of a value twice"):
+    with pytest.raises(InputError, match=r"a\.csv, .*\bline 3\b.*double each quote that is part of a value"):
         read_log(path, min_events=1)
 
 
@@ -330,7 +330,7 @@ def test_a_header_that_stands_again_is_refused(tmp_path):
     rows = [(1, item, item, "x") for item in range(3)]
     for kind in ("csv", "tsv", "inter"):
         path = table(tmp_path / f"a.{kind}", [*rows, HEADER, *rows])
-        with pytest.raises(InputError, match="row 4: the header stands there again"):
+        with pytest.raises(InputError, match="row 4: the header is repeated there"):
             read_log(path, columns={"time": None})
         with pytest.raises(InputError, match="timestamp"):
             read_log(path)
