@@ -34,7 +34,7 @@ class LARESConfig:
         Hidden dropout and attention dropout. ``None`` uses the hidden dropout for attention, too. The official code always
         does that and ignores its own setting.
     ``mean_depth, depth_sampling, per_sequence_depth, eval_depth``
-        m, the mean number of steps T in training, and the distribution of T. T is always at least 1. (The plain Poisson
+        m, and the distribution around m of the number of steps T in training. T is always at least 1. (The plain Poisson
         distributions of the official code can draw T = 0, which scores noise.) ``per_sequence_depth`` draws one T for each
         sequence instead of one for each batch; this is not official. ``eval_depth`` is T at evaluation, and ``None`` means m.
     ``state_init, state_std, state_scale``
@@ -103,7 +103,7 @@ class LARESConfig:
             _check(getattr(self, name) in allowed, name, repr(getattr(self, name)), f"one of {', '.join(allowed)}")
 
     def _take(self, name: str, kind: str) -> None:
-        """Convert the field ``name`` to its declared type. Raises :class:`InputError` if that fails: it may come from a file."""
+        """Convert the field ``name`` to its declared type. Raises :class:`InputError` if that fails."""
         value = getattr(self, name)
         if value is None and kind.endswith("| None"):
             return
@@ -138,7 +138,7 @@ class LARESConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LARESConfig:
-        """Return the configuration of plain values, the inverse of :meth:`to_dict`. An unknown key raises :class:`InputError`."""
+        """Return the configuration of the plain values of :meth:`to_dict`. Raises :class:`InputError` for an unknown key."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise InputError(f"unknown model setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")

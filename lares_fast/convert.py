@@ -82,9 +82,7 @@ def _backbone(state_dict: dict[str, Tensor]) -> str:
     for backbone, mark in _BACKBONE_MARKS.items():
         if any(mark in name for name in state_dict):
             if backbone not in BACKBONES:
-                raise InputError(
-                    f"the backbone {backbone!r} is not supported by this version; supported are: {', '.join(BACKBONES)}."
-                )
+                raise InputError(f"the backbone {backbone!r} is not supported; the supported ones are {', '.join(BACKBONES)}.")
             return backbone
     raise InputError("the official state_dict has no layer of a known backbone: check that it is a LARES checkpoint.")
 
