@@ -1,4 +1,4 @@
-"""Planted bugs: each must be caught by the golden checks, or those checks prove nothing."""
+"""Planted bugs. The golden checks must find each of them, or the checks prove nothing."""
 
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from lares_fast import reference
 from tests.support import golden_file
 
-# Functions of the same name shadow some of these modules in the package.
+# In the package, functions have the names of some of these modules.
 attention, backbone, model, recurrence, rpt, spt, target_rank = (
     import_module(f"lares_fast.reference.{name}")
     for name in ("attention", "backbone", "model", "recurrence", "rpt", "spt", "target_rank")
@@ -24,7 +24,7 @@ def plant(owner, name, value):
 
 
 def plant_in_head(name, function):
-    """``function`` among those that the losses of the reference call."""
+    """Plant ``function`` in the head of the reference, which the losses call."""
     return plant(model, "REFERENCE_HEAD", model.REFERENCE_HEAD._replace(**{name: function}))
 
 
@@ -90,7 +90,7 @@ def test_is_caught(bug, monkeypatch):
 
 
 def test_a_target_that_outranks_itself_by_rounding_is_caught(monkeypatch):
-    """A target's score from another order of summation gives an all-equal model credit it has not earned."""
+    """If the target's score is summed in another order, a model whose scores are all equal gets better ranks by rounding."""
     query, items = torch.randn(64, 64), torch.randn(1, 64).expand(500, 64).contiguous()
     target = torch.arange(64) + 100
     assert torch.equal(reference.target_rank(query, items, target), target)

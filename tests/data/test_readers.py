@@ -1,4 +1,4 @@
-"""Every format gives the same log; every broken file one sentence naming the file and the place."""
+"""Every format gives an equal log. Every broken file raises one sentence with the file and the place."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ CSV_HEADER = "user_id,item_id,timestamp\n"
 
 
 def events(histories=HISTORIES):
-    """(user, item, time) in an order that only the times undo."""
+    """Return (user, item, time) out of order: only a sort by time restores the order."""
     found = [(user, item, 100 + 10 * at) for user, items in histories.items() for at, item in enumerate(items)]
     return sorted(found, key=lambda event: (-event[2], event[0]))
 

@@ -72,7 +72,7 @@ def test_line_ends_inside_quotes_are_read_in_files_of_any_size(tmp_path, n):
 
 
 def test_csv_agrees_with_another_parser_or_is_refused(tmp_path, monkeypatch):
-    """Rows with random quotes, separators and line ends; what is accepted has every row that the csv module finds."""
+    """Rows with random quotes, separators and line ends. An accepted file gives every row that the csv module finds."""
     draw, read, refused = random.Random(5), 0, 0
     titles = [
         "x",

@@ -77,7 +77,7 @@ def seconds(text):
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.usefixtures("small_blocks")
 def test_dates_count_in_the_finest_unit_of_the_whole_file(tmp_path, far):
-    """A date, a time of day and a fraction of a second mean the same in the first block and in a later one."""
+    """A date, a time of day and a fraction of a second have one meaning in the first block and in later ones."""
     days = ["2020-01-03"] * (1000 if far else 2)
     path = tmp_path / "a.csv"
     assert read_log(timed(path, [*days, "2020-01-02"])).times[0] == seconds("2020-01-02") // 86_400

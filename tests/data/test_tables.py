@@ -1,4 +1,4 @@
-"""Event logs as tables: ids, columns and rows, and files that are not what their name says."""
+"""Event logs as tables: ids, columns, rows, and files whose name does not fit their content."""
 
 import gzip
 import io
@@ -129,7 +129,7 @@ def test_a_file_name_need_not_be_utf8(tmp_path):
 
 
 def test_reading_again_and_again_reads_the_same(tmp_path):
-    """A reader that is dropped early must not read on in the file that comes next."""
+    """A reader that is abandoned early must not go on reading from the next file."""
     rows = [(1 + at % 50, at % 700, at, '"quoted"') for at in range(150_000)]
     good, bad = tmp_path / "good.csv", tmp_path / "bad.csv"
     expected = read_log(table(good, rows)).fingerprint()

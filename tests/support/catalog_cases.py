@@ -10,7 +10,7 @@ BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 
 def integers(*shape):
-    """Sums of products are exact, and ties are massed."""
+    """Return small whole numbers, whose sums of products are exact and often tie."""
     return torch.randint(-2, 3, shape).float()
 
 
@@ -20,7 +20,7 @@ def csr(lists):
 
 
 def catalog(kind, N, D):
-    """(query, items) of a shape that screening finds easy, hard or impossible."""
+    """Return (query, items) that are easy, hard or impossible for screening."""
     query, items = torch.randn(21, D), torch.randn(N, D)
     if kind == "cone":
         items = torch.randn(D) + 0.05 * items
