@@ -31,12 +31,11 @@ def check_columns(path: Path, names: Names, present: list[str]) -> list[str]:
     """Return the names of the wanted columns. Raises :class:`InputError` for the first that does not occur exactly once."""
     for role, name in names.items():
         if name is not None and (count := present.count(name)) != 1:
-            remedy, value = f"name the {role} column in columns", "NAME"
-            if role == "time":
-                remedy, value = f"{remedy}, or give None as its name to keep the file's order", "none"
+            remedy = f"name the {role} column in columns" + (
+                ", or give columns={'time': None} to keep the file's order" if role == "time" else ""
+            )
             found = "no column" if not count else f"{count} columns"
-            message = f"{path} has {found} {name!r} among {printable(', '.join(present))}; {remedy}."
-            raise InputError(message, f"data.{role}={value}")
+            raise InputError(f"{path} has {found} {name!r} among {printable(', '.join(present))}; {remedy}.")
     return [name for name in names.values() if name is not None]
 
 

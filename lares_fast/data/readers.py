@@ -81,9 +81,7 @@ def read_log(
     chosen = _detect(source) if format == "auto" else format
     if chosen in ("sequences", "pairs", "json"):
         if columns is not None:
-            raise InputError(
-                f"columns name the columns of inter, csv and parquet files, but {source} is read as {chosen}.", "data.format"
-            )
+            raise InputError(f"columns name the columns of inter, csv and parquet files, but {source} is read as {chosen}.")
         read = {"sequences": _read_sequences, "pairs": _read_pairs, "json": _read_json}[chosen]
         return assemble(*read(source, progress), None, name=source.name, min_events=min_events)
     names = _column_names(columns)
@@ -121,8 +119,7 @@ def _column_names(columns: Mapping[str, str | None] | None) -> dict[str, str | N
         if name is not None and (other := roles.setdefault(name, role)) != role:
             raise InputError(
                 f"{name!r} cannot be the {other} column and the {role} column too: name the {role} column in columns, "
-                "each role another one.",
-                f"data.{role}=NAME",
+                "each role another one."
             )
     return names
 
@@ -143,8 +140,7 @@ def _read_sequences(path: Path, progress: Progress | None) -> Lists:
         again = np.setdiff1d(np.arange(len(codes)), np.unique(codes, return_index=True)[1])[0]
         raise InputError(
             f"{path}, line {np.concatenate(lines)[again]}: user {printable(str(user_ids[codes[again]]), 40)} has a line "
-            "already; join the two lines, or give the format pairs if each line is one event.",
-            "data.format=pairs",
+            "already; join the two, or give format='pairs' if each line is one event."
         )
     return np.repeat(np.arange(len(codes)), np.concatenate(lengths)), user_ids[codes], *items.finish()
 
