@@ -173,6 +173,25 @@ def test_a_step_of_the_second_phase_waits_for_nothing(reward, scores, each, laun
     assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
+@pytest.mark.parametrize("similarity", ["dot", "cos"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_recommendation_waits_for_nothing(packed, similarity, launched, monkeypatch):
+    """Also where the item table is normalised: the second call does not compare weights on a device."""
+    monkeypatch.setattr(_native, "available", lambda: (False, "its loader is a stand-in here"))
+    config = LARESConfig(n_items=N, hidden_size=64, n_heads=H, inner_size=64, max_len=6, similarity=similarity)
+    model = moved(LARES(config)).eval()
+    items, sizes = torch.arange(1, 19).view(B, 6), torch.tensor([4, 1, 6])
+    if packed:
+        items, sizes = Sequences.from_padded(items, sizes)
+    with FakeDevice():
+        model.recommend(to_fake_device(items), sizes, k=5)
+        scores, ids = model.recommend(to_fake_device(items), sizes, k=5)
+    assert scores.device == ids.device == DEVICE
+    assert scores.shape == ids.shape == (B, 5)
+    assert "recurrence_forward" in launched
+    assert any(name.startswith("topk") for name in launched)
+
+
 def test_a_pad_within_a_sequence_on_a_device_gives_nan_and_waits_for_nothing():
     model = moved(LARES(LARESConfig.preset("tiny", n_items=N)))
     items, offsets = torch.tensor([5, 0, 6, 7]), torch.tensor([0, 4])
@@ -209,7 +228,9 @@ def test_masks_and_noise_are_drawn_where_their_rows_are():
 def test_waiting_and_mixing_are_noticed():
     with FakeDevice():
         x = to_fake_device(torch.ones(3))
-        for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.cpu(), lambda: bool(x.any())):
+        for wait in (
+            lambda: x.sum().item(), lambda: x[x > 0], lambda: x.cpu(), lambda: bool(x.any()), lambda: torch.equal(x, x),
+        ):  # fmt: skip
             with pytest.raises(AssertionError, match="waits for the device"):
                 wait()
         with pytest.raises(AssertionError, match="on the CPU and on the device"):

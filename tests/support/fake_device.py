@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 DEVICE = torch.device("meta")
 CPU = torch.device("cpu")
 aten = torch.ops.aten
-WAITS = {aten._local_scalar_dense.default, aten.item.default, aten.nonzero.default, aten.masked_select.default}
+WAITS = {
+    aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
+}  # fmt: skip
 # With a mask among the indices, only the device knows the size of the result.
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
