@@ -107,10 +107,10 @@ class _Kept:
         )
 
     def _products_of(self, weight: Tensor) -> Tensor:
-        # The bytes are compared, because a NaN does not equal itself.
-        return (weight @ self._vector).view(torch.uint8)
+        # mv, because autocast would round the operands of matmul. Bytes, because a NaN does not equal itself.
+        return torch.mv(weight, self._vector).view(torch.uint8)
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
-    """Return what tells two living tensors with the same content apart."""
+    """Return values that differ between two tensors in different memory, or with different views of it."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -146,6 +146,15 @@ def test_without_the_products_a_write_past_pytorch_is_missed(model, monkeypatch)
     assert not torch.equal(before, fresh(model))
 
 
+def test_autocast_changes_nothing(model):
+    expected = model.catalog().items
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.catalog().items.data_ptr() == expected.data_ptr()
+        CHANGES[".data of one row"](model)
+        assert torch.equal(model.catalog().items, fresh(model))
+    assert torch.equal(model.catalog().items, fresh(model))
+
+
 def test_a_nan_does_not_make_a_table_stale(model):
     model.item_embedding.weight.data[7] = torch.nan
     assert model.catalog().items.data_ptr() == model.catalog().items.data_ptr()

@@ -31,7 +31,7 @@ MIN_LENGTH = 5
 ZIPF_EXPONENT = 1.0
 # In seconds since 1970, as in common logs.
 FIRST_DAY = 1_600_000_000
-LAW_NUMBERS = 1 << 20
+BATCH_NUMBERS = 1 << 20
 SECONDS_A_YEAR, MEAN_GAP_SECONDS = 365 * 86400, 7 * 86400
 
 
@@ -79,10 +79,10 @@ class Shop:
         favourite /= favourite.sum(1, keepdims=True)
 
         wanted = self.successor[self.brand_and_type(log.items[rows.ends - 1])[1]]
-        law = np.tile((1 - self.loyalty) * self.stray, (len(rows), 1))
+        probability = np.tile((1 - self.loyalty) * self.stray, (len(rows), 1))
         columns = 1 + wanted[:, None] + np.arange(self.n_brands) * self.n_types
-        law[np.arange(len(rows))[:, None], columns] += self.loyalty * favourite
-        return law
+        probability[np.arange(len(rows))[:, None], columns] += self.loyalty * favourite
+        return probability
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -163,7 +163,7 @@ def best_possible(log: SyntheticLog, rows: Rows, ks: Sequence[int] = (5, 10, 20)
     if not len(rows):
         raise InputError("rows must hold a row to rank, but are empty.")
     # The probabilities of a batch are a matrix, so a batch has few rows where there are many items.
-    batch = max(1, min(1024, LAW_NUMBERS // log.n_items))
+    batch = max(1, min(1024, BATCH_NUMBERS // log.n_items))
     rank = np.concatenate([_true_ranks(log, rows, begin, begin + batch) for begin in range(0, len(rows), batch)])
     scores = {f"recall@{k}": float((rank < k).mean()) for k in ks}
     return scores | {f"ndcg@{k}": float(np.where(rank < k, 1 / np.log2(rank + 2), 0).mean()) for k in ks}
@@ -172,9 +172,9 @@ def best_possible(log: SyntheticLog, rows: Rows, ks: Sequence[int] = (5, 10, 20)
 def _true_ranks(log: SyntheticLog, rows: Rows, begin: int, end: int) -> NDArray[np.int64]:
     """Return the 0-based ranks of the targets of the rows begin..end-1 by true probability."""
     part = Rows(rows.users[begin:end], rows.ends[begin:end])
-    law, target = log.shop.next_item(log, part)[:, 1:], part.targets(log)[:, None] - 1
-    own = np.take_along_axis(law, target, axis=1)
-    before = (law > own) | ((law == own) & (np.arange(law.shape[1]) < target))
+    probability, target = log.shop.next_item(log, part)[:, 1:], part.targets(log)[:, None] - 1
+    own = np.take_along_axis(probability, target, axis=1)
+    before = (probability > own) | ((probability == own) & (np.arange(probability.shape[1]) < target))
     return np.asarray(before.sum(1))
 
 
