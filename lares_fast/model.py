@@ -31,7 +31,7 @@ class LARES(reference.LARES):
     ``backend``
         The backend of every op. ``None`` leaves the choice to the context, the environment and the arguments.
     ``bf16``
-        Encode with bf16 weights and activations in evaluation mode, see ``ops.recurrence``. There is no gradient then.
+        Encode in bf16 in evaluation mode, see :func:`lares_fast.ops.recurrence`. Then encoding has no gradient.
 
     >>> model = LARES(LARESConfig(n_items=1000))  # doctest: +SKIP
     >>> scores, ids = model.eval().recommend(item_seq, item_seq_len, k=10)  # doctest: +SKIP
