@@ -1,4 +1,4 @@
-"""Errors a user can act on; every message is one sentence that names the argument or file and the remedy."""
+"""Errors that a user can act on. Every message is one sentence with the argument, setting or file, and the remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 class LaresFastError(Exception):
-    """Base of every error that lares_fast raises on purpose."""
+    """Base class of every error that lares_fast raises on purpose."""
 
 
 class InputError(LaresFastError, ValueError):
@@ -23,7 +23,7 @@ class InputError(LaresFastError, ValueError):
 
 
 class BackendError(LaresFastError, RuntimeError):
-    """A backend that was asked for by name cannot run this call."""
+    """A backend that was requested by name cannot run this call."""
 
 
 class NotBuiltError(BackendError):
@@ -35,7 +35,7 @@ class MissingExtraError(LaresFastError, ImportError):
 
 
 def require(module: str, extra: str, feature: str) -> ModuleType:
-    """Import ``module`` on first use, or raise :class:`MissingExtraError` naming the extra that brings it."""
+    """Import and return ``module``. Raises :class:`MissingExtraError` with the ``extra`` that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -160,7 +160,7 @@ class Draw:
             return x
         _, length, width = x.shape
         keep = keep_hidden(self.key, threshold, site=site, step=step, layer=layer, rows=self.rows, length=length, width=width)
-        return dropped(x, keep, threshold)
+        return apply_dropout(x, keep, threshold)
 
     def attention(self, probabilities: Tensor, p: float, *, step: int, layer: int) -> Tensor:
         """Dropout of attention ``probabilities`` [B, H, L, L]."""
@@ -168,9 +168,9 @@ class Draw:
             return probabilities
         _, heads, length, _ = probabilities.shape
         keep = keep_attention(self.key, threshold, step=step, layer=layer, rows=self.rows, heads=heads, length=length)
-        return dropped(probabilities, keep, threshold)
+        return apply_dropout(probabilities, keep, threshold)
 
 
-def dropped(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
+def apply_dropout(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
     """``x`` where ``keep`` is true, scaled by the realised rate, and 0 elsewhere."""
     return x * keep.to(x).mul_(1 / (1 - threshold / 65536))

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The code is 0 for success, 2 for an error that the user can correct, and 130 for an interrupted run. ``report``,
     ``warmup`` and ``gpu-day`` return 1 if a check failed.
     """
-    _settings.wait_patiently()
+    _settings.set_passive_omp()
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # --help and --version

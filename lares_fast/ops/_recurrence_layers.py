@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lares_fast._random import SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, Draw, drop_threshold, dropped, keep_hidden_at
-from lares_fast._transfer import sent
+from lares_fast._random import SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, Draw, apply_dropout, drop_threshold, keep_hidden_at
+from lares_fast._transfer import to_device
 from lares_fast.ops.attention import attention
 
 # One column of words, which no other backend's tape has.
@@ -98,7 +98,7 @@ class _Steps:
         self.last = call.offsets[1:] - 1
         self.longest = max(1, call.longest or (int(lengths.max()) if B else 1))
         draw = call.draw()
-        self.draw = None if draw is None else Draw(draw.key, sent(draw.rows, device))
+        self.draw = None if draw is None else Draw(draw.key, to_device(draw.rows, device))
         self.count, depth = call.steps, call.depth
         # Of every sequence's T steps, sequence by sequence, those that it takes; and until when a row takes part.
         self.taken: Any = slice(None)
@@ -106,8 +106,8 @@ class _Steps:
         if depth is not None:
             self.count = int(depth.max()) if B else 1
             if call.output == "steps":
-                self.taken = sent((torch.arange(self.count) < depth.cpu()[:, None]).flatten().nonzero()[:, 0], device)
-            self.until = sent(depth, device)[self.sequence][:, None]
+                self.taken = to_device((torch.arange(self.count) < depth.cpu()[:, None]).flatten().nonzero()[:, 0], device)
+            self.until = to_device(depth, device)[self.sequence][:, None]
 
     def advance(self, t: int, h: Tensor, pre: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
         """The states [P, D] after step ``t``, counted from 0."""
@@ -146,7 +146,7 @@ class _Steps:
         keep = keep_hidden_at(
             self.draw.key, threshold, site=site, rows=rows, positions=self.position, width=x.shape[1], **address
         )
-        return dropped(x, keep, threshold)
+        return apply_dropout(x, keep, threshold)
 
 
 def _join(adapter: str, h: Tensor, pre: Tensor, weights: Sequence[Tensor]) -> Tensor:

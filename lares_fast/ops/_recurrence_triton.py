@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lares_fast._errors import InputError
 from lares_fast._random import MOST_STEPS, drop_threshold
-from lares_fast._transfer import sent
+from lares_fast._transfer import to_device
 from lares_fast.ops import _triton
 
 WIDTHS = (64, 128)
@@ -100,9 +100,9 @@ def kernel_call(call: Any) -> Any:
         h=ready(call.h),
         pre=None if call.pre is None else ready(call.pre),
         offsets=ready(call.offsets),
-        depth=ready(sent(call.depths(), call.h.device)),
+        depth=ready(to_device(call.depths(), call.h.device)),
         weights=call.weights,
-        rows=ready(sent(call.rows, call.h.device)) if dropped else None,
+        rows=ready(to_device(call.rows, call.h.device)) if dropped else None,
         seed=_triton.seed(call.key, call.h.device) if dropped else None,
         thresholds=thresholds,
         n_heads=call.n_heads,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lares_fast import reference
 from lares_fast._random import Draw, Key, fold, generator
 from lares_fast.data import Batch, InteractionLog, Rows, make_batch
-from lares_fast.reference.depth import sample_depth
+from lares_fast.reference.depth import sample_batch_depth
 from lares_fast.train.config import RPTConfig
 
 _DEPTHS, _POLICY, _REFERENCE = range(3)
@@ -92,7 +92,7 @@ class RPT(nn.Module):
         config, group = self.model.config, self.settings.group_size
         inputs = make_batch(self.log, self.rows, index, config.max_len)
         size, choices = len(inputs), generator(fold(key, _DEPTHS))
-        depths = [sample_depth(config, size if config.per_sequence_depth else 1, choices).expand(size) for _ in range(group)]
+        depths = [sample_batch_depth(config, size, choices) for _ in range(group)]
         rows = torch.arange(group * size)
         policy = reference.Pass(torch.stack(depths), Draw(fold(key, _POLICY), rows))
         # With shared noise, the frozen model starts from the initial states of the model in training.
