@@ -219,6 +219,10 @@ class LARES(nn.Module):
         """Return the item table [N, D] as it is scored, PAD's row 0 included. Gradients reach the embedding."""
         return self.normalise(self.item_embedding.weight)
 
+    def query_and_items(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(queries(hidden), item_table())``. Their dot products are the scores of ``hidden`` [..., D]."""
+        return self.queries(hidden), self.item_table()
+
     def forward(self, item_seq: Tensor, item_seq_len: Tensor, *, num_steps: int | Tensor | None = None) -> Tensor:
         """Return the scores [B, N] of every row of the item table, PAD included. The arguments are as in :meth:`encode`."""
         return self.queries(self.encode(item_seq, item_seq_len, num_steps=num_steps)) @ self.item_table().T
