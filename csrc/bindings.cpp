@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "build_info.h"
+#include "base/build_info.h"
 #include "cuda/capability.h"
-#include "cuda/plan.h"
+#include "catalog/plan.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "random/philox.h"
 #include "recurrence/recurrence.h"

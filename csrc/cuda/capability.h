@@ -2,7 +2,7 @@
 
 #include <string>
 
-#include "cuda/plan.h"
+#include "catalog/plan.h"
 
 namespace lares_fast {
 

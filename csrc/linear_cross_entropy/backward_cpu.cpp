@@ -7,9 +7,9 @@
 
 #include "linear_cross_entropy/linear_cross_entropy_kernel.h"
 #include "linear_cross_entropy/view.h"
-#include "parallel.h"
-#include "topk/query_tiles.h"
-#include "topk/scratch.h"
+#include "base/parallel.h"
+#include "catalog/query_tiles.h"
+#include "memory/aligned.h"
 
 namespace lares_fast {
 namespace {

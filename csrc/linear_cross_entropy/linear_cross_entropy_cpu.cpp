@@ -6,11 +6,11 @@
 
 #include "linear_cross_entropy/linear_cross_entropy_kernel.h"
 #include "linear_cross_entropy/view.h"
-#include "parallel.h"
+#include "base/parallel.h"
 #include "simd/dispatch.h"
 #include "target_rank/rank_queries.h"
-#include "topk/query_tiles.h"
-#include "topk/scratch.h"
+#include "catalog/query_tiles.h"
+#include "memory/aligned.h"
 
 namespace lares_fast {
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "target_rank/target_rank_kernel.h"
-#include "topk/catalog.h"
+#include "catalog/catalog.h"
 
 namespace lares_fast {
 

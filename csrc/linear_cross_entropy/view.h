@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "linear_cross_entropy/linear_cross_entropy.h"
-#include "topk/checks.h"
+#include "catalog/checks.h"
 
 namespace lares_fast {
 

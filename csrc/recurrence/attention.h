@@ -1,7 +1,7 @@
 // Causal attention of one head of one sequence, four queries at a time, because four share their dropout draws.
 #pragma once
 
-#include "recurrence/draws.h"
+#include "recurrence/dropout.h"
 #include "recurrence/product.h"
 #include "simd/exp2.h"
 

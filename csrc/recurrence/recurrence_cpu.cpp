@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "parallel.h"
-#include "recurrence/arena.h"
+#include "base/parallel.h"
+#include "memory/pool.h"
 #include "recurrence/pack.h"
 #include "recurrence/plan.h"
 #include "simd/dispatch.h"

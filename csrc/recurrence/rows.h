@@ -1,7 +1,7 @@
 // Row by row: dropout, residual and LayerNorm, forward and backward.
 #pragma once
 
-#include "recurrence/draws.h"
+#include "recurrence/dropout.h"
 #include "recurrence/product.h"
 
 namespace lares_fast {

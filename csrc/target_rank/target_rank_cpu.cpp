@@ -4,13 +4,13 @@
 #include <atomic>
 #include <vector>
 
-#include "parallel.h"
+#include "base/parallel.h"
 #include "simd/dispatch.h"
 #include "target_rank/rank_queries.h"
 #include "target_rank/target_rank_kernel.h"
-#include "topk/checks.h"
-#include "topk/query_tiles.h"
-#include "topk/scratch.h"
+#include "catalog/checks.h"
+#include "catalog/query_tiles.h"
+#include "memory/aligned.h"
 
 namespace lares_fast {
 

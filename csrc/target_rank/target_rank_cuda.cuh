@@ -1,7 +1,7 @@
 // The kernel of the target's rank and its launch; nvcc compiles it for devices, g++ for csrc/emulator.
 #pragma once
 
-#include "cuda/scores.cuh"
+#include "catalog/scores.cuh"
 #include "target_rank/target_rank_cuda.h"
 
 namespace lares_fast {

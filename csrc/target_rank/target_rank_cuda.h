@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "cuda/plan.h"
+#include "catalog/plan.h"
 
 namespace lares_fast {
 

@@ -1,6 +1,6 @@
 #include "target_rank/target_rank_kernel.h"
 
-#include "target_rank/count.h"
+#include "target_rank/rank_counter.h"
 
 namespace lares_fast {
 namespace {

@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "topk/topk_kernel.h"
-#include "simd/panel.h"
+#include "catalog/panel.h"
 
 namespace lares_fast {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "topk/query_tiles.h"
+#include "catalog/query_tiles.h"
 #include "topk/screen_kernel.h"
 
 namespace lares_fast {

@@ -3,9 +3,9 @@
 #include <atomic>
 #include <cmath>
 
-#include "parallel.h"
+#include "base/parallel.h"
 #include "simd/level.h"
-#include "topk/checks.h"
+#include "catalog/checks.h"
 #include "topk/screen_kernel.h"
 #include "topk/topk_kernel.h"
 

@@ -2,7 +2,7 @@
 
 #include "simd/bytes.h"
 #include "topk/candidates.h"
-#include "topk/scores.h"
+#include "catalog/scores.h"
 
 namespace lares_fast {
 namespace {

@@ -1,7 +1,7 @@
 // Sorted lists of candidates in device memory, each kept by one warp.
 #pragma once
 
-#include "cuda/scores.cuh"
+#include "catalog/scores.cuh"
 
 namespace lares_fast {
 

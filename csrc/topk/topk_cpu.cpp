@@ -8,10 +8,10 @@
 #include <numeric>
 #include <vector>
 
-#include "parallel.h"
+#include "base/parallel.h"
 #include "simd/dispatch.h"
-#include "topk/checks.h"
-#include "topk/walk.h"
+#include "catalog/checks.h"
+#include "topk/selection.h"
 
 namespace lares_fast {
 

@@ -1,7 +1,7 @@
 #include "topk/topk_kernel.h"
 
 #include "topk/candidates.h"
-#include "topk/scores.h"
+#include "catalog/scores.h"
 
 namespace lares_fast {
 namespace {

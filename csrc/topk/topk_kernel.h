@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "topk/catalog.h"
+#include "catalog/catalog.h"
 
 namespace lares_fast {
 

@@ -118,11 +118,11 @@ PLANTS = {
         "broadcast(mean[i])",
     ),
     "masks of other columns": (
-        "draws.h",
+        "dropout.h",
         "static_cast<std::uint32_t>(p / 4) << 3",
         "static_cast<std::uint32_t>(p / 4 + 1) << 3",
     ),
-    "a mask of other keys": ("draws.h", "quad | key_tile << 16", "quad | (key_tile + 1) << 16"),
+    "a mask of other keys": ("dropout.h", "quad | key_tile << 16", "quad | (key_tile + 1) << 16"),
     "a sequence that begins one token early": ("plan.cpp", "push_back({first,", "push_back({first - (b > 0),"),
     "rows that GELU leaves out": ("product.h", "after(panel + n, done, end - done)", "after(panel + n, done, rows)"),
     "another dropout site": (

@@ -16,6 +16,7 @@ pytestmark = [
 ]
 
 CSRC = Path(__file__).parents[2] / "csrc"
+CASES = Path(__file__).parent / "cases.cpp"
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -43,11 +44,11 @@ def build(sources, kind, to):
         assert done.returncode == 0, done.stderr
         return str(to / output)
 
-    parts = ["emulator/device.cpp", "cuda/plan.cpp"]
+    parts = ["emulator/device.cpp", "catalog/plan.cpp"]
     if kind == "tsan":
         # The device itself stays out of TSan's sight.
-        parts = [compile("device.o", "-DLARES_EMULATOR_TSAN", "-c", "emulator/device.cpp"), "cuda/plan.cpp"]
-    return compile(f"cases_{kind}", *SANITIZE[kind], "emulator/cases.cpp", *parts)
+        parts = [compile("device.o", "-DLARES_EMULATOR_TSAN", "-c", "emulator/device.cpp"), "catalog/plan.cpp"]
+    return compile(f"cases_{kind}", *SANITIZE[kind], str(CASES), *parts)
 
 
 def run(program, suite):
@@ -136,7 +137,7 @@ SLOW = {
 def test_what_slows_the_kernels_down_is_counted(plant, tmp_path):
     good, bad, case = SLOW[plant]
     shutil.copytree(CSRC, tmp_path / "csrc")
-    file = tmp_path / "csrc/cuda/scores.cuh"
+    file = tmp_path / "csrc/catalog/scores.cuh"
     source = file.read_text()
     assert source.count(good) == 1
     file.write_text(source.replace(good, bad))
@@ -147,9 +148,9 @@ def test_what_slows_the_kernels_down_is_counted(plant, tmp_path):
 # name: (file, text that stands there once, text instead of it, how it is built, what the report must say)
 PLANTS = {
     "no barrier before a stage is read and the other one written": (
-        "cuda/scores.cuh", "            __syncthreads();\n", "", "tsan", ("data race", "start_copy")),
+        "catalog/scores.cuh", "            __syncthreads();\n", "", "tsan", ("data race", "start_copy")),
     "a barrier that some threads skip": (
-        "cuda/scores.cuh", "            __syncthreads();\n", "            if (threadIdx.x % 32 || chunk) __syncthreads();\n",
+        "catalog/scores.cuh", "            __syncthreads();\n", "            if (threadIdx.x % 32 || chunk) __syncthreads();\n",
         "plain", ("EMULATOR: deadlock", "scores.cuh")),
     "no __syncwarp before a queue's count is read": (
         "topk/topk_cuda.cuh", "            left &= left - 1;\n            __syncwarp();\n", "            left &= left - 1;\n",
@@ -161,7 +162,7 @@ PLANTS = {
         "topk/topk_cuda.cuh", "        __syncthreads();\n        if (warp < apart", "        if (warp < apart",
         "tsan", ("data race", "merge")),
     "copies that are not waited for": (
-        "cuda/scores.cuh", "            finish_copies();\n", "", "plain", ("copies that nobody waited for",)),
+        "catalog/scores.cuh", "            finish_copies();\n", "", "plain", ("copies that nobody waited for",)),
     "a result written one place too far": (
         "topk/topk_cuda.cuh", "ids[query * scan.k + at] = ", "ids[query * scan.k + at + 1] = ",
         "asan", ("heap-buffer-overflow", "topk_merge")),
@@ -169,12 +170,12 @@ PLANTS = {
         "topk/topk_cuda.cuh", "        waiting()[lane.lane] = 0;\n", "        waiting()[lane.lane + 1] = 0;\n",
         "asan", ("heap-buffer-overflow", "topk_scan")),
     "queries past the last one are read": (
-        "cuda/scores.cuh", "first_query + row < s.B ? first_query + row : -1", "first_query + row",
+        "catalog/scores.cuh", "first_query + row < s.B ? first_query + row : -1", "first_query + row",
         "asan", ("heap-buffer-overflow", "walk")),
     "queries that are not there are offered items": (
-        "cuda/scores.cuh", ": (1u << ROW_SUMS) - 1;", ": 0;", "asan", ("heap-buffer-overflow", "topk_scan")),
+        "catalog/scores.cuh", ": (1u << ROW_SUMS) - 1;", ": 0;", "asan", ("heap-buffer-overflow", "topk_scan")),
     "an excluded list beyond the ids is read": (
-        "cuda/scores.cuh", "to > E || ", "to > E + 1 || ",
+        "catalog/scores.cuh", "to > E || ", "to > E + 1 || ",
         "asan", ("AddressSanitizer",)),
     "a query whose list is not valid is answered": (
         "topk/topk_cuda.cuh", "valid ? rank_id(rank) : -1", "rank_id(rank)", "plain", ("WRONG", "its list is not valid")),
@@ -182,20 +183,20 @@ PLANTS = {
         "target_rank/target_rank_cuda.cuh", "lane.row(i))) all = behind;", "lane.row(i))) all = 0;", "plain",
         ("WRONG: ", "rank of query")),
     "a target that is no item is read": (
-        "cuda/scores.cuh", "return id < 0 || id >= N ? -1 : id;", "return id < 0 || id >= N + 2000 ? -1 : id;",
+        "catalog/scores.cuh", "return id < 0 || id >= N ? -1 : id;", "return id < 0 || id >= N + 2000 ? -1 : id;",
         "asan", ("heap-buffer-overflow", "walk")),
     "fragment rows 8 to 15 taken for 0 to 7": (
-        "cuda/scores.cuh", "place(first_row + 16 * m + 8 * half + lane.group", "place(first_row + 16 * m + lane.group",
+        "catalog/scores.cuh", "place(first_row + 16 * m + 8 * half + lane.group", "place(first_row + 16 * m + lane.group",
         "plain", ("WRONG", "3xTF32")),
     "columns of the second half of a fragment swapped": (
-        "cuda/scores.cuh", "split(q.y, q_high[m][half + 2], q_low[m][half + 2]);",
+        "catalog/scores.cuh", "split(q.y, q_high[m][half + 2], q_low[m][half + 2]);",
         "split(q.y, q_high[m][3 - half], q_low[m][3 - half]);", "plain", ("WRONG", "3xTF32")),
     "operands that are not rounded": (
-        "cuda/scores.cuh", "low = round_to_tf32(x - __uint_as_float(high));",
+        "catalog/scores.cuh", "low = round_to_tf32(x - __uint_as_float(high));",
         "low = __float_as_uint(x - __uint_as_float(high));",
         "plain", ("not rounded to tf32",)),
     "one of three products left out": (
-        "cuda/scores.cuh", "                mma_tf32(step, q_low[m], x_high);\n", "", "plain", ("WRONG: Gaussian",)),
+        "catalog/scores.cuh", "                mma_tf32(step, q_low[m], x_high);\n", "", "plain", ("WRONG: Gaussian",)),
     "a queue that massed ties overrun": (
         "topk/topk_cuda.cuh", "waiting()[lane.lane] > QUEUE - 4)", "waiting()[lane.lane] > QUEUE)",
         "asan", ("heap-buffer-overflow", "Warp::offer")),

@@ -20,7 +20,7 @@ def planned(name):
     """Blocks a multiprocessor that the launcher counts on."""
     if name == "topk_merge":
         return 2
-    (blocks,) = re.findall(r"BLOCKS_A_MULTIPROCESSOR = (\d+);", (ROOT / "csrc/cuda/plan.h").read_text())
+    (blocks,) = re.findall(r"BLOCKS_A_MULTIPROCESSOR = (\d+);", (ROOT / "csrc/catalog/plan.h").read_text())
     return int(blocks)
 
 

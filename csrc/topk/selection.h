@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "topk/coded_queries.h"
-#include "topk/query_tiles.h"
-#include "topk/scratch.h"
+#include "catalog/query_tiles.h"
+#include "memory/aligned.h"
 #include "topk/screen_kernel.h"
 #include "topk/topk.h"
 #include "topk/topk_kernel.h"

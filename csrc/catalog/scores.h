@@ -1,8 +1,8 @@
 // Scores of queries against the catalog, tile by tile in registers: what top-K and the target's rank have in common.
 #pragma once
 
-#include "simd/panel.h"
-#include "topk/catalog.h"
+#include "catalog/panel.h"
+#include "catalog/catalog.h"
 
 namespace lares_fast {
 namespace {

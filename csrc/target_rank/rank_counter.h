@@ -2,7 +2,7 @@
 #pragma once
 
 #include "target_rank/target_rank_kernel.h"
-#include "topk/scores.h"
+#include "catalog/scores.h"
 
 namespace lares_fast {
 namespace {

@@ -1,11 +1,11 @@
-#include "cuda/plan.h"
+#include "catalog/plan.h"
 
 #include <algorithm>
 #include <limits>
 #include <numeric>
 #include <string>
 
-#include "topk/checks.h"
+#include "catalog/checks.h"
 
 namespace lares_fast {
 namespace {

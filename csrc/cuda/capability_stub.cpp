@@ -1,7 +1,7 @@
 // Stands for the CUDA objects in a build without them. Only capability() is ever asked: its answer keeps callers from the rest.
 #include <stdexcept>
 
-#include "build_info.h"
+#include "base/build_info.h"
 #include "cuda/capability.h"
 #include "target_rank/target_rank_cuda.h"
 #include "topk/topk_cuda.h"

@@ -1,4 +1,4 @@
-#include "recurrence/arena.h"
+#include "memory/pool.h"
 
 #include <cstring>
 #include <mutex>

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cuda/device.cuh"
-#include "cuda/plan.h"
+#include "catalog/plan.h"
 
 namespace lares_fast {
 
