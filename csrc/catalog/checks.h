@@ -4,15 +4,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <stdexcept>
+
+#include "base/require.h"
 
 namespace lares_fast {
 
 constexpr std::int64_t SIZE_LIMIT = std::numeric_limits<std::int64_t>::max() / 8;
-
-inline void require(bool holds, const char* message) {
-    if (!holds) throw std::invalid_argument(message);
-}
 
 inline void check_sizes(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t threads) {
     require(B >= 0 && N >= 0 && D >= 0, "B, N and D must not be negative");

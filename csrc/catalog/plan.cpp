@@ -19,7 +19,7 @@ std::int64_t divide_up(std::int64_t a, std::int64_t b) { return a / b + (a % b !
 
 std::int64_t shared_bytes(std::int64_t query_chunks) { return query_chunks * QUERY_BYTES + 2 * ITEM_BYTES + WORD_BYTES; }
 
-std::int64_t blocks_a_multiprocessor(std::int64_t bytes, const Limits& limits) {
+std::int64_t blocks_a_multiprocessor(std::int64_t bytes, const DeviceLimits& limits) {
     return bytes > limits.shared_a_block ? 0 : limits.shared_a_multiprocessor / (bytes + RESERVED);
 }
 
@@ -30,7 +30,7 @@ std::int64_t mixing_stride(std::int64_t tiles) {
     return stride;
 }
 
-WalkPlan plan_walk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t tiles_a_split, const Limits& limits) {
+ScanPlan plan_scan(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t tiles_a_split, const DeviceLimits& limits) {
     require(B >= 1 && N >= 0 && D >= 0, "B must be at least 1, and N and D must not be negative");
     require(limits.multiprocessors >= 1, "a device has at least one multiprocessor");
     // The id that all bits of a key's lower half would give stands for no item.
@@ -40,7 +40,7 @@ WalkPlan plan_walk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t 
     require(B <= std::numeric_limits<std::int32_t>::max() - TILE_QUERIES && B <= SIZE_LIMIT / width && N <= SIZE_LIMIT / width,
             "B * D or N * D is too large");
 
-    WalkPlan plan{};
+    ScanPlan plan{};
     plan.query_tiles = divide_up(B, TILE_QUERIES);
     plan.item_tiles = divide_up(N, TILE_ITEMS);
     plan.chunks = divide_up(width, CHUNK);
@@ -60,23 +60,23 @@ WalkPlan plan_walk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t 
 
 }  // namespace
 
-WalkPlan plan_target_rank(std::int64_t B, std::int64_t N, std::int64_t D, const Limits& limits) {
+ScanPlan plan_target_rank(std::int64_t B, std::int64_t N, std::int64_t D, const DeviceLimits& limits) {
     // Each split also scores the targets themselves, two tiles a block.
-    return plan_walk(B, N, D, 8, limits);
+    return plan_scan(B, N, D, 8, limits);
 }
 
-TopkPlan plan_topk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t k, const Limits& limits) {
+TopkPlan plan_topk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t k, const DeviceLimits& limits) {
     require(k >= 1 && k <= TOPK_LIMIT, "k must be in 1..1024");
     TopkPlan plan{};
     plan.sorted = divide_up(k, WARP) * WARP;
     // A split that sees less than twice its list's length drops hardly anything.
-    plan.walk = plan_walk(B, N, D, std::max<std::int64_t>(4, divide_up(2 * plan.sorted, TILE_ITEMS)), limits);
-    plan.stride = mixing_stride(std::max<std::int64_t>(plan.walk.item_tiles, 1));
-    plan.step = plan.walk.splits * plan.stride % std::max<std::int64_t>(plan.walk.item_tiles, 1);
+    plan.scan = plan_scan(B, N, D, std::max<std::int64_t>(4, divide_up(2 * plan.sorted, TILE_ITEMS)), limits);
+    plan.stride = mixing_stride(std::max<std::int64_t>(plan.scan.item_tiles, 1));
+    plan.step = plan.scan.splits * plan.stride % std::max<std::int64_t>(plan.scan.item_tiles, 1);
     plan.merge_warps = 1;
-    while (plan.merge_warps < 16 && plan.merge_warps < plan.walk.splits) plan.merge_warps *= 2;
+    while (plan.merge_warps < 16 && plan.merge_warps < plan.scan.splits) plan.merge_warps *= 2;
     // Thresholds [B], then a list and its queue for every split and query.
-    const std::int64_t words = 1 + plan.walk.splits * (plan.sorted + QUEUE);
+    const std::int64_t words = 1 + plan.scan.splits * (plan.sorted + QUEUE);
     require(B <= SIZE_LIMIT / words / 8, "B * k is too large");
     plan.workspace_bytes = 8 * B * words;
     return plan;

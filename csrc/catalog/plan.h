@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/limits.h"
+
 namespace lares_fast {
 
 // A block's share of the score matrix. Every warp owns WARP_QUERIES rows of it, and no two warps share a query.
@@ -20,11 +22,7 @@ constexpr int CHUNK = 32;
 constexpr int QUEUE = 32;
 constexpr std::int64_t TOPK_LIMIT = 1024;
 
-struct Limits {
-    std::int64_t multiprocessors, shared_a_block, shared_a_multiprocessor;  // bytes
-};
-
-struct WalkPlan {
+struct ScanPlan {
     std::int64_t query_tiles, splits;  // the grid
     std::int64_t item_tiles, chunks;
     bool resident;  // the queries stay in shared memory; otherwise they are read again with every tile
@@ -32,7 +30,7 @@ struct WalkPlan {
 };
 
 struct TopkPlan {
-    WalkPlan walk;
+    ScanPlan scan;
     std::int64_t stride;       // between the first tiles of two splits, modulo the number of tiles and coprime with it
     std::int64_t step;         // between two tiles of a split: splits strides
     std::int64_t sorted;       // k rounded up to a multiple of WARP
@@ -41,7 +39,7 @@ struct TopkPlan {
 };
 
 // Both throw std::invalid_argument where the kernels cannot take the sizes.
-WalkPlan plan_target_rank(std::int64_t B, std::int64_t N, std::int64_t D, const Limits& limits);
-TopkPlan plan_topk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t k, const Limits& limits);
+ScanPlan plan_target_rank(std::int64_t B, std::int64_t N, std::int64_t D, const DeviceLimits& limits);
+TopkPlan plan_topk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t k, const DeviceLimits& limits);
 
 }  // namespace lares_fast

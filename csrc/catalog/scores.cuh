@@ -29,7 +29,7 @@ struct Scores {
 
 // Of a call and its plan, on the host.
 template <class Call>
-Scores make_scores(const Call& call, const WalkPlan& plan) {
+Scores make_scores(const Call& call, const ScanPlan& plan) {
     const bool vectors = call.D % 4 == 0 && reinterpret_cast<std::uintptr_t>(call.query) % 16 == 0 &&
                          reinterpret_cast<std::uintptr_t>(call.items) % 16 == 0;
     return {call.query, call.items, call.bias, call.N, static_cast<int>(call.B), static_cast<int>(call.D),
@@ -242,7 +242,7 @@ __device__ __forceinline__ int* query_words(const Scores& s) {
 // queries. The tiles are numbers, from `first` on to `after(number)`; `tile_of(number)` knows the items. While a chunk is worked
 // on, the next one is on its way.
 template <bool PLAIN, class After, class TileOf, class Use>
-__device__ __forceinline__ void walk(const Scores& s, int tiles, int first, After&& after, TileOf&& tile_of, Use&& use) {
+__device__ __forceinline__ void for_each_tile(const Scores& s, int tiles, int first, After&& after, TileOf&& tile_of, Use&& use) {
     float* const query = reinterpret_cast<float*>(shared_memory());
     float* const items = query + (s.resident ? s.chunks : 2) * (TILE_QUERIES * CHUNK);
     float* const bias = items + 2 * (TILE_ITEMS * CHUNK);

@@ -1,16 +1,12 @@
 // Scores of queries against the catalog, tile by tile in registers: what top-K and the target's rank have in common.
 #pragma once
 
+#include "base/constant.h"
 #include "catalog/panel.h"
 #include "catalog/catalog.h"
 
 namespace lares_fast {
 namespace {
-
-template <int N>
-struct Constant {
-    static constexpr int value = N;
-};
 
 #if defined(__AVX512F__)
 constexpr int ROWS = 8;
@@ -84,7 +80,7 @@ LARES_INLINE float score_one(const float* query, const float* row, float bias, s
 // `sink.take<R>(b, sums, item, exists)`, panel by panel in ascending order, after `sink.panel(item, items)`.
 // `first` is a panel's beginning; scratch holds PANEL * (D + 1) floats.
 template <class Sink>
-void walk(const Catalog& c, const float* query, std::int64_t B, std::int64_t first, std::int64_t last, float* scratch, Sink&& sink) {
+void for_each_panel(const Catalog& c, const float* query, std::int64_t B, std::int64_t first, std::int64_t last, float* scratch, Sink&& sink) {
     const std::int64_t D = c.D, floats = PANEL * D;
     const auto whole_rows = [&](auto rows) __attribute__((always_inline)) {
         constexpr int R = decltype(rows)::value;

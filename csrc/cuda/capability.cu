@@ -61,7 +61,7 @@ std::string capability(int device) {
     return "ok: " + name + ", driver for CUDA " + version(driver) + ", built with CUDA " + version(CUDART_VERSION);
 }
 
-Limits device_limits(int device) {
+DeviceLimits device_limits(int device) {
     return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
 }

@@ -30,7 +30,7 @@ struct alignas(16) float4 {
 namespace lares_fast::emulator {
 
 // Where in the kernel's source an operation stands.
-struct Site {
+struct SourceLine {
     const char* file;
     int line;
 };
@@ -39,11 +39,11 @@ dim3 thread_index();
 dim3 block_index();
 dim3 block_size();
 char* shared_memory();
-void block_barrier(Site site);
-void warp_barrier(unsigned mask, Site site);
+void block_barrier(SourceLine site);
+void warp_barrier(unsigned mask, SourceLine site);
 // The `bytes` that lane `from` brings to the same operation.
-void shuffle(unsigned mask, void* value, std::size_t bytes, int from, Site site);
-unsigned ballot(unsigned mask, bool vote, Site site);
+void shuffle(unsigned mask, void* value, std::size_t bytes, int from, SourceLine site);
+unsigned ballot(unsigned mask, bool vote, SourceLine site);
 
 struct Copy {
     float* to;
@@ -53,9 +53,9 @@ struct Copy {
 };
 
 // Copies of the calling thread that it has not yet waited for.
-void remember(const Copy& copy, Site site);
+void remember(const Copy& copy, SourceLine site);
 bool recall(Copy& copy);
-void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], Site site);
+void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], SourceLine site);
 
 // How often threads went a way that should be rare, since the last time that it was asked.
 long long slow_path(const char* name);

@@ -8,7 +8,7 @@
 
 namespace lares_fast {
 
-constexpr int MOST_LANES = 16;
+constexpr int MAX_LANES = 16;
 
 struct SumScan {
     Catalog catalog;
@@ -19,7 +19,7 @@ struct SumScan {
     float* reference;  // [B]: a score, raised when one exceeds it by more than 2^24; NaN after a NaN score
     double* sum;       // [B]: += the terms
     float* limit;      // [B] workspace: the score above which the reference is raised
-    float* lanes;      // [B][MOST_LANES] workspace, zeros
+    float* lanes;      // [B][MAX_LANES] workspace, zeros
     float* scratch;    // [D][panel] + [panel]
     RankScan* rank;    // of the same queries and items, or null
 };
@@ -52,6 +52,6 @@ struct CrossEntropyKernel {
     float (*score)(const float* query, const float* item, std::int64_t D);
 };
 
-const CrossEntropyKernel& cross_entropy_kernel();
+const CrossEntropyKernel* best_cross_entropy_kernel();
 
 }  // namespace lares_fast

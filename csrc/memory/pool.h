@@ -1,4 +1,5 @@
-// Memory that calls take, give back and take again: fresh pages cost more than the work on them.
+// A pool of large buffers. Calls take buffers and return them, because the first write to fresh pages costs more time than
+// the work on them.
 #pragma once
 
 #include <cstdint>
@@ -6,16 +7,16 @@
 
 namespace lares_fast {
 
-struct GiveBack {
+struct ReturnToPool {
     std::int64_t floats;
     void operator()(float* memory) const;
 };
-using Lease = std::unique_ptr<float[], GiveBack>;
+using PooledFloats = std::unique_ptr<float[], ReturnToPool>;
 
-// At least `floats` floats that begin at a cache line; what they hold is finite or was a caller's.
-Lease lease(std::int64_t floats);
+// Returns at least `floats` floats that begin at a cache line. They hold zeros or the values of an earlier caller.
+PooledFloats take_from_pool(std::int64_t floats);
 
-// Asks for large pages for memory that is about to be written for the first time.
+// Asks the system for large pages for memory that is about to be written for the first time.
 void prefer_large_pages(float* memory, std::int64_t floats);
 
 }  // namespace lares_fast

@@ -18,12 +18,12 @@ struct Attention {
     Matrix context_grad, query_grad, key_value_grad;
     std::int64_t panels, head_panels;  // of A and of a head
     float scale;                       // of the scores
-    Site dropout;
+    DropoutSite dropout;
     float* scratch;  // attention_floats
 };
 
 // One sequence; its queries are the positions from `query` on, and rows of Attention::query from `query_row` on.
-struct Attended {
+struct AttendedSequence {
     std::int64_t first, length, query, query_row;
     std::uint32_t row;
 };
@@ -162,9 +162,9 @@ constexpr float LOG2_E = 1.44269504f;
 // Added to a register, it leaves the first `n` lanes and makes the others -infinity, or NaN, which `max` passes over.
 LARES_INLINE const float* first_of(std::int64_t n) {
     constexpr float LEAST = -__builtin_inff();
-    static constexpr float LANES_OF[2 * COLUMNS] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST,
+    static constexpr float VISIBLE_LANES[2 * COLUMNS] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST,
                                                     LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST};
-    return LANES_OF + COLUMNS - n;
+    return VISIBLE_LANES + COLUMNS - n;
 }
 
 LARES_INLINE float largest_of(const float* row, std::int64_t n) {
@@ -179,7 +179,7 @@ LARES_INLINE float largest_of(const float* row, std::int64_t n) {
 // `take(r, place, exponential, kept)` gets each register and its dropout decisions, or null where nothing is dropped.
 // Returns the sum of each row in `total`.
 template <int N, class Take>
-LARES_INLINE void for_exponentials(const Attention& a, const Attended& s, std::int64_t h, std::int64_t query, std::int64_t tiles, const float* scores,
+LARES_INLINE void for_exponentials(const Attention& a, const AttendedSequence& s, std::int64_t h, std::int64_t query, std::int64_t tiles, const float* scores,
                                    std::int64_t stride, float scale, float (&total)[N], const Take& take) {
     Vec most[N], sums[N];
     const Vec factor = broadcast(scale);
@@ -188,7 +188,7 @@ LARES_INLINE void for_exponentials(const Attention& a, const Attended& s, std::i
         sums[r] = broadcast(0.0f);
     }
     for (std::int64_t t = 0; t < tiles; ++t) {
-        Lane kept[QUAD][LANES];
+        Keep kept[QUAD][DRAWS];
         if (a.dropout.threshold) {
             draw_attention(a.dropout, s.row, static_cast<std::uint32_t>(h), static_cast<std::uint32_t>(query / QUAD), static_cast<std::uint32_t>(t), kept);
         }
@@ -208,12 +208,12 @@ LARES_INLINE void for_exponentials(const Attention& a, const Attended& s, std::i
 }
 
 template <int N>
-LARES_INLINE void attend_quad(const Attention& a, const Attended& s, std::int64_t h, const HeadScratch& w, std::int64_t query, std::int64_t row) {
+LARES_INLINE void attend_quad(const Attention& a, const AttendedSequence& s, std::int64_t h, const HeadScratch& w, std::int64_t query, std::int64_t row) {
     const std::int64_t panel = h * a.head_panels, tiles = (query + N - 1) / COLUMNS + 1;
     float* const p = w.rows[0];
     times_tiles<N>(a.query, panel, row, w.keys, a.head_panels, query + N, p, w.stride);
     float total[N];
-    for_exponentials<N>(a, s, h, query, tiles, p, w.stride, LOG2_E * a.scale, total, [&](int, std::int64_t place, Vec e, const Lane* kept) {
+    for_exponentials<N>(a, s, h, query, tiles, p, w.stride, LOG2_E * a.scale, total, [&](int, std::int64_t place, Vec e, const Keep* kept) {
         store(p + place, kept ? select(kept, e) : e);
     });
     for (int r = 0; r < N; ++r) total[r] = a.dropout.scale / total[r];
@@ -221,7 +221,7 @@ LARES_INLINE void attend_quad(const Attention& a, const Attended& s, std::int64_
 }
 
 template <int N>
-LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, std::int64_t h, const HeadScratch& w, std::int64_t query,
+LARES_INLINE void attend_quad_backward(const Attention& a, const AttendedSequence& s, std::int64_t h, const HeadScratch& w, std::int64_t query,
                                        std::int64_t row) {
     const std::int64_t panel = h * a.head_panels, tiles = (query + N - 1) / COLUMNS + 1, keys = query + N;
     float *const p = w.rows[0], *const dropped = w.rows[1], *const grad = w.rows[2];
@@ -232,7 +232,7 @@ LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, st
     float total[N];
     const Vec scale = broadcast(a.dropout.scale);
     // The sums that make them probabilities are not known yet.
-    for_exponentials<N>(a, s, h, query, tiles, p, w.stride, LOG2_E * a.scale, total, [&](int r, std::int64_t place, Vec e, const Lane* kept) {
+    for_exponentials<N>(a, s, h, query, tiles, p, w.stride, LOG2_E * a.scale, total, [&](int r, std::int64_t place, Vec e, const Keep* kept) {
         // A gradient beyond the visible keys is of another sequence or of none.
         Vec g = select(first_lanes(query + r + 1 - (place - r * w.stride)), load(grad + place)), d = e;
         if (kept) g = mul(select(kept, g), scale), d = mul(select(kept, e), scale);
@@ -262,16 +262,16 @@ LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, st
     add_outer<N>(dropped, w.stride, a.context_grad, panel, row, keys, a.head_panels, a.key_value_grad, a.panels + panel, s.first);
 }
 
-// Calls quad(Size<N>, query, row) for the queries of a sequence, cut where a position is a multiple of four.
+// Calls quad(Constant<N>, query, row) for the queries of a sequence, cut where a position is a multiple of four.
 template <class Quad>
-LARES_INLINE void for_quads(const Attended& s, const Quad& quad) {
+LARES_INLINE void for_quads(const AttendedSequence& s, const Quad& quad) {
     for (std::int64_t query = s.query; query < s.length;) {
         const std::int64_t end = query / QUAD * QUAD + QUAD < s.length ? query / QUAD * QUAD + QUAD : s.length;
         const std::int64_t row = s.query_row + query - s.query;
-        if (end - query == 4) quad(Size<4>{}, query, row);
-        if (end - query == 3) quad(Size<3>{}, query, row);
-        if (end - query == 2) quad(Size<2>{}, query, row);
-        if (end - query == 1) quad(Size<1>{}, query, row);
+        if (end - query == 4) quad(Constant<4>{}, query, row);
+        if (end - query == 3) quad(Constant<3>{}, query, row);
+        if (end - query == 2) quad(Constant<2>{}, query, row);
+        if (end - query == 1) quad(Constant<1>{}, query, row);
         query = end;
     }
 }
@@ -282,7 +282,7 @@ inline HeadScratch head_scratch(const Attention& a, std::int64_t length) {
     return {a.scratch, a.scratch + tiles, {rows, rows + QUAD * keys, rows + 2 * QUAD * keys}, keys};
 }
 
-inline void attend(const Attention& a, const Attended& s) {
+inline void attend(const Attention& a, const AttendedSequence& s) {
     const HeadScratch w = head_scratch(a, s.length);
     for (std::int64_t h = 0; h < a.panels / a.head_panels; ++h) {
         transpose_head(a.key_value, h * a.head_panels, a.head_panels, s.first, s.length, w.keys);
@@ -293,7 +293,7 @@ inline void attend(const Attention& a, const Attended& s) {
 }
 
 // The context once more, and the gradients of queries, keys and values; those of keys and values are added.
-inline void attend_backward(const Attention& a, const Attended& s) {
+inline void attend_backward(const Attention& a, const AttendedSequence& s) {
     const HeadScratch w = head_scratch(a, s.length);
     for (std::int64_t h = 0; h < a.panels / a.head_panels; ++h) {
         transpose_head(a.key_value, h * a.head_panels, a.head_panels, s.first, s.length, w.keys);

@@ -48,7 +48,7 @@ std::int64_t carve_workspace(Workspace& w, float* memory, const Shape& s, std::i
     return c.used();
 }
 
-std::int64_t workspace(const Shape& shape, std::int64_t tokens, std::int64_t longest, bool backward) {
+[[maybe_unused]] std::int64_t workspace(const Shape& shape, std::int64_t tokens, std::int64_t longest, bool backward) {
     Workspace w{};
     return carve_workspace(w, nullptr, shape, tokens, longest, backward);
 }
@@ -60,7 +60,7 @@ struct Extent {
     bool all() const { return rows == tokens; }
 };
 
-std::int64_t taking_part(const Block& b, std::int64_t step) {
+std::int64_t active_sequences(const Block& b, std::int64_t step) {
     std::int64_t n = 0;
     while (n < b.count && b.sequences[n].depth > step) ++n;
     return n;
@@ -71,14 +71,14 @@ std::int64_t tokens_of(const Block& b, std::int64_t count) {
 }
 
 Extent extent(const Model& model, const Block& b, std::int64_t step, std::int64_t layer) {
-    const std::int64_t active = taking_part(b, step), tokens = tokens_of(b, active);
+    const std::int64_t active = active_sequences(b, step), tokens = tokens_of(b, active);
     if (layer + 1 < model.shape.layers || model.output == Output::tokens) return {active, active, tokens, tokens};
-    const std::int64_t whole = taking_part(b, step + 1);
+    const std::int64_t whole = active_sequences(b, step + 1);
     return {active, whole, tokens, tokens_of(b, whole) + active - whole};
 }
 
 // What the backward gets of one layer in one step.
-struct Kept {
+struct KeptNorms {
     Normal first, second;
 };
 
@@ -87,19 +87,19 @@ class Tape {
 public:
     Tape(const Shape& s, const Block& b) : D_(s.D), normal_(b.normal), inverse_(b.inverse) {}
 
-    Kept next(std::int64_t rows) {
+    KeptNorms next(std::int64_t rows) {
         row_ += rows;
         return before(rows);
     }
-    Kept previous(std::int64_t rows) {
+    KeptNorms previous(std::int64_t rows) {
         row_ -= rows;
         return at(row_, rows);
     }
     // The entry that ends here.
-    Kept before(std::int64_t rows) const { return at(row_ - rows, rows); }
+    KeptNorms before(std::int64_t rows) const { return at(row_ - rows, rows); }
 
 private:
-    Kept at(std::int64_t row, std::int64_t rows) const {
+    KeptNorms at(std::int64_t row, std::int64_t rows) const {
         if (!normal_) return {};
         float *const normal = normal_ + row * 2 * D_, *const inverse = inverse_ + row * 2;
         return {{{normal, rows}, inverse}, {{normal + rows * D_, rows}, inverse + rows}};
@@ -118,7 +118,7 @@ inline void swap(Matrix& a, Matrix& b) {
 
 // Calls body(panel, row, v) for rows [from, from + n).
 template <class Body>
-LARES_INLINE void each(std::int64_t panels, std::int64_t from, std::int64_t n, const Body& body) {
+LARES_INLINE void for_each_vec(std::int64_t panels, std::int64_t from, std::int64_t n, const Body& body) {
     for (std::int64_t p = 0; p < panels; ++p) {
         for (std::int64_t m = from; m < from + n; ++m) {
             for (int v = 0; v < V; ++v) body(p, m, v);
@@ -127,13 +127,13 @@ LARES_INLINE void each(std::int64_t panels, std::int64_t from, std::int64_t n, c
 }
 
 // One block, its model and its memory.
-struct Worker {
+struct BlockWorker {
     const Model& model;
     const Block& block;
     Workspace w{};
     std::int64_t panels, inner_panels, attention_panels;
 
-    Worker(const Model& m, const Block& b, float* memory, bool backward)
+    BlockWorker(const Model& m, const Block& b, float* memory, bool backward)
         : model(m), block(b), panels(m.shape.D / COLUMNS), inner_panels(m.shape.I / COLUMNS), attention_panels(m.shape.A() / COLUMNS) {
         carve_workspace(w, memory, m.shape, b.tokens, b.longest, backward);
         for (std::int64_t i = 0; i < b.count; ++i) {
@@ -145,7 +145,7 @@ struct Worker {
         }
     }
 
-    Site site(std::uint32_t which, std::int64_t step, std::int64_t layer) const {
+    DropoutSite site(std::uint32_t which, std::int64_t step, std::int64_t layer) const {
         const Dropout& d = model.dropout;
         const auto address = static_cast<std::uint32_t>((d.first_step + step) << 16 | layer);
         return {d.key, which == SITE_ATTENTION ? d.attention : d.hidden, which, address};
@@ -202,9 +202,9 @@ struct Worker {
         for (std::int64_t i = 0; i < e.active; ++i) {
             const Sequence& s = block.sequences[i];
             if (i < e.whole) {
-                visit(Attended{s.start, s.length, 0, s.start, s.row});
+                visit(AttendedSequence{s.start, s.length, 0, s.start, s.row});
             } else {
-                visit(Attended{s.start, s.length, s.length - 1, tokens_of(block, e.whole) + i - e.whole, s.row});
+                visit(AttendedSequence{s.start, s.length, s.length - 1, tokens_of(block, e.whole) + i - e.whole, s.row});
             }
         }
     }
@@ -230,8 +230,8 @@ struct Worker {
         if (model.shape.adapter == Adapter::none) return;
         swap(w.x, w.middle);
         const Vec share = broadcast(a.share), rest = broadcast(1.0f - a.share);
-        for (std::int64_t from = 0; from < tokens; from += CHUNK) {
-            const std::int64_t n = smaller(CHUNK, tokens - from);
+        for (std::int64_t from = 0; from < tokens; from += CHUNK_ROWS) {
+            const std::int64_t n = smaller(CHUNK_ROWS, tokens - from);
             const Norm norm{a.scale, a.shift, model.eps};
             if (model.shape.adapter == Adapter::concat) {
                 product(w.middle, panels, a.state, nullptr, panels, from, from + n, to(w.x));
@@ -251,10 +251,10 @@ struct Worker {
         product(query_x, panels, l.query, l.query_bias, attention_panels, 0, e.rows, to(w.query));
     }
 
-    // Calls each(row, rows, row of the output, whether the sequence goes on) for what step `step` puts out.
+    // Calls for_each_vec(row, rows, row of the output, whether the sequence goes on) for what step `step` puts out.
     template <class Each>
     void for_outputs(std::int64_t step, const Extent& e, const Each& put) const {
-        const std::int64_t going_on = taking_part(block, step + 1);
+        const std::int64_t going_on = active_sequences(block, step + 1);
         for (std::int64_t i = 0; i < e.active; ++i) {
             const Sequence& s = block.sequences[i];
             const bool ends = i >= going_on;

@@ -18,7 +18,7 @@ LARES_INLINE void two_tails(const Vec (&a)[R], Vec (&tails)[R]) {
 
 // 1 - a phi(a) / Phi(-a): what a tail is multiplied by in the derivative, times the tail within 1e-8.
 template <int R>
-LARES_INLINE void bend(const Vec (&a)[R], Vec (&factor)[R]) {
+LARES_INLINE void tail_slope(const Vec (&a)[R], Vec (&factor)[R]) {
     constexpr float FACTORS[] = {2.5591894e-6f,   -4.47390812e-5f, 3.20619118e-4f, -1.06530311e-3f, -1.26827319e-4f,
                                  1.93704832e-2f, -0.109105125f,   -0.63660121f,   -0.797885716f,   1.0f};
     polynomial(FACTORS, a, factor);
@@ -33,7 +33,7 @@ LARES_INLINE void gelu(float* x, float* slopes) {
     two_tails(a, tails);
     if constexpr (SLOPES) {
         Vec factor[R];
-        bend(a, factor);
+        tail_slope(a, factor);
         for (int r = 0; r < R; ++r) {
             const Vec above = fma(mul(tails[r], broadcast(-0.5f)), factor[r], broadcast(0.5f));
             store(slopes + r * W, add(broadcast(0.5f), with_sign(above, load(x + r * W))));
@@ -56,7 +56,7 @@ LARES_INLINE void gelu_all(float* x, std::int64_t n, float* slopes) {
 // not fit in the registers together.
 __attribute__((noinline)) void gelu_all(float* x, std::int64_t n) { gelu_all<false>(x, n, nullptr); }
 
-__attribute__((noinline)) void gelu_and_slope_all(float* x, std::int64_t n, float* slopes) { gelu_all<true>(x, n, slopes); }
+[[maybe_unused]] __attribute__((noinline)) void gelu_and_slope_all(float* x, std::int64_t n, float* slopes) { gelu_all<true>(x, n, slopes); }
 
 }  // namespace
 }  // namespace lares_fast

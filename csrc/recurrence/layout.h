@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "memory/carver.h"
+
 namespace lares_fast {
 
 constexpr std::int64_t COLUMNS = 16;  // of a panel
@@ -52,23 +54,6 @@ struct AdapterGradients {
     float *state, *pre, *bias;  // concat
     float* share;
     float *scale, *shift;
-};
-
-// Hands out the pieces of one buffer; with a null buffer it only counts.
-class Carver {
-public:
-    explicit Carver(float* base) : base_(base) {}
-    float* take(std::int64_t floats) {
-        float* const piece = base_ ? base_ + used_ : nullptr;
-        // Pieces begin at cache lines.
-        used_ += round_up(floats, 16);
-        return piece;
-    }
-    std::int64_t used() const { return used_; }
-
-private:
-    float* base_;
-    std::int64_t used_ = 0;
 };
 
 inline LayerWeights carve_weights(Carver& c, const Shape& s) {

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "base/constant.h"
 #include "recurrence/bf16.h"
 #include "recurrence/layout.h"
 #include "simd/vec.h"
@@ -16,23 +17,18 @@ namespace {
 constexpr int V = static_cast<int>(COLUMNS) / W;  // registers of a panel's row
 
 #if defined(LARES_TILES)
-constexpr int R = TILE_ROWS, WIDE = 4;
-constexpr int SUM_ROWS = 6, SUM_WIDE = 4;
+constexpr int R = TILE_ROWS, PRODUCT_PANELS = 4;
+constexpr int SUM_ROWS = 6, SUM_PANELS = 4;
 #elif defined(__AVX512F__)
-constexpr int R = 6, WIDE = 4;  // a tile is R rows of WIDE panels, or of one
-constexpr int SUM_ROWS = 6, SUM_WIDE = 4;
+constexpr int R = 6, PRODUCT_PANELS = 4;  // a tile is R rows of PRODUCT_PANELS panels, or of one
+constexpr int SUM_ROWS = 6, SUM_PANELS = 4;
 #elif defined(__AVX2__)
-constexpr int R = 6, WIDE = 1;
-constexpr int SUM_ROWS = 6, SUM_WIDE = 1;
+constexpr int R = 6, PRODUCT_PANELS = 1;
+constexpr int SUM_ROWS = 6, SUM_PANELS = 1;
 #else
-constexpr int R = 3, WIDE = 1;
-constexpr int SUM_ROWS = 2, SUM_WIDE = 1;
+constexpr int R = 3, PRODUCT_PANELS = 1;
+constexpr int SUM_ROWS = 2, SUM_PANELS = 1;
 #endif
-
-template <int N>
-struct Size {
-    static constexpr int value = N;
-};
 
 #if defined(LARES_BF16)
 constexpr bool ROUNDED = true;
@@ -100,10 +96,10 @@ LARES_INLINE void multiply_panel_bf16(const float* x, const float* b, std::int64
 #endif
 }
 
-constexpr std::int64_t PANEL = PAIRS ? COLUMNS * COLUMNS / 2 : COLUMNS * COLUMNS;  // floats of sixteen rows
+constexpr std::int64_t PANEL_FLOATS = PAIRS ? COLUMNS * COLUMNS / 2 : COLUMNS * COLUMNS;  // floats of sixteen rows
 
 // Floats of the matrix that `panels` panels of x are multiplied with.
-LARES_INLINE std::int64_t matrix_floats(std::int64_t panels) { return (PAIRS ? round_up(panels, 2) : panels) * PANEL; }
+LARES_INLINE std::int64_t matrix_floats(std::int64_t panels) { return (PAIRS ? round_up(panels, 2) : panels) * PANEL_FLOATS; }
 
 #if defined(LARES_TILES)
 
@@ -131,7 +127,7 @@ LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t pan
         load_tile<2>(&sums[0][2], sizeof sums[0]);
         load_tile<3>(&sums[0][3], sizeof sums[0]);
     }
-    for (std::int64_t p = 0; p < panels; p += 2, x += 2 * x_rows * COLUMNS, b += 2 * PANEL) {
+    for (std::int64_t p = 0; p < panels; p += 2, x += 2 * x_rows * COLUMNS, b += 2 * PANEL_FLOATS) {
         auto& rounded = rows[p / 2 % 2];
         for (int r = 0; r < R; ++r) {
             const float* const row = x + r * COLUMNS;
@@ -166,9 +162,9 @@ LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t pan
     const std::int64_t apart = matrix_floats(panels);
     const auto panel = [&](std::int64_t p, Vec(&to)[R][N * V]) __attribute__((always_inline)) {
         if constexpr (ROUNDED) {
-            multiply_panel_bf16<N>(x + p * x_rows * COLUMNS, b + p * PANEL, apart, to);
+            multiply_panel_bf16<N>(x + p * x_rows * COLUMNS, b + p * PANEL_FLOATS, apart, to);
         } else {
-            multiply_panel<N>(x + p * x_rows * COLUMNS, b + p * PANEL, apart, to);
+            multiply_panel<N>(x + p * x_rows * COLUMNS, b + p * PANEL_FLOATS, apart, to);
         }
     };
     panel(0, sums);
@@ -224,7 +220,7 @@ template <class Finish, class After = Nothing>
 LARES_INLINE void product(Matrix x, std::int64_t x_panels, const float* b, const float* bias, std::int64_t panels, std::int64_t from,
                           std::int64_t to, const Finish& finish, const After& after = {}) {
     std::int64_t panel = 0;
-    for (; WIDE > 1 && panel + WIDE <= panels; panel += WIDE) product_panels<WIDE>(x, x_panels, b, bias, panel, from, to, finish, after);
+    for (; PRODUCT_PANELS > 1 && panel + PRODUCT_PANELS <= panels; panel += PRODUCT_PANELS) product_panels<PRODUCT_PANELS>(x, x_panels, b, bias, panel, from, to, finish, after);
     for (; panel < panels; ++panel) product_panels<1>(x, x_panels, b, bias, panel, from, to, finish, after);
 }
 
@@ -263,8 +259,8 @@ LARES_INLINE void accumulate_panels(Matrix y, std::int64_t y_panel, Matrix x, st
         o += decltype(size)::value;
     };
     constexpr int LAST = static_cast<int>(COLUMNS) % SUM_ROWS;
-    while (o + SUM_ROWS <= COLUMNS) tile(Size<SUM_ROWS>{});
-    if constexpr (LAST > 0) tile(Size<LAST>{});
+    while (o + SUM_ROWS <= COLUMNS) tile(Constant<SUM_ROWS>{});
+    if constexpr (LAST > 0) tile(Constant<LAST>{});
 }
 
 // sums [16 * y_panels, 16 * x_panels] += y^T x over the first `rows` rows.
@@ -273,8 +269,8 @@ LARES_INLINE void accumulate(Matrix y, std::int64_t y_panels, Matrix x, std::int
     for (std::int64_t y_panel = 0; y_panel < y_panels; ++y_panel) {
         float* const to = sums + y_panel * COLUMNS * stride;
         std::int64_t x_panel = 0;
-        for (; SUM_WIDE > 1 && x_panel + SUM_WIDE <= x_panels; x_panel += SUM_WIDE) {
-            accumulate_panels<SUM_WIDE>(y, y_panel, x, x_panel, rows, to + x_panel * COLUMNS, stride);
+        for (; SUM_PANELS > 1 && x_panel + SUM_PANELS <= x_panels; x_panel += SUM_PANELS) {
+            accumulate_panels<SUM_PANELS>(y, y_panel, x, x_panel, rows, to + x_panel * COLUMNS, stride);
         }
         for (; x_panel < x_panels; ++x_panel) accumulate_panels<1>(y, y_panel, x, x_panel, rows, to + x_panel * COLUMNS, stride);
     }

@@ -54,7 +54,7 @@ struct RecurrenceKernel {
                      const Gradients& sums, float* workspace);
 };
 
-const RecurrenceKernel& recurrence_kernel();
+const RecurrenceKernel* best_recurrence_kernel();
 
 // Forward alone, the operands of products with weights rounded to bf16.
 struct Bf16Kernel {
@@ -64,6 +64,6 @@ struct Bf16Kernel {
     void (*forward)(const Model&, const Block&, const float* h, const float* pre, float* out, float* workspace);
 };
 
-const Bf16Kernel& bf16_kernel();
+const Bf16Kernel* best_bf16_kernel();
 
 }  // namespace lares_fast

@@ -8,7 +8,7 @@ namespace lares_fast {
 namespace {
 
 // Rows that are worked on together stay in the L1 cache from a product to its LayerNorm.
-constexpr std::int64_t CHUNK = 8 * ROW_TILE;
+constexpr std::int64_t CHUNK_ROWS = 8 * ROW_TILE;
 constexpr std::int64_t MAX_PANELS = 16;  // D up to 256
 
 // The dropout addresses of the rows of a matrix.
@@ -17,18 +17,18 @@ struct RowAddresses {
 };
 
 // Dropout decisions for the rows of a chunk.
-using Decisions = Lane[MAX_PANELS][CHUNK][LANES];
+using Decisions = Keep[MAX_PANELS][CHUNK_ROWS][DRAWS];
 
-inline void decide(const Site& at, RowAddresses rows, std::int64_t from, std::int64_t n, std::int64_t panels, Decisions& kept) {
+inline void decide(const DropoutSite& at, RowAddresses rows, std::int64_t from, std::int64_t n, std::int64_t panels, Decisions& kept) {
     if (!at.threshold) return;
-    static_assert(CHUNK % DRAWN == 0, "the last rows of a chunk are drawn within it");
+    static_assert(CHUNK_ROWS % DRAWN == 0, "the last rows of a chunk are drawn within it");
     for (std::int64_t i = 0; i < n; i += DRAWN) {
         std::uint32_t row[DRAWN], position[DRAWN];
         for (int d = 0; d < DRAWN; ++d) {
             const std::int64_t m = from + (i + d < n ? i + d : i);
             row[d] = rows.row[m], position[d] = rows.position[m];
         }
-        draw_hidden(at, row, position, panels, CHUNK, kept[0] + i);
+        draw_hidden(at, row, position, panels, CHUNK_ROWS, kept[0] + i);
     }
 }
 
@@ -43,11 +43,11 @@ struct Normal {
     float* inverse;
 };
 
-// y = LN(y) for the rows [from, from + n), n <= CHUNK, whose means are known. Pass by pass over all rows: within one row,
+// y = LN(y) for the rows [from, from + n), n <= CHUNK_ROWS, whose means are known. Pass by pass over all rows: within one row,
 // each sum would wait for the one before.
-inline void normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const float (&mean)[CHUNK], const Norm& norm,
+inline void normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const float (&mean)[CHUNK_ROWS], const Norm& norm,
                       const Normal& normal) {
-    float inverse[CHUNK];
+    float inverse[CHUNK_ROWS];
     for (std::int64_t i = 0; i < n; ++i) {
         const Vec centre = broadcast(mean[i]);
         Vec squares[V];
@@ -82,7 +82,7 @@ inline void normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t 
 template <class Value>
 LARES_INLINE void fill_and_normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const Norm& norm, const Normal& normal,
                                      const Value& value) {
-    float mean[CHUNK];
+    float mean[CHUNK_ROWS];
     for (std::int64_t i = 0; i < n; ++i) {
         Vec total[V];
         for (int v = 0; v < V; ++v) total[v] = broadcast(0.0f);
@@ -118,12 +118,12 @@ struct NormGradients {
 // The gradient of y = LN(dropout(f) + residual) on `rows` rows: of the residual in `to`, which may be `grad`, and of f in
 // `dropped`, unless its data is null.
 inline void normalise_backward(Matrix grad, const Normal& normal, const float* scale, std::int64_t rows, std::int64_t panels,
-                               const Site& at, RowAddresses addresses, Matrix to, Matrix dropped, const NormGradients& sums) {
+                               const DropoutSite& at, RowAddresses addresses, Matrix to, Matrix dropped, const NormGradients& sums) {
     const float columns = static_cast<float>(panels * COLUMNS);
     Decisions kept;
-    for (std::int64_t from = 0; from < rows; from += CHUNK) {
-        const std::int64_t n = rows - from < CHUNK ? rows - from : CHUNK;
-        float mean[CHUNK], slope[CHUNK];
+    for (std::int64_t from = 0; from < rows; from += CHUNK_ROWS) {
+        const std::int64_t n = rows - from < CHUNK_ROWS ? rows - from : CHUNK_ROWS;
+        float mean[CHUNK_ROWS], slope[CHUNK_ROWS];
         for (std::int64_t i = 0; i < n; ++i) {
             Vec total = broadcast(0.0f), product = broadcast(0.0f);
             for (std::int64_t p = 0; p < panels; ++p) {

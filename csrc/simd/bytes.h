@@ -12,7 +12,7 @@ namespace {
 // Four products a lane and step, summed in 32 bits.
 constexpr int GROUP = 4;
 constexpr int OFFSET = 128;
-using Lane = std::int32_t;
+using CodeSum = std::int32_t;
 using Sums = __m512i;
 LARES_INLINE Sums load_sums(const void* from) { return _mm512_loadu_si512(from); }
 LARES_INLINE Sums broadcast_word(std::int32_t word) { return _mm512_set1_epi32(word); }
@@ -27,7 +27,7 @@ LARES_INLINE std::uint64_t above(Sums a, Sums b) { return _mm512_cmpgt_epi32_mas
 // 127 * 127 * 2 does not saturate the instruction's own 16-bit sum of two products.
 constexpr int GROUP = 2;
 constexpr int OFFSET = 64;
-using Lane = std::int16_t;
+using CodeSum = std::int16_t;
 #if defined(__AVX512BW__)
 using Sums = __m512i;
 LARES_INLINE Sums load_sums(const void* from) { return _mm512_loadu_si512(from); }
@@ -61,7 +61,7 @@ LARES_INLINE std::uint64_t above(Sums a, Sums b) {
 LARES_INLINE Sums accumulate_at(Sums sums, Sums query, const void* items) { return accumulate(sums, query, load_sums(items)); }
 #endif
 
-constexpr int LANES = sizeof(Sums) / sizeof(Lane);
+constexpr int CODE_SUMS = sizeof(Sums) / sizeof(CodeSum);
 
 }  // namespace
 }  // namespace lares_fast

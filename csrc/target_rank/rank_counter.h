@@ -43,7 +43,7 @@ inline std::int64_t ties_before(const RankScan& s, std::int64_t b, std::int64_t 
 
 // Items before the target outrank it when they tie, which is when they beat the next float below its score. So a panel
 // needs one comparison an item, and only the panel that holds the target a second look.
-struct Count {
+struct RankCounter {
     const RankScan& s;
     const std::int64_t* crossing;  // the first query by ascending target whose target is still to come
 
@@ -66,7 +66,7 @@ struct Count {
 };
 
 // What counts over the items [first, last) of a panel's multiple on.
-inline Count start_count(const RankScan& s, std::int64_t first, std::int64_t last) {
+inline RankCounter start_counting(const RankScan& s, std::int64_t first, std::int64_t last) {
     const std::int64_t* crossing = s.order;
     for (std::int64_t b = 0; b < s.B; ++b) {
         const bool ahead = s.ties_by_id && s.target[b] >= first;

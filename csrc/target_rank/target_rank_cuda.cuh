@@ -6,7 +6,7 @@
 
 namespace lares_fast {
 
-struct RankCount {
+struct RankDeviceScan {
     Scores scores;
     const std::int64_t* target;
     const std::int64_t* exclude_offsets;
@@ -30,7 +30,7 @@ __device__ __forceinline__ Items items_before(std::int64_t place) {
 constexpr std::uint32_t NO_TARGET = ~std::uint32_t{0};
 
 struct RankWarp {
-    const RankCount& call;
+    const RankDeviceScan& call;
     Lane lane;
     int first_query;
     std::uint32_t target;  // of query `lane`, as are the following; NO_TARGET where it is no item
@@ -40,7 +40,7 @@ struct RankWarp {
     // Of the lane's rows, over its columns.
     unsigned of_all[LANE_ROWS], of_kept[LANE_ROWS];
 
-    __device__ RankWarp(const RankCount& c, std::int64_t first_item)
+    __device__ RankWarp(const RankDeviceScan& c, std::int64_t first_item)
         : call(c), target(NO_TARGET), excluded(nullptr), excluded_left(0), own(0), of_all{}, of_kept{} {
         first_query = static_cast<int>(blockIdx.x) * TILE_QUERIES + static_cast<int>(threadIdx.x) / WARP * WARP_QUERIES;
         const int query = first_query + lane.lane;
@@ -165,7 +165,7 @@ struct RankWarp {
 
 // Counts over one split: a run of consecutive tiles, after the tiles of the block's own targets.
 template <bool PLAIN>
-__global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) rank_count(const __grid_constant__ RankCount call) {
+__global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) rank_count(const __grid_constant__ RankDeviceScan call) {
     constexpr int OWN_TILES = TILE_QUERIES / TILE_ITEMS;
     const std::int64_t tiles = call.item_tiles;
     const int first = static_cast<int>(tiles * blockIdx.y / call.splits), last = static_cast<int>(tiles * (blockIdx.y + 1) / call.splits);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) rank_count(c
         const int query = static_cast<int>(blockIdx.x) * TILE_QUERIES + (tile - first + OWN_TILES) * TILE_ITEMS;
         return Tile{call.target + query, 0, call.scores.B - query};
     };
-    walk<PLAIN>(call.scores, last - first + OWN_TILES, first - OWN_TILES, [](int tile) { return tile + 1; }, tile_of,
+    for_each_tile<PLAIN>(call.scores, last - first + OWN_TILES, first - OWN_TILES, [](int tile) { return tile + 1; }, tile_of,
                 [&](const Tile& tile, const float(&sums)[SUMS]) {
         if (tile.ids) {
             warp.take_own(tile, sums);
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) rank_count(c
 
 // `device` as in enqueue_topk.
 template <class Device>
-void enqueue_target_rank(Device& device, const TargetRankCuda& call, const WalkPlan& plan) {
-    RankCount count{};
+void enqueue_target_rank(Device& device, const TargetRankCuda& call, const ScanPlan& plan) {
+    RankDeviceScan count{};
     count.scores = make_scores(call, plan);
     count.target = call.target;
     count.exclude_offsets = call.exclude_offsets;

@@ -25,6 +25,6 @@ struct TargetRankCuda {
 };
 
 // As topk_cuda; needs no workspace.
-std::string target_rank_cuda(const TargetRankCuda& call, const Limits& limits, int device, std::uintptr_t stream);
+std::string target_rank_cuda(const TargetRankCuda& call, const DeviceLimits& limits, int device, std::uintptr_t stream);
 
 }  // namespace lares_fast

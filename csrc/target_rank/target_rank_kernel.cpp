@@ -32,7 +32,7 @@ std::int64_t outranking(const RankScan& s, std::int64_t b, const std::int64_t* f
 }
 
 void scan(const RankScan& s, std::int64_t first, std::int64_t last) {
-    walk(s.catalog, s.query, s.B, first, last, s.scratch, start_count(s, first, last));
+    for_each_panel(s.catalog, s.query, s.B, first, last, s.scratch, start_counting(s, first, last));
 }
 
 }  // namespace

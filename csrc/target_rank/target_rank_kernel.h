@@ -30,6 +30,6 @@ struct RankKernel {
     std::int64_t (*outranking)(const RankScan&, std::int64_t b, const std::int64_t* ids, std::int64_t n);
 };
 
-const RankKernel& rank_kernel();
+const RankKernel* best_rank_kernel();
 
 }  // namespace lares_fast

@@ -32,7 +32,7 @@ struct CodedView {
 };
 
 struct Screen {
-    Scan scan;
+    TopkScan scan;
     const float* rows;  // [B, D]: the queries
     IndexTables index;
     CodedView query;
@@ -51,6 +51,6 @@ struct ScreenKernel {
 };
 
 // Null where the level in force has no byte products.
-const ScreenKernel* screen_kernel();
+const ScreenKernel* best_screen_kernel();
 
 }  // namespace lares_fast

@@ -6,7 +6,7 @@
 
 namespace lares_fast {
 
-struct TopkScan {
+struct TopkDeviceScan {
     Scores scores;
     const std::int64_t* exclude_offsets;
     const std::int64_t* exclude_ids;
@@ -33,13 +33,13 @@ __device__ inline bool contains(const std::int64_t* ids, std::uint32_t count, st
 }
 
 // What a warp knows of its queries. Lane i keeps the threshold of query i.
-struct Warp {
-    const TopkScan& scan;
+struct TopkWarp {
+    const TopkDeviceScan& scan;
     Lane lane;
     int first_query;
     Rank threshold;
 
-    __device__ explicit Warp(const TopkScan& s) : scan(s), threshold(0) {
+    __device__ explicit TopkWarp(const TopkDeviceScan& s) : scan(s), threshold(0) {
         first_query = static_cast<int>(blockIdx.x) * TILE_QUERIES + first_row();
         waiting()[lane.lane] = 0;
         for (int row = 0; row < WARP_QUERIES && first_query + row < s.scores.B; ++row) {
@@ -122,8 +122,8 @@ struct Warp {
 
 // The best of every `splits`-th tile, in a list a query.
 template <bool PLAIN>
-__global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) topk_scan(const __grid_constant__ TopkScan scan) {
-    Warp warp(scan);
+__global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) topk_scan(const __grid_constant__ TopkDeviceScan scan) {
+    TopkWarp warp(scan);
     const int split = static_cast<int>(blockIdx.y);
     const int tiles = (scan.item_tiles - split + scan.splits - 1) / scan.splits;
     const int first = tiles > 0 ? static_cast<int>(std::int64_t{split} * scan.stride % scan.item_tiles) : 0;
@@ -132,14 +132,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) topk_scan(co
         return scan.step < left ? tile + scan.step : scan.step - left;
     };
     const auto tile_of = [&](int tile) { return consecutive(tile, scan.scores.N); };
-    walk<PLAIN>(scan.scores, tiles, first, after, tile_of, [&](const Tile& tile, const float(&sums)[SUMS]) { warp.offer(tile, sums); });
+    for_each_tile<PLAIN>(scan.scores, tiles, first, after, tile_of, [&](const Tile& tile, const float(&sums)[SUMS]) { warp.offer(tile, sums); });
     for (int row = 0; row < WARP_QUERIES && warp.first_query + row < scan.scores.B; ++row) {
         if (warp.waiting()[row] > 0) warp.flush(row);
     }
 }
 
 // Merges the lists of a block's query into the first one, and writes the outputs.
-__global__ void __launch_bounds__(512) topk_merge(const __grid_constant__ TopkScan scan, float* scores, std::int64_t* ids) {
+__global__ void __launch_bounds__(512) topk_merge(const __grid_constant__ TopkDeviceScan scan, float* scores, std::int64_t* ids) {
     const int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
     const int warps = static_cast<int>(blockDim.x) / WARP;
     const std::int64_t query = blockIdx.x;
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(512) topk_merge(const __grid_constant__ TopkSc
 // `device` has clear(pointer, bytes) and launch(kernel, grid, threads, shared bytes, arguments...).
 template <class Device>
 void enqueue_topk(Device& device, const TopkCuda& call, const TopkPlan& plan) {
-    TopkScan scan{};
-    scan.scores = make_scores(call, plan.walk);
+    TopkDeviceScan scan{};
+    scan.scores = make_scores(call, plan.scan);
     scan.exclude_offsets = call.exclude_offsets;
     scan.exclude_ids = call.exclude_ids;
     scan.E = call.E;
@@ -181,13 +181,13 @@ void enqueue_topk(Device& device, const TopkCuda& call, const TopkPlan& plan) {
     scan.lists = scan.reached + call.B;
     scan.k = static_cast<int>(call.k);
     scan.sorted = static_cast<int>(plan.sorted);
-    scan.splits = static_cast<int>(plan.walk.splits);
-    scan.item_tiles = static_cast<int>(plan.walk.item_tiles);
+    scan.splits = static_cast<int>(plan.scan.splits);
+    scan.item_tiles = static_cast<int>(plan.scan.item_tiles);
     scan.stride = static_cast<int>(plan.stride);
     scan.step = static_cast<int>(plan.step);
-    const dim3 grid(static_cast<unsigned>(plan.walk.query_tiles), static_cast<unsigned>(plan.walk.splits));
+    const dim3 grid(static_cast<unsigned>(plan.scan.query_tiles), static_cast<unsigned>(plan.scan.splits));
     device.clear(scan.reached, sizeof(Rank) * static_cast<std::size_t>(call.B));
-    device.launch(call.plain ? topk_scan<true> : topk_scan<false>, grid, THREADS, plan.walk.shared_bytes, scan);
+    device.launch(call.plain ? topk_scan<true> : topk_scan<false>, grid, THREADS, plan.scan.shared_bytes, scan);
     const int merge_threads = static_cast<int>(plan.merge_warps) * WARP;
     device.launch(topk_merge, dim3(static_cast<unsigned>(call.B)), merge_threads, 0, scan, call.scores, call.ids);
 }

@@ -26,6 +26,6 @@ struct TopkCuda {
 
 // Enqueues on `stream` of `device`; allocates nothing and waits for nothing. Returns why the device refuses, or "".
 // Throws std::invalid_argument for bad sizes and std::runtime_error where the device is beyond use.
-std::string topk_cuda(const TopkCuda& call, const Limits& limits, int device, std::uintptr_t stream);
+std::string topk_cuda(const TopkCuda& call, const DeviceLimits& limits, int device, std::uintptr_t stream);
 
 }  // namespace lares_fast

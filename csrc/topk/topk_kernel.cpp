@@ -31,8 +31,8 @@ struct Select {
     }
 };
 
-void scan(const Scan& s, std::int64_t first, std::int64_t last) {
-    walk(s.catalog, s.query, s.B, first, last, s.scratch, Select{s.best});
+void scan(const TopkScan& s, std::int64_t first, std::int64_t last) {
+    for_each_panel(s.catalog, s.query, s.B, first, last, s.scratch, Select{s.best});
 }
 
 void pack(const float* items, std::int64_t N, std::int64_t D, float* panels, std::int64_t first, std::int64_t last) {

@@ -21,7 +21,7 @@ struct Candidates {
     std::int64_t K;
 };
 
-struct Scan {
+struct TopkScan {
     Catalog catalog;
     const float* query;  // tiles of r queries, [D][r] each, beginning at query + b * D
     std::int64_t B;
@@ -34,7 +34,7 @@ struct TopkKernel {
     int rows;   // queries a tile; the rest of a block is cut to tiles of 4, 2 and 1
     int slack;  // elements that vector stores may write behind a candidate
     // Offers the items [first, last) of a panel's multiple on; ids must ascend from call to call.
-    void (*scan)(const Scan&, std::int64_t first, std::int64_t last);
+    void (*scan)(const TopkScan&, std::int64_t first, std::int64_t last);
     // Drops what is excluded or cannot be among the best K of query b: at most K + K / 8 candidates remain.
     void (*compact)(const Candidates&, std::int64_t b);
     // The panels [first, last) of the items, one after the other.
@@ -43,6 +43,6 @@ struct TopkKernel {
     void (*sort_few)(const std::uint64_t* keys, std::int64_t n, std::uint64_t* sorted);
 };
 
-const TopkKernel& topk_kernel();
+const TopkKernel* best_topk_kernel();
 
 }  // namespace lares_fast

@@ -54,7 +54,7 @@ int main(int argc, char** argv) {
         const std::string level = argv[1];
         vnni = level == "avx512vnni";
         lares_fast::use_level(vnni ? "avx512" : level);
-        if (vnni && !lares_fast::has_vnni()) op_test::fail("this CPU has no avx512vnni");
+        if (vnni && !lares_fast::has(lares_fast::InstructionSet::avx512vnni)) op_test::fail("this CPU has no avx512vnni");
         if (bug == "ties") op_test::ties_to_the_larger_id = true;
         for (const char* output : {"logprob", "d_hidden", "d_items"}) {
             if (bug == output) op_test::too_large = bug;

@@ -19,7 +19,7 @@ namespace lares_fast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr Limits HOPPER{132, 227 << 10, 228 << 10};
+constexpr DeviceLimits HOPPER{132, 227 << 10, 228 << 10};
 
 enum class Values { integers, gaussian, ascending, equal, special, masked };
 // What the host cannot see in tensors of a device: of every third query.
@@ -31,7 +31,7 @@ struct Case {
     Values values = Values::integers;
     bool bias = true;
     int longest = 6;  // exclusion list; -1 for none
-    Limits limits{4, 227 << 10, 228 << 10};
+    DeviceLimits limits{4, 227 << 10, 228 << 10};
     int misalign = 0;  // floats
     Wrong wrong = Wrong::nothing;
 };
@@ -222,7 +222,7 @@ void check_topk(const Case& c, bool plain, unsigned seed) {
 void check_rank(const Case& c, bool plain, bool ties_by_id, unsigned seed) {
     if (c.N == 0) return;
     Data data(c, 7 * seed + 1);
-    const WalkPlan plan = plan_target_rank(c.B, c.N, c.D, c.limits);
+    const ScanPlan plan = plan_target_rank(c.B, c.N, c.D, c.limits);
     Memory<std::int64_t> of_all(c.B), of_kept(c.B), exclude(data.ids.size());
     const std::vector<std::int64_t> given = spoiled(c, data);
     std::copy(given.begin(), given.end(), exclude.data);

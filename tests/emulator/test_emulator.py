@@ -171,7 +171,7 @@ PLANTS = {
         "asan", ("heap-buffer-overflow", "topk_scan")),
     "queries past the last one are read": (
         "catalog/scores.cuh", "first_query + row < s.B ? first_query + row : -1", "first_query + row",
-        "asan", ("heap-buffer-overflow", "walk")),
+        "asan", ("heap-buffer-overflow", "for_each_tile")),
     "queries that are not there are offered items": (
         "catalog/scores.cuh", ": (1u << ROW_SUMS) - 1;", ": 0;", "asan", ("heap-buffer-overflow", "topk_scan")),
     "an excluded list beyond the ids is read": (
@@ -184,7 +184,7 @@ PLANTS = {
         ("WRONG: ", "rank of query")),
     "a target that is no item is read": (
         "catalog/scores.cuh", "return id < 0 || id >= N ? -1 : id;", "return id < 0 || id >= N + 2000 ? -1 : id;",
-        "asan", ("heap-buffer-overflow", "walk")),
+        "asan", ("heap-buffer-overflow", "for_each_tile")),
     "fragment rows 8 to 15 taken for 0 to 7": (
         "catalog/scores.cuh", "place(first_row + 16 * m + 8 * half + lane.group", "place(first_row + 16 * m + lane.group",
         "plain", ("WRONG", "3xTF32")),
