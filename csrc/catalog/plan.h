@@ -1,4 +1,4 @@
-// How the catalog kernels are launched: a pure function of the sizes and of the device's limits.
+// Computes how the CUDA kernels of the catalog ops are launched, from the sizes and the device's limits alone.
 #pragma once
 
 #include <cstdint>
@@ -7,18 +7,20 @@
 
 namespace lares_fast {
 
-// A block's share of the score matrix. Every warp owns WARP_QUERIES rows of it, and no two warps share a query.
+// The part of the score matrix that one block computes. Each warp owns WARP_QUERIES rows of it, and no two warps share a
+// query.
 constexpr int WARP = 32;
 constexpr int WARPS = 4;
 constexpr int THREADS = WARP * WARPS;
 constexpr int WARP_QUERIES = 32;
 constexpr int TILE_QUERIES = WARPS * WARP_QUERIES;
 constexpr int TILE_ITEMS = 64;
-// Blocks that a multiprocessor has registers for: the kernels are compiled to leave room for as many, and no more are planned.
+// Blocks that fit into the registers of a multiprocessor. The kernels are compiled for this number, and no more are
+// planned.
 constexpr int BLOCKS_A_MULTIPROCESSOR = 3;
-// Dimensions that lie in shared memory at a time.
+// Dimensions that are in shared memory at a time.
 constexpr int CHUNK = 32;
-// Candidates of a query that wait for being sorted into its list.
+// Candidates of a query that wait until they are sorted into its list.
 constexpr int QUEUE = 32;
 constexpr std::int64_t TOPK_LIMIT = 1024;
 
@@ -31,14 +33,14 @@ struct ScanPlan {
 
 struct TopkPlan {
     ScanPlan scan;
-    std::int64_t stride;       // between the first tiles of two splits, modulo the number of tiles and coprime with it
-    std::int64_t step;         // between two tiles of a split: splits strides
+    std::int64_t stride;       // from the first tile of a split to that of the next one, modulo the number of tiles and coprime with it
+    std::int64_t step;         // from one tile of a split to its next one: splits * stride, modulo the number of tiles
     std::int64_t sorted;       // k rounded up to a multiple of WARP
     std::int64_t merge_warps;  // a power of two
     std::int64_t workspace_bytes;
 };
 
-// Both throw std::invalid_argument where the kernels cannot take the sizes.
+// Both throw std::invalid_argument if the kernels cannot take the sizes.
 ScanPlan plan_target_rank(std::int64_t B, std::int64_t N, std::int64_t D, const DeviceLimits& limits);
 TopkPlan plan_topk(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t k, const DeviceLimits& limits);
 

@@ -7,12 +7,12 @@
 namespace lares_fast {
 namespace {
 
-// Stands for every kernel of the build: all are compiled for the same architectures.
+// An image of this kernel exists if the images of all kernels exist, because all are compiled for the same architectures.
 __global__ void image_probe() {}
 
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
 
-// Reading an error also clears it, so that the process's next CUDA call does not report ours.
+// Reading an error also clears it, so that the next CUDA call of the process does not report it.
 std::string words(cudaError_t error) {
     cudaGetLastError();
     return cudaGetErrorString(error);
@@ -45,7 +45,7 @@ std::string capability(int device) {
     if (const cudaError_t error = cudaGetDevice(&current); error != cudaSuccess) return "the device does not answer: " + words(error);
     if (device < 0) device = current;
     if (device != current) {
-        // The question itself would initialise the other device.
+        // A query about the other device would initialise it.
         return "device " + std::to_string(device) + " is not asked while device " + std::to_string(current) + " is the current one";
     }
     cudaDeviceProp properties{};

@@ -1,4 +1,4 @@
-// What every launcher does around its kernels.
+// Launches kernels on a stream and collects errors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,8 +15,8 @@
 
 namespace lares_fast {
 
-// Work on one stream of the current device, which must be `device`: to switch here, and back, would initialise a device that
-// the process may not use at all. After the first error nothing more is enqueued.
+// Work on one stream of `device`, which must be the current device. A switch of the device here would initialise a device
+// that the process perhaps may not use. After the first error no further work is enqueued.
 class DeviceQueue {
 public:
     DeviceQueue(int device, std::uintptr_t stream) : device_(device), stream_(reinterpret_cast<cudaStream_t>(stream)) {
@@ -46,7 +46,7 @@ public:
         note(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
     }
 
-    // Why the device refused, or "".
+    // Returns the first error, or "". Throws std::runtime_error if the device is unusable.
     std::string refusal() const {
         if (error_ == cudaSuccess) return "";
         const std::string said = std::string(cudaGetErrorName(error_)) + ": " + cudaGetErrorString(error_);
@@ -57,11 +57,12 @@ public:
 private:
     void note(cudaError_t error) {
         error_ = error;
-        // Reading an error clears it, so that the process's next CUDA call does not report ours.
+        // Reading an error clears it, so that the next CUDA call of the process does not report it.
         if (error != cudaSuccess) cudaGetLastError();
     }
 
-    // A kernel must be allowed more than 48 KiB once a device. The allowance only grows, because another thread may need it.
+    // A kernel needs permission, once a device, to use more than 48 KiB of shared memory. The permitted size never shrinks,
+    // because another thread may need it.
     void allow(const void* kernel, int bytes) {
         static std::mutex mutex;
         static std::map<std::pair<int, const void*>, int> allowed;

@@ -1,4 +1,4 @@
-// What a device offers to a kernel.
+// The limits of a device that a launch depends on.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The emulated device: fibers, barriers, warp operations, delayed copies, and what ASan and TSan must be told of them.
+// The emulated device: fibers, barriers, warp operations, delayed copies, and the information about them for ASan and TSan.
 #include "emulator/device.h"
 
 #include <sys/mman.h>
@@ -21,11 +21,11 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(LARES_EMULATOR_TSAN)
-// This file itself is compiled without -fsanitize=thread: the emulator's state is no part of the kernel's memory.
+// This file is compiled without -fsanitize=thread, because the emulator's state is not memory of the kernel.
 #include <sanitizer/tsan_interface.h>
 #endif
 
-// Saves the callee-saved registers and the stack pointer in *from, and goes on where `to` was left.
+// Saves the callee-saved registers and the stack pointer in *from, and continues where `to` was left.
 extern "C" void lares_switch_stack(void** from, void* to);
 asm(R"(
 .text
@@ -62,7 +62,7 @@ struct Fiber {
     char* stack = nullptr;
     int index = 0;
     bool live = false;
-    // Blocked while *generation == seen.
+    // The fiber is blocked while *generation == seen.
     const unsigned* generation = nullptr;
     unsigned seen = 0;
     SourceLine site{};
@@ -79,9 +79,9 @@ struct WarpState {
     unsigned arrived = 0, mask = 0, generation = 0, gone = 0;
     const char* operation = nullptr;
     SourceLine site{};
-    // What the lanes bring to an operation, and what they brought to the last one.
+    // What the lanes bring to the current operation, and what they brought to the last one.
     Cargo brought[WARP_LANES], given[WARP_LANES];
-    char order[2];  // stands for __syncwarp in TSan's eyes
+    char order[2];  // marks __syncwarp for TSan
 };
 
 struct Machine {
@@ -96,7 +96,7 @@ struct Machine {
     const std::function<void()>* body = nullptr;
     unsigned arrived = 0, live = 0, generation = 0;
     SourceLine barrier{};
-    char order[2];  // stands for __syncthreads in TSan's eyes
+    char order[2];  // marks __syncthreads for TSan
     char whole_block = 0;
     dim3 block{}, threads{};
     char* shared = nullptr;
@@ -178,7 +178,7 @@ void run_fiber() {
     std::abort();
 }
 
-// The lane's turn in an operation of its warp: leaves `value`, and returns when all lanes of the mask have come.
+// One lane's part in an operation of its warp. It leaves `value`, and returns when all lanes of the mask have arrived.
 WarpState& meet(const char* operation, unsigned mask, const void* value, std::size_t bytes, SourceLine site) {
     Fiber& fiber = *machine.current;
     WarpState& warp = machine.warps[fiber.index / WARP_LANES];
@@ -191,7 +191,7 @@ WarpState& meet(const char* operation, unsigned mask, const void* value, std::si
     } else if (warp.operation != operation || warp.site.line != site.line || std::strcmp(warp.site.file, site.file) != 0) {
         fail("lanes of a warp at different operations", fiber, site);
     }
-    // By hand, because TSan looks into memcpy even when it is called from here.
+    // A loop instead of memcpy, because TSan checks the memory of memcpy even when this file calls it.
     for (std::size_t i = 0; i < bytes; ++i) warp.brought[lane].bytes[i] = static_cast<const unsigned char*>(value)[i];
     warp.arrived |= 1u << lane;
     if (warp.arrived == mask) {
@@ -218,8 +218,8 @@ void prepare(Fiber& fiber, int index) {
     fiber.live = true;
     fiber.generation = nullptr;
     fiber.fake_stack = nullptr;
-    // Six registers, then the address that the switch returns to, then the place of a return address nobody uses: the
-    // stack is aligned as at a call.
+    // The stack holds six registers, the address that the switch returns to, and an unused return address. So it is aligned
+    // as it is at a call.
     void** top = reinterpret_cast<void**>(fiber.stack + STACK) - 1;
     *top = nullptr;
     *--top = reinterpret_cast<void*>(&run_fiber);
@@ -259,7 +259,7 @@ struct SlowPath {
     long long count;
 };
 
-// The first places of the array are taken.
+// Names fill the array from its beginning.
 SlowPath slow_paths[8];
 
 SlowPath& find_slow_path(const char* name) {
@@ -332,7 +332,7 @@ bool recall(Copy& copy) {
     return true;
 }
 
-// Fragments by the tables of the PTX manual, mma.m16n8k8 with .tf32: group = lane / 4, member = lane % 4;
+// Fragments follow the tables of the PTX manual, mma.m16n8k8 with .tf32: group = lane / 4, member = lane % 4;
 // a_i: row group (+ 8 for i = 1, 3), column member (+ 4 for i >= 2); b_i: row member (+ 4 for i = 1), column group;
 // c_i: row group (+ 8 for i >= 2), column 2 member + i % 2.
 void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], SourceLine site) {
@@ -355,7 +355,7 @@ void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t
             const double right = operand(column * 4 + k % 4, 4 + (k >= 4 ? 1 : 0));
             sum += left * right;
         }
-        // Tensor cores cut off what does not fit.
+        // Tensor cores truncate.
         float cut = static_cast<float>(sum);
         if (std::isfinite(cut) && std::fabs(double{cut}) > std::fabs(sum)) cut = std::nextafterf(cut, 0.0f);
         d[i] = cut;
@@ -379,7 +379,8 @@ void run_grid(dim3 grid, int threads, std::size_t shared_bytes, unsigned seed, c
     if (seed) std::shuffle(blocks.begin(), blocks.end(), random);
     for (const unsigned block : blocks) {
         machine.block = dim3(block % grid.x, block / grid.x, 0);
-        // A fresh heap block, so that a sanitizer sees what lies beyond it; its bytes are NaN, in case one is read too early.
+        // Each block gets fresh heap memory, so that a sanitizer finds accesses beyond it. Its bytes are NaN, so that early
+        // reads are found.
         const std::unique_ptr<char, void (*)(void*)> shared(static_cast<char*>(std::malloc(shared_bytes)), &std::free);
         std::memset(shared.get(), 0xff, shared_bytes);
         machine.shared = shared.get();

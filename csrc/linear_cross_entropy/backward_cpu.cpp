@@ -86,7 +86,7 @@ void add_own_terms(const RowBlock& block, const Softmax& s, std::int64_t from, s
     }
 }
 
-// d_hidden of row b of the block, from the sums of the parts and the target's own term.
+// Computes d_hidden of row b of the block from the sums of the parts and the target's own term.
 void join_row(const RowBlock& block, const SoftmaxView& view, const float* sums, std::int64_t b, float* out) {
     const Softmax& s = view.softmax;
     const float* own = s.items + s.target[block.first + b] * s.D;

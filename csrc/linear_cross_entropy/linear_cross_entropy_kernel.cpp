@@ -9,13 +9,13 @@ namespace {
 
 static_assert(W <= MAX_LANES, "lanes of a row");
 
-constexpr float HEADROOM = 24.0f;          // a sum of terms up to 2^24 is as accurate as one of terms up to 1
+constexpr float HEADROOM = 24.0f;          // a sum of terms up to 2^24 is as accurate as a sum of terms up to 1
 constexpr std::int64_t SUM_ITEMS = 64 * PANEL;  // items whose terms are summed in fp32
 
-// Queries whose terms are computed step by step together.
+// The terms of this many queries are computed together, step by step.
 constexpr int GROUP = 4;
 
-// Whether the target of a query is among the panel's items, and which lanes are left when it is not.
+// Returns `exists` without the lane of the target, if the target is among these items.
 LARES_INLINE Mask others(std::int64_t target, std::int64_t first, int v, Mask exists) {
     const auto lane = static_cast<std::uint64_t>(target - first - v * W);
     return lane < W ? exists & ~(1u << lane) : exists;
@@ -28,7 +28,8 @@ LARES_INLINE bool holds_target(const std::int64_t* target, std::int64_t first) {
     return found;
 }
 
-// Makes the highest of `scores` [PANEL] the reference of query b if it is above the limit, or NaN if one is.
+// Makes the highest of `scores` [PANEL] the reference of query b if it is above the limit. A NaN score makes the reference
+// NaN.
 __attribute__((noinline)) void raise(const SumScan& s, std::int64_t b, const float* scores, const Mask (&exists)[VECS]) {
     float top = s.reference[b];
     for (int i = 0; i < PANEL; ++i) {
@@ -127,12 +128,13 @@ void sums(const SumScan& s, std::int64_t first, std::int64_t last) {
     }
 }
 
-// Products of small matrices: R rows by 2 registers of columns stay in registers over the whole sum. Matrices D wide are kept
-// as panels of BLOCK_COLUMNS columns, [panel][row][BLOCK_COLUMNS], so that a walk down a column touches neighbouring cache lines.
+// Products of small matrices. R rows by 2 registers of columns stay in registers over the whole sum. Matrices of width D
+// are kept in panels of BLOCK_COLUMNS columns, [panel][row][BLOCK_COLUMNS], so that neighbouring rows are in neighbouring
+// cache lines.
 constexpr int PRODUCT_ROWS = W == 16 ? 12 : 6;
 constexpr int BLOCK_COLUMNS = 2 * W;
 constexpr int TILE = 96;
-// Queries whose terms of a tile stay in the second-level cache.
+// The terms of this many queries with one tile stay in the L2 cache.
 constexpr std::int64_t BLOCK_ROWS = 192;
 
 static_assert(TILE % PANEL == 0 && BLOCK_ROWS % ROWS == 0 && BLOCK_ROWS % PRODUCT_ROWS == 0, "whole tiles");
@@ -166,7 +168,7 @@ LARES_INLINE void product(const float* a, const float* b, std::int64_t rows, std
     }
 }
 
-// terms [rows][TILE]: those of the queries [first_row, last_row) with the `items` that begin at `item`.
+// Computes terms [rows][TILE] of the queries [first_row, last_row) with the `items` items from `item` on.
 void terms_of_tile(const GradientScan& s, const float* panels, std::int64_t item, std::int64_t items, std::int64_t first_row,
                    std::int64_t last_row, float* terms) {
     const Vec base = broadcast(s.base);
@@ -203,7 +205,7 @@ void terms_of_tile(const GradientScan& s, const float* panels, std::int64_t item
     if (b < last_row) tile(Constant<1>{}, b);
 }
 
-// Of at most BLOCK_COLUMNS floats.
+// Copies up to BLOCK_COLUMNS floats.
 LARES_INLINE void copy(const float* from, std::int64_t n, float* to) {
     if (n == BLOCK_COLUMNS) {
         store(to, load(from));

@@ -9,7 +9,7 @@
 namespace lares_fast {
 namespace {
 
-// The counter's fields have fixed widths; a value outside would silently share another address's draws.
+// The fields of the counter have fixed widths. A larger value would silently use the random numbers of another address.
 void check(const std::int64_t* values, std::int64_t count, const std::string& name) {
     if (count > 0 && !values) throw std::invalid_argument(name + " must not be a null pointer");
     for (std::int64_t i = 0; i < count; ++i) {

@@ -1,4 +1,4 @@
-// The gradients of one block, its steps and layers from the last to the first.
+// The gradients of one block, from its last step and layer to the first one.
 #pragma once
 
 #include "recurrence/block.h"
@@ -10,7 +10,7 @@ namespace {
 struct Backward : BlockWorker {
     Backward(const Model& m, const Block& b, float* memory) : BlockWorker(m, b, memory, true) {}
 
-    // Fetches the rows of `ahead`, which no cache holds, while the product goes on.
+    // Fetches the rows of `ahead`, which no cache holds, during the product.
     auto plus_residual(Matrix y, Matrix ahead) const {
         const Matrix residual = w.residual;
         return [=](std::int64_t p, std::int64_t m, int v, Vec sum) {
@@ -19,8 +19,8 @@ struct Backward : BlockWorker {
         };
     }
 
-    // `grad` holds the gradient of the layer's rows, afterwards of its input; `recompute` makes x again, and `before` is the
-    // entry before, which is read next.
+    // `grad` holds the gradient of the layer's output and receives the gradient of its input. `recompute` computes x again.
+    // `before` is the tape's entry before, which is read next.
     template <class Recompute>
     void layer_backward(std::int64_t step, std::int64_t layer, const Extent& e, const KeptNorms& kept, const KeptNorms& before,
                         const LayerGradients& sums, const Recompute& recompute) {
@@ -57,7 +57,8 @@ struct Backward : BlockWorker {
         accumulate(w.query_grad, attention_panels, x, panels, e.rows, sums.query);
         accumulate_rows(w.query_grad, attention_panels, e.rows, sums.query_bias);
         accumulate(w.key_value_grad, 2 * attention_panels, w.x, panels, e.tokens, sums.key_value);
-        // The gradient of a key's bias is zero, because the softmax does not see it: only the values' is summed.
+        // The gradient of a key's bias is zero, because that bias does not change the softmax. Only the bias of the values
+        // has a sum.
         const Matrix value_grad{w.key_value_grad.at(attention_panels, 0), w.key_value_grad.rows};
         accumulate_rows(value_grad, attention_panels, e.tokens, sums.key_value_bias + attention_panels * COLUMNS);
         product(w.key_value_grad, 2 * attention_panels, l.key_value_back, nullptr, panels, 0, e.tokens, to(w.grad));
@@ -68,7 +69,7 @@ struct Backward : BlockWorker {
         });
     }
 
-    // The gradient of the output joins that of the states which go on.
+    // Adds the gradient of the output to the gradient of the states that continue.
     void add_output_gradient(std::int64_t step, const Extent& e, const float* out_grad) const {
         for_outputs(step, e, [&](std::int64_t row, std::int64_t rows, std::int64_t out_row, bool goes_on) {
             const float* const from = out_grad + out_row * model.shape.D;
@@ -80,13 +81,14 @@ struct Backward : BlockWorker {
         });
     }
 
-    // From the gradient of a step's x to that of the state before, for the first `tokens`; `middle` holds that state.
+    // Turns the gradient of a step's x into the gradient of the state before, for the first `tokens`. `middle` holds that
+    // state.
     void enter_backward(std::int64_t tokens, const AdapterGradients& sums) {
         const AdapterWeights& a = model.adapter;
         if (model.shape.adapter == Adapter::none) return;
         normalise_backward(w.grad, {w.normal, w.inverse}, a.scale, tokens, panels, site(0, 0, 0), {}, w.grad, {}, {sums.scale, sums.shift, nullptr});
         if (model.shape.adapter == Adapter::concat) accumulate(w.grad, panels, w.middle, panels, tokens, sums.state);
-        // One number takes a term of every element.
+        // This is one number with a term for every element, so it is summed in fp64.
         double share_grad = 0;
         for (std::int64_t m = 0; m < tokens; ++m) {
             Vec of_row = broadcast(0.0f);
@@ -142,7 +144,7 @@ void backward(const Model& model, const Block& block, const float* h, const floa
             const KeptNorms kept = tape.previous(e.rows);
             const bool first = step == 0 && layer == 0;
             const std::int64_t layer_before = layer > 0 ? layer - 1 : layers - 1;
-            // Nothing is before the first: what is fetched then is not read.
+            // There is no entry before the first one. The rows that are fetched then are not read.
             const KeptNorms before = first ? kept : tape.before(extent(model, block, layer > 0 ? step : step - 1, layer_before).rows);
             worker.layer_backward(step, layer, e, kept, before, sums.layers[layer], [&] {
                 if (first) {

@@ -1,4 +1,4 @@
-// The forward whose products product.h computes with operands rounded to bf16.
+// The forward pass with products whose operands are rounded to bf16 (see product.h).
 #define LARES_BF16
 
 #include "recurrence/forward.h"

@@ -1,4 +1,4 @@
-// What forward and backward of a block share: its memory, what each layer of a step computes, and the way into a step.
+// What the forward and the backward pass of a block share: memory, layers, and the entry into a step.
 #pragma once
 
 #include "recurrence/attention.h"
@@ -11,18 +11,18 @@ namespace {
 
 constexpr std::uint32_t AFTER_ATTENTION = 1, AFTER_FEED_FORWARD = 2;
 struct Workspace {
-    Matrix x;          // [tokens, D]: the state, a layer's input
+    Matrix x;          // [tokens, D]: the state, the input of a layer
     Matrix query_x;    // [rows, D]: the rows of x that a last layer computes
-    Matrix base;       // [tokens, D]: what the adapter adds to each step's state
+    Matrix base;       // [tokens, D]: what the adapter adds to the state of each step
     Matrix query, key_value, context, inner;
     Matrix middle;     // [rows, D]: between attention and feed-forward
-    float* attention;  // attention_floats
-    std::uint32_t *row, *position;              // of tokens
+    float* attention;  // as many floats as attention_floats returns
+    std::uint32_t *row, *position;              // of the tokens
     std::uint32_t *query_rows, *query_position;  // of the rows of query_x
-    std::int32_t* source;                       // their tokens
-    // Backward only.
+    std::int32_t* source;                       // the tokens of the rows of query_x
+    // The rest is for the backward pass.
     Matrix grad, residual, dropped, slope, query_grad, key_value_grad, context_grad, base_grad;
-    Matrix normal;   // of the adapter's norm
+    Matrix normal;   // normalised rows of the adapter's norm
     float* inverse;
 };
 
@@ -52,8 +52,9 @@ std::int64_t carve_workspace(Workspace& w, float* memory, const Shape& s, std::i
     Workspace w{};
     return carve_workspace(w, nullptr, shape, tokens, longest, backward);
 }
-// What one layer computes in one step: keys and values of all `tokens`, and the rest for `rows` of them. The rows are all
-// tokens of the sequences [0, whole) and, where a last layer's other states are not read, the last tokens of [whole, active).
+// The part of a block that one layer computes in one step. Keys and values are computed for all `tokens`, the rest for
+// `rows` of them. The rows are all tokens of the sequences [0, whole). If the other states of a last layer are not read,
+// they are followed by the last tokens of the sequences [whole, active).
 struct Extent {
     std::int64_t active, whole, tokens, rows;
 
@@ -77,12 +78,12 @@ Extent extent(const Model& model, const Block& b, std::int64_t step, std::int64_
     return {active, whole, tokens, tokens_of(b, whole) + active - whole};
 }
 
-// What the backward gets of one layer in one step.
+// The values of one layer in one step that the backward pass reads.
 struct KeptNorms {
     Normal first, second;
 };
 
-// The block's tape, entry by entry in the order of the forward.
+// The tape of a block, entry by entry in the order of the forward pass.
 class Tape {
 public:
     Tape(const Shape& s, const Block& b) : D_(s.D), normal_(b.normal), inverse_(b.inverse) {}
@@ -95,7 +96,7 @@ public:
         row_ -= rows;
         return at(row_, rows);
     }
-    // The entry that ends here.
+    // Returns the entry that ends here.
     KeptNorms before(std::int64_t rows) const { return at(row_ - rows, rows); }
 
 private:
@@ -126,7 +127,7 @@ LARES_INLINE void for_each_vec(std::int64_t panels, std::int64_t from, std::int6
     }
 }
 
-// One block, its model and its memory.
+// One block with its model and its memory.
 struct BlockWorker {
     const Model& model;
     const Block& block;
@@ -169,12 +170,12 @@ struct BlockWorker {
         }
     }
 
-    // What takes the tiles of a product.
+    // Returns a function that stores the tiles of a product in y.
     static auto to(Matrix y) {
         return [y](std::int64_t p, std::int64_t m, int v, Vec sum) { store(y.at(p, m) + v * W, sum); };
     }
 
-    // Finds the tokens that a last layer computes, and their addresses.
+    // Finds the tokens that a last layer computes, and their dropout addresses.
     void choose_rows(const Extent& e) const {
         if (e.all()) return;
         std::int64_t row = 0;
@@ -188,7 +189,7 @@ struct BlockWorker {
         }
     }
 
-    // The chosen rows of x.
+    // Returns the rows of x that choose_rows has found.
     Matrix chosen(const Extent& e) const {
         if (e.all()) return w.x;
         for (std::int64_t p = 0; p < panels; ++p) {
@@ -215,7 +216,7 @@ struct BlockWorker {
                 1.0f / __builtin_sqrtf(static_cast<float>(s.head())), site(SITE_ATTENTION, step, layer), w.attention};
     }
 
-    // The T-invariant half of the adapter.
+    // Computes the part of the adapter that is the same in every step.
     void prepare(const float* pre) {
         const AdapterWeights& a = model.adapter;
         if (model.shape.adapter == Adapter::none) return;
@@ -224,7 +225,7 @@ struct BlockWorker {
         product(w.middle, panels, a.pre, a.bias, panels, 0, block.tokens, to(w.base));
     }
 
-    // x = LN(adapter(x, pre)) for the first `tokens`; leaves the old x in `middle`.
+    // Computes x = LN(adapter(x, pre)) for the first `tokens`. The old x is moved to `middle`.
     void enter(std::int64_t tokens, const Normal& normal) {
         const AdapterWeights& a = model.adapter;
         if (model.shape.adapter == Adapter::none) return;
@@ -251,7 +252,7 @@ struct BlockWorker {
         product(query_x, panels, l.query, l.query_bias, attention_panels, 0, e.rows, to(w.query));
     }
 
-    // Calls for_each_vec(row, rows, row of the output, whether the sequence goes on) for what step `step` puts out.
+    // Calls put(row, rows, row of the output, whether the sequence goes on) for the outputs of step `step`.
     template <class Each>
     void for_outputs(std::int64_t step, const Extent& e, const Each& put) const {
         const std::int64_t going_on = active_sequences(block, step + 1);

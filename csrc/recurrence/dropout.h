@@ -1,4 +1,5 @@
-// Dropout decisions, one 16-bit lane a column or key: the addresses of docs/numerics.md, the draws of random/philox.h.
+// Dropout decisions, 16 bits for each column or key. docs/numerics.md defines the addresses, and random/philox.h the random
+// numbers.
 #pragma once
 
 #include "random/philox.h"
@@ -8,10 +9,10 @@
 namespace lares_fast {
 namespace {
 
-constexpr int DRAWS = 16;  // of one word of an address
-using Keep = std::int16_t;  // -1 what is kept, 0 what is dropped
+constexpr int DRAWS = 16;  // decisions of one word of an address
+using Keep = std::int16_t;  // -1 keeps, 0 drops
 
-// Where a dropout stands: all of the address but the row, the position and the column.
+// The place of a dropout: the address without the row, the position and the column.
 struct DropoutSite {
     DropoutSite(Key key, std::uint32_t at_threshold, std::uint32_t site, std::uint32_t at_step_and_layer)
         : threshold(at_threshold), scale(static_cast<float>(1 / (1 - at_threshold / 65536.0))), place(site << 16), step_and_layer(at_step_and_layer) {
@@ -23,14 +24,14 @@ struct DropoutSite {
     }
 
     std::uint32_t threshold;  // 0 drops nothing
-    float scale;              // of what is kept
+    float scale;              // factor of kept values
     std::uint32_t place, step_and_layer;
-    Key keys[10];  // of the rounds
+    Key keys[10];  // keys of the ten rounds
 };
 
 #if defined(__AVX2__)
 
-// Numbers of 32 bits, each in the low half of 64; what is in the high half does not matter.
+// Four numbers of 32 bits, each in the low half of 64 bits. The high half may hold anything.
 struct Four {
     using Word = __m256i;
     LARES_INLINE static Word all(std::uint32_t x) { return _mm256_set1_epi64x(x); }
@@ -62,7 +63,7 @@ LARES_INLINE __m256i first_word(const DropoutSite& at, std::uint32_t c0, int odd
     return _mm256_or_si256(Four::all(c0 | at.place), _mm256_setr_epi64x(odd, 2 + odd, 4 + odd, 6 + odd));
 }
 
-// Keep i is half i % 2 of one word of counter i / 2.
+// Decision i comes from half i % 2 of one word of counter i / 2.
 LARES_INLINE void decide_lanes(__m256i even, __m256i odd, std::uint32_t threshold, Keep (&out)[DRAWS]) {
     const __m256i least = _mm256_set1_epi16(static_cast<short>(threshold));
     const __m256i draws = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
@@ -91,7 +92,7 @@ inline void draw(const DropoutSite& at, std::uint32_t c0, std::uint32_t c1, std:
 
 #endif
 
-// x in the lanes that are kept, 0 elsewhere.
+// Returns x in the kept lanes and 0 in the others.
 LARES_INLINE Vec select(const Keep* kept, Vec x) {
 #if defined(__AVX512F__)
     return _mm512_and_ps(x, _mm512_castsi512_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kept)))));
@@ -104,7 +105,7 @@ LARES_INLINE Vec select(const Keep* kept, Vec x) {
 
 #if defined(__AVX512F__)
 
-constexpr int DRAWN = 2;  // addresses at once, because the rounds of one wait for each other
+constexpr int DRAWN = 2;  // addresses that are drawn together, because the rounds of one address depend on each other
 
 struct Eight {
     using Word = __m512i;
@@ -141,7 +142,7 @@ LARES_INLINE void draw(const DropoutSite& at, std::uint32_t c0, const std::uint3
 
 #endif
 
-// The decisions of DRAWN rows of a hidden activation: those of row i and panel p at out[p * apart + i].
+// Draws the decisions of DRAWN rows of a hidden activation. Those of row i and panel p are written to out[p * apart + i].
 LARES_INLINE void draw_hidden(const DropoutSite& at, const std::uint32_t* row, const std::uint32_t* position, std::int64_t panels, std::int64_t apart,
                               Keep (*out)[DRAWS]) {
     for (std::int64_t p = 0; p < panels; p += 4) {
@@ -153,7 +154,7 @@ LARES_INLINE void draw_hidden(const DropoutSite& at, const std::uint32_t* row, c
     }
 }
 
-// Those of the queries 4 * quad ... 4 * quad + 3 for a tile of sixteen keys.
+// Draws the decisions of the queries 4 * quad ... 4 * quad + 3 for a tile of sixteen keys.
 LARES_INLINE void draw_attention(const DropoutSite& at, std::uint32_t row, std::uint32_t head, std::uint32_t quad, std::uint32_t key_tile,
                                  Keep (&out)[4][DRAWS]) {
     draw(at, head << 3, quad | key_tile << 16, row, out);

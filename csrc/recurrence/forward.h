@@ -10,11 +10,11 @@ namespace {
 struct Forward : BlockWorker {
     Forward(const Model& m, const Block& b, float* memory) : BlockWorker(m, b, memory, false) {}
 
-    // y = LN(dropout(input B + bias) + residual).
-    void project_and_normalise(Matrix input, std::int64_t input_panels, const float* b, const float* bias, const DropoutSite& at, const Extent& e, Matrix residual,
-               Matrix y, const Norm& norm, const Normal& normal) {
+    // Computes y = LN(dropout(input B + bias) + residual).
+    void project_and_normalise(Matrix input, std::int64_t input_panels, const float* b, const float* bias, const DropoutSite& at,
+                               const Extent& e, Matrix residual, Matrix y, const Norm& norm, const Normal& normal) {
         Decisions kept;
-        // No cache holds what is kept: its lines are fetched while the product goes on.
+        // The rows to be written are in no cache. They are fetched during the product.
         const Matrix ahead = normal.inverse ? normal.rows : y;
         for (std::int64_t from = 0; from < e.rows; from += CHUNK_ROWS) {
             const std::int64_t n = smaller(CHUNK_ROWS, e.rows - from);
@@ -51,7 +51,7 @@ struct Forward : BlockWorker {
               {l.scale2, l.shift2, model.eps}, kept.second);
     }
 
-    // The states that are read go from x, whose rows a last layer chose, to the output.
+    // Copies the states that are read from x, where a last layer has computed chosen rows only, to the output.
     void write_outputs(std::int64_t step, float* out) const {
         const Extent e = extent(model, block, step, model.shape.layers - 1);
         for_outputs(step, e, [&](std::int64_t row, std::int64_t rows, std::int64_t out_row, bool) {

@@ -10,7 +10,7 @@
 namespace lares_fast {
 namespace {
 
-// Places of a query's, key's or value's columns among those padded to whole panels a head.
+// Places of the columns of queries, keys or values after padding to whole panels a head.
 struct HeadPlaces {
     std::int64_t head, padded;
     std::int64_t operator()(std::int64_t i) const { return i / head * padded + i % head; }
@@ -24,9 +24,10 @@ float& element(float* panels, std::int64_t rows, std::int64_t row, std::int64_t 
     return panels[(column / COLUMNS * rows + row) * COLUMNS + column % COLUMNS];
 }
 
-// The same of a matrix in pairs: element (row, column) of a panel is the bf16 (row / 2, column, row % 2).
+// Stores one element of a matrix in pairs: element (row, column) of a panel is the bf16 (row / 2, column, row % 2).
 void store_pair(float* panels, std::int64_t rows, std::int64_t row, std::int64_t column, std::uint16_t value) {
-    const std::int64_t panel = column / COLUMNS * round_up(rows, 2 * COLUMNS) / 2 * COLUMNS, place = (row / 2 * COLUMNS + column % COLUMNS) * 2 + row % 2;
+    const std::int64_t panel = column / COLUMNS * round_up(rows, 2 * COLUMNS) / 2 * COLUMNS;
+    const std::int64_t place = (row / 2 * COLUMNS + column % COLUMNS) * 2 + row % 2;
     std::memcpy(reinterpret_cast<std::uint16_t*>(panels + panel) + place, &value, sizeof value);
 }
 
@@ -36,8 +37,8 @@ struct Source {
     std::int64_t out, in, stride;
 };
 
-// The panels that a matrix is packed to: of W^T, a matrix of `rows` rows, in `forward`, and of W, a matrix of `back_rows` rows, in
-// `back` unless that is null. The rows of W begin at row `first`.
+// The panels that a matrix is packed to. `forward` receives W^T, a matrix of `rows` rows. `back` is null or receives W, a
+// matrix of `back_rows` rows. The rows of W begin at row `first`.
 struct Target {
     float* forward;
     std::int64_t rows;
@@ -107,7 +108,7 @@ void pack(const Shape& s, const float* const* weights, bool backward, Elements e
             std::fill(l.down, l.down + I * D, 0.0f);
         }
         if (A > D || elements == Elements::pairs) {
-            // The columns between heads; and for pairs the rows that make the panels an even number.
+            // These are the columns between heads and, for pairs, the rows that make the number of rows even.
             std::fill(l.query, l.query + A * D, 0.0f);
             std::fill(l.key_value, l.key_value + 2 * A * D, 0.0f);
             std::fill(l.output, l.output + A * D, 0.0f);
@@ -120,7 +121,8 @@ void pack(const Shape& s, const float* const* weights, bool backward, Elements e
         pack_matrix(elements, {weights[0], D, D, D}, heads, same, {l.query, D, back(l.query_back), A});
         pack_vector(weights[1], D, heads, l.query_bias);
         pack_matrix(elements, {weights[2], D, D, D}, heads, same, {l.key_value, D, back(l.key_value_back), 2 * A});
-        // A key's bias adds the same to all scores of a query, which the softmax does not see; without it scores keep more digits.
+        // A key's bias adds the same number to all scores of a query, which does not change the softmax. Scores are more
+        // accurate without it.
         std::fill(l.key_value_bias, l.key_value_bias + A, 0.0f);
         pack_matrix(elements, {weights[4], D, D, D}, heads, same, {l.key_value, D, back(l.key_value_back), 2 * A, A});
         pack_vector(weights[5], D, heads, l.key_value_bias + A);

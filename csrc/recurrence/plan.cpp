@@ -6,7 +6,8 @@
 namespace lares_fast {
 namespace {
 
-// Tokens of a block: its activations stay in the L2 and L3 caches, and enough blocks are left to share among threads.
+// The aimed-at number of tokens of a block. Its activations stay in the L2 and L3 caches, and there are enough blocks for
+// all threads.
 constexpr std::int64_t TARGET = 168;
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The cut of a call into blocks: whole sequences, deepest first, so that those of a step stand together.
+// Divides a call into blocks of whole sequences. The deepest sequences come first, so that the sequences of a step are
+// neighbours.
 #pragma once
 
 #include <cstdint>

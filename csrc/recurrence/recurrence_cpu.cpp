@@ -19,8 +19,8 @@ LARES_DISPATCH(LARES_BF16_SETS, Bf16Kernel, bf16_kernel)
 
 namespace {
 
-// Sets of gradients that blocks are added to in turn. A fixed number gives every number of threads the same sums, and keeps
-// each of them short.
+// The number of sets of gradients. Blocks are added to the sets in turn. The number is fixed, so that the number of threads
+// does not change the sums, and so that each sum is short.
 constexpr std::int64_t SLOTS = 8;
 constexpr std::int64_t MAX_WIDTH = 256, MAX_LENGTH = 512, MAX_STEPS = 65535;
 
@@ -51,7 +51,7 @@ void check(const Recurrence& c, std::int64_t threads) {
     }
 }
 
-// A call's plan and packed weights; runs its blocks.
+// The plan and the packed weights of a call. It runs the blocks.
 class Run {
 public:
     Run(const Recurrence& call, bool backward) : call_(call), plan_(make_plan(call)), backward_(backward) {
@@ -67,7 +67,9 @@ public:
     std::int64_t blocks() const { return static_cast<std::int64_t>(plan_.blocks.size()); }
     const Model& model() const { return model_; }
 
-    PooledFloats workspace() const { return take_from_pool(best_recurrence_kernel()->workspace(call_.shape, plan_.tokens, plan_.longest, backward_)); }
+    PooledFloats workspace() const {
+        return take_from_pool(best_recurrence_kernel()->workspace(call_.shape, plan_.tokens, plan_.longest, backward_));
+    }
 
     const Block& block(std::int64_t i) const { return plan_.blocks[static_cast<std::size_t>(i)]; }
 

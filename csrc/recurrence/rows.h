@@ -1,4 +1,4 @@
-// Row by row: dropout, residual and LayerNorm, forward and backward.
+// Operations on rows: dropout, residual and LayerNorm, forward and backward.
 #pragma once
 
 #include "recurrence/dropout.h"
@@ -7,16 +7,16 @@
 namespace lares_fast {
 namespace {
 
-// Rows that are worked on together stay in the L1 cache from a product to its LayerNorm.
+// Rows that are computed together. They stay in the L1 cache from a product to its LayerNorm.
 constexpr std::int64_t CHUNK_ROWS = 8 * ROW_TILE;
-constexpr std::int64_t MAX_PANELS = 16;  // D up to 256
+constexpr std::int64_t MAX_PANELS = 16;  // D is at most 256
 
 // The dropout addresses of the rows of a matrix.
 struct RowAddresses {
     const std::uint32_t *row, *position;
 };
 
-// Dropout decisions for the rows of a chunk.
+// The dropout decisions for the rows of a chunk.
 using Decisions = Keep[MAX_PANELS][CHUNK_ROWS][DRAWS];
 
 inline void decide(const DropoutSite& at, RowAddresses rows, std::int64_t from, std::int64_t n, std::int64_t panels, Decisions& kept) {
@@ -37,14 +37,14 @@ struct Norm {
     float eps;
 };
 
-// Normalised rows and their reciprocal deviations, kept for the backward; or nulls.
+// Normalised rows and their reciprocal deviations, which the backward pass reads. Null if there will be none.
 struct Normal {
     Matrix rows;
     float* inverse;
 };
 
-// y = LN(y) for the rows [from, from + n), n <= CHUNK_ROWS, whose means are known. Pass by pass over all rows: within one row,
-// each sum would wait for the one before.
+// Computes y = LN(y) for the rows [from, from + n), n <= CHUNK_ROWS, whose means are known. Each pass covers all rows:
+// within one row, each sum would wait for the one before it.
 inline void normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const float (&mean)[CHUNK_ROWS], const Norm& norm,
                       const Normal& normal) {
     float inverse[CHUNK_ROWS];
@@ -78,7 +78,7 @@ inline void normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t 
     }
 }
 
-// Fills y by `value(panel, row, v)` and normalises it, for the rows [from, from + n).
+// Fills y with `value(panel, row, v)` and normalises it, for the rows [from, from + n).
 template <class Value>
 LARES_INLINE void fill_and_normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const Norm& norm, const Normal& normal,
                                      const Value& value) {
@@ -100,7 +100,7 @@ LARES_INLINE void fill_and_normalise(Matrix y, std::int64_t from, std::int64_t n
     normalise(y, from, n, panels, mean, norm, normal);
 }
 
-// x = xhat * scale + shift for `rows` rows.
+// Computes x = xhat * scale + shift for `rows` rows.
 inline void unnormalise(Matrix xhat, std::int64_t rows, std::int64_t panels, const float* scale, const float* shift, Matrix x) {
     for (std::int64_t p = 0; p < panels; ++p) {
         for (int v = 0; v < V; ++v) {
@@ -112,11 +112,12 @@ inline void unnormalise(Matrix xhat, std::int64_t rows, std::int64_t panels, con
 
 struct NormGradients {
     float *scale, *shift;
-    float* bias;  // of the product whose dropout the norm follows, or null
+    float* bias;  // gradient of the bias of the product before the dropout, or null
 };
 
-// The gradient of y = LN(dropout(f) + residual) on `rows` rows: of the residual in `to`, which may be `grad`, and of f in
-// `dropped`, unless its data is null.
+// The gradient of y = LN(dropout(f) + residual) for `rows` rows. `to` receives the gradient of the residual and may be
+// `grad`.
+// `dropped` receives the gradient of f, unless its data is null.
 inline void normalise_backward(Matrix grad, const Normal& normal, const float* scale, std::int64_t rows, std::int64_t panels,
                                const DropoutSite& at, RowAddresses addresses, Matrix to, Matrix dropped, const NormGradients& sums) {
     const float columns = static_cast<float>(panels * COLUMNS);
@@ -165,7 +166,7 @@ inline void normalise_backward(Matrix grad, const Normal& normal, const float* s
     }
 }
 
-// Rows [first, first + rows) of a row-major [., D] to panels, and back.
+// Copy the rows [first, first + rows) from a row-major matrix [., D] to panels, and back.
 inline void from_rows(const float* source, std::int64_t D, std::int64_t rows, Matrix to, std::int64_t first) {
     for (std::int64_t m = 0; m < rows; ++m) {
         for (std::int64_t p = 0; p < D / COLUMNS; ++p) {

@@ -13,7 +13,7 @@
 namespace lares_fast {
 namespace {
 
-// Four floats, which every supported CPU holds in one register. The compiler translates the arithmetic of such types.
+// Four floats, which every supported CPU holds in one register. The compiler generates the instructions for these types.
 constexpr int W = 4;
 typedef float Vec __attribute__((vector_size(16)));
 typedef std::int32_t Ints __attribute__((vector_size(16)));

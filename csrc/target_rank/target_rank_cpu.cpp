@@ -19,8 +19,8 @@ LARES_DISPATCH(LARES_FLOAT_SETS, RankKernel, rank_kernel)
 
 namespace {
 
-constexpr std::int64_t BLOCK_QUERIES = 1024;   // queries that share one walk over the catalog
-constexpr std::int64_t TASK_ITEMS = 32768;  // items a thread takes at a time
+constexpr std::int64_t BLOCK_QUERIES = 1024;   // queries that share one pass over the catalog
+constexpr std::int64_t TASK_ITEMS = 32768;  // items that a thread takes at a time
 
 void check(const TargetRank& t, std::int64_t threads) {
     check_sizes(t.B, t.N, t.D, threads);
@@ -34,7 +34,7 @@ void check(const TargetRank& t, std::int64_t threads) {
     check_exclude(t.exclude_offsets, t.exclude_ids, t.B, t.N);
 }
 
-// The queries [first, first + B) of the call.
+// Ranks the queries [first, first + B) of the call.
 void rank_block(const TargetRank& call, const SortedExclusions& excluded, std::int64_t first, std::int64_t B, std::int64_t threads) {
     const RankKernel& kernel = *best_rank_kernel();
     const std::vector<float> query = query_tiles(call.query + first * call.D, B, call.D, kernel.rows);
@@ -80,7 +80,9 @@ void target_rank_cpu(const TargetRank& call, std::int64_t threads) {
     check(call, threads);
     if (call.B == 0) return;
     const SortedExclusions excluded(call);
-    for (std::int64_t first = 0; first < call.B; first += BLOCK_QUERIES) rank_block(call, excluded, first, std::min(BLOCK_QUERIES, call.B - first), threads);
+    for (std::int64_t first = 0; first < call.B; first += BLOCK_QUERIES) {
+        rank_block(call, excluded, first, std::min(BLOCK_QUERIES, call.B - first), threads);
+    }
 }
 
 }  // namespace lares_fast

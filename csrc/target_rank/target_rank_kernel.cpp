@@ -5,7 +5,7 @@
 namespace lares_fast {
 namespace {
 
-// Adding 0 makes -0 and 0 the same bits; a NaN ranks as -inf.
+// Adding 0 gives -0 and 0 the same bits. A NaN ranks as -inf.
 float own_score(const RankScan& s, std::int64_t b) {
     const std::int64_t target = s.target[b];
     const float bias = s.catalog.bias ? s.catalog.bias[target] : 0.0f;

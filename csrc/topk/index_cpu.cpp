@@ -14,15 +14,15 @@ namespace lares_fast {
 LARES_DISPATCH(LARES_BYTE_SETS, ScreenKernel, screen_kernel)
 
 float code_norm(std::int64_t D) {
-    // Rounding moves a vector of codes by at most half of sqrt(D); 180.5 squared leaves room below 2^15.
+    // Rounding moves a vector of codes by at most half of sqrt(D). The square of 180.5 leaves room below 2^15.
     return 180.5f - 0.5f * std::sqrt(static_cast<float>(D));
 }
 
 namespace {
 
-constexpr std::int64_t SCREENED_N = 32768;  // below, there is little to leave out
-constexpr std::int64_t SCREENED_D = 512;    // the bound's own rounding is allowed for up to here
-constexpr std::int64_t BATCH = 256;         // panels a thread takes at a time
+constexpr std::int64_t SCREENED_N = 32768;  // screening gains little with fewer items
+constexpr std::int64_t SCREENED_D = 512;    // the bound allows for its own rounding up to this width
+constexpr std::int64_t BATCH = 256;         // panels that a thread takes at a time
 
 }  // namespace
 

@@ -18,7 +18,8 @@
 
 namespace lares_fast {
 
-// Returns a result as an integer. Ascending keys are descending scores, and ascending ids for equal scores. -0 and 0 are equal.
+// Returns a result as an integer. Ascending keys are descending scores, and ascending ids for equal scores. -0 and 0 are
+// equal.
 inline std::uint64_t make_key(float score, std::int32_t id) {
     std::int32_t bits;
     score += 0.0f;

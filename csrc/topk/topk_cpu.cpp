@@ -40,8 +40,8 @@ void check(const Topk& t, std::int64_t threads) {
     check_exclude(t.exclude_offsets, t.exclude_ids, t.B, t.N);
 }
 
-// Guesses a threshold for each query from the scores of panels spread over the catalog. Very likely more than K items beat it.
-// A wrong guess costs time only: a query with fewer than K results is answered again without a threshold.
+// Guesses a threshold for each query from the scores of panels spread over the catalog. Very likely more than K items beat
+// it. A wrong guess costs time only: a query with fewer than K results is answered again without a threshold.
 std::vector<float> guess_thresholds(const QueryBlock& block) {
     const std::int64_t panel = block.kernel.panel, N = block.call.N;
     const std::int64_t panels = std::min(SAMPLE, N / SAMPLE_SPREAD) / panel;

@@ -1,4 +1,4 @@
-// The kernels of top-K and their order of launch; nvcc compiles them for devices, g++ for csrc/emulator.
+// The kernels of top-K and their launches. nvcc compiles them for devices, and g++ for csrc/emulator.
 #pragma once
 
 #include "topk/sorted_list.cuh"
@@ -11,11 +11,13 @@ struct TopkDeviceScan {
     const std::int64_t* exclude_offsets;
     const std::int64_t* exclude_ids;
     std::int64_t E;
-    // [B]: a rank that k candidates of the query reach, raised by every split. Only a hint: nobody waits for it.
+    // [B]: a rank that at least k candidates of the query reach. Every split raises it. It is only a hint: no thread waits
+    // for it.
     Rank* reached;
     Rank* lists;  // [splits, B, sorted + QUEUE]
     int k, sorted, splits, item_tiles;
-    int stride, step;  // between the first tiles of two splits, and between two tiles of one, modulo their number
+    // From the first tile of a split to that of the next one, and from a tile of a split to its next one, modulo their number.
+    int stride, step;
 };
 
 __device__ inline bool contains(const std::int64_t* ids, std::uint32_t count, std::int64_t id) {
@@ -32,7 +34,7 @@ __device__ inline bool contains(const std::int64_t* ids, std::uint32_t count, st
     return false;
 }
 
-// What a warp knows of its queries. Lane i keeps the threshold of query i.
+// The queries of one warp. Lane i keeps the threshold of query i.
 struct TopkWarp {
     const TopkDeviceScan& scan;
     Lane lane;
@@ -50,7 +52,7 @@ struct TopkWarp {
 
     __device__ __forceinline__ static int first_row() { return static_cast<int>(threadIdx.x) / WARP * WARP_QUERIES; }
 
-    // [WARP_QUERIES] in shared memory: how many candidates each queue holds.
+    // [WARP_QUERIES] in shared memory: the number of candidates in each queue.
     __device__ __forceinline__ int* waiting() const { return query_words(scan.scores) + first_row(); }
 
     __device__ __forceinline__ Rank* list(int row) const {
@@ -59,7 +61,7 @@ struct TopkWarp {
 
     __device__ __forceinline__ Rank* queue(int row) const { return list(row) + scan.sorted; }
 
-    // Moves what waits for query `row` into its list.
+    // Moves the queue of query `row` into its list.
     __device__ void flush(int row) {
         __syncwarp();
         const Rank mine = lane.lane < waiting()[row] ? queue(row)[lane.lane] : 0;
@@ -92,7 +94,7 @@ struct TopkWarp {
 #pragma unroll
             for (int n = 0; n < ROW_SUMS; ++n) {
                 const int at = i * ROW_SUMS + n;
-                // What is not finite always passes, to be computed again.
+                // A sum that is not finite always passes, so that it is computed again.
                 if (!(sums[at] < least && sums[at] >= -FLT_MAX)) left |= 1ull << at;
             }
         }
@@ -112,7 +114,7 @@ struct TopkWarp {
             }
             left &= left - 1;
             __syncwarp();
-            // Four lanes share a row, so a queue grows by at most four a round.
+            // Four lanes share a row, so a queue grows by at most four in a round.
             unsigned full = __ballot_sync(ALL_LANES, waiting()[lane.lane] > QUEUE - 4);
             for (; full; full &= full - 1) flush(__ffs(static_cast<int>(full)) - 1);
             __syncwarp();
@@ -120,7 +122,7 @@ struct TopkWarp {
     }
 };
 
-// The best of every `splits`-th tile, in a list a query.
+// Selects the best of the tiles of one split, in one list a query.
 template <bool PLAIN>
 __global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) topk_scan(const __grid_constant__ TopkDeviceScan scan) {
     TopkWarp warp(scan);
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) topk_scan(co
     }
 }
 
-// Merges the lists of a block's query into the first one, and writes the outputs.
+// Merges the lists of a query into its first list, and writes the outputs. Each block has one query.
 __global__ void __launch_bounds__(512) topk_merge(const __grid_constant__ TopkDeviceScan scan, float* scores, std::int64_t* ids) {
     const int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
     const int warps = static_cast<int>(blockDim.x) / WARP;

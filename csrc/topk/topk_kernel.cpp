@@ -15,7 +15,8 @@ struct Select {
     LARES_INLINE void take(std::int64_t b, const Vec (&sums)[R][VECS], std::int64_t first, const Mask (&exists)[VECS]) const {
         unsigned hits = 0;
         for (int r = 0; r < R; ++r) {
-            // A NaN in the first operand of max is lost, which drops the NaN itself; one in the second stays and counts as a hit.
+            // The maximum drops a NaN in its first operand, so that this NaN is no hit. A NaN in the second operand stays
+            // and counts as a hit.
             const Vec top = max(sums[r][2], max(sums[r][0], sums[r][1]));
             hits |= (not_less_equal(top, broadcast(best.threshold[b + r])) != 0) << r;
         }

@@ -1,7 +1,7 @@
-// native_tests LEVEL CALLS LARGE CALLERS SEED [BUG]: CALLS random calls of each op of csrc/, valid and invalid, without Python.
-// LEVEL is generic, avx2, avx512 (whose VNNI is hidden) or avx512vnni.
-// One call in LARGE has work for several threads; CALLERS threads make such rounds of calls at the same time. The last line
-// counts what was done; a planted BUG must end in another way.
+//   native_tests LEVEL CALLS LARGE CALLERS SEED [BUG]
+// This program makes CALLS random calls of each op of csrc/, valid and invalid, without Python. LEVEL is generic, avx2, avx512
+// (without VNNI), avx512vnni or amx. One call in LARGE has work for several threads. CALLERS threads make such rounds of calls
+// at the same time. The last line says how many calls were made. With a planted BUG the program must not reach that line.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

@@ -14,7 +14,7 @@ using lares_fast::Topk;
 
 constexpr std::int64_t HUGE_SIZE = std::int64_t{1} << 62;
 
-// The memory of an index. Any finite centre and any powers of two as scale give the same answers.
+// The memory of an index. Every finite centre, and every scale of powers of two, gives the same results.
 struct Index {
     std::vector<float> centre, scale, panels, bounds;
     std::vector<std::int8_t> codes, start;
@@ -109,7 +109,7 @@ const std::vector<Spoiler<Topk>> TOPK_SPOILERS = {
     {"k huge", [](Topk& t) { t.k = HUGE_SIZE; }},
 };
 
-// A call of at least one query, item, dimension and exclusion, so that each spoiler spoils.
+// A call of at least one query, item, dimension and exclusion, so that each spoiler has an effect.
 Catalog full_catalog(Random& random) {
     Catalog c = random_catalog(random, false);
     while (c.B == 0 || c.D == 0 || c.exclude.ids.empty()) c = random_catalog(random, false);

@@ -1,8 +1,8 @@
-// Runs the CUDA kernels on the emulated device and compares them with a plain computation. Prints what is wrong and exits
-// with 1; the emulator itself exits with 3.
+// Runs the CUDA kernels on the emulated device and compares them with a plain computation. If a result is wrong, the
+// program prints it and exits with 1. The emulator itself exits with 3.
 //   cases all     every case
-//   cases small   two of them, for TSan
-//   cases counts  how often slow paths are taken, a line a call
+//   cases small   two of the cases, for TSan
+//   cases counts  how often slow paths are taken, one line a call
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -22,7 +22,7 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr DeviceLimits HOPPER{132, 227 << 10, 228 << 10};
 
 enum class Values { integers, gaussian, ascending, equal, special, masked };
-// What the host cannot see in tensors of a device: of every third query.
+// Errors of every third query that the host cannot see in device tensors.
 enum class Wrong { nothing, offsets, ids };
 
 struct Case {
@@ -30,7 +30,7 @@ struct Case {
     int B, N, D, k;
     Values values = Values::integers;
     bool bias = true;
-    int longest = 6;  // exclusion list; -1 for none
+    int longest = 6;  // longest exclusion list; -1 for no exclusion
     DeviceLimits limits{4, 227 << 10, 228 << 10};
     int misalign = 0;  // floats
     Wrong wrong = Wrong::nothing;
@@ -45,7 +45,7 @@ struct EmulatedDevice {
     }
 };
 
-// Exactly as large as asked for, so that a sanitizer sees each step beyond it.
+// Memory of exactly the requested size, so that a sanitizer finds every access beyond it.
 template <class T>
 struct Memory {
     explicit Memory(std::size_t n, std::size_t skip = 0) : data(static_cast<T*>(std::malloc((n + skip) * sizeof(T))) + skip), skip(skip) {}
@@ -69,7 +69,7 @@ struct Data {
     std::vector<std::set<std::int64_t>> gone;
     std::vector<double> truth;      // [B, N]: NaN as -inf
     std::vector<double> tolerance;  // [B, N] for tensor cores
-    std::vector<float> plain;       // [B, N]: the same as fp32 in the order of D
+    std::vector<float> plain;       // [B, N]: the same scores in fp32 in the order of D
 
     Data(const Case& c, unsigned seed)
         : query(std::size_t(c.B) * c.D, c.misalign), items(std::size_t(c.N) * c.D, c.misalign), bias(c.N), offsets(c.B + 1),
@@ -94,7 +94,7 @@ struct Data {
             if (c.values == Values::masked && j % 2) bias[j] = -INF;
         }
         if (c.values == Values::special) {
-            // One in a row at most, so that no order of summation overflows where another does not.
+            // At most one special value in a row, so that either every order of summation overflows or none does.
             for (int j = 0; j < c.N; j += 3) items[std::size_t(j) * c.D + integer(0, c.D - 1)] = specials[j % 7];
             for (int b = 0; b < c.B; b += 4) query[std::size_t(b) * c.D + integer(0, c.D - 1)] = specials[b / 4 % 3];
         }
@@ -103,7 +103,7 @@ struct Data {
             std::vector<std::int64_t> list(c.longest < 0 || c.N == 0 ? 0 : integer(0, c.longest));
             for (std::int64_t& id : list) id = integer(0, c.N - 1);
             target[b] = c.N ? integer(0, c.N - 1) : 0;
-            // The last of several queries has a target that is no item, and so has one between.
+            // If there are several queries, the last one has a target that is not an item, and so has the third one.
             if (c.B > 1 && b == c.B - 1) target[b] = c.N + 1000;
             if (c.B > 3 && b == 2) target[b] = -1 - (std::int64_t{1} << 40);
             if (!list.empty() && b % 3 == 0 && target[b] >= 0 && target[b] < c.N) list.push_back(target[b]);
@@ -132,13 +132,13 @@ struct Data {
     }
 };
 
-// Whether query `b` of case `c` has a list that is not valid. The offsets of a query are those of its neighbours too.
+// Whether query `b` of case `c` has a list that is not valid. Queries share their offsets with their neighbours.
 bool is_bad(const Case& c, int b) {
     if (c.wrong == Wrong::ids) return b % 3 == 1;
     return c.wrong == Wrong::offsets && (b % 3 == 1 || (b % 3 == 0 && b + 1 < c.B));
 }
 
-// The ids as the kernels read them, after `c.wrong` was done to them and to the offsets.
+// Returns the ids that the kernels read, after the errors of `c.wrong` were made in them and in the offsets.
 std::vector<std::int64_t> spoiled(const Case& c, Data& data) {
     std::vector<std::int64_t> ids = data.ids;
     const auto size = static_cast<std::int64_t>(ids.size());
@@ -309,7 +309,7 @@ const std::vector<Case> CASES = {
     {"excluded ids out of range", 40, 300, 5, 30, Values::integers, true, 6, {4, 227 << 10, 228 << 10}, 0, Wrong::ids},
 };
 
-// A line with the slow paths of one call of each op, an item tile and a warp with queries.
+// Prints how often one call of each op takes slow paths, for each tile of items and each warp that has queries.
 void count(const Case& c) {
     for (const bool ranks : {false, true}) {
         emulator::slow_path("round"), emulator::slow_path("score computed again");
