@@ -23,8 +23,8 @@ public:
         int current = 0;
         note(cudaGetDevice(&current));
         if (error_ == cudaSuccess && current != device) {
-            throw std::invalid_argument("device " + std::to_string(device) + " must be the current one, and that is " +
-                                        std::to_string(current));
+            throw std::invalid_argument("device " + std::to_string(device) + " must be the current device, but device " +
+                                        std::to_string(current) + " is");
         }
     }
     DeviceQueue(const DeviceQueue&) = delete;
@@ -47,11 +47,11 @@ public:
     }
 
     // Returns the first error, or "". Throws std::runtime_error if the device is unusable.
-    std::string refusal() const {
+    std::string error() const {
         if (error_ == cudaSuccess) return "";
         const std::string said = std::string(cudaGetErrorName(error_)) + ": " + cudaGetErrorString(error_);
         if (!beyond_use(error_)) return said;
-        throw std::runtime_error(said + "; no further work on the device is possible, so start the process again");
+        throw std::runtime_error(said + "; the device is unusable for this process: start the process again");
     }
 
 private:

@@ -168,7 +168,7 @@ void run_fiber() {
     happens_after(&machine.whole_block);
     (*machine.body)();
     Fiber& fiber = *machine.current;
-    if (!fiber.copies.empty()) fail("copies that nobody waited for", fiber, fiber.site);
+    if (!fiber.copies.empty()) fail("copies that were not waited for", fiber, fiber.site);
     happens_before(&machine.whole_block);
     fiber.live = false;
     machine.warps[fiber.index / WARP_LANES].gone |= 1u << fiber.index % WARP_LANES;
@@ -184,7 +184,7 @@ WarpState& meet(const char* operation, unsigned mask, const void* value, std::si
     WarpState& warp = machine.warps[fiber.index / WARP_LANES];
     const int lane = fiber.index % WARP_LANES;
     if (mask != 0xffffffffu) fail("a mask that is not the whole warp", fiber, site);
-    if (warp.gone) fail("a warp operation without lanes that have ended", fiber, site);
+    if (warp.gone) fail("a warp operation after some lanes have ended", fiber, site);
     if (warp.arrived == 0) {
         warp.operation = operation;
         warp.site = site;
@@ -303,7 +303,7 @@ void warp_barrier(unsigned mask, SourceLine site) {
 }
 
 void shuffle(unsigned mask, void* value, std::size_t bytes, int from, SourceLine site) {
-    if (from < 0 || from >= WARP_LANES) fail("a shuffle from no lane", *machine.current, site);
+    if (from < 0 || from >= WARP_LANES) fail("a shuffle from a lane that does not exist", *machine.current, site);
     const Cargo& cargo = meet("shuffle", mask, value, bytes, site).given[from];
     for (std::size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(value)[i] = cargo.bytes[i];
 }

@@ -261,9 +261,9 @@ float score(const float* query, const float* item, std::int64_t D) { return scor
 
 }  // namespace
 
-namespace LARES_LEVEL {
+namespace LARES_INSTRUCTION_SET {
 extern const CrossEntropyKernel cross_entropy_kernel;
 const CrossEntropyKernel cross_entropy_kernel{PANEL, ROWS, BLOCK_COLUMNS, TILE, sums, gradients, gradient_scratch, score};
-}  // namespace LARES_LEVEL
+}  // namespace LARES_INSTRUCTION_SET
 
 }  // namespace lares_fast

@@ -4,7 +4,7 @@
 
 #include "simd/level.h"
 
-// A test build for AVX2 leaves out everything above it (LARES_UP_TO_AVX2 in CMakeLists.txt).
+// CMakeLists.txt defines LARES_UP_TO_AVX2, LARES_NO_AVX512_BF16 and LARES_HAS_TILES.
 #if defined(__x86_64__) && !defined(LARES_UP_TO_AVX2)
 #define LARES_HAS_AVX512
 #endif
@@ -13,10 +13,16 @@
 #if defined(LARES_HAS_AVX512)
 #define LARES_FLOAT_SETS(use, ...) use(avx512, __VA_ARGS__) use(avx2, __VA_ARGS__) use(generic, __VA_ARGS__)
 #define LARES_BYTE_SETS(use, ...) use(avx512vnni, __VA_ARGS__) use(avx512, __VA_ARGS__) use(avx2, __VA_ARGS__)
+#define LARES_BF16_SETS(use, ...) LARES_AMX(use, __VA_ARGS__) LARES_AVX512_BF16(use, __VA_ARGS__) LARES_FLOAT_SETS(use, __VA_ARGS__)
 #if defined(LARES_HAS_TILES)
-#define LARES_BF16_SETS(use, ...) use(amx, __VA_ARGS__) use(avx512bf16, __VA_ARGS__) LARES_FLOAT_SETS(use, __VA_ARGS__)
+#define LARES_AMX(use, ...) use(amx, __VA_ARGS__)
 #else
-#define LARES_BF16_SETS(use, ...) use(avx512bf16, __VA_ARGS__) LARES_FLOAT_SETS(use, __VA_ARGS__)
+#define LARES_AMX(use, ...)
+#endif
+#if defined(LARES_NO_AVX512_BF16)
+#define LARES_AVX512_BF16(use, ...)
+#else
+#define LARES_AVX512_BF16(use, ...) use(avx512bf16, __VA_ARGS__)
 #endif
 #elif defined(__x86_64__)
 #define LARES_FLOAT_SETS(use, ...) use(avx2, __VA_ARGS__) use(generic, __VA_ARGS__)

@@ -59,7 +59,7 @@ void use_level(const std::string& name) {
     }
     for (const Level candidate : {Level::generic, Level::avx2, Level::avx512, Level::amx}) {
         if (name != NAMES[static_cast<int>(candidate)]) continue;
-        if (!runs(candidate)) throw std::invalid_argument("this CPU has no " + name);
+        if (!runs(candidate)) throw std::invalid_argument("this CPU or this build has no " + name);
         chosen.store(static_cast<int>(candidate), std::memory_order_relaxed);
         return;
     }

@@ -7,7 +7,7 @@ std::string target_rank_cuda(const TargetRankCuda& call, const DeviceLimits& lim
     const ScanPlan plan = plan_target_rank(call.B, call.N, call.D, limits);
     DeviceQueue queue(device, stream);
     enqueue_target_rank(queue, call, plan);
-    return queue.refusal();
+    return queue.error();
 }
 
 }  // namespace lares_fast

@@ -37,9 +37,9 @@ void scan(const RankScan& s, std::int64_t first, std::int64_t last) {
 
 }  // namespace
 
-namespace LARES_LEVEL {
+namespace LARES_INSTRUCTION_SET {
 extern const RankKernel rank_kernel;
 const RankKernel rank_kernel{PANEL, ROWS, own_score, scan, outranking};
-}  // namespace LARES_LEVEL
+}  // namespace LARES_INSTRUCTION_SET
 
 }  // namespace lares_fast

@@ -250,9 +250,9 @@ std::int64_t screen(const Screen& s, std::int64_t first, std::int64_t last) {
 
 }  // namespace
 
-namespace LARES_LEVEL {
+namespace LARES_INSTRUCTION_SET {
 extern const ScreenKernel screen_kernel;
 const ScreenKernel screen_kernel{CODING, STRIDE, screen, build};
-}  // namespace LARES_LEVEL
+}  // namespace LARES_INSTRUCTION_SET
 
 }  // namespace lares_fast

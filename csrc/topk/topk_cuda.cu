@@ -7,7 +7,7 @@ std::string topk_cuda(const TopkCuda& call, const DeviceLimits& limits, int devi
     const TopkPlan plan = plan_topk(call.B, call.N, call.D, call.k, limits);
     DeviceQueue queue(device, stream);
     enqueue_topk(queue, call, plan);
-    return queue.refusal();
+    return queue.error();
 }
 
 }  // namespace lares_fast

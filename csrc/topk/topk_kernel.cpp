@@ -53,9 +53,9 @@ void sort_few(const std::uint64_t* keys, std::int64_t n, std::uint64_t* sorted) 
 
 }  // namespace
 
-namespace LARES_LEVEL {
+namespace LARES_INSTRUCTION_SET {
 extern const TopkKernel topk_kernel;
 const TopkKernel topk_kernel{PANEL, ROWS, PANEL, scan, compact, pack, sort_few};
-}  // namespace LARES_LEVEL
+}  // namespace LARES_INSTRUCTION_SET
 
 }  // namespace lares_fast

@@ -308,11 +308,11 @@ void invalid(Random& random) {
         }
     }
     if (of_values) {
-        must_refuse("target_logprob", what.c_str(), [&] { lares_fast::target_logprob_cpu(forward, threads); });
+        must_throw("target_logprob", what.c_str(), [&] { lares_fast::target_logprob_cpu(forward, threads); });
     } else {
-        must_refuse("target_logprob_backward", what.c_str(), [&] { lares_fast::target_logprob_backward_cpu(backward, threads); });
+        must_throw("target_logprob_backward", what.c_str(), [&] { lares_fast::target_logprob_backward_cpu(backward, threads); });
     }
-    if (!(out == fresh)) fail("linear_cross_entropy wrote into the output of a call that it refused: " + what);
+    if (!(out == fresh)) fail("linear_cross_entropy wrote to the output of an invalid call: " + what);
 }
 
 }  // namespace

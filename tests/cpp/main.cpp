@@ -20,7 +20,7 @@ const OpTest* const OPS[] = {&op_test::topk, &op_test::build_index, &op_test::ta
                              &op_test::recurrence};
 
 struct Count {
-    std::int64_t valid = 0, refused = 0;
+    std::int64_t valid = 0, invalid = 0;
 };
 
 Count round_of_calls(std::int64_t calls, std::int64_t large, std::uint64_t seed) {
@@ -30,7 +30,7 @@ Count round_of_calls(std::int64_t calls, std::int64_t large, std::uint64_t seed)
         for (const OpTest* op : OPS) {
             if (random.chance(0.5)) {
                 op->invalid(random);
-                ++count.refused;
+                ++count.invalid;
             } else {
                 op->valid(random, large && call % large == 0, random.between(1, 4));
                 ++count.valid;
@@ -71,7 +71,7 @@ int main(int argc, char** argv) {
                     const Count count = round_of_calls(calls, large, seed + static_cast<std::uint64_t>(caller));
                     const std::lock_guard<std::mutex> lock(mutex);
                     total.valid += count.valid;
-                    total.refused += count.refused;
+                    total.invalid += count.invalid;
                 } catch (const std::exception& error) {
                     const std::lock_guard<std::mutex> lock(mutex);
                     failure = error.what();
@@ -80,8 +80,8 @@ int main(int argc, char** argv) {
         }
         for (std::thread& other : others) other.join();
         if (!failure.empty()) op_test::fail(failure);
-        std::printf("level %s, %d ops: %lld valid, %lld refused\n", argv[1], static_cast<int>(std::size(OPS)),
-                    static_cast<long long>(total.valid), static_cast<long long>(total.refused));
+        std::printf("level %s, %d ops: %lld valid, %lld invalid\n", argv[1], static_cast<int>(std::size(OPS)),
+                    static_cast<long long>(total.valid), static_cast<long long>(total.invalid));
     } catch (const std::exception& error) {
         return std::fprintf(stderr, "%s\n", error.what()), 1;
     }

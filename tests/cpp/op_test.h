@@ -98,13 +98,13 @@ struct Spoiler {
 inline void fail(const std::string& what) { throw Failure(what); }
 
 template <class Run>
-void must_refuse(const char* op, const char* name, const Run& run) {
+void must_throw(const char* op, const char* name, const Run& run) {
     try {
         run();
     } catch (const std::invalid_argument&) {
         return;
     }
-    fail(std::string(op) + " took a call with " + name);
+    fail(std::string(op) + " accepted a call with " + name);
 }
 
 struct OpTest {

@@ -231,8 +231,8 @@ void invalid(Random& random) {
         }
     }
     const char* const op = forward ? "recurrence_forward" : "recurrence_backward";
-    must_refuse(op, what.c_str(), [&] { forward ? call.forward(threads) : call.backward(threads); });
-    if (!same_bits(results, fresh)) fail("recurrence wrote into the output of a call that it refused: " + what);
+    must_throw(op, what.c_str(), [&] { forward ? call.forward(threads) : call.backward(threads); });
+    if (!same_bits(results, fresh)) fail("recurrence wrote to the output of an invalid call: " + what);
 }
 
 }  // namespace

@@ -154,7 +154,7 @@ def run_with_plant(bug, checked, folder):
     spoilt = "plan.cpp" if name == "plan.cpp" else "recurrence_kernel.cpp"
     target = "native_tests.dir" if name == "plan.cpp" else "lares_fast_generic.dir"
     objects = [x for x in checked[0].parent.rglob("*.o") if x.name != f"{spoilt}.o" or target not in str(x)]
-    flags = ["-std=c++17", "-ffp-contract=off", "-DLARES_LEVEL=generic", f"-I{folder / 'csrc'}"]
+    flags = ["-std=c++17", "-ffp-contract=off", "-DLARES_INSTRUCTION_SET=generic", f"-I{folder / 'csrc'}"]
     # Its results are wrong, which shows without sanitizers and optimisation, and those would take most of the time.
     for command in (
         ["g++", *flags, "-c", folder / "csrc" / "recurrence" / spoilt, "-o", folder / "spoilt.o"],

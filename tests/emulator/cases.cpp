@@ -172,7 +172,7 @@ void check_topk(const Case& c, bool plain, unsigned seed) {
         if (is_bad(c, b)) {
             for (int n = 0; n < c.k; ++n) {
                 if (ids[std::size_t(b) * c.k + n] != -1 || !std::isnan(scores[std::size_t(b) * c.k + n])) {
-                    wrong(c, plain, seed, where + " has an answer, and its list is not valid");
+                    wrong(c, plain, seed, where + " has an answer, but its list is not valid");
                 }
             }
             continue;
@@ -195,18 +195,18 @@ void check_topk(const Case& c, bool plain, unsigned seed) {
             const float score = scores[std::size_t(b) * c.k + n];
             const std::string at = where + ", place " + std::to_string(n) + ": id " + std::to_string(id) + ", score " + text(score);
             if (n >= found) {
-                if (id != -1 || score != -INF) wrong(c, plain, seed, at + " where none is left");
+                if (id != -1 || score != -INF) wrong(c, plain, seed, at + ", but no item is left");
                 continue;
             }
             if (id < 0 || id >= c.N || data.gone[b].count(id) || !seen.insert(id).second) {
-                wrong(c, plain, seed, at + ": no item, excluded, or twice");
+                wrong(c, plain, seed, at + " is not an item, is excluded, or occurs twice");
             }
             if (score != score_of(id) && !(std::fabs(score - score_of(id)) <= slack(id))) {
-                wrong(c, plain, seed, at + " instead of " + text(score_of(id)));
+                wrong(c, plain, seed, at + ", and should be " + text(score_of(id)));
             }
             const std::int64_t best = order[n];
             if (id != best && !(score_of(best) - score_of(id) <= slack(best) + slack(id) && slack(id) > 0)) {
-                wrong(c, plain, seed, at + " instead of id " + std::to_string(best) + ", score " + text(score_of(best)));
+                wrong(c, plain, seed, at + ", and should be id " + std::to_string(best) + ", score " + text(score_of(best)));
             }
             if (n > 0) {
                 const std::int64_t before = ids[std::size_t(b) * c.k + n - 1];
@@ -252,8 +252,8 @@ void check_rank(const Case& c, bool plain, bool ties_by_id, unsigned seed) {
         const std::int64_t found[2] = {of_all[b], of_kept[b]};
         for (int i = 0; i < 2; ++i) {
             if (found[i] >= least[i] && found[i] <= most[i]) continue;
-            wrong(c, plain, seed, "rank of query " + std::to_string(b) + (i ? " without the excluded: " : ": ") + std::to_string(found[i]) +
-                                      " instead of " + std::to_string(least[i]) + ".." + std::to_string(most[i]));
+            wrong(c, plain, seed, "rank of query " + std::to_string(b) + (i ? " without the excluded items: " : ": ") + std::to_string(found[i]) +
+                                      ", and should be in " + std::to_string(least[i]) + ".." + std::to_string(most[i]));
         }
     }
 }

@@ -162,7 +162,7 @@ PLANTS = {
         "topk/topk_cuda.cuh", "        __syncthreads();\n        if (warp < apart", "        if (warp < apart",
         "tsan", ("data race", "merge")),
     "copies that are not waited for": (
-        "catalog/scores.cuh", "            finish_copies();\n", "", "plain", ("copies that nobody waited for",)),
+        "catalog/scores.cuh", "            finish_copies();\n", "", "plain", ("copies that were not waited for",)),
     "a result written one place too far": (
         "topk/topk_cuda.cuh", "ids[query * scan.k + at] = ", "ids[query * scan.k + at + 1] = ",
         "asan", ("heap-buffer-overflow", "topk_merge")),
@@ -178,7 +178,7 @@ PLANTS = {
         "catalog/scores.cuh", "to > E || ", "to > E + 1 || ",
         "asan", ("AddressSanitizer",)),
     "a query whose list is not valid is answered": (
-        "topk/topk_cuda.cuh", "valid ? rank_id(rank) : -1", "rank_id(rank)", "plain", ("WRONG", "its list is not valid")),
+        "topk/topk_cuda.cuh", "valid ? rank_id(rank) : -1", "rank_id(rank)", "plain", ("WRONG", "but its list is not valid")),
     "a target that is no item has a rank among them": (
         "target_rank/target_rank_cuda.cuh", "lane.row(i))) all = behind;", "lane.row(i))) all = 0;", "plain",
         ("WRONG: ", "rank of query")),
@@ -213,14 +213,14 @@ PLANTS = {
         "plain", ("EMULATOR: lanes of a warp at different operations",)),
     "the excluded are not left out": (
         "topk/topk_cuda.cuh", "if (rank > least && !excluded(query, item))", "if (rank > least)", "plain", ("WRONG",
-        "where none is left")),
+        "but no item is left")),
     "a target that outranks itself": (
         "target_rank/target_rank_cuda.cuh", "const Items before = call.ties_by_id ? items_before(target_place) : 0;",
         "const Items before = call.ties_by_id ? items_before(target_place + 2) : 0;", "plain", ("WRONG", "rank of query")),
     "an exclusion counted twice": (
         "target_rank/target_rank_cuda.cuh", "__popcll(better & ~__shfl_sync(ALL_LANES, gone, lane.row(i)))",
         "(__popcll(better) - __popcll(better & __shfl_sync(ALL_LANES, gone, lane.row(i))) * 2)",
-        "plain", ("WRONG", "without the excluded")),
+        "plain", ("WRONG", "without the excluded items")),
 }  # fmt: skip
 
 
