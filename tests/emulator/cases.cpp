@@ -2,6 +2,7 @@
 // program prints it and exits with 1. The emulator itself exits with 3.
 //   cases all     every case
 //   cases small   two of the cases, for TSan
+//   cases NAME    the case of that name
 //   cases counts  how often slow paths are taken, one line a call
 #include <algorithm>
 #include <cstdio>
@@ -12,8 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "target_rank/target_rank_cuda.cuh"
-#include "topk/topk_cuda.cuh"
+#include "emulated.h"
 
 namespace lares_fast {
 namespace {
@@ -34,15 +34,6 @@ struct Case {
     DeviceLimits limits{4, 227 << 10, 228 << 10};
     int misalign = 0;  // floats
     Wrong wrong = Wrong::nothing;
-};
-
-struct EmulatedDevice {
-    unsigned seed;
-    void clear(void* pointer, std::size_t bytes) { std::memset(pointer, 0, bytes); }
-    template <class... Parameters, class... Arguments>
-    void launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::int64_t shared_bytes, Arguments... arguments) {
-        emulator::run_grid(grid, threads, static_cast<std::size_t>(shared_bytes), seed, [&] { kernel(arguments...); });
-    }
 };
 
 // Memory of exactly the requested size, so that a sanitizer finds every access beyond it.
@@ -163,10 +154,9 @@ void check_topk(const Case& c, bool plain, unsigned seed) {
     Memory<std::int64_t> ids(std::size_t(c.B) * c.k), exclude(data.ids.size());
     const std::vector<std::int64_t> given = spoiled(c, data);
     std::copy(given.begin(), given.end(), exclude.data);
-    EmulatedDevice device{seed};
-    enqueue_topk(device, {data.query.data, data.items.data, c.bias ? data.bias.data : nullptr, c.longest < 0 ? nullptr : data.offsets.data,
+    topk_emulated({data.query.data, data.items.data, c.bias ? data.bias.data : nullptr, c.longest < 0 ? nullptr : data.offsets.data,
                           exclude.data, scores.data, ids.data, workspace.data, c.B, c.N, c.D, c.k,
-                          static_cast<std::int64_t>(given.size()), plain}, plan);
+                          static_cast<std::int64_t>(given.size()), plain}, plan, seed);
     for (int b = 0; b < c.B; ++b) {
         const std::string where = "query " + std::to_string(b);
         if (is_bad(c, b)) {
@@ -226,10 +216,9 @@ void check_rank(const Case& c, bool plain, bool ties_by_id, unsigned seed) {
     Memory<std::int64_t> of_all(c.B), of_kept(c.B), exclude(data.ids.size());
     const std::vector<std::int64_t> given = spoiled(c, data);
     std::copy(given.begin(), given.end(), exclude.data);
-    EmulatedDevice device{seed};
-    enqueue_target_rank(device, {data.query.data, data.items.data, c.bias ? data.bias.data : nullptr, data.target.data,
+    target_rank_emulated({data.query.data, data.items.data, c.bias ? data.bias.data : nullptr, data.target.data,
                                  c.longest < 0 ? nullptr : data.offsets.data, exclude.data, of_all.data, of_kept.data, c.B, c.N, c.D,
-                                 static_cast<std::int64_t>(given.size()), ties_by_id, plain}, plan);
+                                 static_cast<std::int64_t>(given.size()), ties_by_id, plain}, plan, seed);
     for (int b = 0; b < c.B; ++b) {
         const std::int64_t t = data.target[b];
         const bool is_item = t >= 0 && t < c.N;
@@ -339,8 +328,12 @@ int main(int argc, char** argv) {
         for (const Case& c : COUNTED) count(c);
         return 0;
     }
+    int checked = 0;
     for (const Case& c : suite == "small" ? SMALL : CASES) {
+        if (suite != "small" && suite != "all" && suite != c.name) continue;
         for (const unsigned seed : {0u, 1u}) check(c, seed);
+        ++checked;
     }
+    if (checked == 0) return std::printf("there is no case %s\n", suite.c_str()), 2;
     std::puts("all cases agree");
 }
