@@ -19,7 +19,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 
 def spoil(file, good, bad, to):
-    """Write ``file`` of csrc/ with ``bad`` for ``good`` to the folder ``to``. Return it and the kernels that include the file."""
+    """Write ``file`` of csrc/ with ``bad`` for ``good`` to the folder ``to``. Return it and the kernels with that file."""
     source = (CSRC / file).read_text()
     assert source.count(good) == 1, f"{file} has changed: plant the bug elsewhere"
     (to / file).parent.mkdir(parents=True)

@@ -65,7 +65,7 @@ def compiled(tmp_path_factory):
         files = [Path(folder) / f"{Path(source).name}.cu.o" for source in SOURCES]
         missing = [file.name for file in (*files, Path(folder) / "build.log") if not file.is_file()]
         assert not missing, (
-            f"{folder} has no {missing[0]}: run tests/packaging/test_cuda.py first, or unset LARES_FAST_CUDA_BUILD"
+            f"{folder} lacks {missing[0]}: run tests/packaging/test_cuda.py first, or unset LARES_FAST_CUDA_BUILD"
         )
         return (Path(folder) / "build.log").read_text(), files
     folder, logs, files = tmp_path_factory.mktemp("fatbin"), [], []
