@@ -205,7 +205,7 @@ def test_a_bug_planted_in_the_recurrence_is_found(bug, planted):
 
 @pytest.fixture(scope="module")
 def raced():
-    # The runtime of gcc 12 does not know the address layout of newer kernels. So addresses are not randomised, if that is allowed.
+    # The runtime of gcc 12 does not know the address layout of newer kernels: do not randomise addresses, if that is allowed.
     fixed = ["setarch", "-R"]
     allowed = shutil.which("setarch") and subprocess.run([*fixed, "true"], capture_output=True, check=False).returncode == 0
     options = ("-DOPTIMISE=-O1", "-DCMAKE_CXX_FLAGS=-fsanitize=thread -g1", "-DUP_TO_AVX2=ON")
