@@ -16,7 +16,7 @@ struct SumScan {
     std::int64_t B;
     const std::int64_t* target;  // [B]: the item that is left out of the sum
     float base;                  // the terms are 2^(base (score - reference))
-    float* reference;  // [B]: a score, raised if another score is more than a factor of 2^24 above it; NaN after a NaN score
+    float* reference;  // [B]: a score, raised when a term exceeds 2^24; NaN after a NaN score
     double* sum;       // [B]: the terms are added
     float* limit;      // [B] workspace: the score above which the reference is raised
     float* lanes;      // [B][MAX_LANES] workspace that holds zeros

@@ -6,7 +6,7 @@
 namespace lares_fast {
 namespace {
 
-// The aimed-at number of tokens of a block. Its activations stay in the L2 and L3 caches, and there are enough blocks for
+// The target number of tokens of a block. Its activations stay in the L2 and L3 caches, and there are enough blocks for
 // all threads.
 constexpr std::int64_t TARGET = 168;
 

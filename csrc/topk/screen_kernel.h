@@ -8,7 +8,7 @@
 
 namespace lares_fast {
 
-// The form of the codes at one instruction set.
+// How an instruction set codes items and queries.
 struct Coding {
     int panel;           // items of a panel
     int group;           // codes that one step sums up

@@ -9,7 +9,7 @@
 namespace lares_fast {
 
 // All pointers are device pointers. The host does not see the values of the exclusion lists. A query gets scores of NaN and
-// ids of -1 if its offsets are outside of 0..E or fall, or if an id is not an item. Scores are 3xTF32 products of tensor
+// ids of -1 if its offsets are outside of 0..E or decrease, or if an id is not an item. Scores are 3xTF32 products of tensor
 // cores with fp32 sums. With `plain` they are fused multiply-adds one after the other, with the bits of topk_cpu.
 struct TopkCuda {
     const float* query;                   // [B, D]
