@@ -4,8 +4,8 @@
 #include <cfloat>
 #include <cstdint>
 
-#include "cuda/device.cuh"
 #include "catalog/plan.h"
+#include "cuda/device.cuh"
 
 namespace lares_fast {
 

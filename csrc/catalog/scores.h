@@ -2,8 +2,8 @@
 #pragma once
 
 #include "base/constant.h"
-#include "catalog/panel.h"
 #include "catalog/catalog.h"
+#include "catalog/panel.h"
 
 namespace lares_fast {
 namespace {
@@ -15,8 +15,7 @@ constexpr int ROWS = 4;
 #endif
 
 // query [D][R], panel [D][PANEL], bias [PANEL] or null. Each sum starts with the bias and adds the products in the order of
-// D.
-// A score therefore has the same bits wherever it is computed.
+// D. A score therefore has the same bits wherever it is computed.
 template <int R>
 LARES_INLINE void score_tile(const float* query, const float* panel, const float* bias, std::int64_t D, Vec (&sums)[R][VECS]) {
     for (int v = 0; v < VECS; ++v) {

@@ -5,10 +5,10 @@
 #include <numeric>
 #include <vector>
 
-#include "linear_cross_entropy/linear_cross_entropy_kernel.h"
-#include "linear_cross_entropy/softmax_view.h"
 #include "base/parallel.h"
 #include "catalog/query_tiles.h"
+#include "linear_cross_entropy/linear_cross_entropy_kernel.h"
+#include "linear_cross_entropy/softmax_view.h"
 #include "memory/aligned.h"
 
 namespace lares_fast {

@@ -4,13 +4,13 @@
 #include <memory>
 #include <vector>
 
+#include "base/parallel.h"
+#include "catalog/query_tiles.h"
 #include "linear_cross_entropy/linear_cross_entropy_kernel.h"
 #include "linear_cross_entropy/softmax_view.h"
-#include "base/parallel.h"
+#include "memory/aligned.h"
 #include "simd/dispatch.h"
 #include "target_rank/rank_queries.h"
-#include "catalog/query_tiles.h"
-#include "memory/aligned.h"
 
 namespace lares_fast {
 

@@ -1,8 +1,8 @@
 #include "linear_cross_entropy/linear_cross_entropy_kernel.h"
 
+#include "catalog/scores.h"
 #include "simd/exp2.h"
 #include "target_rank/rank_counter.h"
-#include "catalog/scores.h"
 
 namespace lares_fast {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "target_rank/target_rank_kernel.h"
 #include "catalog/catalog.h"
+#include "target_rank/target_rank_kernel.h"
 
 namespace lares_fast {
 

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "linear_cross_entropy/linear_cross_entropy.h"
 #include "catalog/checks.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace lares_fast {
 

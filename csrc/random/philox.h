@@ -1,6 +1,5 @@
 // Philox4x32-10 and the keep-masks that it gives for addresses, without torch. docs/numerics.md defines the layout of the
-// counter.
-// lares_fast/_random.py computes the same bits in PyTorch.
+// counter. lares_fast/_random.py computes the same bits in PyTorch.
 #pragma once
 
 #include <cstdint>

@@ -10,6 +10,7 @@ namespace lares_fast {
 namespace {
 
 constexpr std::uint32_t AFTER_ATTENTION = 1, AFTER_FEED_FORWARD = 2;
+
 struct Workspace {
     Matrix x;          // [tokens, D]: the state, the input of a layer
     Matrix query_x;    // [rows, D]: the rows of x that a last layer computes
@@ -52,6 +53,7 @@ std::int64_t carve_workspace(Workspace& w, float* memory, const Shape& s, std::i
     Workspace w{};
     return carve_workspace(w, nullptr, shape, tokens, longest, backward);
 }
+
 // The part of a block that one layer computes in one step. Keys and values are computed for all `tokens`, the rest for
 // `rows` of them. The rows are all tokens of the sequences [0, whole). If the other states of a last layer are not read,
 // they are followed by the last tokens of the sequences [whole, active).
@@ -109,6 +111,7 @@ private:
     std::int64_t D_, row_ = 0;
     float *normal_, *inverse_;
 };
+
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 inline void swap(Matrix& a, Matrix& b) {

@@ -116,8 +116,7 @@ struct NormGradients {
 };
 
 // The gradient of y = LN(dropout(f) + residual) for `rows` rows. `to` receives the gradient of the residual and may be
-// `grad`.
-// `dropped` receives the gradient of f, unless its data is null.
+// `grad`. `dropped` receives the gradient of f, unless its data is null.
 inline void normalise_backward(Matrix grad, const Normal& normal, const float* scale, std::int64_t rows, std::int64_t panels,
                                const DropoutSite& at, RowAddresses addresses, Matrix to, Matrix dropped, const NormGradients& sums) {
     const float columns = static_cast<float>(panels * COLUMNS);

@@ -1,8 +1,8 @@
 // Counts the items that outrank a target, as a sink of for_each_panel in catalog/scores.h.
 #pragma once
 
-#include "target_rank/target_rank_kernel.h"
 #include "catalog/scores.h"
+#include "target_rank/target_rank_kernel.h"
 
 namespace lares_fast {
 namespace {
@@ -42,8 +42,7 @@ inline std::int64_t ties_before(const RankScan& s, std::int64_t b, std::int64_t 
 }
 
 // An item before the target outranks it also with an equal score, so it must only beat the next float below the target's
-// score.
-// One comparison an item is therefore enough. Only the panel that holds the target needs a second look.
+// score. One comparison an item is therefore enough. Only the panel that holds the target needs a second look.
 struct RankCounter {
     const RankScan& s;
     const std::int64_t* crossing;  // the first query, by ascending target, whose target is still to come

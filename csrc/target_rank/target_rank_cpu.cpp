@@ -5,13 +5,13 @@
 #include <vector>
 
 #include "base/parallel.h"
-#include "simd/dispatch.h"
-#include "target_rank/rank_queries.h"
-#include "target_rank/target_rank_kernel.h"
 #include "catalog/checks.h"
 #include "catalog/exclusions.h"
 #include "catalog/query_tiles.h"
 #include "memory/aligned.h"
+#include "simd/dispatch.h"
+#include "target_rank/rank_queries.h"
+#include "target_rank/target_rank_kernel.h"
 
 namespace lares_fast {
 

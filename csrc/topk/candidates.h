@@ -3,8 +3,8 @@
 
 #include <limits>
 
-#include "topk/topk_kernel.h"
 #include "catalog/panel.h"
+#include "topk/topk_kernel.h"
 
 namespace lares_fast {
 namespace {
@@ -130,8 +130,7 @@ inline void compact(const Candidates& c, std::int64_t b) {
 }
 
 // Appends the items that beat the threshold, out of PANEL consecutive items from `first` on. `exists` has one mask a
-// vector.
-// There is no branch on the values of a vector, because half of such branches would be predicted wrongly.
+// vector. There is no branch on the values of a vector, because half of such branches would be predicted wrongly.
 inline void append(const Candidates& c, std::int64_t b, const float* lanes, std::int32_t first, const Mask (&exists)[VECS]) {
     const Vec t = broadcast(c.threshold[b]);
     float* scores = c.scores + b * c.stride;

@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "base/parallel.h"
-#include "simd/dispatch.h"
 #include "catalog/checks.h"
+#include "simd/dispatch.h"
 #include "topk/screen_kernel.h"
 #include "topk/topk_kernel.h"
 

@@ -1,8 +1,8 @@
 #include "topk/screen_kernel.h"
 
+#include "catalog/scores.h"
 #include "simd/bytes.h"
 #include "topk/candidates.h"
-#include "catalog/scores.h"
 
 namespace lares_fast {
 namespace {

@@ -8,10 +8,10 @@
 #include <memory>
 #include <vector>
 
-#include "topk/coded_queries.h"
 #include "catalog/exclusions.h"
 #include "catalog/query_tiles.h"
 #include "memory/aligned.h"
+#include "topk/coded_queries.h"
 #include "topk/screen_kernel.h"
 #include "topk/topk.h"
 #include "topk/topk_kernel.h"

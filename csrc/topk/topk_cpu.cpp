@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "base/parallel.h"
-#include "simd/dispatch.h"
 #include "catalog/checks.h"
+#include "simd/dispatch.h"
 #include "topk/selection.h"
 
 namespace lares_fast {

@@ -25,8 +25,7 @@ struct TopkCuda {
 };
 
 // Enqueues work on `stream` of `device`. It allocates nothing and waits for nothing. Returns the error of the launch, or
-// "".
-// Throws std::invalid_argument for bad sizes and std::runtime_error if the device is unusable.
+// "". Throws std::invalid_argument for bad sizes and std::runtime_error if the device is unusable.
 std::string topk_cuda(const TopkCuda& call, const DeviceLimits& limits, int device, std::uintptr_t stream);
 
 }  // namespace lares_fast

@@ -1,7 +1,7 @@
 #include "topk/topk_kernel.h"
 
-#include "topk/candidates.h"
 #include "catalog/scores.h"
+#include "topk/candidates.h"
 
 namespace lares_fast {
 namespace {

@@ -1,6 +1,5 @@
 // The definition of a test of one op, and what all these tests share: random sizes and numbers, scores summed one by one,
-// and failures.
-// To add an op, add an OpTest in tests/cpp/<stem>.cpp and a line in main.cpp.
+// and failures. To add an op, add an OpTest in tests/cpp/<stem>.cpp and a line in main.cpp.
 #pragma once
 
 #include <cmath>
