@@ -27,6 +27,11 @@
 
 #include "simd/inline.h"
 
+#if defined(__AVX2__)
+// This must come before the choice: when tests emulate AVX-512, this header defines __AVX512F__.
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #include "simd/vec_avx512.h"
 #elif defined(__AVX2__)

@@ -82,7 +82,7 @@ struct Call {
 
     Call(const Case& c, Results& to)
         : call{c.shape, c.output, c.eps, c.dropout, c.h.data(), c.shape.adapter == Adapter::none ? nullptr : c.pre.data(), c.offsets.data(),
-               c.depth.data(), c.rows.data(), c.B, nullptr, to.tape.data()},
+               c.depth.data(), c.rows.data(), c.B, nullptr, to.tape.data(), false},
           out(to.out.data()), h_grad(to.h_grad.data()), pre_grad(to.pre_grad.data()), out_grad(c.out_grad.data()) {
         for (const Tensor& weight : c.weights) weights.push_back(weight.data());
         for (Tensor& grad : to.weight_grads) grads.push_back(grad.data());
