@@ -13,9 +13,9 @@
 #include <utility>
 #include <vector>
 
-#include "build_info.h"
+#include "base/build_info.h"
 #include "cuda/capability.h"
-#include "cuda/plan.h"
+#include "catalog/plan.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "random/philox.h"
 #include "recurrence/recurrence.h"
@@ -254,14 +254,14 @@ void recurrence_backward(const std::array<int64_t, 8>& sizes, const std::array<s
 // Multiprocessors, shared memory a block, shared memory a multiprocessor.
 using DeviceLimits = std::array<int64_t, 3>;
 
-lares_fast::Limits limits_of(const DeviceLimits& limits) { return {limits[0], limits[1], limits[2]}; }
+lares_fast::DeviceLimits limits_of(const DeviceLimits& limits) { return {limits[0], limits[1], limits[2]}; }
 
 DeviceLimits device_limits(int device) {
-    const lares_fast::Limits limits = lares_fast::device_limits(device);
+    const lares_fast::DeviceLimits limits = lares_fast::device_limits(device);
     return {limits.multiprocessors, limits.shared_a_block, limits.shared_a_multiprocessor};
 }
 
-py::dict walk_plan(const lares_fast::WalkPlan& walk) {
+py::dict walk_plan(const lares_fast::ScanPlan& walk) {
     using py::literals::operator""_a;
     return py::dict("query_tiles"_a = walk.query_tiles, "splits"_a = walk.splits, "item_tiles"_a = walk.item_tiles,
                     "chunks"_a = walk.chunks, "resident"_a = walk.resident, "shared_bytes"_a = walk.shared_bytes);
@@ -269,7 +269,7 @@ py::dict walk_plan(const lares_fast::WalkPlan& walk) {
 
 py::dict plan_topk(int64_t B, int64_t N, int64_t D, int64_t k, const DeviceLimits& limits) {
     const lares_fast::TopkPlan plan = lares_fast::plan_topk(B, N, D, k, limits_of(limits));
-    py::dict all = walk_plan(plan.walk);
+    py::dict all = walk_plan(plan.scan);
     all["stride"] = plan.stride;
     all["step"] = plan.step;
     all["sorted"] = plan.sorted;
@@ -367,7 +367,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("build_info", &build_info);
     m.def("use_level", &lares_fast::use_level, py::kw_only(), arg("name"));
     m.def("level", &lares_fast::level_name);
-    m.def("has_bf16", &lares_fast::has_bf16);
+    m.def("has_bf16", [] { return lares_fast::has(lares_fast::InstructionSet::avx512bf16); });
     m.def("capability", &lares_fast::capability, py::kw_only(), arg("device"), Release());
     m.def("device_limits", &device_limits, py::kw_only(), arg("device"), Release());
     m.def("plan_topk", &plan_topk, py::kw_only(), arg("B"), arg("N"), arg("D"), arg("k"), arg("limits"));

@@ -7,12 +7,12 @@
 namespace lares_fast {
 namespace {
 
-// Stands for every kernel of the build: all are compiled for the same architectures.
+// An image of this kernel exists if the images of all kernels exist, because all are compiled for the same architectures.
 __global__ void image_probe() {}
 
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
 
-// Reading an error also clears it, so that the process's next CUDA call does not report ours.
+// Reading an error also clears it, so that the next CUDA call of the process does not report it.
 std::string words(cudaError_t error) {
     cudaGetLastError();
     return cudaGetErrorString(error);
@@ -31,22 +31,22 @@ std::int64_t attribute(cudaDeviceAttr name, int device) {
 std::string capability(int device) {
     int driver = 0, devices = 0, current = 0;
     if (const cudaError_t error = cudaDriverGetVersion(&driver); error != cudaSuccess) return "the driver does not answer: " + words(error);
-    if (driver == 0) return "no driver: install the NVIDIA driver, or hide nothing of it from this process";
+    if (driver == 0) return "no driver: no NVIDIA driver is visible to this process; install it, or make it visible";
     if (const cudaError_t error = cudaGetDeviceCount(&devices); error != cudaSuccess) {
         const std::string said = words(error);
         if (error == cudaErrorInsufficientDriver) {
-            return "driver older than toolkit: the driver serves CUDA " + version(driver) + ", the module was built with CUDA " +
+            return "driver older than toolkit: the driver supports CUDA " + version(driver) + ", but the module was built with CUDA " +
                    version(CUDART_VERSION);
         }
         return (error == cudaErrorNoDevice ? "no device: " : "the driver does not answer: ") + said;
     }
-    if (devices == 0) return "no device: the driver counts none";
-    if (device >= devices) return "no device " + std::to_string(device) + ": the driver counts " + std::to_string(devices);
+    if (devices == 0) return "no device: the driver finds none";
+    if (device >= devices) return "no device " + std::to_string(device) + ": the number of devices is " + std::to_string(devices);
     if (const cudaError_t error = cudaGetDevice(&current); error != cudaSuccess) return "the device does not answer: " + words(error);
     if (device < 0) device = current;
     if (device != current) {
-        // The question itself would initialise the other device.
-        return "device " + std::to_string(device) + " is not asked while device " + std::to_string(current) + " is the current one";
+        // A query about the other device would initialise it.
+        return "device " + std::to_string(device) + " was not queried, because device " + std::to_string(current) + " is the current one";
     }
     cudaDeviceProp properties{};
     if (const cudaError_t error = cudaGetDeviceProperties(&properties, device); error != cudaSuccess) {
@@ -61,7 +61,7 @@ std::string capability(int device) {
     return "ok: " + name + ", driver for CUDA " + version(driver) + ", built with CUDA " + version(CUDART_VERSION);
 }
 
-Limits device_limits(int device) {
+DeviceLimits device_limits(int device) {
     return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
 }

@@ -2,15 +2,16 @@
 
 #include <string>
 
-#include "cuda/plan.h"
+#include "cuda/limits.h"
 
 namespace lares_fast {
 
-// Whether the CUDA objects of this build can run on `device`, the current one (as -1 is), in words that start with "ok" when
-// they can. Initialises it and no other. Touches the driver, so nothing calls it at import.
+// Says whether the CUDA objects of this build can run on `device`; the text starts with "ok" if they can. `device` must be the
+// current one, or -1 for the current one. The call initialises this device and no other one. It touches the driver, so no code
+// calls it at import.
 std::string capability(int device);
 
-// Throws std::runtime_error where the driver does not answer.
-Limits device_limits(int device);
+// Throws std::runtime_error if the driver does not answer.
+DeviceLimits device_limits(int device);
 
 }  // namespace lares_fast

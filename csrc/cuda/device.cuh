@@ -1,4 +1,4 @@
-// What the kernels ask of the device beyond CUDA C++: PTX here, twins of it in csrc/emulator/device.h.
+// Operations of the device that CUDA C++ does not offer, in PTX. csrc/emulator/device.h has the same functions for the CPU.
 #pragma once
 
 #if defined(LARES_EMULATOR)
@@ -16,7 +16,7 @@ __device__ __forceinline__ char* shared_memory() {
     return memory;
 }
 
-// Starts a copy of BYTES to shared memory, or of zeros where not `real`; `from` must be readable in any case.
+// Starts a copy of BYTES to shared memory, or writes zeros unless `real`. `from` must be readable in both cases.
 template <int BYTES>
 __device__ __forceinline__ void start_copy(float* to, const float* from, bool real) {
     const auto target = static_cast<unsigned>(__cvta_generic_to_shared(to));
@@ -29,7 +29,7 @@ __device__ __forceinline__ void start_copy(float* to, const float* from, bool re
     }
 }
 
-// Waits for the calling thread's own copies.
+// Waits for the copies of the calling thread.
 __device__ __forceinline__ void finish_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ std::uint32_t round_to_tf32(float x) {
@@ -45,14 +45,14 @@ __device__ __forceinline__ void mma_tf32(float (&sums)[4], const std::uint32_t (
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// A value that other blocks raise meanwhile.
+// Reads a value that other blocks may raise at the same time.
 __device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* from) {
     unsigned long long value;
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
     return value;
 }
 
-// Counts how often a path is taken that should be rare: in the emulator alone.
+// Counts how often a slow path is taken. Only the emulator counts.
 __device__ __forceinline__ void count_slow(const char*) {}
 
 }  // namespace lares_fast

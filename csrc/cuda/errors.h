@@ -1,10 +1,12 @@
-// Which of CUDA's errors end all work of the process on the device. Needs no CUDA headers, so that it is tested without them.
+// Which CUDA errors make the device unusable for the whole process. This file needs no CUDA headers, so that it is tested
+// without them.
 #pragma once
 
 namespace lares_fast {
 
-// The errors of which CUDA's manual says that the process must be started again, those of broken memory and links, and the one
-// that nobody knows. Every other one is a refusal of this call, such as those of a graph capture (900 to 907).
+// These are the errors for which CUDA's manual says that the process must be started again, the errors of broken memory and
+// links, and the unknown error. Every other error fails only the current call. Examples are the errors of a graph capture
+// (900 to 907).
 constexpr bool beyond_use(int error) {
     switch (error) {
         case 214:  // cudaErrorECCUncorrectable

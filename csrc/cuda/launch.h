@@ -1,4 +1,4 @@
-// What every launcher does around its kernels.
+// Launches kernels on a stream and collects errors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,16 +15,16 @@
 
 namespace lares_fast {
 
-// Work on one stream of the current device, which must be `device`: to switch here, and back, would initialise a device that
-// the process may not use at all. After the first error nothing more is enqueued.
+// Work on one stream of `device`, which must be the current device. A switch of the device here would initialise a device
+// that the process perhaps may not use. After the first error no further work is enqueued.
 class DeviceQueue {
 public:
     DeviceQueue(int device, std::uintptr_t stream) : device_(device), stream_(reinterpret_cast<cudaStream_t>(stream)) {
         int current = 0;
         note(cudaGetDevice(&current));
         if (error_ == cudaSuccess && current != device) {
-            throw std::invalid_argument("device " + std::to_string(device) + " must be the current one, and that is " +
-                                        std::to_string(current));
+            throw std::invalid_argument("device " + std::to_string(device) + " must be the current device, but device " +
+                                        std::to_string(current) + " is");
         }
     }
     DeviceQueue(const DeviceQueue&) = delete;
@@ -46,22 +46,23 @@ public:
         note(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
     }
 
-    // Why the device refused, or "".
-    std::string refusal() const {
+    // Returns the first error, or "". Throws std::runtime_error if the device is unusable.
+    std::string error() const {
         if (error_ == cudaSuccess) return "";
         const std::string said = std::string(cudaGetErrorName(error_)) + ": " + cudaGetErrorString(error_);
         if (!beyond_use(error_)) return said;
-        throw std::runtime_error(said + "; no further work on the device is possible, so start the process again");
+        throw std::runtime_error(said + "; the device is unusable for this process: start the process again");
     }
 
 private:
     void note(cudaError_t error) {
         error_ = error;
-        // Reading an error clears it, so that the process's next CUDA call does not report ours.
+        // Reading an error clears it, so that the next CUDA call of the process does not report it.
         if (error != cudaSuccess) cudaGetLastError();
     }
 
-    // A kernel must be allowed more than 48 KiB once a device. The allowance only grows, because another thread may need it.
+    // A kernel needs permission, once a device, to use more than 48 KiB of shared memory. The permitted size never shrinks,
+    // because another thread may need it.
     void allow(const void* kernel, int bytes) {
         static std::mutex mutex;
         static std::map<std::pair<int, const void*>, int> allowed;

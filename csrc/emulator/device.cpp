@@ -1,4 +1,4 @@
-// The emulated device: fibers, barriers, warp operations, delayed copies, and what ASan and TSan must be told of them.
+// The emulated device: fibers, barriers, warp operations, delayed copies, and the information about them for ASan and TSan.
 #include "emulator/device.h"
 
 #include <sys/mman.h>
@@ -21,11 +21,11 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(LARES_EMULATOR_TSAN)
-// This file itself is compiled without -fsanitize=thread: the emulator's state is no part of the kernel's memory.
+// This file is compiled without -fsanitize=thread, because the emulator's state is not memory of the kernel.
 #include <sanitizer/tsan_interface.h>
 #endif
 
-// Saves the callee-saved registers and the stack pointer in *from, and goes on where `to` was left.
+// Saves the callee-saved registers and the stack pointer in *from, and continues where `to` was left.
 extern "C" void lares_switch_stack(void** from, void* to);
 asm(R"(
 .text
@@ -54,7 +54,7 @@ lares_switch_stack:
 namespace lares_fast::emulator {
 namespace {
 
-constexpr int LANES = 32;
+constexpr int WARP_LANES = 32;
 constexpr std::size_t STACK = std::size_t{1} << 18;
 
 struct Fiber {
@@ -62,10 +62,10 @@ struct Fiber {
     char* stack = nullptr;
     int index = 0;
     bool live = false;
-    // Blocked while *generation == seen.
+    // The fiber is blocked while *generation == seen.
     const unsigned* generation = nullptr;
     unsigned seen = 0;
-    Site site{};
+    SourceLine site{};
     std::vector<Copy> copies;
     void* fake_stack = nullptr;
     void* thread = nullptr;
@@ -78,10 +78,10 @@ struct Cargo {
 struct WarpState {
     unsigned arrived = 0, mask = 0, generation = 0, gone = 0;
     const char* operation = nullptr;
-    Site site{};
-    // What the lanes bring to an operation, and what they brought to the last one.
-    Cargo brought[LANES], given[LANES];
-    char order[2];  // stands for __syncwarp in TSan's eyes
+    SourceLine site{};
+    // What the lanes bring to the current operation, and what they brought to the last one.
+    Cargo brought[WARP_LANES], given[WARP_LANES];
+    char order[2];  // marks __syncwarp for TSan
 };
 
 struct Machine {
@@ -95,8 +95,8 @@ struct Machine {
     void* scheduler_thread = nullptr;
     const std::function<void()>* body = nullptr;
     unsigned arrived = 0, live = 0, generation = 0;
-    Site barrier{};
-    char order[2];  // stands for __syncthreads in TSan's eyes
+    SourceLine barrier{};
+    char order[2];  // marks __syncthreads for TSan
     char whole_block = 0;
     dim3 block{}, threads{};
     char* shared = nullptr;
@@ -104,7 +104,7 @@ struct Machine {
 
 Machine machine;
 
-[[noreturn]] void fail(const char* what, const Fiber& fiber, Site site) {
+[[noreturn]] void fail(const char* what, const Fiber& fiber, SourceLine site) {
     const dim3 block = machine.block;
     std::printf("EMULATOR: %s: thread %d of block (%u, %u) at %s:%d\n", what, fiber.index, block.x, block.y, site.file, site.line);
     std::fflush(stdout);
@@ -148,7 +148,7 @@ void to_fiber(Fiber& fiber) {
 #endif
 }
 
-void wait_for(const unsigned* generation, unsigned seen, Site site) {
+void wait_for(const unsigned* generation, unsigned seen, SourceLine site) {
     Fiber& fiber = *machine.current;
     fiber.generation = generation;
     fiber.seen = seen;
@@ -168,34 +168,34 @@ void run_fiber() {
     happens_after(&machine.whole_block);
     (*machine.body)();
     Fiber& fiber = *machine.current;
-    if (!fiber.copies.empty()) fail("copies that nobody waited for", fiber, fiber.site);
+    if (!fiber.copies.empty()) fail("copies that were not waited for", fiber, fiber.site);
     happens_before(&machine.whole_block);
     fiber.live = false;
-    machine.warps[fiber.index / LANES].gone |= 1u << fiber.index % LANES;
+    machine.warps[fiber.index / WARP_LANES].gone |= 1u << fiber.index % WARP_LANES;
     --machine.live;
     if (machine.live > 0 && machine.arrived == machine.live) open_barrier();
     to_scheduler(true);
     std::abort();
 }
 
-// The lane's turn in an operation of its warp: leaves `value`, and returns when all lanes of the mask have come.
-WarpState& meet(const char* operation, unsigned mask, const void* value, std::size_t bytes, Site site) {
+// One lane's part in an operation of its warp. It leaves `value`, and returns when all lanes of the mask have arrived.
+WarpState& meet(const char* operation, unsigned mask, const void* value, std::size_t bytes, SourceLine site) {
     Fiber& fiber = *machine.current;
-    WarpState& warp = machine.warps[fiber.index / LANES];
-    const int lane = fiber.index % LANES;
+    WarpState& warp = machine.warps[fiber.index / WARP_LANES];
+    const int lane = fiber.index % WARP_LANES;
     if (mask != 0xffffffffu) fail("a mask that is not the whole warp", fiber, site);
-    if (warp.gone) fail("a warp operation without lanes that have ended", fiber, site);
+    if (warp.gone) fail("a warp operation after some lanes have ended", fiber, site);
     if (warp.arrived == 0) {
         warp.operation = operation;
         warp.site = site;
     } else if (warp.operation != operation || warp.site.line != site.line || std::strcmp(warp.site.file, site.file) != 0) {
         fail("lanes of a warp at different operations", fiber, site);
     }
-    // By hand, because TSan looks into memcpy even when it is called from here.
+    // A loop instead of memcpy, because TSan checks the memory of memcpy even when this file calls it.
     for (std::size_t i = 0; i < bytes; ++i) warp.brought[lane].bytes[i] = static_cast<const unsigned char*>(value)[i];
     warp.arrived |= 1u << lane;
     if (warp.arrived == mask) {
-        for (int i = 0; i < LANES; ++i) warp.given[i] = warp.brought[i];
+        for (int i = 0; i < WARP_LANES; ++i) warp.given[i] = warp.brought[i];
         warp.arrived = 0;
         ++warp.generation;
     } else {
@@ -218,8 +218,8 @@ void prepare(Fiber& fiber, int index) {
     fiber.live = true;
     fiber.generation = nullptr;
     fiber.fake_stack = nullptr;
-    // Six registers, then the address that the switch returns to, then the place of a return address nobody uses: the
-    // stack is aligned as at a call.
+    // The stack holds six registers, the address that the switch returns to, and an unused return address. So it is aligned
+    // as it is at a call.
     void** top = reinterpret_cast<void**>(fiber.stack + STACK) - 1;
     *top = nullptr;
     *--top = reinterpret_cast<void*>(&run_fiber);
@@ -231,7 +231,7 @@ void run_block(int threads, std::mt19937* random) {
     machine.live = static_cast<unsigned>(threads);
     machine.arrived = 0;
     if (machine.fibers.size() < static_cast<std::size_t>(threads)) machine.fibers.resize(static_cast<std::size_t>(threads));
-    machine.warps.assign(static_cast<std::size_t>((threads + LANES - 1) / LANES), WarpState{});
+    machine.warps.assign(static_cast<std::size_t>((threads + WARP_LANES - 1) / WARP_LANES), WarpState{});
     std::vector<int> order(static_cast<std::size_t>(threads));
     std::iota(order.begin(), order.end(), 0);
     for (int i = 0; i < threads; ++i) prepare(machine.fibers[static_cast<std::size_t>(i)], i);
@@ -259,7 +259,7 @@ struct SlowPath {
     long long count;
 };
 
-// The first places of the array are taken.
+// Names fill the array from its beginning.
 SlowPath slow_paths[8];
 
 SlowPath& find_slow_path(const char* name) {
@@ -277,7 +277,7 @@ dim3 block_index() { return machine.block; }
 dim3 block_size() { return machine.threads; }
 char* shared_memory() { return machine.shared; }
 
-void block_barrier(Site site) {
+void block_barrier(SourceLine site) {
     Fiber& fiber = *machine.current;
     char* const order = machine.order + machine.generation % 2;
     if (machine.arrived == 0) {
@@ -294,28 +294,28 @@ void block_barrier(Site site) {
     happens_after(order);
 }
 
-void warp_barrier(unsigned mask, Site site) {
-    WarpState& warp = machine.warps[machine.current->index / LANES];
+void warp_barrier(unsigned mask, SourceLine site) {
+    WarpState& warp = machine.warps[machine.current->index / WARP_LANES];
     char* const order = warp.order + warp.generation % 2;
     happens_before(order);
     meet("__syncwarp", mask, nullptr, 0, site);
     happens_after(order);
 }
 
-void shuffle(unsigned mask, void* value, std::size_t bytes, int from, Site site) {
-    if (from < 0 || from >= LANES) fail("a shuffle from no lane", *machine.current, site);
+void shuffle(unsigned mask, void* value, std::size_t bytes, int from, SourceLine site) {
+    if (from < 0 || from >= WARP_LANES) fail("a shuffle from a lane that does not exist", *machine.current, site);
     const Cargo& cargo = meet("shuffle", mask, value, bytes, site).given[from];
     for (std::size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(value)[i] = cargo.bytes[i];
 }
 
-unsigned ballot(unsigned mask, bool vote, Site site) {
+unsigned ballot(unsigned mask, bool vote, SourceLine site) {
     const WarpState& warp = meet("vote", mask, &vote, sizeof vote, site);
     unsigned votes = 0;
-    for (int lane = 0; lane < LANES; ++lane) votes |= unsigned{warp.given[lane].bytes[0]} << lane;
+    for (int lane = 0; lane < WARP_LANES; ++lane) votes |= unsigned{warp.given[lane].bytes[0]} << lane;
     return votes;
 }
 
-void remember(const Copy& copy, Site site) {
+void remember(const Copy& copy, SourceLine site) {
     const std::uintptr_t bytes = sizeof(float) * static_cast<std::uintptr_t>(copy.floats);
     if (reinterpret_cast<std::uintptr_t>(copy.to) % bytes || reinterpret_cast<std::uintptr_t>(copy.from) % bytes) {
         fail("a misaligned copy", *machine.current, site);
@@ -332,10 +332,10 @@ bool recall(Copy& copy) {
     return true;
 }
 
-// Fragments by the tables of the PTX manual, mma.m16n8k8 with .tf32: group = lane / 4, member = lane % 4;
+// Fragments follow the tables of the PTX manual, mma.m16n8k8 with .tf32: group = lane / 4, member = lane % 4;
 // a_i: row group (+ 8 for i = 1, 3), column member (+ 4 for i >= 2); b_i: row member (+ 4 for i = 1), column group;
 // c_i: row group (+ 8 for i >= 2), column 2 member + i % 2.
-void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], Site site) {
+void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], SourceLine site) {
     std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
     for (const std::uint32_t operand : mine) {
         if (operand & 0x1fffu) fail("an operand of mma that is not rounded to tf32", *machine.current, site);
@@ -346,7 +346,7 @@ void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t
         std::memcpy(&x, warp.given[lane].bytes + 4 * i, sizeof x);
         return double{x};
     };
-    const int lane = machine.current->index % LANES;
+    const int lane = machine.current->index % WARP_LANES;
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + (i >= 2 ? 8 : 0), column = 2 * (lane % 4) + i % 2;
         double sum = double{d[i]};
@@ -355,7 +355,7 @@ void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t
             const double right = operand(column * 4 + k % 4, 4 + (k >= 4 ? 1 : 0));
             sum += left * right;
         }
-        // Tensor cores cut off what does not fit.
+        // Tensor cores truncate.
         float cut = static_cast<float>(sum);
         if (std::isfinite(cut) && std::fabs(double{cut}) > std::fabs(sum)) cut = std::nextafterf(cut, 0.0f);
         d[i] = cut;
@@ -379,7 +379,8 @@ void run_grid(dim3 grid, int threads, std::size_t shared_bytes, unsigned seed, c
     if (seed) std::shuffle(blocks.begin(), blocks.end(), random);
     for (const unsigned block : blocks) {
         machine.block = dim3(block % grid.x, block / grid.x, 0);
-        // A fresh heap block, so that a sanitizer sees what lies beyond it; its bytes are NaN, in case one is read too early.
+        // Each block gets fresh heap memory, so that a sanitizer finds accesses beyond it. Its bytes are NaN, so that early
+        // reads are found.
         const std::unique_ptr<char, void (*)(void*)> shared(static_cast<char*>(std::malloc(shared_bytes)), &std::free);
         std::memset(shared.get(), 0xff, shared_bytes);
         machine.shared = shared.get();

@@ -1,6 +1,6 @@
-// Runs the kernels on the CPU, for tests: one fiber a CUDA thread, one block after the other, and a report that ends the
-// process wherever the kernel breaks a rule of CUDA. csrc/cuda/device.cuh includes it in place of CUDA's own headers.
-// It proves nothing about memory order between blocks, bank conflicts, speed, or the layout of fragments on real hardware.
+// Runs the CUDA kernels on the CPU, for tests. Each CUDA thread is a fiber, and blocks run one after the other. If a kernel
+// breaks a rule of CUDA, the emulator reports it and ends the process. csrc/cuda/device.cuh includes this file instead of
+// CUDA's headers. README.md says what the emulator cannot find.
 #pragma once
 
 #include <cmath>
@@ -29,8 +29,8 @@ struct alignas(16) float4 {
 
 namespace lares_fast::emulator {
 
-// Where in the kernel's source an operation stands.
-struct Site {
+// The line of the kernel's source that called an operation.
+struct SourceLine {
     const char* file;
     int line;
 };
@@ -39,11 +39,11 @@ dim3 thread_index();
 dim3 block_index();
 dim3 block_size();
 char* shared_memory();
-void block_barrier(Site site);
-void warp_barrier(unsigned mask, Site site);
-// The `bytes` that lane `from` brings to the same operation.
-void shuffle(unsigned mask, void* value, std::size_t bytes, int from, Site site);
-unsigned ballot(unsigned mask, bool vote, Site site);
+void block_barrier(SourceLine site);
+void warp_barrier(unsigned mask, SourceLine site);
+// Replaces `value` by the `bytes` that lane `from` brings to the same operation.
+void shuffle(unsigned mask, void* value, std::size_t bytes, int from, SourceLine site);
+unsigned ballot(unsigned mask, bool vote, SourceLine site);
 
 struct Copy {
     float* to;
@@ -52,15 +52,15 @@ struct Copy {
     bool real;
 };
 
-// Copies of the calling thread that it has not yet waited for.
-void remember(const Copy& copy, Site site);
+// Copies of the calling thread that it has not waited for yet.
+void remember(const Copy& copy, SourceLine site);
 bool recall(Copy& copy);
-void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], Site site);
+void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], SourceLine site);
 
-// How often threads went a way that should be rare, since the last time that it was asked.
+// Returns how often threads took the slow path `name` since the last call.
 long long slow_path(const char* name);
 
-// Runs `body` once a thread of the grid. The seed gives the order of blocks and threads; 0 is ascending.
+// Runs `body` once for each thread of the grid. The seed sets the order of blocks and threads; with 0 it is ascending.
 void run_grid(dim3 grid, int threads, std::size_t shared_bytes, unsigned seed, const std::function<void()>& body);
 
 }  // namespace lares_fast::emulator
@@ -87,7 +87,7 @@ T __shfl_xor_sync(unsigned mask, T value, int distance, LARES_SITE) {
     return value;
 }
 
-// Atomic, but of no order, as in CUDA.
+// Atomic but unordered, as in CUDA.
 template <class T>
 T atomicAdd(T* to, T value) {
     return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
@@ -121,7 +121,7 @@ namespace lares_fast {
 
 inline char* shared_memory() { return emulator::shared_memory(); }
 
-// The data arrives as late as it may: whoever reads before the wait finds NaN.
+// The data arrives as late as possible. A thread that reads before the wait reads NaN.
 template <int BYTES>
 void start_copy(float* to, const float* from, bool real, LARES_SITE) {
     emulator::remember({to, from, BYTES / 4, real}, {file, line});
@@ -134,7 +134,7 @@ inline void finish_copies() {
     }
 }
 
-// cvt.rna: to ten bits of fraction, halves away from zero.
+// cvt.rna: rounds to ten bits of fraction, halves away from zero.
 inline std::uint32_t round_to_tf32(float x) {
     const std::uint32_t bits = __float_as_uint(x);
     if ((bits & 0x7f800000u) != 0x7f800000u) return (bits + 0x1000u) & ~0x1fffu;

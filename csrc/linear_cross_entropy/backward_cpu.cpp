@@ -5,24 +5,27 @@
 #include <numeric>
 #include <vector>
 
+#include "base/parallel.h"
+#include "catalog/query_tiles.h"
 #include "linear_cross_entropy/linear_cross_entropy_kernel.h"
-#include "linear_cross_entropy/view.h"
-#include "parallel.h"
-#include "topk/query_tiles.h"
-#include "topk/scratch.h"
+#include "linear_cross_entropy/softmax_view.h"
+#include "memory/aligned.h"
 
 namespace lares_fast {
 namespace {
 
-constexpr std::int64_t BLOCK = 4096;  // rows whose d_hidden each part of the catalog adds to a buffer of its own
-constexpr std::int64_t FEW = 64;      // rows of d_hidden that are added up at a time
+// Rows of one block. Each part of the catalog adds the d_hidden of a block to a buffer of its own.
+constexpr std::int64_t BLOCK_ROWS = 4096;
+// A thread joins these buffers for this many rows at a time.
+constexpr std::int64_t JOINED_ROWS = 64;
 
-// What the rows [first, first + B) bring to every part. d logprob / d s_j = scale ([j = target] - p_j), where
-// p_j = 2^(base (s_j - reference)) exp(scale reference - lse): the last factor, the gradient's and the sign go into `factor`.
-struct Rows {
-    Rows(const TargetLogprobBackward& call, const SoftmaxView& view, const CrossEntropyKernel& kernel, std::int64_t first_row,
-         std::int64_t B)
-        : first(first_row), B(B), columns(kernel.columns), width((view.softmax.D + kernel.columns - 1) / kernel.columns * kernel.columns),
+// The rows [first, first + B) of the call, prepared for all parts of the catalog.
+// d logprob / d s_j = scale ([j = target] - p_j), where p_j = 2^(base (s_j - reference)) exp(scale reference - lse). The last
+// factor, the row's gradient, the scale and the sign are multiplied into `factor`.
+struct RowBlock {
+    RowBlock(const TargetLogprobBackward& call, const SoftmaxView& view, const CrossEntropyKernel& kernel, std::int64_t first_row)
+        : first(first_row), B(std::min(BLOCK_ROWS, view.softmax.M - first)), columns(kernel.columns),
+          width((view.softmax.D + kernel.columns - 1) / kernel.columns * kernel.columns),
           query(query_tiles(view.softmax.hidden + first * view.softmax.D, B, view.softmax.D, kernel.rows)),
           weighted(static_cast<std::size_t>(B * width)) {
         const Softmax& s = view.softmax;
@@ -36,7 +39,7 @@ struct Rows {
             const double nan = std::numeric_limits<double>::quiet_NaN();
             reference.push_back(near);
             factor.push_back(static_cast<float>(finite ? -gradient * std::exp(s.scale * static_cast<double>(near) - lse) : nan));
-            // 1 - p of the target, without the cancellation.
+            // 1 - p of the target, without cancellation.
             own_factor.push_back(static_cast<float>(finite ? -gradient * std::expm1(own - lse) : nan));
             for (std::int64_t d = 0; d < s.D; ++d) weighted[place(b, d)] = factor.back() * hidden[d];
         }
@@ -45,21 +48,60 @@ struct Rows {
         std::stable_sort(by_target.begin(), by_target.end(), [&](std::int64_t a, std::int64_t b) { return s.target[a] < s.target[b]; });
     }
 
-    // Of column d of row b in a matrix of panels, [width / columns][B][columns].
+    // The place of row b, column d in a matrix of panels, [width / columns][B][columns].
     std::size_t place(std::int64_t b, std::int64_t d) const {
         return static_cast<std::size_t>((d / columns * B + b) * columns + d % columns);
+    }
+
+    // Everything that the scans over the parts of the catalog have in common.
+    GradientScan scan(const SoftmaxView& view) const {
+        GradientScan scan{};
+        scan.items = view.softmax.items;
+        scan.D = view.softmax.D;
+        scan.width = width;
+        scan.query = query.data();
+        scan.weighted = weighted.data();
+        scan.reference = reference.data();
+        scan.target = view.softmax.target + first;
+        scan.B = B;
+        scan.base = view.base;
+        scan.add = first > 0;
+        return scan;
     }
 
     std::int64_t first, B, columns, width;
     std::vector<float> query, weighted;
     std::vector<float> reference, factor, own_factor;
-    std::vector<std::int64_t> by_target;  // row numbers
+    // The numbers of the rows in the order of their targets.
+    std::vector<std::int64_t> by_target;
 };
+
+// Adds to `d_items` the targets' own terms for the targets in [from, to).
+void add_own_terms(const RowBlock& block, const Softmax& s, std::int64_t from, std::int64_t to, float* d_items) {
+    auto row = std::lower_bound(block.by_target.begin(), block.by_target.end(), from,
+                                [&](std::int64_t m, std::int64_t item) { return s.target[m] < item; });
+    for (; row != block.by_target.end() && s.target[*row] < to; ++row) {
+        const float factor = block.own_factor[static_cast<std::size_t>(*row - block.first)];
+        for (std::int64_t d = 0; d < s.D; ++d) d_items[s.target[*row] * s.D + d] += factor * s.hidden[*row * s.D + d];
+    }
+}
+
+// Computes d_hidden of row b of the block from the sums of the parts and the target's own term.
+void join_row(const RowBlock& block, const SoftmaxView& view, const float* sums, std::int64_t b, float* out) {
+    const Softmax& s = view.softmax;
+    const float* own = s.items + s.target[block.first + b] * s.D;
+    std::fill_n(out, s.D, 0.0f);
+    for (std::int64_t part = 0; part < view.parts; ++part, sums += block.B * block.width) {
+        for (std::int64_t d = 0; d < s.D; ++d) out[d] += sums[block.place(b, d)];
+    }
+    const float factor = block.factor[static_cast<std::size_t>(b)], own_factor = block.own_factor[static_cast<std::size_t>(b)];
+    for (std::int64_t d = 0; d < s.D; ++d) out[d] = factor * out[d] + own_factor * own[d];
+}
 
 }  // namespace
 
 void target_logprob_backward_cpu(const TargetLogprobBackward& call, std::int64_t threads) {
-    const CrossEntropyKernel& kernel = cross_entropy_kernel();
+    const CrossEntropyKernel& kernel = *best_cross_entropy_kernel();
     const SoftmaxView view(call.softmax, threads, kernel.panel);
     const Softmax& s = view.softmax;
     const std::int64_t M = s.M, N = s.N, D = s.D;
@@ -68,55 +110,31 @@ void target_logprob_backward_cpu(const TargetLogprobBackward& call, std::int64_t
     if (call.d_items) std::fill(call.d_items, M == 0 ? call.d_items + N * D : d_items, 0.0f);
     if (M == 0) return;
 
-    for (std::int64_t first = 0; first < M; first += BLOCK) {
-        const Rows rows(call, view, kernel, first, std::min(BLOCK, M - first));
-        std::unique_ptr<float[]> d_hidden(call.d_hidden ? new float[static_cast<std::size_t>(view.parts * rows.B * rows.width)] : nullptr);
-        std::atomic<std::int64_t> next{0};
+    for (std::int64_t first = 0; first < M; first += BLOCK_ROWS) {
+        const RowBlock block(call, view, kernel, first);
+        const std::int64_t floats = block.B * block.width;
+        std::unique_ptr<float[]> d_hidden(call.d_hidden ? new float[static_cast<std::size_t>(view.parts * floats)] : nullptr);
+        std::atomic<std::int64_t> next_part{0};
         run_on_threads(std::min(threads, view.parts), [&] {
-            const Scratch scratch = make_scratch(kernel.gradient_scratch(D, rows.width));
-            for (std::int64_t part; (part = next.fetch_add(1)) < view.parts;) {
-                const std::int64_t from = view.begin(part), to = view.begin(part + 1);
-                GradientScan scan{};
-                scan.items = s.items;
-                scan.D = D;
-                scan.width = rows.width;
-                scan.query = rows.query.data();
-                scan.weighted = rows.weighted.data();
-                scan.reference = rows.reference.data();
-                scan.target = s.target + first;
-                scan.B = rows.B;
-                scan.base = view.base;
-                scan.d_items = d_items;
-                scan.add = first > 0;
-                scan.scratch = scratch.get();
+            const AlignedFloats scratch = aligned_floats(kernel.gradient_scratch(D, block.width));
+            GradientScan scan = block.scan(view);
+            scan.d_items = d_items;
+            scan.scratch = scratch.get();
+            for (std::int64_t part; (part = next_part.fetch_add(1)) < view.parts;) {
                 if (call.d_hidden) {
-                    scan.d_hidden = d_hidden.get() + part * rows.B * rows.width;
-                    std::fill_n(scan.d_hidden, rows.B * rows.width, 0.0f);
+                    scan.d_hidden = d_hidden.get() + part * floats;
+                    std::fill_n(scan.d_hidden, floats, 0.0f);
                 }
-                kernel.gradients(scan, from, to);
-                if (!d_items) continue;
-                auto row = std::lower_bound(rows.by_target.begin(), rows.by_target.end(), from,
-                                            [&](std::int64_t m, std::int64_t item) { return s.target[m] < item; });
-                for (; row != rows.by_target.end() && s.target[*row] < to; ++row) {
-                    const float factor = rows.own_factor[static_cast<std::size_t>(*row - first)];
-                    for (std::int64_t d = 0; d < D; ++d) d_items[s.target[*row] * D + d] += factor * s.hidden[*row * D + d];
-                }
+                kernel.gradients(scan, view.begin(part), view.begin(part + 1));
+                if (d_items) add_own_terms(block, s, view.begin(part), view.begin(part + 1), d_items);
             }
         });
         if (!call.d_hidden) continue;
-        std::atomic<std::int64_t> next_row{0};
-        run_on_threads(std::min(threads, (rows.B + FEW - 1) / FEW), [&] {
-            for (std::int64_t few; (few = FEW * next_row.fetch_add(1)) < rows.B;) {
-                for (std::int64_t b = few; b < std::min(few + FEW, rows.B); ++b) {
-                    float* out = call.d_hidden + (first + b) * D;
-                    const float* own = s.items + s.target[first + b] * D;
-                    std::fill_n(out, D, 0.0f);
-                    for (std::int64_t part = 0; part < view.parts; ++part) {
-                        const float* sums = d_hidden.get() + part * rows.B * rows.width;
-                        for (std::int64_t d = 0; d < D; ++d) out[d] += sums[rows.place(b, d)];
-                    }
-                    const float factor = rows.factor[static_cast<std::size_t>(b)], own_factor = rows.own_factor[static_cast<std::size_t>(b)];
-                    for (std::int64_t d = 0; d < D; ++d) out[d] = factor * out[d] + own_factor * own[d];
+        std::atomic<std::int64_t> next_rows{0};
+        run_on_threads(std::min(threads, (block.B + JOINED_ROWS - 1) / JOINED_ROWS), [&] {
+            for (std::int64_t from; (from = JOINED_ROWS * next_rows.fetch_add(1)) < block.B;) {
+                for (std::int64_t b = from; b < std::min(from + JOINED_ROWS, block.B); ++b) {
+                    join_row(block, view, d_hidden.get(), b, call.d_hidden + (first + b) * D);
                 }
             }
         });

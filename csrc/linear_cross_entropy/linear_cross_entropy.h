@@ -1,12 +1,12 @@
-// Log-probability of a target under a softmax over the whole item table, and its gradients.
+// The log-probability of a target under a softmax over the whole item table, and its gradients.
 #pragma once
 
 #include <cstdint>
 
 namespace lares_fast {
 
-// The softmax: row m gives item j the probability exp(scale s_mj) / sum_i exp(scale s_mi), s = hidden items^T. With
-// skip_pad item 0 is no part of it.
+// Row m gives item j the probability exp(scale s_mj) / sum_i exp(scale s_mi), where s = hidden items^T. With skip_pad the
+// softmax leaves out item 0.
 struct Softmax {
     const float* hidden;         // [M, D]
     const float* items;          // [N, D]
@@ -16,10 +16,10 @@ struct Softmax {
     bool skip_pad;
 };
 
-// logprob[m] = log of the target's probability, lse[m] = log sum_i exp(scale s_mi), and unless rank is null rank[m] = the items
-// of the softmax that outrank the target, as in target_rank.h. A score s has the bits of topk.
-// A sum of exponentials is relative to a score of its row, in fp32 over 64 panels and in fp64 over those, and
-// leaves the target's own term out: logprob = -log1p(others / own). The same bits for every `threads`.
+// logprob[m] is the log of the target's probability, and lse[m] = log sum_i exp(scale s_mi). Unless rank is null, rank[m]
+// is the number of items of the softmax that outrank the target, as in target_rank.h. A score s has the bits of topk. Each
+// exponential is relative to a score of its row. The sums are fp32 over 64 panels and fp64 beyond, and leave out the
+// target's own term: logprob = -log1p(others / own). The number of threads changes no bit.
 struct TargetLogprob {
     Softmax softmax;
     float* logprob;      // [M]
@@ -28,8 +28,8 @@ struct TargetLogprob {
     bool ties_by_id;
 };
 
-// Gradients of sum_m grad[m] logprob[m]. A row whose lse is not finite makes d_hidden[m] and all of d_items NaN.
-// Sums have a fixed order: the same bits for every `threads`.
+// The gradients of sum_m grad[m] logprob[m]. A row whose lse is not finite makes d_hidden[m] and all of d_items NaN.
+// Sums have a fixed order, so the number of threads changes no bit.
 struct TargetLogprobBackward {
     Softmax softmax;
     const float* grad;  // [M]
@@ -38,10 +38,10 @@ struct TargetLogprobBackward {
     float* d_items;     // [N, D] or null
 };
 
-// Throw std::invalid_argument where a size, pointer, scale or target is out of range.
-//
-// Workspace of the first: 12 bytes a row and part of the catalog (at most 16 parts), and a thread a panel of items and
-// M * 100 bytes, M at most 1024. Of the second: M * D floats for each part, M at most 4096, and a thread under 1 MiB at D = 64.
+// Both throw std::invalid_argument if a size, pointer, scale or target is out of range. Workspace of target_logprob_cpu: 12
+// bytes for each row and part of the catalog (at most 16 parts). Each thread also needs a panel of items and M * 100 bytes,
+// with M at most 1024. Workspace of target_logprob_backward_cpu: M * D floats for each part, with M at most 4096. Each
+// thread also needs less than 1 MiB at D = 64.
 void target_logprob_cpu(const TargetLogprob& call, std::int64_t threads);
 void target_logprob_backward_cpu(const TargetLogprobBackward& call, std::int64_t threads);
 

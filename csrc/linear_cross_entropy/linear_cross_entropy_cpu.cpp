@@ -4,38 +4,63 @@
 #include <memory>
 #include <vector>
 
+#include "base/parallel.h"
+#include "catalog/query_tiles.h"
 #include "linear_cross_entropy/linear_cross_entropy_kernel.h"
-#include "linear_cross_entropy/view.h"
-#include "parallel.h"
+#include "linear_cross_entropy/softmax_view.h"
+#include "memory/aligned.h"
 #include "simd/dispatch.h"
 #include "target_rank/rank_queries.h"
-#include "topk/query_tiles.h"
-#include "topk/scratch.h"
 
 namespace lares_fast {
 
-LARES_DISPATCH(CrossEntropyKernel, cross_entropy_kernel)
+LARES_DISPATCH(LARES_FLOAT_SETS, CrossEntropyKernel, cross_entropy_kernel)
 
 namespace {
 
-constexpr std::int64_t BLOCK = 1024;  // rows that share one walk over a part of the catalog
+// Rows that share one pass over a part of the catalog.
+constexpr std::int64_t BLOCK_ROWS = 1024;
 constexpr float LOWEST = -std::numeric_limits<float>::max();
 
-// The sum of a row's terms, the target's left out, over one part of the catalog.
-struct Partial {
+// For each row, the sum of its terms over one part of the catalog. The target's term is left out.
+struct PartialSums {
     std::vector<float> reference;
     std::vector<double> sum;
 };
 
-struct Row {
+// A block of rows, with everything that its scans over the parts of the catalog have in common.
+struct RowBlock {
+    SumScan sums{};
+    RankScan ranks{};
+    std::unique_ptr<RankQueries> rank_queries;
+
+    RowBlock(const TargetLogprob& call, const SoftmaxView& view, const std::vector<float>& query, std::int64_t first) {
+        const Softmax& s = view.softmax;
+        sums.catalog = {s.items, nullptr, nullptr, s.N, s.D};
+        sums.query = query.data() + first * s.D;
+        sums.B = std::min(BLOCK_ROWS, s.M - first);
+        sums.target = s.target + first;
+        sums.base = view.base;
+        if (!call.rank) return;
+        ranks.catalog = sums.catalog;
+        ranks.rows = s.hidden + first * s.D;
+        ranks.query = sums.query;
+        ranks.B = sums.B;
+        ranks.target = sums.target;
+        ranks.ties_by_id = call.ties_by_id;
+        rank_queries = std::make_unique<RankQueries>(ranks, *best_rank_kernel());
+    }
+};
+
+struct RowResult {
     double logprob, lse;
 };
 
-// `own` is the target's score. Infinities and NaN take the way they would take through logsumexp.
-Row finish(const SoftmaxView& view, const std::vector<Partial>& partials, std::size_t m, float own) {
+// Joins the parts of row m. `own` is the target's score. Infinities and NaN give the results that logsumexp would give.
+RowResult finish(const SoftmaxView& view, const std::vector<PartialSums>& parts, std::size_t m, float own) {
     const double scale = view.softmax.scale, base = static_cast<double>(view.base), unit = view.unit();
     float top = LOWEST;
-    for (const Partial& part : partials) {
+    for (const PartialSums& part : parts) {
         if (!(part.reference[m] <= top) && top == top) top = part.reference[m];
     }
     const double own_score = scale * static_cast<double>(own);
@@ -44,7 +69,7 @@ Row finish(const SoftmaxView& view, const std::vector<Partial>& partials, std::s
         return {own_score - lse, lse};
     }
     double others = 0.0;
-    for (const Partial& part : partials) {
+    for (const PartialSums& part : parts) {
         others += part.sum[m] * std::exp2(base * (static_cast<double>(part.reference[m]) - static_cast<double>(top)));
     }
     // log2 of others / own.
@@ -58,10 +83,10 @@ Row finish(const SoftmaxView& view, const std::vector<Partial>& partials, std::s
 }  // namespace
 
 void target_logprob_cpu(const TargetLogprob& call, std::int64_t threads) {
-    const CrossEntropyKernel& kernel = cross_entropy_kernel();
+    const CrossEntropyKernel& kernel = *best_cross_entropy_kernel();
     const SoftmaxView view(call.softmax, threads, kernel.panel);
     const Softmax& s = view.softmax;
-    const std::int64_t M = s.M, N = s.N, D = s.D;
+    const std::int64_t M = s.M, D = s.D;
     if (M == 0) return;
     require(call.logprob && call.lse, "the outputs must not be null pointers");
 
@@ -71,51 +96,35 @@ void target_logprob_cpu(const TargetLogprob& call, std::int64_t threads) {
     for (std::int64_t m = 0; m < M; ++m) {
         const float score = kernel.score(s.hidden + m * D, s.items + s.target[m] * D, D);
         own[static_cast<std::size_t>(m)] = score;
-        // The sums are relative to the target's score at first.
+        // At first, sums are relative to the target's score.
         start[static_cast<std::size_t>(m)] = score < LOWEST ? LOWEST : score;
     }
-    const std::int64_t blocks = (M + BLOCK - 1) / BLOCK;
-    std::vector<RankScan> ranked;
-    std::vector<std::unique_ptr<RankQueries>> rank_queries;
+    std::vector<RowBlock> blocks;
+    for (std::int64_t first = 0; first < M; first += BLOCK_ROWS) blocks.emplace_back(call, view, query, first);
     std::vector<std::atomic<std::int64_t>> rank(call.rank ? size : 0);
     for (auto& count : rank) count.store(0);
-    for (std::int64_t block = 0; call.rank && block < blocks; ++block) {
-        const std::int64_t first = block * BLOCK;
-        RankScan scan{};
-        scan.catalog = {s.items, nullptr, nullptr, N, D};
-        scan.rows = s.hidden + first * D;
-        scan.query = query.data() + first * D;
-        scan.B = std::min(BLOCK, M - first);
-        scan.target = s.target + first;
-        scan.ties_by_id = call.ties_by_id;
-        rank_queries.push_back(std::make_unique<RankQueries>(scan, rank_kernel()));
-        ranked.push_back(scan);
-    }
 
-    std::vector<Partial> partials(static_cast<std::size_t>(view.parts), {start, std::vector<double>(size)});
+    std::vector<PartialSums> parts(static_cast<std::size_t>(view.parts), {start, std::vector<double>(size)});
+    const std::int64_t tasks = static_cast<std::int64_t>(blocks.size()) * view.parts;
     std::atomic<std::int64_t> next{0};
-    run_on_threads(std::min(threads, blocks * view.parts), [&] {
-        const auto rows = static_cast<std::size_t>(std::min(BLOCK, M));
+    run_on_threads(std::min(threads, tasks), [&] {
+        const auto rows = static_cast<std::size_t>(std::min(BLOCK_ROWS, M));
         std::vector<float> limit(rows), now(rows);
         std::vector<std::int64_t> found(rows);
-        const Scratch lanes = make_scratch(static_cast<std::int64_t>(rows) * MOST_LANES), scratch = make_scratch(kernel.panel * (D + 1));
-        for (std::int64_t task; (task = next.fetch_add(1)) < blocks * view.parts;) {
-            const std::int64_t part = task % view.parts, block = task / view.parts, first = block * BLOCK;
-            Partial& mine = partials[static_cast<std::size_t>(part)];
-            SumScan scan{};
-            scan.catalog = {s.items, nullptr, nullptr, N, D};
-            scan.query = query.data() + first * D;
-            scan.B = std::min(BLOCK, M - first);
-            scan.target = s.target + first;
-            scan.base = view.base;
+        const AlignedFloats lanes = aligned_floats(static_cast<std::int64_t>(rows) * MAX_LANES);
+        const AlignedFloats scratch = aligned_floats(kernel.panel * (D + 1));
+        for (std::int64_t task; (task = next.fetch_add(1)) < tasks;) {
+            const std::int64_t part = task % view.parts, first = task / view.parts * BLOCK_ROWS;
+            const RowBlock& block = blocks[static_cast<std::size_t>(task / view.parts)];
+            PartialSums& mine = parts[static_cast<std::size_t>(part)];
+            SumScan scan = block.sums;
             scan.reference = mine.reference.data() + first;
             scan.sum = mine.sum.data() + first;
             scan.limit = limit.data();
             scan.lanes = lanes.get();
             scan.scratch = scratch.get();
-            RankScan ranks{};
+            RankScan ranks = block.ranks;
             if (call.rank) {
-                ranks = ranked[static_cast<std::size_t>(block)];
                 std::fill(found.begin(), found.end(), 0);
                 ranks.now = now.data();
                 ranks.rank = found.data();
@@ -128,7 +137,7 @@ void target_logprob_cpu(const TargetLogprob& call, std::int64_t threads) {
         }
     });
     for (std::size_t m = 0; m < size; ++m) {
-        const Row row = finish(view, partials, m, own[m]);
+        const RowResult row = finish(view, parts, m, own[m]);
         call.logprob[m] = static_cast<float>(row.logprob);
         call.lse[m] = row.lse;
         if (call.rank) call.rank[m] = rank[m];

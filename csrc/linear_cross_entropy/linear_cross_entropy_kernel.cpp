@@ -1,21 +1,21 @@
 #include "linear_cross_entropy/linear_cross_entropy_kernel.h"
 
+#include "catalog/scores.h"
 #include "simd/exp2.h"
-#include "target_rank/count.h"
-#include "topk/scores.h"
+#include "target_rank/rank_counter.h"
 
 namespace lares_fast {
 namespace {
 
-static_assert(W <= MOST_LANES, "lanes of a row");
+static_assert(W <= MAX_LANES, "lanes of a row");
 
-constexpr float HEADROOM = 24.0f;          // a sum of terms up to 2^24 is as accurate as one of terms up to 1
-constexpr std::int64_t CHUNK = 64 * PANEL;  // items whose terms are summed in fp32
+constexpr float HEADROOM = 24.0f;          // a sum of terms up to 2^24 is as accurate as a sum of terms up to 1
+constexpr std::int64_t SUM_ITEMS = 64 * PANEL;  // items whose terms are summed in fp32
 
-// Queries whose terms are computed step by step together.
+// The terms of this many queries are computed together, step by step.
 constexpr int GROUP = 4;
 
-// Whether the target of a query is among the panel's items, and which lanes are left when it is not.
+// Returns `exists` without the lane of the target, if the target is among these items.
 LARES_INLINE Mask others(std::int64_t target, std::int64_t first, int v, Mask exists) {
     const auto lane = static_cast<std::uint64_t>(target - first - v * W);
     return lane < W ? exists & ~(1u << lane) : exists;
@@ -28,14 +28,15 @@ LARES_INLINE bool holds_target(const std::int64_t* target, std::int64_t first) {
     return found;
 }
 
-// Makes the highest of `scores` [PANEL] the reference of query b if it is above the limit, or NaN if one is.
+// Makes the highest of `scores` [PANEL] the reference of query b if it is above the limit. A NaN score makes the reference
+// NaN.
 __attribute__((noinline)) void raise(const SumScan& s, std::int64_t b, const float* scores, const Mask (&exists)[VECS]) {
     float top = s.reference[b];
     for (int i = 0; i < PANEL; ++i) {
         if (exists[i / W] >> i % W & 1 && !(scores[i] <= top) && top == top) top = scores[i];
     }
     if (top <= s.limit[b]) return;
-    float* lanes = s.lanes + b * MOST_LANES;
+    float* lanes = s.lanes + b * MAX_LANES;
     Vec factor[1] = {broadcast((s.reference[b] - top) * s.base)};
     exp2(factor);
     float factors[W];
@@ -78,7 +79,7 @@ struct Terms {
     LARES_INLINE void add_terms(std::int64_t b, const Vec (&sums)[R][VECS], const Keep& keep) const {
         const Vec base = broadcast(s.base);
         const float* reference = s.reference + b;
-        float* lanes = s.lanes + b * MOST_LANES;
+        float* lanes = s.lanes + b * MAX_LANES;
         constexpr int G = R < GROUP ? R : GROUP;
         for (int r = 0; r < R; r += G) {
             Vec term[G * VECS];
@@ -88,9 +89,9 @@ struct Terms {
             }
             exp2(term);
             for (int i = 0; i < G; ++i) {
-                Vec total = load(lanes + (r + i) * MOST_LANES);
+                Vec total = load(lanes + (r + i) * MAX_LANES);
                 for (int v = 0; v < VECS; ++v) total = add(total, keep(r + i, v, term[i * VECS + v]));
-                store(lanes + (r + i) * MOST_LANES, total);
+                store(lanes + (r + i) * MAX_LANES, total);
             }
         }
     }
@@ -98,7 +99,7 @@ struct Terms {
 
 struct TermsAndRank {
     Terms terms;
-    Count count;
+    RankCounter count;
 
     void panel(std::int64_t item, std::int64_t items) { count.panel(item, items); }
 
@@ -112,14 +113,14 @@ struct TermsAndRank {
 void sums(const SumScan& s, std::int64_t first, std::int64_t last) {
     for (std::int64_t b = 0; b < s.B; ++b) s.limit[b] = s.reference[b] + HEADROOM / s.base;
     for (std::int64_t next; first < last; first = next) {
-        next = last - first < CHUNK ? last : first + CHUNK;
+        next = last - first < SUM_ITEMS ? last : first + SUM_ITEMS;
         if (s.rank) {
-            walk(s.catalog, s.query, s.B, first, next, s.scratch, TermsAndRank{Terms{s}, start_count(*s.rank, first, next)});
+            for_each_panel(s.catalog, s.query, s.B, first, next, s.scratch, TermsAndRank{Terms{s}, start_counting(*s.rank, first, next)});
         } else {
-            walk(s.catalog, s.query, s.B, first, next, s.scratch, Terms{s});
+            for_each_panel(s.catalog, s.query, s.B, first, next, s.scratch, Terms{s});
         }
         for (std::int64_t b = 0; b < s.B; ++b) {
-            float* lanes = s.lanes + b * MOST_LANES;
+            float* lanes = s.lanes + b * MAX_LANES;
             double total = 0.0;
             for (int lane = 0; lane < W; ++lane) total += static_cast<double>(lanes[lane]), lanes[lane] = 0.0f;
             s.sum[b] += total;
@@ -127,24 +128,25 @@ void sums(const SumScan& s, std::int64_t first, std::int64_t last) {
     }
 }
 
-// Products of small matrices: R rows by 2 registers of columns stay in registers over the whole sum. Matrices D wide are kept
-// as panels of COLUMNS columns, [panel][row][COLUMNS], so that a walk down a column touches neighbouring cache lines.
+// Products of small matrices. R rows by 2 registers of columns stay in registers over the whole sum. Matrices of width D
+// are kept in panels of BLOCK_COLUMNS columns, [panel][row][BLOCK_COLUMNS], so that neighbouring rows are in neighbouring
+// cache lines.
 constexpr int PRODUCT_ROWS = W == 16 ? 12 : 6;
-constexpr int COLUMNS = 2 * W;
+constexpr int BLOCK_COLUMNS = 2 * W;
 constexpr int TILE = 96;
-// Queries whose terms of a tile stay in the second-level cache.
-constexpr std::int64_t BLOCK = 192;
+// The terms of this many queries with one tile stay in the L2 cache.
+constexpr std::int64_t BLOCK_ROWS = 192;
 
-static_assert(TILE % PANEL == 0 && BLOCK % ROWS == 0 && BLOCK % PRODUCT_ROWS == 0, "whole tiles");
+static_assert(TILE % PANEL == 0 && BLOCK_ROWS % ROWS == 0 && BLOCK_ROWS % PRODUCT_ROWS == 0, "whole tiles");
 
-// out[r] += sum_k a[r * A_ROW + k * A_K] b[k] for R rows of COLUMNS columns.
+// out[r] += sum_k a[r * A_ROW + k * A_K] b[k] for R rows of BLOCK_COLUMNS columns.
 template <int R, int A_ROW, int A_K>
 LARES_INLINE void product_tile(const float* a, const float* b, std::int64_t K, float* out) {
     Vec sum[R][2];
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = broadcast(0.0f);
 #pragma GCC unroll 4
     for (std::int64_t k = 0; k < K; ++k) {
-        const Vec left = load(b + k * COLUMNS), right = load(b + k * COLUMNS + W);
+        const Vec left = load(b + k * BLOCK_COLUMNS), right = load(b + k * BLOCK_COLUMNS + W);
         for (int r = 0; r < R; ++r) {
             const Vec x = broadcast(a[r * A_ROW + k * A_K]);
             sum[r][0] = fma(x, left, sum[r][0]);
@@ -152,7 +154,7 @@ LARES_INLINE void product_tile(const float* a, const float* b, std::int64_t K, f
         }
     }
     for (int r = 0; r < R; ++r) {
-        float* row = out + r * COLUMNS;
+        float* row = out + r * BLOCK_COLUMNS;
         store(row, add(load(row), sum[r][0]));
         store(row + W, add(load(row + W), sum[r][1]));
     }
@@ -160,13 +162,13 @@ LARES_INLINE void product_tile(const float* a, const float* b, std::int64_t K, f
 
 template <int R, int A_ROW, int A_K>
 LARES_INLINE void product(const float* a, const float* b, std::int64_t rows, std::int64_t K, float* out) {
-    for (; rows >= R; rows -= R, a += R * A_ROW, out += R * COLUMNS) product_tile<R, A_ROW, A_K>(a, b, K, out);
+    for (; rows >= R; rows -= R, a += R * A_ROW, out += R * BLOCK_COLUMNS) product_tile<R, A_ROW, A_K>(a, b, K, out);
     if constexpr (R > 1) {
         if (rows) product<R / 2, A_ROW, A_K>(a, b, rows, K, out);
     }
 }
 
-// terms [rows][TILE]: those of the queries [first_row, last_row) with the `items` that begin at `item`.
+// Computes terms [rows][TILE] of the queries [first_row, last_row) with the `items` items from `item` on.
 void terms_of_tile(const GradientScan& s, const float* panels, std::int64_t item, std::int64_t items, std::int64_t first_row,
                    std::int64_t last_row, float* terms) {
     const Vec base = broadcast(s.base);
@@ -203,9 +205,9 @@ void terms_of_tile(const GradientScan& s, const float* panels, std::int64_t item
     if (b < last_row) tile(Constant<1>{}, b);
 }
 
-// Of at most COLUMNS floats.
+// Copies up to BLOCK_COLUMNS floats.
 LARES_INLINE void copy(const float* from, std::int64_t n, float* to) {
-    if (n == COLUMNS) {
+    if (n == BLOCK_COLUMNS) {
         store(to, load(from));
         store(to + W, load(from + W));
     } else {
@@ -213,7 +215,7 @@ LARES_INLINE void copy(const float* from, std::int64_t n, float* to) {
     }
 }
 
-std::int64_t gradient_scratch(std::int64_t D, std::int64_t width) { return TILE * D + 2 * TILE * width + BLOCK * TILE; }
+std::int64_t gradient_scratch(std::int64_t D, std::int64_t width) { return TILE * D + 2 * TILE * width + BLOCK_ROWS * TILE; }
 
 void gradients(const GradientScan& s, std::int64_t first, std::int64_t last) {
     const std::int64_t D = s.D, width = s.width;
@@ -227,23 +229,23 @@ void gradients(const GradientScan& s, std::int64_t first, std::int64_t last) {
         for (std::int64_t i = 0; i < items; i += PANEL) {
             pack_panel(from + i * D, items - i < PANEL ? items - i : PANEL, D, panels + i * D);
         }
-        for (std::int64_t c = 0; c < D; c += COLUMNS) {
-            const std::int64_t n = D - c < COLUMNS ? D - c : COLUMNS;
-            for (std::int64_t i = 0; i < items; ++i) copy(from + i * D + c, n, rows + c * TILE + i * COLUMNS);
+        for (std::int64_t c = 0; c < D; c += BLOCK_COLUMNS) {
+            const std::int64_t n = D - c < BLOCK_COLUMNS ? D - c : BLOCK_COLUMNS;
+            for (std::int64_t i = 0; i < items; ++i) copy(from + i * D + c, n, rows + c * TILE + i * BLOCK_COLUMNS);
         }
         if (s.d_items) std::memset(sum, 0, sizeof(float) * static_cast<std::size_t>(TILE * width));
-        for (std::int64_t b = 0; b < s.B; b += BLOCK) {
-            const std::int64_t B = s.B - b < BLOCK ? s.B - b : BLOCK;
+        for (std::int64_t b = 0; b < s.B; b += BLOCK_ROWS) {
+            const std::int64_t B = s.B - b < BLOCK_ROWS ? s.B - b : BLOCK_ROWS;
             terms_of_tile(s, panels, item, items, b, b + B, terms);
-            for (std::int64_t c = 0; c < width; c += COLUMNS) {
-                if (s.d_hidden) product<PRODUCT_ROWS, TILE, 1>(terms, rows + c * TILE, B, items, s.d_hidden + c * s.B + b * COLUMNS);
-                if (s.d_items) product<PRODUCT_ROWS, 1, TILE>(terms, s.weighted + c * s.B + b * COLUMNS, items, B, sum + c * TILE);
+            for (std::int64_t c = 0; c < width; c += BLOCK_COLUMNS) {
+                if (s.d_hidden) product<PRODUCT_ROWS, TILE, 1>(terms, rows + c * TILE, B, items, s.d_hidden + c * s.B + b * BLOCK_COLUMNS);
+                if (s.d_items) product<PRODUCT_ROWS, 1, TILE>(terms, s.weighted + c * s.B + b * BLOCK_COLUMNS, items, B, sum + c * TILE);
             }
         }
-        for (std::int64_t c = 0; s.d_items && c < D; c += COLUMNS) {
-            const std::int64_t n = D - c < COLUMNS ? D - c : COLUMNS;
+        for (std::int64_t c = 0; s.d_items && c < D; c += BLOCK_COLUMNS) {
+            const std::int64_t n = D - c < BLOCK_COLUMNS ? D - c : BLOCK_COLUMNS;
             for (std::int64_t i = 0; i < items; ++i) {
-                const float* gradient = sum + c * TILE + i * COLUMNS;
+                const float* gradient = sum + c * TILE + i * BLOCK_COLUMNS;
                 float* out = s.d_items + (item + i) * D + c;
                 if (s.add) {
                     for (std::int64_t d = 0; d < n; ++d) out[d] += gradient[d];
@@ -259,9 +261,9 @@ float score(const float* query, const float* item, std::int64_t D) { return scor
 
 }  // namespace
 
-namespace LARES_LEVEL {
+namespace LARES_INSTRUCTION_SET {
 extern const CrossEntropyKernel cross_entropy_kernel;
-const CrossEntropyKernel cross_entropy_kernel{PANEL, ROWS, COLUMNS, TILE, sums, gradients, gradient_scratch, score};
-}  // namespace LARES_LEVEL
+const CrossEntropyKernel cross_entropy_kernel{PANEL, ROWS, BLOCK_COLUMNS, TILE, sums, gradients, gradient_scratch, score};
+}  // namespace LARES_INSTRUCTION_SET
 
 }  // namespace lares_fast

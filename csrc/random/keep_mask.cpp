@@ -3,20 +3,17 @@
 #include <stdexcept>
 #include <string>
 
+#include "base/require.h"
 #include "random/philox.h"
 
 namespace lares_fast {
 namespace {
 
-void require(bool holds, const char* message) {
-    if (!holds) throw std::invalid_argument(message);
-}
-
-// The counter's fields have fixed widths; a value outside would silently share another address's draws.
+// The fields of the counter have fixed widths. A larger value would silently use the random numbers of another address.
 void check(const std::int64_t* values, std::int64_t count, const std::string& name) {
-    require(count == 0 || values != nullptr, (name + " must not be a null pointer").c_str());
+    if (count > 0 && !values) throw std::invalid_argument(name + " must not be a null pointer");
     for (std::int64_t i = 0; i < count; ++i) {
-        require(values[i] >= 0 && values[i] < (std::int64_t{1} << 32), (name + " must be in [0, 2**32)").c_str());
+        if (values[i] < 0 || values[i] >= std::int64_t{1} << 32) throw std::invalid_argument(name + " must be in [0, 2**32)");
     }
 }
 

@@ -1,5 +1,5 @@
-// Philox4x32-10 and the keep-masks addressed by it, without torch.
-// The counter layout is the contract of docs/numerics.md; lares_fast/_random.py holds the same bits in PyTorch.
+// Philox4x32-10 and the keep-masks that it gives for addresses, without torch. docs/numerics.md defines the layout of the
+// counter. lares_fast/_random.py computes the same bits in PyTorch.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ struct Key {
     std::uint32_t k0, k1;
 };
 
-// Ten rounds over LANES counters that differ only in c0; the lanes vectorise.
+// Ten rounds for LANES counters that differ in c0 only. The compiler vectorises over the lanes.
 template <int LANES>
 inline void philox(const std::uint32_t (&c0_in)[LANES], std::uint32_t c1_in, std::uint32_t c2_in, std::uint32_t c3_in, Key key,
                    std::uint32_t (&words)[4][LANES]) {
@@ -38,8 +38,8 @@ inline void philox(const std::uint32_t (&c0_in)[LANES], std::uint32_t c1_in, std
     }
 }
 
-// One address gives 8 counters x 4 words x 2 halves: 64 sixteen-bit draws, kept where draw >= threshold.
-// keep[word][2 * sub + half]; the low half of a word comes first.
+// One address gives 8 counters x 4 words x 2 halves, which are 64 random numbers of 16 bits. An element is kept if its
+// number is at least the threshold. keep[word][2 * sub + half]; the low half of a word comes first.
 inline void keep_tile(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, Key key, std::uint32_t threshold,
                       std::uint8_t (&keep)[4][16]) {
     std::uint32_t counters[8], words[4][8];
@@ -58,17 +58,17 @@ constexpr std::uint32_t SITE_ATTENTION = 3, SITE_STATE = 4;
 struct MaskAddress {
     Key key;
     std::int64_t threshold, step, layer;
-    const std::int64_t* rows;  // global batch rows
+    const std::int64_t* rows;  // row numbers in the global batch
 };
 
-// keep [P, D], one byte an element, of tokens at `address.rows` [P] and `positions` [P].
+// Writes keep [P, D], one byte an element, for tokens at `address.rows` [P] and `positions` [P].
 void keep_hidden(const MaskAddress& address, const std::int64_t* positions, std::int64_t site, std::int64_t P, std::int64_t D,
                  std::uint8_t* keep);
 
-// The uniform draws in (0, 1) behind h0, [P, D], of tokens at `rows` [P] and `positions` [P].
+// Writes the uniform numbers in (0, 1) behind h0, [P, D], for tokens at `rows` [P] and `positions` [P].
 void state_uniforms(Key key, const std::int64_t* rows, const std::int64_t* positions, std::int64_t P, std::int64_t D, double* out);
 
-// keep [B, H, L, L], one byte an element, indexed (row, head, query, key).
+// Writes keep [B, H, L, L], one byte an element, indexed (row, head, query, key).
 void keep_attention(const MaskAddress& address, std::int64_t B, std::int64_t H, std::int64_t L, std::uint8_t* keep);
 
 }  // namespace lares_fast

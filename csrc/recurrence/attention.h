@@ -1,7 +1,8 @@
-// Causal attention of one head of one sequence, four queries at a time, because four share their dropout draws.
+// Causal attention of one head of one sequence. It takes four queries at a time, because four queries share their dropout
+// draws.
 #pragma once
 
-#include "recurrence/draws.h"
+#include "recurrence/dropout.h"
 #include "recurrence/product.h"
 #include "simd/exp2.h"
 
@@ -14,21 +15,22 @@ struct Attention {
     Matrix query;      // [rows, A]
     Matrix key_value;  // [tokens, 2 A]: keys, then values
     Matrix context;    // [rows, A]
-    // Backward only: of the context, and what it becomes.
+    // The rest is for the backward pass: the gradient of the context, and the gradients computed from it.
     Matrix context_grad, query_grad, key_value_grad;
-    std::int64_t panels, head_panels;  // of A and of a head
-    float scale;                       // of the scores
-    Site dropout;
-    float* scratch;  // attention_floats
+    std::int64_t panels, head_panels;  // panels of A, and of a head
+    float scale;                       // factor of the scores
+    DropoutSite dropout;
+    float* scratch;  // as many floats as attention_floats returns
 };
 
-// One sequence; its queries are the positions from `query` on, and rows of Attention::query from `query_row` on.
-struct Attended {
+// One sequence. Its queries are the positions from `query` on, and the rows of Attention::query from `query_row` on.
+struct AttendedSequence {
     std::int64_t first, length, query, query_row;
     std::uint32_t row;
 };
 
-// Keys and values of a head transposed, and rows of a quad over all keys: probabilities, those kept, and gradients.
+// Workspace of a head: keys and values, transposed, and rows of a quad over all keys. The rows hold probabilities,
+// probabilities after dropout, and gradients.
 inline std::int64_t attention_floats(std::int64_t head_panels, std::int64_t longest) {
     const std::int64_t keys = round_up(longest, COLUMNS);
     return keys * (2 * head_panels * COLUMNS + 3 * QUAD);
@@ -40,7 +42,7 @@ struct HeadScratch {
     std::int64_t stride;
 };
 
-// tiles[(tile * width + column) * 16 + key] of the panels [panel, panel + head_panels).
+// Writes tiles[(tile * width + column) * 16 + key] from the panels [panel, panel + head_panels).
 LARES_INLINE void transpose_head(Matrix from, std::int64_t panel, std::int64_t head_panels, std::int64_t first, std::int64_t length, float* tiles) {
     const std::int64_t width = head_panels * COLUMNS;
     for (std::int64_t key = 0; key < length; key += W) {
@@ -56,11 +58,12 @@ LARES_INLINE void transpose_head(Matrix from, std::int64_t panel, std::int64_t h
     }
 }
 
-// Chains of sums that a tile of `sums` registers is split into: a multiply-add waits for the one before.
+// The number of chains that a tile of `sums` registers is split into. A multiply-add waits for the one before it in its
+// chain.
 constexpr int chains(int sums) { return sums >= 8 ? 1 : sums >= 4 ? 2 : 4; }
 
-// N rows of x times one transposed tile, of whose keys the first REGISTERS * W are wanted: out[r * stride + key]. Each panel
-// has sums of its own, as in a product.
+// Multiplies N rows of x with the first REGISTERS * W keys of one transposed tile: out[r * stride + key]. Each panel has
+// sums of its own, as in a product.
 template <int N, int REGISTERS>
 LARES_INLINE void times_tile(Matrix x, std::int64_t panel, std::int64_t row, const float* tile, std::int64_t head_panels, float* out,
                              std::int64_t stride) {
@@ -88,7 +91,7 @@ LARES_INLINE void times_tile(Matrix x, std::int64_t panel, std::int64_t row, con
     }
 }
 
-// The same for all tiles of the first `keys` keys.
+// Does the same for all tiles of the first `keys` keys.
 template <int N>
 LARES_INLINE void times_tiles(Matrix x, std::int64_t panel, std::int64_t row, const float* tiles, std::int64_t head_panels, std::int64_t keys,
                               float* out, std::int64_t stride) {
@@ -101,7 +104,8 @@ LARES_INLINE void times_tiles(Matrix x, std::int64_t panel, std::int64_t row, co
     }
 }
 
-// N rows of weights [r * stride + key] times the first `keys` rows of x; row r of the product times factor[r].
+// Multiplies N rows of weights [r * stride + key] with the first `keys` rows of x. Row r of the product is multiplied by
+// factor[r].
 template <int N>
 LARES_INLINE void times_rows(const float* weights, std::int64_t stride, Matrix x, std::int64_t x_panel, std::int64_t first, std::int64_t keys,
                              std::int64_t head_panels, const float* factor, Matrix out, std::int64_t out_panel, std::int64_t row) {
@@ -136,7 +140,7 @@ LARES_INLINE void times_rows(const float* weights, std::int64_t stride, Matrix x
     }
 }
 
-// Rows [first, first + keys) of out += weights^T [keys, N] times N rows of x.
+// Adds weights^T [keys, N] times N rows of x to the rows [first, first + keys) of out.
 template <int N>
 LARES_INLINE void add_outer(const float* weights, std::int64_t stride, Matrix x, std::int64_t x_panel, std::int64_t row, std::int64_t keys,
                             std::int64_t head_panels, Matrix out, std::int64_t out_panel, std::int64_t first) {
@@ -159,12 +163,13 @@ LARES_INLINE void add_outer(const float* weights, std::int64_t stride, Matrix x,
 
 constexpr float LOG2_E = 1.44269504f;
 
-// Added to a register, it leaves the first `n` lanes and makes the others -infinity, or NaN, which `max` passes over.
+// Returns numbers to add to a register. They keep the first `n` lanes and turn the others into -infinity, or into NaN,
+// which `max` ignores.
 LARES_INLINE const float* first_of(std::int64_t n) {
     constexpr float LEAST = -__builtin_inff();
-    static constexpr float LANES_OF[2 * COLUMNS] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST,
+    static constexpr float VISIBLE_LANES[2 * COLUMNS] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST,
                                                     LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST, LEAST};
-    return LANES_OF + COLUMNS - n;
+    return VISIBLE_LANES + COLUMNS - n;
 }
 
 LARES_INLINE float largest_of(const float* row, std::int64_t n) {
@@ -175,12 +180,12 @@ LARES_INLINE float largest_of(const float* row, std::int64_t n) {
     return largest(top);
 }
 
-// Turns the scores of N queries from `query` on into 2^(scale (score - largest)), 0 where a key is not visible, tile by tile:
-// `take(r, place, exponential, kept)` gets each register and its dropout decisions, or null where nothing is dropped.
-// Returns the sum of each row in `total`.
+// Turns the scores of N queries from `query` on into 2^(scale (score - largest)), tile by tile, and into 0 for keys that
+// are not visible. `take(r, place, exponential, kept)` gets each register with its dropout decisions, or with null if
+// nothing is dropped. `total` receives the sum of each row.
 template <int N, class Take>
-LARES_INLINE void for_exponentials(const Attention& a, const Attended& s, std::int64_t h, std::int64_t query, std::int64_t tiles, const float* scores,
-                                   std::int64_t stride, float scale, float (&total)[N], const Take& take) {
+LARES_INLINE void for_exponentials(const Attention& a, const AttendedSequence& s, std::int64_t h, std::int64_t query, std::int64_t tiles,
+                                   const float* scores, std::int64_t stride, float scale, float (&total)[N], const Take& take) {
     Vec most[N], sums[N];
     const Vec factor = broadcast(scale);
     for (int r = 0; r < N; ++r) {
@@ -188,9 +193,10 @@ LARES_INLINE void for_exponentials(const Attention& a, const Attended& s, std::i
         sums[r] = broadcast(0.0f);
     }
     for (std::int64_t t = 0; t < tiles; ++t) {
-        Lane kept[QUAD][LANES];
+        Keep kept[QUAD][DRAWS];
         if (a.dropout.threshold) {
-            draw_attention(a.dropout, s.row, static_cast<std::uint32_t>(h), static_cast<std::uint32_t>(query / QUAD), static_cast<std::uint32_t>(t), kept);
+            draw_attention(a.dropout, s.row, static_cast<std::uint32_t>(h), static_cast<std::uint32_t>(query / QUAD),
+                           static_cast<std::uint32_t>(t), kept);
         }
         for (int v = 0; v < V; ++v) {
             const std::int64_t key = t * COLUMNS + v * W;
@@ -208,12 +214,13 @@ LARES_INLINE void for_exponentials(const Attention& a, const Attended& s, std::i
 }
 
 template <int N>
-LARES_INLINE void attend_quad(const Attention& a, const Attended& s, std::int64_t h, const HeadScratch& w, std::int64_t query, std::int64_t row) {
+LARES_INLINE void attend_quad(const Attention& a, const AttendedSequence& s, std::int64_t h, const HeadScratch& w, std::int64_t query,
+                              std::int64_t row) {
     const std::int64_t panel = h * a.head_panels, tiles = (query + N - 1) / COLUMNS + 1;
     float* const p = w.rows[0];
     times_tiles<N>(a.query, panel, row, w.keys, a.head_panels, query + N, p, w.stride);
     float total[N];
-    for_exponentials<N>(a, s, h, query, tiles, p, w.stride, LOG2_E * a.scale, total, [&](int, std::int64_t place, Vec e, const Lane* kept) {
+    for_exponentials<N>(a, s, h, query, tiles, p, w.stride, LOG2_E * a.scale, total, [&](int, std::int64_t place, Vec e, const Keep* kept) {
         store(p + place, kept ? select(kept, e) : e);
     });
     for (int r = 0; r < N; ++r) total[r] = a.dropout.scale / total[r];
@@ -221,7 +228,7 @@ LARES_INLINE void attend_quad(const Attention& a, const Attended& s, std::int64_
 }
 
 template <int N>
-LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, std::int64_t h, const HeadScratch& w, std::int64_t query,
+LARES_INLINE void attend_quad_backward(const Attention& a, const AttendedSequence& s, std::int64_t h, const HeadScratch& w, std::int64_t query,
                                        std::int64_t row) {
     const std::int64_t panel = h * a.head_panels, tiles = (query + N - 1) / COLUMNS + 1, keys = query + N;
     float *const p = w.rows[0], *const dropped = w.rows[1], *const grad = w.rows[2];
@@ -231,9 +238,9 @@ LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, st
     for (int r = 0; r < N; ++r) along[r] = broadcast(0.0f);
     float total[N];
     const Vec scale = broadcast(a.dropout.scale);
-    // The sums that make them probabilities are not known yet.
-    for_exponentials<N>(a, s, h, query, tiles, p, w.stride, LOG2_E * a.scale, total, [&](int r, std::int64_t place, Vec e, const Lane* kept) {
-        // A gradient beyond the visible keys is of another sequence or of none.
+    // These are not yet probabilities: their sums are not known.
+    for_exponentials<N>(a, s, h, query, tiles, p, w.stride, LOG2_E * a.scale, total, [&](int r, std::int64_t place, Vec e, const Keep* kept) {
+        // A gradient beyond the visible keys belongs to another sequence or to no token.
         Vec g = select(first_lanes(query + r + 1 - (place - r * w.stride)), load(grad + place)), d = e;
         if (kept) g = mul(select(kept, g), scale), d = mul(select(kept, e), scale);
         store(p + place, e);
@@ -245,7 +252,8 @@ LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, st
         const float inverse = 1.0f / total[r];
         const Vec mean = broadcast(sum(along[r]) * inverse), factor = broadcast(inverse * a.scale), probability = broadcast(inverse);
         const std::int64_t begin = r * w.stride, end = begin + tiles * COLUMNS;
-        // What rounding left of the mean counts where the gradients are alike or one key has nearly all the probability.
+        // The rounding error of the mean matters if the gradients are nearly equal or if one key has nearly all the
+        // probability.
         Vec left = broadcast(0.0f);
         for (std::int64_t j = begin; j < end; j += W) left = fma(load(p + j), sub(load(grad + j), mean), left);
         const Vec rest = broadcast(sum(left) * inverse);
@@ -262,16 +270,17 @@ LARES_INLINE void attend_quad_backward(const Attention& a, const Attended& s, st
     add_outer<N>(dropped, w.stride, a.context_grad, panel, row, keys, a.head_panels, a.key_value_grad, a.panels + panel, s.first);
 }
 
-// Calls quad(Size<N>, query, row) for the queries of a sequence, cut where a position is a multiple of four.
+// Calls quad(Constant<N>, query, row) for the queries of a sequence. They are divided where a position is a multiple of
+// four.
 template <class Quad>
-LARES_INLINE void for_quads(const Attended& s, const Quad& quad) {
+LARES_INLINE void for_quads(const AttendedSequence& s, const Quad& quad) {
     for (std::int64_t query = s.query; query < s.length;) {
         const std::int64_t end = query / QUAD * QUAD + QUAD < s.length ? query / QUAD * QUAD + QUAD : s.length;
         const std::int64_t row = s.query_row + query - s.query;
-        if (end - query == 4) quad(Size<4>{}, query, row);
-        if (end - query == 3) quad(Size<3>{}, query, row);
-        if (end - query == 2) quad(Size<2>{}, query, row);
-        if (end - query == 1) quad(Size<1>{}, query, row);
+        if (end - query == 4) quad(Constant<4>{}, query, row);
+        if (end - query == 3) quad(Constant<3>{}, query, row);
+        if (end - query == 2) quad(Constant<2>{}, query, row);
+        if (end - query == 1) quad(Constant<1>{}, query, row);
         query = end;
     }
 }
@@ -282,7 +291,7 @@ inline HeadScratch head_scratch(const Attention& a, std::int64_t length) {
     return {a.scratch, a.scratch + tiles, {rows, rows + QUAD * keys, rows + 2 * QUAD * keys}, keys};
 }
 
-inline void attend(const Attention& a, const Attended& s) {
+inline void attend(const Attention& a, const AttendedSequence& s) {
     const HeadScratch w = head_scratch(a, s.length);
     for (std::int64_t h = 0; h < a.panels / a.head_panels; ++h) {
         transpose_head(a.key_value, h * a.head_panels, a.head_panels, s.first, s.length, w.keys);
@@ -292,8 +301,8 @@ inline void attend(const Attention& a, const Attended& s) {
     }
 }
 
-// The context once more, and the gradients of queries, keys and values; those of keys and values are added.
-inline void attend_backward(const Attention& a, const Attended& s) {
+// Computes the context again, and the gradients of queries, keys and values. The gradients of keys and values are added.
+inline void attend_backward(const Attention& a, const AttendedSequence& s) {
     const HeadScratch w = head_scratch(a, s.length);
     for (std::int64_t h = 0; h < a.panels / a.head_panels; ++h) {
         transpose_head(a.key_value, h * a.head_panels, a.head_panels, s.first, s.length, w.keys);

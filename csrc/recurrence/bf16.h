@@ -1,4 +1,5 @@
-// fp32 numbers rounded to bf16: to the nearest, ties to even, NaN to NaN. Anonymous, because each level compiles its own copy.
+// Conversion between fp32 and bf16. Numbers are rounded to the nearest, ties to even, and NaN stays NaN. The functions are
+// in an anonymous namespace, because each instruction set compiles its own copy.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The forward whose products product.h computes with operands rounded to bf16.
+// The forward pass with products whose operands are rounded to bf16 (see product.h).
 #define LARES_BF16
 
 #include "recurrence/forward.h"
@@ -15,13 +15,13 @@ void forward_in_tiles(const Model& model, const Block& block, const float* h, co
 }  // namespace
 #endif
 
-namespace LARES_LEVEL {
+namespace LARES_INSTRUCTION_SET {
 extern const Bf16Kernel bf16_kernel;
 #if defined(LARES_TILES)
 const Bf16Kernel bf16_kernel{PAIRS, forward_in_tiles};
 #else
 const Bf16Kernel bf16_kernel{PAIRS, forward};
 #endif
-}  // namespace LARES_LEVEL
+}  // namespace LARES_INSTRUCTION_SET
 
 }  // namespace lares_fast

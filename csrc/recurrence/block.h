@@ -1,4 +1,4 @@
-// What forward and backward of a block share: its memory, what each layer of a step computes, and the way into a step.
+// What the forward and the backward pass of a block share: memory, layers, and the entry into a step.
 #pragma once
 
 #include "recurrence/attention.h"
@@ -10,19 +10,20 @@ namespace lares_fast {
 namespace {
 
 constexpr std::uint32_t AFTER_ATTENTION = 1, AFTER_FEED_FORWARD = 2;
+
 struct Workspace {
-    Matrix x;          // [tokens, D]: the state, a layer's input
+    Matrix x;          // [tokens, D]: the state, the input of a layer
     Matrix query_x;    // [rows, D]: the rows of x that a last layer computes
-    Matrix base;       // [tokens, D]: what the adapter adds to each step's state
+    Matrix base;       // [tokens, D]: what the adapter adds to the state of each step
     Matrix query, key_value, context, inner;
     Matrix middle;     // [rows, D]: between attention and feed-forward
-    float* attention;  // attention_floats
-    std::uint32_t *row, *position;              // of tokens
+    float* attention;  // as many floats as attention_floats returns
+    std::uint32_t *row, *position;              // of the tokens
     std::uint32_t *query_rows, *query_position;  // of the rows of query_x
-    std::int32_t* source;                       // their tokens
-    // Backward only.
+    std::int32_t* source;                       // the tokens of the rows of query_x
+    // The rest is for the backward pass.
     Matrix grad, residual, dropped, slope, query_grad, key_value_grad, context_grad, base_grad;
-    Matrix normal;   // of the adapter's norm
+    Matrix normal;   // normalised rows of the adapter's norm
     float* inverse;
 };
 
@@ -48,19 +49,21 @@ std::int64_t carve_workspace(Workspace& w, float* memory, const Shape& s, std::i
     return c.used();
 }
 
-std::int64_t workspace(const Shape& shape, std::int64_t tokens, std::int64_t longest, bool backward) {
+[[maybe_unused]] std::int64_t workspace(const Shape& shape, std::int64_t tokens, std::int64_t longest, bool backward) {
     Workspace w{};
     return carve_workspace(w, nullptr, shape, tokens, longest, backward);
 }
-// What one layer computes in one step: keys and values of all `tokens`, and the rest for `rows` of them. The rows are all
-// tokens of the sequences [0, whole) and, where a last layer's other states are not read, the last tokens of [whole, active).
+
+// The part of a block that one layer computes in one step. Keys and values are computed for all `tokens`, the rest for
+// `rows` of them. The rows are all tokens of the sequences [0, whole). If the other states of a last layer are not read,
+// they are followed by the last tokens of the sequences [whole, active).
 struct Extent {
     std::int64_t active, whole, tokens, rows;
 
     bool all() const { return rows == tokens; }
 };
 
-std::int64_t taking_part(const Block& b, std::int64_t step) {
+std::int64_t active_sequences(const Block& b, std::int64_t step) {
     std::int64_t n = 0;
     while (n < b.count && b.sequences[n].depth > step) ++n;
     return n;
@@ -71,35 +74,35 @@ std::int64_t tokens_of(const Block& b, std::int64_t count) {
 }
 
 Extent extent(const Model& model, const Block& b, std::int64_t step, std::int64_t layer) {
-    const std::int64_t active = taking_part(b, step), tokens = tokens_of(b, active);
+    const std::int64_t active = active_sequences(b, step), tokens = tokens_of(b, active);
     if (layer + 1 < model.shape.layers || model.output == Output::tokens) return {active, active, tokens, tokens};
-    const std::int64_t whole = taking_part(b, step + 1);
+    const std::int64_t whole = active_sequences(b, step + 1);
     return {active, whole, tokens, tokens_of(b, whole) + active - whole};
 }
 
-// What the backward gets of one layer in one step.
-struct Kept {
+// The values of one layer in one step that the backward pass reads.
+struct KeptNorms {
     Normal first, second;
 };
 
-// The block's tape, entry by entry in the order of the forward.
+// The tape of a block, entry by entry in the order of the forward pass.
 class Tape {
 public:
     Tape(const Shape& s, const Block& b) : D_(s.D), normal_(b.normal), inverse_(b.inverse) {}
 
-    Kept next(std::int64_t rows) {
+    KeptNorms next(std::int64_t rows) {
         row_ += rows;
         return before(rows);
     }
-    Kept previous(std::int64_t rows) {
+    KeptNorms previous(std::int64_t rows) {
         row_ -= rows;
         return at(row_, rows);
     }
-    // The entry that ends here.
-    Kept before(std::int64_t rows) const { return at(row_ - rows, rows); }
+    // Returns the entry that ends here.
+    KeptNorms before(std::int64_t rows) const { return at(row_ - rows, rows); }
 
 private:
-    Kept at(std::int64_t row, std::int64_t rows) const {
+    KeptNorms at(std::int64_t row, std::int64_t rows) const {
         if (!normal_) return {};
         float *const normal = normal_ + row * 2 * D_, *const inverse = inverse_ + row * 2;
         return {{{normal, rows}, inverse}, {{normal + rows * D_, rows}, inverse + rows}};
@@ -108,6 +111,7 @@ private:
     std::int64_t D_, row_ = 0;
     float *normal_, *inverse_;
 };
+
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 inline void swap(Matrix& a, Matrix& b) {
@@ -118,7 +122,7 @@ inline void swap(Matrix& a, Matrix& b) {
 
 // Calls body(panel, row, v) for rows [from, from + n).
 template <class Body>
-LARES_INLINE void each(std::int64_t panels, std::int64_t from, std::int64_t n, const Body& body) {
+LARES_INLINE void for_each_vec(std::int64_t panels, std::int64_t from, std::int64_t n, const Body& body) {
     for (std::int64_t p = 0; p < panels; ++p) {
         for (std::int64_t m = from; m < from + n; ++m) {
             for (int v = 0; v < V; ++v) body(p, m, v);
@@ -126,14 +130,14 @@ LARES_INLINE void each(std::int64_t panels, std::int64_t from, std::int64_t n, c
     }
 }
 
-// One block, its model and its memory.
-struct Worker {
+// One block with its model and its memory.
+struct BlockWorker {
     const Model& model;
     const Block& block;
     Workspace w{};
     std::int64_t panels, inner_panels, attention_panels;
 
-    Worker(const Model& m, const Block& b, float* memory, bool backward)
+    BlockWorker(const Model& m, const Block& b, float* memory, bool backward)
         : model(m), block(b), panels(m.shape.D / COLUMNS), inner_panels(m.shape.I / COLUMNS), attention_panels(m.shape.A() / COLUMNS) {
         carve_workspace(w, memory, m.shape, b.tokens, b.longest, backward);
         for (std::int64_t i = 0; i < b.count; ++i) {
@@ -145,7 +149,7 @@ struct Worker {
         }
     }
 
-    Site site(std::uint32_t which, std::int64_t step, std::int64_t layer) const {
+    DropoutSite site(std::uint32_t which, std::int64_t step, std::int64_t layer) const {
         const Dropout& d = model.dropout;
         const auto address = static_cast<std::uint32_t>((d.first_step + step) << 16 | layer);
         return {d.key, which == SITE_ATTENTION ? d.attention : d.hidden, which, address};
@@ -169,12 +173,12 @@ struct Worker {
         }
     }
 
-    // What takes the tiles of a product.
+    // Returns a function that stores the tiles of a product in y.
     static auto to(Matrix y) {
         return [y](std::int64_t p, std::int64_t m, int v, Vec sum) { store(y.at(p, m) + v * W, sum); };
     }
 
-    // Finds the tokens that a last layer computes, and their addresses.
+    // Finds the tokens that a last layer computes, and their dropout addresses.
     void choose_rows(const Extent& e) const {
         if (e.all()) return;
         std::int64_t row = 0;
@@ -188,7 +192,7 @@ struct Worker {
         }
     }
 
-    // The chosen rows of x.
+    // Returns the rows of x that choose_rows has found.
     Matrix chosen(const Extent& e) const {
         if (e.all()) return w.x;
         for (std::int64_t p = 0; p < panels; ++p) {
@@ -202,9 +206,9 @@ struct Worker {
         for (std::int64_t i = 0; i < e.active; ++i) {
             const Sequence& s = block.sequences[i];
             if (i < e.whole) {
-                visit(Attended{s.start, s.length, 0, s.start, s.row});
+                visit(AttendedSequence{s.start, s.length, 0, s.start, s.row});
             } else {
-                visit(Attended{s.start, s.length, s.length - 1, tokens_of(block, e.whole) + i - e.whole, s.row});
+                visit(AttendedSequence{s.start, s.length, s.length - 1, tokens_of(block, e.whole) + i - e.whole, s.row});
             }
         }
     }
@@ -215,7 +219,7 @@ struct Worker {
                 1.0f / __builtin_sqrtf(static_cast<float>(s.head())), site(SITE_ATTENTION, step, layer), w.attention};
     }
 
-    // The T-invariant half of the adapter.
+    // Computes the part of the adapter that is the same in every step.
     void prepare(const float* pre) {
         const AdapterWeights& a = model.adapter;
         if (model.shape.adapter == Adapter::none) return;
@@ -224,14 +228,14 @@ struct Worker {
         product(w.middle, panels, a.pre, a.bias, panels, 0, block.tokens, to(w.base));
     }
 
-    // x = LN(adapter(x, pre)) for the first `tokens`; leaves the old x in `middle`.
+    // Computes x = LN(adapter(x, pre)) for the first `tokens`. The old x is moved to `middle`.
     void enter(std::int64_t tokens, const Normal& normal) {
         const AdapterWeights& a = model.adapter;
         if (model.shape.adapter == Adapter::none) return;
         swap(w.x, w.middle);
         const Vec share = broadcast(a.share), rest = broadcast(1.0f - a.share);
-        for (std::int64_t from = 0; from < tokens; from += CHUNK) {
-            const std::int64_t n = smaller(CHUNK, tokens - from);
+        for (std::int64_t from = 0; from < tokens; from += CHUNK_ROWS) {
+            const std::int64_t n = smaller(CHUNK_ROWS, tokens - from);
             const Norm norm{a.scale, a.shift, model.eps};
             if (model.shape.adapter == Adapter::concat) {
                 product(w.middle, panels, a.state, nullptr, panels, from, from + n, to(w.x));
@@ -251,10 +255,10 @@ struct Worker {
         product(query_x, panels, l.query, l.query_bias, attention_panels, 0, e.rows, to(w.query));
     }
 
-    // Calls each(row, rows, row of the output, whether the sequence goes on) for what step `step` puts out.
+    // Calls put(row, rows, row of the output, whether the sequence goes on) for the outputs of step `step`.
     template <class Each>
     void for_outputs(std::int64_t step, const Extent& e, const Each& put) const {
-        const std::int64_t going_on = taking_part(block, step + 1);
+        const std::int64_t going_on = active_sequences(block, step + 1);
         for (std::int64_t i = 0; i < e.active; ++i) {
             const Sequence& s = block.sequences[i];
             const bool ends = i >= going_on;

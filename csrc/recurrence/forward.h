@@ -7,17 +7,17 @@
 namespace lares_fast {
 namespace {
 
-struct Forward : Worker {
-    Forward(const Model& m, const Block& b, float* memory) : Worker(m, b, memory, false) {}
+struct Forward : BlockWorker {
+    Forward(const Model& m, const Block& b, float* memory) : BlockWorker(m, b, memory, false) {}
 
-    // y = LN(dropout(input B + bias) + residual).
-    void close(Matrix input, std::int64_t input_panels, const float* b, const float* bias, const Site& at, const Extent& e, Matrix residual,
-               Matrix y, const Norm& norm, const Normal& normal) {
+    // Computes y = LN(dropout(input B + bias) + residual).
+    void project_and_normalise(Matrix input, std::int64_t input_panels, const float* b, const float* bias, const DropoutSite& at,
+                               const Extent& e, Matrix residual, Matrix y, const Norm& norm, const Normal& normal) {
         Decisions kept;
-        // No cache holds what is kept: its lines are fetched while the product goes on.
+        // The rows to be written are in no cache. They are fetched during the product.
         const Matrix ahead = normal.inverse ? normal.rows : y;
-        for (std::int64_t from = 0; from < e.rows; from += CHUNK) {
-            const std::int64_t n = smaller(CHUNK, e.rows - from);
+        for (std::int64_t from = 0; from < e.rows; from += CHUNK_ROWS) {
+            const std::int64_t n = smaller(CHUNK_ROWS, e.rows - from);
             product(input, input_panels, b, bias, panels, from, from + n, [&](std::int64_t p, std::int64_t m, int v, Vec sum) {
                 store(y.at(p, m) + v * W, sum);
                 if (v == 0) __builtin_prefetch(ahead.at(p, m), 1);
@@ -36,23 +36,23 @@ struct Forward : Worker {
         }
     }
 
-    void layer_forward(std::int64_t step, std::int64_t layer, const Extent& e, const Kept& kept) {
+    void layer_forward(std::int64_t step, std::int64_t layer, const Extent& e, const KeptNorms& kept) {
         const LayerWeights& l = model.layers[layer];
         choose_rows(e);
         const Matrix x = chosen(e);
         project(l, e, x);
         const Attention a = attention(step, layer);
-        for_attended(e, [&](const Attended& s) { attend(a, s); });
-        close(w.context, attention_panels, l.output, l.output_bias, site(AFTER_ATTENTION, step, layer), e, x, w.middle,
+        for_attended(e, [&](const AttendedSequence& s) { attend(a, s); });
+        project_and_normalise(w.context, attention_panels, l.output, l.output_bias, site(AFTER_ATTENTION, step, layer), e, x, w.middle,
               {l.scale1, l.shift1, model.eps}, kept.first);
         product(w.middle, panels, l.up, l.up_bias, inner_panels, 0, e.rows, to(w.inner),
                 [&](std::int64_t p, std::int64_t m, std::int64_t rows) { gelu_all(w.inner.at(p, m), rows * COLUMNS); });
-        close(w.inner, inner_panels, l.down, l.down_bias, site(AFTER_FEED_FORWARD, step, layer), e, w.middle, w.x,
+        project_and_normalise(w.inner, inner_panels, l.down, l.down_bias, site(AFTER_FEED_FORWARD, step, layer), e, w.middle, w.x,
               {l.scale2, l.shift2, model.eps}, kept.second);
     }
 
-    // The states that are read go from x, whose rows a last layer chose, to the output.
-    void emit(std::int64_t step, float* out) const {
+    // Copies the states that are read from x, where a last layer has computed chosen rows only, to the output.
+    void write_outputs(std::int64_t step, float* out) const {
         const Extent e = extent(model, block, step, model.shape.layers - 1);
         for_outputs(step, e, [&](std::int64_t row, std::int64_t rows, std::int64_t out_row, bool) {
             to_rows(w.x, row, rows, model.shape.D, out + out_row * model.shape.D);
@@ -66,12 +66,12 @@ void forward(const Model& model, const Block& block, const float* h, const float
     worker.prepare(pre);
     worker.load_tokens(h, worker.w.x);
     for (std::int64_t step = 0; step < block.sequences[0].depth; ++step) {
-        worker.enter(tokens_of(block, taking_part(block, step)), {});
+        worker.enter(tokens_of(block, active_sequences(block, step)), {});
         for (std::int64_t layer = 0; layer < model.shape.layers; ++layer) {
             const Extent e = extent(model, block, step, layer);
             worker.layer_forward(step, layer, e, tape.next(e.rows));
         }
-        worker.emit(step, out);
+        worker.write_outputs(step, out);
     }
 }
 

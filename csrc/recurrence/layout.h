@@ -1,14 +1,16 @@
-// Sizes, packed weights and gradients of a recurrence, as its driver and its kernels share them.
-// A matrix of activations or weights is a stack of panels of 16 columns: element (row, column) of a matrix of `rows` rows
-// stands at (column / 16 * rows + row) * 16 + column % 16.
+// Sizes, packed weights and gradients of a recurrence, for its driver and its kernels. A matrix of activations or weights
+// is a stack of panels of 16 columns. Element (row, column) of a matrix of `rows` rows is at (column / 16 * rows + row) *
+// 16 + column % 16.
 #pragma once
 
 #include <cstdint>
 
+#include "memory/carver.h"
+
 namespace lares_fast {
 
-constexpr std::int64_t COLUMNS = 16;  // of a panel
-// Buffers hold whole tiles of rows, at every level.
+constexpr std::int64_t COLUMNS = 16;  // columns of a panel
+// Buffers hold whole tiles of rows, whatever the instruction set is.
 constexpr std::int64_t ROW_TILE = 6;
 
 inline std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -21,13 +23,13 @@ struct Shape {
     Adapter adapter;
 
     std::int64_t head() const { return D / H; }
-    // A head's columns begin at a panel's beginning; the columns that this adds are zero.
+    // The columns of a head begin at the beginning of a panel. The added columns are zero.
     std::int64_t head_panels() const { return (head() + COLUMNS - 1) / COLUMNS; }
     // Width of the queries, keys and values.
     std::int64_t A() const { return H * head_panels() * COLUMNS; }
 };
 
-// Panels of W^T, to multiply inputs with, and of W (`_back`), to multiply gradients with.
+// Panels of W^T, which inputs are multiplied with, and of W (`_back`), which gradients are multiplied with.
 struct LayerWeights {
     float *query, *key_value, *output, *up, *down;
     float *query_back, *key_value_back, *output_back, *up_back, *down_back;
@@ -37,11 +39,11 @@ struct LayerWeights {
 
 struct AdapterWeights {
     float *state, *pre, *state_back, *pre_back, *bias;  // concat
-    float share;                                        // of the state, in add and linear
+    float share;                                        // factor of the state in add and linear
     float *scale, *shift;
 };
 
-// Sums over tokens; matrices are [out, in] row by row.
+// Sums over tokens. Matrices are [out, in], row by row.
 struct LayerGradients {
     float *query, *key_value, *output, *up, *down;
     float *query_bias, *key_value_bias, *output_bias, *up_bias, *down_bias;
@@ -52,23 +54,6 @@ struct AdapterGradients {
     float *state, *pre, *bias;  // concat
     float* share;
     float *scale, *shift;
-};
-
-// Hands out the pieces of one buffer; with a null buffer it only counts.
-class Carver {
-public:
-    explicit Carver(float* base) : base_(base) {}
-    float* take(std::int64_t floats) {
-        float* const piece = base_ ? base_ + used_ : nullptr;
-        // Pieces begin at cache lines.
-        used_ += round_up(floats, 16);
-        return piece;
-    }
-    std::int64_t used() const { return used_; }
-
-private:
-    float* base_;
-    std::int64_t used_ = 0;
 };
 
 inline LayerWeights carve_weights(Carver& c, const Shape& s) {

@@ -10,7 +10,7 @@
 namespace lares_fast {
 namespace {
 
-// Places of a query's, key's or value's columns among those padded to whole panels a head.
+// Places of the columns of queries, keys or values after padding to whole panels a head.
 struct HeadPlaces {
     std::int64_t head, padded;
     std::int64_t operator()(std::int64_t i) const { return i / head * padded + i % head; }
@@ -24,25 +24,41 @@ float& element(float* panels, std::int64_t rows, std::int64_t row, std::int64_t 
     return panels[(column / COLUMNS * rows + row) * COLUMNS + column % COLUMNS];
 }
 
-// The same of a matrix in pairs: element (row, column) of a panel is the bf16 (row / 2, column, row % 2).
+// Stores one element of a matrix in pairs: element (row, column) of a panel is the bf16 (row / 2, column, row % 2).
 void store_pair(float* panels, std::int64_t rows, std::int64_t row, std::int64_t column, std::uint16_t value) {
-    const std::int64_t panel = column / COLUMNS * round_up(rows, 2 * COLUMNS) / 2 * COLUMNS, place = (row / 2 * COLUMNS + column % COLUMNS) * 2 + row % 2;
+    const std::int64_t panel = column / COLUMNS * round_up(rows, 2 * COLUMNS) / 2 * COLUMNS;
+    const std::int64_t place = (row / 2 * COLUMNS + column % COLUMNS) * 2 + row % 2;
     std::memcpy(reinterpret_cast<std::uint16_t*>(panels + panel) + place, &value, sizeof value);
 }
 
-// W [out, in] to panels of W^T [in rows] and, unless `back` is null, of W [back_rows]; its rows begin at row `first` of them.
+// A weight matrix of the reference, W [out, in] with `stride` floats from row to row.
+struct Source {
+    const float* weight;
+    std::int64_t out, in, stride;
+};
+
+// The panels that a matrix is packed to. `forward` receives W^T, a matrix of `rows` rows. `back` is null or receives W, a
+// matrix of `back_rows` rows. The rows of W begin at row `first`.
+struct Target {
+    float* forward;
+    std::int64_t rows;
+    float* back;
+    std::int64_t back_rows;
+    std::int64_t first = 0;
+};
+
 template <class Outs, class Ins>
-void pack_matrix(Elements elements, const float* w, std::int64_t out, std::int64_t in, std::int64_t stride, const Outs& outs, const Ins& ins,
-                 std::int64_t first, std::int64_t in_rows, float* forward, std::int64_t back_rows, float* back) {
-    for (std::int64_t o = 0; o < out; ++o) {
-        for (std::int64_t i = 0; i < in; ++i) {
-            const float value = w[o * stride + i];
+void pack_matrix(Elements elements, const Source& from, const Outs& outs, const Ins& ins, const Target& to) {
+    for (std::int64_t o = 0; o < from.out; ++o) {
+        for (std::int64_t i = 0; i < from.in; ++i) {
+            const float value = from.weight[o * from.stride + i];
+            const std::int64_t out = to.first + outs(o), in = ins(i);
             if (elements == Elements::pairs) {
-                store_pair(forward, in_rows, ins(i), first + outs(o), to_bf16(value));
+                store_pair(to.forward, to.rows, in, out, to_bf16(value));
             } else {
-                element(forward, in_rows, ins(i), first + outs(o)) = elements == Elements::rounded ? from_bf16(to_bf16(value)) : value;
+                element(to.forward, to.rows, in, out) = elements == Elements::rounded ? from_bf16(to_bf16(value)) : value;
             }
-            if (back) element(back, back_rows, first + outs(o), ins(i)) = value;
+            if (to.back) element(to.back, to.back_rows, out, in) = value;
         }
     }
 }
@@ -77,8 +93,8 @@ void pack(const Shape& s, const float* const* weights, bool backward, Elements e
     if (s.adapter == Adapter::concat) {
         std::fill(a.state, a.state + D * D, 0.0f);
         std::fill(a.pre, a.pre + D * D, 0.0f);
-        pack_matrix(elements, weights[0], D, D, 2 * D, same, same, 0, D, a.state, D, back(a.state_back));
-        pack_matrix(elements, weights[0] + D, D, D, 2 * D, same, same, 0, D, a.pre, D, back(a.pre_back));
+        pack_matrix(elements, {weights[0], D, D, 2 * D}, same, same, {a.state, D, back(a.state_back), D});
+        pack_matrix(elements, {weights[0] + D, D, D, 2 * D}, same, same, {a.pre, D, back(a.pre_back), D});
         pack_vector(weights[1], D, same, a.bias);
         weights += 2;
     }
@@ -92,7 +108,7 @@ void pack(const Shape& s, const float* const* weights, bool backward, Elements e
             std::fill(l.down, l.down + I * D, 0.0f);
         }
         if (A > D || elements == Elements::pairs) {
-            // The columns between heads; and for pairs the rows that make the panels an even number.
+            // These are the columns between heads and, for pairs, the rows that make the number of rows even.
             std::fill(l.query, l.query + A * D, 0.0f);
             std::fill(l.key_value, l.key_value + 2 * A * D, 0.0f);
             std::fill(l.output, l.output + A * D, 0.0f);
@@ -102,20 +118,21 @@ void pack(const Shape& s, const float* const* weights, bool backward, Elements e
             std::fill(l.query_bias, l.query_bias + A, 0.0f);
             std::fill(l.key_value_bias, l.key_value_bias + 2 * A, 0.0f);
         }
-        pack_matrix(elements, weights[0], D, D, D, heads, same, 0, D, l.query, A, back(l.query_back));
+        pack_matrix(elements, {weights[0], D, D, D}, heads, same, {l.query, D, back(l.query_back), A});
         pack_vector(weights[1], D, heads, l.query_bias);
-        pack_matrix(elements, weights[2], D, D, D, heads, same, 0, D, l.key_value, 2 * A, back(l.key_value_back));
-        // A key's bias adds the same to all scores of a query, which the softmax does not see; without it scores keep more digits.
+        pack_matrix(elements, {weights[2], D, D, D}, heads, same, {l.key_value, D, back(l.key_value_back), 2 * A});
+        // A key's bias adds the same number to all scores of a query, which does not change the softmax. Scores are more
+        // accurate without it.
         std::fill(l.key_value_bias, l.key_value_bias + A, 0.0f);
-        pack_matrix(elements, weights[4], D, D, D, heads, same, A, D, l.key_value, 2 * A, back(l.key_value_back));
+        pack_matrix(elements, {weights[4], D, D, D}, heads, same, {l.key_value, D, back(l.key_value_back), 2 * A, A});
         pack_vector(weights[5], D, heads, l.key_value_bias + A);
-        pack_matrix(elements, weights[6], D, D, D, same, heads, 0, A, l.output, D, back(l.output_back));
+        pack_matrix(elements, {weights[6], D, D, D}, same, heads, {l.output, A, back(l.output_back), D});
         pack_vector(weights[7], D, same, l.output_bias);
         pack_vector(weights[8], D, same, l.scale1);
         pack_vector(weights[9], D, same, l.shift1);
-        pack_matrix(elements, weights[10], I, D, D, same, same, 0, D, l.up, I, back(l.up_back));
+        pack_matrix(elements, {weights[10], I, D, D}, same, same, {l.up, D, back(l.up_back), I});
         pack_vector(weights[11], I, same, l.up_bias);
-        pack_matrix(elements, weights[12], D, I, I, same, same, 0, I, l.down, D, back(l.down_back));
+        pack_matrix(elements, {weights[12], D, I, I}, same, same, {l.down, I, back(l.down_back), D});
         pack_vector(weights[13], D, same, l.down_bias);
         pack_vector(weights[14], D, same, l.scale2);
         pack_vector(weights[15], D, same, l.shift2);

@@ -1,4 +1,4 @@
-// Weights from the reference's tensors to panels, gradients back.
+// Copies weights from the reference's tensors to panels, and gradients back.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +32,10 @@ inline GradientSlot carve_slot(Carver& c, const Shape& s) {
     return slot;
 }
 
-// How the elements of matrices are packed: as they are, rounded to bf16, or in pairs of bf16 as Bf16Kernel says.
+// The elements of packed matrices: exact, rounded to bf16, or pairs of bf16 (see Bf16Kernel).
 enum class Elements { exact, rounded, pairs };
 
-// `backward` packs what only gradients are multiplied with, too; their elements are exact.
+// With `backward` the panels that gradients are multiplied with are packed too. Their elements are exact.
 void pack(const Shape& s, const float* const* weights, bool backward, Elements elements, PackedModel& to);
 
 void unpack(const Shape& s, const float* const* weights, const GradientSlot& from, float* const* weight_grads);

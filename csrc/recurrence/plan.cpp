@@ -6,7 +6,8 @@
 namespace lares_fast {
 namespace {
 
-// Tokens of a block: its activations stay in the L2 and L3 caches, and enough blocks are left to share among threads.
+// The target number of tokens of a block. Its activations stay in the L2 and L3 caches, and there are enough blocks for
+// all threads.
 constexpr std::int64_t TARGET = 168;
 
 }  // namespace
@@ -21,22 +22,34 @@ Plan make_plan(const Recurrence& call) {
         out[static_cast<std::size_t>(b)] = call.output == Output::steps ? steps : call.output == Output::last ? b : call.offsets[b];
     }
     Plan plan{};
+    const std::int64_t D = call.shape.D;
+    std::vector<std::int64_t> first_rows;
     for (const std::int64_t b : order) {
         const std::int64_t first = call.offsets[b], length = call.offsets[b + 1] - first;
-        if (plan.pieces.empty() || plan.pieces.back().tokens + length > TARGET) {
-            plan.pieces.push_back({static_cast<std::int64_t>(plan.sequences.size()), 0, 0, 0, plan.tape_rows});
+        if (plan.blocks.empty() || plan.blocks.back().tokens + length > TARGET) {
+            plan.blocks.push_back({});
+            first_rows.push_back(plan.tape_rows);
         }
-        Plan::Piece& piece = plan.pieces.back();
+        Block& block = plan.blocks.back();
         const auto row = call.rows ? static_cast<std::uint32_t>(call.rows[b]) : 0;
-        plan.sequences.push_back({first, piece.tokens, length, call.depth[b], out[static_cast<std::size_t>(b)], row});
+        plan.sequences.push_back({first, block.tokens, length, call.depth[b], out[static_cast<std::size_t>(b)], row});
         plan.tape_rows += length * call.depth[b] * call.shape.layers;
-        // The last layer of a sequence's last step.
+        // The last layer of a sequence's last step computes one token only.
         if (call.output != Output::tokens) plan.tape_rows -= length - 1;
-        piece.count += 1;
-        piece.tokens += length;
-        piece.longest = std::max(piece.longest, length);
-        plan.tokens = std::max(plan.tokens, piece.tokens);
-        plan.longest = std::max(plan.longest, piece.longest);
+        block.count += 1;
+        block.tokens += length;
+        block.longest = std::max(block.longest, length);
+        plan.tokens = std::max(plan.tokens, block.tokens);
+        plan.longest = std::max(plan.longest, block.longest);
+    }
+    const Sequence* sequences = plan.sequences.data();
+    for (std::size_t i = 0; i < plan.blocks.size(); ++i) {
+        Block& block = plan.blocks[i];
+        block.sequences = sequences;
+        sequences += block.count;
+        if (!call.tape) continue;
+        block.normal = call.tape + first_rows[i] * 2 * D;
+        block.inverse = call.tape + plan.tape_rows * 2 * D + first_rows[i] * 2;
     }
     return plan;
 }

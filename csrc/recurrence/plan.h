@@ -1,4 +1,5 @@
-// The cut of a call into blocks: whole sequences, deepest first, so that those of a step stand together.
+// Divides a call into blocks of whole sequences. The deepest sequences come first, so that the sequences of a step are
+// neighbours.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +10,13 @@
 namespace lares_fast {
 
 struct Plan {
-    struct Piece {
-        std::int64_t first, count;  // of `sequences`
-        std::int64_t tokens, longest;
-        std::int64_t tape_row;
-    };
     std::vector<Sequence> sequences;
-    std::vector<Piece> pieces;
-    std::int64_t tape_rows;  // a row a token, layer and step that is computed
-    std::int64_t tokens, longest;  // the most of a piece
+    // They point into `sequences` and into the tape of the call.
+    std::vector<Block> blocks;
+    // Each token has one row for every layer of every step that is computed.
+    std::int64_t tape_rows;
+    // The most tokens of a block, and the longest sequence.
+    std::int64_t tokens, longest;
 };
 
 Plan make_plan(const Recurrence& call);

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "base/constant.h"
 #include "recurrence/bf16.h"
 #include "recurrence/layout.h"
 #include "simd/vec.h"
@@ -13,26 +14,21 @@
 namespace lares_fast {
 namespace {
 
-constexpr int V = static_cast<int>(COLUMNS) / W;  // registers of a panel's row
+constexpr int V = static_cast<int>(COLUMNS) / W;  // registers of a row of a panel
 
 #if defined(LARES_TILES)
-constexpr int R = TILE_ROWS, WIDE = 4;
-constexpr int SUM_ROWS = 6, SUM_WIDE = 4;
+constexpr int R = TILE_ROWS, PRODUCT_PANELS = 4;
+constexpr int SUM_ROWS = 6, SUM_PANELS = 4;
 #elif defined(__AVX512F__)
-constexpr int R = 6, WIDE = 4;  // a tile is R rows of WIDE panels, or of one
-constexpr int SUM_ROWS = 6, SUM_WIDE = 4;
+constexpr int R = 6, PRODUCT_PANELS = 4;  // a tile has R rows of PRODUCT_PANELS panels or of one panel
+constexpr int SUM_ROWS = 6, SUM_PANELS = 4;
 #elif defined(__AVX2__)
-constexpr int R = 6, WIDE = 1;
-constexpr int SUM_ROWS = 6, SUM_WIDE = 1;
+constexpr int R = 6, PRODUCT_PANELS = 1;
+constexpr int SUM_ROWS = 6, SUM_PANELS = 1;
 #else
-constexpr int R = 3, WIDE = 1;
-constexpr int SUM_ROWS = 2, SUM_WIDE = 1;
+constexpr int R = 3, PRODUCT_PANELS = 1;
+constexpr int SUM_ROWS = 2, SUM_PANELS = 1;
 #endif
-
-template <int N>
-struct Size {
-    static constexpr int value = N;
-};
 
 #if defined(LARES_BF16)
 constexpr bool ROUNDED = true;
@@ -40,25 +36,26 @@ constexpr bool ROUNDED = true;
 constexpr bool ROUNDED = false;
 #endif
 #if defined(LARES_BF16) && (defined(__AVX512BF16__) || defined(LARES_TILES))
-constexpr bool PAIRS = true;  // of rows of the matrices stand together
+constexpr bool PAIRS = true;  // pairs of rows of the matrices are stored together
 #else
 constexpr bool PAIRS = false;
 #endif
 
 struct Matrix {
     float* data;
-    std::int64_t rows;  // between panels
+    std::int64_t rows;  // rows from panel to panel
 
     LARES_INLINE float* at(std::int64_t panel, std::int64_t row) const { return data + (panel * rows + row) * COLUMNS; }
 };
 
-// sums += R rows of x [., 16] times `N` matrices [16][16] that stand `apart` floats apart.
+// Adds R rows of x [., 16] times N matrices [16][16], which are `apart` floats apart.
 template <int N>
 LARES_INLINE void multiply_panel(const float* x, const float* b, std::int64_t apart, Vec (&sums)[R][N * V]) {
     const float* from[N];
     for (int n = 0; n < N; ++n) {
         from[n] = b + n * apart;
-        // One address a matrix: left to itself the compiler finds each element's by the others' and reloads the distances.
+        // This keeps one address for each matrix. Otherwise the compiler derives each address from the others and reloads
+        // the distances.
         asm("" : "+r"(from[n]));
     }
 #pragma GCC unroll 16
@@ -74,7 +71,7 @@ LARES_INLINE void multiply_panel(const float* x, const float* b, std::int64_t ap
     }
 }
 
-// The same, of x rounded to bf16; the matrices are as `PAIRS` says.
+// Does the same with x rounded to bf16. `PAIRS` says how the matrices are stored.
 template <int N>
 LARES_INLINE void multiply_panel_bf16(const float* x, const float* b, std::int64_t apart, Vec (&sums)[R][N * V]) {
 #if defined(__AVX512BF16__)
@@ -100,14 +97,14 @@ LARES_INLINE void multiply_panel_bf16(const float* x, const float* b, std::int64
 #endif
 }
 
-constexpr std::int64_t PANEL = PAIRS ? COLUMNS * COLUMNS / 2 : COLUMNS * COLUMNS;  // floats of sixteen rows
+constexpr std::int64_t PANEL_FLOATS = PAIRS ? COLUMNS * COLUMNS / 2 : COLUMNS * COLUMNS;  // floats of sixteen rows
 
-// Floats of the matrix that `panels` panels of x are multiplied with.
-LARES_INLINE std::int64_t matrix_floats(std::int64_t panels) { return (PAIRS ? round_up(panels, 2) : panels) * PANEL; }
+// Returns the floats of the matrix that `panels` panels of x are multiplied with.
+LARES_INLINE std::int64_t matrix_floats(std::int64_t panels) { return (PAIRS ? round_up(panels, 2) : panels) * PANEL_FLOATS; }
 
 #if defined(LARES_TILES)
 
-// 32 numbers of a row, from two panels, as bf16.
+// Rounds 32 numbers of a row, from two panels, to bf16.
 LARES_INLINE void round_row(Vec low, Vec high, std::uint16_t (&to)[2 * COLUMNS]) {
 #if defined(__AVX512BF16__)
     const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
@@ -119,7 +116,7 @@ LARES_INLINE void round_row(Vec low, Vec high, std::uint16_t (&to)[2 * COLUMNS])
 #endif
 }
 
-// sums += 16 rows of x [., depth] times `N` panels, in tiles: the sums are tiles 0 to N - 1.
+// Adds 16 rows of x [., depth] times N panels, in tile registers. The sums are in tiles 0 to N - 1.
 template <int N>
 LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t panels, const float* b, Vec (&sums)[R][N * V]) {
     static_assert(N == 1 || N == 4, "tiles are named one by one");
@@ -131,7 +128,7 @@ LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t pan
         load_tile<2>(&sums[0][2], sizeof sums[0]);
         load_tile<3>(&sums[0][3], sizeof sums[0]);
     }
-    for (std::int64_t p = 0; p < panels; p += 2, x += 2 * x_rows * COLUMNS, b += 2 * PANEL) {
+    for (std::int64_t p = 0; p < panels; p += 2, x += 2 * x_rows * COLUMNS, b += 2 * PANEL_FLOATS) {
         auto& rounded = rows[p / 2 % 2];
         for (int r = 0; r < R; ++r) {
             const float* const row = x + r * COLUMNS;
@@ -159,16 +156,17 @@ LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t pan
 
 #else
 
-// sums += R rows of x [., depth] times `N` panels [depth][16] that stand `depth` rows apart. Each panel of x but the first has
-// sums of its own that join at its end: a chain of sixteen keeps more digits than one over the whole depth.
+// Adds R rows of x [., depth] times N panels [depth][16], which are `depth` rows apart. Each panel of x but the first one
+// has sums of its own, which are added at its end: a chain of sixteen products is more accurate than a chain over the whole
+// depth.
 template <int N>
 LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t panels, const float* b, Vec (&sums)[R][N * V]) {
     const std::int64_t apart = matrix_floats(panels);
     const auto panel = [&](std::int64_t p, Vec(&to)[R][N * V]) __attribute__((always_inline)) {
         if constexpr (ROUNDED) {
-            multiply_panel_bf16<N>(x + p * x_rows * COLUMNS, b + p * PANEL, apart, to);
+            multiply_panel_bf16<N>(x + p * x_rows * COLUMNS, b + p * PANEL_FLOATS, apart, to);
         } else {
-            multiply_panel<N>(x + p * x_rows * COLUMNS, b + p * PANEL, apart, to);
+            multiply_panel<N>(x + p * x_rows * COLUMNS, b + p * PANEL_FLOATS, apart, to);
         }
     };
     panel(0, sums);
@@ -186,7 +184,7 @@ LARES_INLINE void multiply(const float* x, std::int64_t x_rows, std::int64_t pan
 
 #endif
 
-// A call of `after` begins with a wait for its first results: it takes the rows of some tiles together.
+// A call of `after` starts with a wait for its first results, so it takes the rows of several tiles together.
 constexpr std::int64_t AFTER_ROWS = 4 * ROW_TILE;
 
 template <int N, class Finish, class After>
@@ -218,17 +216,20 @@ struct Nothing {
     LARES_INLINE void operator()(std::int64_t, std::int64_t, std::int64_t) const {}
 };
 
-// Rows [from, to) of x times B [16 * x_panels, 16 * panels], plus bias; `finish(panel, row, v, sums)` takes what becomes of
-// them, and `after(panel, row, rows)` follows every few tiles. Computes whole tiles: rows behind `to` are worked on, too.
+// Multiplies the rows [from, to) of x with B [16 * x_panels, 16 * panels] and adds the bias. `finish(panel, row, v, sums)`
+// receives the results, and `after(panel, row, rows)` follows after a few tiles. Whole tiles are computed, so rows behind
+// `to` are computed too.
 template <class Finish, class After = Nothing>
 LARES_INLINE void product(Matrix x, std::int64_t x_panels, const float* b, const float* bias, std::int64_t panels, std::int64_t from,
                           std::int64_t to, const Finish& finish, const After& after = {}) {
     std::int64_t panel = 0;
-    for (; WIDE > 1 && panel + WIDE <= panels; panel += WIDE) product_panels<WIDE>(x, x_panels, b, bias, panel, from, to, finish, after);
+    for (; PRODUCT_PANELS > 1 && panel + PRODUCT_PANELS <= panels; panel += PRODUCT_PANELS) {
+        product_panels<PRODUCT_PANELS>(x, x_panels, b, bias, panel, from, to, finish, after);
+    }
     for (; panel < panels; ++panel) product_panels<1>(x, x_panels, b, bias, panel, from, to, finish, after);
 }
 
-// sums [out][in] += y^T x over `rows` rows, for TILE columns of y and N panels of x.
+// Adds y^T x over `rows` rows to sums [out][in], for TILE columns of y and N panels of x.
 template <int TILE, int N>
 LARES_INLINE void accumulate_tile(const float* y, const float* x, std::int64_t x_apart, std::int64_t rows, float* to, std::int64_t stride) {
     Vec sums[TILE][N * V];
@@ -246,7 +247,7 @@ LARES_INLINE void accumulate_tile(const float* y, const float* x, std::int64_t x
             for (int v = 0; v < N * V; ++v) sums[o][v] = fma(factor, row[v], sums[o][v]);
         }
     }
-    // A sum of few rows is added to the sum of all: that keeps more digits than one long chain.
+    // The sum of these rows is added to the sum of all rows. That is more accurate than one long chain.
     for (int o = 0; o < TILE; ++o) {
         for (int v = 0; v < N * V; ++v) {
             float* const place = to + o * stride + v * W;
@@ -256,34 +257,35 @@ LARES_INLINE void accumulate_tile(const float* y, const float* x, std::int64_t x
 }
 
 template <int N>
-LARES_INLINE void accumulate_panels(Matrix y, std::int64_t y_panel, Matrix x, std::int64_t x_panel, std::int64_t rows, float* to, std::int64_t stride) {
+LARES_INLINE void accumulate_panels(Matrix y, std::int64_t y_panel, Matrix x, std::int64_t x_panel, std::int64_t rows, float* to,
+                                    std::int64_t stride) {
     int o = 0;
     const auto tile = [&](auto size) __attribute__((always_inline)) {
         accumulate_tile<decltype(size)::value, N>(y.at(y_panel, 0) + o, x.at(x_panel, 0), x.rows * COLUMNS, rows, to + o * stride, stride);
         o += decltype(size)::value;
     };
     constexpr int LAST = static_cast<int>(COLUMNS) % SUM_ROWS;
-    while (o + SUM_ROWS <= COLUMNS) tile(Size<SUM_ROWS>{});
-    if constexpr (LAST > 0) tile(Size<LAST>{});
+    while (o + SUM_ROWS <= COLUMNS) tile(Constant<SUM_ROWS>{});
+    if constexpr (LAST > 0) tile(Constant<LAST>{});
 }
 
-// sums [16 * y_panels, 16 * x_panels] += y^T x over the first `rows` rows.
+// Adds y^T x over the first `rows` rows to sums [16 * y_panels, 16 * x_panels].
 LARES_INLINE void accumulate(Matrix y, std::int64_t y_panels, Matrix x, std::int64_t x_panels, std::int64_t rows, float* sums) {
     const std::int64_t stride = x_panels * COLUMNS;
     for (std::int64_t y_panel = 0; y_panel < y_panels; ++y_panel) {
         float* const to = sums + y_panel * COLUMNS * stride;
         std::int64_t x_panel = 0;
-        for (; SUM_WIDE > 1 && x_panel + SUM_WIDE <= x_panels; x_panel += SUM_WIDE) {
-            accumulate_panels<SUM_WIDE>(y, y_panel, x, x_panel, rows, to + x_panel * COLUMNS, stride);
+        for (; SUM_PANELS > 1 && x_panel + SUM_PANELS <= x_panels; x_panel += SUM_PANELS) {
+            accumulate_panels<SUM_PANELS>(y, y_panel, x, x_panel, rows, to + x_panel * COLUMNS, stride);
         }
         for (; x_panel < x_panels; ++x_panel) accumulate_panels<1>(y, y_panel, x, x_panel, rows, to + x_panel * COLUMNS, stride);
     }
 }
 
-// sums [16 * panels] += the sum of the first `rows` rows of y.
+// Adds the sum of the first `rows` rows of y to sums [16 * panels].
 inline void accumulate_rows(Matrix y, std::int64_t panels, std::int64_t rows, float* sums) {
     for (std::int64_t p = 0; p < panels; ++p) {
-        // Even and odd rows apart, because an addition waits for the one before.
+        // Even and odd rows are summed separately, because an addition waits for the one before it.
         Vec sum[2][V];
         for (int v = 0; v < V; ++v) sum[0][v] = sum[1][v] = broadcast(0.0f);
         for (std::int64_t m = 0; m < rows; m += 2) {

@@ -4,41 +4,25 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
-#include <string>
 
-#include "parallel.h"
-#include "recurrence/arena.h"
+#include "base/parallel.h"
+#include "base/require.h"
+#include "memory/pool.h"
 #include "recurrence/pack.h"
 #include "recurrence/plan.h"
 #include "simd/dispatch.h"
 
 namespace lares_fast {
 
-LARES_DISPATCH(RecurrenceKernel, recurrence_kernel)
-LARES_DISPATCH(Bf16Kernel, bf16_kernel)
-
-#if defined(__x86_64__)
-namespace avx512bf16 {
-extern const Bf16Kernel bf16_kernel;
-}
-#if defined(LARES_HAS_TILES)
-namespace amx {
-extern const Bf16Kernel bf16_kernel;
-}
-#endif
-#endif
+LARES_DISPATCH(LARES_FLOAT_SETS, RecurrenceKernel, recurrence_kernel)
+LARES_DISPATCH(LARES_BF16_SETS, Bf16Kernel, bf16_kernel)
 
 namespace {
 
-// Sets of gradients that blocks are added to in turn. A fixed number gives every number of threads the same sums, and keeps
-// each of them short.
+// The number of sets of gradients. Blocks are added to the sets in turn. The number is fixed, so that the number of threads
+// does not change the sums, and so that each sum is short.
 constexpr std::int64_t SLOTS = 8;
 constexpr std::int64_t MAX_WIDTH = 256, MAX_LENGTH = 512, MAX_STEPS = 65535;
-
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
 
 bool all_there(float* const* pointers, std::int64_t count) {
     return pointers && std::find(pointers, pointers + count, nullptr) == pointers + count;
@@ -67,58 +51,45 @@ void check(const Recurrence& c, std::int64_t threads) {
     }
 }
 
-const Bf16Kernel& best_bf16_kernel() {
-#if defined(LARES_HAS_TILES)
-    if (level() == Level::amx) return amx::bf16_kernel;
-#endif
-#if defined(__x86_64__)
-    if (has_bf16()) return avx512bf16::bf16_kernel;
-#endif
-    return bf16_kernel();
-}
-
-// A call's plan and packed weights; runs its blocks.
+// The plan and the packed weights of a call. It runs the blocks.
 class Run {
 public:
     Run(const Recurrence& call, bool backward) : call_(call), plan_(make_plan(call)), backward_(backward) {
         Carver size(nullptr);
         carve_model(size, call.shape);
-        weights_ = lease(size.used());
+        weights_ = take_from_pool(size.used());
         Carver c(weights_.get());
         packed_ = carve_model(c, call.shape);
         pack(call.shape, call.weights, backward, elements(), packed_);
         model_ = {call.shape, packed_.layers.data(), packed_.adapter, call.eps, call.dropout, call.output};
     }
 
-    std::int64_t pieces() const { return static_cast<std::int64_t>(plan_.pieces.size()); }
+    std::int64_t blocks() const { return static_cast<std::int64_t>(plan_.blocks.size()); }
     const Model& model() const { return model_; }
 
-    Lease workspace() const { return lease(recurrence_kernel().workspace(call_.shape, plan_.tokens, plan_.longest, backward_)); }
-
-    Block block(std::int64_t i) const {
-        const Plan::Piece& piece = plan_.pieces[static_cast<std::size_t>(i)];
-        float* const normal = call_.tape ? call_.tape + piece.tape_row * 2 * call_.shape.D : nullptr;
-        float* const inverse = call_.tape ? call_.tape + plan_.tape_rows * 2 * call_.shape.D + piece.tape_row * 2 : nullptr;
-        return {plan_.sequences.data() + piece.first, piece.count, piece.tokens, piece.longest, normal, inverse};
+    PooledFloats workspace() const {
+        return take_from_pool(best_recurrence_kernel()->workspace(call_.shape, plan_.tokens, plan_.longest, backward_));
     }
+
+    const Block& block(std::int64_t i) const { return plan_.blocks[static_cast<std::size_t>(i)]; }
 
     std::int64_t tape_floats() const { return plan_.tape_rows * (2 * call_.shape.D + 2); }
 
     void forward(std::int64_t i, float* out, float* memory) const {
-        const auto run = call_.bf16 ? best_bf16_kernel().forward : recurrence_kernel().forward;
+        const auto run = call_.bf16 ? best_bf16_kernel()->forward : best_recurrence_kernel()->forward;
         run(model_, block(i), call_.h, call_.pre, out, memory);
     }
 
 private:
     Elements elements() const {
         if (!call_.bf16) return Elements::exact;
-        return best_bf16_kernel().pairs ? Elements::pairs : Elements::rounded;
+        return best_bf16_kernel()->pairs ? Elements::pairs : Elements::rounded;
     }
 
     const Recurrence& call_;
     Plan plan_;
     bool backward_;
-    Lease weights_;
+    PooledFloats weights_;
     PackedModel packed_;
     Model model_;
 };
@@ -132,9 +103,9 @@ void recurrence_forward(const Recurrence& call, float* out, std::int64_t threads
     const Run run(call, false);
     if (call.tape) prefer_large_pages(call.tape, run.tape_floats());
     std::atomic<std::int64_t> next{0};
-    run_on_threads(std::min(threads, run.pieces()), [&] {
-        const Lease workspace = run.workspace();
-        for (std::int64_t i; (i = next.fetch_add(1)) < run.pieces();) {
+    run_on_threads(std::min(threads, run.blocks()), [&] {
+        const PooledFloats workspace = run.workspace();
+        for (std::int64_t i; (i = next.fetch_add(1)) < run.blocks();) {
             run.forward(i, out, workspace.get());
         }
     });
@@ -151,7 +122,7 @@ void recurrence_backward(const Recurrence& call, const float* out_grad, float* h
     Carver size(nullptr);
     carve_slot(size, call.shape);
     const std::int64_t floats = size.used();
-    const Lease memory = lease(SLOTS * floats);
+    const PooledFloats memory = take_from_pool(SLOTS * floats);
     std::memset(memory.get(), 0, sizeof(float) * static_cast<std::size_t>(SLOTS * floats));
     std::vector<GradientSlot> slots;
     for (std::int64_t i = 0; i < SLOTS; ++i) {
@@ -161,12 +132,12 @@ void recurrence_backward(const Recurrence& call, const float* out_grad, float* h
     if (call.B > 0) {
         const Run run(call, true);
         std::atomic<std::int64_t> next{0};
-        run_on_threads(std::min({threads, SLOTS, run.pieces()}), [&] {
-            const Lease workspace = run.workspace();
+        run_on_threads(std::min({threads, SLOTS, run.blocks()}), [&] {
+            const PooledFloats workspace = run.workspace();
             for (std::int64_t slot; (slot = next.fetch_add(1)) < SLOTS;) {
                 GradientSlot& sums = slots[static_cast<std::size_t>(slot)];
-                for (std::int64_t i = slot; i < run.pieces(); i += SLOTS) {
-                    recurrence_kernel().backward(run.model(), run.block(i), call.h, call.pre, out_grad, h_grad, pre_grad,
+                for (std::int64_t i = slot; i < run.blocks(); i += SLOTS) {
+                    best_recurrence_kernel()->backward(run.model(), run.block(i), call.h, call.pre, out_grad, h_grad, pre_grad,
                                                  {sums.layers.data(), sums.adapter}, workspace.get());
                 }
             }

@@ -5,9 +5,9 @@
 
 namespace lares_fast {
 
-namespace LARES_LEVEL {
+namespace LARES_INSTRUCTION_SET {
 extern const RecurrenceKernel recurrence_kernel;
 const RecurrenceKernel recurrence_kernel{workspace, forward, backward};
-}  // namespace LARES_LEVEL
+}  // namespace LARES_INSTRUCTION_SET
 
 }  // namespace lares_fast

@@ -1,34 +1,34 @@
-// Row by row: dropout, residual and LayerNorm, forward and backward.
+// Operations on rows: dropout, residual and LayerNorm, forward and backward.
 #pragma once
 
-#include "recurrence/draws.h"
+#include "recurrence/dropout.h"
 #include "recurrence/product.h"
 
 namespace lares_fast {
 namespace {
 
-// Rows that are worked on together stay in the L1 cache from a product to its LayerNorm.
-constexpr std::int64_t CHUNK = 8 * ROW_TILE;
-constexpr std::int64_t MAX_PANELS = 16;  // D up to 256
+// Rows that are computed together. They stay in the L1 cache from a product to its LayerNorm.
+constexpr std::int64_t CHUNK_ROWS = 8 * ROW_TILE;
+constexpr std::int64_t MAX_PANELS = 16;  // D is at most 256
 
 // The dropout addresses of the rows of a matrix.
 struct RowAddresses {
     const std::uint32_t *row, *position;
 };
 
-// Dropout decisions for the rows of a chunk.
-using Decisions = Lane[MAX_PANELS][CHUNK][LANES];
+// The dropout decisions for the rows of a chunk.
+using Decisions = Keep[MAX_PANELS][CHUNK_ROWS][DRAWS];
 
-inline void decide(const Site& at, RowAddresses rows, std::int64_t from, std::int64_t n, std::int64_t panels, Decisions& kept) {
+inline void decide(const DropoutSite& at, RowAddresses rows, std::int64_t from, std::int64_t n, std::int64_t panels, Decisions& kept) {
     if (!at.threshold) return;
-    static_assert(CHUNK % DRAWN == 0, "the last rows of a chunk are drawn within it");
+    static_assert(CHUNK_ROWS % DRAWN == 0, "the last rows of a chunk are drawn within it");
     for (std::int64_t i = 0; i < n; i += DRAWN) {
         std::uint32_t row[DRAWN], position[DRAWN];
         for (int d = 0; d < DRAWN; ++d) {
             const std::int64_t m = from + (i + d < n ? i + d : i);
             row[d] = rows.row[m], position[d] = rows.position[m];
         }
-        draw_hidden(at, row, position, panels, CHUNK, kept[0] + i);
+        draw_hidden(at, row, position, panels, CHUNK_ROWS, kept[0] + i);
     }
 }
 
@@ -37,17 +37,17 @@ struct Norm {
     float eps;
 };
 
-// Normalised rows and their reciprocal deviations, kept for the backward; or nulls.
+// Normalised rows and their reciprocal deviations, which the backward pass reads. Null if there will be none.
 struct Normal {
     Matrix rows;
     float* inverse;
 };
 
-// y = LN(y) for the rows [from, from + n), n <= CHUNK, whose means are known. Pass by pass over all rows: within one row,
-// each sum would wait for the one before.
-inline void normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const float (&mean)[CHUNK], const Norm& norm,
+// Computes y = LN(y) for the rows [from, from + n), n <= CHUNK_ROWS, whose means are known. Each pass covers all rows:
+// within one row, each sum would wait for the one before it.
+inline void normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const float (&mean)[CHUNK_ROWS], const Norm& norm,
                       const Normal& normal) {
-    float inverse[CHUNK];
+    float inverse[CHUNK_ROWS];
     for (std::int64_t i = 0; i < n; ++i) {
         const Vec centre = broadcast(mean[i]);
         Vec squares[V];
@@ -78,11 +78,11 @@ inline void normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t 
     }
 }
 
-// Fills y by `value(panel, row, v)` and normalises it, for the rows [from, from + n).
+// Fills y with `value(panel, row, v)` and normalises it, for the rows [from, from + n).
 template <class Value>
 LARES_INLINE void fill_and_normalise(Matrix y, std::int64_t from, std::int64_t n, std::int64_t panels, const Norm& norm, const Normal& normal,
                                      const Value& value) {
-    float mean[CHUNK];
+    float mean[CHUNK_ROWS];
     for (std::int64_t i = 0; i < n; ++i) {
         Vec total[V];
         for (int v = 0; v < V; ++v) total[v] = broadcast(0.0f);
@@ -100,7 +100,7 @@ LARES_INLINE void fill_and_normalise(Matrix y, std::int64_t from, std::int64_t n
     normalise(y, from, n, panels, mean, norm, normal);
 }
 
-// x = xhat * scale + shift for `rows` rows.
+// Computes x = xhat * scale + shift for `rows` rows.
 inline void unnormalise(Matrix xhat, std::int64_t rows, std::int64_t panels, const float* scale, const float* shift, Matrix x) {
     for (std::int64_t p = 0; p < panels; ++p) {
         for (int v = 0; v < V; ++v) {
@@ -112,18 +112,18 @@ inline void unnormalise(Matrix xhat, std::int64_t rows, std::int64_t panels, con
 
 struct NormGradients {
     float *scale, *shift;
-    float* bias;  // of the product whose dropout the norm follows, or null
+    float* bias;  // gradient of the bias of the product before the dropout, or null
 };
 
-// The gradient of y = LN(dropout(f) + residual) on `rows` rows: of the residual in `to`, which may be `grad`, and of f in
-// `dropped`, unless its data is null.
+// The gradient of y = LN(dropout(f) + residual) for `rows` rows. `to` receives the gradient of the residual and may be
+// `grad`. `dropped` receives the gradient of f, unless its data is null.
 inline void normalise_backward(Matrix grad, const Normal& normal, const float* scale, std::int64_t rows, std::int64_t panels,
-                               const Site& at, RowAddresses addresses, Matrix to, Matrix dropped, const NormGradients& sums) {
+                               const DropoutSite& at, RowAddresses addresses, Matrix to, Matrix dropped, const NormGradients& sums) {
     const float columns = static_cast<float>(panels * COLUMNS);
     Decisions kept;
-    for (std::int64_t from = 0; from < rows; from += CHUNK) {
-        const std::int64_t n = rows - from < CHUNK ? rows - from : CHUNK;
-        float mean[CHUNK], slope[CHUNK];
+    for (std::int64_t from = 0; from < rows; from += CHUNK_ROWS) {
+        const std::int64_t n = rows - from < CHUNK_ROWS ? rows - from : CHUNK_ROWS;
+        float mean[CHUNK_ROWS], slope[CHUNK_ROWS];
         for (std::int64_t i = 0; i < n; ++i) {
             Vec total = broadcast(0.0f), product = broadcast(0.0f);
             for (std::int64_t p = 0; p < panels; ++p) {
@@ -165,7 +165,7 @@ inline void normalise_backward(Matrix grad, const Normal& normal, const float* s
     }
 }
 
-// Rows [first, first + rows) of a row-major [., D] to panels, and back.
+// Copy the rows [first, first + rows) from a row-major matrix [., D] to panels, and back.
 inline void from_rows(const float* source, std::int64_t D, std::int64_t rows, Matrix to, std::int64_t first) {
     for (std::int64_t m = 0; m < rows; ++m) {
         for (std::int64_t p = 0; p < D / COLUMNS; ++p) {

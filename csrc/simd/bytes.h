@@ -1,5 +1,5 @@
-// Sums of products of bytes: one register of sums at the level this file is compiled for. Queries are unsigned codes with an
-// offset, items are signed; a lane belongs to an item. Included where the level is avx2 or above.
+// Sums of products of bytes, one register of sums at a time. Queries are unsigned codes with an offset, items are signed
+// codes, and each lane belongs to one item. Only files compiled for AVX2 or above include this header.
 #pragma once
 
 #include "simd/vec.h"
@@ -9,10 +9,10 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 
-// Four products a lane and step, summed in 32 bits.
+// A step adds four products to each lane, in 32 bits.
 constexpr int GROUP = 4;
 constexpr int OFFSET = 128;
-using Lane = std::int32_t;
+using CodeSum = std::int32_t;
 using Sums = __m512i;
 LARES_INLINE Sums load_sums(const void* from) { return _mm512_loadu_si512(from); }
 LARES_INLINE Sums broadcast_word(std::int32_t word) { return _mm512_set1_epi32(word); }
@@ -22,12 +22,12 @@ LARES_INLINE std::uint64_t above(Sums a, Sums b) { return _mm512_cmpgt_epi32_mas
 
 #else
 
-// Two products a lane and step, summed modulo 2^16. That is exact as long as the sum without the offset fits 16 bits, which
-// the norms of the codes ensure by Cauchy-Schwarz: whatever the offset adds and wraps, the start value takes away again.
-// 127 * 127 * 2 does not saturate the instruction's own 16-bit sum of two products.
+// A step adds two products to each lane, modulo 2^16. The result is exact if the sum without the offset fits into 16 bits.
+// The norms of the codes ensure that (Cauchy-Schwarz). The start value removes what the offset adds, including any
+// wrap-around. The instruction's own 16-bit sum of two products does not saturate, because 127 * 127 * 2 fits.
 constexpr int GROUP = 2;
 constexpr int OFFSET = 64;
-using Lane = std::int16_t;
+using CodeSum = std::int16_t;
 #if defined(__AVX512BW__)
 using Sums = __m512i;
 LARES_INLINE Sums load_sums(const void* from) { return _mm512_loadu_si512(from); }
@@ -40,7 +40,8 @@ using Sums = __m256i;
 LARES_INLINE Sums load_sums(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 LARES_INLINE Sums broadcast_word(std::int32_t word) { return _mm256_set1_epi32(word); }
 LARES_INLINE Sums accumulate(Sums sums, Sums query, Sums items) { return _mm256_add_epi16(sums, _mm256_maddubs_epi16(query, items)); }
-// In assembly, because with the items in a register of their own the sixteen do not suffice and a sum would live in memory.
+// This is assembly because the items must stay in memory: with a register for them the sixteen registers do not suffice,
+// and the compiler would keep a sum in memory.
 #define LARES_ACCUMULATE_AT
 LARES_INLINE Sums accumulate_at(Sums sums, Sums query, const void* items) {
     Sums products;
@@ -56,12 +57,12 @@ LARES_INLINE std::uint64_t above(Sums a, Sums b) {
 
 #endif
 
-// accumulate(sums, query, load_sums(items)).
+// Equals accumulate(sums, query, load_sums(items)).
 #if !defined(LARES_ACCUMULATE_AT)
 LARES_INLINE Sums accumulate_at(Sums sums, Sums query, const void* items) { return accumulate(sums, query, load_sums(items)); }
 #endif
 
-constexpr int LANES = sizeof(Sums) / sizeof(Lane);
+constexpr int CODE_SUMS = sizeof(Sums) / sizeof(CodeSum);
 
 }  // namespace
 }  // namespace lares_fast

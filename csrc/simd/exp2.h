@@ -1,4 +1,4 @@
-// 2^x of a register, without the standard library: the same bits in every lane, tile and thread.
+// 2^x of a register, without the standard library: the bits are the same in every lane, tile and thread.
 #pragma once
 
 #include "simd/vec.h"
@@ -18,13 +18,14 @@ LARES_INLINE void polynomial(const float (&factors)[N], const Vec (&x)[R], Vec (
 
 constexpr float LOWEST_POWER = -125.0f;
 
-// x = 2^x within 1 ulp for x in [-125, 127], exactly 1 at 0; NaN stays NaN where its payload is zero.
-// Step by step over all registers, because one after the other leaves the processor waiting for each.
+// Replaces x by 2^x within 1 ulp for x in [-125, 127]. 2^0 is exactly 1, and NaN stays NaN if its payload is zero. Each
+// step is done for all registers before the next step, because a single register would make the processor wait for every
+// result.
 template <int R>
 LARES_INLINE void exp2_in_range(Vec (&x)[R]) {
-    // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the lowest bits.
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
     const Vec shift = broadcast(12582912.0f);
-    // Least maximum relative error for f in [-1/2, 1/2] among polynomials of degree 6 with p(0) = 1.
+    // The polynomial of degree 6 with p(0) = 1 that has the least maximum relative error for f in [-1/2, 1/2].
     constexpr float FACTORS[] = {0.0001535336190842864f, 0.0013398874414117072f, 0.009618437357673572f, 0.055503324711259225f,
                                  0.2402264791362874f,    0.6931472028550651f,    1.0f};
     Vec whole[R], p[R];
@@ -34,7 +35,7 @@ LARES_INLINE void exp2_in_range(Vec (&x)[R]) {
     for (int r = 0; r < R; ++r) x[r] = times_power(p[r], whole[r]);
 }
 
-// The same for any x up to 127; 2^-125 below.
+// Works for every x up to 127, and gives 2^-125 for x below -125.
 template <int R>
 LARES_INLINE void exp2(Vec (&x)[R]) {
     for (int r = 0; r < R; ++r) x[r] = max(broadcast(LOWEST_POWER), x[r]);

@@ -3,6 +3,8 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "simd/dispatch.h"
+
 #if defined(LARES_HAS_TILES)
 #include "simd/tiles.h"
 #endif
@@ -18,11 +20,13 @@ std::atomic<int> chosen{UNSET};
 bool runs(Level wanted) {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (wanted == Level::avx2) return avx2;
+#if defined(LARES_HAS_AVX512)
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (wanted == Level::avx512) return avx512;
 #if defined(LARES_HAS_TILES)
     if (wanted == Level::amx) return avx512 && __builtin_cpu_supports("avx512bf16") && tiles_there();
+#endif
 #endif
     return wanted == Level::generic;
 }
@@ -55,7 +59,7 @@ void use_level(const std::string& name) {
     }
     for (const Level candidate : {Level::generic, Level::avx2, Level::avx512, Level::amx}) {
         if (name != NAMES[static_cast<int>(candidate)]) continue;
-        if (!runs(candidate)) throw std::invalid_argument("this CPU has no " + name);
+        if (!runs(candidate)) throw std::invalid_argument("this CPU or this build has no " + name);
         chosen.store(static_cast<int>(candidate), std::memory_order_relaxed);
         return;
     }
@@ -64,20 +68,18 @@ void use_level(const std::string& name) {
 
 const char* level_name() { return NAMES[static_cast<int>(level())]; }
 
-bool has_vnni() {
-#if defined(__x86_64__)
-    return level() >= Level::avx512 && __builtin_cpu_supports("avx512vnni");
-#else
-    return false;
+bool has(InstructionSet set) {
+    switch (set) {
+        case InstructionSet::generic: return true;
+        case InstructionSet::avx2: return level() >= Level::avx2;
+        case InstructionSet::avx512: return level() >= Level::avx512;
+        case InstructionSet::amx: return level() == Level::amx;
+#if defined(LARES_HAS_AVX512)
+        case InstructionSet::avx512vnni: return level() >= Level::avx512 && __builtin_cpu_supports("avx512vnni");
+        case InstructionSet::avx512bf16: return level() >= Level::avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-}
-
-bool has_bf16() {
-#if defined(__x86_64__)
-    return level() >= Level::avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
+        default: return false;
+    }
 }
 
 }  // namespace lares_fast

@@ -1,5 +1,5 @@
-// Intel AMX: eight registers of 16 rows of 64 bytes, and products of bf16 among them.
-// Inline assembly, because the compiler's intrinsics do not say which memory they read and write.
+// Intel AMX: eight registers of 16 rows of 64 bytes, and products of bf16 in them. The code is inline assembly, because the
+// compiler's intrinsics do not say which memory they read and write.
 #pragma once
 
 #include <cpuid.h>
@@ -11,9 +11,10 @@
 namespace lares_fast {
 namespace {
 
-constexpr int TILE_ROWS = 16, TILE_BYTES = 64;  // of a row
+constexpr int TILE_ROWS = 16, TILE_BYTES = 64;  // TILE_BYTES are the bytes of a row
 
-// Whether this process may use them: the CPU has them, the kernel keeps them, and it allows them, which it is asked for here.
+// Whether this process may use the tiles: the CPU has them, the kernel saves them, and the kernel allows their use. This
+// function asks the kernel for that permission.
 inline bool tiles_there() {
 #if defined(__linux__)
     constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22, OSXSAVE = 1u << 27, STATE = 3u << 17;
@@ -28,7 +29,7 @@ inline bool tiles_there() {
 #endif
 }
 
-// The calling thread's registers, all of full size, as long as this lives.
+// Configures all tiles of the calling thread to full size, and releases them at the end of the object's life.
 class Tiles {
 public:
     Tiles() {
@@ -45,7 +46,7 @@ public:
     Tiles& operator=(const Tiles&) = delete;
 };
 
-// Rows `stride` bytes apart.
+// Loads rows that are `stride` bytes apart.
 template <int TILE>
 inline __attribute__((always_inline)) void load_tile(const void* from, std::int64_t stride) {
     asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(TILE), "r"(from), "r"(stride) : "memory");
@@ -56,7 +57,7 @@ inline __attribute__((always_inline)) void store_tile(void* to, std::int64_t str
     asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(TILE), "r"(to), "r"(stride) : "memory");
 }
 
-// SUM [16][16] in fp32 += A [16][32] B [32][16] in bf16; B in pairs of rows, [16][16][2].
+// SUM [16][16] in fp32 += A [16][32] B [32][16] in bf16. B is stored in pairs of rows, [16][16][2].
 template <int SUM, int A, int B>
 inline __attribute__((always_inline)) void multiply_tiles() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));

@@ -1,4 +1,4 @@
-// What ranking needs to know of its queries before it walks over the items.
+// The values of queries that ranking needs before it reads the items.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,8 @@
 
 namespace lares_fast {
 
-// The queries' order by target and their targets' scores; completes `scan`, and must outlive it.
+// The order of the queries by target, and the scores of their targets. The constructor sets the pointers of `scan`, so this
+// object must outlive `scan`.
 class RankQueries {
    public:
     RankQueries(RankScan& scan, const RankKernel& kernel) : order_(static_cast<std::size_t>(scan.B)), own_(order_.size()) {

@@ -1,13 +1,13 @@
-// Place of the target among all items, for each query.
+// The rank of a target among all items, for each query.
 #pragma once
 
 #include <cstdint>
 
 namespace lares_fast {
 
-// rank[b] = #{j: j not excluded, j != target, s_j > s_t, or with ties_by_id s_j == s_t and j < t}. Scores are those of
-// topk, bit for bit, the target's own included; NaN counts as -inf. An exclusion list never takes out the target.
-// rank_of_all[b] is the same without exclusion, from the same scores.
+// rank[b] = #{j: j not excluded, j != target, s_j > s_t, or with ties_by_id s_j == s_t and j < t}. Scores have the bits of
+// topk, for the target too, and NaN counts as -inf. An exclusion list never removes the target. rank_of_all[b] is the rank
+// without exclusions, from the same scores.
 struct TargetRank {
     const float* query;                   // [B, D]
     const float* items;                   // [N, D]
@@ -21,7 +21,7 @@ struct TargetRank {
     bool ties_by_id;
 };
 
-// Throws std::invalid_argument where a size, pointer, target or exclusion is out of range.
+// Throws std::invalid_argument if a size, pointer, target or exclusion is out of range.
 void target_rank_cpu(const TargetRank& call, std::int64_t threads);
 
 }  // namespace lares_fast

@@ -4,22 +4,23 @@
 #include <atomic>
 #include <vector>
 
-#include "parallel.h"
+#include "base/parallel.h"
+#include "catalog/checks.h"
+#include "catalog/exclusions.h"
+#include "catalog/query_tiles.h"
+#include "memory/aligned.h"
 #include "simd/dispatch.h"
 #include "target_rank/rank_queries.h"
 #include "target_rank/target_rank_kernel.h"
-#include "topk/checks.h"
-#include "topk/query_tiles.h"
-#include "topk/scratch.h"
 
 namespace lares_fast {
 
-LARES_DISPATCH(RankKernel, rank_kernel)
+LARES_DISPATCH(LARES_FLOAT_SETS, RankKernel, rank_kernel)
 
 namespace {
 
-constexpr std::int64_t BLOCK = 1024;   // queries that share one walk over the catalog
-constexpr std::int64_t CHUNK = 32768;  // items a thread takes at a time
+constexpr std::int64_t BLOCK_QUERIES = 1024;   // queries that share one pass over the catalog
+constexpr std::int64_t TASK_ITEMS = 32768;  // items that a thread takes at a time
 
 void check(const TargetRank& t, std::int64_t threads) {
     check_sizes(t.B, t.N, t.D, threads);
@@ -33,9 +34,9 @@ void check(const TargetRank& t, std::int64_t threads) {
     check_exclude(t.exclude_offsets, t.exclude_ids, t.B, t.N);
 }
 
-// The queries [first, first + B) of the call.
+// Ranks the queries [first, first + B) of the call.
 void rank_block(const TargetRank& call, const SortedExclusions& excluded, std::int64_t first, std::int64_t B, std::int64_t threads) {
-    const RankKernel& kernel = rank_kernel();
+    const RankKernel& kernel = *best_rank_kernel();
     const std::vector<float> query = query_tiles(call.query + first * call.D, B, call.D, kernel.rows);
     const auto size = static_cast<std::size_t>(B);
     RankScan scan{};
@@ -47,7 +48,7 @@ void rank_block(const TargetRank& call, const SortedExclusions& excluded, std::i
     scan.ties_by_id = call.ties_by_id;
     const RankQueries queries(scan, kernel);
 
-    const std::int64_t chunk = CHUNK / kernel.panel * kernel.panel;
+    const std::int64_t chunk = TASK_ITEMS / kernel.panel * kernel.panel;
     const std::int64_t chunks = (call.N + chunk - 1) / chunk;
     std::atomic<std::int64_t> next{0};
     std::vector<std::atomic<std::int64_t>> total(size);
@@ -56,7 +57,7 @@ void rank_block(const TargetRank& call, const SortedExclusions& excluded, std::i
         RankScan mine = scan;
         std::vector<float> now(size);
         std::vector<std::int64_t> rank(size);
-        const Scratch scratch = make_scratch(kernel.panel * (call.D + 1));
+        const AlignedFloats scratch = aligned_floats(kernel.panel * (call.D + 1));
         mine.now = now.data();
         mine.rank = rank.data();
         mine.scratch = scratch.get();
@@ -79,7 +80,9 @@ void target_rank_cpu(const TargetRank& call, std::int64_t threads) {
     check(call, threads);
     if (call.B == 0) return;
     const SortedExclusions excluded(call);
-    for (std::int64_t first = 0; first < call.B; first += BLOCK) rank_block(call, excluded, first, std::min(BLOCK, call.B - first), threads);
+    for (std::int64_t first = 0; first < call.B; first += BLOCK_QUERIES) {
+        rank_block(call, excluded, first, std::min(BLOCK_QUERIES, call.B - first), threads);
+    }
 }
 
 }  // namespace lares_fast

@@ -1,12 +1,12 @@
-// The kernel of the target's rank and its launch; nvcc compiles it for devices, g++ for csrc/emulator.
+// The kernel of the target's rank and its launch. nvcc compiles it for devices, and g++ for csrc/emulator.
 #pragma once
 
-#include "cuda/scores.cuh"
+#include "catalog/scores.cuh"
 #include "target_rank/target_rank_cuda.h"
 
 namespace lares_fast {
 
-struct RankCount {
+struct RankDeviceScan {
     Scores scores;
     const std::int64_t* target;
     const std::int64_t* exclude_offsets;
@@ -18,7 +18,7 @@ struct RankCount {
     int item_tiles, splits;
 };
 
-// Sets of a tile's items are the bits of one word. Lane i of a warp knows the sets of query i.
+// A set of items of a tile, one bit an item. Lane i of a warp knows the sets of query i.
 using Items = unsigned long long;
 static_assert(TILE_ITEMS == 64);
 
@@ -26,21 +26,21 @@ __device__ __forceinline__ Items items_before(std::int64_t place) {
     return place >= TILE_ITEMS ? ~Items{0} : place <= 0 ? Items{0} : (Items{1} << place) - 1;
 }
 
-// N stays below it.
+// N is below this number.
 constexpr std::uint32_t NO_TARGET = ~std::uint32_t{0};
 
 struct RankWarp {
-    const RankCount& call;
+    const RankDeviceScan& call;
     Lane lane;
     int first_query;
-    std::uint32_t target;  // of query `lane`, as are the following; NO_TARGET where it is no item
-    const std::int64_t* excluded;  // those that are left of the list
+    std::uint32_t target;  // the target of query `lane`; NO_TARGET if it is not an item. The next three members also belong to query `lane`
+    const std::int64_t* excluded;  // the ids of the list that are still to come
     std::uint32_t excluded_left;
     float own;
-    // Of the lane's rows, over its columns.
+    // Counts over the lane's columns, for each of its rows.
     unsigned of_all[LANE_ROWS], of_kept[LANE_ROWS];
 
-    __device__ RankWarp(const RankCount& c, std::int64_t first_item)
+    __device__ RankWarp(const RankDeviceScan& c, std::int64_t first_item)
         : call(c), target(NO_TARGET), excluded(nullptr), excluded_left(0), own(0), of_all{}, of_kept{} {
         first_query = static_cast<int>(blockIdx.x) * TILE_QUERIES + static_cast<int>(threadIdx.x) / WARP * WARP_QUERIES;
         const int query = first_query + lane.lane;
@@ -68,7 +68,7 @@ struct RankWarp {
         return excluded_items(call.exclude_offsets, call.exclude_ids, call.E, query, call.scores.N);
     }
 
-    // The targets' own scores are on the diagonal of a tile of the block's targets.
+    // The scores of the targets themselves are on the diagonal of a tile of the block's targets.
     __device__ __forceinline__ void take_own(const Tile& tile, const float (&sums)[SUMS]) {
         const int warp = static_cast<int>(threadIdx.x) / WARP;
         if (warp / 2 != (tile.ids - call.target) % TILE_QUERIES / TILE_ITEMS) return;
@@ -89,7 +89,7 @@ struct RankWarp {
 
     __device__ __forceinline__ void count(const Tile& tile, const float (&sums)[SUMS]) {
         const std::int64_t target_place = std::int64_t{target} - tile.first;
-        // The target never outranks itself, whatever its sum.
+        // The target never outranks itself, whatever its sum is.
         Items absent = ~items_before(tile.count);
         if (target_place >= 0 && target_place < TILE_ITEMS) absent |= Items{1} << target_place;
         Items gone = absent;
@@ -143,7 +143,7 @@ struct RankWarp {
 
     __device__ __forceinline__ void add_up() const {
         const bool has_rank = target != NO_TARGET, valid = has_rank && excluded_list(first_query + lane.lane).valid;
-        // Behind all items, counted once.
+        // The rank behind all items. It is counted in one split only.
         const unsigned behind = blockIdx.y == 0 ? static_cast<unsigned>(call.scores.N) : 0;
 #pragma unroll
         for (int i = 0; i < LANE_ROWS; ++i) {
@@ -163,9 +163,9 @@ struct RankWarp {
     }
 };
 
-// Counts over one split: a run of consecutive tiles, after the tiles of the block's own targets.
+// Counts over one split, which is a run of consecutive tiles. Before it come the tiles of the block's own targets.
 template <bool PLAIN>
-__global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) rank_count(const __grid_constant__ RankCount call) {
+__global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) rank_count(const __grid_constant__ RankDeviceScan call) {
     constexpr int OWN_TILES = TILE_QUERIES / TILE_ITEMS;
     const std::int64_t tiles = call.item_tiles;
     const int first = static_cast<int>(tiles * blockIdx.y / call.splits), last = static_cast<int>(tiles * (blockIdx.y + 1) / call.splits);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) rank_count(c
         const int query = static_cast<int>(blockIdx.x) * TILE_QUERIES + (tile - first + OWN_TILES) * TILE_ITEMS;
         return Tile{call.target + query, 0, call.scores.B - query};
     };
-    walk<PLAIN>(call.scores, last - first + OWN_TILES, first - OWN_TILES, [](int tile) { return tile + 1; }, tile_of,
+    for_each_tile<PLAIN>(call.scores, last - first + OWN_TILES, first - OWN_TILES, [](int tile) { return tile + 1; }, tile_of,
                 [&](const Tile& tile, const float(&sums)[SUMS]) {
         if (tile.ids) {
             warp.take_own(tile, sums);
@@ -186,10 +186,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) rank_count(c
     warp.add_up();
 }
 
-// `device` as in enqueue_topk.
+// `device` is as in enqueue_topk.
 template <class Device>
-void enqueue_target_rank(Device& device, const TargetRankCuda& call, const WalkPlan& plan) {
-    RankCount count{};
+void enqueue_target_rank(Device& device, const TargetRankCuda& call, const ScanPlan& plan) {
+    RankDeviceScan count{};
     count.scores = make_scores(call, plan);
     count.target = call.target;
     count.exclude_offsets = call.exclude_offsets;

@@ -1,15 +1,15 @@
-// Place of the target among all items on a CUDA device; the contract is that of csrc/target_rank/target_rank.h.
+// The rank of a target among all items on a CUDA device. csrc/target_rank/target_rank.h has the contract.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
-#include "cuda/plan.h"
+#include "catalog/plan.h"
 
 namespace lares_fast {
 
-// Pointers are the device's. Scores are those of topk_cuda, the target's own included. A target that is no item has the rank N
-// behind all items, and so has `of_kept` of a query whose list is not valid as topk_cuda says.
+// All pointers are device pointers. Scores are those of topk_cuda, for the target too. A target that is not an item has
+// rank N, behind all items. `of_kept` is also N for a query whose exclusion list is not valid (see topk_cuda).
 struct TargetRankCuda {
     const float* query;                   // [B, D]
     const float* items;                   // [N, D]
@@ -18,13 +18,13 @@ struct TargetRankCuda {
     const std::int64_t* exclude_offsets;  // [B + 1] or null
     const std::int64_t* exclude_ids;      // [E], ascending within each query, repeats allowed
     std::int64_t* of_all;                 // [B]: the rank among all items
-    std::int64_t* of_kept;                // [B]: the rank among those that are not excluded
+    std::int64_t* of_kept;                // [B]: the rank among the items that are not excluded
     std::int64_t B, N, D, E;
     bool ties_by_id;
     bool plain;
 };
 
-// As topk_cuda; needs no workspace.
-std::string target_rank_cuda(const TargetRankCuda& call, const Limits& limits, int device, std::uintptr_t stream);
+// Enqueues and reports errors like topk_cuda. It needs no workspace.
+std::string target_rank_cuda(const TargetRankCuda& call, const DeviceLimits& limits, int device, std::uintptr_t stream);
 
 }  // namespace lares_fast

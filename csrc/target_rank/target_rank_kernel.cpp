@@ -1,11 +1,11 @@
 #include "target_rank/target_rank_kernel.h"
 
-#include "target_rank/count.h"
+#include "target_rank/rank_counter.h"
 
 namespace lares_fast {
 namespace {
 
-// Adding 0 makes -0 and 0 the same bits; a NaN ranks as -inf.
+// Adding 0 gives -0 and 0 the same bits. A NaN ranks as -inf.
 float own_score(const RankScan& s, std::int64_t b) {
     const std::int64_t target = s.target[b];
     const float bias = s.catalog.bias ? s.catalog.bias[target] : 0.0f;
@@ -32,14 +32,14 @@ std::int64_t outranking(const RankScan& s, std::int64_t b, const std::int64_t* f
 }
 
 void scan(const RankScan& s, std::int64_t first, std::int64_t last) {
-    walk(s.catalog, s.query, s.B, first, last, s.scratch, start_count(s, first, last));
+    for_each_panel(s.catalog, s.query, s.B, first, last, s.scratch, start_counting(s, first, last));
 }
 
 }  // namespace
 
-namespace LARES_LEVEL {
+namespace LARES_INSTRUCTION_SET {
 extern const RankKernel rank_kernel;
 const RankKernel rank_kernel{PANEL, ROWS, own_score, scan, outranking};
-}  // namespace LARES_LEVEL
+}  // namespace LARES_INSTRUCTION_SET
 
 }  // namespace lares_fast

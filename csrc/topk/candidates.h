@@ -1,17 +1,17 @@
-// A query's candidates: appended where they beat the threshold, thinned to about K when the buffer is full.
+// The candidates of a query. Items that beat the threshold are appended. A full buffer is reduced to about K candidates.
 #pragma once
 
 #include <limits>
 
+#include "catalog/panel.h"
 #include "topk/topk_kernel.h"
-#include "simd/panel.h"
 
 namespace lares_fast {
 namespace {
 
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
-// Floats as integers of the same order (-0 just below 0), for a bisection that always ends.
+// Floats as integers of the same order (-0 is just below 0), so that a bisection always ends.
 LARES_INLINE std::int32_t ordered(float x) {
     std::int32_t i;
     std::memcpy(&i, &x, sizeof i);
@@ -50,7 +50,7 @@ inline void drop_excluded(const Candidates& c, std::int64_t b) {
     c.size[b] = to;
 }
 
-// Keeps the candidates from t on and, of those equal to t, the first `ties`; order stays.
+// Keeps the candidates above t, and the first `ties` of the candidates equal to t. The order does not change.
 inline std::int64_t keep(float* scores, std::int32_t* ids, std::int64_t n, float t, std::int64_t ties) {
     std::int64_t to = 0;
     for (std::int64_t i = 0; i < n; ++i) {
@@ -65,7 +65,7 @@ inline std::int64_t keep(float* scores, std::int32_t* ids, std::int64_t n, float
     return to;
 }
 
-// Keeps the candidates from t on; order stays.
+// Keeps the candidates that are at least t. The order does not change.
 inline std::int64_t keep_from(float* scores, std::int32_t* ids, std::int64_t n, float t) {
     std::int64_t to = 0;
     const Vec least = broadcast(t);
@@ -85,7 +85,7 @@ inline void compact(const Candidates& c, std::int64_t b) {
     std::int32_t* ids = c.ids + b * c.stride;
     const std::int64_t n = c.size[b], K = c.K;
     if (n >= K) {
-        // count(>= low) >= K and count(>= high) < K, where high is just above the best.
+        // Always count(>= low) >= K and count(>= high) < K. At first `high` is just above the best score.
         Vec worst = broadcast(scores[0]), best = worst;
         std::int64_t i = 0;
         for (; i + W <= n; i += W) {
@@ -117,7 +117,7 @@ inline void compact(const Candidates& c, std::int64_t b) {
         }
         const float t = from_ordered(static_cast<std::int32_t>(low));
         if (at_low > K + K / 8) {
-            // Masses of ties with t: of these the first win.
+            // Very many candidates are equal to t. The first of them win.
             std::int64_t above = 0;
             for (std::int64_t j = 0; j < n; ++j) above += scores[j] > t;
             c.size[b] = keep(scores, ids, n, t, K - above);
@@ -129,15 +129,15 @@ inline void compact(const Candidates& c, std::int64_t b) {
     c.clean[b] = c.size[b];
 }
 
-// Appends those of PANEL consecutive items from `first` on that beat the threshold. `exists` has a mask a vector.
-// Without a branch on what a vector holds: half of those would be mispredicted.
+// Appends the items that beat the threshold, out of PANEL consecutive items from `first` on. `exists` has one mask a
+// vector. There is no branch on the values of a vector, because half of such branches would be predicted wrongly.
 inline void append(const Candidates& c, std::int64_t b, const float* lanes, std::int32_t first, const Mask (&exists)[VECS]) {
     const Vec t = broadcast(c.threshold[b]);
     float* scores = c.scores + b * c.stride;
     std::int32_t* ids = c.ids + b * c.stride;
     std::int64_t n = c.size[b];
     for (int v = 0; v < VECS; ++v) {
-        // The maximum is its second operand where the first is NaN.
+        // If the first operand is NaN, the maximum is the second operand.
         const Vec score = max(load(lanes + v * W), broadcast(LOWEST));
         const Mask mask = not_less_equal(score, t) & exists[v];
         compress(scores + n, mask, score);

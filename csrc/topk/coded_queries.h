@@ -1,11 +1,11 @@
-// A block of queries in int8, with what the screening bound needs to know of each.
+// A block of queries in int8, with the values of each query that the screening bound needs.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-#include "topk/query_tiles.h"
+#include "catalog/query_tiles.h"
 #include "topk/screen_kernel.h"
 
 namespace lares_fast {
@@ -36,7 +36,7 @@ class CodedQueries {
         }
         double step = largest / coding.largest;
         if (coding.bounded_norms) step = std::fmax(step, std::sqrt(scaled) / code_norm(D));
-        // A query whose steps are not normal floats gets an infinite norm: all its items survive.
+        // A query whose step is not a normal float gets an infinite norm, so that all its items survive.
         const bool usable = std::isfinite(scaled) && (step == 0 || (step > 1e-30 && step < 1e30));
         if (!usable) norm = INFINITY;
         if (!usable || step == 0) step = 1;
@@ -45,7 +45,7 @@ class CodedQueries {
             const double code = std::nearbyint(x / step);
             error += (x - code * step) * (x - code * step);
             const std::uint32_t byte = static_cast<std::uint32_t>(static_cast<int>(code) + coding.offset);
-            // What a group has beyond D stays 0: its item codes are 0 too.
+            // Bytes of a group beyond D stay 0. Their item codes are 0 too.
             for (int place = static_cast<int>(d % coding.group); place < 4; place += coding.group) words[d / coding.group] |= byte << 8 * place;
         }
         // Norms are rounded up.

@@ -3,46 +3,35 @@
 #include <atomic>
 #include <cmath>
 
-#include "parallel.h"
-#include "simd/level.h"
-#include "topk/checks.h"
+#include "base/parallel.h"
+#include "catalog/checks.h"
+#include "simd/dispatch.h"
 #include "topk/screen_kernel.h"
 #include "topk/topk_kernel.h"
 
 namespace lares_fast {
 
-#if defined(__x86_64__)
-namespace avx2 { extern const ScreenKernel screen_kernel; }
-namespace avx512 { extern const ScreenKernel screen_kernel; }
-namespace avx512vnni { extern const ScreenKernel screen_kernel; }
-const ScreenKernel* screen_kernel() {
-    if (has_vnni()) return &avx512vnni::screen_kernel;
-    if (level() >= Level::avx512) return &avx512::screen_kernel;
-    return level() == Level::avx2 ? &avx2::screen_kernel : nullptr;
-}
-#else
-const ScreenKernel* screen_kernel() { return nullptr; }
-#endif
+LARES_DISPATCH(LARES_BYTE_SETS, ScreenKernel, screen_kernel)
 
 float code_norm(std::int64_t D) {
-    // Rounding moves a vector of codes by at most half of sqrt(D); 180.5 squared leaves room below 2^15.
+    // Rounding moves a vector of codes by at most half of sqrt(D). The square of 180.5 leaves room below 2^15.
     return 180.5f - 0.5f * std::sqrt(static_cast<float>(D));
 }
 
 namespace {
 
-constexpr std::int64_t SCREENED_N = 32768;  // below, there is little to leave out
-constexpr std::int64_t SCREENED_D = 512;    // the bound's own rounding is allowed for up to here
-constexpr std::int64_t BATCH = 256;         // panels a thread takes at a time
+constexpr std::int64_t SCREENED_N = 32768;  // screening gains little with fewer items
+constexpr std::int64_t SCREENED_D = 512;    // the bound allows for its own rounding up to this width
+constexpr std::int64_t BATCH = 256;         // panels that a thread takes at a time
 
 }  // namespace
 
 IndexShape index_shape(std::int64_t N, std::int64_t D) {
     check_sizes(0, N, D, 1);
-    const std::int64_t panel = topk_kernel().panel;
+    const std::int64_t panel = best_topk_kernel()->panel;
     IndexShape shape{panel, (N + panel - 1) / panel, 0, 0, 0, 0};
-    if (!screen_kernel() || N < SCREENED_N || D == 0 || D > SCREENED_D) return shape;
-    const Coding& coding = screen_kernel()->coding;
+    if (!best_screen_kernel() || N < SCREENED_N || D == 0 || D > SCREENED_D) return shape;
+    const Coding& coding = best_screen_kernel()->coding;
     shape.coded_panel = coding.panel;
     shape.coded_panels = (N + coding.panel - 1) / coding.panel;
     shape.code_bytes = (D + coding.group - 1) / coding.group * coding.group;
@@ -64,9 +53,9 @@ void build_index(const float* items, std::int64_t N, std::int64_t D, const Index
         for (std::int64_t batch; (batch = next.fetch_add(1)) < batches;) {
             const std::int64_t first = batch * BATCH, last = std::min(panels, first + BATCH);
             if (screened) {
-                screen_kernel()->build(items, N, D, tables, first, last);
+                best_screen_kernel()->build(items, N, D, tables, first, last);
             } else {
-                topk_kernel().pack(items, N, D, tables.panels, first, last);
+                best_topk_kernel()->pack(items, N, D, tables.panels, first, last);
             }
         }
     });

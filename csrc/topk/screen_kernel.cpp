@@ -1,26 +1,26 @@
 #include "topk/screen_kernel.h"
 
+#include "catalog/scores.h"
 #include "simd/bytes.h"
 #include "topk/candidates.h"
-#include "topk/scores.h"
 
 namespace lares_fast {
 namespace {
 
 static_assert(VECS == 3, "screen_tile takes three registers of items");
-constexpr int CODED_PANEL = VECS * LANES;
+constexpr int CODED_PANEL = VECS * CODE_SUMS;
 static_assert(CODED_PANEL % PANEL == 0, "a panel of codes is whole panels of floats");
-// Survivors wait until a vector of them can be scored at once; one panel more may come before that.
+// Survivors are collected until they fill a vector. Before that, one more panel may be added.
 constexpr std::int64_t STRIDE = 2 * W + CODED_PANEL;
-// Survivors cost about as much as a hundred screened items: above this share fp32 is the faster way.
+// A survivor costs about as much time as a hundred screened items. Above this share of survivors fp32 is faster.
 constexpr float SHARE = 0.03f;
-constexpr float BURST = 0.5f;  // of a panel, beyond the share
+constexpr float BURST = 0.5f;  // survivors allowed beyond the share, as a part of a panel
 constexpr float ROUNDING = 1.2e-7f;
-constexpr Coding CODING{CODED_PANEL, GROUP, sizeof(Lane), OFFSET, OFFSET - 1, sizeof(Lane) == 2};
+constexpr Coding CODING{CODED_PANEL, GROUP, sizeof(CodeSum), OFFSET, OFFSET - 1, sizeof(CodeSum) == 2};
 
 LARES_INLINE Vec absolute(Vec x) { return max(x, sub(broadcast(0.0f), x)); }
 
-// To the nearest integer, for |x| below 2^22.
+// Rounds to the nearest integer, for |x| below 2^22.
 LARES_INLINE Vec rounded(Vec x) {
     const Vec shift = broadcast(0x1.8p23f);
     return sub(add(x, shift), shift);
@@ -33,9 +33,9 @@ float highest(Vec x, Mask lanes) {
     return best;
 }
 
-// Codes of the panel of up to CODED_PANEL items that stand as panels of floats from `panel` on.
+// Computes the codes of up to CODED_PANEL items, which are in panels of floats from `panel` on.
 void code_panel(const float* panel, std::int64_t rows, std::int64_t D, float norm_limit, float centre_norm, const IndexTables& t,
-                std::int8_t* codes, Lane* start, float* bounds) {
+                std::int8_t* codes, CodeSum* start, float* bounds) {
     const auto each = [&](auto&& body) {
         for (int first = 0; first < rows; first += W) {
             body(panel + first / PANEL * PANEL * D + first % PANEL, first, first_lanes(rows - first));
@@ -52,7 +52,7 @@ void code_panel(const float* panel, std::int64_t rows, std::int64_t D, float nor
             scaled_square = fma(x, x, scaled_square);
             square = fma(item, item, square);
         }
-        // A NaN or an infinite item shows in the sum of squares; so does one too large to code.
+        // The sum of squares shows a NaN, an infinity, and an item that is too large to code.
         finite &= (greater_equal(broadcast(1e30f), add(scaled_square, square)) & lanes) == lanes;
         most = __builtin_fmaxf(most, highest(size, lanes));
         scaled = __builtin_fmaxf(scaled, highest(scaled_square, lanes));
@@ -87,11 +87,11 @@ void code_panel(const float* panel, std::int64_t rows, std::int64_t D, float nor
         store(sums, sum);
         for (Mask rest = lanes; rest; rest &= rest - 1) {
             const int lane = __builtin_ctz(rest);
-            start[first + lane] = static_cast<Lane>(-OFFSET * static_cast<std::int32_t>(sums[lane]));
+            start[first + lane] = static_cast<CodeSum>(-OFFSET * static_cast<std::int32_t>(sums[lane]));
         }
     });
-    // The sums above round too; two parts in a hundred thousand cover that for any D that is screened. A panel without
-    // a usable step gets an infinite bound: all its items survive.
+    // The sums above round, too. Two parts in a hundred thousand cover that for every D that is screened. A panel without a
+    // usable step gets an infinite bound, so that all its items survive.
     constexpr float up = 1.00002f;
     bounds[0] = inverse;
     bounds[1] = usable ? up * __builtin_sqrtf(residual) : __builtin_inff();
@@ -113,14 +113,14 @@ void build(const float* items, std::int64_t N, std::int64_t D, const IndexTables
             pack_panel(items + (first + row) * D, rows - row < PANEL ? rows - row : PANEL, D, panel + row * D);
         }
         std::memset(t.codes + p * bytes, 0, static_cast<std::size_t>(bytes));
-        std::memset(static_cast<Lane*>(t.start) + first, 0, CODED_PANEL * sizeof(Lane));
-        code_panel(panel, rows, D, norm_limit, centre_norm, t, t.codes + p * bytes, static_cast<Lane*>(t.start) + first, t.bounds + 4 * p);
+        std::memset(static_cast<CodeSum*>(t.start) + first, 0, CODED_PANEL * sizeof(CodeSum));
+        code_panel(panel, rows, D, norm_limit, centre_norm, t, t.codes + p * bytes, static_cast<CodeSum*>(t.start) + first, t.bounds + 4 * p);
     }
 }
 
-// Scores up to W waiting survivors of query b in fp32 and appends those that beat the threshold.
+// Scores up to W survivors of query b in fp32, and appends those that beat the threshold.
 void rescore(const Screen& s, std::int64_t b, std::int32_t* ids, int n) {
-    const Scan& scan = s.scan;
+    const TopkScan& scan = s.scan;
     const std::int64_t D = scan.catalog.D;
     for (int lane = n; lane < W; ++lane) ids[lane] = ids[n - 1];
     const Vec sums = score_rows(s.rows + b * D, [&](int r) { return scan.catalog.items + static_cast<std::int64_t>(ids[r]) * D; },
@@ -135,7 +135,7 @@ void rescore(const Screen& s, std::int64_t b, std::int32_t* ids, int n) {
     if (c.size[b] + PANEL > c.capacity) compact(c, b);
 }
 
-// Scores what waits, but for less than a vector unless `all`.
+// Scores the waiting survivors in whole vectors. With `all` it also scores the rest.
 void flush(const Screen& s, std::int64_t b, bool all) {
     std::int32_t* const pending = s.pending + b * STRIDE;
     std::int32_t n = s.waiting[b], from = 0;
@@ -148,7 +148,7 @@ void flush(const Screen& s, std::int64_t b, bool all) {
     s.waiting[b] = n - from;
 }
 
-// limit[b]: a sum of codes up to it proves that the item's score does not beat query b's threshold.
+// Computes limit[b]: if a sum of codes is at most the limit, the item's score cannot beat the threshold of query b.
 void set_limits(const Screen& s, const float* bounds) {
     const CodedView& q = s.query;
     const std::int64_t B = s.scan.B;
@@ -158,26 +158,27 @@ void set_limits(const Screen& s, const float* bounds) {
         float left = threshold - centred - 4 * ROUNDING * sizes;
         left -= q.scaled[b] * bounds[1] + q.error[b] * bounds[2] + q.norm[b] * bounds[3];
         left = left * q.inverse[b] * bounds[0];
-        // This arithmetic rounds as well: two units and four parts in a million less. NaN fails the comparison: everything
-        // survives.
+        // This arithmetic rounds as well, so the limit is lowered by two units and four parts in a million. With NaN the
+        // comparison fails, and all items survive.
         left -= 4e-6f * __builtin_fabsf(left) + 2.0f;
-        constexpr float lowest = sizeof(Lane) == 2 ? -32768.0f : -2147483648.0f, highest = sizeof(Lane) == 2 ? 32767.0f : 2147483520.0f;
+        constexpr float lowest = sizeof(CodeSum) == 2 ? -32768.0f : -2147483648.0f, highest = sizeof(CodeSum) == 2 ? 32767.0f : 2147483520.0f;
         left = left > lowest ? left : lowest;
         left = left < highest ? left : highest;
         const auto limit = static_cast<std::int32_t>(left);
-        s.limit[b] = sizeof(Lane) == 2 ? static_cast<std::int32_t>((limit & 0xffff) * 0x10001u) : limit;
+        s.limit[b] = sizeof(CodeSum) == 2 ? static_cast<std::int32_t>((limit & 0xffff) * 0x10001u) : limit;
     }
 }
 
-// Takes in the items of a panel whose bits are set; returns how many.
-__attribute__((noinline)) std::int64_t survive(const Screen& s, std::int64_t b, std::int64_t item, std::int64_t last, const std::uint64_t (&lanes)[VECS]) {
+// Adds the items of a panel whose bits are set to the survivors. Returns how many there are.
+__attribute__((noinline)) std::int64_t survive(const Screen& s, std::int64_t b, std::int64_t item, std::int64_t last,
+                                               const std::uint64_t (&lanes)[VECS]) {
     std::int32_t* const pending = s.pending + b * STRIDE;
     const std::int32_t before = s.waiting[b];
     const std::int64_t D = s.scan.catalog.D;
     std::int32_t n = before;
     for (int v = 0; v < VECS; ++v) {
         for (std::uint64_t rest = lanes[v]; rest; rest &= rest - 1) {
-            const std::int64_t id = item + v * LANES + __builtin_ctzll(rest);
+            const std::int64_t id = item + v * CODE_SUMS + __builtin_ctzll(rest);
             if (id >= last) break;
             const float* row = s.scan.catalog.items + id * D;
             for (std::int64_t d = 0; d < D; d += 16) __builtin_prefetch(row + d);
@@ -193,22 +194,22 @@ template <int R>
 LARES_INLINE std::int64_t screen_tile(const Screen& s, std::int64_t words, std::int64_t b, std::int64_t item, std::int64_t last) {
     const std::int8_t* codes = s.index.codes + item * words * GROUP;
     const std::uint8_t* query = s.query.codes + b * words * 4;
-    const Lane* start = static_cast<const Lane*>(s.index.start) + item;
+    const CodeSum* start = static_cast<const CodeSum*>(s.index.start) + item;
     Sums sums[R][VECS];
     for (int v = 0; v < VECS; ++v) {
-        for (int r = 0; r < R; ++r) sums[r][v] = load_sums(start + v * LANES);
+        for (int r = 0; r < R; ++r) sums[r][v] = load_sums(start + v * CODE_SUMS);
     }
 #pragma GCC unroll 2
     for (std::int64_t w = 0; w < words; ++w) {
         const std::int8_t* panel = codes + w * CODED_PANEL * GROUP;
-        const Sums first = load_sums(panel), second = load_sums(panel + LANES * GROUP);
+        const Sums first = load_sums(panel), second = load_sums(panel + CODE_SUMS * GROUP);
         for (int r = 0; r < R; ++r) {
             std::int32_t word;
             std::memcpy(&word, query + (w * R + r) * 4, 4);
             const Sums q = broadcast_word(word);
             sums[r][0] = accumulate(sums[r][0], q, first);
             sums[r][1] = accumulate(sums[r][1], q, second);
-            sums[r][2] = accumulate_at(sums[r][2], q, panel + 2 * LANES * GROUP);
+            sums[r][2] = accumulate_at(sums[r][2], q, panel + 2 * CODE_SUMS * GROUP);
         }
     }
     std::int64_t survivors = 0;
@@ -249,9 +250,9 @@ std::int64_t screen(const Screen& s, std::int64_t first, std::int64_t last) {
 
 }  // namespace
 
-namespace LARES_LEVEL {
+namespace LARES_INSTRUCTION_SET {
 extern const ScreenKernel screen_kernel;
 const ScreenKernel screen_kernel{CODING, STRIDE, screen, build};
-}  // namespace LARES_LEVEL
+}  // namespace LARES_INSTRUCTION_SET
 
 }  // namespace lares_fast

@@ -1,15 +1,15 @@
-// Sorted lists of candidates in device memory, each kept by one warp.
+// Sorted lists of candidates in device memory. One warp keeps each list.
 #pragma once
 
-#include "cuda/scores.cuh"
+#include "catalog/scores.cuh"
 
 namespace lares_fast {
 
-// The order of candidates as one integer: score, then the lower id. 0 stands for none. Ids stay below 2^32 - 1.
+// A candidate as one integer, ordered by score and then by the lower id. 0 means no candidate. Ids are below 2^32 - 1.
 using Rank = unsigned long long;
 
 __device__ __forceinline__ Rank make_rank(float score, std::int64_t id) {
-    // Adding 0 makes 0 of -0.
+    // Adding 0 turns -0 into 0.
     const std::uint32_t bits = __float_as_uint(score + 0.0f);
     const std::uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
     return static_cast<Rank>(ordered) << 32 | ~static_cast<std::uint32_t>(id);
@@ -30,7 +30,7 @@ __device__ __forceinline__ Rank exchange(Rank mine, int distance, bool keep_grea
     return (mine > other) == keep_greater ? mine : other;
 }
 
-// Descending over the lanes, from a sequence that first falls and then rises or is a rotation of one.
+// Sorts in descending order over the lanes. The input first falls and then rises, or is a rotation of such a sequence.
 __device__ __forceinline__ Rank sort_bitonic(Rank mine, int lane) {
 #pragma unroll
     for (int distance = WARP / 2; distance > 0; distance /= 2) mine = exchange(mine, distance, (lane & distance) == 0);
@@ -48,7 +48,8 @@ __device__ inline Rank sort(Rank mine, int lane) {
     return sort_bitonic(mine, lane);
 }
 
-// Merges the warp's WARP ranks, descending over the lanes, into list [length]. The same lane always touches a place of it.
+// Merges the warp's WARP ranks, which descend over the lanes, into list [length]. A place of the list is always touched by
+// the same lane.
 __device__ inline void merge(Rank* list, int length, Rank mine, int lane) {
 #pragma unroll 1
     for (int at = 0; at < length; at += WARP) {

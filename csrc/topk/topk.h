@@ -7,10 +7,10 @@
 
 namespace lares_fast {
 
-// Order: score descending, then id ascending. NaN ranks, and is returned, as -inf; -0 and 0 tie.
-// A score is the fp32 sum of the bias and the D products in that order, by fused multiply-adds where the SIMD level has
-// them: it depends on nothing but its own two rows, so no batch size and no thread count changes a bit of it.
-// Fewer than k candidates: id -1 and score -inf fill the rest.
+// Results are ordered by descending score, then by ascending id. NaN ranks as -inf and is returned as -inf; -0 and 0 are
+// equal. A score is the fp32 sum of the bias and the D products in that order, with fused multiply-adds if the SIMD level
+// has them. It depends on its two rows and the bias alone: neither the batch size nor the number of threads changes a bit
+// of it. If there are fewer than k candidates, id -1 and score -inf fill the rest.
 struct Topk {
     const float* query;                   // [B, D]
     const float* items;                   // [N, D]
@@ -20,11 +20,12 @@ struct Topk {
     float* scores;                        // [B, k]
     std::int64_t* ids;                    // [B, k]
     std::int64_t B, N, D, k;
-    IndexTables index;                    // of the same items, or nulls; without effect on the answer
+    IndexTables index;                    // an index of these items, or nulls; it does not change the result
 };
 
-// Workspace beside the outputs, a thread: a panel of items and, for a block of queries that takes at most 16 MiB of them,
-// about 2k candidates of each and its exclusions.
+// Throws std::invalid_argument if a size, pointer or exclusion is out of range. Each thread needs workspace for a panel of
+// items and for a block of queries: about 2k candidates and the exclusions of each query. The candidates of a block take at
+// most 16 MiB.
 void topk_cpu(const Topk& call, std::int64_t threads);
 
 }  // namespace lares_fast

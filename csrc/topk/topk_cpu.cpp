@@ -8,24 +8,27 @@
 #include <numeric>
 #include <vector>
 
-#include "parallel.h"
+#include "base/parallel.h"
+#include "catalog/checks.h"
 #include "simd/dispatch.h"
-#include "topk/checks.h"
-#include "topk/walk.h"
+#include "topk/selection.h"
 
 namespace lares_fast {
 
-LARES_DISPATCH(TopkKernel, topk_kernel)
+LARES_DISPATCH(LARES_FLOAT_SETS, TopkKernel, topk_kernel)
 
 namespace {
 
-constexpr std::int64_t BLOCK = 1024;                // queries that share one walk over the catalog
-constexpr std::int64_t CANDIDATE_BYTES = 16 << 20;  // of one block, so that a large K takes smaller blocks
-constexpr std::int64_t CHUNK = 32768;               // items a thread takes at a time, at most
-constexpr std::int64_t UNIT = 96;                   // a multiple of every panel
-constexpr std::int64_t SAMPLE = 2048;               // items whose scores suggest a first threshold: at most so many
-constexpr std::int64_t SPREAD = 12;                 // and at most one in so many
-constexpr std::size_t FEW = 384;                    // keys below which comparing all pairs beats a sort
+// Queries that share one pass over the catalog.
+constexpr std::int64_t BLOCK_QUERIES = 1024;
+// The most memory for the candidates of one block. A large K therefore takes smaller blocks.
+constexpr std::int64_t CANDIDATE_BYTES = 16 << 20;
+// The most items that a thread takes at a time, and the unit of that number: a multiple of every panel size.
+constexpr std::int64_t TASK_ITEMS = 32768, TASK_UNIT = 96;
+// First thresholds are guessed from a sample of at most SAMPLE items, and of at most one in SAMPLE_SPREAD items.
+constexpr std::int64_t SAMPLE = 2048, SAMPLE_SPREAD = 12;
+// Up to this many keys, comparing all pairs is faster than a sort.
+constexpr std::size_t FEW_KEYS = 384;
 
 void check(const Topk& t, std::int64_t threads) {
     check_sizes(t.B, t.N, t.D, threads);
@@ -37,37 +40,39 @@ void check(const Topk& t, std::int64_t threads) {
     check_exclude(t.exclude_offsets, t.exclude_ids, t.B, t.N);
 }
 
-// A threshold for each query that more than K items very likely beat: from the scores of panels spread over the catalog.
-// It only has to be likely, as a query with fewer than K results in the end is walked again without it.
-std::vector<float> guess(const Walk::Work& work) {
-    const std::int64_t panel = work.kernel.panel, N = work.call.N;
-    const std::int64_t panels = std::min(SAMPLE, N / SPREAD) / panel;
+// Guesses a threshold for each query from the scores of panels spread over the catalog. Very likely more than K items beat
+// it. A wrong guess costs time only: a query with fewer than K results is answered again without a threshold.
+std::vector<float> guess_thresholds(const QueryBlock& block) {
+    const std::int64_t panel = block.kernel.panel, N = block.call.N;
+    const std::int64_t panels = std::min(SAMPLE, N / SAMPLE_SPREAD) / panel;
     std::int64_t most = 0;
-    for (std::int64_t b = 0; b < work.B; ++b) most = std::max(most, work.excluded.count(work.rows[b]));
-    // About Poisson: of the best K and what is excluded, so many lie in the sample.
-    const double mean = static_cast<double>(work.K + most) * static_cast<double>(panels * panel) / static_cast<double>(N);
+    for (std::int64_t b = 0; b < block.B; ++b) most = std::max(most, block.excluded.count(block.rows[b]));
+    // The number of the best K and of the excluded items that are in the sample is about Poisson.
+    const double mean = static_cast<double>(block.K + most) * static_cast<double>(panels * panel) / static_cast<double>(N);
     const auto place = static_cast<std::int64_t>(std::ceil(mean + 3 * std::sqrt(mean) + 3));
     if (4 * place > panels * panel) return {};
-    Walk walk(work, place, {}, false);
+    BlockSelection sample(block, place, {}, false);
     const std::int64_t step = N / panel / panels * panel;
-    for (std::int64_t p = 0; p < panels; ++p) walk.items(p * step, p * step + panel);
-    walk.finish();
+    for (std::int64_t p = 0; p < panels; ++p) sample.add_items(p * step, p * step + panel);
+    sample.finish();
     std::vector<float> thresholds;
-    for (std::int64_t b = 0; b < work.B; ++b) thresholds.push_back(std::nextafter(walk.threshold(b), -std::numeric_limits<float>::infinity()));
+    for (std::int64_t b = 0; b < block.B; ++b) {
+        thresholds.push_back(std::nextafter(sample.threshold(b), -std::numeric_limits<float>::infinity()));
+    }
     return thresholds;
 }
 
-void write(const Walk::Work& work, std::int64_t b, std::vector<std::uint64_t>& keys) {
-    const std::int64_t k = work.call.k, row = work.rows[b];
+void write_results(const QueryBlock& block, std::int64_t b, std::vector<std::uint64_t>& keys) {
+    const std::int64_t k = block.call.k, row = block.rows[b];
     const std::int64_t found = std::min<std::int64_t>(k, static_cast<std::int64_t>(keys.size()));
-    if (keys.size() <= FEW) {
+    if (keys.size() <= FEW_KEYS) {
         const std::vector<std::uint64_t> unsorted = keys;
-        work.kernel.sort_few(unsorted.data(), static_cast<std::int64_t>(unsorted.size()), keys.data());
+        block.kernel.sort_few(unsorted.data(), static_cast<std::int64_t>(unsorted.size()), keys.data());
     } else {
         std::sort(keys.begin(), keys.end());
     }
-    float* scores = work.call.scores + row * k;
-    std::int64_t* ids = work.call.ids + row * k;
+    float* scores = block.call.scores + row * k;
+    std::int64_t* ids = block.call.ids + row * k;
     for (std::int64_t i = 0; i < found; ++i) {
         scores[i] = key_score(keys[static_cast<std::size_t>(i)]);
         ids[i] = key_id(keys[static_cast<std::size_t>(i)]);
@@ -76,32 +81,33 @@ void write(const Walk::Work& work, std::int64_t b, std::vector<std::uint64_t>& k
     std::fill(ids + found, ids + k, std::int64_t{-1});
 }
 
-// Answers the queries of `work`, but for those, which it returns, that have fewer than K results because of `thresholds`.
-std::vector<std::int64_t> answer(const Walk::Work& work, const std::vector<float>& thresholds, std::int64_t threads) {
-    const std::int64_t N = work.call.N;
-    // Threads share out the catalog: each walks ascending ids of its own, and the order of results is total.
-    const std::int64_t chunk = std::max<std::int64_t>(std::min(CHUNK, N / threads) / UNIT, 1) * UNIT;
-    const std::int64_t chunks = (N + chunk - 1) / chunk;
-    const std::int64_t walkers = std::clamp<std::int64_t>(std::min(threads, chunks), 1, 1024);
-    std::vector<std::unique_ptr<Walk>> walks(static_cast<std::size_t>(walkers));
-    std::atomic<std::int64_t> next_walk{0}, next_chunk{0};
-    run_on_threads(walkers, [&] {
-        auto& walk = walks[static_cast<std::size_t>(next_walk.fetch_add(1))];
-        walk = std::make_unique<Walk>(work, work.K, thresholds, true);
-        for (std::int64_t c; (c = next_chunk.fetch_add(1)) < chunks;) walk->items(c * chunk, std::min(N, (c + 1) * chunk));
-        walk->finish();
+// Answers the queries of `block`. Returns the queries that found fewer than K results because of `thresholds`; their outputs
+// are not written.
+std::vector<std::int64_t> answer(const QueryBlock& block, const std::vector<float>& thresholds, std::int64_t threads) {
+    const std::int64_t N = block.call.N;
+    // Each thread takes parts of the catalog with ascending ids. The order of results is total, so the parts do not matter.
+    const std::int64_t part = std::max<std::int64_t>(std::min(TASK_ITEMS, N / threads) / TASK_UNIT, 1) * TASK_UNIT;
+    const std::int64_t parts = (N + part - 1) / part;
+    const std::int64_t workers = std::clamp<std::int64_t>(std::min(threads, parts), 1, 1024);
+    std::vector<std::unique_ptr<BlockSelection>> selections(static_cast<std::size_t>(workers));
+    std::atomic<std::int64_t> next_selection{0}, next_part{0};
+    run_on_threads(workers, [&] {
+        auto& selection = selections[static_cast<std::size_t>(next_selection.fetch_add(1))];
+        selection = std::make_unique<BlockSelection>(block, block.K, thresholds, true);
+        for (std::int64_t p; (p = next_part.fetch_add(1)) < parts;) selection->add_items(p * part, std::min(N, (p + 1) * part));
+        selection->finish();
     });
     std::vector<std::int64_t> failed;
     std::vector<std::uint64_t> keys;
-    for (std::int64_t b = 0; b < work.B; ++b) {
+    for (std::int64_t b = 0; b < block.B; ++b) {
         keys.clear();
-        for (const auto& walk : walks) {
-            if (walk) walk->keys(b, keys);
+        for (const auto& selection : selections) {
+            if (selection) selection->append_keys(b, keys);
         }
-        if (!thresholds.empty() && static_cast<std::int64_t>(keys.size()) < work.K) {
-            failed.push_back(work.rows[b]);
+        if (!thresholds.empty() && static_cast<std::int64_t>(keys.size()) < block.K) {
+            failed.push_back(block.rows[b]);
         } else {
-            write(work, b, keys);
+            write_results(block, b, keys);
         }
     }
     return failed;
@@ -112,17 +118,18 @@ std::vector<std::int64_t> answer(const Walk::Work& work, const std::vector<float
 void topk_cpu(const Topk& call, std::int64_t threads) {
     check(call, threads);
     if (call.B == 0) return;
-    const TopkKernel& kernel = topk_kernel();
-    const ScreenKernel* screen = call.index.codes && !call.bias ? screen_kernel() : nullptr;
+    const TopkKernel& kernel = *best_topk_kernel();
+    const ScreenKernel* screen = call.index.codes && !call.bias ? best_screen_kernel() : nullptr;
     const SortedExclusions excluded(call);
     const std::int64_t K = std::min(call.k, call.N);
-    const std::int64_t block = std::clamp<std::int64_t>(CANDIDATE_BYTES / Walk::bytes_a_query(K, kernel), kernel.rows, BLOCK);
-    for (std::int64_t first = 0; first < call.B; first += block) {
-        std::vector<std::int64_t> rows(static_cast<std::size_t>(std::min(block, call.B - first)));
+    const std::int64_t size =
+        std::clamp<std::int64_t>(CANDIDATE_BYTES / BlockSelection::bytes_a_query(K, kernel), kernel.rows, BLOCK_QUERIES);
+    for (std::int64_t first = 0; first < call.B; first += size) {
+        std::vector<std::int64_t> rows(static_cast<std::size_t>(std::min(size, call.B - first)));
         std::iota(rows.begin(), rows.end(), first);
-        const Walk::Work work(call, rows, K, excluded, kernel, screen);
-        const std::vector<std::int64_t> failed = answer(work, guess(work), threads);
-        if (!failed.empty()) answer(Walk::Work(call, failed, K, excluded, kernel, screen), {}, threads);
+        const QueryBlock block(call, rows, K, excluded, kernel, screen);
+        const std::vector<std::int64_t> failed = answer(block, guess_thresholds(block), threads);
+        if (!failed.empty()) answer(QueryBlock(call, failed, K, excluded, kernel, screen), {}, threads);
     }
 }
 

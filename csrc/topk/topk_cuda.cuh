@@ -1,4 +1,4 @@
-// The kernels of top-K and their order of launch; nvcc compiles them for devices, g++ for csrc/emulator.
+// The kernels of top-K and their launches. nvcc compiles them for devices, and g++ for csrc/emulator.
 #pragma once
 
 #include "topk/sorted_list.cuh"
@@ -6,16 +6,18 @@
 
 namespace lares_fast {
 
-struct TopkScan {
+struct TopkDeviceScan {
     Scores scores;
     const std::int64_t* exclude_offsets;
     const std::int64_t* exclude_ids;
     std::int64_t E;
-    // [B]: a rank that k candidates of the query reach, raised by every split. Only a hint: nobody waits for it.
+    // [B]: a rank that at least k candidates of the query reach. Every split raises it. It is only a hint: no thread waits
+    // for it.
     Rank* reached;
     Rank* lists;  // [splits, B, sorted + QUEUE]
     int k, sorted, splits, item_tiles;
-    int stride, step;  // between the first tiles of two splits, and between two tiles of one, modulo their number
+    // From the first tile of a split to that of the next one, and from a tile of a split to its next one, modulo their number.
+    int stride, step;
 };
 
 __device__ inline bool contains(const std::int64_t* ids, std::uint32_t count, std::int64_t id) {
@@ -32,14 +34,14 @@ __device__ inline bool contains(const std::int64_t* ids, std::uint32_t count, st
     return false;
 }
 
-// What a warp knows of its queries. Lane i keeps the threshold of query i.
-struct Warp {
-    const TopkScan& scan;
+// The queries of one warp. Lane i keeps the threshold of query i.
+struct TopkWarp {
+    const TopkDeviceScan& scan;
     Lane lane;
     int first_query;
     Rank threshold;
 
-    __device__ explicit Warp(const TopkScan& s) : scan(s), threshold(0) {
+    __device__ explicit TopkWarp(const TopkDeviceScan& s) : scan(s), threshold(0) {
         first_query = static_cast<int>(blockIdx.x) * TILE_QUERIES + first_row();
         waiting()[lane.lane] = 0;
         for (int row = 0; row < WARP_QUERIES && first_query + row < s.scores.B; ++row) {
@@ -50,7 +52,7 @@ struct Warp {
 
     __device__ __forceinline__ static int first_row() { return static_cast<int>(threadIdx.x) / WARP * WARP_QUERIES; }
 
-    // [WARP_QUERIES] in shared memory: how many candidates each queue holds.
+    // [WARP_QUERIES] in shared memory: the number of candidates in each queue.
     __device__ __forceinline__ int* waiting() const { return query_words(scan.scores) + first_row(); }
 
     __device__ __forceinline__ Rank* list(int row) const {
@@ -59,7 +61,7 @@ struct Warp {
 
     __device__ __forceinline__ Rank* queue(int row) const { return list(row) + scan.sorted; }
 
-    // Moves what waits for query `row` into its list.
+    // Moves the queue of query `row` into its list.
     __device__ void flush(int row) {
         __syncwarp();
         const Rank mine = lane.lane < waiting()[row] ? queue(row)[lane.lane] : 0;
@@ -92,7 +94,7 @@ struct Warp {
 #pragma unroll
             for (int n = 0; n < ROW_SUMS; ++n) {
                 const int at = i * ROW_SUMS + n;
-                // What is not finite always passes, to be computed again.
+                // A sum that is not finite always passes, so that it is computed again.
                 if (!(sums[at] < least && sums[at] >= -FLT_MAX)) left |= 1ull << at;
             }
         }
@@ -112,7 +114,7 @@ struct Warp {
             }
             left &= left - 1;
             __syncwarp();
-            // Four lanes share a row, so a queue grows by at most four a round.
+            // Four lanes share a row, so a queue grows by at most four in a round.
             unsigned full = __ballot_sync(ALL_LANES, waiting()[lane.lane] > QUEUE - 4);
             for (; full; full &= full - 1) flush(__ffs(static_cast<int>(full)) - 1);
             __syncwarp();
@@ -120,10 +122,10 @@ struct Warp {
     }
 };
 
-// The best of every `splits`-th tile, in a list a query.
+// Selects the best of the tiles of one split, in one list a query.
 template <bool PLAIN>
-__global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) topk_scan(const __grid_constant__ TopkScan scan) {
-    Warp warp(scan);
+__global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) topk_scan(const __grid_constant__ TopkDeviceScan scan) {
+    TopkWarp warp(scan);
     const int split = static_cast<int>(blockIdx.y);
     const int tiles = (scan.item_tiles - split + scan.splits - 1) / scan.splits;
     const int first = tiles > 0 ? static_cast<int>(std::int64_t{split} * scan.stride % scan.item_tiles) : 0;
@@ -132,14 +134,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_A_MULTIPROCESSOR) topk_scan(co
         return scan.step < left ? tile + scan.step : scan.step - left;
     };
     const auto tile_of = [&](int tile) { return consecutive(tile, scan.scores.N); };
-    walk<PLAIN>(scan.scores, tiles, first, after, tile_of, [&](const Tile& tile, const float(&sums)[SUMS]) { warp.offer(tile, sums); });
+    for_each_tile<PLAIN>(scan.scores, tiles, first, after, tile_of, [&](const Tile& tile, const float(&sums)[SUMS]) { warp.offer(tile, sums); });
     for (int row = 0; row < WARP_QUERIES && warp.first_query + row < scan.scores.B; ++row) {
         if (warp.waiting()[row] > 0) warp.flush(row);
     }
 }
 
-// Merges the lists of a block's query into the first one, and writes the outputs.
-__global__ void __launch_bounds__(512) topk_merge(const __grid_constant__ TopkScan scan, float* scores, std::int64_t* ids) {
+// Merges the lists of a query into its first list, and writes the outputs. Each block has one query.
+__global__ void __launch_bounds__(512) topk_merge(const __grid_constant__ TopkDeviceScan scan, float* scores, std::int64_t* ids) {
     const int lane = static_cast<int>(threadIdx.x) % WARP, warp = static_cast<int>(threadIdx.x) / WARP;
     const int warps = static_cast<int>(blockDim.x) / WARP;
     const std::int64_t query = blockIdx.x;
@@ -172,8 +174,8 @@ __global__ void __launch_bounds__(512) topk_merge(const __grid_constant__ TopkSc
 // `device` has clear(pointer, bytes) and launch(kernel, grid, threads, shared bytes, arguments...).
 template <class Device>
 void enqueue_topk(Device& device, const TopkCuda& call, const TopkPlan& plan) {
-    TopkScan scan{};
-    scan.scores = make_scores(call, plan.walk);
+    TopkDeviceScan scan{};
+    scan.scores = make_scores(call, plan.scan);
     scan.exclude_offsets = call.exclude_offsets;
     scan.exclude_ids = call.exclude_ids;
     scan.E = call.E;
@@ -181,13 +183,13 @@ void enqueue_topk(Device& device, const TopkCuda& call, const TopkPlan& plan) {
     scan.lists = scan.reached + call.B;
     scan.k = static_cast<int>(call.k);
     scan.sorted = static_cast<int>(plan.sorted);
-    scan.splits = static_cast<int>(plan.walk.splits);
-    scan.item_tiles = static_cast<int>(plan.walk.item_tiles);
+    scan.splits = static_cast<int>(plan.scan.splits);
+    scan.item_tiles = static_cast<int>(plan.scan.item_tiles);
     scan.stride = static_cast<int>(plan.stride);
     scan.step = static_cast<int>(plan.step);
-    const dim3 grid(static_cast<unsigned>(plan.walk.query_tiles), static_cast<unsigned>(plan.walk.splits));
+    const dim3 grid(static_cast<unsigned>(plan.scan.query_tiles), static_cast<unsigned>(plan.scan.splits));
     device.clear(scan.reached, sizeof(Rank) * static_cast<std::size_t>(call.B));
-    device.launch(call.plain ? topk_scan<true> : topk_scan<false>, grid, THREADS, plan.walk.shared_bytes, scan);
+    device.launch(call.plain ? topk_scan<true> : topk_scan<false>, grid, THREADS, plan.scan.shared_bytes, scan);
     const int merge_threads = static_cast<int>(plan.merge_warps) * WARP;
     device.launch(topk_merge, dim3(static_cast<unsigned>(call.B)), merge_threads, 0, scan, call.scores, call.ids);
 }

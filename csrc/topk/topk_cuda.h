@@ -1,16 +1,16 @@
-// Exact top-K on a CUDA device; the contract is that of csrc/topk/topk.h.
+// Exact top-K on a CUDA device. csrc/topk/topk.h has the contract.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
-#include "cuda/plan.h"
+#include "catalog/plan.h"
 
 namespace lares_fast {
 
-// Pointers are the device's. A query whose list has offsets outside of 0..E or falling, or ids that are no items, gets scores of
-// NaN and ids of -1: the host does not see these values. Scores are 3xTF32 products of tensor cores with fp32 sums, or with `plain` one fused
-// multiply-add after the other, which are the bits of topk_cpu.
+// All pointers are device pointers. The host does not see the values of the exclusion lists. A query gets scores of NaN and
+// ids of -1 if its offsets are outside of 0..E or decrease, or if an id is not an item. Scores are 3xTF32 products of tensor
+// cores with fp32 sums. With `plain` they are fused multiply-adds one after the other, with the bits of topk_cpu.
 struct TopkCuda {
     const float* query;                   // [B, D]
     const float* items;                   // [N, D]
@@ -24,8 +24,8 @@ struct TopkCuda {
     bool plain;
 };
 
-// Enqueues on `stream` of `device`; allocates nothing and waits for nothing. Returns why the device refuses, or "".
-// Throws std::invalid_argument for bad sizes and std::runtime_error where the device is beyond use.
-std::string topk_cuda(const TopkCuda& call, const Limits& limits, int device, std::uintptr_t stream);
+// Enqueues work on `stream` of `device`. It allocates nothing and waits for nothing. Returns the error of the launch, or
+// "". Throws std::invalid_argument for bad sizes and std::runtime_error if the device is unusable.
+std::string topk_cuda(const TopkCuda& call, const DeviceLimits& limits, int device, std::uintptr_t stream);
 
 }  // namespace lares_fast

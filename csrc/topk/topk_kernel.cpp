@@ -1,7 +1,7 @@
 #include "topk/topk_kernel.h"
 
+#include "catalog/scores.h"
 #include "topk/candidates.h"
-#include "topk/scores.h"
 
 namespace lares_fast {
 namespace {
@@ -15,7 +15,8 @@ struct Select {
     LARES_INLINE void take(std::int64_t b, const Vec (&sums)[R][VECS], std::int64_t first, const Mask (&exists)[VECS]) const {
         unsigned hits = 0;
         for (int r = 0; r < R; ++r) {
-            // A NaN in the first operand of max is lost, which drops the NaN itself; one in the second stays and counts as a hit.
+            // The maximum drops a NaN in its first operand, so that this NaN is no hit. A NaN in the second operand stays
+            // and counts as a hit.
             const Vec top = max(sums[r][2], max(sums[r][0], sums[r][1]));
             hits |= (not_less_equal(top, broadcast(best.threshold[b + r])) != 0) << r;
         }
@@ -31,8 +32,8 @@ struct Select {
     }
 };
 
-void scan(const Scan& s, std::int64_t first, std::int64_t last) {
-    walk(s.catalog, s.query, s.B, first, last, s.scratch, Select{s.best});
+void scan(const TopkScan& s, std::int64_t first, std::int64_t last) {
+    for_each_panel(s.catalog, s.query, s.B, first, last, s.scratch, Select{s.best});
 }
 
 void pack(const float* items, std::int64_t N, std::int64_t D, float* panels, std::int64_t first, std::int64_t last) {
@@ -52,9 +53,9 @@ void sort_few(const std::uint64_t* keys, std::int64_t n, std::uint64_t* sorted) 
 
 }  // namespace
 
-namespace LARES_LEVEL {
+namespace LARES_INSTRUCTION_SET {
 extern const TopkKernel topk_kernel;
 const TopkKernel topk_kernel{PANEL, ROWS, PANEL, scan, compact, pack, sort_few};
-}  // namespace LARES_LEVEL
+}  // namespace LARES_INSTRUCTION_SET
 
 }  // namespace lares_fast

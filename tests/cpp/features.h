@@ -1,4 +1,4 @@
-// Included before csrc/simd/level.cpp: the program may hide what this CPU has, or have it where it is emulated.
+// Included before csrc/simd/level.cpp. The test program can hide features of this CPU, and show features that are emulated.
 #pragma once
 
 bool shown(const char* feature);

@@ -20,18 +20,20 @@ std::size_t place(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 constexpr double NaN = std::numeric_limits<double>::quiet_NaN(), INFINITE = std::numeric_limits<double>::infinity();
 
-// What follows from the scores is compared with fp64; the scores have the bits of topk. Bounds, u = 2^-24 being half a unit in
-// the last place of fp32:
-// - sum of a row's terms, and with it 1 - p, where p is the target's probability: 192 additions in a lane of fp32, and 3 u x
-//   for a term e^-x, x <= 87 where it counts: 290 u, rounded up.
-// - logprob: the same times 1 - p, and u each of itself and, for the base's rounding, of its row's entropy: within the first.
-// - a sum of the gradients: that of p, and an addition for each item of a tile, row of a block, tile and part: 1e-4, as the
-//   ceiling of tests/oracle.py, of the sum of the terms' sizes.
+// Results are compared with fp64. The fp64 computation starts from scores with the bits of topk. u = 2^-24 is half a unit
+// in the last place of fp32. The bounds are:
+// - Sum of a row's terms, and 1 - p, where p is the target's probability. A lane of fp32 has 192 additions. A term e^-x has
+//   an error of 3 u x, with x <= 87 where it counts. Together that is 290 u, which is rounded up.
+// - logprob. The bound above times 1 - p, u for itself, and u times the entropy of its row for the rounding of the base.
+//   The last error is within the first bound.
+// - A sum of the gradients. The error of p, and an addition for each item of a tile, row of a block, tile and part. The
+//   bound is 1e-4 (the ceiling of tests/oracle.py) of the sum of the absolute terms.
 constexpr double SUM = 512 * 0x1p-24, LOGPROB = 0x1p-23, GRADIENT = 1e-4;
-// fp64: lse is the difference of two numbers up to the size of the scores, times scale.
+// In fp64: lse is the difference of two numbers up to the size of the scores times scale.
 constexpr double WIDE = 0x1p-50;
-// A term of the backward pass is off by 2^-125 and its products by 2^-149, times exp(scale r - lse), r being the fp32 next to
-// lse / scale: below 2^12 up to MOST. Gradients beyond it are not compared, as a score is off by more than 8.
+// A term of the backward pass has an error of 2^-125, and its products have an error of 2^-149. Both are multiplied by
+// exp(scale r - lse), where r is the fp32 number next to lse / scale. That factor is below 2^12 up to MOST. Beyond MOST a
+// score has an error of more than 8, and gradients are not compared.
 constexpr double TERM = 0x1p-113, PRODUCT = 0x1p-137, MOST = 0x1p27;
 
 struct Case {
@@ -48,7 +50,7 @@ struct Case {
             M = one_of({0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 63, 64, 65, 191, 192, 193, 1024, 1025});
             N = one_of({1, 2, 3, 11, 12, 13, 23, 24, 25, 47, 48, 49, 95, 96, 97, 1023, 1024, 1025, 1600, random.between(1, 700)});
             D = one_of({0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 64, 65});
-            // More rows than share a buffer of the backward pass, or more items than the most parts have.
+            // More rows than share a buffer of the backward pass, or more items than the largest number of parts has.
             if (large && tall) M = random.between(4095, 4100);
             if (large && !tall) N = random.between(8100, 8300);
         } while (M * N * (D + 8) > (large ? 1'000'000 : 100'000));
@@ -74,14 +76,14 @@ struct Case {
     }
 };
 
-// A NaN is as good as another: its sign depends on the order of the operands, which is the compiler's.
+// All NaNs count as equal. The sign of a NaN depends on the order of the operands, which the compiler chooses.
 template <class T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
     const auto same = [](T x, T y) { return std::memcmp(&x, &y, sizeof(T)) == 0 || (std::isnan(x) && std::isnan(y)); };
     return std::equal(a.begin(), a.end(), b.begin(), b.end(), same);
 }
 
-// Outputs of both calls, in memory of exactly their size.
+// The outputs of both calls, in memory of exactly their size.
 struct Output {
     std::vector<float> logprob;
     std::vector<double> lse;
@@ -126,7 +128,7 @@ struct Row {
             if (j != target) others += std::exp(score - top_other);
         }
         lse = std::isfinite(top) ? top + std::log(all) : top;
-        // log (others / own): 1 - p of the target may be too small to be seen beside 1, and the sums beside the scores.
+        // log (others / own). 1 - p of the target may vanish beside 1, and the sums may vanish beside the scores.
         const double odds = std::isfinite(top_other) ? top_other - own + std::log(others) : -INFINITE;
         logprob = odds > 0 ? -odds - std::log1p(std::exp(-odds)) : -std::log1p(std::exp(odds));
         if (!std::isfinite(own) || !std::isfinite(lse)) logprob = own - lse;
@@ -137,7 +139,7 @@ struct Row {
     bool gives_gradients() const { return std::abs(own) <= MOST && std::abs(lse) <= MOST; }
 };
 
-// A sum in fp64 and how far off it may be.
+// A sum in fp64 and a bound of its error.
 struct Sum {
     double value = 0.0, bound = 0.0;
 
@@ -306,11 +308,11 @@ void invalid(Random& random) {
         }
     }
     if (of_values) {
-        must_refuse("target_logprob", what.c_str(), [&] { lares_fast::target_logprob_cpu(forward, threads); });
+        must_throw("target_logprob", what.c_str(), [&] { lares_fast::target_logprob_cpu(forward, threads); });
     } else {
-        must_refuse("target_logprob_backward", what.c_str(), [&] { lares_fast::target_logprob_backward_cpu(backward, threads); });
+        must_throw("target_logprob_backward", what.c_str(), [&] { lares_fast::target_logprob_backward_cpu(backward, threads); });
     }
-    if (!(out == fresh)) fail("linear_cross_entropy wrote into the output of a call that it refused: " + what);
+    if (!(out == fresh)) fail("linear_cross_entropy wrote to the output of an invalid call: " + what);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
-// native_tests LEVEL CALLS LARGE CALLERS SEED [BUG]: CALLS random calls of each op of csrc/, valid and invalid, without Python.
-// LEVEL is generic, avx2, avx512 (whose VNNI is hidden) or avx512vnni.
-// One call in LARGE has work for several threads; CALLERS threads make such rounds of calls at the same time. The last line
-// counts what was done; a planted BUG must end in another way.
+//   native_tests LEVEL CALLS LARGE CALLERS SEED [BUG]
+// This program makes CALLS random calls of each op of csrc/, valid and invalid, without Python. LEVEL is generic, avx2, avx512
+// (without VNNI), avx512vnni or amx. One call in LARGE has work for several threads. CALLERS threads make such rounds of calls
+// at the same time. The last line says how many calls were made. With a planted BUG the program must not reach that line.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -20,7 +20,7 @@ const OpTest* const OPS[] = {&op_test::topk, &op_test::build_index, &op_test::ta
                              &op_test::recurrence};
 
 struct Count {
-    std::int64_t valid = 0, refused = 0;
+    std::int64_t valid = 0, invalid = 0;
 };
 
 Count round_of_calls(std::int64_t calls, std::int64_t large, std::uint64_t seed) {
@@ -30,7 +30,7 @@ Count round_of_calls(std::int64_t calls, std::int64_t large, std::uint64_t seed)
         for (const OpTest* op : OPS) {
             if (random.chance(0.5)) {
                 op->invalid(random);
-                ++count.refused;
+                ++count.invalid;
             } else {
                 op->valid(random, large && call % large == 0, random.between(1, 4));
                 ++count.valid;
@@ -54,7 +54,7 @@ int main(int argc, char** argv) {
         const std::string level = argv[1];
         vnni = level == "avx512vnni";
         lares_fast::use_level(vnni ? "avx512" : level);
-        if (vnni && !lares_fast::has_vnni()) op_test::fail("this CPU has no avx512vnni");
+        if (vnni && !lares_fast::has(lares_fast::InstructionSet::avx512vnni)) op_test::fail("this CPU has no avx512vnni");
         if (bug == "ties") op_test::ties_to_the_larger_id = true;
         for (const char* output : {"logprob", "d_hidden", "d_items"}) {
             if (bug == output) op_test::too_large = bug;
@@ -71,7 +71,7 @@ int main(int argc, char** argv) {
                     const Count count = round_of_calls(calls, large, seed + static_cast<std::uint64_t>(caller));
                     const std::lock_guard<std::mutex> lock(mutex);
                     total.valid += count.valid;
-                    total.refused += count.refused;
+                    total.invalid += count.invalid;
                 } catch (const std::exception& error) {
                     const std::lock_guard<std::mutex> lock(mutex);
                     failure = error.what();
@@ -80,8 +80,8 @@ int main(int argc, char** argv) {
         }
         for (std::thread& other : others) other.join();
         if (!failure.empty()) op_test::fail(failure);
-        std::printf("level %s, %d ops: %lld valid, %lld refused\n", argv[1], static_cast<int>(std::size(OPS)),
-                    static_cast<long long>(total.valid), static_cast<long long>(total.refused));
+        std::printf("level %s, %d ops: %lld valid, %lld invalid\n", argv[1], static_cast<int>(std::size(OPS)),
+                    static_cast<long long>(total.valid), static_cast<long long>(total.invalid));
     } catch (const std::exception& error) {
         return std::fprintf(stderr, "%s\n", error.what()), 1;
     }

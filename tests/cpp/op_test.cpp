@@ -5,7 +5,7 @@
 namespace op_test {
 namespace {
 
-// Whether a product and a sum are one rounding at the level in force.
+// Whether a product and a sum are rounded once at the level in force.
 bool fused() {
 #if defined(__x86_64__)
     return lares_fast::level() != lares_fast::Level::generic;
@@ -41,7 +41,7 @@ float Catalog::score(std::int64_t b, std::int64_t item) const {
     const float* q = query.data() + b * D;
     const float* x = items.data() + item * D;
     for (std::int64_t d = 0; d < D; ++d) score = fuse ? std::fma(q[d], x[d], score) : q[d] * x[d] + score;
-    // Adding 0 makes -0 and 0 the same bits.
+    // Adding 0 gives -0 and 0 the same bits.
     return score + 0.0f;
 }
 
@@ -121,7 +121,7 @@ void spoil_lists(Random& random, std::int64_t N, Lists& lists) {
     };
     switch (random.between(0, 3)) {
         case 0: lists.offsets.front() = random.one_of<std::int64_t>({1, -1, std::numeric_limits<std::int64_t>::min()}); break;
-        // Above the last, so that the offsets decrease somewhere.
+        // Above the last offset, so that the offsets decrease somewhere.
         case 1: lists.offsets[any_of(lists.offsets.size() - 1)] = lists.offsets.back() + random.between(1, 1000); break;
         case 2: lists.offsets.back() = -random.between(1, 1000); break;
         default: lists.ids[any_of(lists.ids.size())] = bad_id(random, N);

@@ -1,5 +1,5 @@
-// What a test of one op is, and what the tests of all ops share: random sizes and numbers, scores summed one by one, and
-// complaints. An op joins by an OpTest of its own in tests/cpp/<stem>.cpp and a line in main.cpp.
+// The definition of a test of one op, and what all these tests share: random sizes and numbers, scores summed one by one,
+// and failures. To add an op, add an OpTest in tests/cpp/<stem>.cpp and a line in main.cpp.
 #pragma once
 
 #include <cmath>
@@ -28,7 +28,8 @@ class Random {
         return std::uniform_int_distribution<std::int64_t>(first, last)(engine_);
     }
     bool chance(double share) { return std::bernoulli_distribution(share)(engine_); }
-    // Nearly: four uniform numbers of 16 bits, added. The library's own took half of the program's time.
+    // Nearly normal: the sum of four uniform numbers of 16 bits. The library's own distribution took half of the program's
+    // time.
     float normal() {
         const std::uint64_t bits = engine_();
         const std::uint64_t sum = (bits & 0xFFFF) + (bits >> 16 & 0xFFFF) + (bits >> 32 & 0xFFFF) + (bits >> 48);
@@ -43,12 +44,12 @@ class Random {
     std::mt19937_64 engine_;
 };
 
-// Exclusion lists as the ops take them: unsorted, with repeats.
+// Exclusion lists in the form that the ops take: unsorted, with repeats.
 struct Lists {
     std::vector<std::int64_t> offsets, ids;
 };
 
-// Queries, items and all that may go with them, in memory of exactly their size.
+// Queries, items, biases and exclusions, in memory of exactly their size.
 struct Catalog {
     std::int64_t B, N, D;
     std::vector<float> query, items, bias;
@@ -61,30 +62,32 @@ struct Catalog {
     const std::int64_t* offsets_or_null() const { return with_exclude ? exclude.offsets.data() : nullptr; }
     const std::int64_t* ids_or_null() const { return with_exclude ? exclude.ids.data() : nullptr; }
 
-    // The contract of csrc/topk/topk.h: bias first, then product by product, fused where the level has it.
+    // The contract of csrc/topk/topk.h: the bias first, then product by product, fused if the level has fused
+    // multiply-adds.
     float score(std::int64_t b, std::int64_t item) const;
-    // Of all items; NaN is -inf.
+    // The scores of all items. NaN is -inf.
     std::vector<float> scores(std::int64_t b) const;
     bool excluded(std::int64_t b, std::int64_t item) const;
     std::string describe() const;
 };
 
-// Sizes around the edges of tiles, panels and blocks; with `large` so many items that threads share them.
+// Random sizes around the edges of tiles, panels and blocks. With `large` there are so many items that several threads get
+// some.
 Catalog random_catalog(Random& random, bool large);
 
-// Queries and items alone.
+// Queries and items only.
 Catalog random_rows(Random& random, std::int64_t B, std::int64_t N, std::int64_t D);
 
 // Whether `item` is above `target` in the order of csrc/target_rank/target_rank.h.
 bool outranks(const std::vector<float>& scores, std::int64_t item, std::int64_t target, bool ties_by_id);
 
-// An id that no item has.
+// Returns an id that is not an item.
 std::int64_t bad_id(Random& random, std::int64_t N);
 
-// Exclusion lists, of at least one id, that no op may take.
+// Makes exclusion lists invalid. They must have at least one id.
 void spoil_lists(Random& random, std::int64_t N, Lists& lists);
 
-// One way to spoil a valid call.
+// One way to make a valid call invalid.
 template <class Call>
 struct Spoiler {
     const char* name;
@@ -94,18 +97,18 @@ struct Spoiler {
 inline void fail(const std::string& what) { throw Failure(what); }
 
 template <class Run>
-void must_refuse(const char* op, const char* name, const Run& run) {
+void must_throw(const char* op, const char* name, const Run& run) {
     try {
         run();
     } catch (const std::invalid_argument&) {
         return;
     }
-    fail(std::string(op) + " took a call with " + name);
+    fail(std::string(op) + " accepted a call with " + name);
 }
 
 struct OpTest {
     const char* name;
-    // A random valid call on `threads` threads, compared with the contract spelled out.
+    // A random valid call on `threads` threads. Its results are compared with the contract.
     void (*valid)(Random&, bool large, std::int64_t threads);
     // A random invalid call, which must throw std::invalid_argument.
     void (*invalid)(Random&);
@@ -113,8 +116,8 @@ struct OpTest {
 
 extern const OpTest topk, build_index, target_rank, linear_cross_entropy, recurrence;
 
-// Planted bugs, which the program must not survive: a wrong order in the expectation, an output of linear_cross_entropy
-// that is expected a thousandth too large, a call that claims an item more than there is, and two calls that write one output.
+// Planted bugs that must end the program: a wrong order in the expectation, an output of linear_cross_entropy that is
+// expected 0.1 % too large, a call with one item more than exists, and two calls that write one output.
 extern bool ties_to_the_larger_id;
 extern std::string too_large;
 void read_beyond_the_items();

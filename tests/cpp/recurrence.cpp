@@ -7,10 +7,10 @@
 namespace op_test {
 namespace {
 
-// The ceiling of tests/oracle.py, of the larger of rms and a sixteenth of the largest value.
+// The ceiling of tests/oracle.py. It is relative to the larger of the rms and a sixteenth of the largest value.
 constexpr double CEILING = 1e-4;
 
-// Sum of squares and number of the values of some tensors.
+// The sum of squares and the number of the values of some tensors.
 struct Size {
     double squares = 0.0, count = 0.0;
 
@@ -21,7 +21,7 @@ struct Size {
     double rms() const { return count > 0 ? std::sqrt(squares / count) : 0.0; }
 };
 
-// What is wrong with a tensor, or nothing.
+// Returns what is wrong with a tensor, or "".
 std::string fault(const Case& c, const std::string& name, const Tensor& found, const Rows& truth, double floor) {
     Size size;
     size.add(truth);
@@ -39,7 +39,7 @@ std::string fault(const Case& c, const std::string& name, const Tensor& found, c
     return "";
 }
 
-// A tenth of the rms of all gradients: the floor of the law, because some are zero but for rounding.
+// A tenth of the rms of all gradients. It is the floor of the tolerance, because some gradients are zero up to rounding.
 double floor_of(const Truth& truth) {
     Size all;
     all.add(truth.h_grad), all.add(truth.pre_grad);
@@ -47,8 +47,8 @@ double floor_of(const Truth& truth) {
     return all.rms() / 10;
 }
 
-// True where the truth moves by a tenth of the ceiling when each number moves by a rounding of fp32: what fp32 gives there says
-// nothing about a kernel.
+// Whether the exact result changes by a tenth of the ceiling when each number changes by a rounding of fp32. The fp32
+// result of such a case says nothing about a kernel.
 bool is_ill_conditioned(const Case& c, const Truth& truth) {
     Case moved = c;
     Random random(1);
@@ -87,7 +87,7 @@ std::string fault(const Case& c, const Results& found, const Truth& truth) {
     return text;
 }
 
-// Cases that were compared with the truth, and those of them that were excused as ill-conditioned.
+// The number of cases that were compared, and of those that were excused as ill-conditioned.
 std::atomic<std::int64_t> compared{0}, excused{0};
 
 void compare(const Case& c, const Results& found) {
@@ -99,7 +99,7 @@ void compare(const Case& c, const Results& found) {
     if (++excused > 2 + compared / 400) fail("too many cases are excused as ill-conditioned; the last: " + text);
 }
 
-// Memory is kept from call to call, and must be no way for a NaN to get from one to the next.
+// Memory is kept from call to call. A NaN must not get from one call to the next one.
 void leave_nans_behind(const Case& c) {
     Case spoilt = c;
     std::fill(spoilt.h.begin(), spoilt.h.end(), std::numeric_limits<float>::quiet_NaN());
@@ -231,8 +231,8 @@ void invalid(Random& random) {
         }
     }
     const char* const op = forward ? "recurrence_forward" : "recurrence_backward";
-    must_refuse(op, what.c_str(), [&] { forward ? call.forward(threads) : call.backward(threads); });
-    if (!same_bits(results, fresh)) fail("recurrence wrote into the output of a call that it refused: " + what);
+    must_throw(op, what.c_str(), [&] { forward ? call.forward(threads) : call.backward(threads); });
+    if (!same_bits(results, fresh)) fail("recurrence wrote to the output of an invalid call: " + what);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Random calls of the recurrence, and what they give.
+// Random calls of the recurrence, and their results.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ using Tensor = std::vector<float>;
 
 inline std::size_t place(std::int64_t i) { return static_cast<std::size_t>(i); }
 
-// Weights of one norm or layer, one behind the other, as the reference orders its parameters.
+// Weights of a layer, one after the other, in the order of the reference's parameters.
 enum Layer { QUERY = 0, KEY = 2, VALUE = 4, PROJECTION = 6, NORM_1 = 8, UP = 10, DOWN = 12, NORM_2 = 14, LAYER_WEIGHTS = 16 };
 
 struct Case {
@@ -34,7 +34,7 @@ struct Case {
 
     std::int64_t length(std::int64_t b) const { return offsets[place(b) + 1] - offsets[place(b)]; }
 
-    // Where the norm of the adapter and the layers' weights begin.
+    // The numbers of the first weight of the adapter's norm and of a layer.
     std::size_t norm_weight() const { return shape.adapter == Adapter::linear ? 1 : shape.adapter == Adapter::concat ? 2 : 0; }
     std::size_t layer_weight(std::int64_t layer) const {
         return norm_weight() + (shape.adapter == Adapter::none ? 0 : 2) + place(layer * LAYER_WEIGHTS);
@@ -43,14 +43,14 @@ struct Case {
     std::string describe() const;
 
 private:
-    // Multiplications of a forward, about.
+    // The approximate number of multiplications of a forward pass.
     std::int64_t work() const;
 };
 
-// What outputs hold before a call.
+// The value of all outputs before a call.
 constexpr float UNTOUCHED = 7.0f;
 
-// Of a forward and a backward, in memory of exactly their size.
+// The results of a forward and a backward pass, in memory of exactly their size.
 struct Results {
     Tensor out, tape, h_grad, pre_grad;
     std::vector<Tensor> weight_grads;
@@ -71,7 +71,7 @@ struct Results {
 bool same_bits(const Tensor& a, const Tensor& b);
 bool same_bits(const Results& a, const Results& b);
 
-// A case and its results as the pointers that a call has.
+// A case and its results as the pointers of a call.
 struct Call {
     std::vector<const float*> weights;
     std::vector<float*> grads;
@@ -82,7 +82,7 @@ struct Call {
 
     Call(const Case& c, Results& to)
         : call{c.shape, c.output, c.eps, c.dropout, c.h.data(), c.shape.adapter == Adapter::none ? nullptr : c.pre.data(), c.offsets.data(),
-               c.depth.data(), c.rows.data(), c.B, nullptr, to.tape.data()},
+               c.depth.data(), c.rows.data(), c.B, nullptr, to.tape.data(), false},
           out(to.out.data()), h_grad(to.h_grad.data()), pre_grad(to.pre_grad.data()), out_grad(c.out_grad.data()) {
         for (const Tensor& weight : c.weights) weights.push_back(weight.data());
         for (Tensor& grad : to.weight_grads) grads.push_back(grad.data());

@@ -34,7 +34,7 @@ private:
         std::vector<LayerStates> layers;
     };
 
-    // Rows of the output from `row` on; returns the first of the next sequence.
+    // Writes the rows of the output from `row` on. Returns the first row of the next sequence.
     std::int64_t forward_and_backward(std::int64_t row) {
         const std::int64_t depth = c_.depth[place(b_)];
         const auto begin = c_.h.begin() + first_ * D_;
@@ -126,7 +126,7 @@ private:
         return s;
     }
 
-    // `grad` is of the layer's output, afterwards of its input.
+    // `grad` holds the gradient of the layer's output and receives the gradient of its input.
     void layer_backward(const LayerStates& s, Rows& grad, std::int64_t layer) {
         const std::size_t w = c_.layer_weight(layer);
         const auto dropped = [](const Rows& g, const Rows& factors) { return plus(g, factors, Rows(g.size())); };
@@ -142,7 +142,7 @@ private:
 
     static double phi(double u) { return 0.5 * std::erfc(-u / std::sqrt(2.0)); }
 
-    // x * factors + y; no factors are ones.
+    // x * factors + y. Empty factors are ones.
     static Rows plus(Rows x, const Rows& factors, const Rows& y) {
         for (std::size_t i = 0; i < x.size(); ++i) x[i] = (factors.empty() ? x[i] : x[i] * factors[i]) + y[i];
         return x;
@@ -175,7 +175,7 @@ private:
         return factors;
     }
 
-    // Calls at(index of a probability, first of the query's columns, first of the key's) for every visible pair.
+    // Calls at(index of a probability, first column of the query, first column of the key) for every visible pair.
     template <class At>
     void for_pairs(const At& at) const {
         for (std::int64_t head = 0; head < c_.shape.H; ++head) {
@@ -229,7 +229,7 @@ private:
         return plus(linear_backward(s.x, w + VALUE, value), Rows(), x);
     }
 
-    // x W^T + b of the weights `w` and `w + 1`.
+    // x W^T + b with the weights `w` and `w + 1`.
     Rows linear(const Rows& x, std::size_t w) const {
         const std::size_t out = weights_[w + 1].size(), in = weights_[w].size() / out;
         Rows y(place(L_) * out);
@@ -295,7 +295,7 @@ private:
     Truth& to_;
     const std::int64_t D_;
     std::vector<Rows> weights_;
-    std::int64_t b_ = 0, L_ = 0, first_ = 0;  // the sequence that is worked on
+    std::int64_t b_ = 0, L_ = 0, first_ = 0;  // the current sequence
 };
 
 }  // namespace

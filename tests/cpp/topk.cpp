@@ -14,7 +14,7 @@ using lares_fast::Topk;
 
 constexpr std::int64_t HUGE_SIZE = std::int64_t{1} << 62;
 
-// The memory of an index. Any finite centre and any powers of two as scale give the same answers.
+// The memory of an index. Every finite centre, and every scale of powers of two, gives the same results.
 struct Index {
     std::vector<float> centre, scale, panels, bounds;
     std::vector<std::int8_t> codes, start;
@@ -109,7 +109,7 @@ const std::vector<Spoiler<Topk>> TOPK_SPOILERS = {
     {"k huge", [](Topk& t) { t.k = HUGE_SIZE; }},
 };
 
-// A call of at least one query, item, dimension and exclusion, so that each spoiler spoils.
+// A call of at least one query, item, dimension and exclusion, so that each spoiler has an effect.
 Catalog full_catalog(Random& random) {
     Catalog c = random_catalog(random, false);
     while (c.B == 0 || c.D == 0 || c.exclude.ids.empty()) c = random_catalog(random, false);
@@ -126,16 +126,16 @@ void invalid_topk(Random& random) {
     call.exclude_ids = lists.ids.data();
     if (random.chance(0.3)) {
         spoil_lists(random, c.N, lists);
-        must_refuse("topk", "bad exclusions", [&] { lares_fast::topk_cpu(call, 2); });
+        must_throw("topk", "bad exclusions", [&] { lares_fast::topk_cpu(call, 2); });
     } else if (random.chance(0.1)) {
-        must_refuse("topk", "no threads", [&] { lares_fast::topk_cpu(call, random.between(-5, 0)); });
+        must_throw("topk", "no threads", [&] { lares_fast::topk_cpu(call, random.between(-5, 0)); });
     } else {
         const Spoiler<Topk> spoiler = random.one_of(TOPK_SPOILERS);
         spoiler.spoil(call);
-        must_refuse("topk", spoiler.name, [&] { lares_fast::topk_cpu(call, 2); });
+        must_throw("topk", spoiler.name, [&] { lares_fast::topk_cpu(call, 2); });
     }
     for (const float score : out.scores) {
-        if (score != 7.0f) fail("topk wrote into the output of a call that it refused");
+        if (score != 7.0f) fail("topk wrote to the output of an invalid call");
     }
 }
 
@@ -158,7 +158,7 @@ void invalid_index(Random& random) {
     none.panels = nullptr;
     using Size = std::int64_t;
     const auto refuse = [](const char* name, const float* items, Size N, Size D, const IndexTables& t, Size threads) {
-        must_refuse("build_index", name, [&] { lares_fast::build_index(items, N, D, t, threads); });
+        must_throw("build_index", name, [&] { lares_fast::build_index(items, N, D, t, threads); });
     };
     switch (random.between(0, 5)) {
         case 0: return refuse("no items", nullptr, c.N, c.D, tables, 1);

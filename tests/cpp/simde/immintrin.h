@@ -1,4 +1,5 @@
-// Stands before the compiler's header of this name: AVX-512 intrinsics by SIMDe, for a CPU that has AVX2 and FMA only.
+// The compiler finds this file before its own header of this name. SIMDe emulates the AVX-512 intrinsics on a CPU that has
+// AVX2 and FMA.
 #pragma once
 
 #include_next <immintrin.h>
@@ -8,7 +9,7 @@
 
 #include <cstdint>
 
-// Not in SIMDe 0.7.4.
+// SIMDe 0.7.4 does not have this one.
 static inline __mmask32 emulated_cmpgt_epi16_mask(__m512i a, __m512i b) {
     std::int16_t left[32], right[32];
     __builtin_memcpy(left, &a, sizeof left);
@@ -19,7 +20,7 @@ static inline __mmask32 emulated_cmpgt_epi16_mask(__m512i a, __m512i b) {
 }
 #define _mm512_cmpgt_epi16_mask emulated_cmpgt_epi16_mask
 
-// In pairs that are half the lanes apart, as the compiler's own.
+// Joins pairs that are half the lanes apart, as the compiler's own intrinsic does.
 template <class Join>
 static inline float emulated_reduce_ps(__m512 v, const Join& join) {
     float lanes[16];
@@ -49,7 +50,7 @@ static inline __m512i emulated_cvtepi16_epi32(__m256i v) {
 }
 #define _mm512_cvtepi16_epi32 emulated_cvtepi16_epi32
 
-// Choose the sources' level; not before SIMDe, which would then take the compiler's own intrinsics.
+// These choose the level of the sources. Before SIMDe they would make it use the compiler's own intrinsics.
 #define __AVX512F__ 1
 #define __AVX512BW__ 1
 #if defined(VNNI_BY_SIMDE)

@@ -1,5 +1,5 @@
-// Stands before csrc/simd/tiles.h on the path of the tests' program: AMX in plain C++, for every CPU and for sanitizers, which do
-// not see what an instruction in assembly reads.
+// The test program finds this file before csrc/simd/tiles.h. It is AMX in plain C++, for every CPU and for sanitizers,
+// which cannot see the memory that inline assembly reads.
 #pragma once
 
 #include <cstdint>

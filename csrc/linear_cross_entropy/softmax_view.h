@@ -1,12 +1,12 @@
-// A call as the kernels see it: checked, without the PAD row where that is left out, cut into parts.
+// A call in the form that the kernels read: checked, without the PAD row if that is left out, and divided into parts.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "catalog/checks.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
-#include "topk/checks.h"
 
 namespace lares_fast {
 
@@ -32,16 +32,16 @@ class SoftmaxView {
         base = static_cast<float>(call.scale * LOG2E);
     }
 
-    // The first item of a part; the end of the last is N.
+    // The first item of a part. The last part ends at N.
     std::int64_t begin(std::int64_t part) const { return std::min(softmax.N, panels_ * part / parts * panel_); }
 
     Softmax softmax;
     std::vector<std::int64_t> target;
-    std::int64_t parts = 0;  // their results are added in order, so that no number of threads shows
-    float base = 0.0f;       // exp(scale s) = 2^(base s), nearly; see `unit`
+    std::int64_t parts = 0;  // the results of parts are added in order, so that the number of threads changes no bit
+    float base = 0.0f;       // exp(scale s) = 2^(base s) up to rounding; see `unit`
 
-    // Logarithms to the base 2^(base / scale): a softmax of base * s has the rounding of `base` as a change of
-    // temperature by 2^-24, which a change of the logarithm's unit undoes up to 2^-24 times the entropy.
+    // The unit of logarithms to the base 2^(base / scale). The rounding of `base` changes the temperature of the softmax by
+    // up to a factor of 1 + 2^-24. A change of the logarithm's unit corrects that up to 2^-24 times the entropy.
     double unit() const { return softmax.scale / static_cast<double>(base); }
 
    private:

@@ -1,8 +1,8 @@
-// Counts the items that outrank a target, as a sink of the walk in topk/scores.h.
+// Counts the items that outrank a target, as a sink of for_each_panel in catalog/scores.h.
 #pragma once
 
+#include "catalog/scores.h"
 #include "target_rank/target_rank_kernel.h"
-#include "topk/scores.h"
 
 namespace lares_fast {
 namespace {
@@ -10,14 +10,14 @@ namespace {
 constexpr float INFINITE = __builtin_inff();
 constexpr float LEAST_NORMAL = 0x1p-126f;
 
-// The largest float below x, for finite x and +inf.
+// Returns the largest float below x, for finite x and +inf.
 inline float below(float x) {
     std::int32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     bits = bits == 0 ? static_cast<std::int32_t>(0x80000001) : bits > 0 ? bits - 1 : bits + 1;
     float y;
     std::memcpy(&y, &bits, sizeof y);
-    // Where the thread reads subnormal numbers as zeros, none of them is below zero.
+    // If the thread reads subnormal numbers as zeros, no subnormal number is below zero.
     return y < x ? y : -LEAST_NORMAL;
 }
 
@@ -28,7 +28,7 @@ inline Vec score_ids(const RankScan& s, std::int64_t b, const std::int64_t (&ids
     return max(score, broadcast(-INFINITE));
 }
 
-// Ties with the target of query b among the items [first, target).
+// Counts the items in [first, target) whose score equals that of the target of query b.
 inline std::int64_t ties_before(const RankScan& s, std::int64_t b, std::int64_t first) {
     std::int64_t found = 0;
     const std::int64_t target = s.target[b];
@@ -41,11 +41,11 @@ inline std::int64_t ties_before(const RankScan& s, std::int64_t b, std::int64_t 
     return found;
 }
 
-// Items before the target outrank it when they tie, which is when they beat the next float below its score. So a panel
-// needs one comparison an item, and only the panel that holds the target a second look.
-struct Count {
+// An item before the target outranks it also with an equal score, so it must only beat the next float below the target's
+// score. One comparison an item is therefore enough. Only the panel that holds the target needs a second look.
+struct RankCounter {
     const RankScan& s;
-    const std::int64_t* crossing;  // the first query by ascending target whose target is still to come
+    const std::int64_t* crossing;  // the first query, by ascending target, whose target is still to come
 
     void panel(std::int64_t item, std::int64_t items) {
         for (; s.ties_by_id && crossing < s.order + s.B && s.target[*crossing] < item + items; ++crossing) {
@@ -65,14 +65,14 @@ struct Count {
     }
 };
 
-// What counts over the items [first, last) of a panel's multiple on.
-inline Count start_count(const RankScan& s, std::int64_t first, std::int64_t last) {
+// Returns a counter for the items [first, last). `first` is a multiple of the panel.
+inline RankCounter start_counting(const RankScan& s, std::int64_t first, std::int64_t last) {
     const std::int64_t* crossing = s.order;
     for (std::int64_t b = 0; b < s.B; ++b) {
         const bool ahead = s.ties_by_id && s.target[b] >= first;
         s.now[b] = ahead ? below(s.own[b]) : s.own[b];
         if (ahead && s.own[b] == -INFINITE) {
-            // No float is below -inf: all items of the panels before the target's count.
+            // No float is below -inf. All items of the panels before the target's panel count.
             const std::int64_t own_panel = s.target[b] / PANEL * PANEL;
             s.rank[b] += (own_panel < last ? own_panel : last) - first;
             s.now[b] = INFINITE;

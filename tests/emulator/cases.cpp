@@ -1,8 +1,9 @@
-// Runs the CUDA kernels on the emulated device and compares them with a plain computation. Prints what is wrong and exits
-// with 1; the emulator itself exits with 3.
+// Runs the CUDA kernels on the emulated device and compares them with a plain computation. If a result is wrong, the
+// program prints it and exits with 1. The emulator itself exits with 3.
 //   cases all     every case
-//   cases small   two of them, for TSan
-//   cases counts  how often slow paths are taken, a line a call
+//   cases small   two of the cases, for TSan
+//   cases NAME    the case of that name
+//   cases counts  how often slow paths are taken, one line a call
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -12,17 +13,16 @@
 #include <string>
 #include <vector>
 
-#include "target_rank/target_rank_cuda.cuh"
-#include "topk/topk_cuda.cuh"
+#include "emulated.h"
 
 namespace lares_fast {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr Limits HOPPER{132, 227 << 10, 228 << 10};
+constexpr DeviceLimits HOPPER{132, 227 << 10, 228 << 10};
 
 enum class Values { integers, gaussian, ascending, equal, special, masked };
-// What the host cannot see in tensors of a device: of every third query.
+// Errors of every third query that the host cannot see in device tensors.
 enum class Wrong { nothing, offsets, ids };
 
 struct Case {
@@ -30,22 +30,13 @@ struct Case {
     int B, N, D, k;
     Values values = Values::integers;
     bool bias = true;
-    int longest = 6;  // exclusion list; -1 for none
-    Limits limits{4, 227 << 10, 228 << 10};
+    int longest = 6;  // longest exclusion list; -1 for no exclusion
+    DeviceLimits limits{4, 227 << 10, 228 << 10};
     int misalign = 0;  // floats
     Wrong wrong = Wrong::nothing;
 };
 
-struct EmulatedDevice {
-    unsigned seed;
-    void clear(void* pointer, std::size_t bytes) { std::memset(pointer, 0, bytes); }
-    template <class... Parameters, class... Arguments>
-    void launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::int64_t shared_bytes, Arguments... arguments) {
-        emulator::run_grid(grid, threads, static_cast<std::size_t>(shared_bytes), seed, [&] { kernel(arguments...); });
-    }
-};
-
-// Exactly as large as asked for, so that a sanitizer sees each step beyond it.
+// Memory of exactly the requested size, so that a sanitizer finds every access beyond it.
 template <class T>
 struct Memory {
     explicit Memory(std::size_t n, std::size_t skip = 0) : data(static_cast<T*>(std::malloc((n + skip) * sizeof(T))) + skip), skip(skip) {}
@@ -69,7 +60,7 @@ struct Data {
     std::vector<std::set<std::int64_t>> gone;
     std::vector<double> truth;      // [B, N]: NaN as -inf
     std::vector<double> tolerance;  // [B, N] for tensor cores
-    std::vector<float> plain;       // [B, N]: the same as fp32 in the order of D
+    std::vector<float> plain;       // [B, N]: the same scores in fp32 in the order of D
 
     Data(const Case& c, unsigned seed)
         : query(std::size_t(c.B) * c.D, c.misalign), items(std::size_t(c.N) * c.D, c.misalign), bias(c.N), offsets(c.B + 1),
@@ -94,7 +85,7 @@ struct Data {
             if (c.values == Values::masked && j % 2) bias[j] = -INF;
         }
         if (c.values == Values::special) {
-            // One in a row at most, so that no order of summation overflows where another does not.
+            // At most one special value in a row, so that either every order of summation overflows or none does.
             for (int j = 0; j < c.N; j += 3) items[std::size_t(j) * c.D + integer(0, c.D - 1)] = specials[j % 7];
             for (int b = 0; b < c.B; b += 4) query[std::size_t(b) * c.D + integer(0, c.D - 1)] = specials[b / 4 % 3];
         }
@@ -103,7 +94,7 @@ struct Data {
             std::vector<std::int64_t> list(c.longest < 0 || c.N == 0 ? 0 : integer(0, c.longest));
             for (std::int64_t& id : list) id = integer(0, c.N - 1);
             target[b] = c.N ? integer(0, c.N - 1) : 0;
-            // The last of several queries has a target that is no item, and so has one between.
+            // If there are several queries, the last one has a target that is not an item, and so has the third one.
             if (c.B > 1 && b == c.B - 1) target[b] = c.N + 1000;
             if (c.B > 3 && b == 2) target[b] = -1 - (std::int64_t{1} << 40);
             if (!list.empty() && b % 3 == 0 && target[b] >= 0 && target[b] < c.N) list.push_back(target[b]);
@@ -132,13 +123,13 @@ struct Data {
     }
 };
 
-// Whether query `b` of case `c` has a list that is not valid. The offsets of a query are those of its neighbours too.
+// Whether query `b` of case `c` has a list that is not valid. Queries share their offsets with their neighbours.
 bool is_bad(const Case& c, int b) {
     if (c.wrong == Wrong::ids) return b % 3 == 1;
     return c.wrong == Wrong::offsets && (b % 3 == 1 || (b % 3 == 0 && b + 1 < c.B));
 }
 
-// The ids as the kernels read them, after `c.wrong` was done to them and to the offsets.
+// Returns the ids that the kernels read, after the errors of `c.wrong` were made in them and in the offsets.
 std::vector<std::int64_t> spoiled(const Case& c, Data& data) {
     std::vector<std::int64_t> ids = data.ids;
     const auto size = static_cast<std::int64_t>(ids.size());
@@ -163,16 +154,15 @@ void check_topk(const Case& c, bool plain, unsigned seed) {
     Memory<std::int64_t> ids(std::size_t(c.B) * c.k), exclude(data.ids.size());
     const std::vector<std::int64_t> given = spoiled(c, data);
     std::copy(given.begin(), given.end(), exclude.data);
-    EmulatedDevice device{seed};
-    enqueue_topk(device, {data.query.data, data.items.data, c.bias ? data.bias.data : nullptr, c.longest < 0 ? nullptr : data.offsets.data,
+    topk_emulated({data.query.data, data.items.data, c.bias ? data.bias.data : nullptr, c.longest < 0 ? nullptr : data.offsets.data,
                           exclude.data, scores.data, ids.data, workspace.data, c.B, c.N, c.D, c.k,
-                          static_cast<std::int64_t>(given.size()), plain}, plan);
+                          static_cast<std::int64_t>(given.size()), plain}, plan, seed);
     for (int b = 0; b < c.B; ++b) {
         const std::string where = "query " + std::to_string(b);
         if (is_bad(c, b)) {
             for (int n = 0; n < c.k; ++n) {
                 if (ids[std::size_t(b) * c.k + n] != -1 || !std::isnan(scores[std::size_t(b) * c.k + n])) {
-                    wrong(c, plain, seed, where + " has an answer, and its list is not valid");
+                    wrong(c, plain, seed, where + " has an answer, but its list is not valid");
                 }
             }
             continue;
@@ -195,18 +185,18 @@ void check_topk(const Case& c, bool plain, unsigned seed) {
             const float score = scores[std::size_t(b) * c.k + n];
             const std::string at = where + ", place " + std::to_string(n) + ": id " + std::to_string(id) + ", score " + text(score);
             if (n >= found) {
-                if (id != -1 || score != -INF) wrong(c, plain, seed, at + " where none is left");
+                if (id != -1 || score != -INF) wrong(c, plain, seed, at + ", but no item is left");
                 continue;
             }
             if (id < 0 || id >= c.N || data.gone[b].count(id) || !seen.insert(id).second) {
-                wrong(c, plain, seed, at + ": no item, excluded, or twice");
+                wrong(c, plain, seed, at + " is not an item, is excluded, or occurs twice");
             }
             if (score != score_of(id) && !(std::fabs(score - score_of(id)) <= slack(id))) {
-                wrong(c, plain, seed, at + " instead of " + text(score_of(id)));
+                wrong(c, plain, seed, at + ", and should be " + text(score_of(id)));
             }
             const std::int64_t best = order[n];
             if (id != best && !(score_of(best) - score_of(id) <= slack(best) + slack(id) && slack(id) > 0)) {
-                wrong(c, plain, seed, at + " instead of id " + std::to_string(best) + ", score " + text(score_of(best)));
+                wrong(c, plain, seed, at + ", and should be id " + std::to_string(best) + ", score " + text(score_of(best)));
             }
             if (n > 0) {
                 const std::int64_t before = ids[std::size_t(b) * c.k + n - 1];
@@ -222,14 +212,13 @@ void check_topk(const Case& c, bool plain, unsigned seed) {
 void check_rank(const Case& c, bool plain, bool ties_by_id, unsigned seed) {
     if (c.N == 0) return;
     Data data(c, 7 * seed + 1);
-    const WalkPlan plan = plan_target_rank(c.B, c.N, c.D, c.limits);
+    const ScanPlan plan = plan_target_rank(c.B, c.N, c.D, c.limits);
     Memory<std::int64_t> of_all(c.B), of_kept(c.B), exclude(data.ids.size());
     const std::vector<std::int64_t> given = spoiled(c, data);
     std::copy(given.begin(), given.end(), exclude.data);
-    EmulatedDevice device{seed};
-    enqueue_target_rank(device, {data.query.data, data.items.data, c.bias ? data.bias.data : nullptr, data.target.data,
+    target_rank_emulated({data.query.data, data.items.data, c.bias ? data.bias.data : nullptr, data.target.data,
                                  c.longest < 0 ? nullptr : data.offsets.data, exclude.data, of_all.data, of_kept.data, c.B, c.N, c.D,
-                                 static_cast<std::int64_t>(given.size()), ties_by_id, plain}, plan);
+                                 static_cast<std::int64_t>(given.size()), ties_by_id, plain}, plan, seed);
     for (int b = 0; b < c.B; ++b) {
         const std::int64_t t = data.target[b];
         const bool is_item = t >= 0 && t < c.N;
@@ -252,8 +241,8 @@ void check_rank(const Case& c, bool plain, bool ties_by_id, unsigned seed) {
         const std::int64_t found[2] = {of_all[b], of_kept[b]};
         for (int i = 0; i < 2; ++i) {
             if (found[i] >= least[i] && found[i] <= most[i]) continue;
-            wrong(c, plain, seed, "rank of query " + std::to_string(b) + (i ? " without the excluded: " : ": ") + std::to_string(found[i]) +
-                                      " instead of " + std::to_string(least[i]) + ".." + std::to_string(most[i]));
+            wrong(c, plain, seed, "rank of query " + std::to_string(b) + (i ? " without the excluded items: " : ": ") + std::to_string(found[i]) +
+                                      ", and should be in " + std::to_string(least[i]) + ".." + std::to_string(most[i]));
         }
     }
 }
@@ -309,7 +298,7 @@ const std::vector<Case> CASES = {
     {"excluded ids out of range", 40, 300, 5, 30, Values::integers, true, 6, {4, 227 << 10, 228 << 10}, 0, Wrong::ids},
 };
 
-// A line with the slow paths of one call of each op, an item tile and a warp with queries.
+// Prints how often one call of each op takes slow paths, for each tile of items and each warp that has queries.
 void count(const Case& c) {
     for (const bool ranks : {false, true}) {
         emulator::slow_path("round"), emulator::slow_path("score computed again");
@@ -339,8 +328,12 @@ int main(int argc, char** argv) {
         for (const Case& c : COUNTED) count(c);
         return 0;
     }
+    int checked = 0;
     for (const Case& c : suite == "small" ? SMALL : CASES) {
+        if (suite != "small" && suite != "all" && suite != c.name) continue;
         for (const unsigned seed : {0u, 1u}) check(c, seed);
+        ++checked;
     }
+    if (checked == 0) return std::printf("there is no case %s\n", suite.c_str()), 2;
     std::puts("all cases agree");
 }

@@ -1,16 +1,12 @@
-// Scores of queries against the catalog, tile by tile in registers: what top-K and the target's rank have in common.
+// Scores of queries and items, computed tile by tile in registers. Top-K, the target's rank and the cross entropy use them.
 #pragma once
 
-#include "simd/panel.h"
-#include "topk/catalog.h"
+#include "base/constant.h"
+#include "catalog/catalog.h"
+#include "catalog/panel.h"
 
 namespace lares_fast {
 namespace {
-
-template <int N>
-struct Constant {
-    static constexpr int value = N;
-};
 
 #if defined(__AVX512F__)
 constexpr int ROWS = 8;
@@ -18,8 +14,8 @@ constexpr int ROWS = 8;
 constexpr int ROWS = 4;
 #endif
 
-// query [D][R], panel [D][PANEL], bias [PANEL] or null. Every sum starts at the bias and adds one product after the other
-// in the order of D, so a score has the same bits wherever it is computed.
+// query [D][R], panel [D][PANEL], bias [PANEL] or null. Each sum starts with the bias and adds the products in the order of
+// D. A score therefore has the same bits wherever it is computed.
 template <int R>
 LARES_INLINE void score_tile(const float* query, const float* panel, const float* bias, std::int64_t D, Vec (&sums)[R][VECS]) {
     for (int v = 0; v < VECS; ++v) {
@@ -37,8 +33,8 @@ LARES_INLINE void score_tile(const float* query, const float* panel, const float
     }
 }
 
-// The same of a whole panel that is still rows: for few queries, where the store of a transposed panel would cost more
-// than the sums.
+// Like score_tile, but for a whole panel of items that is not transposed. With few queries, storing the transposed panel
+// would cost more time than the sums.
 template <int R>
 LARES_INLINE void score_rows_tile(const float* query, const float* items, const float* bias, std::int64_t D, Vec (&sums)[R][VECS]) {
     for (int v = 0; v < VECS; ++v) {
@@ -62,7 +58,7 @@ LARES_INLINE void score_rows_tile(const float* query, const float* items, const 
     }
 }
 
-// The score of W rows of any place, with the bits of `score_tile`.
+// The scores of any W rows. They have the same bits as in score_tile.
 template <class Rows>
 LARES_INLINE Vec score_rows(const float* query, const Rows& rows, Vec sum, std::int64_t D) {
     std::int64_t d = 0;
@@ -80,11 +76,11 @@ LARES_INLINE float score_one(const float* query, const float* row, float bias, s
     return bias;
 }
 
-// Hands the scores of B queries (as query_tiles.h lays them out) with the items [first, last) to
-// `sink.take<R>(b, sums, item, exists)`, panel by panel in ascending order, after `sink.panel(item, items)`.
-// `first` is a panel's beginning; scratch holds PANEL * (D + 1) floats.
+// Computes the scores of B queries (in the layout of query_tiles.h) with the items [first, last), panel by panel in
+// ascending order. For each panel it calls `sink.panel(item, items)` once, and then `sink.take<R>(b, sums, item, exists)`
+// for each tile of queries. `first` is the beginning of a panel; scratch holds PANEL * (D + 1) floats.
 template <class Sink>
-void walk(const Catalog& c, const float* query, std::int64_t B, std::int64_t first, std::int64_t last, float* scratch, Sink&& sink) {
+void for_each_panel(const Catalog& c, const float* query, std::int64_t B, std::int64_t first, std::int64_t last, float* scratch, Sink&& sink) {
     const std::int64_t D = c.D, floats = PANEL * D;
     const auto whole_rows = [&](auto rows) __attribute__((always_inline)) {
         constexpr int R = decltype(rows)::value;
@@ -119,7 +115,7 @@ void walk(const Catalog& c, const float* query, std::int64_t B, std::int64_t fir
         }
         Mask exists[VECS];
         for (int v = 0; v < VECS; ++v) exists[v] = first_lanes(items - v * W);
-        // The next panel comes from memory while this one is worked on.
+        // Fetches the next panel while this one is computed.
         const char* ahead = reinterpret_cast<const char*>(c.panels ? panel + floats : c.items + (item + PANEL) * D);
         const char* const ahead_end = last - item >= 2 * PANEL ? ahead + sizeof(float) * static_cast<std::size_t>(floats) : ahead;
         const auto tile = [&](auto rows, std::int64_t b) __attribute__((always_inline)) {

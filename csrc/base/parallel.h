@@ -1,4 +1,4 @@
-// A thread helper for work that is pulled: it owns no pool, so a fork or an exit never meets a waiting thread.
+// Runs one function on several threads. There is no thread pool, so no thread waits in the background at a fork or an exit.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace lares_fast {
 
-// Runs `work` on up to `threads` threads, the caller's included, and rethrows the first exception.
-// `work` must pull its tasks from a shared counter, so that fewer threads still do all of them.
+// Runs `work` on up to `threads` threads, the calling thread included, and rethrows the first exception.
+// `work` must take its tasks from a shared counter: if the system grants fewer threads, they still do all tasks.
 template <class Work>
 void run_on_threads(std::int64_t threads, const Work& work) {
     std::exception_ptr error;
@@ -28,7 +28,7 @@ void run_on_threads(std::int64_t threads, const Work& work) {
         helpers.reserve(static_cast<std::size_t>(threads - 1));
         while (static_cast<std::int64_t>(helpers.size()) < threads - 1) helpers.emplace_back(guarded);
     } catch (const std::exception&) {
-        // The system grants no more threads; those that run pull the rest.
+        // The system grants no more threads. The running threads take the remaining tasks.
     }
     guarded();
     for (std::thread& helper : helpers) helper.join();

@@ -1,4 +1,4 @@
-// Items transposed to panels [D][PANEL]: a kernel then multiplies one broadcast query value with neighbouring items.
+// Panels: PANEL items, transposed to [D][PANEL]. A kernel multiplies one query value with neighbouring items of a panel.
 #pragma once
 
 #include "simd/vec.h"
@@ -9,7 +9,7 @@ namespace {
 constexpr int VECS = 3;
 constexpr int PANEL = VECS * W;
 
-// The first `rows` of PANEL rows [rows, D] to panel [D][PANEL]; what is missing becomes zeros.
+// Copies the first `rows` of PANEL rows [rows, D] to a panel [D][PANEL]. Missing rows become zeros.
 inline void pack_panel(const float* from, std::int64_t rows, std::int64_t D, float* panel) {
     if (rows < PANEL && D > 0) std::memset(panel, 0, sizeof(float) * PANEL * static_cast<std::size_t>(D));
     std::int64_t row = 0;

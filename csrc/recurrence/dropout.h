@@ -1,4 +1,5 @@
-// Dropout decisions, one 16-bit lane a column or key: the addresses of docs/numerics.md, the draws of random/philox.h.
+// Dropout decisions, 16 bits for each column or key. docs/numerics.md defines the addresses, and random/philox.h the random
+// numbers.
 #pragma once
 
 #include "random/philox.h"
@@ -8,12 +9,12 @@
 namespace lares_fast {
 namespace {
 
-constexpr int LANES = 16;  // of one word of an address
-using Lane = std::int16_t;  // -1 what is kept, 0 what is dropped
+constexpr int DRAWS = 16;  // decisions of one word of an address
+using Keep = std::int16_t;  // -1 keeps, 0 drops
 
-// Where a dropout stands: all of the address but the row, the position and the column.
-struct Site {
-    Site(Key key, std::uint32_t at_threshold, std::uint32_t site, std::uint32_t at_step_and_layer)
+// The place of a dropout: the address without the row, the position and the column.
+struct DropoutSite {
+    DropoutSite(Key key, std::uint32_t at_threshold, std::uint32_t site, std::uint32_t at_step_and_layer)
         : threshold(at_threshold), scale(static_cast<float>(1 / (1 - at_threshold / 65536.0))), place(site << 16), step_and_layer(at_step_and_layer) {
         for (int round = 0; round < 10; ++round) {
             keys[round] = key;
@@ -23,14 +24,14 @@ struct Site {
     }
 
     std::uint32_t threshold;  // 0 drops nothing
-    float scale;              // of what is kept
+    float scale;              // factor of kept values
     std::uint32_t place, step_and_layer;
-    Key keys[10];  // of the rounds
+    Key keys[10];  // keys of the ten rounds
 };
 
 #if defined(__AVX2__)
 
-// Numbers of 32 bits, each in the low half of 64; what is in the high half does not matter.
+// Four numbers of 32 bits, each in the low half of 64 bits. The high half may hold anything.
 struct Four {
     using Word = __m256i;
     LARES_INLINE static Word all(std::uint32_t x) { return _mm256_set1_epi64x(x); }
@@ -41,7 +42,7 @@ struct Four {
 
 // The ten rounds of Philox for even and odd counters.
 template <class N>
-LARES_INLINE void rounds(const Site& at, typename N::Word (&word)[2][4]) {
+LARES_INLINE void rounds(const DropoutSite& at, typename N::Word (&word)[2][4]) {
     using Word = typename N::Word;
     const Word m0 = N::all(0xD2511F53u), m1 = N::all(0xCD9E8D57u);
 #pragma GCC unroll 10
@@ -58,18 +59,18 @@ LARES_INLINE void rounds(const Site& at, typename N::Word (&word)[2][4]) {
 }
 
 // The counters of one address differ in the low three bits of c0.
-LARES_INLINE __m256i first_word(const Site& at, std::uint32_t c0, int odd) {
+LARES_INLINE __m256i first_word(const DropoutSite& at, std::uint32_t c0, int odd) {
     return _mm256_or_si256(Four::all(c0 | at.place), _mm256_setr_epi64x(odd, 2 + odd, 4 + odd, 6 + odd));
 }
 
-// Lane i is half i % 2 of one word of counter i / 2.
-LARES_INLINE void decide_lanes(__m256i even, __m256i odd, std::uint32_t threshold, Lane (&out)[LANES]) {
+// Decision i comes from half i % 2 of one word of counter i / 2.
+LARES_INLINE void decide_lanes(__m256i even, __m256i odd, std::uint32_t threshold, Keep (&out)[DRAWS]) {
     const __m256i least = _mm256_set1_epi16(static_cast<short>(threshold));
     const __m256i draws = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_cmpeq_epi16(_mm256_max_epu16(draws, least), draws));
 }
 
-LARES_INLINE void draw(const Site& at, std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, Lane (&out)[4][LANES]) {
+LARES_INLINE void draw(const DropoutSite& at, std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, Keep (&out)[4][DRAWS]) {
     __m256i word[2][4];
     for (int odd = 0; odd < 2; ++odd) {
         word[odd][0] = first_word(at, c0, odd);
@@ -81,30 +82,30 @@ LARES_INLINE void draw(const Site& at, std::uint32_t c0, std::uint32_t c1, std::
 
 #else
 
-inline void draw(const Site& at, std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, Lane (&out)[4][LANES]) {
+inline void draw(const DropoutSite& at, std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, Keep (&out)[4][DRAWS]) {
     std::uint8_t kept[4][16];
     keep_tile(c0 | at.place, c1, c2, at.step_and_layer, at.keys[0], at.threshold, kept);
     for (int w = 0; w < 4; ++w) {
-        for (int i = 0; i < LANES; ++i) out[w][i] = static_cast<Lane>(-kept[w][i]);
+        for (int i = 0; i < DRAWS; ++i) out[w][i] = static_cast<Keep>(-kept[w][i]);
     }
 }
 
 #endif
 
-// x in the lanes that are kept, 0 elsewhere.
-LARES_INLINE Vec select(const Lane* kept, Vec x) {
+// Returns x in the kept lanes and 0 in the others.
+LARES_INLINE Vec select(const Keep* kept, Vec x) {
 #if defined(__AVX512F__)
     return _mm512_and_ps(x, _mm512_castsi512_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kept)))));
 #elif defined(__AVX2__)
     return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kept)))));
 #else
-    return (Vec)((Lanes)x & Lanes{kept[0], kept[1], kept[2], kept[3]});
+    return (Vec)((Ints)x & Ints{kept[0], kept[1], kept[2], kept[3]});
 #endif
 }
 
 #if defined(__AVX512F__)
 
-constexpr int DRAWN = 2;  // addresses at once, because the rounds of one wait for each other
+constexpr int DRAWN = 2;  // addresses that are drawn together, because the rounds of one address depend on each other
 
 struct Eight {
     using Word = __m512i;
@@ -116,7 +117,7 @@ struct Eight {
 
 LARES_INLINE __m512i join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 
-LARES_INLINE void draw(const Site& at, std::uint32_t c0, const std::uint32_t* c1, const std::uint32_t* c2, Lane (&out)[DRAWN][4][LANES]) {
+LARES_INLINE void draw(const DropoutSite& at, std::uint32_t c0, const std::uint32_t* c1, const std::uint32_t* c2, Keep (&out)[DRAWN][4][DRAWS]) {
     __m512i word[2][4];
     for (int odd = 0; odd < 2; ++odd) {
         const __m256i first = first_word(at, c0, odd);
@@ -135,17 +136,17 @@ LARES_INLINE void draw(const Site& at, std::uint32_t c0, const std::uint32_t* c1
 
 constexpr int DRAWN = 1;
 
-LARES_INLINE void draw(const Site& at, std::uint32_t c0, const std::uint32_t* c1, const std::uint32_t* c2, Lane (&out)[DRAWN][4][LANES]) {
+LARES_INLINE void draw(const DropoutSite& at, std::uint32_t c0, const std::uint32_t* c1, const std::uint32_t* c2, Keep (&out)[DRAWN][4][DRAWS]) {
     draw(at, c0, *c1, *c2, out[0]);
 }
 
 #endif
 
-// The decisions of DRAWN rows of a hidden activation: those of row i and panel p at out[p * apart + i].
-LARES_INLINE void draw_hidden(const Site& at, const std::uint32_t* row, const std::uint32_t* position, std::int64_t panels, std::int64_t apart,
-                              Lane (*out)[LANES]) {
+// Draws the decisions of DRAWN rows of a hidden activation. Those of row i and panel p are written to out[p * apart + i].
+LARES_INLINE void draw_hidden(const DropoutSite& at, const std::uint32_t* row, const std::uint32_t* position, std::int64_t panels, std::int64_t apart,
+                              Keep (*out)[DRAWS]) {
     for (std::int64_t p = 0; p < panels; p += 4) {
-        Lane words[DRAWN][4][LANES];
+        Keep words[DRAWN][4][DRAWS];
         draw(at, static_cast<std::uint32_t>(p / 4) << 3, position, row, words);
         for (int i = 0; i < DRAWN; ++i) {
             for (std::int64_t w = 0; w < 4 && p + w < panels; ++w) std::memcpy(out[(p + w) * apart + i], words[i][w], sizeof words[i][w]);
@@ -153,9 +154,9 @@ LARES_INLINE void draw_hidden(const Site& at, const std::uint32_t* row, const st
     }
 }
 
-// Those of the queries 4 * quad ... 4 * quad + 3 for a tile of sixteen keys.
-LARES_INLINE void draw_attention(const Site& at, std::uint32_t row, std::uint32_t head, std::uint32_t quad, std::uint32_t key_tile,
-                                 Lane (&out)[4][LANES]) {
+// Draws the decisions of the queries 4 * quad ... 4 * quad + 3 for a tile of sixteen keys.
+LARES_INLINE void draw_attention(const DropoutSite& at, std::uint32_t row, std::uint32_t head, std::uint32_t quad, std::uint32_t key_tile,
+                                 Keep (&out)[4][DRAWS]) {
     draw(at, head << 3, quad | key_tile << 16, row, out);
 }
 

@@ -1,16 +1,16 @@
-// Scores of a block's queries with tiles of items, in registers: what top-K and the target's rank have in common.
+// Scores of a block's queries with tiles of items, in registers. Top-K and the target's rank use them.
 #pragma once
 
 #include <cfloat>
 #include <cstdint>
 
+#include "catalog/plan.h"
 #include "cuda/device.cuh"
-#include "cuda/plan.h"
 
 namespace lares_fast {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
-// Sums that a lane holds: PAIRS columns of two neighbouring items for each of LANE_ROWS queries.
+// A lane holds SUMS sums: LANE_ROWS queries times PAIRS pairs of neighbouring items.
 constexpr int LANE_ROWS = WARP_QUERIES / 8;
 constexpr int PAIRS = TILE_ITEMS / 8;
 constexpr int ROW_SUMS = 2 * PAIRS;
@@ -27,16 +27,16 @@ struct Scores {
     bool vectors;  // rows start at multiples of 16 bytes
 };
 
-// Of a call and its plan, on the host.
+// Runs on the host.
 template <class Call>
-Scores make_scores(const Call& call, const WalkPlan& plan) {
+Scores make_scores(const Call& call, const ScanPlan& plan) {
     const bool vectors = call.D % 4 == 0 && reinterpret_cast<std::uintptr_t>(call.query) % 16 == 0 &&
                          reinterpret_cast<std::uintptr_t>(call.items) % 16 == 0;
     return {call.query, call.items, call.bias, call.N, static_cast<int>(call.B), static_cast<int>(call.D),
             static_cast<int>(plan.chunks), plan.resident, vectors};
 }
 
-// Where a lane's sums lie in its warp's part of the score matrix; those of mma.m16n8k8's accumulators.
+// Where a lane's sums are in its warp's part of the score matrix. The layout is that of the accumulators of mma.m16n8k8.
 struct Lane {
     int lane, group, member;
     __device__ __forceinline__ Lane() : lane(static_cast<int>(threadIdx.x) % WARP), group(lane / 4), member(lane % 4) {}
@@ -44,12 +44,13 @@ struct Lane {
     __device__ __forceinline__ int column(int n) const { return 8 * (n / 2) + 2 * member + n % 2; }
 };
 
-// Items of one step: consecutive, or the listed ones.
+// The items of one step: consecutive ones, or the listed ones.
 struct Tile {
     const std::int64_t* ids;
     std::uint32_t first;
     int count;
-    // -1 where there is none. An id out of range is none either, so that no bad input reads out of bounds.
+    // Returns -1 if there is no item. An id out of range counts as no item, so that bad input never causes a read out of
+    // bounds.
     __device__ __forceinline__ std::int64_t item(int row, std::int64_t N) const {
         if (row >= count) return -1;
         const std::int64_t id = ids ? ids[row] : std::int64_t{first} + row;
@@ -66,12 +67,12 @@ __device__ __forceinline__ bool finite(float x) { return fabsf(x) <= FLT_MAX; }
 
 __device__ __forceinline__ float nan_to_lowest(float x) { return x == x ? x : -INFINITY; }
 
-// The plain fp32 score. Splitting a value for the tensor cores makes NaN of infinity and of what rounds to it, so
-// every score that is not finite there is computed again here.
+// The fp32 score without tensor cores. Splitting a value for the tensor cores turns infinity, and values that round to it,
+// into NaN. Every score that is not finite is therefore computed again here.
 __device__ inline float plain_score(const Scores& s, std::int64_t b, std::int64_t item) {
     const float *q = s.query + b * s.D, *x = s.items + item * s.D;
     float sum = s.bias ? s.bias[item] : 0.0f;
-    // Whatever is added, it stays so or becomes NaN, which counts alike.
+    // Whatever is added, the sum stays -inf or becomes NaN, which counts as -inf.
     if (sum == -INFINITY) return sum;
     count_slow("score computed again");
 #pragma unroll 1
@@ -79,7 +80,7 @@ __device__ inline float plain_score(const Scores& s, std::int64_t b, std::int64_
     return nan_to_lowest(sum);
 }
 
-// The columns of a tile whose items have a bias of -inf, as bits over a lane's columns: their scores are -inf.
+// The columns of a tile whose items have a bias of -inf, as bits over a lane's columns. The scores of such items are -inf.
 __device__ __forceinline__ unsigned lowest_columns(const Scores& s, const Tile& tile, const Lane& lane) {
     if (!s.bias) return 0;
     unsigned long long lowest = 0;
@@ -97,8 +98,8 @@ __device__ __forceinline__ unsigned lowest_columns(const Scores& s, const Tile& 
     return columns;
 }
 
-// `sums`, as bits over a lane's sums, without those that need no second look: of queries that do not exist, and of items with a
-// bias of -inf where that loses. Lane i knows the `least` score that counts for query i.
+// Returns `sums`, bits over a lane's sums, without the sums that need no second look. Those belong to queries that do not
+// exist, or to items with a bias of -inf where that score loses. Lane i knows the `least` score that counts for query i.
 __device__ __forceinline__ unsigned long long worth_a_look(unsigned long long sums, const Scores& s, const Tile& tile, const Lane& lane,
                                                            int first_query, float least) {
     if (!__any_sync(ALL_LANES, sums != 0)) return 0;
@@ -112,8 +113,8 @@ __device__ __forceinline__ unsigned long long worth_a_look(unsigned long long su
     return sums;
 }
 
-// One list of the exclusion in CSR. It is not valid if its offsets are no part of the E ids, if its ids, ascending, are no items,
-// or if there are 2^32 and more of them. In any case it may be read.
+// The excluded items of one query. The list is not valid if its offsets are not within the E ids, if its first or last id
+// is not an item, or if it has 2^32 ids or more. `ids` and `count` are always safe to read.
 struct ExcludedItems {
     const std::int64_t* ids;
     std::uint32_t count;
@@ -128,7 +129,7 @@ __device__ __forceinline__ ExcludedItems excluded_items(const std::int64_t* offs
     return {ids + from, static_cast<std::uint32_t>(to - from), from == to || (ids[from] >= 0 && ids[to - 1] < N)};
 }
 
-// sums[index] without an array in local memory.
+// Returns sums[index] without an array in local memory.
 template <int FIRST = 0, int LAST = SUMS>
 __device__ __forceinline__ float pick(const float (&sums)[SUMS], int index) {
     if constexpr (LAST - FIRST == 1) {
@@ -140,8 +141,8 @@ __device__ __forceinline__ float pick(const float (&sums)[SUMS], int index) {
     }
 }
 
-// Rows of CHUNK floats in shared memory, their pieces of 16 bytes permuted so that neither 8-byte loads of a column pair nor
-// 16-byte stores of a row meet in a bank.
+// The place of an element in rows of CHUNK floats in shared memory. The pieces of 16 bytes are permuted, so that neither
+// the 8-byte loads of a column pair nor the 16-byte stores of a row cause bank conflicts.
 __device__ __forceinline__ int place(int row, int d) { return row * CHUNK + (((d / 4) ^ (row % 4 * 2)) * 4 + d % 4); }
 
 template <int ROWS, class Row>
@@ -166,19 +167,20 @@ __device__ __forceinline__ void start_rows(float* to, const float* table, const 
     }
 }
 
-// x = high + low with 11 significant bits each, but for an error of 2^-23 |x|.
+// x = high + low, each with 11 significant bits, with an error of up to 2^-23 |x|.
 __device__ __forceinline__ void split(float x, std::uint32_t& high, std::uint32_t& low) {
     high = round_to_tf32(x);
     low = round_to_tf32(x - __uint_as_float(high));
 }
 
-// One chunk by tensor cores. `query` are the warp's rows, `first_row` their place in the block. Each step's eight
-// products are summed apart, because tensor cores truncate where they add.
+// Adds the products of one chunk by tensor cores. `query` has the block's rows, and `first_row` is the warp's first one.
+// Eight products are summed on their own and then added, because tensor cores truncate their sums.
 __device__ __forceinline__ void multiply_tensor(const float* query, int first_row, const float* items, int depth, const Lane& lane,
                                                 float (&sums)[SUMS]) {
 #pragma unroll 1
     for (int d = 0; d < depth; d += 8) {
-        // A fragment's columns k and k + 4 are dimensions 2k and 2k + 1: for the sum it is the same, and they lie together.
+        // The columns k and k + 4 of a fragment hold the dimensions 2k and 2k + 1. The sum does not change, and the two
+        // values are neighbours in memory.
         const int column = d + 2 * lane.member;
         std::uint32_t q_high[2][4], q_low[2][4];
 #pragma unroll
@@ -209,7 +211,7 @@ __device__ __forceinline__ void multiply_tensor(const float* query, int first_ro
     }
 }
 
-// The same with one fused multiply-add after the other in the order of D: the bits of the CPU's kernels.
+// Adds the products of one chunk one after the other in the order of D, with the bits of the CPU kernels.
 __device__ __forceinline__ void multiply_plain(const float* query, int first_row, const float* items, int depth, const Lane& lane,
                                                float (&sums)[SUMS]) {
 #pragma unroll 1
@@ -232,17 +234,18 @@ __device__ __forceinline__ void multiply_plain(const float* query, int first_row
     }
 }
 
-// What a block keeps in shared memory: chunks of queries, two stages of items and of their biases, and a word a query.
+// Shared memory of a block: chunks of queries, two stages of items and of their biases, and one word a query. Returns the
+// words.
 __device__ __forceinline__ int* query_words(const Scores& s) {
     float* const query = reinterpret_cast<float*>(shared_memory());
     return reinterpret_cast<int*>(query + (s.resident ? s.chunks : 2) * (TILE_QUERIES * CHUNK) + 2 * TILE_ITEMS * (CHUNK + 1));
 }
 
-// Hands the sums of the block's queries with each of `tiles` tiles to `use(tile, sums)`, which runs on the warps that have
-// queries. The tiles are numbers, from `first` on to `after(number)`; `tile_of(number)` knows the items. While a chunk is worked
-// on, the next one is on its way.
+// Computes the scores of the block's queries with `tiles` tiles of items, and calls `use(tile, sums)` for each tile in the
+// warps that have queries. Tiles are numbered: `first` is the first number, `after(number)` the next one, and
+// `tile_of(number)` returns the tile. The next chunk is copied while one is computed.
 template <bool PLAIN, class After, class TileOf, class Use>
-__device__ __forceinline__ void walk(const Scores& s, int tiles, int first, After&& after, TileOf&& tile_of, Use&& use) {
+__device__ __forceinline__ void for_each_tile(const Scores& s, int tiles, int first, After&& after, TileOf&& tile_of, Use&& use) {
     float* const query = reinterpret_cast<float*>(shared_memory());
     float* const items = query + (s.resident ? s.chunks : 2) * (TILE_QUERIES * CHUNK);
     float* const bias = items + 2 * (TILE_ITEMS * CHUNK);
@@ -250,7 +253,7 @@ __device__ __forceinline__ void walk(const Scores& s, int tiles, int first, Afte
     const int first_query = static_cast<int>(blockIdx.x) * TILE_QUERIES;
     const int first_row = static_cast<int>(threadIdx.x) / WARP * WARP_QUERIES;
     int stage = 0;
-    // Chunk `chunk` of the n-th tile in use.
+    // Starts the copy of chunk `chunk` of the n-th tile.
     const auto load = [&](int number, int n, int chunk, int to) {
         const Tile tile = tile_of(number);
         if (!s.resident || n == 0) {
@@ -273,7 +276,7 @@ __device__ __forceinline__ void walk(const Scores& s, int tiles, int first, Afte
         float sums[SUMS];
         for (int chunk = 0; chunk < s.chunks; ++chunk) {
             finish_copies();
-            // Now all threads' copies have arrived, and nobody reads the other stage any more.
+            // Now the copies of all threads have arrived, and no thread reads the other stage any more.
             __syncthreads();
             const bool last = chunk + 1 == s.chunks;
             if (!last || n + 1 < tiles) load(last ? ahead : now, last ? n + 1 : n, last ? 0 : chunk + 1, stage ^ 1);

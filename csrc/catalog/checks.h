@@ -1,24 +1,21 @@
-// What the catalog ops check before they touch memory. Each complaint is a std::invalid_argument.
+// Checks of the catalog ops. They run before any memory is read or written, and throw std::invalid_argument.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <stdexcept>
+
+#include "base/require.h"
 
 namespace lares_fast {
 
 constexpr std::int64_t SIZE_LIMIT = std::numeric_limits<std::int64_t>::max() / 8;
 
-inline void require(bool holds, const char* message) {
-    if (!holds) throw std::invalid_argument(message);
-}
-
 inline void check_sizes(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t threads) {
     require(B >= 0 && N >= 0 && D >= 0, "B, N and D must not be negative");
     require(threads >= 1, "threads must be at least 1");
     require(N <= std::numeric_limits<std::int32_t>::max() - 1024, "N must stay below 2^31 - 1024");
-    // A panel of 48 items is the largest thing of width D.
+    // The largest buffer of width D is a panel of 48 items.
     require(D <= (std::int64_t{1} << 31), "D is too large");
     const std::int64_t width = std::max<std::int64_t>(D, 1);
     require(B <= SIZE_LIMIT / width && N <= SIZE_LIMIT / width, "B * D or N * D is too large");

@@ -1,4 +1,5 @@
-// What CMake knows of this build; defined apart, so that a new version or reason compiles one small file.
+// What CMake knows about this build. The values are defined in a file of their own, so that a new version or a new reason
+// recompiles only that small file.
 #pragma once
 
 namespace lares_fast::build {

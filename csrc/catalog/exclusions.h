@@ -1,4 +1,4 @@
-// A block of queries as the kernels read it.
+// Exclusion lists of queries in the form that the kernels read.
 #pragma once
 
 #include <algorithm>
@@ -7,20 +7,7 @@
 
 namespace lares_fast {
 
-// Tiles of `rows` queries, then of 4, 2 and 1: [D][r] each, the tile of query b beginning at b * D.
-template <class T>
-std::vector<T> query_tiles(const T* query, std::int64_t B, std::int64_t D, std::int64_t rows) {
-    std::vector<T> tiles(static_cast<std::size_t>(B * D));
-    for (std::int64_t b = 0, size = rows; b < B; b += size) {
-        while (size > B - b) size = size > 4 ? 4 : size / 2;
-        for (std::int64_t r = 0; r < size; ++r) {
-            for (std::int64_t d = 0; d < D; ++d) tiles[static_cast<std::size_t>(b * D + d * size + r)] = query[(b + r) * D + d];
-        }
-    }
-    return tiles;
-}
-
-// Each query's exclusions in ascending order, each once.
+// The excluded ids of each query in ascending order, without repeats. `call` has exclude_offsets, exclude_ids and B.
 class SortedExclusions {
    public:
     template <class Call>

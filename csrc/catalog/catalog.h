@@ -1,4 +1,4 @@
-// The item table as the kernels read it.
+// The item table in the form that the kernels read.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace lares_fast {
 
 struct Catalog {
     const float* items;   // [N, D]
-    const float* panels;  // the same as panels [D][panel], or null
+    const float* panels;  // the items in panels [D][panel], or null
     const float* bias;    // [N] or null
     std::int64_t N, D;
 };

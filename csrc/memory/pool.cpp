@@ -1,4 +1,4 @@
-#include "recurrence/arena.h"
+#include "memory/pool.h"
 
 #include <cstring>
 #include <mutex>
@@ -10,18 +10,18 @@
 #include <sys/mman.h>
 #endif
 
+#include "memory/aligned.h"
+
 namespace lares_fast {
 namespace {
 
 constexpr std::size_t PAGE = std::size_t{2} << 20;
-// More than this many are not kept: there is one a thread, the weights' and the gradients'.
-constexpr std::size_t KEPT = 32;
+// The pool keeps at most this many buffers. One call needs one a thread, one for the weights and one for the gradients.
+constexpr std::size_t MOST_IDLE = 32;
 
 std::mutex mutex;
-// Never destroyed: a thread may outlive the end of main.
+// The vector is never destroyed, because a thread may still run after main has ended.
 auto& idle = *new std::vector<std::pair<float*, std::int64_t>>;
-
-void release(float* memory) { ::operator delete[](memory, std::align_val_t{64}); }
 
 }  // namespace
 
@@ -29,23 +29,23 @@ void prefer_large_pages(float* memory, std::int64_t floats) {
 #if defined(__linux__)
     const auto begin = (reinterpret_cast<std::uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
     const auto end = reinterpret_cast<std::uintptr_t>(memory + floats) / PAGE * PAGE;
-    // Only a wish: without it the memory works as well.
+    // A failure is ignored: small pages work too.
     if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
     (void)memory, (void)floats;
 #endif
 }
 
-void GiveBack::operator()(float* memory) const {
+void ReturnToPool::operator()(float* memory) const {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (idle.size() < KEPT) {
+    if (idle.size() < MOST_IDLE) {
         idle.emplace_back(memory, floats);
     } else {
-        release(memory);
+        FreeAligned()(memory);
     }
 }
 
-Lease lease(std::int64_t floats) {
+PooledFloats take_from_pool(std::int64_t floats) {
     {
         const std::lock_guard<std::mutex> lock(mutex);
         std::size_t best = idle.size();
@@ -55,13 +55,13 @@ Lease lease(std::int64_t floats) {
         if (best < idle.size()) {
             const auto [memory, size] = idle[best];
             idle.erase(idle.begin() + static_cast<std::ptrdiff_t>(best));
-            return Lease(memory, GiveBack{size});
+            return PooledFloats(memory, ReturnToPool{size});
         }
     }
-    auto* const memory = new (std::align_val_t{64}) float[static_cast<std::size_t>(floats)];
+    auto* const memory = new (std::align_val_t{CACHE_LINE}) float[static_cast<std::size_t>(floats)];
     prefer_large_pages(memory, floats);
     std::memset(memory, 0, sizeof(float) * static_cast<std::size_t>(floats));
-    return Lease(memory, GiveBack{floats});
+    return PooledFloats(memory, ReturnToPool{floats});
 }
 
 }  // namespace lares_fast
