@@ -69,8 +69,8 @@ def test_survives_deepcopy_and_torch_save(model, tmp_path):
     ([0, -3, 2, 3], [1, 2, 3], "exclude offsets must rise from 0 to the number of ids, 3"),
     ([0, 1, 2, 9], [1, 2, 3], "exclude offsets must rise from 0 to the number of ids, 3"),
     ([0, 1, 2], [1, 2], "exclude offsets must have B \\+ 1 = 4 entries, but got 3"),
-    ([0, 1, 2, 3], [1, 2, N], "exclude ids must be in 0..39, but they span 1..40"),
-    ([0, 1, 2, 3], [1, 2, -1], "exclude ids must be in 0..39, but they span -1..2"),
+    ([0, 1, 2, 3], [1, 2, N], "exclude ids must be in 0..39, but got values in 1..40"),
+    ([0, 1, 2, 3], [1, 2, -1], "exclude ids must be in 0..39, but got values in -1..2"),
     ([0.0, 1.0, 2.0, 3.0], [1, 2, 3], "exclude offsets must be 1-D torch.int64"),
 ])  # fmt: skip
 def test_exclusions_are_checked_before_they_are_read(model, offsets, ids, message):
