@@ -105,7 +105,7 @@ def test_a_stretch_ends_and_the_next_resumes(folder):
         assert [sitting["ended"] for sitting in runner.read_record(target)["sittings"]] == ["stopped"] * number
     assert not (folder / "runs" / LATER.name).exists(), "nothing is begun after the end of the stretch"
     log = (target / "log.txt").read_text()
-    assert log.count("stopped and saved: resume with") >= 1
+    assert log.count("stopped and saved; resume with") >= 1
     assert runs.Run(ENDLESS, target).state == "not finished: stopped"
 
 

@@ -263,7 +263,8 @@ def test_doctor_shows_every_op_and_only_extras_that_something_imports(capsys):
     assert shown == set(cases.ops()) <= set(_dispatch._TABLE)
     root = Path(__file__).parents[2]
     declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(doctor._EXTRAS) == set(declared) - {"dev"}
+    # Users of the package need neither of these two.
+    assert set(doctor._EXTRAS) == set(declared) - {"dev", "docs"}
     folders = ("lares_fast", "kernels", "benchmarks")
     sources = "".join(path.read_text() for folder in folders for path in (root / folder).rglob("*.py"))
     for extra, modules in doctor._EXTRAS.items():
