@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -32,7 +33,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
-constexpr int ABI = 9;
+constexpr int ABI = 10;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -103,30 +104,99 @@ std::vector<float*> pointers(const std::vector<uintptr_t>& addresses) {
     return result;
 }
 
-// `sizes` are D, H, I, layers, adapter, output, B and bf16; `dropout` the key's halves, both thresholds and the first step.
-lares_fast::Recurrence recurrence(const std::array<int64_t, 8>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
-                                  const std::array<uintptr_t, 6>& inputs, const std::vector<float*>& weights) {
+// The keyword arguments of one call. Each is taken once, by its name; end() raises if one is left.
+class Arguments {
+public:
+    explicit Arguments(const py::kwargs& given) : left_(py::reinterpret_steal<py::dict>(PyDict_Copy(given.ptr()))) {}
+
+    template <class T>
+    T take(const char* name) {
+        if (!left_.contains(name)) throw py::type_error(std::string(name) + " is missing");
+        try {
+            return left_.attr("pop")(name).cast<T>();
+        } catch (const py::cast_error&) {
+            throw py::type_error(std::string(name) + " has a wrong type or is out of range");
+        }
+    }
+
+    // The tensor at the address `name`; 0 is no tensor.
+    template <class T>
+    T* tensor(const char* name) {
+        return pointer<T>(take<uintptr_t>(name));
+    }
+
+    // The value that the string `name` stands for.
+    template <class T>
+    T one_of(const char* name, const std::map<std::string, T>& values) {
+        const auto found = values.find(take<std::string>(name));
+        if (found == values.end()) throw std::invalid_argument(std::string(name) + " has an unknown value");
+        return found->second;
+    }
+
+    void end() const {
+        for (const auto& item : left_) throw py::type_error("there is no argument " + item.first.cast<std::string>());
+    }
+
+private:
+    py::dict left_;
+};
+
+// The arguments that both directions have. The result points to `weights`.
+lares_fast::Recurrence recurrence(Arguments& arguments, std::vector<float*>& weights) {
     using lares_fast::Adapter;
     using lares_fast::Output;
-    const lares_fast::Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], static_cast<Adapter>(sizes[4])};
-    if (lares_fast::weight_count(shape) != static_cast<int64_t>(weights.size())) throw std::invalid_argument("the number of weights is wrong");
-    return {shape, static_cast<Output>(sizes[5]), eps, {Key{dropout[0], dropout[1]}, dropout[2], dropout[3], dropout[4]},
-            pointer<float>(inputs[0]), pointer<float>(inputs[1]), pointer<int64_t>(inputs[2]), pointer<int64_t>(inputs[3]),
-            pointer<int64_t>(inputs[4]), sizes[6], weights.data(), pointer<float>(inputs[5]), sizes[7] != 0};
+    lares_fast::Recurrence call{};
+    call.shape.D = arguments.take<int64_t>("width");
+    call.shape.H = arguments.take<int64_t>("n_heads");
+    call.shape.I = arguments.take<int64_t>("inner_size");
+    call.shape.layers = arguments.take<int64_t>("n_layers");
+    call.shape.adapter = arguments.one_of<Adapter>(
+        "adapter", {{"none", Adapter::none}, {"add", Adapter::add}, {"linear", Adapter::linear}, {"concat", Adapter::concat}});
+    call.output = arguments.one_of<Output>("output", {{"last", Output::last}, {"steps", Output::steps}, {"tokens", Output::tokens}});
+    call.eps = arguments.take<float>("eps");
+    const auto key = arguments.take<std::array<std::uint32_t, 2>>("key");
+    call.dropout.key = {key[0], key[1]};
+    call.dropout.hidden = arguments.take<std::uint32_t>("hidden_threshold");
+    call.dropout.attention = arguments.take<std::uint32_t>("attention_threshold");
+    call.dropout.first_step = arguments.take<std::uint32_t>("first_step");
+    call.h = arguments.tensor<float>("h");
+    call.pre = arguments.tensor<float>("pre");
+    call.offsets = arguments.tensor<int64_t>("offsets");
+    call.depth = arguments.tensor<int64_t>("depth");
+    call.rows = arguments.tensor<int64_t>("rows");
+    call.B = arguments.take<int64_t>("batch");
+    weights = pointers(arguments.take<std::vector<uintptr_t>>("weights"));
+    if (lares_fast::weight_count(call.shape) != static_cast<int64_t>(weights.size())) throw std::invalid_argument("the number of weights is wrong");
+    call.weights = weights.data();
+    call.tape = arguments.tensor<float>("tape");
+    call.bf16 = arguments.take<bool>("bf16");
+    return call;
 }
 
-void recurrence_forward(const std::array<int64_t, 8>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
-                        const std::array<uintptr_t, 6>& inputs, const std::vector<uintptr_t>& weights, uintptr_t out, int64_t threads) {
-    const std::vector<float*> tensors = pointers(weights);
-    lares_fast::recurrence_forward(recurrence(sizes, dropout, eps, inputs, tensors), pointer<float>(out), threads);
+void recurrence_forward(const py::kwargs& given) {
+    Arguments arguments(given);
+    std::vector<float*> weights;
+    const lares_fast::Recurrence call = recurrence(arguments, weights);
+    float* const out = arguments.tensor<float>("out");
+    const auto threads = arguments.take<int64_t>("threads");
+    arguments.end();
+    const py::gil_scoped_release release;
+    lares_fast::recurrence_forward(call, out, threads);
 }
 
-void recurrence_backward(const std::array<int64_t, 8>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
-                         const std::array<uintptr_t, 6>& inputs, const std::vector<uintptr_t>& weights, uintptr_t out_grad,
-                         uintptr_t h_grad, uintptr_t pre_grad, const std::vector<uintptr_t>& weight_grads, int64_t threads) {
-    const std::vector<float*> tensors = pointers(weights);
-    lares_fast::recurrence_backward(recurrence(sizes, dropout, eps, inputs, tensors), pointer<float>(out_grad), pointer<float>(h_grad),
-                                    pointer<float>(pre_grad), pointers(weight_grads).data(), threads);
+void recurrence_backward(const py::kwargs& given) {
+    Arguments arguments(given);
+    std::vector<float*> weights;
+    const lares_fast::Recurrence call = recurrence(arguments, weights);
+    const float* const out_grad = arguments.tensor<float>("out_grad");
+    float* const h_grad = arguments.tensor<float>("h_grad");
+    float* const pre_grad = arguments.tensor<float>("pre_grad");
+    const std::vector<float*> weight_grads = pointers(arguments.take<std::vector<uintptr_t>>("weight_grads"));
+    if (weight_grads.size() != weights.size()) throw std::invalid_argument("the number of weight_grads is wrong");
+    const auto threads = arguments.take<int64_t>("threads");
+    arguments.end();
+    const py::gil_scoped_release release;
+    lares_fast::recurrence_backward(call, out_grad, h_grad, pre_grad, weight_grads.data(), threads);
 }
 
 // Multiprocessors, shared memory a block, shared memory a multiprocessor.
@@ -242,10 +312,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("build_index", &build_index, arg("items"), arg("N"), arg("D"), arg("index"), arg("threads"), Release());
     m.def("target_rank", &target_rank, arg("query"), arg("items"), arg("bias"), arg("target"), arg("exclude_offsets"), arg("exclude_ids"),
           arg("rank"), arg("rank_of_all"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("threads"), Release());
-    m.def("recurrence_forward", &recurrence_forward, arg("sizes"), arg("dropout"), arg("eps"), arg("inputs"), arg("weights"), arg("out"),
-          arg("threads"), Release());
-    m.def("recurrence_backward", &recurrence_backward, arg("sizes"), arg("dropout"), arg("eps"), arg("inputs"), arg("weights"),
-          arg("out_grad"), arg("h_grad"), arg("pre_grad"), arg("weight_grads"), arg("threads"), Release());
+    m.def("recurrence_forward", &recurrence_forward);
+    m.def("recurrence_backward", &recurrence_backward);
     m.def("target_logprob", &target_logprob, arg("hidden"), arg("items"), arg("target"), arg("logprob"), arg("lse"), arg("rank"), arg("M"),
           arg("N"), arg("D"), arg("scale"), arg("skip_pad"), arg("ties_by_id"), arg("threads"), Release());
     m.def("target_logprob_backward", &target_logprob_backward, arg("hidden"), arg("items"), arg("target"), arg("grad"), arg("lse"),

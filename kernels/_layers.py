@@ -19,6 +19,16 @@ SITE_ATTENTION_OUT = tl.constexpr(1)
 SITE_FEED_FORWARD_OUT = tl.constexpr(2)
 
 
+def attention_size(D):
+    """Return how many numbers the attention half of a layer's weights has."""
+    return 4 * D * D + 6 * D
+
+
+def layer_size(D, INNER):
+    """Return how many numbers a layer's weights have."""
+    return attention_size(D) + 2 * INNER * D + INNER + 3 * D
+
+
 @triton.jit
 def tile_rows(G: tl.constexpr):
     """The numbers [G, 16] of a tile's rows."""

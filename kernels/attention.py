@@ -156,26 +156,24 @@ def attention_backward_key_value(
     store_rows(DV + at, dv, key, column, H * E, length, E)
 
 
-def forward(query, key, value, offsets, longest, rows, seed, threshold, step, layer):
-    """(out [P, H, E], lse [H, P] fp32); ``rows`` and ``seed`` are None where nothing is dropped."""
-    query, key, value, offsets = map(ready, (query, key, value, rising(offsets)))
-    P, H, _ = query.shape
-    out = torch.empty_like(query)
-    lse = torch.empty(H, P, dtype=torch.float32, device=query.device)
-    launch_tiles, numbers = _plan(query, offsets, longest, seed, threshold, step, layer)
-    launch_tiles(attention_forward, query, key, value, offsets, _optional(rows), seed, out, lse, *numbers)
+def forward(call):
+    """Return (out [P, H, E], lse [H, P] fp32) of ``call``; its ``rows`` and ``seed`` are None if nothing is dropped."""
+    launch_tiles, inputs, numbers = _plan(call)
+    P, H, _ = call.query.shape
+    out = torch.empty_like(inputs[0])
+    lse = torch.empty(H, P, dtype=torch.float32, device=out.device)
+    launch_tiles(attention_forward, *inputs, out, lse, *numbers)
     return out, lse
 
 
-def backward(query, key, value, offsets, longest, rows, seed, threshold, step, layer, out, lse, grad):
-    """The gradients of query, key and value."""
-    query, key, value, offsets, grad = map(ready, (query, key, value, rising(offsets), grad))
-    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+def backward(call, out, lse, grad):
+    """Return the gradients of query, key and value."""
+    launch_tiles, inputs, numbers = _plan(call)
+    grad = ready(grad)
+    dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
     delta = torch.empty_like(lse)
-    launch_tiles, numbers = _plan(query, offsets, longest, seed, threshold, step, layer)
-    shared = (query, key, value, offsets, _optional(rows), seed)
-    launch_tiles(attention_backward_query, *shared, out, lse, grad, dq, delta, *numbers)
-    launch_tiles(attention_backward_key_value, *shared, lse, grad, delta, dk, dv, *numbers)
+    launch_tiles(attention_backward_query, *inputs, out, lse, grad, dq, delta, *numbers)
+    launch_tiles(attention_backward_key_value, *inputs, lse, grad, delta, dk, dv, *numbers)
     return dq, dk, dv
 
 
@@ -183,23 +181,24 @@ def _optional(tensor):
     return None if tensor is None else ready(tensor)
 
 
-def _plan(query, offsets, longest, seed, threshold, step, layer):
-    """How all three kernels are launched for these sizes, and the numbers they take."""
-    P, H, E = query.shape
-    chosen = choice("attention", query, width=E, longest=longest)
-    S = chosen.rows or tile_size(longest, E * query.element_size())
-    tiles = triton.cdiv(longest, S)
-    if P and len(offsets) == 1:
+def _plan(call):
+    """Return (the function that launches a kernel on these sizes, the tensors that all kernels read, the numbers they take)."""
+    P, H, E = call.query.shape
+    chosen = choice("attention", call.query, width=E, longest=call.longest)
+    S = chosen.rows or tile_size(call.longest, E * call.query.element_size())
+    tiles = triton.cdiv(call.longest, S)
+    if P and len(call.offsets) == 1:
         raise ValueError(f"offsets must rise from 0 to {P}, the rows of query, but there is only one.")
-    programs = (len(offsets) - 1) * H * tiles if P else 0
-    kept = 1 / (1 - threshold / 65536)
-    numbers = (P, H, tiles, longest, LOG2E.value / math.sqrt(E), threshold, kept, step, layer)
-    constants = {"E": E, "C": max(16, triton.next_power_of_2(E)), "S": S, "DROP": seed is not None}
+    programs = (len(call.offsets) - 1) * H * tiles if P else 0
+    kept = 1 / (1 - call.threshold / 65536)
+    inputs = (*map(ready, (call.query, call.key, call.value, rising(call.offsets))), _optional(call.rows), _optional(call.seed))
+    numbers = (P, H, tiles, call.longest, LOG2E.value / math.sqrt(E), call.threshold, kept, call.step, call.layer)
+    constants = {"E": E, "C": max(16, triton.next_power_of_2(E)), "S": S, "DROP": call.seed is not None}
 
     def launch_tiles(kernel, *arguments):
-        launch(kernel, programs, *arguments, warps=WARPS[query.dtype], choice=chosen, **constants)
+        launch(kernel, programs, *arguments, warps=WARPS[call.query.dtype], choice=chosen, **constants)
 
-    return launch_tiles, numbers
+    return launch_tiles, inputs, numbers
 
 
 def tile_size(longest, row_bytes):

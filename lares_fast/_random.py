@@ -26,19 +26,56 @@ MOST_STEPS = 2**16 - 2
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
+_ROUNDS = 10
 _CALLS_IN_CACHE = 16384
 
 
-def philox(counter: tuple[Any, Any, Any, Any], key: Key) -> tuple[Any, Any, Any, Any]:
-    """Ten Philox4x32 rounds over 32-bit words, held in integers or broadcastable int64 tensors; returns four such words."""
+@dataclass(frozen=True)
+class RoundKeys:
+    """The keys of Philox's ten rounds, as pairs of integers or of int64 tensors [].
+
+    They stand in the place of a key that only a GPU knows, so that the host need not wait for it.
+    """
+
+    pairs: tuple[tuple[Any, Any], ...]
+
+    @classmethod
+    def of_key(cls, key: Key) -> RoundKeys:
+        """Return the round keys of ``key``."""
+        k0, k1 = key
+        return cls(tuple(((k0 + i * _WEYL[0]) & _WORD, (k1 + i * _WEYL[1]) & _WORD) for i in range(_ROUNDS)))
+
+    @classmethod
+    def of_seed(cls, seed: Tensor) -> RoundKeys:
+        """Return the round keys of the key in ``seed``, the result of :func:`seed_of`, on the device of ``seed``."""
+        rounds = torch.arange(_ROUNDS, device=seed.device)
+        k0, k1 = ((seed >> shift) + rounds * weyl & _WORD for shift, weyl in zip((0, 32), _WEYL, strict=True))
+        return cls(tuple(zip(k0.unbind(), k1.unbind(), strict=True)))
+
+
+def philox(counter: tuple[Any, Any, Any, Any], key: Key | RoundKeys) -> tuple[Any, Any, Any, Any]:
+    """Return four 32-bit words: ten rounds of Philox4x32 over ``counter``. Words are integers or broadcastable int64 tensors."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
+    for k0, k1 in (key if isinstance(key, RoundKeys) else RoundKeys.of_key(key)).pairs:
         # int64 multiplication wraps modulo 2**64, so the high word survives the arithmetic shift and the mask.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return c0, c1, c2, c3
+
+
+def seed_of(key: Key, device: torch.device) -> Tensor:
+    """Return ``key`` as one number, ``key[0] + key[1] * 2**32`` in an int64 tensor [1]; all ops take their key in this form.
+
+    A kernel fills the tensor. A copy from the host would make the host wait.
+    """
+    packed = key[0] | key[1] << 32
+    return torch.full((1,), packed - (packed >> 63 << 64), dtype=torch.int64, device=device)
+
+
+def key_of(seed: Tensor) -> Key:
+    """Return the key in ``seed``, the result of :func:`seed_of`; this waits for a GPU."""
+    packed = int(seed)
+    return packed & _WORD, packed >> 32 & _WORD
 
 
 def fold(key: Key, *data: int) -> Key:
@@ -90,7 +127,7 @@ def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, r
 
 
 def keep_hidden_at(
-    key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, positions: Tensor, width: int
+    key: Key | RoundKeys, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, positions: Tensor, width: int
 ) -> Tensor:
     """Keep-mask [..., D] (bool) at ``rows`` and ``positions``, int64 of shapes that broadcast to [...]."""
     groups = -(-width // 64)
@@ -160,7 +197,7 @@ class Draw:
             return x
         _, length, width = x.shape
         keep = keep_hidden(self.key, threshold, site=site, step=step, layer=layer, rows=self.rows, length=length, width=width)
-        return dropped(x, keep, threshold)
+        return apply_dropout(x, keep, threshold)
 
     def attention(self, probabilities: Tensor, p: float, *, step: int, layer: int) -> Tensor:
         """Dropout of attention ``probabilities`` [B, H, L, L]."""
@@ -168,9 +205,9 @@ class Draw:
             return probabilities
         _, heads, length, _ = probabilities.shape
         keep = keep_attention(self.key, threshold, step=step, layer=layer, rows=self.rows, heads=heads, length=length)
-        return dropped(probabilities, keep, threshold)
+        return apply_dropout(probabilities, keep, threshold)
 
 
-def dropped(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
+def apply_dropout(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
     """``x`` where ``keep`` is true, scaled by the realised rate, and 0 elsewhere."""
     return x * keep.to(x).mul_(1 / (1 - threshold / 65536))

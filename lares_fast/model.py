@@ -12,7 +12,7 @@ from lares_fast import _modules, _native, ops, reference
 from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
 from lares_fast._numbers import whole
-from lares_fast._random import SITE_INPUT, Draw, drop_threshold, dropped, keep_hidden, normal_of
+from lares_fast._random import SITE_INPUT, Draw, apply_dropout, drop_threshold, keep_hidden, normal_of
 from lares_fast._transfer import sent
 from lares_fast.config import LARESConfig
 from lares_fast.ops._catalog_checks import check_exclude, checked_exclude
@@ -129,7 +129,7 @@ class LARES(reference.LARES):
         else:
             length = int(position.max()) + 1
             keep = keep_hidden(draw.key, threshold, **address, rows=draw.rows, length=length)[sequence, position]
-        return dropped(x, sent(keep, x.device), threshold)
+        return apply_dropout(x, sent(keep, x.device), threshold)
 
     def _steps(self, block: nn.Module, h: Tensor, offsets: Tensor, draw: Draw | None, **arguments: Any) -> Tensor:
         config = self.config

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lares_fast import _dispatch, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
+from lares_fast.ops.attention import build_call
 from lares_fast.reference.attention import packed_logsumexp
 from tests.support import oracle
 from tests.support.fake_device import NoScalarReads
@@ -139,10 +140,10 @@ def test_the_saved_statistics_are_shared_by_backends(monkeypatch):
     from tests.support import triton_interpreter
 
     query, key, value, _ = inputs_of([40, 20], 2, 16, torch.float32)
-    arguments = (query, key, value, offsets_of([40, 20]), 40, None, None, 0.0, 0, 0)
+    arguments = (query, key, value, offsets_of([40, 20]), 40)
     with triton_interpreter.interpreted(monkeypatch):
-        _, lse = torch.ops.lares_fast.attention(*arguments, "triton")
-    _, expected = torch.ops.lares_fast.attention(*arguments, "reference")
+        _, lse = torch.ops.lares_fast.attention(*build_call(*arguments, backend="triton").arguments())
+    _, expected = torch.ops.lares_fast.attention(*build_call(*arguments, backend="reference").arguments())
     truth = packed_logsumexp(query.double(), key.double(), offsets_of([40, 20]), 40)
     oracle.check("forward", {"lse": lse}, {"lse": expected}, {"lse": truth})
 
@@ -190,11 +191,10 @@ def test_triton_never_waits_for_the_device(monkeypatch):
     from tests.support import triton_interpreter
 
     *tensors, grad = inputs_of([20, 3], 1, 16, torch.float32)
-    seed = torch.full((1,), 7)
-    inputs = (*tensors, offsets_of([20, 3]), 20, torch.arange(2), seed, 0.2, 0, 0)
+    call = build_call(*tensors, offsets_of([20, 3]), 20, draw=Draw(KEY, torch.arange(2)), dropout=0.2)
     with triton_interpreter.interpreted(monkeypatch), NoScalarReads():
-        out, lse = _dispatch.run("attention", "triton", *inputs, None)
-        _dispatch.run("attention", "triton", *inputs, (out, lse, grad))
+        out, lse = _dispatch.run("attention", "triton", call)
+        _dispatch.run("attention", "triton", call, (out, lse, grad))
 
 
 def test_the_reference_is_attention_of_each_sequence():
@@ -227,8 +227,9 @@ def test_gradients_of_the_reference_by_finite_differences():
 
 def test_opcheck_and_compile():
     query, key, value, grad = (x.requires_grad_() for x in inputs_of([4, 2], 2, 16, torch.float32))
-    offsets, rows, seed = offsets_of([4, 2]), torch.arange(2), torch.tensor([9])
-    arguments = (query, key, value, offsets, 4, rows, seed, 0.2, 1, 0, "reference")
+    offsets, rows = offsets_of([4, 2]), torch.arange(2)
+    call = build_call(query, key, value, offsets, 4, draw=Draw(KEY, rows), dropout=0.2, step=1, backend="reference")
+    arguments = call.arguments()
     torch.library.opcheck(torch.ops.lares_fast.attention, arguments)
     out, lse = (x.detach() for x in torch.ops.lares_fast.attention(*arguments))
     plain = (*(x.detach() for x in (query, key, value)), *arguments[3:], out, lse, grad.detach())

@@ -1,7 +1,7 @@
 """``ops.recurrence``: PyTorch's layers around ``ops.attention``, held to the law, and when they are chosen."""
 
-import importlib
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,7 +88,10 @@ PLANTED = {
         "layer", lambda right: lambda self, *rest, step, layer: right(self, *rest, step=step, layer=0)
     ),
     "sites exchanged": attribute("dropped", lambda right: lambda self, x, site, **where: right(self, x, 3 - site, **where)),
-    "a norm without its bias": attribute("norm", lambda right: lambda self, x, scale, shift: right(self, x, scale, 0 * shift)),
+    "a norm without its bias": attribute(
+        "norm",
+        lambda right: lambda self, x, parts, name: right(self, x, {**parts, f"{name}.bias": 0 * parts[f"{name}.bias"]}, name),
+    ),
     "sequences that stop late": attribute("__init__", lambda right: lambda self, call: (right(self, call), late(self))[0]),
 }
 
@@ -133,18 +136,16 @@ def test_opcheck_and_compile(changes):
     case = small(**changes)
     case.tensors = {name: x.requires_grad_() for name, x in case.tensors.items()}
     tensors = list(case.tensors.values())
-    h, pre, *weights = tensors
-    depth, steps = (case.options["depth"], 0) if changes else (None, 2)
-    numbers = (steps, [3, 7], [0.5, 0.5], 2, "add", case.options["output"], 1e-12, None, False)
-    arguments = (h, pre, case.offsets, depth, case.options["draw"].rows, weights, *numbers, True, "layers")
-    torch.library.opcheck(torch.ops.lares_fast.recurrence, arguments)
+    call = case.operator_call(backend="layers")
+    leaves = replace(call, weights=call.weights.detach().requires_grad_())
+    torch.library.opcheck(torch.ops.lares_fast.recurrence, leaves.arguments())
 
     def step(x):
         return case.call({**case.tensors, "h": x}, "layers").square().sum()
 
-    expected = torch.autograd.grad(step(h), tensors)
+    expected = torch.autograd.grad(step(tensors[0]), tensors)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for found, grad in zip(torch.autograd.grad(compiled(h), tensors), expected, strict=True):
+    for found, grad in zip(torch.autograd.grad(compiled(tensors[0]), tensors), expected, strict=True):
         assert torch.equal(found, grad)
 
 
@@ -187,14 +188,10 @@ def test_asked_for_by_the_environment_attention_still_chooses(monkeypatch):
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
 def test_the_backward_waits_for_no_gpu(output):
     """tests/test_no_waiting.py watches the forward."""
-    module = importlib.import_module("lares_fast.ops.recurrence")
-    case = small(lengths=[20, 3])
-    h, pre, *weights = case.tensors.values()
-    rows = case.options["draw"].rows
-    call = module._Call(h, pre, case.offsets, None, rows, weights, 2, [3, 7], [0.5, 0.5], 2, "add", output, 1e-12, 20)
+    call = small(lengths=[20, 3]).operator_call(output=output, longest=20)
     with NoScalarReads():
-        out, tape = _dispatch.run("recurrence", "layers", h, case.offsets, weights, call, True)
-        _dispatch.run("recurrence_backward", "layers", h, case.offsets, weights, call, out, tape)
+        _, out, tape = _dispatch.run("recurrence", "layers", call)
+        _dispatch.run("recurrence_backward", "layers", call, out, tape)
 
 
 def test_dispatch_takes_them_for_gpus_only():

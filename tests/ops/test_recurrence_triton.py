@@ -1,7 +1,5 @@
 """``ops.recurrence``: the Triton kernels, interpreted (``-m interpreted``), and when they are not chosen."""
 
-import importlib
-
 import pytest
 import torch
 
@@ -120,14 +118,10 @@ def test_no_sequences_launch_nothing(monkeypatch):
 def test_never_waits_for_the_device(monkeypatch):
     from tests.support import triton_interpreter
 
-    module = importlib.import_module("lares_fast.ops.recurrence")
-    case = small(lengths=[20, 3])
-    h, pre, *weights = case.tensors.values()
-    rows = case.options["draw"].rows
-    call = module._Call(h, pre, case.offsets, None, rows, weights, 2, [3, 7], [0.5, 0.5], 2, "add", "steps", 1e-12, 64)
+    call = small(lengths=[20, 3]).operator_call(output="steps")
     with triton_interpreter.interpreted(monkeypatch), NoScalarReads():
-        out, tape = _dispatch.run("recurrence", "triton", h, case.offsets, weights, call, True)
-        _dispatch.run("recurrence_backward", "triton", h, case.offsets, weights, call, out, tape)
+        _, out, tape = _dispatch.run("recurrence", "triton", call)
+        _dispatch.run("recurrence_backward", "triton", call, out, tape)
 
 
 @pytest.mark.parametrize(("change", "longest", "reason"), [

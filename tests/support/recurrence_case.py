@@ -1,10 +1,13 @@
 """A call of ``ops.recurrence`` with random weights, as the tests of its backends share it."""
 
+from dataclasses import replace
+
 import torch
 
 from lares_fast import ops, reference
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
+from lares_fast.ops.recurrence import build_call
 from lares_fast.reference.backbone import build_block
 from tests.support import oracle
 
@@ -35,9 +38,20 @@ class Case:
         depth = depth if isinstance(depth, int) else torch.tensor(depth, dtype=torch.int64)
         self.options = {"n_heads": H, "adapter": adapter or "add", "depth": depth, "output": output, "draw": draw, "dropout": p}
 
+    @staticmethod
+    def inputs(tensors):
+        """(h, pre or None, weights)."""
+        rest = {**tensors}
+        return rest.pop("h"), rest.pop("pre", None), list(rest.values())
+
     def call(self, tensors, backend, **changes):
-        h, pre, *weights = tensors.values() if "pre" in tensors else (tensors["h"], None, *list(tensors.values())[1:])
+        h, pre, weights = self.inputs(tensors)
         return ops.recurrence(h, self.offsets, weights, pre=pre, backend=backend, **{**self.options, **changes})
+
+    def operator_call(self, *, keep=True, **changes):
+        """Return the call that the operator takes; ``changes`` replace options of the public function."""
+        h, pre, weights = self.inputs(self.tensors)
+        return replace(build_call(h, self.offsets, weights, **{"pre": pre, **self.options, **changes}), keep=keep)
 
     def run(self, backend, dtype=torch.float32, **changes):
         """(output, gradients) by name."""

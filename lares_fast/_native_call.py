@@ -1,0 +1,59 @@
+"""Call functions of the native module: by keyword, with addresses for tensors, and with errors in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lares_fast import _native
+from lares_fast._errors import InputError
+
+
+def call_native(function: str, **arguments: object) -> None:
+    """Call ``function`` of the native module. A tensor is passed as its address, ``None`` as 0.
+
+    The caller keeps the tensors alive, and it has checked their dtypes, devices and shapes: the native code trusts them.
+
+    Raises:
+        InputError: the native code found a value out of range, or a number too large for its type.
+        NotBuiltError: there is no native module.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            arguments[name] = value.data_ptr()
+        elif value is None:
+            arguments[name] = 0
+    call = getattr(_native.load(), function)
+    try:
+        call(**arguments)
+    except (ValueError, TypeError) as error:
+        sentence = str(error).partition("\n")[0]
+        raise InputError(f"{function}: {sentence}.") from error
+
+
+def contiguous(name: str, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in contiguous memory, without a gradient; :class:`InputError` if a copy does not fit into memory."""
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    with allocation(f"{name} {list(tensor.shape)}"):
+        return tensor.detach().resolve_neg().contiguous()
+
+
+@contextmanager
+def allocation(what: str) -> Iterator[None]:
+    """Turn an error of PyTorch within the ``with`` block, which has run out of memory, into an :class:`InputError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(f"{what} does not fit into memory: pass fewer rows at a time ({error}).") from error
+
+
+def thread_count(threads: int | None) -> int:
+    """Return ``threads``, or PyTorch's number of threads for ``None``; :class:`InputError` if it is below 1."""
+    threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1:
+        raise InputError(f"threads must be at least 1, but got {threads}.")
+    return threads
