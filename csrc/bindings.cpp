@@ -5,10 +5,11 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
-#include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "build_info.h"
@@ -107,13 +108,15 @@ std::vector<float*> pointers(const std::vector<uintptr_t>& addresses) {
 // The keyword arguments of one call. Each is taken once, by its name; end() raises if one is left.
 class Arguments {
 public:
-    explicit Arguments(const py::kwargs& given) : left_(py::reinterpret_steal<py::dict>(PyDict_Copy(given.ptr()))) {}
+    explicit Arguments(const py::kwargs& given) : given_(given), left_(given.size()) {}
 
     template <class T>
     T take(const char* name) {
-        if (!left_.contains(name)) throw py::type_error(std::string(name) + " is missing");
+        PyObject* const value = PyDict_GetItemString(given_.ptr(), name);
+        if (!value) throw py::type_error(std::string(name) + " is missing");
+        --left_;
         try {
-            return left_.attr("pop")(name).cast<T>();
+            return py::handle(value).cast<T>();
         } catch (const py::cast_error&) {
             throw py::type_error(std::string(name) + " has a wrong type or is out of range");
         }
@@ -127,18 +130,21 @@ public:
 
     // The value that the string `name` stands for.
     template <class T>
-    T one_of(const char* name, const std::map<std::string, T>& values) {
-        const auto found = values.find(take<std::string>(name));
-        if (found == values.end()) throw std::invalid_argument(std::string(name) + " has an unknown value");
-        return found->second;
+    T one_of(const char* name, std::initializer_list<std::pair<const char*, T>> values) {
+        const auto given = take<std::string>(name);
+        for (const auto& [word, value] : values) {
+            if (given == word) return value;
+        }
+        throw std::invalid_argument(std::string(name) + " has an unknown value");
     }
 
     void end() const {
-        for (const auto& item : left_) throw py::type_error("there is no argument " + item.first.cast<std::string>());
+        if (left_) throw py::type_error("there is an argument that it does not take");
     }
 
 private:
-    py::dict left_;
+    const py::kwargs& given_;
+    std::size_t left_;
 };
 
 // The arguments that both directions have. The result points to `weights`.

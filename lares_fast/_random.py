@@ -54,7 +54,7 @@ class RoundKeys:
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: Key | RoundKeys) -> tuple[Any, Any, Any, Any]:
-    """Return four 32-bit words: ten rounds of Philox4x32 over ``counter``. Words are integers or broadcastable int64 tensors."""
+    """Return four words of ten rounds of Philox4x32. Words have 32 bits, in integers or broadcastable int64 tensors."""
     c0, c1, c2, c3 = counter
     for k0, k1 in (key if isinstance(key, RoundKeys) else RoundKeys.of_key(key)).pairs:
         # int64 multiplication wraps modulo 2**64, so the high word survives the arithmetic shift and the mask.

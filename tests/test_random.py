@@ -81,7 +81,7 @@ def test_the_documentation_states_these_vectors():
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 def test_triton_computes_the_same_masks():
     """Interpreted: the kernels' source runs on the CPU, in a process of its own."""
-    script = Path(__file__).parent / "triton_masks.py"
+    script = Path(__file__).parent / "support" / "triton_masks.py"
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "equal\n"

@@ -12,7 +12,7 @@ from torch import Tensor
 from lares_fast._errors import InputError
 from lares_fast._random import MOST_STEPS, Draw, drop_threshold, key_of
 from lares_fast.ops._call import Call
-from lares_fast.reference.weights import WeightLayout
+from lares_fast.reference.weights import WeightLayout, layout_of
 
 OUTPUTS = ("last", "steps", "tokens")
 # The backends, most preferred first. The operator returns the position of the one that ran.
@@ -75,7 +75,7 @@ class RecurrenceCall(Call):
     @functools.cached_property
     def weight_layout(self) -> WeightLayout:
         """Where each weight stands in ``weights``."""
-        return WeightLayout(self.adapter, self.width, self.inner_size, self.n_layers)
+        return layout_of(self.adapter, self.width, self.inner_size, self.n_layers)
 
     @property
     def thresholds(self) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def _rows_of_tape(call: RecurrenceCall, depth: Tensor) -> int:
 def _addresses(call: RecurrenceCall, weights: Tensor) -> list[int]:
     """Return the address of each weight in the flat tensor ``weights``, in the order of the modules' parameters."""
     first, size = weights.data_ptr(), weights.element_size()
-    return [first + size * place for place in call.weight_layout.places()]
+    return [first + size * place for place in call.weight_layout.places]
 
 
 def _run(function: str, call: RecurrenceCall, depth: Tensor, **arguments: object) -> None:

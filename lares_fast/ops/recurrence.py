@@ -109,7 +109,7 @@ def _call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], options: Mappin
         depth=each,
         rows=rows,
         seed=None,
-        weights=layout.flatten(weights),
+        weights=layout.flatten(weights) if keep else layout.flatten_detached(weights),
         steps=steps,
         n_layers=layout.n_layers,
         inner_size=layout.inner_size,
@@ -131,13 +131,17 @@ def _call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], options: Mappin
 
 def _checked_layout(h: Tensor, pre: Tensor | None, weights: Sequence[Tensor], adapter: str) -> WeightLayout:
     """Check ``h`` and the weights; return the layout of the weights."""
-    for name, value in (("h", h), *(("pre", x) for x in (pre,) if x is not None), *(("weights", x) for x in weights)):
+    for name, value in (("h", h), *(("pre", x) for x in (pre,) if x is not None)):
         check_dense(name, value)
     if h.dim() != 2 or not h.dtype.is_floating_point:
         raise InputError(f"h must be a floating-point [P, D], but got {h.dtype} {list(h.shape)}.")
+    for weight in weights:
+        check_dense("weights", weight)
     layout = WeightLayout.of(weights, "none" if pre is None else adapter, h.shape[1])
-    for (name, shape), weight in zip(layout.shapes().items(), weights, strict=True):
-        check_like_h(name, weight, shape, h)
+    dtype, device = h.dtype, h.device
+    for (name, shape), weight in zip(layout.shapes.items(), weights, strict=True):
+        if weight.dtype != dtype or weight.device != device or weight.shape != shape:
+            check_like_h(name, weight, shape, h)
     return layout
 
 
@@ -147,7 +151,7 @@ def build_call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], **options:
 
 
 def _explained(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], **options: Any) -> RecurrenceCall:
-    """Build the call for ``explain``, which may leave out ``n_heads``, ``pre`` and ``longest``: any backend takes these values."""
+    """Build the call for ``explain``. Without ``n_heads``, ``pre`` or ``longest`` it gets a value that every backend takes."""
     adapter = WeightLayout.guess_adapter(weights)
     heads = 2 if h.shape[-1] % 2 == 0 else 1
     assumed = {"n_heads": heads, "longest": 1, "pre": None if adapter == "none" else h, "adapter": adapter}

@@ -12,7 +12,7 @@ from lares_fast.config import LARESConfig
 from lares_fast.reference.attention import attention_mask
 from lares_fast.reference.backbone import build_block
 from lares_fast.reference.sequences import places
-from lares_fast.reference.weights import WeightLayout
+from lares_fast.reference.weights import FlatModule, WeightLayout
 
 
 class AddAdapter(nn.Module):
@@ -57,7 +57,7 @@ def build_adapter(config: LARESConfig) -> nn.Module:
     return LinearAdapter()
 
 
-class Recurrence(nn.Module):
+class Recurrence(FlatModule):
     """``h = core(LN(adapter(h, pre)))``, T times with shared weights."""
 
     def __init__(self, config: LARESConfig) -> None:
@@ -65,6 +65,8 @@ class Recurrence(nn.Module):
         self.adapter = build_adapter(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.core = build_block(config, config.n_core_layers)
+        self.adapter_name = config.adapter
+        self.flatten_parameters()
 
     def forward(self, h: Tensor, pre: Tensor, mask: Tensor, depth: Tensor, *, draw: Draw | None) -> Iterator[Tensor]:
         """Yield the state [B, L, D] after step 1, 2, ..., max(depth).
