@@ -359,3 +359,23 @@ def test_padding_of_the_reference_has_no_gradient_of_its_own(dtype):
     out = ops.recurrence(h, case.offsets, weights, n_heads=2, pre=pre, depth=3, backend="reference")
     for gradient in torch.autograd.grad(out.float().sum(), leaves):
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"threads": None}, "threads is missing"),
+    ({"width": "wide"}, "width has a wrong type or is out of range"),
+    ({"hidden_threshold": -1}, "hidden_threshold has a wrong type or is out of range"),
+    ({"adapter": "sum"}, "adapter has an unknown value"),
+    ({"weights": [0]}, "the number of weights is wrong"),
+    ({"speed": 3}, "there is an argument that it does not take"),
+])  # fmt: skip
+def test_the_native_function_takes_each_argument_by_its_name(change, message):
+    numbers = {"batch": 0, "width": 16, "n_heads": 1, "inner_size": 16, "n_layers": 1, "eps": 1e-12, "threads": 1}
+    words = {"adapter": "none", "output": "last", "bf16": False, "key": (0, 0), "weights": [0] * 16}
+    dropout = {"hidden_threshold": 0, "attention_threshold": 0, "first_step": 0}
+    tensors = dict.fromkeys(("h", "pre", "offsets", "depth", "rows", "tape", "out"), 0)
+    right = {**numbers, **words, **dropout, **tensors}
+    _native.load().recurrence_forward(**right)
+    wrong = {name: value for name, value in {**right, **change}.items() if value is not None}
+    with pytest.raises((TypeError, ValueError), match=message):
+        _native.load().recurrence_forward(**wrong)
