@@ -1,7 +1,8 @@
-"""The gradients of the recurrence: step by step backwards, each half of a layer in a kernel of its own.
+"""The gradients of the recurrence: step by step backwards, with a kernel for each half of a layer.
 
-A step is computed again from its saved state. The kernel of a half leaves what the weights' gradients are products of; such a
-product over all rows is split over slots; an element of a slot is summed by one program in one order. There are no atomics.
+A step is computed again from its saved state. The kernel of a half stores the factors of the weights' gradients. A gradient is
+a product over all rows, which is split over slots. One program sums an element of a slot, always in one order. There are no
+atomics.
 """
 
 import torch
@@ -30,11 +31,11 @@ from lares_fast.kernels._layers import (
 )
 from lares_fast.kernels.recurrence import Plan, join, places
 
-# Rows that a slot has at least, and how many slots there are at most.
+# The least rows of a slot, and the most slots.
 SLOT_ROWS, SLOTS = 256, 32
-# In place of where a bias's gradient is added.
+# Stands for the place of a bias's gradient if there is no bias.
 NO_BIAS = -16
-# Side of a tile of a weight's gradient.
+# The side of a tile of a weight's gradient.
 SIDE = tl.constexpr(64)
 
 _SIZES = ["P", "step", "layer", "t", "first", "threshold", "attention_threshold", "add", "size", "rows", "place", "bias"]
@@ -42,11 +43,11 @@ _SIZES = ["P", "step", "layer", "t", "first", "threshold", "attention_threshold"
 
 @triton.jit
 def norm_backward(r, dy, base, PARTIAL, eps, D: tl.constexpr):
-    """The gradient of the input r of a layer norm with weights at ``base``; adds those of the weights to PARTIAL [2, D]."""
+    """Return the gradient of r, the input of a layer norm with weights at ``base``; add their gradients to PARTIAL [2, D]."""
     x, inverse = standardise(r, eps, D)
     column = tl.arange(0, D)
     weight = tl.load(PARTIAL + column) + tl.sum(tl.sum(dy * x, 1), 0)
-    # Another thread may store what this one loads: here, and where the caller stores what ``dy`` was loaded from.
+    # Another thread may store what this one loads: here, and where the caller stores to the place that ``dy`` was loaded from.
     tl.debug_barrier()
     tl.store(PARTIAL + column, weight)
     bias = tl.load(PARTIAL + D + column) + tl.sum(tl.sum(dy, 1), 0)
@@ -62,8 +63,12 @@ def attention_half_backward(
     t, step, layer, eps, scale, threshold, kept, attention_threshold, attention_kept,
     D: tl.constexpr, E: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """From GRAD [P, D] of the half's output that of its residual sum, in place; the gradients DSUM [P, D] of the projection and
-    DQKV [P, 3 D] of queries, keys and values; and CONTEXT [P, D], what the output projection multiplied."""
+    """Run the attention half of a layer backwards.
+
+    GRAD [P, D] is the gradient of the half's output and becomes the gradient of its residual sum. DSUM [P, D] becomes the
+    gradient of the output projection, DQKV [P, 3 D] the gradient of queries, keys and values, and CONTEXT [P, D] the input of
+    the output projection.
+    """
     low, high = tl.load(FIRST + tl.program_id(0)), tl.load(FIRST + tl.program_id(0) + 1)
     if low == high:
         return
@@ -81,7 +86,7 @@ def attention_half_backward(
         x, W, begin, scale, SEED, attention_threshold, attention_kept, step, layer, quad_row, quad, pair, D, E, G, DROP,
     )  # fmt: skip
     if DROP:
-        # Of another shape than the factor of a head, which a loop does not take by the same name.
+        # Its shape differs from the shape of a head's factor, and a loop does not take two shapes by one name.
         kept_sums = hidden_factor(SEED, threshold, kept, SITE_ATTENTION_OUT, step, layer, flat_row, flat_position, D, G)
         y = x + y * kept_sums
     dy = load_tile(GRAD + origin * D, source, real, D)
@@ -125,7 +130,10 @@ def feed_half_backward(
     t, step, layer, eps, threshold, kept,
     D: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`attention_half_backward`; GELU [P, INNER] is what the second product multiplied, DINNER the first's grad."""
+    """Run the feed-forward half of a layer backwards, as :func:`attention_half_backward`.
+
+    GELU [P, INNER] becomes the input of the second product, and DINNER the gradient of the first product.
+    """
     low, high = tl.load(FIRST + tl.program_id(0)), tl.load(FIRST + tl.program_id(0) + 1)
     if low == high:
         return
@@ -157,7 +165,7 @@ def feed_half_backward(
 
 @triton.jit
 def _rows(P, ROW_DEPTH, t, G: tl.constexpr):
-    """(first row of the program, its rows [G, 16] behind it, which of them take part in step t)."""
+    """Return (first row of the program, its rows [G, 16] counted from there, whether each takes part in step t)."""
     start = tl.program_id(0).to(tl.int64) * 16 * G
     row = tile_rows(G)
     inside = start + row < P
@@ -166,7 +174,7 @@ def _rows(P, ROW_DEPTH, t, G: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def input_gradient(A, W, GRAD, ROW_DEPTH, P, t, add, K: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """GRAD [P, D] = ``add`` * GRAD + A [P, K] times the K rows at W, in the rows of step t."""
+    """Set GRAD [P, D] to ``add`` * GRAD + A [P, K] times the K rows at W, in the rows of step t."""
     start, row, real = _rows(P, ROW_DEPTH, t, G)
     out = load_tile(GRAD + start * D, row, real, D) * add
     for k in range(0, K, PIECE):
@@ -181,7 +189,10 @@ def join_backward(
     STATE, PRE, GRAD, ADAPTER, NORM, ROW_DEPTH, DPRE, DJOIN, GATE, PARTIAL, P, t, eps,
     KIND: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Back through norm and adapter: GRAD becomes the state's, DPRE grows; of ``concat`` only DJOIN, for products to come."""
+    """Run norm and adapter backwards: GRAD becomes the gradient of the state, and DPRE grows by the gradient of ``pre``.
+
+    For ``concat`` it only stores DJOIN, which the products after it read.
+    """
     start, row, real = _rows(P, ROW_DEPTH, t, G)
     x = load_tile(STATE + start * D, row, real, D)
     joined = join(x, PRE + start * D, ADAPTER, 0, row, real, KIND, D, G)
@@ -209,7 +220,7 @@ def weight_gradient(
     A, B, ROW_DEPTH, SLOTS_GRAD, place, bias, P, t, size, rows,
     M: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Adds A' B [M, N] of one slot's rows at ``place`` of that slot, rows STRIDE apart, and A's column sums at ``bias``."""
+    """Add A' B [M, N] of a slot's rows at ``place`` of the slot, rows STRIDE apart, and the column sums of A at ``bias``."""
     tiles: tl.constexpr = (M // SIDE) * (N // SIDE)
     slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     m, n = tile // (N // SIDE) * SIDE, tile % (N // SIDE) * SIDE

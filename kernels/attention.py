@@ -1,9 +1,10 @@
-"""Causal attention of packed sequences: one pass forward, two backward, each element written by one program.
+"""Causal attention of packed sequences: one pass forward and two passes backward. One program writes each element.
 
 Queries, keys and values are [P, H, E]; sequence b is rows OFFSETS[b]..OFFSETS[b + 1]. A program owns one tile of S rows of
-one head of one sequence and walks the tiles of the other side. No atomics: results do not depend on program order.
+one head of one sequence and goes through the tiles of the other side. There are no atomics, so results do not depend on the
+order of programs.
 
-The host does not see OFFSETS. A sequence that leaves the P rows, or is longer than the host was told, becomes NaN.
+The host does not see OFFSETS. The results of a sequence that leaves the P rows, or is longer than the host was told, are NaN.
 """
 
 import math
@@ -21,9 +22,9 @@ _SIZES = ["P", "H", "tiles", "longest", "threshold", "step", "layer"]
 
 @triton.jit
 def _place(OFFSETS, P, H, tiles, longest, S: tl.constexpr):
-    """(sequence, head, first row of this program's tile, first packed row, length, how many rows from there to spoil).
+    """Return (sequence, head, first row of this program's tile, first packed row, length, number of rows from there to spoil).
 
-    Sequences that are not sound have length 0; the programs of their first tiles spoil their rows, which are the rows that no
+    A sequence that is not sound has length 0, and the program of its first tile spoils its rows. These are the rows that no
     sound sequence has: all sequences together have each of the P rows once.
     """
     pid = tl.program_id(0)
@@ -40,7 +41,7 @@ def _place(OFFSETS, P, H, tiles, longest, S: tl.constexpr):
 
 @triton.jit
 def _spoil(OUT, count, first, head, H, E: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
-    """NaN in ``count`` packed rows of a head, from ``first`` on."""
+    """Store NaN in ``count`` packed rows of a head, from ``first`` on."""
     row, column = tl.arange(0, S), tl.arange(0, C)
     for begin in range(0, count, S):
         nothing = tl.full((S, C), float("nan"), tl.float32)
@@ -52,7 +53,7 @@ def attention_forward(
     Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """OUT [P, H, E] and the scores' logsumexp LSE [H, P] of one tile of queries."""
+    """Fill OUT [P, H, E] and the scores' logsumexp LSE [H, P] for one tile of queries."""
     sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
         _spoil(OUT, spoilt, first, head, H, E, C, S)
@@ -68,7 +69,7 @@ def attention_forward(
         k = load_rows(K + at, key, column, H * E, length, E)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(visible(row, key, length), scores, -float("inf"))
-        # Finite from the first tile on: every row of it sees key 0.
+        # It is finite from the first tile on, because every row sees key 0.
         higher = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -88,7 +89,7 @@ def attention_backward_query(
     Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, DOUT, DQ, DELTA, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """DQ of one tile of queries, and DELTA [H, P] = sum(OUT * DOUT) for the other pass."""
+    """Fill DQ for one tile of queries, and DELTA [H, P] = sum(OUT * DOUT) for the other pass."""
     sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
         _spoil(DQ, spoilt, first, head, H, E, C, S)
@@ -122,7 +123,7 @@ def attention_backward_key_value(
     Q, K, V, OFFSETS, ROWS, SEED, LSE, DOUT, DELTA, DK, DV, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """DK and DV of one tile of keys."""
+    """Fill DK and DV for one tile of keys."""
     sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
         _spoil(DK, spoilt, first, head, H, E, C, S)
@@ -202,5 +203,5 @@ def _plan(call):
 
 
 def tile_size(longest, row_bytes):
-    """Rows of a tile: few enough that the registers hold all tiles, no more than the longest sequence fills."""
+    """Return the rows of a tile: few enough that registers hold all tiles, and no more than the longest sequence fills."""
     return min(32 if row_bytes <= 128 else 16, max(16, triton.next_power_of_2(longest)))

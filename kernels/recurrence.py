@@ -1,7 +1,7 @@
 """T steps of transformer layers over packed sequences, in one launch.
 
-A program owns a tile of whole sequences and keeps their state on the chip through all steps and layers; weights are read from
-the cache again for every use. Nothing is shared between programs.
+A program owns a tile of whole sequences and keeps their state on the chip through all steps and layers. It reads the weights
+from the cache again for every use. Programs share nothing.
 """
 
 import functools
@@ -32,9 +32,9 @@ from torch.nn import functional as F
 
 # How many numbers the adapter has, by width.
 ADAPTER_SIZES = {"none": lambda D: 0, "add": lambda D: 0, "linear": lambda D: 1, "concat": lambda D: 2 * D * D + D}
-# Steps of a sequence: a dropout address has 16 bits for the step.
+# The most steps of a sequence: a dropout address has 16 bits for the step.
 MOST_STEPS = 2**16 - 2
-# All that a thread can have: left alone, ptxas spills some to fit a third program.
+# A thread can have no more registers. Without this limit ptxas spills registers to fit a third program.
 MOST_REGISTERS = 255
 
 _SIZES = ["P", "layers", "first_step", "threshold", "attention_threshold", "zero"]
@@ -42,7 +42,7 @@ _SIZES = ["P", "layers", "first_step", "threshold", "attention_threshold", "zero
 
 @triton.jit
 def join(x, PRE, ADAPTER, hold, source, real, KIND: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """The adapter of state and ``pre``, [G, 16, D]."""
+    """Return what the adapter makes of the state and ``pre``, [G, 16, D]."""
     pre = load_tile(PRE, source, real, D)
     if KIND == "add":
         x = (x + pre) * 0.5
@@ -61,8 +61,11 @@ def join(x, PRE, ADAPTER, hold, source, real, KIND: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def places(OFFSETS, ALIGNED, low, high, G: tl.constexpr):
-    """(first packed row of the tile; of each tile row [G, 16]: sequence, tile row where that begins, packed row behind the
-    first of the tile, position, length of the sequence)."""
+    """Return the first packed row of the tile, and five numbers for each tile row [G, 16].
+
+    They are its sequence, the tile row where the sequence begins, the packed row (counted from the tile's first one), the
+    position in the sequence, and the length of the sequence.
+    """
     row = tile_rows(G)
     sequence, begin = owners(row, ALIGNED, low, high)
     origin = tl.load(OFFSETS + low)
@@ -78,16 +81,16 @@ def recurrence_forward(
     D: tl.constexpr, E: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr,
     KIND: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """OUT: the states that are asked for, or with OUTPUT "halves" what goes into every half of a layer, [2 layers, P, D].
+    """Fill OUT with the states that OUTPUT names, or for "halves" with the input of every half of a layer, [2 layers, P, D].
 
-    With SAVE also STATES [T, P, D], the state before every step.
+    With SAVE also fill STATES [T, P, D] with the state before every step.
     """
     low, high = tl.load(FIRST + tl.program_id(0)), tl.load(FIRST + tl.program_id(0) + 1)
     if low == high:
         return
     origin, sequence, begin, source, position, length = places(OFFSETS, ALIGNED, low, high, G)
     depth = tl.load(DEPTH + sequence).to(tl.int32)
-    # A sequence that is not sound, and so may be longer than the tile, takes no steps.
+    # A sequence that is not sound may be longer than the tile. It takes no steps.
     real, last = (position < length) & (depth > 0), position == length - 1
     x = load_tile(STATE + origin * D, source, real, D)
     if DROP:
@@ -99,7 +102,7 @@ def recurrence_forward(
     for t in range(0, tl.max(tl.max(depth, 1), 0)):
         if SAVE:
             store_tile(STATES + (origin + t * P.to(tl.int64)) * D, x, source, real, D)
-        # Always 0, but the compiler does not know: what depends on it is not kept in registers from step to step.
+        # This is always 0, which the compiler does not know. So it keeps nothing that depends on it in registers between steps.
         hold = t * zero
         if KIND != "none":
             x = layer_norm(join(x, PRE + origin * D, ADAPTER, hold, source, real, KIND, D, G), NORM, eps, D)

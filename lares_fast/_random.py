@@ -1,7 +1,7 @@
-"""Counter-based random numbers: every draw is a pure function of its address, never of program order.
+"""Counter-based random numbers: a draw depends on its address alone, and never on the order in which a program draws.
 
-The generator is Philox4x32-10 (Salmon et al., SC'11). The address layout and its test vectors are a
-contract shared with the C++ and Triton code and stand in docs/numerics.md; they never change.
+The generator is Philox4x32-10 (Salmon et al., SC'11). The C++ and the Triton code use the same layout of addresses.
+docs/numerics.md states the layout and test vectors; they never change.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 Key = tuple[int, int]
 
-# Addresses in the site field of a counter.
+# The site field of an address says what is drawn.
 SITE_INPUT, SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, SITE_ATTENTION, SITE_STATE = range(5)
 
-# Steps and layers have 16 bits each in an address; the last step is one that the pre-block can take.
+# Steps and layers have 16 bits each in an address. The recurrence counts steps from 1, the pre-block from 0.
 MOST_STEPS = 2**16 - 2
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -79,7 +79,7 @@ def key_of(seed: Tensor) -> Key:
 
 
 def fold(key: Key, *data: int) -> Key:
-    """Derive a key from ``key`` and a path of integers in [0, 2**64): the same path always gives the same key."""
+    """Derive a key from ``key`` and a path of integers in [0, 2**64). One path always gives one key."""
     for value in data:
         w0, w1, _, _ = philox((value & _WORD, value >> 32 & _WORD, 0, 0), key)
         key = (w0, w1)
@@ -87,28 +87,28 @@ def fold(key: Key, *data: int) -> Key:
 
 
 def root_key(seed: int) -> Key:
-    """The key that everything drawn under ``seed`` (an integer in [0, 2**64)) is folded from."""
+    """Return the key for ``seed``, an integer in [0, 2**64). All other keys of a run are folded from it."""
     return fold((0, 0), seed)
 
 
 def generator(key: Key) -> torch.Generator:
-    """A CPU generator seeded by ``key``, for draws that no kernel repeats (shuffles, depths, partners)."""
+    """Return a CPU generator seeded by ``key``, for draws that no kernel repeats (shuffles, depths, partners)."""
     return torch.Generator().manual_seed((key[1] << 31) ^ key[0])
 
 
 def drop_threshold(p: float) -> int:
-    """``p`` as a count of 65536ths: a 16-bit draw below it is dropped, so the realised p is threshold / 65536."""
+    """Return ``p`` in units of 1/65536. A 16-bit draw below it is dropped, so the realised p is threshold / 65536."""
     return min(round(p * 65536), 65535)
 
 
 def _sixteen_bit(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """Four [..., 8] words -> [..., 4, 16] draws of 16 bits: draw 2 * call + half of row ``word``."""
+    """Return the draws of 16 bits [..., 4, 16] in four words [..., 8]: column 2 * call + half of row ``word``."""
     stacked = torch.stack(words, dim=-2)
     return torch.stack((stacked & 0xFFFF, stacked >> 16), dim=-1).flatten(-2)
 
 
 def _by_rows(mask: Callable[[Tensor], Tensor], rows: Tensor, calls_per_row: int) -> Tensor:
-    """``mask(rows)``, on the CPU in slices whose int64 temporaries stay in the cache: twice as fast as at once."""
+    """Return ``mask(rows)``. On the CPU it works in slices, whose int64 temporaries stay in the cache: twice as fast."""
     size = max(1, _CALLS_IN_CACHE // max(1, calls_per_row))
     if rows.device.type != "cpu" or len(rows) <= size:
         return mask(rows)
@@ -116,7 +116,7 @@ def _by_rows(mask: Callable[[Tensor], Tensor], rows: Tensor, calls_per_row: int)
 
 
 def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
-    """Keep-mask [B, L, D] (bool) of a hidden activation; ``rows`` [B] int64 are global batch rows."""
+    """Return the keep-mask [B, L, D] (bool) of a hidden activation; ``rows`` [B] int64 are global batch rows."""
     positions = torch.arange(length, device=rows.device)
     address = {"site": site, "step": step, "layer": layer, "width": width}
 
@@ -129,7 +129,7 @@ def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, r
 def keep_hidden_at(
     key: Key | RoundKeys, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, positions: Tensor, width: int
 ) -> Tensor:
-    """Keep-mask [..., D] (bool) at ``rows`` and ``positions``, int64 of shapes that broadcast to [...]."""
+    """Return the keep-mask [..., D] (bool) at ``rows`` and ``positions``, int64 of shapes that broadcast to [...]."""
     groups = -(-width // 64)
     count = functools.partial(torch.arange, device=rows.device)
     c0 = count(8) | count(groups)[:, None] << 3 | site << 16
@@ -139,7 +139,7 @@ def keep_hidden_at(
 
 
 def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:
-    """Keep-mask [B, H, L, L] (bool) of attention probabilities, indexed (row, head, query, key)."""
+    """Return the keep-mask [B, H, L, L] (bool) of attention probabilities, indexed (row, head, query, key)."""
     quads, tiles = -(-length // 4), -(-length // 16)
     count = functools.partial(torch.arange, device=rows.device)
     c0 = count(8) | count(heads)[:, None, None, None] << 3 | SITE_ATTENTION << 16
@@ -155,12 +155,12 @@ def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Ten
 
 
 def truncated_normal(key: Key, rows: Tensor, positions: Tensor, width: int, bound: float = 3.0) -> Tensor:
-    """Standard normal draws [..., D] (fp32) truncated to [-bound, bound], by inversion of :func:`state_uniforms`."""
+    """Return standard normal draws [..., D] (fp32) truncated to [-bound, bound], by inversion of :func:`state_uniforms`."""
     return normal_of(state_uniforms(key, rows, positions, width), bound)
 
 
 def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Tensor:
-    """Uniform draws [..., D] (fp64) in (0, 1), of 32 bits.
+    """Return uniform draws [..., D] (fp64) in (0, 1), of 32 bits.
 
     ``rows`` and ``positions`` are int64 of shapes that broadcast to [...].
     """
@@ -170,29 +170,31 @@ def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Ten
 
 
 def normal_of(uniform: Tensor, bound: float = 3.0) -> Tensor:
-    """The standard normal law truncated to [-bound, bound], inverted at ``uniform`` (fp64), which it overwrites."""
+    """Return standard normal numbers truncated to [-bound, bound] at the quantiles ``uniform`` (fp64), which it overwrites."""
     edge = math.erf(bound / math.sqrt(2))
     return uniform.mul_(2).sub_(1).mul_(edge).erfinv_().mul_(math.sqrt(2)).float()
 
 
 @dataclass(frozen=True)
 class Draw:
-    """All randomness of one forward pass: h0 and dropout masks addressed by (key, row); the same draw applied
-    twice gives the same numbers. ``rows`` [B] int64 are rows of the *global* batch."""
+    """The random numbers of one forward pass: h0 and dropout masks, addressed by (key, row).
+
+    A draw that is used twice gives the same numbers. ``rows`` [B] int64 are rows of the *global* batch.
+    """
 
     key: Key
     rows: Tensor
 
     def generator(self) -> torch.Generator:
-        """A generator for draws that belong to the pass as a whole, such as its depth."""
+        """Return a generator for draws that belong to the pass as a whole, such as its depth."""
         return generator(self.key)
 
     def initial_state(self, rows: Tensor, positions: Tensor, width: int) -> Tensor:
-        """Standard normal draws [..., D] (fp32) at ``rows`` and ``positions`` [...], truncated at three standard deviations."""
+        """Return standard normal draws [..., D] (fp32) at ``rows`` and ``positions`` [...], truncated to [-3, 3]."""
         return truncated_normal(self.key, rows, positions, width)
 
     def hidden(self, x: Tensor, p: float, *, site: int, step: int, layer: int) -> Tensor:
-        """Dropout of a hidden activation ``x`` [B, L, D]."""
+        """Apply dropout to a hidden activation ``x`` [B, L, D]."""
         if not (threshold := drop_threshold(p)):
             return x
         _, length, width = x.shape
@@ -200,7 +202,7 @@ class Draw:
         return apply_dropout(x, keep, threshold)
 
     def attention(self, probabilities: Tensor, p: float, *, step: int, layer: int) -> Tensor:
-        """Dropout of attention ``probabilities`` [B, H, L, L]."""
+        """Apply dropout to attention ``probabilities`` [B, H, L, L]."""
         if not (threshold := drop_threshold(p)):
             return probabilities
         _, heads, length, _ = probabilities.shape
@@ -209,5 +211,5 @@ class Draw:
 
 
 def apply_dropout(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
-    """``x`` where ``keep`` is true, scaled by the realised rate, and 0 elsewhere."""
+    """Return ``x`` scaled by the realised rate where ``keep`` is true, and 0 elsewhere."""
     return x * keep.to(x).mul_(1 / (1 - threshold / 65536))
