@@ -1,4 +1,4 @@
-"""The counter-based generator: known answers, addresses, laws. docs/numerics.md states the same vectors."""
+"""The counter-based generator: known answers, addresses, distributions. docs/numerics.md states the test vectors."""
 
 import importlib.util
 import math
@@ -36,7 +36,7 @@ def word(key, c0, c1, c2, c3, which):
 
 
 def test_hidden_address():
-    """One element computed from the address layout of docs/numerics.md, by hand."""
+    """Compute one element by hand from the address layout of docs/numerics.md."""
     key, site, step, layer, row, position, column = (7, 9), 2, 3, 1, 11, 5, 90
     threshold = 30000
     keep = _random.keep_hidden(
@@ -57,7 +57,7 @@ def test_attention_address():
 
 
 def test_vectors_of_the_documentation():
-    """Frozen: a change here breaks every stored result."""
+    """These vectors never change: a change would break every stored result."""
     rows = torch.tensor([0, 5])
     hidden = _random.keep_hidden((1, 2), 32768, site=1, step=2, layer=1, rows=rows, length=3, width=64)
     attention = _random.keep_attention((1, 2), 6554, step=1, layer=0, rows=rows, heads=2, length=20)
@@ -80,7 +80,7 @@ def test_the_documentation_states_these_vectors():
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 def test_triton_computes_the_same_masks():
-    """Interpreted: the kernels' source runs on the CPU, in a process of its own."""
+    """The interpreter runs the kernels' source on the CPU, in a separate process."""
     script = Path(__file__).parent / "support" / "triton_masks.py"
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""``ops.recurrence``: PyTorch's layers around ``ops.attention``, held to the law, and when they are chosen."""
+"""``ops.recurrence``: the tolerances of the backend ``layers``, PyTorch's layers around ``ops.attention``, and its choice."""
 
 from collections import Counter
 from dataclasses import replace
@@ -15,7 +15,7 @@ from tests.support.recurrence_case import RAGGED, Case
 
 HALF, BF16 = torch.float16, torch.bfloat16
 
-# None of these sizes fits the kernels of `triton`, and half of them not those of `native`.
+# The kernels of `triton` take none of these sizes, and `native` takes only half of them.
 CASES = [
     {"D": 48, "inner": 80, "p": 0, "layers": 1, "depth": 1},
     {"D": 48, "inner": 80, "adapter": "linear"},
@@ -32,7 +32,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_obeys_the_tolerance_law(case):
+def test_stays_within_the_tolerances(case):
     before = Counter(_dispatch.calls)
     case = Case(**case)
     case.check("layers")
@@ -43,8 +43,8 @@ def test_obeys_the_tolerance_law(case):
 
 @pytest.mark.parametrize("dtype", [HALF, BF16])
 @pytest.mark.parametrize("case", [{"adapter": "concat"}, {"D": 7, "H": 1, "depth": [1, 2, 1], "output": "steps"}], ids=str)
-def test_obeys_the_law_in_half_precision(case, dtype):
-    # With larger weights the reference itself breaks the law's ceiling.
+def test_stays_within_the_tolerances_in_half_precision(case, dtype):
+    # With larger weights the reference itself exceeds the tolerances.
     few = {"lengths": [20, 3, 17], "D": 48, "inner": 64, "layers": 1, "depth": 1, "p": 0.1, "std": 0.05}
     Case(**{**few, **case}).check("layers", dtype)
 
@@ -56,7 +56,7 @@ def test_obeys_the_law_in_half_precision(case, dtype):
     (BF16, {"D": 48, "lengths": [20, 3, 17], "depth": 1, "p": 0.1, "adapter": "concat"}),
     (HALF, {"D": 96, "lengths": [17, 64], "depth": 1, "adapter": None}),
 ], ids=str)  # fmt: skip
-def test_obeys_the_law_around_the_kernels_of_attention(dtype, case, monkeypatch):
+def test_stays_within_the_tolerances_around_the_kernels_of_attention(dtype, case, monkeypatch):
     from tests.support import triton_interpreter
 
     case = Case(**{"inner": 64, "layers": 1, "std": 0.15 if dtype == torch.float32 else 0.05, **case})
@@ -74,7 +74,7 @@ def change(**changes):
 
 
 def attribute(name, wrong):
-    """``_Steps.name`` as ``wrong(right)``."""
+    """Replace ``_Steps.name`` by ``wrong(right)``."""
     return lambda case, patch: patch.setattr(_recurrence_layers._Steps, name, wrong(getattr(_recurrence_layers._Steps, name)))
 
 
@@ -187,7 +187,7 @@ def test_asked_for_by_the_environment_attention_still_chooses(monkeypatch):
 
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
 def test_the_backward_waits_for_no_gpu(output):
-    """tests/test_no_waiting.py watches the forward."""
+    """tests/test_no_waiting.py checks the forward."""
     call = small(lengths=[20, 3]).operator_call(output=output, longest=20)
     with NoScalarReads():
         _, out, tape = _dispatch.run("recurrence", "layers", call)
@@ -205,7 +205,7 @@ def test_dispatch_takes_them_for_gpus_only():
 
 
 def test_dispatch_takes_them_on_a_gpu(monkeypatch):
-    """``meta`` stands for it, where neither values nor kernels are."""
+    """The device ``meta`` stands for a GPU; it has no values and no kernels."""
     case = small()
     h, _, *weights = (x.to("meta") for x in case.tensors.values())
     monkeypatch.setattr(_recurrence_layers, "_is_gpu", lambda tensor: True)

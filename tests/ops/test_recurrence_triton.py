@@ -1,4 +1,4 @@
-"""``ops.recurrence``: the Triton kernels, interpreted (``-m interpreted``), and when they are not chosen."""
+"""``ops.recurrence``: the Triton kernels in the interpreter (``-m interpreted``), and when they are not chosen."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from tests.support.recurrence_case import Case
 HALF, BF16 = torch.float16, torch.bfloat16
 FILES = ("_random", "_layers", "recurrence", "_recurrence_backward")
 
-# dtype, longest and the case. Pairwise rather than all combinations; a tile has 64 rows, or 128 where longest exceeds 64.
-# The linear adapter's cases are small, because its gate asks for four gradients.
+# dtype, longest and the case. These are pairs and not all combinations. A tile has 64 rows, or 128 if longest exceeds 64.
+# The cases with the linear adapter are small, because its gate needs four gradients.
 CASES = [
     (torch.float32, 64, {"lengths": [1, 2, 20, 49], "depth": 1, "p": 0, "layers": 2}),
     (torch.float32, 64, {"lengths": [64, 63, 1], "depth": 2, "p": 0.1, "adapter": "concat"}),
@@ -30,10 +30,10 @@ CASES = [
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("dtype", "longest", "case"), CASES, ids=str)
-def test_obeys_the_tolerance_law(dtype, longest, case, monkeypatch):
+def test_stays_within_the_tolerances(dtype, longest, case, monkeypatch):
     from tests.support import triton_interpreter
 
-    # In half precision the reference itself breaks the law's ceiling with larger weights: the softmax is too sharp.
+    # In half precision the reference itself exceeds the tolerances with larger weights, because the softmax is too sharp.
     case = Case(**{"layers": 1, "inner": 64, "std": 0.15 if dtype == torch.float32 else 0.05, **case})
     case.options["longest"] = longest
     before = _dispatch.calls["recurrence_backward", "triton"]

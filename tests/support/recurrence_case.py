@@ -1,4 +1,4 @@
-"""A call of ``ops.recurrence`` with random weights, as the tests of its backends share it."""
+"""A call of ``ops.recurrence`` with random weights, which the tests of its backends share."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ RAGGED = [(5 * b) % 8 + 1 for b in range(len(LENGTHS))]
 
 
 class Case:
-    """A call with random weights, whose gradients are those of a random linear function of the output."""
+    """A call with random weights. Its gradients are the gradients of a random linear function of the output."""
 
     def __init__(self, lengths=LENGTHS, D=64, H=2, inner=128, layers=2, adapter="add", depth=3, output="last", p=0.5, std=0.15):
         torch.manual_seed(0)
@@ -31,7 +31,7 @@ class Case:
         if adapter:
             self.tensors["pre"] = torch.randn(tokens, D)
         self.tensors |= {name: x.detach().clone() for name, x in module.named_parameters()}
-        # The twin's error on a single number, a gate, can be nil by chance: hence several upstream gradients.
+        # The reference's error in a single number, a gate, can be 0 by chance. So there are several upstream gradients.
         self.upstreams = 4 if any(x.numel() == 1 for x in self.tensors.values()) else 1
         self.offsets = torch.tensor([0, *lengths]).cumsum(0)
         draw = Draw((3, 7), torch.randperm(1000)[: len(lengths)]) if p else None
@@ -40,7 +40,7 @@ class Case:
 
     @staticmethod
     def inputs(tensors):
-        """(h, pre or None, weights)."""
+        """Return (h, pre or None, weights)."""
         rest = {**tensors}
         return rest.pop("h"), rest.pop("pre", None), list(rest.values())
 
@@ -54,7 +54,7 @@ class Case:
         return replace(build_call(h, self.offsets, weights, **{"pre": pre, **self.options, **changes}), keep=keep)
 
     def run(self, backend, dtype=torch.float32, **changes):
-        """(output, gradients) by name."""
+        """Return (output, gradients) by name."""
         tensors = {name: x.to(dtype).requires_grad_() for name, x in self.tensors.items()}
         out = self.call(tensors, backend, **changes)
         draw = torch.Generator().manual_seed(1)
@@ -63,7 +63,7 @@ class Case:
         return {"out": out.detach()}, dict(zip(tensors, map(torch.stack, zip(*grads, strict=True)), strict=True))
 
     def check(self, backend="native", dtype=torch.float32):
-        """Hold ``backend`` to the law on inputs rounded to ``dtype``; returns its results."""
+        """Check that ``backend`` stays within the tolerances on inputs rounded to ``dtype``; return its results."""
         self.tensors = {name: x.to(dtype).float() for name, x in self.tensors.items()}
         found, twin, truth = self.run(backend, dtype), self.run("reference", dtype), self.run("reference", torch.float64)
         oracle.check("forward", found[0], twin[0], truth[0])
@@ -71,10 +71,10 @@ class Case:
         return found
 
     def check_alone(self, backend):
-        """Sequence 4 answers in its batch as it does alone."""
+        """Check that sequence 4 has one result in its batch and alone."""
         whole = self.call(self.tensors, backend)
         first, last = self.offsets[4:6].tolist()
         alone = {**self.tensors, "h": self.tensors["h"][first:last], "pre": self.tensors["pre"][first:last]}
         self.offsets = torch.tensor([0, last - first])
-        # Other numbers of rows may be multiplied in other orders.
+        # PyTorch may add in another order for another number of rows.
         assert torch.allclose(self.call(alone, backend)[0], whole[4], rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Index tensors that the host cannot see: whatever stands in them, the kernels stay within the tensors and answer NaN."""
+"""Index tensors that the host cannot read: with any values in them, the kernels stay within the tensors and return NaN."""
 
 import importlib
 import itertools
@@ -20,14 +20,14 @@ HUGE, LOW = 2**62, -(2**63)
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Every address is checked, no two programs store to one element, and what is not written is NaN or a large number."""
+    """Check every address, and that no two programs store to one element. Unwritten elements are NaN or a large number."""
     from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
         yield memory
 
 
-# offsets, longest, and of which sequences the answer is right; the rows of the others are NaN.
+# offsets, longest, and the sequences whose results are right; the rows of the others are NaN.
 OFFSETS = [
     ([0, 5, 105, 110, 115], 20, [0, 2, 3]),
     ([0, 5, 26, 110, 115], 20, [0, 3]),
@@ -47,7 +47,7 @@ ROWS = 115
 
 
 def rows_of(offsets, sequences):
-    """Which of the rows belong to ``sequences``."""
+    """Return which of the rows belong to ``sequences``."""
     inside = torch.zeros(ROWS, dtype=torch.bool)
     for b in sequences:
         inside[offsets[b] : offsets[b + 1]] = True
@@ -75,7 +75,7 @@ def test_attention(offsets, longest, right, drop, memory):
 
 
 def call_of(offsets, longest, depth, output="tokens"):
-    """A call whose values are not checked."""
+    """Build a call whose values are not checked."""
     case = Case(lengths=[5, 35, 5, 70], D=64, H=2, inner=64, layers=1, depth=depth, p=0.25, output=output)
     return replace(case.operator_call(longest=longest), offsets=torch.tensor(offsets))
 
@@ -84,7 +84,7 @@ def call_of(offsets, longest, depth, output="tokens"):
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
 def test_recurrence(offsets, longest, right, output, memory):
     lengths = [after - before for before, after in itertools.pairwise(offsets)]
-    # It has no empty sequences, and one offset that is wrong leaves none.
+    # The op takes no empty sequences, and if the first or the last offset is wrong, no sequence is right.
     right = [b for b in right if lengths[b] > 0 and offsets[0] == 0 and offsets[-1] == ROWS]
     call = call_of(offsets, longest, 2, output)
     _, out, tape = _dispatch.run("recurrence", "triton", call)
@@ -102,7 +102,7 @@ def test_recurrence(offsets, longest, right, output, memory):
 
 
 def test_a_sequence_that_is_longer_than_its_tile_does_not_hide_its_neighbours(memory):
-    """Their answers are those of a call without it."""
+    """Their results equal the results of a call without it."""
     offsets = [0, 5, 105, 110, 115]
     call = replace(call_of(offsets, 20, 2), keep=False)
     _, out, _ = _dispatch.run("recurrence", "triton", call)
@@ -119,7 +119,7 @@ def test_steps_that_are_none_or_without_end(depth, output, memory, monkeypatch):
     call = call_of(offsets, 64, depth, output)
     with pytest.raises(InputError, match=r"depth must be in 1\.\.65534, but it spans"):
         _dispatch.run("recurrence", "triton", call)
-    # Without gradients a GPU is not waited for.
+    # Without gradients nothing waits for a GPU.
     monkeypatch.setattr(importlib.import_module("lares_fast.ops._recurrence_triton"), "_on_host", lambda depth: False)
     with NoScalarReads():
         _, out, _ = _dispatch.run("recurrence", "triton", replace(call, keep=False))
@@ -135,6 +135,6 @@ def test_what_the_host_knows_is_refused(memory):
         _triton.kernels("attention").forward(
             AttentionCall(query, query, query, torch.tensor([0]), None, None, 5, 0.0, 0, 0, "triton")
         )
-    # On the CPU all of it is.
+    # On the CPU the host reads all offsets.
     with pytest.raises(InputError, match="offsets must rise from 0 to 5"):
         ops.attention(query, query, query, torch.tensor([0, 6]), 5, backend="triton")
