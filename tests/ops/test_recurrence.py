@@ -80,7 +80,7 @@ def test_bf16_stays_within_the_tolerances_of_bf16(case):
 
 @pytest.mark.parametrize("adapter", ["add", "concat", None])
 def test_bf16_rounds_what_the_reference_rounds(adapter):
-    """One layer stays within the tolerances of fp32, and products that are not rounded do not. More layers would round apart."""
+    """One layer stays within the tolerances of fp32, and unrounded products do not. More layers would round differently."""
     case = Case(adapter=adapter, layers=1, depth=1)
     exact = case.call(case.tensors, "native")
     double = {name: x.double() for name, x in case.tensors.items()}
@@ -192,7 +192,7 @@ def test_what_the_native_backend_leaves_to_the_reference():
 
 
 class Revealed:
-    """A model that shows a mask of its last layer in the signs of its states. All its weights are 0 but the weights set here."""
+    """A model that shows a mask of its last layer in the signs of its states. Its weights are 0, but for those set here."""
 
     def __init__(self, D, H, layers, lengths):
         config = LARESConfig(n_items=2, hidden_size=D, n_heads=H, inner_size=32, n_core_layers=layers, adapter="concat")

@@ -39,7 +39,10 @@ class Compiled:
         return sum(n for name, n in self.opcodes.items() if re.match("HMMA|HGMMA|QGMMA|UTC.*MMA", name))
 
     def resident_warps(self, architecture):
-        """Return how many warps a multiprocessor holds, by registers (in units of 8), shared memory (1 KB more each) and threads."""
+        """Return how many warps a multiprocessor holds.
+
+        Registers (in units of 8), shared memory (1 KB more for each program) and threads limit it.
+        """
         threads = 32 * self.warps
         registers = 65_536 // (-(-self.registers // 8) * 8 * threads)
         shared = (SHARED_LIMIT[architecture] + 1024) // (self.shared + 1024)
@@ -89,8 +92,8 @@ def tool(name, *arguments):
 def wrapping_offsets(ttir):
     """Return the lines that add a 32-bit offset to a pointer, if the offset has a product of a program's number as a factor.
 
-    Such an offset wraps around for large tensors. A remainder is bounded, and a value that is loaded or compared is no number of
-    a program. With 64 bits nothing wraps around.
+    Such an offset wraps around for large tensors. A remainder is bounded, and a value that is loaded or compared is no number
+    of a program. With 64 bits nothing wraps around.
     """
     numbers, products, found = set(), set(), []
     for line in ttir.splitlines():

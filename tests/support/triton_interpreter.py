@@ -114,7 +114,7 @@ def plant(monkeypatch, folder, files, file, old, new):
 
 
 def between_guards(tensor):
-    """Return a copy of ``tensor`` in a buffer full of NaN, and a function that tells whether the rest of the buffer is NaN still."""
+    """Return a copy of ``tensor`` in a buffer full of NaN, and a function that tells whether the rest of it is still NaN."""
     margin = 64
     buffer = torch.full((tensor.numel() + 2 * margin,), torch.nan, dtype=tensor.dtype)
     inner = buffer[margin:-margin].view(tensor.shape)
