@@ -30,8 +30,6 @@ from lares_fast.kernels._layers import (
 )
 from torch.nn import functional as F
 
-# How many numbers the adapter has, by width.
-ADAPTER_SIZES = {"none": lambda D: 0, "add": lambda D: 0, "linear": lambda D: 1, "concat": lambda D: 2 * D * D + D}
 # The most steps of a sequence: a dropout address has 16 bits for the step.
 MOST_STEPS = 2**16 - 2
 # A thread can have no more registers. Without this limit ptxas spills registers to fit a third program.
@@ -154,12 +152,11 @@ class Plan:
     @functools.cached_property
     def weights(self):
         """(adapter, norm, layers): the parts of the flat tensor as the kernels read them; the first two may be None."""
-        D, n_layers = self.call.width, self.call.n_layers
-        adapter_size = ADAPTER_SIZES[self.call.adapter](D)
-        norm_size = 0 if self.call.adapter == "none" else 2 * D
-        layers = n_layers * layer_size(D, self.call.inner_size)
-        layers, norm, adapter = self.call.weights.split((layers, norm_size, adapter_size))
-        return adapter if adapter_size else None, norm if norm_size else None, layers.view(n_layers, -1)
+        call, D = self.call, self.call.width
+        layers, norm = call.n_layers * layer_size(D, call.inner_size), 0 if call.adapter == "none" else 2 * D
+        adapter = len(call.weights) - layers - norm
+        parts = call.weights.split((layers, norm, adapter))
+        return parts[2] if adapter else None, parts[1] if norm else None, parts[0].view(call.n_layers, -1)
 
     @functools.cached_property
     def sequences(self):
