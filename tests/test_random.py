@@ -31,6 +31,17 @@ def test_philox_known_answers(counter, key, expected):
     assert tuple(map(int, _random.philox(tuple(map(torch.tensor, counter)), key))) == expected
 
 
+@pytest.mark.parametrize("key", [(0, 0), (7, 9), (2**32 - 1, 2**32 - 1), (5, 2**31), (2**31, 1)])
+def test_a_seed_holds_a_key(key):
+    seed = _random.seed_of(key, torch.device("cpu"))
+    assert (seed.dtype, seed.shape) == (torch.int64, (1,))
+    assert _random.key_of(seed) == key
+    rounds = _random.RoundKeys.of_seed(seed).pairs
+    assert tuple((int(k0), int(k1)) for k0, k1 in rounds) == _random.RoundKeys.of_key(key).pairs
+    counter = (1, 2, 3, 4)
+    assert tuple(map(int, _random.philox(counter, _random.RoundKeys.of_seed(seed)))) == _random.philox(counter, key)
+
+
 def word(key, c0, c1, c2, c3, which):
     return _random.philox((c0, c1, c2, c3), key)[which]
 

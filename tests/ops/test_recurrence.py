@@ -277,6 +277,17 @@ def test_the_backward_runs_where_the_forward_did():
     assert _dispatch.calls - before == Counter({("recurrence_backward", "reference"): 1})
 
 
+@pytest.mark.parametrize("backend", ["native", "layers", "reference"])
+def test_the_operator_reads_the_key_from_its_seed(backend):
+    case = Case(lengths=[3, 4], D=16, H=2, inner=32, layers=1)
+    key = (2**31 + 5, 2**32 - 1)
+    expected = case.call(case.tensors, backend, draw=Draw(key, case.options["draw"].rows))
+    call = case.operator_call(backend=backend, keep=False)
+    assert not torch.equal(torch.ops.lares_fast.recurrence(*call.arguments())[0], expected)
+    call.seed.copy_(_random.seed_of(key, call.seed.device))
+    assert torch.equal(torch.ops.lares_fast.recurrence(*call.arguments())[0], expected)
+
+
 def test_the_tape_has_no_gradient():
     made = []
 
