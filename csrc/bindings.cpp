@@ -1,5 +1,6 @@
-// The module lares_fast._C: the only file that knows Python. Pointers arrive as integers; lares_fast/_native.py
-// allocates, checks dtypes, devices and shapes, and is the only caller.
+// The module lares_fast._C, and the only file that knows Python. Tensors arrive as addresses, which Python allocates after it
+// has checked dtypes, devices and shapes (lares_fast/_native_call.py). All arguments are passed by keyword, so none can take the
+// place of another.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -33,7 +34,7 @@ using lares_fast::MaskAddress;
 using std::int64_t;
 using std::uintptr_t;
 
-// Raised whenever a function's arguments change; lares_fast/_native.py refuses a module with another number.
+// This number rises whenever the arguments of a function change. lares_fast/_native.py does not load a module with another one.
 constexpr int ABI = 10;
 
 template <class T>
@@ -66,49 +67,12 @@ py::dict build_info() {
     return info;
 }
 
-// Addresses of centre, scale, panels, codes, start and bounds; of none without an index.
-using Tables = std::vector<uintptr_t>;
-
-lares_fast::IndexTables tables(const Tables& addresses) {
-    if (addresses.empty()) return {};
-    return {pointer<float>(addresses.at(0)),       pointer<float>(addresses.at(1)), pointer<float>(addresses.at(2)),
-            pointer<std::int8_t>(addresses.at(3)), pointer<void>(addresses.at(4)),  pointer<float>(addresses.at(5))};
-}
-
-py::tuple index_shape(int64_t N, int64_t D) {
-    const lares_fast::IndexShape shape = lares_fast::index_shape(N, D);
-    return py::make_tuple(shape.panel, shape.panels, shape.coded_panel, shape.coded_panels, shape.code_bytes, shape.lane_bytes);
-}
-
-void build_index(uintptr_t items, int64_t N, int64_t D, const Tables& index, int64_t threads) {
-    lares_fast::build_index(pointer<float>(items), N, D, tables(index), threads);
-}
-
-void topk(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t exclude_offsets, uintptr_t exclude_ids, uintptr_t scores,
-          uintptr_t ids, const Tables& index, int64_t B, int64_t N, int64_t D, int64_t k, int64_t threads) {
-    lares_fast::topk_cpu({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(exclude_offsets),
-                          pointer<int64_t>(exclude_ids), pointer<float>(scores), pointer<int64_t>(ids), B, N, D, k, tables(index)},
-                         threads);
-}
-
-void target_rank(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t target, uintptr_t exclude_offsets, uintptr_t exclude_ids,
-                 uintptr_t rank, uintptr_t rank_of_all, int64_t B, int64_t N, int64_t D, bool ties_by_id, int64_t threads) {
-    lares_fast::target_rank_cpu({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(target),
-                                 pointer<int64_t>(exclude_offsets), pointer<int64_t>(exclude_ids), pointer<int64_t>(rank),
-                                 pointer<int64_t>(rank_of_all), B, N, D, ties_by_id},
-                                threads);
-}
-
-std::vector<float*> pointers(const std::vector<uintptr_t>& addresses) {
-    std::vector<float*> result;
-    for (const uintptr_t address : addresses) result.push_back(pointer<float>(address));
-    return result;
-}
-
-// The keyword arguments of one call. Each is taken once, by its name; end() raises if one is left.
+// The keyword arguments of one call. Each is taken once, by its name.
 class Arguments {
 public:
     explicit Arguments(const py::kwargs& given) : given_(given), left_(given.size()) {}
+
+    bool has(const char* name) const { return PyDict_GetItemString(given_.ptr(), name) != nullptr; }
 
     template <class T>
     T take(const char* name) {
@@ -122,7 +86,7 @@ public:
         }
     }
 
-    // The tensor at the address `name`; 0 is no tensor.
+    // A tensor, by its address; 0 stands for none.
     template <class T>
     T* tensor(const char* name) {
         return pointer<T>(take<uintptr_t>(name));
@@ -138,6 +102,20 @@ public:
         throw std::invalid_argument(std::string(name) + " has an unknown value");
     }
 
+    // Takes an argument into its place in a struct, whose type decides what is accepted.
+    template <class T>
+    Arguments& read(const char* name, T*& place) {
+        place = tensor<T>(name);
+        return *this;
+    }
+
+    template <class T>
+    Arguments& read(const char* name, T& place) {
+        place = take<T>(name);
+        return *this;
+    }
+
+    // To be called before the work begins: throws if an argument is left.
     void end() const {
         if (left_) throw py::type_error("there is an argument that it does not take");
     }
@@ -147,62 +125,162 @@ private:
     std::size_t left_;
 };
 
-// The arguments that both directions have. The result points to `weights`.
-lares_fast::Recurrence recurrence(Arguments& arguments, std::vector<float*>& weights) {
-    using lares_fast::Adapter;
-    using lares_fast::Output;
-    lares_fast::Recurrence call{};
-    call.shape.D = arguments.take<int64_t>("width");
-    call.shape.H = arguments.take<int64_t>("n_heads");
-    call.shape.I = arguments.take<int64_t>("inner_size");
-    call.shape.layers = arguments.take<int64_t>("n_layers");
-    call.shape.adapter = arguments.one_of<Adapter>(
-        "adapter", {{"none", Adapter::none}, {"add", Adapter::add}, {"linear", Adapter::linear}, {"concat", Adapter::concat}});
-    call.output = arguments.one_of<Output>("output", {{"last", Output::last}, {"steps", Output::steps}, {"tokens", Output::tokens}});
-    call.eps = arguments.take<float>("eps");
-    const auto key = arguments.take<std::array<std::uint32_t, 2>>("key");
-    call.dropout.key = {key[0], key[1]};
-    call.dropout.hidden = arguments.take<std::uint32_t>("hidden_threshold");
-    call.dropout.attention = arguments.take<std::uint32_t>("attention_threshold");
-    call.dropout.first_step = arguments.take<std::uint32_t>("first_step");
-    call.h = arguments.tensor<float>("h");
-    call.pre = arguments.tensor<float>("pre");
-    call.offsets = arguments.tensor<int64_t>("offsets");
-    call.depth = arguments.tensor<int64_t>("depth");
-    call.rows = arguments.tensor<int64_t>("rows");
-    call.B = arguments.take<int64_t>("batch");
-    weights = pointers(arguments.take<std::vector<uintptr_t>>("weights"));
-    if (lares_fast::weight_count(call.shape) != static_cast<int64_t>(weights.size())) throw std::invalid_argument("the number of weights is wrong");
-    call.weights = weights.data();
-    call.tape = arguments.tensor<float>("tape");
-    call.bf16 = arguments.take<bool>("bf16");
-    return call;
+// Calls `work` without the interpreter's lock, so that other Python threads go on.
+template <class Work>
+auto unlocked(const Arguments& arguments, const Work& work) {
+    arguments.end();
+    const py::gil_scoped_release release;
+    return work();
 }
+
+py::tuple index_shape(int64_t N, int64_t D) {
+    const lares_fast::IndexShape shape = lares_fast::index_shape(N, D);
+    return py::make_tuple(shape.panel, shape.panels, shape.coded_panel, shape.coded_panels, shape.code_bytes, shape.lane_bytes);
+}
+
+void read_tables(Arguments& arguments, const std::string& prefix, lares_fast::IndexTables& tables) {
+    const auto read = [&](const char* name, auto& place) { arguments.read((prefix + name).c_str(), place); };
+    read("centre", tables.centre);
+    read("scale", tables.scale);
+    read("panels", tables.panels);
+    read("codes", tables.codes);
+    read("start", tables.start);
+    read("bounds", tables.bounds);
+}
+
+// The arguments that topk and target_rank share, on the CPU and on CUDA devices.
+template <class Call>
+void read_catalog(Arguments& arguments, Call& call) {
+    arguments.read("query", call.query)
+        .read("items", call.items)
+        .read("bias", call.bias)
+        .read("exclude_offsets", call.exclude_offsets)
+        .read("exclude_ids", call.exclude_ids)
+        .read("B", call.B)
+        .read("N", call.N)
+        .read("D", call.D);
+}
+
+void build_index(const py::kwargs& given) {
+    Arguments arguments(given);
+    lares_fast::IndexTables tables{};
+    const float* const items = arguments.tensor<float>("items");
+    const int64_t N = arguments.take<int64_t>("N"), D = arguments.take<int64_t>("D"), threads = arguments.take<int64_t>("threads");
+    read_tables(arguments, "", tables);
+    unlocked(arguments, [&] { lares_fast::build_index(items, N, D, tables, threads); });
+}
+
+void topk(const py::kwargs& given) {
+    Arguments arguments(given);
+    lares_fast::Topk call{};
+    read_catalog(arguments, call);
+    arguments.read("k", call.k).read("scores", call.scores).read("ids", call.ids);
+    if (arguments.has("index_centre")) read_tables(arguments, "index_", call.index);
+    const int64_t threads = arguments.take<int64_t>("threads");
+    unlocked(arguments, [&] { lares_fast::topk_cpu(call, threads); });
+}
+
+void target_rank(const py::kwargs& given) {
+    Arguments arguments(given);
+    lares_fast::TargetRank call{};
+    read_catalog(arguments, call);
+    arguments.read("target", call.target).read("ties_by_id", call.ties_by_id);
+    arguments.read("rank", call.rank).read("rank_of_all", call.rank_of_all);
+    const int64_t threads = arguments.take<int64_t>("threads");
+    unlocked(arguments, [&] { lares_fast::target_rank_cpu(call, threads); });
+}
+
+void read_softmax(Arguments& arguments, lares_fast::Softmax& softmax) {
+    arguments.read("hidden", softmax.hidden)
+        .read("items", softmax.items)
+        .read("target", softmax.target)
+        .read("M", softmax.M)
+        .read("N", softmax.N)
+        .read("D", softmax.D)
+        .read("scale", softmax.scale)
+        .read("skip_pad", softmax.skip_pad);
+}
+
+void target_logprob(const py::kwargs& given) {
+    Arguments arguments(given);
+    lares_fast::TargetLogprob call{};
+    read_softmax(arguments, call.softmax);
+    arguments.read("logprob", call.logprob).read("lse", call.lse).read("rank", call.rank).read("ties_by_id", call.ties_by_id);
+    const int64_t threads = arguments.take<int64_t>("threads");
+    unlocked(arguments, [&] { lares_fast::target_logprob_cpu(call, threads); });
+}
+
+void target_logprob_backward(const py::kwargs& given) {
+    Arguments arguments(given);
+    lares_fast::TargetLogprobBackward call{};
+    read_softmax(arguments, call.softmax);
+    arguments.read("grad", call.grad).read("lse", call.lse).read("d_hidden", call.d_hidden).read("d_items", call.d_items);
+    const int64_t threads = arguments.take<int64_t>("threads");
+    unlocked(arguments, [&] { lares_fast::target_logprob_backward_cpu(call, threads); });
+}
+
+// The arguments of a recurrence that both directions have.
+struct RecurrenceArguments {
+    std::vector<float*> weights;
+    lares_fast::Recurrence call{};
+    int64_t threads;
+
+    explicit RecurrenceArguments(Arguments& arguments) {
+        using lares_fast::Adapter;
+        using lares_fast::Output;
+        call.shape.adapter = arguments.one_of<Adapter>(
+            "adapter", {{"none", Adapter::none}, {"add", Adapter::add}, {"linear", Adapter::linear}, {"concat", Adapter::concat}});
+        call.output = arguments.one_of<Output>("output", {{"last", Output::last}, {"steps", Output::steps}, {"tokens", Output::tokens}});
+        const auto key = arguments.take<std::array<std::uint32_t, 2>>("key");
+        call.dropout.key = {key[0], key[1]};
+        arguments.read("hidden_threshold", call.dropout.hidden)
+            .read("attention_threshold", call.dropout.attention)
+            .read("first_step", call.dropout.first_step)
+            .read("width", call.shape.D)
+            .read("n_heads", call.shape.H)
+            .read("inner_size", call.shape.I)
+            .read("n_layers", call.shape.layers)
+            .read("eps", call.eps)
+            .read("h", call.h)
+            .read("pre", call.pre)
+            .read("offsets", call.offsets)
+            .read("depth", call.depth)
+            .read("rows", call.rows)
+            .read("batch", call.B)
+            .read("tape", call.tape)
+            .read("bf16", call.bf16)
+            .read("threads", threads);
+        weights = pointers(arguments, "weights");
+        call.weights = weights.data();
+    }
+
+    // One tensor for each weight.
+    std::vector<float*> pointers(Arguments& arguments, const char* name) const {
+        std::vector<float*> result;
+        for (const uintptr_t address : arguments.take<std::vector<uintptr_t>>(name)) result.push_back(pointer<float>(address));
+        if (lares_fast::weight_count(call.shape) != static_cast<int64_t>(result.size()))
+            throw std::invalid_argument(std::string("the number of ") + name + " is wrong");
+        return result;
+    }
+};
 
 void recurrence_forward(const py::kwargs& given) {
     Arguments arguments(given);
-    std::vector<float*> weights;
-    const lares_fast::Recurrence call = recurrence(arguments, weights);
+    const RecurrenceArguments shared(arguments);
     float* const out = arguments.tensor<float>("out");
-    const auto threads = arguments.take<int64_t>("threads");
-    arguments.end();
-    const py::gil_scoped_release release;
-    lares_fast::recurrence_forward(call, out, threads);
+    unlocked(arguments, [&] { lares_fast::recurrence_forward(shared.call, out, shared.threads); });
 }
 
 void recurrence_backward(const py::kwargs& given) {
     Arguments arguments(given);
-    std::vector<float*> weights;
-    const lares_fast::Recurrence call = recurrence(arguments, weights);
+    const RecurrenceArguments shared(arguments);
     const float* const out_grad = arguments.tensor<float>("out_grad");
     float* const h_grad = arguments.tensor<float>("h_grad");
     float* const pre_grad = arguments.tensor<float>("pre_grad");
-    const std::vector<float*> weight_grads = pointers(arguments.take<std::vector<uintptr_t>>("weight_grads"));
-    if (weight_grads.size() != weights.size()) throw std::invalid_argument("the number of weight_grads is wrong");
-    const auto threads = arguments.take<int64_t>("threads");
-    arguments.end();
-    const py::gil_scoped_release release;
-    lares_fast::recurrence_backward(call, out_grad, h_grad, pre_grad, weight_grads.data(), threads);
+    const std::vector<float*> weight_grads = shared.pointers(arguments, "weight_grads");
+    unlocked(arguments, [&] {
+        lares_fast::recurrence_backward(shared.call, out_grad, h_grad, pre_grad, weight_grads.data(), shared.threads);
+    });
 }
 
 // Multiprocessors, shared memory a block, shared memory a multiprocessor.
@@ -236,60 +314,80 @@ py::dict plan_target_rank(int64_t B, int64_t N, int64_t D, const DeviceLimits& l
     return walk_plan(lares_fast::plan_target_rank(B, N, D, limits_of(limits)));
 }
 
-std::string topk_cuda(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t exclude_offsets, uintptr_t exclude_ids, uintptr_t scores,
-                      uintptr_t ids, uintptr_t workspace, int64_t B, int64_t N, int64_t D, int64_t k, int64_t E, bool plain,
-                      const DeviceLimits& limits, int device, uintptr_t stream) {
-    return lares_fast::topk_cuda({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(exclude_offsets),
-                                  pointer<int64_t>(exclude_ids), pointer<float>(scores), pointer<int64_t>(ids),
-                                  pointer<void>(workspace), B, N, D, k, E, plain},
-                                 limits_of(limits), device, stream);
+struct Launch {
+    DeviceLimits limits;
+    int device;
+    uintptr_t stream;
+
+    explicit Launch(Arguments& arguments)
+        : limits(arguments.take<DeviceLimits>("limits")), device(arguments.take<int>("device")), stream(arguments.take<uintptr_t>("stream")) {}
+};
+
+std::string topk_cuda(const py::kwargs& given) {
+    Arguments arguments(given);
+    lares_fast::TopkCuda call{};
+    read_catalog(arguments, call);
+    arguments.read("E", call.E).read("k", call.k).read("plain", call.plain);
+    arguments.read("scores", call.scores).read("ids", call.ids).read("workspace", call.workspace);
+    const Launch launch(arguments);
+    return unlocked(arguments, [&] { return lares_fast::topk_cuda(call, limits_of(launch.limits), launch.device, launch.stream); });
 }
 
-std::string target_rank_cuda(uintptr_t query, uintptr_t items, uintptr_t bias, uintptr_t target, uintptr_t exclude_offsets,
-                             uintptr_t exclude_ids, uintptr_t of_all, uintptr_t of_kept, int64_t B, int64_t N, int64_t D, int64_t E,
-                             bool ties_by_id, bool plain, const DeviceLimits& limits, int device, uintptr_t stream) {
-    return lares_fast::target_rank_cuda({pointer<float>(query), pointer<float>(items), pointer<float>(bias), pointer<int64_t>(target),
-                                         pointer<int64_t>(exclude_offsets), pointer<int64_t>(exclude_ids), pointer<int64_t>(of_all),
-                                         pointer<int64_t>(of_kept), B, N, D, E, ties_by_id, plain},
-                                        limits_of(limits), device, stream);
+std::string target_rank_cuda(const py::kwargs& given) {
+    Arguments arguments(given);
+    lares_fast::TargetRankCuda call{};
+    read_catalog(arguments, call);
+    arguments.read("E", call.E).read("plain", call.plain).read("ties_by_id", call.ties_by_id);
+    arguments.read("target", call.target).read("of_all", call.of_all).read("of_kept", call.of_kept);
+    const Launch launch(arguments);
+    return unlocked(arguments,
+                    [&] { return lares_fast::target_rank_cuda(call, limits_of(launch.limits), launch.device, launch.stream); });
 }
 
-void target_logprob(uintptr_t hidden, uintptr_t items, uintptr_t target, uintptr_t logprob, uintptr_t lse, uintptr_t rank, int64_t M,
-                    int64_t N, int64_t D, double scale, bool skip_pad, bool ties_by_id, int64_t threads) {
-    lares_fast::target_logprob_cpu({{pointer<float>(hidden), pointer<float>(items), pointer<int64_t>(target), M, N, D, scale, skip_pad},
-                                    pointer<float>(logprob), pointer<double>(lse), pointer<int64_t>(rank), ties_by_id},
-                                   threads);
+using Words2 = std::array<std::uint32_t, 2>;
+using Words4 = std::array<std::uint32_t, 4>;
+
+Key key_of(const Words2& key) { return {key[0], key[1]}; }
+
+MaskAddress mask_address(Arguments& arguments) {
+    MaskAddress address{};
+    address.key = key_of(arguments.take<Words2>("key"));
+    arguments.read("threshold", address.threshold).read("step", address.step).read("layer", address.layer).read("rows", address.rows);
+    return address;
 }
 
-void target_logprob_backward(uintptr_t hidden, uintptr_t items, uintptr_t target, uintptr_t grad, uintptr_t lse, uintptr_t d_hidden,
-                             uintptr_t d_items, int64_t M, int64_t N, int64_t D, double scale, bool skip_pad, int64_t threads) {
-    lares_fast::target_logprob_backward_cpu(
-        {{pointer<float>(hidden), pointer<float>(items), pointer<int64_t>(target), M, N, D, scale, skip_pad},
-         pointer<float>(grad), pointer<double>(lse), pointer<float>(d_hidden), pointer<float>(d_items)},
-        threads);
+void keep_hidden(const py::kwargs& given) {
+    Arguments arguments(given);
+    const MaskAddress address = mask_address(arguments);
+    const int64_t* const positions = arguments.tensor<int64_t>("positions");
+    std::uint8_t* const keep = arguments.tensor<std::uint8_t>("keep");
+    const int64_t site = arguments.take<int64_t>("site"), P = arguments.take<int64_t>("P"), D = arguments.take<int64_t>("D");
+    unlocked(arguments, [&] { lares_fast::keep_hidden(address, positions, site, P, D, keep); });
 }
 
-void keep_hidden(std::uint32_t key0, std::uint32_t key1, int64_t threshold, int64_t site, int64_t step, int64_t layer, uintptr_t rows,
-                 uintptr_t positions, int64_t P, int64_t D, uintptr_t out) {
-    const MaskAddress address{Key{key0, key1}, threshold, step, layer, pointer<int64_t>(rows)};
-    lares_fast::keep_hidden(address, pointer<int64_t>(positions), site, P, D, pointer<std::uint8_t>(out));
+void state_uniforms(const py::kwargs& given) {
+    Arguments arguments(given);
+    const Key key = key_of(arguments.take<Words2>("key"));
+    const int64_t* const rows = arguments.tensor<int64_t>("rows");
+    const int64_t* const positions = arguments.tensor<int64_t>("positions");
+    double* const uniforms = arguments.tensor<double>("uniforms");
+    const int64_t P = arguments.take<int64_t>("P"), D = arguments.take<int64_t>("D");
+    unlocked(arguments, [&] { lares_fast::state_uniforms(key, rows, positions, P, D, uniforms); });
 }
 
-void state_uniforms(std::uint32_t key0, std::uint32_t key1, uintptr_t rows, uintptr_t positions, int64_t P, int64_t D, uintptr_t out) {
-    lares_fast::state_uniforms(Key{key0, key1}, pointer<int64_t>(rows), pointer<int64_t>(positions), P, D, pointer<double>(out));
+void keep_attention(const py::kwargs& given) {
+    Arguments arguments(given);
+    const MaskAddress address = mask_address(arguments);
+    std::uint8_t* const keep = arguments.tensor<std::uint8_t>("keep");
+    const int64_t B = arguments.take<int64_t>("B"), H = arguments.take<int64_t>("H"), L = arguments.take<int64_t>("L");
+    unlocked(arguments, [&] { lares_fast::keep_attention(address, B, H, L, keep); });
 }
 
-void keep_attention(std::uint32_t key0, std::uint32_t key1, int64_t threshold, int64_t step, int64_t layer, uintptr_t rows, int64_t B,
-                    int64_t H, int64_t L, uintptr_t out) {
-    const MaskAddress address{Key{key0, key1}, threshold, step, layer, pointer<int64_t>(rows)};
-    lares_fast::keep_attention(address, B, H, L, pointer<std::uint8_t>(out));
-}
-
-py::tuple philox(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint32_t key0, std::uint32_t key1) {
-    const std::uint32_t counter[1] = {c0};
+Words4 philox(const Words4& counter, const Words2& key) {
+    const std::uint32_t first[1] = {counter[0]};
     std::uint32_t words[4][1];
-    lares_fast::philox(counter, c1, c2, c3, Key{key0, key1}, words);
-    return py::make_tuple(words[0][0], words[1][0], words[2][0], words[3][0]);
+    lares_fast::philox(first, counter[1], counter[2], counter[3], key_of(key), words);
+    return {words[0][0], words[1][0], words[2][0], words[3][0]};
 }
 
 }  // namespace
@@ -299,36 +397,25 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     using Release = py::call_guard<py::gil_scoped_release>;
     m.attr("ABI") = ABI;
     m.def("build_info", &build_info);
-    m.def("use_level", &lares_fast::use_level, arg("name"));
+    m.def("use_level", &lares_fast::use_level, py::kw_only(), arg("name"));
     m.def("level", &lares_fast::level_name);
     m.def("has_bf16", &lares_fast::has_bf16);
-    m.def("capability", &lares_fast::capability, arg("device"), Release());
-    m.def("device_limits", &device_limits, arg("device"), Release());
-    m.def("plan_topk", &plan_topk, arg("B"), arg("N"), arg("D"), arg("k"), arg("limits"));
-    m.def("plan_target_rank", &plan_target_rank, arg("B"), arg("N"), arg("D"), arg("limits"));
-    m.def("topk_cuda", &topk_cuda, arg("query"), arg("items"), arg("bias"), arg("exclude_offsets"), arg("exclude_ids"), arg("scores"),
-          arg("ids"), arg("workspace"), arg("B"), arg("N"), arg("D"), arg("k"), arg("E"), arg("plain"), arg("limits"), arg("device"), arg("stream"),
-          Release());
-    m.def("target_rank_cuda", &target_rank_cuda, arg("query"), arg("items"), arg("bias"), arg("target"), arg("exclude_offsets"),
-          arg("exclude_ids"), arg("of_all"), arg("of_kept"), arg("B"), arg("N"), arg("D"), arg("E"), arg("ties_by_id"), arg("plain"), arg("limits"),
-          arg("device"), arg("stream"), Release());
-    m.def("topk", &topk, arg("query"), arg("items"), arg("bias"), arg("exclude_offsets"), arg("exclude_ids"), arg("scores"), arg("ids"),
-          arg("index"), arg("B"), arg("N"), arg("D"), arg("k"), arg("threads"), Release());
-    m.def("index_shape", &index_shape, arg("N"), arg("D"));
-    m.def("build_index", &build_index, arg("items"), arg("N"), arg("D"), arg("index"), arg("threads"), Release());
-    m.def("target_rank", &target_rank, arg("query"), arg("items"), arg("bias"), arg("target"), arg("exclude_offsets"), arg("exclude_ids"),
-          arg("rank"), arg("rank_of_all"), arg("B"), arg("N"), arg("D"), arg("ties_by_id"), arg("threads"), Release());
+    m.def("capability", &lares_fast::capability, py::kw_only(), arg("device"), Release());
+    m.def("device_limits", &device_limits, py::kw_only(), arg("device"), Release());
+    m.def("plan_topk", &plan_topk, py::kw_only(), arg("B"), arg("N"), arg("D"), arg("k"), arg("limits"));
+    m.def("plan_target_rank", &plan_target_rank, py::kw_only(), arg("B"), arg("N"), arg("D"), arg("limits"));
+    m.def("topk_cuda", &topk_cuda);
+    m.def("target_rank_cuda", &target_rank_cuda);
+    m.def("topk", &topk);
+    m.def("index_shape", &index_shape, py::kw_only(), arg("N"), arg("D"));
+    m.def("build_index", &build_index);
+    m.def("target_rank", &target_rank);
     m.def("recurrence_forward", &recurrence_forward);
     m.def("recurrence_backward", &recurrence_backward);
-    m.def("target_logprob", &target_logprob, arg("hidden"), arg("items"), arg("target"), arg("logprob"), arg("lse"), arg("rank"), arg("M"),
-          arg("N"), arg("D"), arg("scale"), arg("skip_pad"), arg("ties_by_id"), arg("threads"), Release());
-    m.def("target_logprob_backward", &target_logprob_backward, arg("hidden"), arg("items"), arg("target"), arg("grad"), arg("lse"),
-          arg("d_hidden"), arg("d_items"), arg("M"), arg("N"), arg("D"), arg("scale"), arg("skip_pad"), arg("threads"), Release());
-    m.def("keep_hidden", &keep_hidden, arg("key0"), arg("key1"), arg("threshold"), arg("site"), arg("step"), arg("layer"), arg("rows_ptr"),
-          arg("positions_ptr"), arg("P"), arg("D"), arg("out_ptr"), Release());
-    m.def("state_uniforms", &state_uniforms, arg("key0"), arg("key1"), arg("rows_ptr"), arg("positions_ptr"), arg("P"), arg("D"),
-          arg("out_ptr"), Release());
-    m.def("keep_attention", &keep_attention, arg("key0"), arg("key1"), arg("threshold"), arg("step"), arg("layer"), arg("rows_ptr"),
-          arg("B"), arg("H"), arg("L"), arg("out_ptr"), Release());
-    m.def("philox", &philox, arg("c0"), arg("c1"), arg("c2"), arg("c3"), arg("key0"), arg("key1"));
+    m.def("target_logprob", &target_logprob);
+    m.def("target_logprob_backward", &target_logprob_backward);
+    m.def("keep_hidden", &keep_hidden);
+    m.def("state_uniforms", &state_uniforms);
+    m.def("keep_attention", &keep_attention);
+    m.def("philox", &philox, py::kw_only(), arg("counter"), arg("key"));
 }

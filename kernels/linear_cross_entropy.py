@@ -1,7 +1,7 @@
 """Softmax over the whole catalog without the [M, N] scores: log-sum-exp, the target's rank and both gradients.
 
-HIDDEN is [M, D], ITEMS [N, D]. A program owns a tile of S rows and walks a part of the items, or owns a tile of items and walks
-all rows. Parts are merged by sums in a fixed order; there are no atomics.
+HIDDEN is [M, D] and ITEMS is [N, D]. A program owns a tile of S rows and loops over a part of the items, or it owns a tile of
+items and loops over all rows. Sums in a fixed order merge the parts; there are no atomics.
 """
 
 import functools
@@ -13,12 +13,12 @@ from lares_fast.kernels._launch import WARPS, choice, launch, ready
 from lares_fast.kernels._tiles import load_rows, store_rows
 from torch.nn import functional as F
 
-# Enough programs to keep any GPU busy: the number of parts follows from it and not from the GPU, nor do results.
+# Enough programs to keep any GPU busy. The number of parts follows from this constant, so results do not depend on the GPU.
 PROGRAMS = 1024
-# Tiles of items that a part has at least, so that loading its rows is a small share of its work.
+# The fewest tiles of items in a part, so that loading its rows is a small share of its work.
 SHORTEST_PART = 8
 RANKS = {None: 0, "order": 1, "strict": 2}
-# What probabilities are multiplied by before they are rounded: those below 2^-14 would lose digits in half precision.
+# Probabilities are multiplied by this factor before they are rounded, because half precision loses digits below 2^-14.
 WIDER = tl.constexpr(2.0**15)
 
 _SIZES = ["M", "N", "tiles", "first", "part"]
@@ -26,9 +26,9 @@ _SIZES = ["M", "N", "tiles", "first", "part"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def target_score(HIDDEN, ITEMS, TARGET, OWN, M, N, first, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
-    """OWN [M]: the target's score, from a product of the same shape as all others, so that equal rows of ITEMS tie.
+    """Store the score of the target in OWN [M]. Its product has the shape of all other products, so equal rows of ITEMS tie.
 
-    NaN where the target is not among the items ``first``.. of the softmax.
+    The score is NaN where the target is not among the items ``first`` .. N - 1 of the softmax.
     """
     start = tl.program_id(0).to(tl.int64) * S
     row, column = start + tl.arange(0, S), tl.arange(0, C)
@@ -45,7 +45,7 @@ def target_score(HIDDEN, ITEMS, TARGET, OWN, M, N, first, D: tl.constexpr, C: tl
 
 @triton.jit
 def _part(tiles, N, first, part, S: tl.constexpr):
-    """(number of the part, its first and last + 1 item, first row) of a program."""
+    """Return the number of the part of a program, its first item, the item after its last one, and its first row."""
     pid = tl.program_id(0)
     low = first + pid // tiles * part
     return (pid // tiles).to(tl.int64), low, tl.minimum(low + part, N), (pid % tiles).to(tl.int64) * S
@@ -56,9 +56,10 @@ def softmax_forward(
     HIDDEN, ITEMS, TARGET, OWN, LSE, COUNT, M, N, tiles, first, part, scale,
     D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp over the items of a part but the target, and COUNT [parts, M] of those that outrank it: all where it is none.
+    """Store the log-sum-exp over the items of a part, the target left out, and the number of items that outrank the target.
 
-    LSE [parts, 2, M] holds the origin and the logarithm of the sum apart: added, scores of thousands would take its digits.
+    The number is COUNT [parts, M]. If the target is no item of the softmax, all items outrank it. LSE [parts, 2, M] holds the
+    origin and the logarithm of the sum as two numbers, because a sum of both would lose digits for scores of thousands.
     """
     number, low, high, start = _part(tiles, N, first, part, S)
     row, column = start + tl.arange(0, S), tl.arange(0, C)
@@ -86,11 +87,11 @@ def softmax_forward(
             count += tl.sum((better & other).to(tl.int32), 1)
         scores = tl.where(other, raw * scale, -float("inf"))
         top = tl.maximum(top, tl.max(scores, 1))
-        # An infinite maximum is no origin: the sum then comes out infinite by itself, as it comes out NaN.
+        # An infinite maximum cannot be the origin. The sum then becomes infinite or NaN without it.
         moved = tl.where(tl.abs(top) == float("inf"), 0.0, top)
         shrink = tl.where(total > 0, tl.exp(origin - moved), 0.0)
         total = total * shrink
-        # Compensated: a plain fp32 sum over a large catalog drifts.
+        # The sum is compensated, because a plain fp32 sum over a large catalog drifts.
         added = tl.sum(tl.exp(scores - moved[:, None]), 1) - lost * shrink
         summed = total + added
         lost = tl.where(tl.abs(summed) < float("inf"), (summed - total) - added, 0.0)
@@ -106,9 +107,10 @@ def softmax_forward(
 
 @triton.jit
 def _slopes(hidden, items, row, item, low, high, TARGET, LSE, MISS, M, scale):
-    """WIDER times the derivatives of log-probabilities by the scores of a tile: MISS [M] = 1 - p at the target, -p elsewhere.
+    """Return WIDER times the derivatives of the log-probabilities by the scores of a tile.
 
-    LSE [2, M] is a sum of two numbers: rounded to one, it would bend every probability of its row the same way.
+    A derivative is MISS [M] = 1 - p at the target, and -p elsewhere. LSE [2, M] is a sum of two numbers: rounded to one
+    number, it would change all probabilities of its row in the same direction.
     """
     raw = tl.dot(hidden, tl.trans(items), input_precision="ieee")
     inside = row < M
@@ -127,7 +129,7 @@ def softmax_backward_hidden(
     HIDDEN, ITEMS, TARGET, LSE, SLOPE, MISS, DHIDDEN, M, N, tiles, first, part, scale,
     D: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """DHIDDEN [parts, M, D] fp32: what the items of a part add, times the gradient SLOPE [M] of a row."""
+    """Store in DHIDDEN [parts, M, D] fp32 the sum over the items of a part, times the gradient SLOPE [M] of a row."""
     number, low, high, start = _part(tiles, N, first, part, S)
     row, column = start + tl.arange(0, S), tl.arange(0, C)
     hidden = load_rows(HIDDEN, row, column, D, M, D)
@@ -139,7 +141,7 @@ def softmax_backward_hidden(
         slopes = _slopes(hidden, items, row, item, low, high, TARGET, LSE, MISS, M, scale)
         dhidden += tl.dot(slopes.to(items.dtype), items, input_precision="ieee")
         items_at += S * D
-    # After the product: in half precision a small gradient times a probability would be nothing.
+    # The gradient is multiplied after the product: in half precision a small gradient times a probability would become 0.
     dhidden *= (tl.load(SLOPE + row, mask=row < M, other=0.0) / WIDER)[:, None]
     store_rows(DHIDDEN + number * M * D, dhidden, row, column, D, M, D)
 
@@ -149,7 +151,7 @@ def softmax_backward_items(
     HIDDEN, ITEMS, TARGET, LSE, SLOPE, UNIT, MISS, DITEMS, M, N, first, scale,
     D: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """DITEMS of one tile of items, over all rows, whose gradients are UNIT [1] times SLOPE [M], at most 1."""
+    """Store DITEMS of one tile of items, summed over all rows. The gradient of a row is UNIT [1] times SLOPE [M], at most 1."""
     start = tl.program_id(0).to(tl.int64) * S
     item, column = start + tl.arange(0, S), tl.arange(0, C)
     items = load_rows(ITEMS, item, column, D, N, D)
@@ -162,45 +164,51 @@ def softmax_backward_items(
         slopes *= tl.load(SLOPE + row, mask=row < M, other=0.0)[:, None]
         ditems += tl.dot(tl.trans(slopes.to(hidden.dtype)), hidden, input_precision="ieee")
         hidden_at += S * D
-    # An item in front of the softmax's gets nothing, even of a row that spoils the others.
+    # An item before the first item of the softmax gets the gradient 0, even if a row makes the other gradients NaN.
     ditems = tl.where((item >= first)[:, None], ditems * (tl.load(UNIT) / WIDER), 0.0)
     store_rows(DITEMS, ditems, item, column, D, N, D)
 
 
-def forward(hidden, items, target, scale, skip_pad, ties):
-    """(log-probability [M], rank [M] or None, log-sum-exp [M] fp64).
+def forward(call):
+    """Return the log-probability [M], the rank [M] or None, and the log-sum-exp [M] in fp64.
 
-    A target that is not among the softmax's items gives NaN, and a rank behind all of them.
+    ``call`` has ``hidden`` [M, D], ``items`` [N, D], ``target`` [M], ``scale``, ``skip_pad`` and ``ties``. A target that is no
+    item of the softmax gets NaN, and a rank behind all items.
     """
-    hidden, items, target = map(ready, (hidden, items, target))
-    M = len(hidden)
-    run, tiles, parts, numbers = _plan(hidden, items, scale, skip_pad)
+    hidden, items, target = map(ready, (call.hidden, call.items, call.target))
+    M, scale, ties = len(hidden), call.scale, call.ties
+    run, tiles, parts, numbers = _plan(hidden, items, scale, call.skip_pad)
     raw = _target_scores(run, tiles, hidden, items, target, numbers)
     others = torch.empty(parts, 2, M, dtype=torch.float32, device=hidden.device)
     count = torch.empty(parts, M, dtype=torch.int32, device=hidden.device) if ties else None
     run(softmax_forward, tiles * parts, hidden, items, target, raw, others, count, *numbers, RANK=RANKS[ties])
     own, others = raw.double() * scale, others.double().sum(1).logsumexp(0)
     lse = torch.logaddexp(others, own)
-    # The difference of the two would lose the digits of a log-probability near 0.
+    # The difference own - lse would lose the digits of a log-probability near 0.
     logprob = torch.where(own.isfinite(), -torch.logaddexp(torch.zeros_like(own), others - own), own - lse)
     return logprob.to(hidden.dtype), None if count is None else count.sum(0), lse
 
 
-def backward(grad, hidden, items, target, lse, scale, skip_pad, needs):
-    """(gradient of hidden, of items), None for one that is not needed. A row whose log-sum-exp is not finite gives NaN."""
-    hidden, items, target = map(ready, (hidden, items, target))
-    run, tiles, parts, numbers = _plan(hidden, items, scale, skip_pad)
+def backward(call):
+    """Return the gradients of ``hidden`` and ``items``, None for one that is not needed.
+
+    ``call`` also has ``grad`` [M], ``lse`` [M] fp64, ``need_hidden`` and ``need_items``. A row whose log-sum-exp is not finite
+    makes gradients NaN.
+    """
+    hidden, items, target = map(ready, (call.hidden, call.items, call.target))
+    lse, scale = call.lse, call.scale
+    run, tiles, parts, numbers = _plan(hidden, items, scale, call.skip_pad)
     M, N, _, first, *_ = numbers
     own = _target_scores(run, tiles, hidden, items, target, numbers).double() * scale
-    slope = torch.where(lse.isfinite(), grad.double() * scale, torch.nan).float()
+    slope = torch.where(lse.isfinite(), call.grad.double() * scale, torch.nan).float()
     two = torch.stack((lse.float(), (lse - lse.float()).float()))
     shared, miss = (hidden, items, target, two), -(own - lse).expm1().float()
     d_hidden = d_items = None
-    if needs[0]:
+    if call.need_hidden:
         added = torch.empty(parts, *hidden.shape, dtype=torch.float32, device=hidden.device)
         run(softmax_backward_hidden, tiles * parts, *shared, slope, miss, added, *numbers)
         d_hidden = added.sum(0).to(hidden.dtype)
-    if needs[1]:
+    if call.need_items:
         d_items, unit = torch.empty_like(items), _unit(slope)
         programs = triton.cdiv(N, run.keywords["S"])
         run(softmax_backward_items, programs, *shared, slope / unit, unit, miss, d_items, M, N, first, scale)
@@ -208,13 +216,13 @@ def backward(grad, hidden, items, target, lse, scale, skip_pad, needs):
 
 
 def _unit(slope):
-    """[1], a power of two that none of ``slope`` [M] exceeds, infinities and NaN aside."""
+    """Return a power of two, [1], that no value of ``slope`` [M] exceeds; infinities and NaN are ignored."""
     sizes = F.pad(slope.abs().nan_to_num(0.0, posinf=0.0), (0, 1))
     return torch.ldexp(slope.new_ones(1), sizes.amax(0, keepdim=True).frexp().exponent)
 
 
 def _target_scores(run, tiles, hidden, items, target, numbers):
-    """The targets' scores [M] fp32, with the same bits in both passes."""
+    """Return the scores of the targets, [M] fp32. Forward and backward get the same bits."""
     M, N, _, first, *_ = numbers
     own = torch.empty(M, dtype=torch.float32, device=hidden.device)
     run(target_score, tiles, hidden, items, target, own, M, N, first)
@@ -222,7 +230,7 @@ def _target_scores(run, tiles, hidden, items, target, numbers):
 
 
 def _plan(hidden, items, scale, skip_pad):
-    """(launch with the constants of these sizes, tiles of rows, parts of the catalog, the numbers that kernels take)."""
+    """Return a launch with the constants of these sizes, the tiles of rows, the parts of the catalog and the kernels' sizes."""
     (M, D), N, first = hidden.shape, len(items), int(skip_pad)
     chosen = choice("linear_cross_entropy", hidden, width=D)
     S = chosen.rows or tile_size(D * hidden.element_size())
@@ -235,5 +243,5 @@ def _plan(hidden, items, scale, skip_pad):
 
 
 def tile_size(row_bytes):
-    """Rows of a tile: few enough that the registers hold all tiles."""
+    """Return the rows of a tile: few enough that the registers hold all tiles."""
     return 64 if row_bytes <= 64 else 32 if row_bytes <= 256 else 16

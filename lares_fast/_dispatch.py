@@ -104,8 +104,9 @@ def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> 
       native     would run
       reference  can run
     """
-    if op not in _TABLE:
-        raise InputError(f"op must be one of {', '.join(sorted(_TABLE))}, but got {op!r}.")
+    ops = sorted(name for name in _TABLE if not name.endswith("_backward"))
+    if op not in ops:
+        raise InputError(f"op must be one of {', '.join(ops)}, but got {op!r}.")
     if op in _BUILD:
         args = (_BUILD[op](*args, backend=backend, **options),)
     name, chosen, lines = requested(backend), None, []

@@ -13,7 +13,7 @@ from lares_fast._errors import InputError
 
 
 def call_native(function: str, **arguments: object) -> None:
-    """Call ``function`` of the native module. A tensor is passed as its address, ``None`` as 0.
+    """Call ``function`` of the native module with :func:`addresses` for tensors.
 
     The caller keeps the tensors alive, and it has checked their dtypes, devices and shapes: the native code trusts them.
 
@@ -21,17 +21,20 @@ def call_native(function: str, **arguments: object) -> None:
         InputError: the native code found a value out of range, or a number too large for its type.
         NotBuiltError: there is no native module.
     """
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            arguments[name] = value.data_ptr()
-        elif value is None:
-            arguments[name] = 0
     call = getattr(_native.load(), function)
     try:
-        call(**arguments)
+        call(**addresses(arguments))
     except (ValueError, TypeError) as error:
         sentence = str(error).partition("\n")[0]
         raise InputError(f"{function}: {sentence}.") from error
+
+
+def addresses(arguments: dict[str, object]) -> dict[str, object]:
+    """Return ``arguments`` as the native module takes them: the address of a tensor, 0 for ``None``, other values unchanged."""
+    return {
+        name: value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
+        for name, value in arguments.items()
+    }
 
 
 def contiguous(name: str, tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lares_fast import _modules, _native, ops, reference
+from lares_fast import _modules, _native, _native_random, ops, reference
 from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
 from lares_fast._numbers import whole
@@ -125,7 +125,7 @@ class LARES(reference.LARES):
         threshold, width = drop_threshold(self.config.dropout), x.shape[1]
         address: dict[str, Any] = {"site": SITE_INPUT, "step": 0, "layer": 0, "width": width}
         if _native.available()[0]:
-            keep = _native.keep_hidden(draw.key, threshold, **address, rows=draw.rows[sequence], positions=position)
+            keep = _native_random.keep_hidden(draw.key, threshold, **address, rows=draw.rows[sequence], positions=position)
         else:
             length = int(position.max()) + 1
             keep = keep_hidden(draw.key, threshold, **address, rows=draw.rows, length=length)[sequence, position]
@@ -195,7 +195,8 @@ def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
     cast(LARES, model).backend = backend
     items = model.item_embedding.weight.detach()
     h = items.new_empty(1, model.config.hidden_size)
-    calls: dict[str, tuple[Any, ...]] = {"linear_cross_entropy": (h, items), "topk": (h, items, 1)}
+    target = torch.ones(1, dtype=torch.int64, device=items.device)
+    calls: dict[str, tuple[Any, ...]] = {"linear_cross_entropy": (h, items, target), "topk": (h, items, 1)}
     if (why := cast(LARES, model)._padded_because()) is None:
         encode = "encode: packed sequences, ops.recurrence"
         weights = [parameter for _, parameter in model.recurrence.named_parameters(remove_duplicate=False)]
@@ -210,7 +211,7 @@ class _NativeDraw(Draw):
 
     def initial_state(self, rows: Tensor, positions: Tensor, width: int) -> Tensor:
         """``rows`` and ``positions`` [P]."""
-        return normal_of(_native.state_uniforms(self.key, rows, positions, width))
+        return normal_of(_native_random.state_uniforms(self.key, rows, positions, width))
 
 
 def _without_pad(exclude: Exclude) -> Exclude:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"_errors", "_numbers", "_settings", "_random", "_transfer", "_watch", "_native", "_native_call", "_cuda", "config"}
+LEAVES = {"_errors", "_numbers", "_settings", "_random", "_transfer", "_watch", "config"}
+LEAVES |= {"_native", "_native_call", "_native_random"}
 
 # Room -> rooms of lares_fast that it may import, besides itself. A room is a module or a package right below lares_fast.
 MAY_IMPORT = {

@@ -90,7 +90,7 @@ def _ops() -> dict[str, str]:
             "recurrence": (query, offsets, [weight.to(device) for weight in weights]),
             "attention": (heads, heads, heads, offsets, 4),
             "linear_cross_entropy": (query, items, target),
-            "topk": (query, items, 10, None, None),
+            "topk": (query, items, 10),
             "target_rank": (query, items, target),
         }
         said |= {f"{op}, fp32 on {device}": _dispatch.explain(op, *arguments) for op, arguments in calls.items()}

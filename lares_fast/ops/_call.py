@@ -42,7 +42,7 @@ class Call:
     ``exclude_ids``.
     """
 
-    # The operator's name without its namespace.
+    # The name of the op in the table of backends.
     op: ClassVar[str]
     layout: ClassVar[tuple[Field, ...]]
     # Name of each field, and how many members it has if it is a group: :meth:`arguments` reads plain constants alone, which
@@ -54,6 +54,11 @@ class Call:
         types = {name: kind for name, kind in get_type_hints(cls).items() if get_origin(kind) is not ClassVar}
         cls.layout = tuple(_field(name, kind) for name, kind in types.items() if kind is not KW_ONLY)
         cls._sizes = tuple((field.name, len(field.members)) for field in cls.layout)
+
+    @classmethod
+    def build(cls, *arguments: Any, **options: Any) -> Self:
+        """Return the call for the arguments of the public function; ``__post_init__`` converts those that differ."""
+        return cls(*arguments, **options)
 
     @classmethod
     def schema(cls, *, after: str = "") -> str:

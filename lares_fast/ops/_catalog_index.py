@@ -1,39 +1,32 @@
-"""A catalog prepared once for many calls of ``topk``."""
+"""``CatalogIndex``: a catalog that is prepared once for many calls of ``topk``."""
 
 from __future__ import annotations
 
-import functools
-import weakref
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lares_fast import _native
 from lares_fast._errors import InputError
+from lares_fast._native_call import call_native, thread_count
+from lares_fast._watch import Watch
+from lares_fast.ops._catalog_calls import IndexTables
 from lares_fast.ops._catalog_checks import check_dense
-
-# Rows that every call compares with what the index was built from.
-_SAMPLED = 256
-
-# All that are alive.
-_indexes: weakref.WeakSet[CatalogIndex] = weakref.WeakSet()
 
 
 class CatalogIndex:
-    """``items`` [N, D] laid out for the native kernel: ``topk(query, items, k, index=index)`` gives the same answer sooner.
+    """``items`` [N, D] laid out for the native kernel: ``topk(query, items, k, index=index)`` gives the same answer faster.
 
-    Holds a transposed copy and, where the SIMD level is AVX2 or above and N >= 32,768 and D <= 512, int8 tables that prove
-    of most items that they cannot be among the best: about 1.3 times the memory of ``items``.
+    The index holds a transposed copy. It also holds int8 tables if the SIMD level is AVX2 or higher, N >= 32,768 and D <= 512;
+    they prove for most items that they cannot be among the best. The index takes about 1.3 times the memory of ``items``.
 
-    An index is of the values that ``items`` had when it was built, and ``topk`` refuses a stale one. It notices an in-place
-    operation of PyTorch, a step of a ``torch.optim`` optimizer that holds ``items``, and any other change of one of the 256
-    or more rows, at equal distances, that it compares at every call. A write past PyTorch (``.data``, NumPy, another
-    process) that leaves all of those rows as they were goes unseen: call :meth:`refresh` after one.
+    An index belongs to the values that ``items`` had when it was built, and ``topk`` raises an error for a stale index. It
+    notices an in-place operation of PyTorch, a step of a ``torch.optim`` optimizer that holds ``items``, and any other change
+    of one of the rows that it compares in every call: at least 256 rows at equal distances, or all rows of a smaller table. A
+    write that bypasses PyTorch (``.data``, NumPy, another process) and changes none of these rows is not noticed: call
+    :meth:`refresh` after one.
 
     Raises:
-        InputError: ``items`` is not a contiguous fp32 [N, D] on the CPU, or is an inference tensor.
+        InputError: ``items`` is not a contiguous fp32 [N, D] on the CPU, or it is an inference tensor.
         NotBuiltError: there is no native module.
     """
 
@@ -43,55 +36,62 @@ class CatalogIndex:
         if not fits or items.is_inference():
             kind = "an inference tensor" if items.is_inference() else f"{items.dtype} {list(items.shape)} on {items.device}"
             raise InputError(f"items must be a contiguous torch.float32 [N, D] on the CPU that tracks changes, but got {kind}.")
-        # Held, so that no other tensor can come to stand at the same address.
+        # Kept, so that no other tensor can be allocated at its address.
         self._items = items.detach()
         self.refresh()
-        _watch_optimizers()
-        _indexes.add(self)
 
     def refresh(self) -> None:
-        """Build the index again, of the values that ``items`` has now."""
-        # Before the tables: a change meanwhile is then noticed.
-        self._version, self._stepped, self._sample = self._items._version, False, self._sampled().clone()
-        self._tables = _native.build_index(self._items)
+        """Build the index again from the values that ``items`` has now."""
+        # The watch comes first, so that it notices a change while the tables are built.
+        self._watch = Watch(self._items)
+        self._tables = build_index(self._items)
 
     def __repr__(self) -> str:
-        screened = "int8 screening" if self._tables[3].numel() else "panels only"
+        screened = "int8 screening" if self._tables.codes.numel() else "panels only"
         return f"CatalogIndex({list(self._items.shape)}, {screened}, {self.nbytes / 2**20:.0f} MiB)"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables, ``items`` itself not counted."""
+        """The bytes of the tables, without ``items`` itself."""
         return sum(table.nbytes for table in self._tables)
 
-    def tables(self, items: Tensor) -> list[Tensor]:
-        """What the kernel reads, if ``items`` is what this index was built from; else :class:`InputError`."""
-        if items.is_inference() or (items.data_ptr(), items.shape, items.stride()) != (
-            self._items.data_ptr(),
-            self._items.shape,
-            self._items.stride(),
-        ):
+    def tables(self, items: Tensor) -> IndexTables:
+        """Return the tables that the kernel reads; :class:`InputError` if ``items`` is not the tensor they were built from."""
+        ours = self._items
+        same = (items.data_ptr(), items.shape, items.stride()) == (ours.data_ptr(), ours.shape, ours.stride())
+        if items.is_inference() or not same:
             raise InputError("index was built from another tensor than items: build CatalogIndex(items) again.")
-        # Bit by bit: a NaN is equal to itself here.
-        same = torch.equal(self._sampled().view(torch.int32), self._sample.view(torch.int32))
-        if items._version != self._version or self._stepped or not same:
+        # An alias made by .data counts its own changes.
+        if items._version != ours._version or self._watch.changed():
             raise InputError("index is stale, because items changed after it was built: call index.refresh().")
         return self._tables
 
-    def _sampled(self) -> Tensor:
-        """Up to 512 rows at equal distances from the first one on."""
-        return self._items[:: max(1, len(self._items) // _SAMPLED)]
 
-    def _overlaps(self, tensor: Tensor) -> bool:
-        return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() == self._items.untyped_storage().data_ptr()
+def build_index(items: Tensor, threads: int | None = None) -> IndexTables:
+    """Return the tables of ``items``, a contiguous fp32 [N, D] on the CPU. Their layout: csrc/topk/index.h."""
+    count, width = items.shape
+    panel, panels, coded_panel, coded_panels, code_bytes, lane_bytes = _native.load().index_shape(N=count, D=width)
+    centre, scale = _centre_and_scale(items) if coded_panels else (items.new_zeros(width), items.new_ones(width))
+    tables = IndexTables(
+        centre,
+        scale,
+        panels=items.new_empty(panels, width, panel),
+        codes=items.new_empty((coded_panels, code_bytes, coded_panel), dtype=torch.int8),
+        start=items.new_empty((coded_panels, coded_panel), dtype=torch.int16 if lane_bytes == 2 else torch.int32),
+        bounds=items.new_empty(coded_panels, 4),
+    )
+    call_native("build_index", items=items, N=count, D=width, threads=thread_count(threads), **tables._asdict())
+    return tables
 
 
-@functools.cache
-def _watch_optimizers() -> None:
-    """Have every optimizer's step tell the indexes of its parameters: a fused step leaves their version as it was."""
-    register_optimizer_step_post_hook(_after_step)
+def _centre_and_scale(items: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean [D], and for each dimension a power of two [D] near the spread around the mean.
 
-
-def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for index in _indexes:
-        index._stepped |= any(index._overlaps(p) for group in optimizer.param_groups for p in group["params"])
+    Every finite centre and every power of two give the same answers. These make the bounds tight, because each dimension then
+    uses the whole range of the codes.
+    """
+    centre = items.mean(dim=0)
+    centre = torch.where(centre.isfinite(), centre, 0.0)
+    spread = (items[:: max(1, len(items) // 16384)] - centre).std(dim=0)
+    exponent = spread.log2().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).round().clamp(-12, 12)
+    return centre, exponent.exp2()

@@ -1,7 +1,7 @@
-"""Log-probabilities of targets and their gradients in PyTorch, a piece of the catalog at a time: any dtype and device.
+"""The ``reference`` backend of ``linear_cross_entropy``: PyTorch on one part of the catalog at a time, any dtype and device.
 
-Products are in the tensors' dtype, those of a float16 backward in float32. What is done with a score is in fp64: a
-log-probability near 0 and the gradient that goes with it would drown in the rounding of the log-sum-exp.
+Products have the dtype of the tensors, but the products of a float16 backward are float32. Everything computed from a score is
+fp64: in a narrower dtype the rounding of the log-sum-exp would hide a log-probability near 0, and with it the gradient.
 """
 
 from __future__ import annotations
@@ -11,54 +11,49 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lares_fast.ops._catalog_calls import LogprobBackwardCall, LogprobCall, SoftmaxCall
+from lares_fast.reference.target_rank import target_rank
+
 _SCORES = 2**22
 
 
-def _chunks(hidden: Tensor, items: Tensor, scale: float, skip_pad: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first row, rows, scores [M, n] in fp64) of pieces of the softmax's items; about 4 million scores, or 1024 a row."""
-    # Long pieces of few rows would be long fp32 sums.
-    size = min(8192, max(1024, _SCORES // max(1, len(hidden))))
-    for start in range(int(skip_pad), len(items), size):
-        chunk = items[start : start + size]
-        yield start, chunk, (hidden @ chunk.T).double() * scale
+def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the log-probabilities [M], the ranks [M] if ``call.ties`` asks for them, and the log-sum-exp [M] in fp64.
 
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def logprob_and_lse(hidden: Tensor, items: Tensor, target: Tensor, scale: float, skip_pad: bool) -> tuple[Tensor, Tensor]:
-    """log p(target) [M] and log-sum-exp [M] (fp64), both NaN for a target that is not among the softmax's items."""
+    The log-probability and the log-sum-exp are NaN for a target that is no item of the softmax.
+    """
+    call.check_values()
+    hidden, target = call.hidden, call.target
     own = torch.full((len(hidden),), torch.nan, dtype=torch.float64, device=hidden.device)
     parts = []
-    for start, chunk, scores in _chunks(hidden, items, scale, skip_pad):
+    for start, chunk, scores in _chunks(call):
         inside = (target >= start) & (target < start + len(chunk))
         local = torch.where(inside, target - start, 0)
         own = torch.where(inside, scores.gather(1, local[:, None]).squeeze(1), own)
         parts.append(scores.logsumexp(dim=1))
-    # A NaN score makes both NaN as well.
+    # Without a score of the target, the log-sum-exp is NaN too.
     lse = torch.where(own.isnan(), own, torch.stack(parts).logsumexp(dim=0))
-    return (own - lse).to(hidden.dtype), lse
+    rank = None
+    if call.ties is not None:
+        first = int(call.skip_pad)
+        rank = target_rank(hidden, call.items[first:], target - first, ties=call.ties)
+    return (own - lse).to(hidden.dtype), rank, lse
 
 
-def gradients(
-    grad: Tensor,
-    hidden: Tensor,
-    items: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    scale: float,
-    skip_pad: bool,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of ``grad @ logprob`` by ``hidden`` and by ``items``, from probabilities that are computed again."""
-    d_hidden = hidden.new_zeros(hidden.shape, dtype=_accumulator(hidden.dtype)) if needs[0] else None
-    d_items = torch.zeros_like(items) if needs[1] else None
-    factor = -(grad.double() * scale)[:, None]
-    # A small gradient times a probability is below what half precision with a narrow exponent holds.
+def backward(call: LogprobBackwardCall) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of ``hidden`` and ``items``, ``None`` for one that is not needed.
+
+    The probabilities are computed again.
+    """
+    hidden, items, target = call.hidden, call.items, call.target
+    narrow = hidden.dtype in (torch.float16, torch.bfloat16)
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32 if narrow else None) if call.need_hidden else None
+    d_items = torch.zeros_like(items) if call.need_items else None
+    factor = -(call.grad.double() * call.scale)[:, None]
+    # float16 has too few exponents for the product of a small gradient and a probability.
     precise = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    for start, chunk, scores in _chunks(hidden, items, scale, skip_pad):
-        logprob = scores - lse[:, None]
+    for start, chunk, scores in _chunks(call):
+        logprob = scores - call.lse[:, None]
         ids = torch.arange(start, start + len(chunk), device=target.device)
         weight = (torch.where(ids == target[:, None], logprob.expm1(), logprob.exp()) * factor).to(precise)
         if d_hidden is not None:
@@ -66,3 +61,16 @@ def gradients(
         if d_items is not None:
             d_items[start : start + len(chunk)] = weight.T @ hidden.to(precise)
     return None if d_hidden is None else d_hidden.to(hidden.dtype), d_items
+
+
+def _chunks(call: SoftmaxCall) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (first row, rows [n, D], scores [M, n] in fp64) of consecutive parts of the softmax's items.
+
+    A part has about 4 million scores, but at least 1024 items.
+    """
+    hidden, items = call.hidden, call.items
+    # Long parts of few rows would be long fp32 sums.
+    size = min(8192, max(1024, _SCORES // max(1, len(hidden))))
+    for start in range(int(call.skip_pad), len(items), size):
+        chunk = items[start : start + size]
+        yield start, chunk, (hidden @ chunk.T).double() * call.scale

@@ -12,9 +12,10 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def target_logprob(hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False) -> Tensor:
-    """``log_softmax(scale * hidden @ items.T)[..., target]`` for ``hidden`` [..., D], ``items`` [N, D], ``target`` [...] int64.
+    """Return ``log_softmax(scale * hidden @ items.T)[..., target]``: the log-probability of each target.
 
-    ``skip_pad`` takes row 0 out of the softmax; no target is 0 then. Holds the scores [..., N].
+    ``hidden`` is [..., D], ``items`` [N, D] and ``target`` [...] int64. ``skip_pad`` leaves row 0 out of the softmax; then no
+    target may be 0. The scores [..., N] are in memory.
     """
     scores = hidden @ items.T * scale
     own = scores.gather(-1, target.unsqueeze(-1)).squeeze(-1)
@@ -24,7 +25,10 @@ def target_logprob(hidden: Tensor, items: Tensor, target: Tensor, *, scale: floa
 def target_logprob_and_rank(
     hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False, ties: str = "order"
 ) -> tuple[Tensor, Tensor]:
-    """:func:`target_logprob`, and how many of the softmax's items outrank the target (int64), as in :func:`target_rank`."""
+    """Return :func:`target_logprob`, and the number of the softmax's items that outrank the target, as in :func:`target_rank`.
+
+    The numbers are int64 [...].
+    """
     first = PAD + 1 if skip_pad else PAD
     scores = (hidden.detach().flatten(0, -2) @ items.detach()[first:].T).nan_to_num(
         nan=-float("inf"), posinf=float("inf"), neginf=-float("inf")
@@ -37,12 +41,17 @@ def target_logprob_and_rank(
 def linear_cross_entropy(
     hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False, reduction: str = "mean"
 ) -> Tensor:
-    """``-target_logprob`` reduced by ``reduction``: ``none``, ``mean`` or ``sum``."""
+    """Return ``-target_logprob``, reduced by ``reduction``: ``none``, ``mean`` or ``sum``."""
     return reduced(-target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad), reduction)
 
 
 def reduced(loss: Tensor, reduction: str) -> Tensor:
-    """``loss``, its mean or its sum."""
+    """Return ``loss`` itself, its mean or its sum."""
+    check_reduction(reduction)
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise :class:`InputError` unless ``reduction`` is one of ``REDUCTIONS``."""
     if reduction not in REDUCTIONS:
         raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, but got {reduction!r}.")
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()

@@ -1,4 +1,4 @@
-"""The place of the target among all items, without a [B, N] matrix of scores."""
+"""The rank of the target among all items, without a [B, N] matrix of scores."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def target_rank(
     exclude: Exclude | None = None,
     ties: str = "order",
 ) -> Tensor:
-    """Items that outrank the target: int64 [B], 0 is best.
+    """Return the number of items that outrank the target, int64 [B]. The best rank is 0.
 
-    ``query`` [B, D], ``items`` [N, D], ``target`` [B] int64, ``bias`` [N]. An item j outranks target t if
-    ``s_j > s_t``, or with ``ties="order"`` also if ``s_j == s_t and j < t`` (so a model whose scores are
-    all equal earns nothing); ``ties="strict"`` is the official reward. ``exclude`` takes items out of the
-    ranking, never the target itself. A NaN score counts as -inf. Workspace: B x 32768 scores.
+    ``query`` is [B, D], ``items`` [N, D], ``target`` [B] int64 and ``bias`` [N]. Item j outranks target t if ``s_j > s_t``.
+    With ``ties="order"`` it also does if ``s_j == s_t and j < t``, so a model whose scores are all equal earns nothing;
+    ``ties="strict"`` is the official reward. ``exclude`` takes items out of the ranking, but never the target itself. A NaN
+    score counts as -inf. Workspace: B x 32768 scores.
     """
     return target_ranks(query, items, target, [exclude], bias=bias, ties=ties)[0]
 
@@ -41,10 +41,10 @@ def target_ranks(
     bias: Tensor | None = None,
     ties: str = "order",
 ) -> list[Tensor]:
-    """:func:`target_rank` under each of several exclusion lists, from the same scores.
+    """Return :func:`target_rank` for each of several ``excludes``, from the same scores.
 
-    The target's score and its rivals' come from products of the same shape, so an item with the target's own
-    embedding ties with it exactly, and the target cannot outrank itself by rounding.
+    The scores of the target and of the other items come from products of the same shape. So an item with the embedding of the
+    target ties with it exactly, and the target cannot outrank itself by rounding.
     """
     target_score = query.new_zeros(len(query))
     for start, scores in _score_chunks(query, items, bias):
@@ -62,7 +62,7 @@ def target_ranks(
 
 
 def outranking(scores: Tensor, start: int, target: Tensor, target_score: Tensor, *, ties: str = "order") -> Tensor:
-    """Bool [B, n]: which of the items ``start``, ``start + 1``, ... with ``scores`` [B, n] outrank the target."""
+    """Return bool [B, n]: which of the items ``start``, ``start + 1``, ..., with ``scores`` [B, n], outrank the target."""
     better = scores > target_score[:, None]
     if ties == "order":
         ids = torch.arange(start, start + scores.shape[1], device=scores.device)
@@ -73,7 +73,7 @@ def outranking(scores: Tensor, start: int, target: Tensor, target_score: Tensor,
 def _score_chunks(query: Tensor, items: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     width = 0
     for start, chunk in item_chunks(items):
-        # One shape for all chunks, and no ragged end: a matrix product may sum either in another order.
+        # All chunks have one shape, a multiple of 64 items: a matrix product of another shape may sum in another order.
         width = width or -(-len(chunk) // _ALIGNED) * _ALIGNED
         whole = chunk if len(chunk) == width else F.pad(chunk, (0, 0, 0, width - len(chunk)))
         scores = (query @ whole.T)[:, : len(chunk)]

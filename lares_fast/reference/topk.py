@@ -1,4 +1,4 @@
-"""Exact top-K items of each query in one total order: score descending, then id ascending."""
+"""The exact K best items of each query in one total order: score descending, then id ascending."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Items to leave out, query by query: ids[offsets[b]:offsets[b + 1]] for query b; int64, any order, repeats allowed.
+# (offsets, ids): items to leave out, ids[offsets[b]:offsets[b + 1]] for query b. int64, in any order, with repeats.
 Exclude = tuple[Tensor, Tensor]
 
 _CHUNK = 32768
@@ -16,10 +16,10 @@ _CHUNK = 32768
 def topk(
     query: Tensor, items: Tensor, k: int, *, bias: Tensor | None = None, exclude: Exclude | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B, k] and ids [B, k] (int64) of the best ``query @ items.T + bias``.
+    """Return the scores [B, k] and ids [B, k] (int64) of the best items by ``query @ items.T + bias``.
 
-    ``query`` [B, D], ``items`` [N, D], ``bias`` [N]. A NaN score counts as -inf. Where fewer than ``k`` items
-    are left, the rest is id -1 with score -inf. Workspace: B x (k + 32768) scores and ids.
+    ``query`` is [B, D], ``items`` [N, D] and ``bias`` [N]. A NaN score counts as -inf. Where fewer than ``k`` items are left,
+    the remaining places have the id -1 and the score -inf. Workspace: B x (k + 32768) scores and ids.
     """
     batch = len(query)
     scores = query.new_empty(batch, 0)
@@ -32,7 +32,7 @@ def topk(
         new_ids = torch.arange(start, start + len(chunk), device=query.device).expand(batch, -1)
         if exclude is not None:
             gone = mask_excluded(exclude, batch, start, len(chunk))
-            # An excluded item must lose even against an item that scores -inf: its id marks it as none.
+            # An excluded item must lose even against an item with the score -inf. Its id -1 says that it is no item.
             new, new_ids = new.masked_fill(gone, -torch.inf), new_ids.masked_fill(gone, -1)
         scores, ids = _best(torch.cat((scores, new), 1), torch.cat((ids, new_ids), 1), k)
     missing = k - scores.shape[1]
@@ -43,20 +43,23 @@ def topk(
 
 
 def _best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first k by (is an item, score descending, position): stable sorts, least significant key first."""
+    """Return the first k in the order (is an item, score descending, position).
+
+    The sorts are stable, so the least significant key is sorted first.
+    """
     order = scores.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, (ids.gather(1, order) < 0).to(torch.int8).argsort(dim=1, stable=True))[:, :k]
     return scores.gather(1, order), ids.gather(1, order)
 
 
 def item_chunks(items: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """``(first id, rows)`` of consecutive pieces of the item table."""
+    """Yield ``(first id, rows)`` of consecutive parts of the item table."""
     for start in range(0, len(items), _CHUNK):
         yield start, items[start : start + _CHUNK]
 
 
 def mask_excluded(exclude: Exclude, batch: int, start: int, size: int) -> Tensor:
-    """Bool [B, size]: True where item ``start + column`` is in the query's list."""
+    """Return bool [B, size]: True where item ``start + column`` is in the list of the query."""
     offsets, ids = exclude
     query = torch.repeat_interleave(torch.arange(batch, device=ids.device), offsets.diff())
     inside = (ids >= start) & (ids < start + size)

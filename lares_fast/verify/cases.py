@@ -142,7 +142,7 @@ def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool =
 
 def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -> Trial:
     from lares_fast import ops
-    from lares_fast.ops.target_rank import TIES
+    from lares_fast.ops._catalog_calls import TIES
 
     rows = 37
     items = 2 * (1 << width.bit_length() - 1) + 11 if integers else 501

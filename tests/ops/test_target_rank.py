@@ -1,13 +1,16 @@
 """``ops.target_rank``: every backend against the reference and a sort, its agreement with ``topk``, and its errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lares_fast import _dispatch, _native, explain, ops, reference
+from lares_fast import _dispatch, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
-from tests.support.catalog_cases import BACKENDS, CATALOGS, catalog, csr, integers, needs_native
+from lares_fast.ops._catalog_calls import TargetRankCall
+from tests.support.catalog_cases import BACKENDS, CATALOGS, catalog, csr, integers, native_ranks, needs_native, plant
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -18,7 +21,7 @@ def backend(request):
 
 
 def by_counting(query, items, target, *, bias=None, lists=None, ties="order"):
-    """Exact on integers, and spelled out item by item."""
+    """Count item by item. Exact on integers."""
     scores = query.double() @ items.double().T + (0 if bias is None else bias.double())
     ranks = []
     for b, (row, t) in enumerate(zip(scores.tolist(), target.tolist(), strict=True)):
@@ -30,7 +33,7 @@ def by_counting(query, items, target, *, bias=None, lists=None, ties="order"):
 
 
 def check_exactly(B, N, D, backend):
-    """Against a count, with bias and without, for both kinds of ties; the lists are unsorted, repeat, and hold the target."""
+    """Compare with a count, with and without bias, for both ties. The lists are unsorted, repeat and hold the target."""
     query, items, bias, target = integers(B, D), integers(N, D), integers(N), torch.randint(0, N, (B,))
     lists = [[*torch.randint(0, N, (n % 7,)).tolist() * 2, t] for n, t in enumerate(target.tolist())]
     for ties in ("order", "strict"):
@@ -47,7 +50,7 @@ def check_exactly(B, N, D, backend):
             assert torch.equal(both[1], kept)
 
 
-# A panel is 12, 24 or 48 items and a tile of queries 4 or 8 rows, as the SIMD level has it.
+# A panel has 12, 24 or 48 items and a tile of queries 4 or 8 rows, depending on the SIMD level.
 @pytest.mark.parametrize("N", [1, 2, 11, 12, 13, 23, 24, 25, 47, 48, 49, 257])
 @pytest.mark.parametrize(("B", "D"), [(1, 1), (3, 4), (9, 5)])
 def test_massed_ties_are_exact(B, N, D, backend):
@@ -62,40 +65,41 @@ def test_edges(B, N, D, backend):
         check_exactly(B, N, D, backend)
 
 
-def ties_to_the_target(ranks):
-    return lambda q, i, t, *, bias, exclude, ties: ranks(q, i, t, bias=bias, exclude=exclude, ties="strict")
-
-
-def ties_to_the_larger_id(ranks):
-    def wrong(q, i, t, *, bias, exclude, ties):
-        flipped = None if exclude is None else (exclude[0], len(i) - 1 - exclude[1])
-        return ranks(q, i.flip(0), len(i) - 1 - t, bias=None if bias is None else bias.flip(0), exclude=flipped, ties=ties)
+def ties_to_the_larger_id(run):
+    def wrong(call):
+        last = len(call.items) - 1
+        exclude = None if call.exclude is None else (call.exclude.offsets, last - call.exclude.ids)
+        bias = None if call.bias is None else call.bias.flip(0)
+        return run(replace(call, items=call.items.flip(0), target=last - call.target, bias=bias, exclude=exclude))
 
     return wrong
 
 
-def repeats_count_twice(ranks):
-    def wrong(q, i, t, *, bias, exclude, ties):
-        of_all, of_kept = ranks(q, i, t, bias=bias, exclude=exclude, ties=ties)
-        return of_all, of_kept if exclude is None else 2 * of_kept - of_all
+def repeats_count_twice(run):
+    def wrong(call):
+        of_all, of_kept = run(call)
+        return of_all, of_kept if call.exclude is None else 2 * of_kept - of_all
+
+    return wrong
+
+
+def last_item_unseen(run):
+    def wrong(call):
+        seen = int(call.target.max()) + 1
+        bias = None if call.bias is None else call.bias[:seen]
+        return run(replace(call, items=call.items[:seen], bias=bias, exclude=None))
 
     return wrong
 
 
 PLANTED = {
-    "ties favour the target": ties_to_the_target,
+    "ties favour the target": lambda run: lambda call: run(replace(call, ties="strict")),
     "ties go to the larger id": ties_to_the_larger_id,
     "a repeated exclusion counts twice": repeats_count_twice,
-    "exclusion ignored": lambda ranks: (
-        lambda q, i, t, *, bias, exclude, ties: ranks(q, i, t, bias=bias, exclude=None, ties=ties)
-    ),
-    "bias ignored": lambda ranks: lambda q, i, t, *, bias, exclude, ties: ranks(q, i, t, exclude=exclude, ties=ties),
-    "the last item unseen": lambda ranks: (
-        lambda q, i, t, *, bias, exclude, ties: ranks(
-            q, i[: int(t.max()) + 1], t, bias=None if bias is None else bias[: int(t.max()) + 1], ties=ties
-        )
-    ),
-    "counted from one": lambda ranks: lambda *a, **k: [rank + 1 for rank in ranks(*a, **k)],
+    "exclusion ignored": lambda run: lambda call: run(replace(call, exclude=None)),
+    "bias ignored": lambda run: lambda call: run(replace(call, bias=None)),
+    "the last item unseen": last_item_unseen,
+    "counted from one": lambda run: lambda call: [rank + 1 for rank in run(call)],
 }
 
 
@@ -103,7 +107,7 @@ PLANTED = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(bug, monkeypatch):
     check_exactly(9, 257, 5, "native")
-    monkeypatch.setattr(_native, "target_rank", PLANTED[bug](_native.target_rank))
+    plant(monkeypatch, "target_rank", "native", PLANTED[bug])
     with pytest.raises(AssertionError):
         check_exactly(9, 257, 5, "native")
 
@@ -120,7 +124,7 @@ def test_gaussian(N, D, backend):
 
 @pytest.mark.parametrize("D", [1, 7, 64, 129])
 def test_scores_that_are_all_equal_earn_no_credit(D, backend):
-    """However a score rounds: the rank is the number of items with a smaller id that are left."""
+    """The rank is the number of items with a smaller id that are left, whatever the rounding of a score is."""
     N = 300
     query, items, target = torch.randn(50, D), torch.randn(1, D).repeat(N, 1), torch.arange(50) * 6
     lists = [torch.randint(0, N, (n % 9,)).tolist() for n in range(50)]
@@ -131,7 +135,7 @@ def test_scores_that_are_all_equal_earn_no_credit(D, backend):
 
 
 def test_a_target_scored_in_another_order_outranks_itself():
-    """The trap that the test above guards against is real on its data."""
+    """On the data of the test above, such a target does outrank itself."""
     query, row, target = torch.randn(50, 64), torch.randn(1, 64), torch.arange(50) * 6
     scores = (query @ row.repeat(320, 1).T)[:, :300]
     own = (query * row).sum(1)
@@ -167,7 +171,7 @@ def test_nan_and_infinity(backend):
 @needs_native
 @pytest.mark.parametrize("kind", CATALOGS)
 def test_the_place_in_topk_is_the_rank(kind):
-    """On any data, because both score alike to the last bit."""
+    """This holds for any data, because both ops compute scores with the same bits."""
     N = 500
     query, items = catalog(kind, N, 19)
     target = torch.randint(0, N, (len(query),))
@@ -192,12 +196,12 @@ def test_backends_agree_on_integers(B, N, D, ties, data):
 def test_threads_and_batches_do_not_enter():
     query, items, target = torch.randn(37, 16), torch.randn(100_001, 16), torch.randint(0, 100_001, (37,))
     exclude = csr([[1, 2, 3]] * 37)
-    one = _native.target_rank(query, items, target, exclude=exclude, threads=1)
+    one = native_ranks(query, items, target, exclude=exclude, threads=1)
     for threads in (2, 3, 999):
-        found = _native.target_rank(query, items, target, exclude=exclude, threads=threads)
+        found = native_ranks(query, items, target, exclude=exclude, threads=threads)
         assert torch.equal(torch.stack(found), torch.stack(one))
     for size in (1, 5, 36):
-        parts = [_native.target_rank(q, items, t)[0] for q, t in zip(query.split(size), target.split(size), strict=True)]
+        parts = [native_ranks(q, items, t)[0] for q, t in zip(query.split(size), target.split(size), strict=True)]
         assert torch.equal(torch.cat(parts), one[0])
 
 
@@ -228,8 +232,8 @@ def test_one_pass_gives_both_rankings(backend):
 @pytest.mark.parametrize("exclude", [None, csr([[1], [], [2, 2], [8]])])
 def test_opcheck_and_compile(exclude, backend):
     query, items, target = integers(4, 3), integers(9, 3), torch.tensor([0, 3, 8, 8])
-    arguments = (query, items, target, None, *(exclude or (None, None)), "order", backend)
-    torch.library.opcheck(torch.ops.lares_fast.target_rank, arguments)
+    call = TargetRankCall.build(query, items, target, exclude=exclude, backend=backend)
+    torch.library.opcheck(torch.ops.lares_fast.target_rank, call.arguments())
     compiled = torch.compile(
         lambda q, i: ops.target_rank(q, i, target, exclude=exclude) + 1, fullgraph=True, backend="aot_eager"
     )
@@ -259,8 +263,8 @@ def test_a_rank_has_no_gradient(backend):
     ({"target": torch.tensor([[1], [2]])}, r"target must be 1-D torch\.int64 on cpu like query, but got torch\.int64 \[2, 1\]"),
     ({"target": torch.tensor([1, 2], dtype=torch.int32)}, r"target must be 1-D torch\.int64"),
     ({"target": torch.tensor([1, 2], device="meta")}, r"target must be 1-D torch\.int64 on cpu .* on meta"),
-    ({"target": torch.tensor([1, 5])}, r"target must be in 0\.\.4, but they span 1\.\.5"),
-    ({"target": torch.tensor([-1, 4])}, r"target must be in 0\.\.4, but they span -1\.\.4"),
+    ({"target": torch.tensor([1, 5])}, r"target must be in 0\.\.4, but got values in 1\.\.5"),
+    ({"target": torch.tensor([-1, 4])}, r"target must be in 0\.\.4, but got values in -1\.\.4"),
     ({"target": [1, 2]}, "target must be a dense tensor, but got list"),
     ({"exclude": torch.zeros(2, 3)}, "exclude must be a pair .* but got Tensor"),
     ({"exclude": (torch.tensor([0, 1]), torch.tensor([1]))}, r"offsets must have B \+ 1 = 3"),
@@ -274,3 +278,24 @@ def test_bad_arguments(change, message):
     arguments = {"query": torch.ones(2, 3), "items": torch.ones(5, 3), "target": torch.tensor([1, 2]), **change}
     with pytest.raises(InputError, match=message):
         ops.target_rank(arguments.pop("query"), arguments.pop("items"), arguments.pop("target"), **arguments)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"target": torch.tensor([0, 6])}, r"target must be in 0\.\.5, but got values in 0\.\.6"),
+    ({"target": torch.tensor([0, -1])}, r"target must be in 0\.\.5, but got values in -1\.\.0"),
+    ({"exclude": (torch.tensor([0, 1, 2]), torch.tensor([0, 6]))}, r"exclude ids must be in 0\.\.5, but got values in 0\.\.6"),
+    ({"exclude": (torch.tensor([0, 3, 2]), torch.tensor([0, 1]))}, "exclude offsets must rise from 0 to the number of ids, 2"),
+    ({"exclude": (torch.tensor([1, 1, 2]), torch.tensor([0, 1]))}, "exclude offsets must rise from 0 to the number of ids, 2"),
+    ({"exclude": (torch.tensor([0, 1, 3]), torch.tensor([0, 1]))}, "exclude offsets must rise from 0 to the number of ids, 2"),
+    ({"exclude": (torch.tensor([0, 1, 1]), torch.tensor([0, 1]))}, "exclude offsets must rise from 0 to the number of ids, 2"),
+])  # fmt: skip
+def test_wrong_values_are_named_by_every_backend(change, message, backend):
+    arguments = {"query": torch.ones(2, 4), "items": torch.ones(6, 4), "target": torch.tensor([0, 1]), **change}
+    with pytest.raises(InputError, match=message):
+        ops.target_rank(**arguments, backend=backend)
+
+
+@needs_native
+def test_no_threads_are_an_error():
+    with pytest.raises(InputError, match="threads must be at least 1, but got 0"):
+        native_ranks(torch.ones(2, 4), torch.ones(6, 4), torch.tensor([0, 1]), threads=0)

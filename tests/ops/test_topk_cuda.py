@@ -1,9 +1,9 @@
-"""``ops.topk`` and ``_cuda.target_rank`` on a CUDA device; tests/emulator runs the same kernels without one."""
+"""``ops.topk`` and ``ops.target_ranks`` on a CUDA device; tests/emulator runs the same kernels without one."""
 
 import pytest
 import torch
 
-from lares_fast import _cuda, _dispatch, ops, reference
+from lares_fast import _dispatch, ops, reference
 from tests.support import oracle
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -26,7 +26,7 @@ def products(request, monkeypatch):
 
 
 def test_one_hot_products_find_every_place_of_a_tile():
-    # Query d and item j have one dimension each: a fragment read from a wrong place moves a score.
+    # Each query has one dimension: a fragment that is read from a wrong place changes a score.
     for D in (8, 40):
         query, items = torch.eye(D, device=DEVICE), torch.arange(1.0, 64 * D + 1, device=DEVICE).view(64, D) % 97
         scores, ids = ops.topk(query, items, 64, backend="cuda")
@@ -45,7 +45,7 @@ def test_massed_ties_are_exact(B, N, D, k):
     assert torch.equal(got[0], wanted[0])
     target = torch.randint(0, N, (B,), device=DEVICE)
     for ties in ("order", "strict"):
-        of_all, of_kept = _cuda.target_rank(query, items, target, exclude=exclude, ties=ties)
+        of_all, of_kept = ops.target_ranks(query, items, target, exclude, ties=ties, backend="cuda")
         assert torch.equal(of_all, reference.target_rank(query, items, target, ties=ties))
         assert torch.equal(of_kept, reference.target_rank(query, items, target, exclude=exclude, ties=ties))
 

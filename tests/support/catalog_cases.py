@@ -1,16 +1,21 @@
-"""Catalogs, exclusion lists and backends that the tests of several ops share."""
+"""Catalogs, exclusion lists, backends and direct calls of the native backends, for the tests of several ops."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
-from lares_fast import _native
+from lares_fast import _dispatch, _native
+from lares_fast.ops import _target_rank_native, _topk_native
+from lares_fast.ops._catalog_calls import TargetRankCall, TopkCall
 
 needs_native = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
 BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 
 def integers(*shape):
-    """Sums of products are exact, and ties are massed."""
+    """Return a tensor whose sums of products are exact. Many scores are equal."""
     return torch.randint(-2, 3, shape).float()
 
 
@@ -20,7 +25,7 @@ def csr(lists):
 
 
 def catalog(kind, N, D):
-    """(query, items) of a shape that screening finds easy, hard or impossible."""
+    """Return (query, items) of a kind that is easy, hard or impossible to screen."""
     query, items = torch.randn(21, D), torch.randn(N, D)
     if kind == "cone":
         items = torch.randn(D) + 0.05 * items
@@ -51,3 +56,40 @@ CATALOGS = [
     "Gaussian", "cone", "one large dimension", "one large dimension that queries ignore", "ascending scores", "massed ties",
     "one item", "not finite", "huge", "tiny",
 ]  # fmt: skip
+
+
+def whole_numbers(seed, batch, count, width, *, values=2, with_bias=True, longest=None):
+    """Return (query, items, bias, exclude) of small whole numbers: every sum is exact, and many scores are equal.
+
+    The lists of exclusions are unsorted and repeat.
+    """
+    rng = np.random.default_rng(seed)
+    query = torch.from_numpy(rng.integers(-values, values + 1, (batch, width)).astype(np.float32))
+    items = torch.from_numpy(rng.integers(-values, values + 1, (count, width)).astype(np.float32))
+    bias = torch.from_numpy(rng.integers(-3, 4, count).astype(np.float32)) if with_bias else None
+    exclude = None
+    if longest is not None:
+        lists = [rng.integers(0, count, rng.integers(0, longest + 1)) for _ in range(batch)]
+        offsets = np.cumsum([0, *map(len, lists)])
+        exclude = torch.from_numpy(offsets), torch.from_numpy(np.concatenate([np.empty(0, np.int64), *lists]))
+    return query, items, bias, exclude
+
+
+def same(got, wanted):
+    """Compare bit by bit."""
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=False)
+
+
+def native_topk(*arguments, threads=None, **options):
+    return _topk_native.run(TopkCall.build(*arguments, **options), threads)
+
+
+def native_ranks(*arguments, threads=None, **options):
+    return _target_rank_native.run(TargetRankCall.build(*arguments, **options), threads)
+
+
+def plant(monkeypatch, op, backend, bug):
+    """Replace the function ``run`` with which ``backend`` runs ``op`` by ``bug(run)``."""
+    row = [replace(own, run=bug(own.run)) if own.name == backend else own for own in _dispatch._TABLE[op]]
+    monkeypatch.setitem(_dispatch._TABLE, op, tuple(row))

@@ -1,0 +1,212 @@
+"""The calls of the ops that score a whole catalog: their arguments, checked when a call is built.
+
+A call checks shapes, dtypes and devices, which compilers know too. It does not read values. ``check_values`` reads them, on the
+CPU only. The reference backends call it first. The native kernels check each value when they read it, so the native backends
+call it only after an error, for the message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from lares_fast._errors import InputError
+from lares_fast._numbers import number, whole
+from lares_fast.ops._call import Call
+from lares_fast.ops._catalog_checks import ExcludeLists, check_dense, check_exclude, check_ids, check_index, checked_exclude
+
+TIES = ("order", "strict")
+_LOWEST_SCALE, _HIGHEST_SCALE = 2.0**-100, 2.0**100
+
+
+class IndexTables(NamedTuple):
+    """The tables of a :class:`lares_fast.ops.CatalogIndex`. Without int8 screening the last three are empty."""
+
+    # [D], a finite value near the mean of the items.
+    centre: Tensor
+    # [D], powers of two.
+    scale: Tensor
+    # [panels, D, items of a panel].
+    panels: Tensor
+    # int8 codes of the items.
+    codes: Tensor
+    # The sum of an item with a query whose codes are all 0.
+    start: Tensor
+    # [panels of codes, 4]: how far a screened score can be from the exact score.
+    bounds: Tensor
+
+
+@dataclass(frozen=True)
+class CatalogCall(Call):
+    """The arguments that ``topk`` and ``target_rank`` share: query [B, D], items [N, D], bias [N] and lists of exclusions."""
+
+    query: Tensor
+    items: Tensor
+    _: KW_ONLY
+    bias: Tensor | None = None
+    exclude: ExcludeLists | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        query, items, bias = self.query, self.items, self.bias
+        check_dense("query", query)
+        check_dense("items", items)
+        if query.dim() != 2 or not query.dtype.is_floating_point:
+            raise InputError(f"query must be a floating-point [B, D], but got {query.dtype} {list(query.shape)}.")
+        if items.dim() != 2 or items.shape[1] != query.shape[1]:
+            raise InputError(f"items must be [N, {query.shape[1]}] like query, but got {list(items.shape)}.")
+        _check_like(query, "query", "items", items, items.shape)
+        if bias is not None:
+            check_dense("bias", bias)
+            _check_like(query, "query", "bias", bias, items.shape[:1])
+        if self.exclude is not None:
+            object.__setattr__(self, "exclude", check_exclude(self.exclude, query))
+
+    def check_values(self) -> None:
+        """Raise :class:`InputError` unless the lists of exclusions are right; lists on a GPU are not read."""
+        if self.exclude is not None:
+            checked_exclude(*self.exclude, self.items.shape[0])
+
+
+@dataclass(frozen=True)
+class TopkCall(CatalogCall):
+    """The arguments of :func:`lares_fast.ops.topk`."""
+
+    op: ClassVar[str] = "topk"
+
+    k: int
+    _: KW_ONLY
+    index: IndexTables | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "k", whole("k", self.k))
+        if not 1 <= self.k <= self.items.shape[0]:
+            raise InputError(f"k must be in 1..{self.items.shape[0]}, the number of items, but got {self.k}.")
+        if self.index is not None and not isinstance(self.index, IndexTables):
+            object.__setattr__(self, "index", self.index.tables(self.items))
+
+
+@dataclass(frozen=True)
+class TargetRankCall(CatalogCall):
+    """The arguments of :func:`lares_fast.ops.target_rank` and :func:`lares_fast.ops.target_ranks`."""
+
+    op: ClassVar[str] = "target_rank"
+
+    target: Tensor
+    _: KW_ONLY
+    ties: str = "order"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_index("target", self.target, self.query)
+        batch = self.query.shape[0]
+        if self.target.shape[0] != batch:
+            raise InputError(f"target must have B = {batch} entries like query, but got {self.target.shape[0]}.")
+        check_ties(self.ties)
+
+    def check_values(self) -> None:
+        """Raise :class:`InputError` unless targets and lists of exclusions are right; values on a GPU are not read."""
+        check_ids("target", self.target, 0, self.items.shape[0])
+        super().check_values()
+
+
+@dataclass(frozen=True)
+class SoftmaxCall(Call):
+    """The arguments that the softmax over a catalog and its gradients share: hidden [..., D], items [N, D], target [...]."""
+
+    hidden: Tensor
+    items: Tensor
+    target: Tensor
+    _: KW_ONLY
+    scale: float = 1.0
+    skip_pad: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        hidden, items, target = self.hidden, self.items, self.target
+        object.__setattr__(self, "scale", number("scale", self.scale))
+        object.__setattr__(self, "skip_pad", bool(self.skip_pad))
+        for name, value in (("hidden", hidden), ("items", items), ("target", target)):
+            check_dense(name, value)
+        if hidden.dim() < 1 or not hidden.dtype.is_floating_point:
+            raise InputError(f"hidden must be a floating-point [..., D], but got {hidden.dtype} {list(hidden.shape)}.")
+        if items.dim() != 2 or items.shape[1] != hidden.shape[-1] or items.shape[0] < 1 + self.skip_pad:
+            least = "at least 2 rows with skip_pad" if self.skip_pad else "at least 1 row"
+            raise InputError(f"items must be [N, {hidden.shape[-1]}] like hidden, with {least}, but got {list(items.shape)}.")
+        if items.dtype != hidden.dtype or items.device != hidden.device:
+            raise InputError(
+                f"items must be {hidden.dtype} on {hidden.device} like hidden, but got {items.dtype} on {items.device}."
+            )
+        if target.dtype != torch.int64 or target.device != hidden.device or target.shape != hidden.shape[:-1]:
+            raise InputError(
+                f"target must be torch.int64 {list(hidden.shape[:-1])} on {hidden.device} like hidden, "
+                f"but got {target.dtype} {list(target.shape)} on {target.device}."
+            )
+        if not _LOWEST_SCALE <= self.scale <= _HIGHEST_SCALE:
+            raise InputError(f"scale must be a positive number in 2^-100..2^100, but got {self.scale}.")
+
+    def check_values(self) -> None:
+        """Raise :class:`InputError` unless all targets are items of the softmax; targets on a GPU are not read."""
+        check_ids("target", self.target, int(self.skip_pad), self.items.shape[0])
+
+
+@dataclass(frozen=True)
+class LogprobCall(SoftmaxCall):
+    """The arguments of :func:`lares_fast.ops.target_logprob_and_rank`; with ``ties=None`` no rank is computed."""
+
+    op: ClassVar[str] = "linear_cross_entropy"
+
+    _: KW_ONLY
+    ties: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ties is not None:
+            check_ties(self.ties)
+
+    def rows(self) -> Self:
+        """Return the call with hidden [M, D] and target [M]."""
+        if self.hidden.dim() == 2:
+            return self
+        return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1]), target=self.target.reshape(-1))
+
+
+@dataclass(frozen=True)
+class LogprobBackwardCall(SoftmaxCall):
+    """The arguments of the gradients of ``target_logprob``, with hidden [M, D] and target [M].
+
+    ``grad`` [M] is the gradient of the log-probabilities, and ``lse`` [M] is the log-sum-exp of the forward, in fp64.
+    ``need_hidden`` and ``need_items`` say which gradients are computed.
+    """
+
+    op: ClassVar[str] = "linear_cross_entropy_backward"
+
+    _: KW_ONLY
+    grad: Tensor
+    lse: Tensor
+    need_hidden: bool
+    need_items: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_like(self.hidden, "hidden", "grad", self.grad, self.target.shape)
+        if self.lse.dtype != torch.float64 or self.lse.shape != self.target.shape:
+            raise InputError(f"lse must be torch.float64 {list(self.target.shape)}, but got {self.lse.dtype}.")
+
+
+def check_ties(ties: object) -> None:
+    """Raise :class:`InputError` unless ``ties`` is one of ``TIES``."""
+    if ties not in TIES:
+        raise InputError(f"ties must be one of {', '.join(TIES)}, but got {ties!r}.")
+
+
+def _check_like(model: Tensor, model_name: str, name: str, value: Tensor, shape: torch.Size) -> None:
+    if value.dtype != model.dtype or value.device != model.device or value.shape != shape:
+        raise InputError(
+            f"{name} must be {model.dtype} {list(shape)} on {model.device} like {model_name}, "
+            f"but got {value.dtype} {list(value.shape)} on {value.device}."
+        )

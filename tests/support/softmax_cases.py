@@ -1,0 +1,111 @@
+"""Calls of the softmax over a catalog, and checks that the tests of several backends share."""
+
+import torch
+
+from lares_fast import _dispatch, ops, reference
+from tests.support import oracle
+from tests.support.catalog_cases import integers
+
+
+def case(M, N, D, *, skip_pad=False, size=1.0):
+    hidden, items = torch.randn(M, D), torch.randn(N, D) * size
+    return hidden, items, torch.randint(int(skip_pad), N, (M,)), torch.randn(M)
+
+
+def run(function, hidden, items, target, grad, **options):
+    """Return the value and the gradients of ``function`` for the upstream gradient ``grad``, cut to the value's shape."""
+    hidden, items = hidden.clone().requires_grad_(), items.clone().requires_grad_()
+    value = function(hidden, items, target, **options)
+    value.backward(grad if value.dim() else grad.flatten()[0])
+    return {"value": value.detach()}, {"hidden": hidden.grad, "items": items.grad}
+
+
+def check(function, hidden, items, target, grad, **options):
+    """Check ``ops.function`` against ``reference.function``, value and gradients, by the tolerances."""
+    backend = options.pop("backend")
+    oracles = getattr(reference, function)
+    truth = run(oracles, hidden.double(), items.double(), target, grad.double(), **options)
+    twin = run(oracles, hidden, items, target, grad, **options)
+    before = _dispatch.calls.copy()
+    result = run(getattr(ops, function), hidden, items, target, grad, **options, backend=backend)
+    both = ("linear_cross_entropy", "linear_cross_entropy_backward")
+    assert _dispatch.calls - before == dict.fromkeys(((op, backend) for op in both), 1)
+    for kind, values in zip(("forward", "gradient"), zip(result, twin, truth, strict=True), strict=True):
+        oracle.check(kind, *values)
+
+
+def check_large_logits(sign, backend):
+    """The scores are exact and reach several hundred. The target has the highest or the lowest one."""
+    hidden, items = integers(40, 16) * 4, integers(700, 16) * 8
+    scores = sign * (hidden @ items.T)
+    check("target_logprob", hidden, items, scores.argmax(1), torch.randn(40), backend=backend)
+
+
+def check_saturated(gap, backend):
+    """1 - p(target) is exp(-gap). Neither log p nor the gradient of the target may round it to 0."""
+    items = torch.zeros(50, 3)
+    items[7, 0] = gap
+    hidden = torch.tensor([[1.0, 0.5, 0.0]]).repeat(5, 1)
+    check("target_logprob", hidden, items, torch.full((5,), 7), torch.randn(5), backend=backend)
+    logprob = ops.target_logprob(hidden, items, torch.full((5,), 7), backend=backend)
+    truth = -torch.log1p(49 * torch.exp(torch.tensor(-gap).double())).expand(5)
+    torch.testing.assert_close(logprob.double(), truth, rtol=1e-6, atol=0)
+
+
+def check_ascending_scores(backend):
+    """The scores of each panel are far above the scores of the panel before it."""
+    items = torch.arange(2000.0)[:, None] * 4
+    check("target_logprob", torch.ones(5, 1), items, torch.tensor([0, 3, 1000, 1998, 1999]), torch.randn(5), backend=backend)
+
+
+def check_rank(ties, skip_pad, N, backend):
+    first = int(skip_pad)
+    hidden, items, target = integers(30, 5), integers(N, 5), torch.randint(first, N, (30,))
+    logprob, rank = ops.target_logprob_and_rank(hidden, items, target, ties=ties, skip_pad=skip_pad, backend=backend)
+    assert torch.equal(rank, reference.target_rank(hidden, items[first:], target - first, ties=ties))
+    assert torch.equal(rank, reference.target_logprob_and_rank(hidden, items, target, ties=ties, skip_pad=skip_pad)[1])
+    assert torch.equal(logprob, ops.target_logprob(hidden, items, target, skip_pad=skip_pad, backend=backend))
+
+
+def check_infinities_and_nan(backend):
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    items = torch.tensor([[1.0, 1.0], [2.0, 0.0], [torch.inf, 3.0], [-torch.inf, 0.0]])
+    for target in range(4):
+        scores = torch.stack([(row * items).sum(1) for row in hidden])
+        scores[0], scores[1] = torch.tensor([1.0, 2.0, torch.inf, -torch.inf]), torch.nan
+        expected = scores[:, target] - scores.logsumexp(1)
+        found = ops.target_logprob(hidden, items, torch.full((3,), target), backend=backend)
+        expected[1] = torch.nan
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    minus = torch.tensor([[1.0], [-torch.inf], [2.0]])
+    found = ops.target_logprob(torch.ones(3, 1), minus, torch.tensor([0, 1, 2]), backend=backend)
+    torch.testing.assert_close(found, torch.tensor([1.0, -torch.inf, 2.0]) - torch.tensor([1.0, 2.0]).logsumexp(0))
+    assert ops.target_logprob(torch.ones(1, 1), minus[1:2].repeat(30, 1), torch.tensor([3]), backend=backend).isnan()
+
+
+def check_a_row_that_is_not_finite(backend):
+    hidden, items, target, grad = case(6, 40, 4)
+    hidden[2, 1] = torch.nan
+    _, gradients = run(ops.target_logprob, hidden, items, target, grad, backend=backend)
+    assert gradients["hidden"].isnan().any(1).tolist() == [False, False, True, False, False, False]
+    assert gradients["items"].isnan().all()
+
+
+def check_no_rows(backend):
+    hidden, items = torch.empty(0, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    target = torch.empty(0, dtype=torch.int64)
+    losses = {r: ops.linear_cross_entropy(hidden, items, target, reduction=r, backend=backend) for r in ("none", "mean", "sum")}
+    assert losses["none"].shape == (0,)
+    assert losses["mean"].isnan()
+    assert losses["sum"] == 0
+    losses["sum"].backward()
+    assert not items.grad.any()
+
+
+def check_gradient_of_one_argument(which, backend):
+    hidden, items, target, grad = case(20, 90, 8)
+    both = run(ops.target_logprob, hidden, items, target, grad, backend=backend)[1]
+    arguments = [hidden, items]
+    arguments[which] = arguments[which].clone().requires_grad_()
+    ops.target_logprob(*arguments, target, backend=backend).backward(grad)
+    assert torch.equal(arguments[which].grad, list(both.values())[which])
