@@ -17,7 +17,7 @@ import lares_fast
 from benchmarks import ROOT, baseline_official, cases, harness, memory
 from benchmarks.packed_model import PackedLARES
 from lares_fast import LARESConfig, reference
-from lares_fast.reference.sequences import pack
+from lares_fast.sequences import Sequences, unpad
 
 L, K = 20, 10
 
@@ -74,9 +74,9 @@ class Step:
         count = len(case.depths) * (1 if case.phase == "spt" else 2)
         self.states = [3 * torch.randn(case.B, L, 64, generator=noise) if fixed else None for _ in range(count)]
         if self.ours:
-            self.batch, self.partners = pack(*self.batch), pack(*self.partners)
-            lengths = [self.batch, self.batch, self.partners] if case.phase == "spt" else [self.batch] * count
-            self.states = [s if s is None else pack(s, n.diff())[0] for s, (_, n) in zip(self.states, lengths, strict=True)]
+            self.batch, self.partners = Sequences.from_padded(*self.batch), Sequences.from_padded(*self.partners)
+            of = [self.batch, self.batch, self.partners] if case.phase == "spt" else [self.batch] * count
+            self.states = [s if s is None else unpad(s, x.offsets) for s, x in zip(self.states, of, strict=True)]
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
 
     def loss(self):

@@ -1,4 +1,4 @@
-"""lares_fast: latent-reasoning sequential recommendation (LARES), from readable reference to fast kernels."""
+"""Latent-reasoning sequential recommendation (LARES): a readable reference, fast kernels, training and serving."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> module that defines it; loaded on first use, so that importing the package stays light.
+# Public name -> the module that defines it. It is loaded on first use, so that importing the package is quick.
 _PUBLIC = {
     "LARES": "lares_fast.model",
     "LARESConfig": "lares_fast.config",

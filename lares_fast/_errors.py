@@ -1,4 +1,4 @@
-"""Errors a user can act on; every message is one sentence that names the argument or file and the remedy."""
+"""Errors that a user can act on. Every message is one sentence with the argument, setting or file, and the remedy."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ from types import ModuleType
 
 
 class LaresFastError(Exception):
-    """Base of every error that lares_fast raises on purpose."""
+    """Base class of every error that lares_fast raises on purpose."""
 
 
 class InputError(LaresFastError, ValueError):
-    """An argument, a configuration key or a file is not usable; the command line exits with code 2."""
+    """An argument, a setting or a file is not usable. The command line prints the message and exits with code 2.
+
+    ``setting`` is the dotted setting that the remedy changes, such as ``data.format``, or ``data.format=pairs`` with its
+    value. The command line adds it to the message as a flag.
+    """
+
+    def __init__(self, message: str, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class BackendError(LaresFastError, RuntimeError):
-    """A backend that was asked for by name cannot run this call."""
+    """A backend that was requested by name cannot run this call."""
 
 
 class NotBuiltError(BackendError):
@@ -27,7 +35,7 @@ class MissingExtraError(LaresFastError, ImportError):
 
 
 def require(module: str, extra: str, feature: str) -> ModuleType:
-    """Import ``module`` on first use, or raise :class:`MissingExtraError` naming the extra that brings it."""
+    """Import and return ``module``. Raises :class:`MissingExtraError` with the ``extra`` that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

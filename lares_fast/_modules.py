@@ -1,4 +1,8 @@
-"""Whether a model's modules are what its configuration says: the packed encoder does their work from their parameters alone."""
+"""Checks that the modules of a model are as its configuration says.
+
+The packed encoder computes from the parameters and does not call the modules. It would miss everything that a changed module
+does in addition.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,16 @@ _HOOKS = {
     "_backward_pre_hooks": "a backward pre-hook",
     "_backward_hooks": "a backward hook",
 }
-# What a subclass, or an attribute of the model itself, may have in the place of the reference's.
+# Methods of the reference that a subclass or an attribute of the model may replace.
 _METHODS = ("initial_state", "_initial_state", "_states")
 
 
 class _Expected(NamedTuple):
-    """A module of an unchanged model: its path, its parent's number in the list, its name there, and what it holds."""
+    """A module of an unchanged model.
+
+    ``parent`` is the index of its parent in the list of all modules, and ``name`` is its name in the parent. ``settings``,
+    ``parameters`` and ``modules`` are its own.
+    """
 
     path: str
     parent: int
@@ -36,9 +44,9 @@ class _Expected(NamedTuple):
 
 
 def changed(model: reference.LARES) -> str | None:
-    """What about ``model`` a computation from its parameters would miss, as a clause, or ``None``.
+    """Return, as a clause, the first thing about ``model`` that a computation from its parameters would miss, or ``None``.
 
-    A hook, a module of another class or with other settings, a parametrised weight, a replaced method.
+    Such things are a hook, a module of another class or with other settings, a parametrised weight, and a replaced method.
     """
     for name in _METHODS:
         if name in vars(model) or getattr(type(model), name) is not getattr(reference.LARES, name):
@@ -79,7 +87,7 @@ def _changed(module: nn.Module, expected: _Expected) -> str | None:
 def _expected(config: LARESConfig) -> list[_Expected]:
     with torch.device("meta"):
         model = reference.LARES(config.replace(backbone="transformer"))
-        # Whatever is registered by now under the name.
+        # The name "transformer" may be registered for other blocks by now.
         model.pre_block = TransformerBlock(config, config.n_pre_layers)
         model.recurrence.core = TransformerBlock(config, config.n_core_layers)
     found: list[_Expected] = []

@@ -1,4 +1,4 @@
-"""Plain numbers from callers: taken exactly as they are, or refused."""
+"""Checks of plain numbers that callers give. A number is used exactly as it is given, or an error is raised."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lares_fast._errors import InputError
 
 
 def whole(name: str, value: Any) -> int:
-    """``value`` as an integer; :class:`InputError` for what is not one, such as 2.7, ``"2"`` or ``True``."""
+    """Return ``value`` as an integer. Raises :class:`InputError` for anything else, such as 2.7, ``"2"`` or ``True``."""
     if isinstance(value, torch.SymInt):
-        # A compiler's symbol goes on as it is.
+        # A compiler traces with symbols in the place of numbers.
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
         raise InputError(f"{name} must be an integer, but got {_shown(value)}.")
@@ -25,7 +25,10 @@ def whole(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """``value`` as a float; :class:`InputError` for what is not a number, and for a tensor that wants a gradient."""
+    """Return ``value`` as a float. Raises :class:`InputError` for anything that is not a number.
+
+    A tensor that requires a gradient is not accepted, because it would get none.
+    """
     if isinstance(value, torch.SymFloat):
         return value  # type: ignore[return-value]
     if isinstance(value, Tensor) and value.requires_grad:
@@ -38,8 +41,13 @@ def number(name: str, value: Any) -> float:
         raise InputError(f"{name} must be a number, but got {_shown(value)}.") from None
 
 
+def is_integer(tensor: Tensor) -> bool:
+    """Return whether the dtype of ``tensor`` is an integer type. ``bool`` is not one."""
+    return not (tensor.dtype == torch.bool or tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+
+
 def _shown(value: Any) -> str:
-    """``value`` in a sentence."""
+    """Return a short description of ``value`` for an error message."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)}" if value.numel() != 1 else f"the tensor {value.item()}"
     return repr(value)[:40]

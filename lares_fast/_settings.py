@@ -1,4 +1,4 @@
-"""Every environment variable that the package reads at run time; docs/env.md describes them."""
+"""All environment variables that the package reads at run time. docs/env.md describes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CUDA_PRODUCTS = ("3xtf32", "ffma")
 
 
 def backend() -> str:
-    """``LARES_FAST_BACKEND``: the backend every op must use, or ``auto``."""
+    """Return ``LARES_FAST_BACKEND``: the backend that every op must use, or ``auto``."""
     value = os.environ.get("LARES_FAST_BACKEND", "auto")
     if value not in BACKENDS:
         raise InputError(f"LARES_FAST_BACKEND must be one of {', '.join(BACKENDS)}, but got {value!r}.")
@@ -23,7 +23,7 @@ def backend() -> str:
 
 
 def simd() -> str:
-    """``LARES_FAST_SIMD``: the instruction set of the native CPU kernels, or ``auto`` for the best that the CPU has."""
+    """Return ``LARES_FAST_SIMD``: the instruction set of the native CPU kernels, or ``auto`` for the best of this CPU."""
     value = os.environ.get("LARES_FAST_SIMD") or "auto"
     if value not in SIMD_LEVELS:
         raise InputError(f"LARES_FAST_SIMD must be one of {', '.join(SIMD_LEVELS)}, but got {value!r}.")
@@ -31,7 +31,7 @@ def simd() -> str:
 
 
 def cuda_products() -> str:
-    """``LARES_FAST_CUDA_PRODUCTS``: how the CUDA kernels multiply fp32, on tensor cores or in plain order."""
+    """Return ``LARES_FAST_CUDA_PRODUCTS``: whether the CUDA kernels multiply fp32 on tensor cores or in plain order."""
     value = os.environ.get("LARES_FAST_CUDA_PRODUCTS") or "3xtf32"
     if value not in CUDA_PRODUCTS:
         raise InputError(f"LARES_FAST_CUDA_PRODUCTS must be one of {', '.join(CUDA_PRODUCTS)}, but got {value!r}.")
@@ -39,23 +39,24 @@ def cuda_products() -> str:
 
 
 def cache_folder() -> Path:
-    """``LARES_FAST_CACHE``: where verdicts on kernels are kept."""
+    """Return ``LARES_FAST_CACHE``: the folder that keeps the results of kernel self-tests."""
     if value := os.environ.get("LARES_FAST_CACHE"):
         return Path(value)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lares_fast"
 
 
-def wait_patiently() -> None:
-    """Have OpenMP threads sleep while they wait for each other, unless ``OMP_WAIT_POLICY`` says otherwise.
+def set_passive_omp() -> None:
+    """Let OpenMP threads sleep while they wait for each other, unless ``OMP_WAIT_POLICY`` is set.
 
-    Only before torch is imported. On a machine with other work, spinning makes small models ten times slower.
+    This has an effect only before torch is imported. Threads that spin make small models ten times slower on a machine with
+    other work.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextmanager
 def temporarily(name: str, value: str) -> Iterator[None]:
-    """Have another tool's variable ``name`` set to ``value`` within the ``with`` block."""
+    """Set the variable ``name`` of another tool to ``value`` within the ``with`` block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

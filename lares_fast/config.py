@@ -1,4 +1,4 @@
-"""The model's configuration: every switch of the official code, with the published run as the default."""
+"""The configuration of a model: every setting of the official code, with the published run as the default."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ SIMILARITIES = ("dot", "cos")
 
 @dataclass(frozen=True, kw_only=True)
 class LARESConfig:
-    """Configuration of one LARES model. The defaults are the published Musical Instruments run.
+    """Configuration of one LARES model. The defaults are those of the published Musical Instruments run.
 
     ``n_items``
-        Rows of the item table, the PAD row 0 included (RecBole's ``item_num``); item ids are 1..n_items-1.
+        N: the number of rows of the item table, with the PAD row 0 (RecBole's ``item_num``). Item ids are 1..n_items-1.
     ``max_len``
-        L: histories are cut to their last ``max_len`` items.
+        L: the model reads the last ``max_len`` items of a history.
     ``hidden_size, n_heads, inner_size, n_pre_layers, n_core_layers``
-        D, H, the feed-forward width, and the layers of the pre-block and of the recurrent core-block.
+        D, H, the width of the feed-forward layers, and the number of layers of the pre-block and of the core-block.
     ``backbone``
-        Name of a registered block kind (see ``lares_fast.reference.backbone``).
+        The name of a registered kind of blocks, see ``lares_fast.reference.register_backbone``.
     ``adapter``
-        How a step joins the state h and the pre-block's output: ``add`` is (h + pre) / 2, ``concat`` is
-        Linear(2D -> D), ``linear`` is a scalar sigmoid gate.
+        How a step joins the state h and the output of the pre-block: ``add`` is (h + pre) / 2, ``concat`` is
+        Linear(2D -> D), and ``linear`` is a gate, the sigmoid of one learned number.
     ``dropout, attention_dropout``
-        Hidden dropout and attention dropout; ``None`` means "as hidden", which is what the official code
-        does whatever its own setting says.
+        Hidden dropout and attention dropout. ``None`` uses the hidden dropout for attention, too. The official code always
+        does that and ignores its own setting.
     ``mean_depth, depth_sampling, per_sequence_depth, eval_depth``
-        m and the law of the number of steps T in training (always T >= 1; the official plain Poisson laws can
-        draw T = 0, which scores raw noise); one T a batch, or one a sequence (not official); T at
-        evaluation, ``None`` meaning m.
+        m, and the distribution around m of the number of steps T in training. T is always at least 1. (The plain Poisson
+        distributions of the official code can draw T = 0, which scores noise.) ``per_sequence_depth`` draws one T for each
+        sequence instead of one for each batch; this is not official. ``eval_depth`` is T at evaluation, and ``None`` means m.
     ``state_init, state_std, state_scale``
-        h0 = scale * truncated normal(std, cut at 3 std): ``normal`` also at evaluation, ``normal_zero`` in
-        training only, ``zero`` never.
+        h0 is scale * truncated normal(std, cut at 3 std), or zero. ``normal``: always the normal distribution. ``normal_zero``:
+        the normal distribution in training, and zero at evaluation. ``zero``: always zero.
     ``share_reference_noise``
-        In reinforcement post-training the frozen reference sees the policy's h0 (not official: there it draws
-        its own, which gives the KL term a floor).
+        In reinforcement post-training, the frozen reference starts from the h0 of the policy. This is not official: the
+        official reference draws its own h0, so the KL term cannot fall to 0.
     ``similarity, tau``
-        ``dot``, or ``cos``: both sides L2-normalised and divided by ``tau``.
+        ``dot`` scores by dot products. ``cos`` scores by cosines, divided by ``tau``.
     ``pad_in_softmax``
-        The PAD row takes part in the training softmax (official) or not.
+        Whether the PAD row is part of the training softmax. It is in the official code.
     """
 
     n_items: int
@@ -103,7 +103,7 @@ class LARESConfig:
             _check(getattr(self, name) in allowed, name, repr(getattr(self, name)), f"one of {', '.join(allowed)}")
 
     def _take(self, name: str, kind: str) -> None:
-        """Give the field ``name`` the type it says, or raise :class:`InputError`: a setting may come from a file."""
+        """Convert the field ``name`` to its declared type. Raises :class:`InputError` if that fails."""
         value = getattr(self, name)
         if value is None and kind.endswith("| None"):
             return
@@ -123,30 +123,33 @@ class LARESConfig:
 
     @property
     def steps(self) -> int:
-        """T at evaluation."""
+        """The number of steps T at evaluation."""
         return self.eval_depth or self.mean_depth
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LARESConfig:
-        """A named configuration: ``instruments`` (published run) or ``tiny`` (for tests); ``n_items`` must be given."""
+        """Return the configuration ``instruments`` (the published run) or ``tiny`` (for tests), with ``overrides``.
+
+        ``overrides`` must have ``n_items``. Raises :class:`InputError` for another name.
+        """
         if name not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, but got {name!r}.")
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LARESConfig:
-        """The inverse of :meth:`to_dict`; an unknown key is an :class:`InputError`."""
+        """Return the configuration of the plain values of :meth:`to_dict`. Raises :class:`InputError` for an unknown key."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise InputError(f"unknown model setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON or YAML."""
+        """Return plain values, ready for JSON or YAML."""
         return asdict(self)
 
     def replace(self, **changes: Any) -> LARESConfig:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the official code (BishopLiu/LARES): parameter names and configuration, both ways."""
+"""Converts checkpoints of the official code (BishopLiu/LARES): parameter names both ways, and the configuration."""
 
 from __future__ import annotations
 
@@ -50,11 +50,12 @@ _SETTINGS = {
     "similarity": "sem_func",
     "tau": "tau",
 }
-# The official eval depth is optional there and here, and its attention dropout is ignored there.
+# The depth at evaluation is optional in both. The official code ignores its own setting of attention dropout.
 _OPTIONAL_SETTINGS = {"eval_depth": "test_recurrence"}
 
 
-# A parameter name that only this backbone's official layers have. The official configuration does not name it.
+# A part of the parameter names that only the official layers of this backbone have. The official configuration does not name
+# the backbone.
 _BACKBONE_MARKS = {
     "transformer": ".multi_head_attention.",
     "fmlp": ".filterlayer.complex_weight",
@@ -63,11 +64,10 @@ _BACKBONE_MARKS = {
 
 
 def config_from_official(values: dict[str, Any], state_dict: dict[str, Tensor]) -> LARESConfig:
-    """A :class:`LARESConfig` from the official configuration's keys (``n_items`` counts the PAD row) and the
-    official parameters, whose names tell the backbone.
+    """Return the :class:`LARESConfig` of an official configuration and the official parameters.
 
-    Raises :class:`InputError` for a missing key, an activation other than gelu, or a backbone that is not
-    registered.
+    ``values`` has the official keys, and its ``n_items`` counts the PAD row. The parameter names show the backbone. Raises
+    :class:`InputError` for a missing key, an activation other than gelu, or a backbone that is not registered.
     """
     if missing := sorted(official for official in _SETTINGS.values() if official not in values):
         raise InputError(f"the official configuration lacks {', '.join(missing)}.")
@@ -82,23 +82,26 @@ def _backbone(state_dict: dict[str, Tensor]) -> str:
     for backbone, mark in _BACKBONE_MARKS.items():
         if any(mark in name for name in state_dict):
             if backbone not in BACKBONES:
-                raise InputError(f"the backbone {backbone!r} is not supported by this version; it has: {', '.join(BACKBONES)}.")
+                raise InputError(f"the backbone {backbone!r} is not supported; the supported ones are {', '.join(BACKBONES)}.")
             return backbone
     raise InputError("the official state_dict has no layer of a known backbone: check that it is a LARES checkpoint.")
 
 
 def from_official(state_dict: dict[str, Tensor], config: LARESConfig) -> dict[str, Tensor]:
-    """The official ``state_dict`` under this package's parameter names, for ``LARES(config).load_state_dict``."""
+    """Return the official ``state_dict`` with the parameter names of this package, for ``LARES(config).load_state_dict``.
+
+    Raises :class:`InputError` if an entry is missing or unknown.
+    """
     return _rename(state_dict, {official: ours for ours, official in _names(config).items()}, "official")
 
 
 def to_official(state_dict: dict[str, Tensor], config: LARESConfig) -> dict[str, Tensor]:
-    """The inverse of :func:`from_official`."""
+    """Return a ``state_dict`` of this package with the official parameter names: the inverse of :func:`from_official`."""
     return _rename(state_dict, _names(config), "lares_fast")
 
 
 def _names(config: LARESConfig) -> dict[str, str]:
-    """Our parameter name -> the official one, for every parameter of ``config``."""
+    """Return our parameter name -> the official name, for every parameter of ``config``."""
     modules = {ours: official for ours, official in _TOP.items() if config.adapter == "concat" or official != "adapter"}
     for (ours, official), n_layers in zip(_BLOCK.items(), (config.n_pre_layers, config.n_core_layers), strict=True):
         for layer in range(n_layers):

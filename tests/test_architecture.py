@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "_dispatch": LEAVES,
     "_library": LEAVES,
     "ops": LEAVES | {"reference", "sequences", "_dispatch", "_library", "kernels"},
-    "catalog": LEAVES | {"ops"},
+    "catalog": LEAVES | {"reference", "sequences", "ops"},
     "convert": LEAVES | {"reference"},
     "model": LEAVES | {"reference", "sequences", "catalog", "ops", "_dispatch", "_modules"},
     "verify": LEAVES | {"reference", "sequences", "ops", "model", "_dispatch", "kernels"},

@@ -1,4 +1,4 @@
-"""Official checkpoints: what cannot be converted says why."""
+"""Official checkpoints: an error says why one cannot be converted."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``lares_fast.LARES`` against ``reference.LARES``: training, backends, drop-in use, ``accelerate``."""
+"""``lares_fast.LARES`` compared with ``reference.LARES``: training, backends, use in its place, ``accelerate``."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ from lares_fast import LARESConfig, _dispatch, _native, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
 from lares_fast.data import leave_one_out, make_batch, synthetic_log
-from lares_fast.reference.sequences import pack
+from lares_fast.sequences import Sequences
 from tests.support import oracle
 
 needs_native = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
@@ -33,7 +33,7 @@ def batch(B=24, seed=0):
 
 
 def twins(**changes):
-    """(reference, fast) with the same weights, in training mode."""
+    """Return (reference, fast) with equal weights, in training mode."""
     torch.manual_seed(0)
     slow = reference.LARES(config(**changes)).train()
     fast = lares_fast.LARES(slow.config).train()
@@ -49,7 +49,7 @@ def spt(model, step, B=24):
 
 @needs_native
 def test_fifty_training_steps_follow_the_reference():
-    """Rounding grows step by step, so the losses may drift apart, but by far less than a wrong gradient moves them."""
+    """Rounding errors grow step by step. The difference they make is far smaller than that of a wrong gradient."""
     losses = []
     for model in twins():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -60,7 +60,7 @@ def test_fifty_training_steps_follow_the_reference():
             loss.backward()
             optimizer.step()
             losses[-1].append(loss.item())
-    assert losses[0][-1] < losses[0][0] - 0.1, "nothing was learned, so nothing was compared"
+    assert losses[0][-1] < losses[0][0] - 0.1, "the model learned nothing, so the comparison shows nothing"
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-4, atol=0)
 
 
@@ -116,7 +116,7 @@ def test_gradient_accumulation_is_a_sum():
 
 
 class _Rows(torch.utils.data.Dataset):
-    """Rows of a log by number."""
+    """The rows of a log as a data set of their numbers."""
 
     def __init__(self):
         self.log = synthetic_log(n_users=100, n_items=40)
@@ -199,11 +199,11 @@ class TestAccelerate:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", [reference.LARES, lares_fast.LARES])
 def test_trajectories_are_passes_on_their_own(kind, dropout, B=24):
-    """Masks and h0 of pass g are those of its own rows, whether or not what precedes the first step is shared."""
+    """Pass g has the masks and the h0 of its own rows, whether or not the passes share the pre-block's output."""
     model = next(model for model in twins(dropout=dropout) if type(model) is kind)
     depth, rows = torch.stack((torch.full((B,), 3), torch.arange(B) % 4 + 1)), torch.arange(2 * B)
     states = model.trajectories(*batch(), depth, draw=Draw((1, 2), rows)).split(depth.sum(1).tolist())
-    packed = model.trajectories(*pack(*batch()), depth, draw=Draw((1, 2), rows))
+    packed = model.trajectories(*Sequences.from_padded(*batch()), depth, draw=Draw((1, 2), rows))
     torch.testing.assert_close(packed, torch.cat(states))
     for g, (found, part) in enumerate(zip(states, rows.split(B), strict=True)):
         alone = model.encode(*batch(), num_steps=depth[g], draw=Draw((1, 2), part), return_all_steps=True)

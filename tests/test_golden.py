@@ -1,6 +1,6 @@
-"""The reference, and the model users build, equal the official code: every number of every golden file.
+"""The reference and the public model equal the official code, in every number of every golden file.
 
-``LARES_GOLDEN_DIR`` names another directory of files in the same format; all of them are then checked.
+``LARES_GOLDEN_DIR`` names another folder with files in this format. Then all files of that folder are checked.
 """
 
 import os
@@ -29,7 +29,7 @@ def file(request):
 
 @pytest.fixture(params=["plain", "reference", "native"])
 def golden(request, file, monkeypatch):
-    """The file, checked with ``reference.LARES``, then with ``lares_fast.LARES`` on each backend of this machine."""
+    """A file, for ``reference.LARES`` and for ``lares_fast.LARES`` on each backend of this machine."""
     if request.param == "plain":
         monkeypatch.setattr(file, "model_class", reference.LARES)
         yield file

@@ -1,4 +1,4 @@
-"""``LARES.recommend``: against a sort of the scores, exclusion, noise, errors."""
+"""``LARES.recommend``: comparison with a sort of the scores, exclusion, backends, errors."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_survives_deepcopy_and_torch_save(model, tmp_path):
     ([0.0, 1.0, 2.0, 3.0], [1, 2, 3], "exclude offsets must be 1-D torch.int64"),
 ])  # fmt: skip
 def test_exclusions_are_checked_before_they_are_read(model, offsets, ids, message):
-    """In the ids that the caller gave, PAD's 0 among them."""
+    """The messages name the ids that the caller gave. PAD's 0 is allowed."""
     with pytest.raises(InputError, match=message):
         model.recommend(*histories(), k=3, exclude=(torch.tensor(offsets), torch.tensor(ids)))
     with pytest.raises(InputError, match="exclude must be a pair"):

@@ -1,4 +1,4 @@
-"""``lares_fast.LARES`` computes from parameters: where modules do more than that, it runs them, and says so."""
+"""``lares_fast.LARES`` computes from parameters. If a module does more than that, it runs its modules and warns."""
 
 import copy
 import warnings
@@ -12,13 +12,13 @@ import lares_fast
 from lares_fast import LARESConfig, reference
 from lares_fast._random import Draw
 from lares_fast.reference.recurrence import ConcatAdapter
-from lares_fast.reference.sequences import pack
+from lares_fast.sequences import Sequences
 
 N, L = 30, 6
 
 
 class Plus(nn.Linear):
-    """What a low-rank adapter is to a training script."""
+    """A subclass like the low-rank adapters of training scripts."""
 
     def forward(self, x):
         return super().forward(x) + x
@@ -55,7 +55,7 @@ def state_of_ones(model):
     model.initial_state = lambda draw, length: torch.ones(len(draw.rows), length, 16)
 
 
-# Not the same for all columns, which a layer norm would take out again.
+# A factor that differs between columns: a layer norm would undo a common one.
 SLOPE = torch.linspace(0, 2, 16)
 FIRST, CORE = "pre_block.layers.0", "recurrence.core.layers.0"
 CHANGES = {
@@ -92,7 +92,7 @@ def sequences():
 
 
 def built(change, **settings):
-    """A reference after ``change``, the same at every call."""
+    """Return a reference model after ``change``. Every call gives equal weights."""
     torch.manual_seed(1)
     model = reference.LARES(LARESConfig.preset("tiny", n_items=N, max_len=L, **settings))
     with torch.no_grad():
@@ -107,7 +107,7 @@ def nothing(model):
 
 
 def answers(model, training=False, sequences=sequences):
-    """(states, gradients)."""
+    """Return (states, gradients)."""
     model.train(training)
     out = model.encode(*sequences(), num_steps=2, draw=Draw((1, 2), torch.arange(B)))
     return out.detach(), torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True)
@@ -115,7 +115,7 @@ def answers(model, training=False, sequences=sequences):
 
 def assert_alike(found, expected):
     torch.testing.assert_close(found[0], expected[0])
-    # A key's bias has a gradient of zero, which comes out as rounding of the others.
+    # The exact gradient of a key's bias is zero. The computed one is a rounding error of the others.
     largest = max(theirs.abs().max().item() for theirs in expected[1] if theirs is not None)
     for ours, theirs in zip(found[1], expected[1], strict=True):
         if theirs is None:
@@ -133,9 +133,9 @@ def test_what_modules_do_is_done(name, training):
         said = lares_fast.accelerate(fast)
         assert "encode: as before, because " in said
         assert_alike(answers(fast, training), answers(slow, training))
-        assert_alike(answers(fast, training, lambda: pack(*sequences())), answers(slow, training))
+        assert_alike(answers(fast, training, lambda: Sequences.from_padded(*sequences())), answers(slow, training))
     plain = answers(built(nothing))[0]
-    assert (answers(slow)[0] - plain).abs().max() > 1e-3, "the change does nothing, so nothing was compared"
+    assert (answers(slow)[0] - plain).abs().max() > 1e-3, "the change has no effect, so the comparison shows nothing"
 
 
 def test_a_model_that_changes_later_says_so_once():

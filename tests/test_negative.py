@@ -1,4 +1,4 @@
-"""Planted bugs: each must be caught by the golden checks, or those checks prove nothing."""
+"""Planted bugs. The golden checks must find each of them, or the checks prove nothing."""
 
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from lares_fast import reference
 from tests.support import golden_file
 
-# Functions of the same name shadow some of these modules in the package.
+# In the package, functions have the names of some of these modules.
 attention, backbone, model, recurrence, rpt, spt, target_rank = (
     import_module(f"lares_fast.reference.{name}")
     for name in ("attention", "backbone", "model", "recurrence", "rpt", "spt", "target_rank")
@@ -21,6 +21,11 @@ ADD, CONCAT, LINEAR = "lares_add_dot", "lares_concat_cos", "lares_linear_dot"
 
 def plant(owner, name, value):
     return lambda monkeypatch: monkeypatch.setattr(owner, name, value)
+
+
+def plant_in_head(name, function):
+    """Plant ``function`` in the head of the reference, which the losses call."""
+    return plant(model, "REFERENCE_HEAD", model.REFERENCE_HEAD._replace(**{name: function}))
 
 
 def no_step_norm(self, h, pre, mask, depth, *, draw):
@@ -60,7 +65,8 @@ BUGS = {
     "relu instead of gelu": (golden_file.check_forward, ADD, plant(backbone.F, "gelu", torch.relu)),
     "PAD left out of the softmax": (
         golden_file.check_logprobs, ADD, plant(golden_file, "target_logprob", skip_pad)),
-    "cosine forgotten in the alignment": (golden_file.check_spt, CONCAT, plant(reference.LARES, "compared", lambda self, x: x)),
+    "cosine forgotten in the alignment": (
+        golden_file.check_spt, CONCAT, plant(reference.LARES, "normalise", lambda self, x: x)),
     "alignment's anchor gets no gradient": (golden_file.check_spt, ADD, plant(spt, "info_nce", detached_anchor)),
     "biased standard deviation": (
         lambda golden: golden_file.check_rpt(golden, "recall"), ADD,
@@ -69,7 +75,7 @@ BUGS = {
         lambda golden: golden_file.check_rpt(golden, "recall"), ADD, plant(rpt, "group_advantage", torch.zeros_like)),
     "ranks off by one": (
         lambda golden: golden_file.check_rpt(golden, "ndcg"), ADD,
-        plant(reference.LARES, "target_logprob_and_rank", staticmethod(rank_by_id))),
+        plant_in_head("target_logprob_and_rank", rank_by_id)),
 }  # fmt: skip
 
 
@@ -84,7 +90,7 @@ def test_is_caught(bug, monkeypatch):
 
 
 def test_a_target_that_outranks_itself_by_rounding_is_caught(monkeypatch):
-    """A target's score from another order of summation gives an all-equal model credit it has not earned."""
+    """If the target's score is summed in another order, a model whose scores are all equal gets better ranks by rounding."""
     query, items = torch.randn(64, 64), torch.randn(1, 64).expand(500, 64).contiguous()
     target = torch.arange(64) + 100
     assert torch.equal(reference.target_rank(query, items, target), target)

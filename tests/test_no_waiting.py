@@ -1,4 +1,4 @@
-"""No op waits for a GPU on a GPU: neither its checks nor what its kernels are called with. And compilers trace every op."""
+"""On a GPU no op makes the CPU wait, neither in its checks nor for the arguments of its kernels. Compilers trace every op."""
 
 from dataclasses import replace
 
@@ -9,16 +9,17 @@ from lares_fast import LARES, _dispatch, _native, ops, reference
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
 from lares_fast.ops import _cuda_launch, _triton
-from lares_fast.reference.sequences import pack
-from tests.support.fake_device import DEVICE, Elsewhere, sent
+from lares_fast.sequences import Sequences
+from tests.support.fake_device import DEVICE, FakeDevice, to_fake_device
 
+OPS = [name for name in ops.__all__ if name not in ("CatalogIndex", "backend", "explain")]
 P, B, N, D, H = 9, 3, 70, 32, 2
 LENGTHS = [4, 0, 5]
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of the kernels that were launched; none runs."""
+    """The names of the launched kernels. None of them runs."""
     from lares_fast.kernels import _launch
 
     names = []
@@ -36,31 +37,31 @@ def launched(monkeypatch):
 
 
 def leaf(*shape):
-    return sent(torch.randn(*shape)).requires_grad_()
+    return to_fake_device(torch.randn(*shape)).requires_grad_()
 
 
 def attention(backend):
     query, key, value = (leaf(P, H, D // H) for _ in range(3))
-    draw = Draw((1, 2), sent(torch.arange(B)))
-    offsets = sent(torch.tensor([0, *LENGTHS]).cumsum(0))
+    draw = Draw((1, 2), to_fake_device(torch.arange(B)))
+    offsets = to_fake_device(torch.tensor([0, *LENGTHS]).cumsum(0))
     return ops.attention(query, key, value, offsets, 5, draw=draw, dropout=0.2, backend=backend)
 
 
 def recurrence(backend, depth=2, output="last"):
     config = LARESConfig(n_items=9, hidden_size=64, n_heads=H, inner_size=64, n_core_layers=1)
     weights = [leaf(*parameter.shape) for parameter in reference.Recurrence(config).parameters()]
-    draw = Draw((1, 2), sent(torch.arange(2)))
-    offsets = sent(torch.tensor([0, 4, P]))
+    draw = Draw((1, 2), to_fake_device(torch.arange(2)))
+    offsets = to_fake_device(torch.tensor([0, 4, P]))
     how = {"depth": depth, "output": output, "longest": 5, "draw": draw, "dropout": 0.2}
     return ops.recurrence(leaf(P, 64), offsets, weights, n_heads=H, pre=leaf(P, 64), **how, backend=backend)
 
 
 def catalog():
-    return leaf(B, D), leaf(N, D), sent(torch.tensor([1, 69, 5]))
+    return leaf(B, D), leaf(N, D), to_fake_device(torch.tensor([1, 69, 5]))
 
 
 def excluded():
-    return sent(torch.tensor([0, 1, 1, 3])), sent(torch.tensor([7, 8, 2]))
+    return to_fake_device(torch.tensor([0, 1, 1, 3])), to_fake_device(torch.tensor([7, 8, 2]))
 
 
 CALLS = {
@@ -74,17 +75,17 @@ CALLS = {
     "target_ranks": lambda backend: ops.target_ranks(*catalog(), excluded(), backend=backend),
 }
 DIFFERENTIABLE = [name for name in CALLS if not name.startswith(("topk", "target_rank"))]
-# Public op -> the backend that runs it on a GPU.
+# Public op -> its backend on a GPU.
 KERNELS = {name: "triton" if name in DIFFERENTIABLE else "cuda" for name in CALLS}
 
 
 def test_every_op_is_watched():
-    assert {name for name in ops.__all__ if name not in ("CatalogIndex", "backend", "explain")} <= set(CALLS)
+    assert set(OPS) <= set(CALLS)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_kernels_are_launched_without_waiting(name, launched):
-    with Elsewhere():
+    with FakeDevice():
         out = CALLS[name](KERNELS[name])
         assert launched
         forward = len(launched)
@@ -95,51 +96,53 @@ def test_kernels_are_launched_without_waiting(name, launched):
 
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
 def test_a_depth_on_the_cpu_is_not_waited_for(output, launched):
-    with Elsewhere():
+    with FakeDevice():
         out = recurrence("triton", torch.tensor([3, 1]), output)
         assert len(out) == {"last": 2, "steps": 4, "tokens": P}[output]
         out.sum().backward()
     assert launched.count("recurrence_forward") == 1 + 3
-    with Elsewhere(), pytest.raises(AssertionError, match="waits for the device"):
-        recurrence("triton", sent(torch.tensor([3, 1])), output)
+    with FakeDevice(), pytest.raises(AssertionError, match="waits for the device"):
+        recurrence("triton", to_fake_device(torch.tensor([3, 1])), output)
 
 
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
 @pytest.mark.parametrize("depth", [2, torch.tensor([3, 1])], ids=str)
 def test_layers_of_other_sizes_wait_for_nothing(depth, output, launched):
-    """Below this watch autograd is out of reach: tests/ops/test_recurrence_layers.py watches the backward."""
-    with Elsewhere(), torch.no_grad():
+    """Autograd does not reach below FakeDevice: tests/ops/test_recurrence_layers.py checks the backward."""
+    with FakeDevice(), torch.no_grad():
         out = recurrence("layers", depth, output)
         assert len(out) == {"last": 2, "steps": 4, "tokens": P}[output]
         with pytest.raises(AssertionError, match="waits for the device"):
-            recurrence("layers", sent(torch.tensor([3, 1])), output)
+            recurrence("layers", to_fake_device(torch.tensor([3, 1])), output)
     assert set(launched) == {"attention_forward"}
 
 
 def moved(model):
-    """``model`` with its parameters elsewhere."""
+    """Return ``model`` after a move of its parameters to the fake device."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            module._parameters[name] = sent(parameter).requires_grad_()
+            module._parameters[name] = to_fake_device(parameter).requires_grad_()
     return model
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("each", [False, True])
 def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, launched, monkeypatch):
-    """With lengths, depths and rows on the CPU."""
+    """Lengths, depths and rows are on the CPU."""
     monkeypatch.setattr(_native, "available", lambda: (False, "its loader is a stand-in here"))
     config = LARESConfig(n_items=N, hidden_size=64, n_heads=H, inner_size=64, max_len=6, dropout=0.2)
     model = moved(LARES(config, backend="triton")).train()
     lengths, rows = torch.tensor([4, 1, 6]), torch.arange(B)
     items, sizes = torch.arange(18).view(B, 6) % N, lengths
     if packed:
-        items, sizes = pack(items, lengths)
+        items, sizes = Sequences.from_padded(items, lengths)
     depth = torch.tensor([3, 1, 2]) if each else 3
     passes = tuple(reference.Pass(depth, Draw((1, i), rows)) for i in range(3))
-    with Elsewhere():
-        sequences = (sent(items), sizes)
-        loss = reference.spt_loss(model, sequences, sent(torch.arange(B)), sequences, passes, 1, alpha=0.1, gamma=0.5).total
+    with FakeDevice():
+        sequences = (to_fake_device(items), sizes)
+        loss = reference.spt_loss(
+            model, sequences, to_fake_device(torch.arange(B)), sequences, passes, 1, alpha=0.1, gamma=0.5
+        ).total
         loss.backward()
         model.eval().encode(*sequences, num_steps=depth)
     assert {"recurrence_forward", "softmax_backward_items", "attention_half_backward"} <= set(launched)
@@ -150,15 +153,15 @@ def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, laun
 @pytest.mark.parametrize("reward", ["recall", "ndcg"])
 @pytest.mark.parametrize("each", [False, True])
 def test_a_step_of_the_second_phase_waits_for_nothing(reward, scores, each, launched, monkeypatch):
-    """And no tensor of it is left on the CPU beside those of the model and the batch."""
+    """All parts of the loss are on the device, and so are all gradients of the policy."""
     monkeypatch.setattr(_native, "available", lambda: (False, "its loader is a stand-in here"))
     config = LARESConfig(n_items=N, hidden_size=64, n_heads=H, inner_size=64, max_len=6, dropout=0.2, similarity="cos", tau=0.1)
     model, frozen = (moved(LARES(config, backend="triton")) for _ in range(2))
-    items, lengths = pack(torch.arange(1, 19).view(B, 6), torch.tensor([4, 1, 6]))
+    items, lengths = Sequences.from_padded(torch.arange(1, 19).view(B, 6), torch.tensor([4, 1, 6]))
     depth = torch.tensor([[3, 1, 2], [1, 2, 2]] if each else [[3] * B, [2] * B])
     group = reference.Pass(depth, Draw((1, 2), torch.arange(2 * B)))
-    with Elsewhere():
-        batch = ((sent(items), lengths), sent(torch.arange(1, B + 1)))
+    with FakeDevice():
+        batch = ((to_fake_device(items), lengths), to_fake_device(torch.arange(1, B + 1)))
         how = {"k": 10, "beta": 0.5, "reward": reward, "scores": scores}
         loss = reference.rpt_loss(model.train(), frozen.eval().requires_grad_(False), *batch, group, group, **how)
         loss.total.backward()
@@ -168,21 +171,40 @@ def test_a_step_of_the_second_phase_waits_for_nothing(reward, scores, each, laun
     assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
-def test_a_pad_within_a_sequence_elsewhere_is_nan_and_not_waited_for():
+@pytest.mark.parametrize("similarity", ["dot", "cos"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_recommendation_waits_for_nothing(packed, similarity, launched, monkeypatch):
+    """Also where the item table is normalised: the second call does not compare weights on a device."""
+    monkeypatch.setattr(_native, "available", lambda: (False, "its loader is a stand-in here"))
+    config = LARESConfig(n_items=N, hidden_size=64, n_heads=H, inner_size=64, max_len=6, similarity=similarity)
+    model = moved(LARES(config)).eval()
+    items, sizes = torch.arange(1, 19).view(B, 6), torch.tensor([4, 1, 6])
+    if packed:
+        items, sizes = Sequences.from_padded(items, sizes)
+    with FakeDevice():
+        model.recommend(to_fake_device(items), sizes, k=5)
+        scores, ids = model.recommend(to_fake_device(items), sizes, k=5)
+    assert scores.device == ids.device == DEVICE
+    assert scores.shape == ids.shape == (B, 5)
+    assert "recurrence_forward" in launched
+    assert any(name.startswith("topk") for name in launched)
+
+
+def test_a_pad_within_a_sequence_on_a_device_gives_nan_and_waits_for_nothing():
     model = moved(LARES(LARESConfig.preset("tiny", n_items=N)))
-    items, (sequence, position) = torch.tensor([5, 0, 6, 7]), (torch.zeros(4, dtype=torch.int64), torch.arange(4))
-    with Elsewhere(), torch.no_grad():
-        x = model._input(sent(items), sequence, position, None)
+    items, offsets = torch.tensor([5, 0, 6, 7]), torch.tensor([0, 4])
+    with FakeDevice(), torch.no_grad():
+        x = model._input(Sequences(to_fake_device(items), offsets), None)
     assert x.inner.isnan().all(1).tolist() == [False, True, False, False]
     assert x.inner[[0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_references_run_on_one_device(name):
-    """They may wait, but mix no devices."""
-    with Elsewhere(allowed=True):
+    """They may wait, but they must not mix devices."""
+    with FakeDevice(allowed=True):
         out = CALLS[name]("reference")
-        # Below a dispatch mode autograd is out of reach, which the backward of this one reference calls anew.
+        # The backward of this one reference calls autograd again, and autograd does not reach below a dispatch mode.
         if name in DIFFERENTIABLE and name != "recurrence":
             out.sum().backward()
 
@@ -195,24 +217,26 @@ def test_masks_and_noise_are_drawn_where_their_rows_are():
         "state": lambda draw: draw.initial_state(draw.rows, draw.rows * 0, 12),
     }
     for call in calls.values():
-        with Elsewhere():
-            there = call(Draw((3, 4), sent(rows)))
+        with FakeDevice():
+            there = call(Draw((3, 4), to_fake_device(rows)))
         assert there.device == DEVICE
         assert torch.equal(there.inner, call(Draw((3, 4), rows)))
 
 
 def test_waiting_and_mixing_are_noticed():
-    with Elsewhere():
-        x = sent(torch.ones(3))
-        for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.cpu(), lambda: bool(x.any())):
+    with FakeDevice():
+        x = to_fake_device(torch.ones(3))
+        for wait in (
+            lambda: x.sum().item(), lambda: x[x > 0], lambda: x.cpu(), lambda: bool(x.any()), lambda: torch.equal(x, x),
+        ):  # fmt: skip
             with pytest.raises(AssertionError, match="waits for the device"):
                 wait()
-        with pytest.raises(AssertionError, match="on the CPU and elsewhere"):
+        with pytest.raises(AssertionError, match="on the CPU and on the device"):
             x + torch.ones(3)
 
 
 def compiled_calls():
-    """Public op -> (function, tensors)."""
+    """Return public op -> (function, tensors)."""
     draw = Draw((1, 2), torch.arange(B))
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
     query = torch.randn(P, H, D // H)
@@ -234,7 +258,7 @@ def compiled_calls():
     }
 
 
-@pytest.mark.parametrize("name", [name for name in ops.__all__ if name not in ("CatalogIndex", "backend", "explain")])
+@pytest.mark.parametrize("name", OPS)
 def test_compiles_without_a_break(name):
     function, tensors = compiled_calls()[name]
     with torch.no_grad():

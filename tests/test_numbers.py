@@ -1,4 +1,4 @@
-"""Plain numbers from callers: exact, or refused by name."""
+"""Plain numbers from callers: they are used exactly as given, or an error names the argument."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ WEIGHTS = list(lares_fast.reference.Recurrence(LARESConfig.preset("tiny", n_item
 ATTENTION = (*[torch.zeros(3, 2, 16)] * 3, OFFSETS)
 CATALOG = (torch.zeros(2, 4), torch.zeros(9, 4))
 TARGET = torch.tensor([1, 2])
-# What is called, with what, and what the error names.
+# Case -> (call, what the error says).
 CALLS = {
     "a learned scale": (
         lambda: ops.linear_cross_entropy(*CATALOG, TARGET, scale=leaf(2.0).exp()), "scale is a plain number and gets no"),

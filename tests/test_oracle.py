@@ -1,4 +1,4 @@
-"""The law itself can fail: planted errors of each kind must be refused."""
+"""The tolerance check can fail: it must reject planted errors of each kind."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ import lares_fast
 from benchmarks import baseline_official, cases, packed_torch
 from lares_fast import LARESConfig, ops, reference
 from lares_fast.cli.gpu_day import Report
-from lares_fast.reference.sequences import pack
+from lares_fast.sequences import Sequences, unpad
 from lares_fast.verify.gpu_plan import read
 
 D, TURNS, FILL_MS, MOST_CALLS = 64, 7, 20.0, 200
@@ -445,9 +445,9 @@ class SptStep:
         noise = torch.Generator().manual_seed(5)
         self.states = [3 * torch.randn(B, 20, D, generator=noise) if fixed else None for _ in range(3)]
         if self.ours:
-            own, partners = pack(*own), pack(*partners)
-            lengths = [n.diff() for _, n in (own, own, partners)]
-            self.states = [s if s is None else pack(s, n)[0] for s, n in zip(self.states, lengths, strict=True)]
+            own, partners = Sequences.from_padded(*own), Sequences.from_padded(*partners)
+            of = (own, own, partners)
+            self.states = [s if s is None else unpad(s, x.offsets) for s, x in zip(self.states, of, strict=True)]
         self.states = [s if s is None else s.to(m.device) for s in self.states]
         there = (lambda x, n: (x.to(m.device), n)) if self.ours else (lambda x, n: (x.to(m.device), n.to(m.device)))
         self.batches = there(*own), there(*partners)

@@ -36,7 +36,7 @@ class _Parser(ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 0, 2 for what the user can mend, 130 for an interrupted run."""
-    _settings.wait_patiently()
+    _settings.set_passive_omp()
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # --help and --version

@@ -1,4 +1,4 @@
-"""Interaction logs: readers, splits into rows, batches, same-target partners and a synthetic log."""
+"""Interaction logs, their readers, splits into rows, batches, same-target partners, and a synthetic log."""
 
 from lares_fast.data.batch import Batch, epoch_order, make_batch
 from lares_fast.data.log import InteractionLog

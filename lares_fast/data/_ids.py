@@ -1,4 +1,4 @@
-"""Raw ids into codes 0..n-1, a block at a time."""
+"""Encodes raw ids as integers 0..n-1, one block at a time."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from lares_fast.data._text import Block
 
 
 class IdColumn:
-    """One column of raw ids: int64 as long as all are integers, else strings, earlier integers included."""
+    """One column of raw ids. They are int64 while all of them are integers.
+
+    From the first id on that is not an integer, all ids are strings, earlier integers included.
+    """
 
     def __init__(self) -> None:
-        self._blocks: list[NDArray[Any]] = []  # raw integers, or int32 codes once there is a table
+        # Raw integers, or int32 codes as soon as there is a table.
+        self._blocks: list[NDArray[Any]] = []
         self._table: defaultdict[str, int] | None = None
 
     def add(self, block: Block) -> None:
@@ -29,7 +33,7 @@ class IdColumn:
             self.add_strings(block.strings())
 
     def add_positive(self, block: Block, what: str, path: Path) -> None:
-        """Append as :meth:`add`, but where the column's first id is an integer all must be, and greater than 0."""
+        """Append as :meth:`add`. If the first id of the column is an integer, all ids must be integers greater than 0."""
         if not len(block):
             return
         if self._table is not None or (not self._blocks and not block.is_integer[0]):
@@ -41,7 +45,7 @@ class IdColumn:
             reason = (
                 "is not greater than 0; number the ids from 1"
                 if first.is_integer[0]
-                else "is not an integer of 64 bits while the ids before it are; mend it, or write ids of mixed form as CSV"
+                else "is not an integer of 64 bits, but the ids before it are; correct it, or write ids of mixed form as CSV"
             )
             raise InputError(f"{path}, line {first.lines[0]}: {what} {first.strings()[0][:40]!r} {reason}.")
         self.add_integers(block.integers)
@@ -57,7 +61,7 @@ class IdColumn:
         """Append strings."""
         if self._table is None:
             self._table = table = defaultdict[str, int]()
-            # A new id gets the number of ids before it.
+            # The code of a new id is the number of ids before it.
             table.default_factory = table.__len__
             integers, self._blocks = self._blocks, []
             for block in integers:
@@ -65,17 +69,17 @@ class IdColumn:
         self._blocks.append(np.fromiter(map(self._table.__getitem__, values), np.int32))
 
     def code(self, value: str) -> int | None:
-        """The code of the string ``value`` in a column of strings; None where it does not occur."""
+        """Return the code of the string ``value`` in a column of strings, or ``None`` if it does not occur."""
         return None if self._table is None else self._table.get(value)
 
     def finish(self) -> tuple[NDArray[np.int32], NDArray[Any]]:
-        """Codes [E] int32 and the ids [n] they stand for: integers in order, strings by first appearance.
+        """Return the codes [E] int32 and the ids [n] that they stand for, and empty the column.
 
-        Empties the column.
+        Integer ids are sorted. Strings are in order of first appearance.
         """
         blocks, self._blocks = self._blocks, []
         if self._table is None:
-            # Block by block, since np.unique's inverse of a whole column takes six times its memory.
+            # Block by block: for a whole column, the inverse of np.unique takes six times the memory of the column.
             known = list[NDArray[np.int64]]()
             for at, block in enumerate(blocks):
                 own, inverse = np.unique(block, return_inverse=True)

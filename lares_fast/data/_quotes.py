@@ -1,4 +1,4 @@
-"""Quotes of a CSV file, checked before it is parsed: a stray one joins rows, and CSV parsers do not tell."""
+"""Checks the quotes of a CSV file before it is parsed: a stray quote joins rows, and CSV parsers do not report that."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from numpy.typing import NDArray
 from lares_fast._errors import InputError
 from lares_fast.data._text import decode, pieces
 
-_REMEDY = "write a quote that is part of a value twice and the value in quotes, or give the log as .tsv, which has no quotes"
+_REMEDY = "double each quote that is part of a value and put the value in quotes, or give the log as .tsv, which has no quotes"
 _NEWLINE, _RETURN, _QUOTE = b'\n\r"'
 _TIME = re.compile(rb"[-+]?[0-9][-+.:0-9TZeE ]*")
 
 
 def spans_lines(path: Path, delimiter: str, time: str | None) -> bool:
-    """Whether a quoted value of the CSV file ``path`` holds a line end.
+    """Return whether a quoted value of the CSV file ``path`` contains a line end.
 
-    A quote that begins a field opens a value, and the quote that ends the value must end the field; inside, quotes are
-    doubled. Quotes elsewhere are plain characters. Raises :class:`InputError` where this does not hold, and where a
-    line inside a quoted value reads as a row of its own: two stray quotes would swallow the rows between them.
-    ``time`` names the time column, which tells a row from prose.
+    A quote at the beginning of a field opens a value. The quote that closes the value must end the field. Quotes inside are
+    doubled. Quotes elsewhere are plain characters. ``time`` names the time column, which tells a row from prose.
+
+    Raises :class:`InputError` where these rules are broken. It is also raised where a line inside a quoted value looks like a
+    row: two stray quotes would hide the rows between them.
     """
     separates = np.isin(np.arange(256), [_NEWLINE, _RETURN, ord(delimiter)])
     inside, opened, spans, header = False, 0, False, list[str]()
@@ -36,8 +37,8 @@ def spans_lines(path: Path, delimiter: str, time: str | None) -> bool:
             continue
         buffer = np.frombuffer(data, np.uint8)
 
-        # Adjacent quotes are a run. In a run of odd length the quotes but one pair up and change nothing; that one opens or
-        # closes a value if it begins a field, and can only close one elsewhere.
+        # Adjacent quotes form a run. In a run of odd length, all quotes but one form pairs and change nothing. The one that is
+        # left opens or closes a value at the beginning of a field. Elsewhere it can only close a value.
         quotes = np.flatnonzero(buffer == _QUOTE)
         begins_run = np.append([0], np.flatnonzero(quotes[1:] - quotes[:-1] > 1) + 1)[: len(quotes)]
         first, length = quotes[begins_run], np.diff(begins_run, append=len(quotes))
@@ -62,7 +63,7 @@ def spans_lines(path: Path, delimiter: str, time: str | None) -> bool:
             starts = np.append([0] if inside else [], held + 1).astype(np.int64)
             for at in _rows_inside(data, delimiter, header, time, starts[starts < len(data)], ends):
                 raise InputError(
-                    f"{path}, line {_line(data, line, at)}: the line reads as a row, but stands inside a quoted value that "
+                    f"{path}, line {_line(data, line, at)}: the line looks like a row, but is inside a quoted value that "
                     f"begins in line {_begun(data, line, opens, opened, at)}; {_REMEDY}."
                 )
         if len(opens):
@@ -74,7 +75,7 @@ def spans_lines(path: Path, delimiter: str, time: str | None) -> bool:
 
 
 def _header(data: bytes, delimiter: str) -> list[str]:
-    """The first line that is not blank."""
+    """Return the fields of the first line that is not blank."""
     line = next((line for line in data.splitlines() if line), b"")
     try:
         return next(csv.reader([line.decode(errors="replace")], delimiter=delimiter), [])
@@ -87,7 +88,7 @@ def _line(data: bytes, line: int, at: int) -> int:
 
 
 def _begun(data: bytes, line: int, opens: NDArray[np.int64], opened: int, at: int) -> int:
-    """The line of the last opening quote before ``at``; ``opened`` where it stands before ``data``."""
+    """Return the line of the last opening quote before ``at``, or ``opened`` if that quote is before ``data``."""
     earlier = opens[opens < at]
     return _line(data, line, earlier[-1]) if len(earlier) else opened
 
@@ -95,7 +96,7 @@ def _begun(data: bytes, line: int, opens: NDArray[np.int64], opened: int, at: in
 def _rows_inside(
     data: bytes, delimiter: str, header: list[str], time: str | None, starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> Iterator[int]:
-    """Those of ``starts``, where lines begin inside a quoted value, whose line reads as a row."""
+    """Yield the positions in ``starts`` whose line looks like a row. All of the lines begin inside a quoted value."""
     stops = ends[np.searchsorted(ends, starts)]
     marks = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(delimiter))
     width = 1 + np.searchsorted(marks, stops) - np.searchsorted(marks, starts)

@@ -1,4 +1,4 @@
-"""CSV and parquet event logs, read by pyarrow in bounded pieces."""
+"""Reads CSV and parquet event logs with pyarrow, in pieces of bounded size."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Names = Mapping[str, str | None]
 Events = tuple[NDArray[np.int32], Ids, NDArray[np.int32], Ids, NDArray[Any] | None]
 
 BATCH_ROWS = 1 << 18
-# No row may be longer.
+# The largest size of a row.
 CSV_BLOCK_BYTES = 4 << 20
 FEATURE = "reading CSV and parquet logs"
 
 
 def check_columns(path: Path, names: Names, present: list[str]) -> list[str]:
-    """The names of the wanted columns; raises :class:`InputError` for the first that is not there exactly once."""
+    """Return the names of the wanted columns. Raises :class:`InputError` for the first that does not occur exactly once."""
     for role, name in names.items():
         if name is not None and (count := present.count(name)) != 1:
             remedy = f"name the {role} column in columns" + (
@@ -40,22 +40,22 @@ def check_columns(path: Path, names: Names, present: list[str]) -> list[str]:
 
 
 def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
-    """Events of a CSV file with a header; ``.tsv`` files are separated by tabs and have no quotes."""
+    """Return the events of a CSV file with a header. A ``.tsv`` file is separated by tabs and has no quotes."""
     arrow = require("pyarrow", "train", FEATURE)
     csv = require("pyarrow.csv", "train", FEATURE)
     tabs = path.suffix.lower() == ".tsv"
     parsing = csv.ParseOptions(
         delimiter="\t" if tabs else ",",
         quote_char=False if tabs else '"',
-        # Costs time, so only where it is needed.
+        # This costs time, so it is only set where it is needed.
         newlines_in_values=not tabs and spans_lines(path, ",", names["time"]),
     )
-    # One thread, because only then do arrow's messages name the row.
+    # One thread: with more, the messages of arrow do not name the row.
     reading = csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES)
     with _one_sentence(path, arrow):
         present = csv.open_csv(_opened(path, arrow), reading, parsing).schema.names
     wanted = check_columns(path, names, present)
-    # All as text: arrow guesses types from the first block, and here the whole file decides.
+    # All columns are read as text: arrow guesses types from the first block, but here the whole file decides.
     converting = csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, arrow.string()))
     total = path.stat().st_size
 
@@ -72,21 +72,21 @@ def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
 
 
 def _opened(path: Path, arrow: Any) -> Any:
-    """The file's own bytes: given a name, arrow would unpack some files by it.
+    """Open the file for its raw bytes. Given a name, arrow would unpack files with some endings.
 
-    Never close it: arrow's threads read ahead, and would go on in whatever file gets its descriptor next. It closes
-    when the last of them lets go.
+    The file must not be closed here. Threads of arrow read ahead, and they would go on reading from the next file that gets
+    the descriptor. The file closes when the last of them releases it.
     """
-    # As bytes, since a name need not be UTF-8.
+    # The name is given as bytes, because it may not be UTF-8.
     return arrow.OSFile(os.fsencode(path))
 
 
 def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
-    """Events of a parquet file."""
+    """Return the events of a parquet file."""
     arrow = require("pyarrow", "train", FEATURE)
     parquet = require("pyarrow.parquet", "train", FEATURE)
     with _one_sentence(path, arrow):
-        # Buffering ahead would hold the whole file.
+        # Buffering ahead would hold the whole file in memory.
         file = parquet.ParquetFile(_opened(path, arrow), pre_buffer=False)
         present = file.schema_arrow.names
         rows = file.metadata.num_rows
@@ -108,7 +108,7 @@ def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
 
 @contextmanager
 def _one_sentence(path: Path, arrow: Any) -> Iterator[None]:
-    """The boundary to arrow, whose errors for a damaged file are of many types and may quote its bytes."""
+    """Turn errors of arrow into one :class:`InputError`: they have many types, and may quote bytes of a damaged file."""
     try:
         yield
     except (arrow.ArrowException, OSError, UnicodeError, MemoryError) as error:
@@ -117,7 +117,7 @@ def _one_sentence(path: Path, arrow: Any) -> Iterator[None]:
 
 
 def _each(batches: Iterable[Any], path: Path, arrow: Any) -> Iterator[Any]:
-    """``batches`` inside the boundary, what is done with them outside."""
+    """Yield ``batches``. Only their reading is inside of :func:`_one_sentence`, not the work of the caller."""
     iterator = iter(batches)
     while True:
         with _one_sentence(path, arrow):
@@ -142,16 +142,19 @@ def _collect(path: Path, names: Names, batches: Iterable[Any], add_times: Callab
 
 
 def finish(path: Path, header: Names, users: IdColumn, items: IdColumn, times: TimeColumn | None) -> Events:
-    """The events of the columns; ``header`` has the user's and the item's cell of the file's header."""
+    """Return the events of the columns. ``header`` holds the cells of the file's header for the user and the item column.
+
+    Raises :class:`InputError` where the header occurs again as a row.
+    """
     again = users.code(str(header["user"])), items.code(str(header["item"]))
     found = *users.finish(), *items.finish(), None if times is None else times.finish()
     if None not in again and len(rows := np.flatnonzero((found[0] == again[0]) & (found[2] == again[1]))):
-        raise InputError(f"{path}, row {rows[0] + 1}: the header stands there again; remove it.")
+        raise InputError(f"{path}, row {rows[0] + 1}: the header is repeated there; remove it.")
     return found
 
 
 def _whole(batch: Any, name: str | None, row: int, path: Path, arrow: Any) -> Any:
-    """The column without dictionary encoding; a missing value is an :class:`InputError`."""
+    """Return the column without dictionary encoding. Raises :class:`InputError` for a missing value."""
     column = batch.column(name)
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -178,7 +181,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _block(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> Block:
-    """The strings of ``column``; an empty one is an :class:`InputError`."""
+    """Return the strings of ``column``. Raises :class:`InputError` for an empty one."""
     column = column.cast(arrow.large_string())
     _, offsets, data = column.buffers()
     bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
@@ -190,7 +193,7 @@ def _block(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> B
 
 
 def _add_times(times: TimeColumn, column: Any, name: str, row: int, path: Path, arrow: Any) -> None:
-    """Typed times: numbers as they are, timestamps and dates in the unit of their column."""
+    """Add typed times: numbers as they are, and timestamps and dates in the unit of their column."""
     kinds = arrow.types
     if kinds.is_date32(column.type):
         column = column.cast(arrow.int32())
@@ -205,12 +208,12 @@ def _add_times(times: TimeColumn, column: Any, name: str, row: int, path: Path, 
 
 
 def _add_times_of_text(times: TimeColumn, column: Any, name: str, row: int, path: Path, arrow: Any) -> None:
-    """Times written as text, all of one batch in the first form that fits them all."""
+    """Add times that are written as text: all of one batch in the first form that fits them all."""
     compute = require("pyarrow.compute", "train", FEATURE)
     column = compute.ascii_trim_whitespace(column)
-    # Also where all values are empty.
+    # This raises for an empty value, also where all values are empty.
     text = _block(column, name, row, path, arrow).data
-    # Arrow takes hexadecimal numbers for integers.
+    # Arrow would read hexadecimal numbers as integers.
     hexadecimal = b"x" in text or b"X" in text
     if not hexadecimal and (integers := _cast(column, arrow.int64(), arrow)) is not None:
         times.add_integers(_copied(integers))
@@ -239,9 +242,9 @@ def _add_times_of_text(times: TimeColumn, column: Any, name: str, row: int, path
 
 
 def _cast(column: Any, kind: Any, arrow: Any) -> Any:
-    """The column as ``kind``, or None where a value is of another form."""
+    """Return the column as ``kind``, or ``None`` if a value has another form."""
     try:
-        # A cast that fails is slow, and the ends mostly tell.
+        # A cast that fails is slow. The first and the last value mostly show whether it would.
         column[:1].cast(kind)
         column[-1:].cast(kind)
         return column.cast(kind)
@@ -250,7 +253,7 @@ def _cast(column: Any, kind: Any, arrow: Any) -> Any:
 
 
 def _date_forms(arrow: Any) -> tuple[tuple[Any, str, bool], ...]:
-    """(type, unit, whether it has a time zone), the coarse first."""
+    """Return (type, unit, whether it has a time zone) of each form of dates, coarse units first."""
     return (
         (arrow.date32(), "days", False),
         (arrow.timestamp("s"), "seconds", False),
@@ -261,5 +264,5 @@ def _date_forms(arrow: Any) -> tuple[tuple[Any, str, bool], ...]:
 
 
 def _copied(column: Any) -> NDArray[Any]:
-    """The values in memory of their own: a view would keep the buffers of its whole batch alive."""
+    """Return a copy of the values. A view would keep the buffers of its whole batch in memory."""
     return np.array(column.to_numpy(zero_copy_only=False))

@@ -1,4 +1,4 @@
-"""Fields of text files, found and turned into numbers a block at a time, without a loop over lines."""
+"""Finds the fields of text files and turns them into numbers, one block at a time, without a loop over lines."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ Progress = Callable[[int, int], None]
 
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
-MAX_DIGITS = 19  # no integer of more digits fits int64, and all of so many fit uint64
+# No integer with more digits fits int64, and every integer with 19 digits fits uint64.
+MAX_DIGITS = 19
 
 _LONE_RETURN = re.compile(rb"\r(?!\n)")
 _WHITE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
-# First bytes of what is no plain text and no parquet.
+# The first bytes of files that are neither plain text nor parquet.
 _PACKED = {
     b"\x1f\x8b": "is compressed by gzip; unpack it first",
     b"PK\x03\x04": "is a zip archive; unpack it first, or export a spreadsheet as CSV",
@@ -40,7 +41,7 @@ _PACKED = {
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some whole lines: field f is ``data[starts[f]:ends[f]]`` and stands in line ``lines[f]`` (from 1) of the file."""
+    """Some whole lines. Field f is ``data[starts[f]:ends[f]]`` and is in line ``lines[f]`` of the file, counted from 1."""
 
     data: bytes
     starts: NDArray[np.int64]
@@ -51,11 +52,11 @@ class Block:
         return len(self.starts)
 
     def take(self, chosen: Any) -> Block:
-        """Only the fields ``chosen``."""
+        """Return a block with only the fields ``chosen``."""
         return Block(self.data, self.starts[chosen], self.ends[chosen], self.lines[chosen])
 
     def strings(self) -> list[str]:
-        """The fields as text."""
+        """Return the fields as text."""
         bounds = zip(self.starts.tolist(), self.ends.tolist(), strict=True)
         if self.data.isascii():
             text = self.data.decode()
@@ -64,12 +65,12 @@ class Block:
 
     @property
     def integers(self) -> NDArray[np.int64]:
-        """[F] int64, to be used where :attr:`is_integer` holds."""
+        """The integers [F] int64. They are valid only where :attr:`is_integer` is true."""
         return self._parsed[0]
 
     @property
     def is_integer(self) -> NDArray[np.bool_]:
-        """[F] bool: the field is an integer that printing the number gives back (so no ``007`` and no ``+7``)."""
+        """Whether each field is an integer whose number prints as the field, [F] bool. ``007`` and ``+7`` are none."""
         return self._parsed[1]
 
     @cached_property
@@ -90,17 +91,17 @@ class Block:
             if column == 0:
                 good &= (digit != 0) | ((width == 1) & ~negative)
         good &= values <= np.uint64(2**63 - 1) + negative.astype(np.uint64)
-        # 2**63 wraps to -2**63, which negation leaves as it is.
+        # 2**63 wraps to -2**63, and negation leaves that unchanged.
         signed = values.view(np.int64)
         return np.where(negative, -signed, signed), good
 
 
 def words(path: Path, progress: Progress | None = None) -> Iterator[Block]:
-    """Blocks of the fields between white space; blank lines have no field."""
+    """Yield blocks of the fields between white space. Blank lines have no field."""
     for data, line in _text_pieces(path, progress):
         if lone := _LONE_RETURN.search(data):
             at = line + data.count(b"\n", 0, lone.start())
-            raise InputError(f"{path}, line {at}: a carriage return stands inside the line; end each line with a newline.")
+            raise InputError(f"{path}, line {at}: a carriage return is inside the line; end each line with a newline.")
         buffer = np.frombuffer(data, np.uint8)
         solid = np.concatenate(([False], ~_WHITE[buffer], [False]))
         edges = np.flatnonzero(solid[1:] != solid[:-1])
@@ -110,7 +111,7 @@ def words(path: Path, progress: Progress | None = None) -> Iterator[Block]:
 
 
 def cells(path: Path, progress: Progress | None = None) -> Iterator[Block]:
-    """Blocks of the fields between tabs; blank lines have no field, but a field may be empty."""
+    """Yield blocks of the fields between tabs. A field may be empty. Blank lines have no field."""
     for data, line in _text_pieces(path, progress):
         buffer = np.frombuffer(data, np.uint8)
         ends = np.flatnonzero((buffer == ord("\t")) | (buffer == ord("\n")))
@@ -124,7 +125,10 @@ def cells(path: Path, progress: Progress | None = None) -> Iterator[Block]:
 
 
 def pieces(path: Path, progress: Progress | None = None) -> Iterator[tuple[bytes, int]]:
-    """Pieces of whole lines, each ending in a newline, with the number of the first line; no byte order mark."""
+    """Yield pieces of whole lines, each with a newline at its end, and the number of their first line.
+
+    A byte order mark is left out.
+    """
     line, total = 1, check_file(path)
     with readable(path):
         file = path.open("rb")
@@ -145,14 +149,14 @@ def pieces(path: Path, progress: Progress | None = None) -> Iterator[tuple[bytes
                     raise InputError(f"{path}, line {last}: the line is longer than {most} MiB; check the format.")
                 data += b"\n"
             yield data, line
-            # Several times as fast as bytes.count.
+            # This is several times as fast as bytes.count.
             line += int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n")))
             if progress:
                 progress(min(file.tell(), total), total)
 
 
 def check_file(path: Path) -> int:
-    """Size in bytes; raises :class:`InputError` for what is not a file, is empty, or plainly holds no log."""
+    """Return the size in bytes. Raises :class:`InputError` unless ``path`` is a file that is not empty and may hold a log."""
     with readable(path):
         mode = path.stat().st_mode
         # Opening a pipe would wait for a writer.
@@ -171,18 +175,18 @@ def check_file(path: Path) -> int:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns what the system says of ``path`` into an :class:`InputError`."""
+    """Turn errors of the operating system about ``path`` into :class:`InputError`."""
     try:
         yield
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        # ValueError is for a path with a NUL.
+        # A path with a NUL raises ValueError.
         raise InputError(f"{printable(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def decode(path: Path, data: bytes, line: int = 1) -> str:
-    """UTF-8 text of ``data``, which begins at ``line``; anything else is an :class:`InputError` naming the line."""
+    """Return ``data``, which begins at ``line``, as text. Raises :class:`InputError` with the line unless it is UTF-8."""
     nul = data.find(b"\0")
     try:
         if nul < 0:
@@ -194,13 +198,13 @@ def decode(path: Path, data: bytes, line: int = 1) -> str:
 
 
 def printable(text: str, most: int = 300) -> str:
-    """``text`` for a message: cut, and without characters that a terminal would obey."""
+    """Return ``text`` for a message: cut to ``most`` characters, without characters that control a terminal."""
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
     return shown if len(text) <= most else shown + "..."
 
 
 def _text_pieces(path: Path, progress: Progress | None) -> Iterator[tuple[bytes, int]]:
-    """Pieces as from :func:`pieces`, checked to be text."""
+    """Yield the pieces of :func:`pieces`, after a check that they are text."""
     for data, line in pieces(path, progress):
         if b"\0" in data or not data.isascii():
             decode(path, data, line)

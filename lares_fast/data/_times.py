@@ -1,4 +1,4 @@
-"""The time column of an event log: the whole file decides its kind, never a first block."""
+"""The time column of an event log. The whole file decides the kind of the column, not only its first block."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from lares_fast._errors import InputError
 from lares_fast.data._text import Block
 
-# A float64 cannot tell an integer from its neighbours from 2**53 on.
+# From 2**53 on, a float64 does not distinguish an integer from its neighbours.
 FLOAT_BITS = 53
-# A number with more digits than a float64 keeps; RE2 reads the pattern too.
+# A number with more digits than a float64 keeps. RE2 must be able to read the pattern, too.
 MAX_FLOAT_DIGITS = 17
 TOO_FINE = r"^[+-]?[0.]*[1-9](\.?[0-9]){16,}\.?[1-9]"
 
@@ -23,12 +23,12 @@ _TICKS_A_DAY = {"days": 1, "seconds": 86_400, "nanoseconds": 86_400 * 10**9}
 
 
 class TimeColumn:
-    """Times of one column: int64 while all are integers or dates, float64 once a number has a fraction."""
+    """The times of one column. They are int64 while all are integers or dates, and float64 if a number has a fraction."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
         self._blocks = list[NDArray[Any]]()
-        # "number", or the unit of dates and whether they have a time zone.
+        # For each block: "number" or the unit of its dates, and whether they have a time zone.
         self._kinds = list[tuple[str, bool]]()
 
     def add_integers(self, values: NDArray[np.int64]) -> None:
@@ -36,18 +36,21 @@ class TimeColumn:
         self._add(values, "number", False)
 
     def add_dates(self, values: NDArray[np.int64], unit: str, zoned: bool) -> None:
-        """Append dates [n], counted since 1970 in ``unit``: days, seconds or nanoseconds."""
+        """Append dates [n], counted since 1970 in ``unit``, which is days, seconds or nanoseconds."""
         self._add(values, unit, zoned)
 
     def add_floats(self, values: NDArray[np.float64], places: NDArray[np.int64], place: str, bits: int = FLOAT_BITS) -> None:
-        """Append numbers [n], read as floats of ``bits`` bits from the ``places`` [n] of the file: its lines or rows."""
+        """Append numbers [n], which were read as floats with ``bits`` bits.
+
+        ``places`` [n] are the numbers of their lines or rows in the file. ``place`` is the word for such a number.
+        """
         if not (usable := np.abs(values) < 2.0**bits).all():
             at = int(usable.argmin())
             where = f"{self._path}, {place} {places[at]}: column {self._name!r}"
             if not np.isfinite(values[at]):
                 raise InputError(f"{where} is not a finite number.")
             raise InputError(
-                f"{where} has {values[at]:.17g}, but a time from 2**{bits} on loses its last digits as a float; "
+                f"{where} has {values[at]:.17g}, but from 2**{bits} on a time loses its last digits as a float; "
                 "write all times as integers."
             )
         self._add(values, "number", False)
@@ -68,20 +71,20 @@ class TimeColumn:
         self.add_floats(values, block.lines, "line")
 
     def reject_too_fine(self, text: str, place: str) -> None:
-        """Refuse the number ``text``."""
+        """Raise :class:`InputError` for the number ``text``."""
         raise InputError(
             f"{self._path}, {place}: {self._name} {text[:40]!r} has more digits than a float keeps; "
             f"write times as integers, or with at most {MAX_FLOAT_DIGITS} digits."
         )
 
     def reject_mixture(self) -> None:
-        """Refuse the column for values of several forms."""
+        """Raise :class:`InputError` for a column with values of several forms."""
         raise InputError(
             f"{self._path}: column {self._name!r} mixes numbers, dates and dates with a time zone; write all in one form."
         )
 
     def finish(self) -> NDArray[Any]:
-        """[E] int64 or float64, dates in the finest unit that occurs; empties the column."""
+        """Return the times [E] int64 or float64, dates in the finest unit that occurs, and empty the column."""
         blocks, self._blocks = self._blocks, []
         if len({(unit == "number", zoned) for unit, zoned in self._kinds}) > 1:
             self.reject_mixture()
@@ -98,11 +101,11 @@ class TimeColumn:
             self._kinds.append((unit, zoned))
 
     def _as_floats(self, block: NDArray[Any]) -> NDArray[np.float64]:
-        # Not by abs(), which leaves -2**63 negative.
+        # abs() would leave -2**63 negative.
         if block.dtype != np.float64 and (large := (block >= 2**FLOAT_BITS) | (block <= -(2**FLOAT_BITS))).any():
             raise InputError(
-                f"{self._path}: column {self._name!r} has {block[large.argmax()]} beside numbers with a fraction, and a time "
-                f"from 2**{FLOAT_BITS} on loses its last digits as a float; write all times as integers."
+                f"{self._path}: column {self._name!r} has {block[large.argmax()]} beside numbers with a fraction, and "
+                f"from 2**{FLOAT_BITS} on a time loses its last digits as a float; write all times as integers."
             )
         return block.astype(np.float64, copy=False)
 
@@ -111,7 +114,7 @@ class TimeColumn:
         most = (2**63 - 1) // factor
         if factor > 1 and ((block > most) | (block < -most)).any():
             raise InputError(
-                f"{self._path}: column {self._name!r} has dates that do not fit 64 bits in {finest}, which others need; "
+                f"{self._path}: column {self._name!r} has dates that do not fit 64 bits in {finest}, which other dates need; "
                 "write all times without fractions of a second."
             )
         return block * factor

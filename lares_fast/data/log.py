@@ -1,4 +1,4 @@
-"""An interaction log in memory: who had which item in which order, as compressed rows (CSR)."""
+"""An interaction log in memory: the items of every user in order, as compressed rows (CSR)."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from lares_fast._errors import InputError
 
 Ids = NDArray[Any]
 
-# Not by int(), which also reads "1_0"; no id has more digits.
+# int() would also read "1_0". No id has more digits.
 _INTEGER = re.compile(r" *[+-]?[0-9]{1,100} *")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class InteractionLog:
-    """Every user's items, oldest first.
+    """The items of every user, oldest first.
 
     ``items``
-        [E] int32, dense item ids in 1..n_items-1; 0 is the PAD row and never occurs.
+        [E] int32 dense item ids in 1..n_items-1. 0 stands for PAD and never occurs.
     ``offsets``
-        [U+1] int64; the events of user u are ``items[offsets[u]:offsets[u + 1]]``.
+        [U+1] int64. The events of user u are ``items[offsets[u]:offsets[u + 1]]``.
     ``times``
-        [E] int64 or float64 in the file's own unit, never falling within a user; ``None`` if the source has none.
+        [E] int64 or float64 in the unit of the file. They never decrease within a user. ``None`` if the source has no times.
     ``user_ids, item_ids``
-        [U] and [n_items] raw ids, int64 or objects of type str; ``item_ids[0]`` stands for PAD and means nothing.
+        [U] and [n_items] raw ids, int64 or objects of type str. ``item_ids[0]`` is a placeholder for PAD.
     ``name``
-        Where the log comes from, as shown in tables.
+        The origin of the log, as tables show it.
     ``dropped``
-        What reading left out, as counts by reason.
+        Counts of the events and users that reading left out, by reason.
     ``synthetic``
-        The events were made by a generator and describe no real person.
+        Whether a generator made the events. They then describe no real person.
     """
 
     items: NDArray[np.int32]
@@ -52,39 +52,49 @@ class InteractionLog:
 
     @property
     def n_users(self) -> int:
-        """U."""
+        """The number of users, U."""
         return len(self.offsets) - 1
 
     @property
     def n_items(self) -> int:
-        """N: rows of the item table, the PAD row 0 included."""
+        """The number of rows of the item table, N, with the PAD row 0."""
         return len(self.item_ids)
 
     @property
     def n_events(self) -> int:
-        """E."""
+        """The number of events, E."""
         return len(self.items)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """[U] int64, events of each user."""
+        """The number of events of each user, [U] int64."""
         return np.diff(self.offsets)
 
     def history(self, user: int) -> NDArray[np.int32]:
-        """The dense items of the user with index ``user`` in 0..U-1, oldest first: a view, [its length] int32."""
+        """Return a view of the dense items of the user with index ``user`` in 0..U-1: [length] int32, oldest first."""
         if not 0 <= user < self.n_users:
             raise InputError(f"user must be an index in 0..{self.n_users - 1}, but got {user}.")
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
-    def lookup_items(self, raw: Iterable[Any]) -> NDArray[np.int64]:
-        """Dense ids [n] int64 of raw item ids; 0 (PAD) where the id is unknown.
+    def events(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the dense items of the slices ``starts[b]:ends[b]`` of all events, packed one behind the other.
 
-        Text such as ``"42"`` finds integer ids. Raises :class:`InputError` for what can be no id of this log.
+        ``starts`` and ``ends`` are [B]. Returns ``(items [P] int64, offsets [B + 1] int64)``: the items of slice b are
+        ``items[offsets[b]:offsets[b + 1]]``.
+        """
+        offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(ends - starts)))
+        flat = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
+        return self.items[flat].astype(np.int64), offsets
+
+    def lookup_items(self, raw: Iterable[Any]) -> NDArray[np.int64]:
+        """Return the dense ids [n] int64 of raw item ids. The dense id is 0 (PAD) where the raw id is unknown.
+
+        Text such as ``"42"`` finds integer ids. Raises :class:`InputError` for a value that cannot be an id of this log.
         """
         return self._item_index.find(raw) + 1
 
     def lookup_users(self, raw: Iterable[Any]) -> NDArray[np.int64]:
-        """Indices [n] int64 of raw user ids; -1 where the id is unknown. Raises as :meth:`lookup_items`."""
+        """Return the indices [n] int64 of raw user ids, -1 where the id is unknown. Errors are as in :meth:`lookup_items`."""
         return self._user_index.find(raw)
 
     @cached_property
@@ -96,13 +106,13 @@ class InteractionLog:
         return _Index(self.user_ids, f"user ids of {self.name}")
 
     def fingerprint(self) -> str:
-        """sha256 (64 hex digits) of the dense items and the offsets: equal for equal training data on any machine."""
+        """Return the sha256 (64 hex digits) of the dense items and the offsets. Equal data give equal values on any machine."""
         digest = hashlib.sha256(self.offsets.astype("<i8").tobytes())
         digest.update(self.items.astype("<i4").tobytes())
         return digest.hexdigest()
 
     def statistics(self) -> dict[str, Any]:
-        """Plain numbers: users, items (PAD not counted), interactions, lengths, density and what was dropped."""
+        """Return plain numbers: users, items (PAD not counted), interactions, lengths, density, and what was dropped."""
         lengths = self.lengths
         return {
             "name": self.name,
@@ -119,7 +129,7 @@ class InteractionLog:
         }
 
     def summary(self) -> str:
-        """The statistics as text to print, one to three lines."""
+        """Return the statistics as text to print, in one to three lines."""
         s = self.statistics()
         lines = [
             f"{s['name']}: {s['users']:,} users, {s['items']:,} items, {s['interactions']:,} interactions; "
@@ -134,7 +144,7 @@ class InteractionLog:
 
 
 class _Index:
-    """Positions of raw ids, by binary search (integers) or in a dictionary (strings)."""
+    """Finds the positions of raw ids, by binary search (integers) or in a dictionary (strings)."""
 
     def __init__(self, ids: Ids, what: str) -> None:
         self._what = what
@@ -153,7 +163,7 @@ class _Index:
             values, fits = raw.astype(np.int64).ravel(), np.ones(raw.size, dtype=bool)
         else:
             numbers = [_number(value, self._what) for value in wanted]
-            # What does not fit 64 bits is no id of this log.
+            # A number that does not fit 64 bits is not an id of this log.
             fits = np.array([-(2**63) <= number < 2**63 for number in numbers], dtype=bool)
             values = np.array(numbers, dtype=object)
             values[~fits] = 0
@@ -163,7 +173,7 @@ class _Index:
 
 
 def _plain(value: Any, what: str) -> str | int:
-    """A string or an integer, which must not be a truth value."""
+    """Return ``value`` as a string or an integer. Raises :class:`InputError` for all else, and for a truth value."""
     if isinstance(value, str):
         return value
     try:
@@ -191,10 +201,11 @@ def assemble(
     name: str,
     min_events: int,
 ) -> InteractionLog:
-    """Group events by user, sort each user's by time (ties keep their order) and leave out short users.
+    """Group events by user, sort the events of each user by time, and leave out users with fewer than ``min_events``.
 
-    ``users``, ``items`` [E] hold codes into ``user_ids`` [U'] and ``item_ids`` [M']; what no kept event uses is
-    left out of the log's ids, whose order otherwise stays. Raises :class:`InputError` if no user is left.
+    ``users`` and ``items`` [E] hold codes into ``user_ids`` [U'] and ``item_ids`` [M']. Events of equal time keep their order.
+    Ids that no kept event uses are left out of the log, and the other ids keep their order. Raises :class:`InputError` if no
+    user is left.
     """
     if min_events < 1:
         raise InputError(f"min_events must be at least 1, but got {min_events}.")
@@ -212,7 +223,8 @@ def assemble(
         order = order[long_enough[users[order]]]
     items = items[order]
     used = np.bincount(items, minlength=len(item_ids)) > 0
-    dense = np.cumsum(used, dtype=np.int32)  # the first used id becomes 1
+    # The first id that is used becomes 1.
+    dense = np.cumsum(used, dtype=np.int32)
     known = item_ids[used]
     pad = np.array(["" if known.dtype == object else 0], dtype=known.dtype)
     return InteractionLog(

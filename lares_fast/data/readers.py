@@ -25,7 +25,8 @@ from lares_fast.data.log import Ids, InteractionLog, assemble
 FORMATS = ("sequences", "pairs", "json", "inter", "csv", "parquet")
 COLUMNS: Names = {"user": "user_id", "item": "item_id", "time": "timestamp"}
 
-Lists = tuple[NDArray[Any], Ids, NDArray[np.int32], Ids]  # users, user ids, items, item ids: a user's events in order
+# Users, user ids, items, item ids. The events of a user are in order.
+Lists = tuple[NDArray[Any], Ids, NDArray[np.int32], Ids]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_TEXT = "an id must not be empty or hold a lone surrogate, which is half a character"
@@ -43,31 +44,35 @@ def read_log(
     """Read a log of interactions.
 
     ``format``
-        ``sequences``: a line ``user item item ...`` a user, oldest first. ``pairs``: a line ``user item`` an event, each
-        user's in time order. ``json``: an object of user -> list of items, oldest first. ``inter``: a RecBole atomic
-        file. ``csv`` (``.tsv``: tabs, and no quotes) and ``parquet``: a row an event. ``auto``: by the file's ending,
-        and text by its first lines (two fields each are pairs).
+        - ``sequences``: one line ``user item item ...`` for each user, oldest item first.
+        - ``pairs``: one line ``user item`` for each event. The events of a user are in order of time.
+        - ``json``: one object of user -> list of items, oldest first.
+        - ``inter``: a RecBole atomic file.
+        - ``csv``: one row for each event. A ``.tsv`` file is separated by tabs and has no quotes.
+        - ``parquet``: one row for each event.
+        - ``auto``: the ending of the file's name decides. For text its first lines decide: two fields in each are ``pairs``.
     ``columns``
-        For ``inter``, ``csv`` and ``parquet``: the columns' names under ``user``, ``item`` and ``time``, by default
-        user_id, item_id and timestamp. Rows are sorted by time, ties in the file's order; ``{"time": None}`` keeps
-        the file's order.
+        For ``inter``, ``csv`` and ``parquet``: the names of the columns under ``user``, ``item`` and ``time``. The defaults
+        are user_id, item_id and timestamp. Rows are sorted by time, and rows of equal time keep the order of the file. With
+        ``{"time": None}`` all rows keep the order of the file.
     ``min_events``
         Users with fewer events are left out and counted in ``dropped``.
     ``progress``
-        Called now and then as ``progress(done_bytes, total_bytes)``.
+        Called from time to time as ``progress(done_bytes, total_bytes)``.
 
-    Raw ids are kept in ``user_ids`` and ``item_ids``. Integer item ids are numbered in their own order, so that ids
-    1..m keep their number; strings in order of first appearance. Users stay in the file's order in ``sequences`` and
-    ``json``; elsewhere they are numbered like items. In text an id column is integer if all its ids are, where
-    ``sequences`` and ``pairs`` decide by the first id and want the rest alike, and greater than 0. Integers that do not
-    fit 64 bits are kept as strings.
+    Raw ids are kept in ``user_ids`` and ``item_ids``. Integer item ids are numbered in ascending order, so ids 1..m keep their
+    number. Strings are numbered in order of first appearance. Users keep the order of the file in ``sequences`` and ``json``.
+    In other formats they are numbered like items.
 
-    Times are int64 if all are integers, else float64, which is refused where it would lose digits. Dates of CSV count
-    in days if all are dates, in seconds if some have a time of day, in nanoseconds if some have a fraction of a second;
-    typed dates and timestamps of parquet count in their own unit.
+    An id column of a text file is integer if all of its ids are. In ``sequences`` and ``pairs`` the first id decides: if it is
+    an integer, all others must be integers greater than 0. Integers that do not fit 64 bits are kept as strings.
 
-    Raises :class:`InputError`, one sentence naming the file and the line, row or column, for everything that cannot
-    be read as asked, and :class:`MissingExtraError` for CSV and parquet without pyarrow.
+    Times are int64 if all are integers, else float64. Times that would lose digits as float64 raise an error. Dates in CSV are
+    counted in days if all are dates, in seconds if some have a time of day, and in nanoseconds if some have a fraction of a
+    second. Typed dates and timestamps in parquet are counted in their own unit.
+
+    Raises :class:`InputError`, one sentence with the file and the line, row or column, for everything that cannot be read in
+    the given format, and :class:`MissingExtraError` for CSV and parquet without pyarrow.
     """
     source = Path(path)
     if format not in ("auto", *FORMATS):
@@ -85,7 +90,10 @@ def read_log(
 
 
 def log_from_sequences(sequences: Mapping[Any, Sequence[Any]], *, name: str = "memory", min_events: int = 3) -> InteractionLog:
-    """A log from a mapping of user -> items (integers greater than 0, or strings), oldest first, as for ``json`` files."""
+    """Return the log of a mapping of user -> items, oldest first. The rules are those of ``json`` files.
+
+    The items are integers greater than 0, or strings.
+    """
     return assemble(*_from_lists(sequences.items(), name), None, name=name, min_events=min_events)
 
 
@@ -147,7 +155,7 @@ def _read_pairs(path: Path, progress: Progress | None) -> Lists:
 
 
 def _read_inter(path: Path, names: Names, progress: Progress | None) -> Events:
-    """RecBole's atomic file: tabs, and a header of ``name:type`` fields."""
+    """Read an atomic file of RecBole. It is separated by tabs and has a header of ``name:type`` fields."""
     users, items = IdColumn(), IdColumn()
     times = None if names["time"] is None else TimeColumn(path, names["time"])
     cells_of_header: list[str] = []
@@ -189,7 +197,7 @@ def _read_json(path: Path, progress: Progress | None) -> Lists:
     except RecursionError:
         raise InputError(f"{path} is not a JSON object of user -> list of items, but nested too deeply.") from None
     except ValueError:
-        # Python reads no integer of thousands of digits.
+        # Python does not read an integer with thousands of digits.
         raise InputError(f"{path} holds a number that is too long; write ids beyond 64 bits as strings.") from None
     if not isinstance(pairs, _Pairs):
         raise InputError(f"{path} must hold one JSON object of user -> list of items, but holds {_json_type(pairs)}.")
@@ -199,7 +207,7 @@ def _read_json(path: Path, progress: Progress | None) -> Lists:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object with its repeated keys, which a dictionary would lose."""
+    """A JSON object with its repeated keys. A dictionary would lose them."""
 
 
 _JSON_TYPES = {
@@ -218,7 +226,7 @@ def _json_type(value: object) -> str:
 
 
 def _from_lists(pairs: Iterable[tuple[Any, Any]], source: str) -> Lists:
-    """``pairs`` of user and items; all items must be integers greater than 0, or all strings."""
+    """Read ``pairs`` of user and items. All items must be integers greater than 0, or all must be strings."""
     keys, lists = list[str](), list[Sequence[Any]]()
     for user, items in pairs:
         if isinstance(items, np.ndarray):
@@ -244,7 +252,7 @@ def _from_lists(pairs: Iterable[tuple[Any, Any]], source: str) -> Lists:
 
 
 def _key(user: Any, source: str) -> str:
-    """A user id as text."""
+    """Return a user id as text."""
     if isinstance(user, str):
         if not _usable(user):
             raise InputError(f"{source}, user {_shown(user)}: {_NO_TEXT}.")
@@ -260,14 +268,14 @@ def _key(user: Any, source: str) -> str:
 
 
 def _usable(item: Any) -> bool:
-    """Whether a string can be written as UTF-8 and is not empty, or a number is greater than 0 and fits 64 bits."""
+    """Return whether a string is not empty and can be written as UTF-8, or a number is in 1..2**63 - 1."""
     if not isinstance(item, str):
         return bool(0 < item < 2**63)
     return bool(item) and (item.isascii() or not _SURROGATE.search(item))
 
 
 def _shown(value: object) -> str:
-    """For a message: a list may be huge, and Python prints no integer of thousands of digits."""
+    """Return a short text for a message. A list may be huge, and Python prints no integer with thousands of digits."""
     if value is not None and not isinstance(value, str | int | float):
         return f"of type {type(value).__name__}"
     try:
@@ -289,7 +297,7 @@ def _reject_item(keys: list[str], lists: list[Sequence[Any]], kind: type, source
 
 
 def _user_ids(keys: list[str], source: str) -> Ids:
-    """Integers if printing them gives all the keys back, else the keys."""
+    """Return ``keys`` as integers if every integer prints as its key, else ``keys`` unchanged."""
     try:
         values = [int(key) for key in keys]
         if [str(value) for value in values] == keys:
@@ -303,7 +311,7 @@ def _user_ids(keys: list[str], source: str) -> Ids:
 
 
 def _per_line(block: Block) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First field and number of fields of each line that has any."""
+    """Return the first field and the number of fields of each line that has any."""
     first = np.flatnonzero(np.diff(block.lines, prepend=0))
     return first, np.diff(np.append(first, len(block)))
 

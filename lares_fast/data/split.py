@@ -1,4 +1,4 @@
-"""Which events are trained on, validated on and tested on; rows are (user, position) pairs into the log."""
+"""Splits of a log into training, validation and test rows. A row is a pair (user, position) into the log."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lares_fast.data.log import InteractionLog
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Prediction tasks. Row r predicts ``log.items[ends[r]]`` from the same user's events before it.
+    """Prediction tasks. Row r predicts ``log.items[ends[r]]`` from the earlier events of that user.
 
     ``users``
-        [R] int32, index of the user.
+        [R] int32: the index of the user.
     ``ends``
-        [R] int64, position of the target in ``log.items``; the input is ``log.items[max(start, end - L):end]``
-        with ``start = log.offsets[user]``, and never empty.
+        [R] int64: the position of the target in ``log.items``. The input is ``log.items[max(start, end - L):end]`` with
+        ``start = log.offsets[user]``. It is never empty.
     """
 
     users: NDArray[np.int32]
@@ -30,18 +30,18 @@ class Rows:
         return len(self.ends)
 
     def targets(self, log: InteractionLog) -> NDArray[np.int32]:
-        """Dense target items [R] int32."""
+        """Return the dense target items [R] int32."""
         return log.items[self.ends]
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Rows of the three parts.
+    """The rows of the three parts.
 
     ``train_end``
-        [U] int64: the events of user u that training may see are ``log.items[log.offsets[u]:train_end[u]]``.
+        [U] int64. Training may see the events ``log.items[log.offsets[u]:train_end[u]]`` of user u, and no others.
     ``protocol``
-        The split in words, for results tables.
+        The name of the split in tables of results.
     """
 
     train: Rows
@@ -51,15 +51,15 @@ class Split:
     protocol: str
 
     def summary(self) -> str:
-        """One line: the protocol and the number of rows of each part."""
+        """Return one line with the protocol and the number of rows of each part."""
         return f"{self.protocol}: {len(self.train):,} training, {len(self.valid):,} validation, {len(self.test):,} test rows"
 
 
 def leave_one_out(log: InteractionLog) -> Split:
-    """Each user's last item is tested, the one before validated, the rest ``s[:-2]`` trained on.
+    """Split the items s of each user: test on the last item, validate on the item before it, train on ``s[:-2]``.
 
-    Training rows are all non-empty prefixes of ``s[:-2]`` with the next item as target: as many as the log has
-    events, minus 3 a user. Raises :class:`InputError` if a user has fewer than 3 events, or no user has more.
+    Training rows are all non-empty prefixes of ``s[:-2]`` with the next item as target. Their number is the number of events
+    minus 3 for each user. Raises :class:`InputError` if a user has fewer than 3 events, or if no user has more than 3.
     """
     if short := int((log.lengths < 3).sum()):
         raise InputError(f"{log.name}: leave-one-out needs 3 events a user, but {short:,} have fewer; read with min_events=3.")
@@ -80,7 +80,7 @@ def leave_one_out(log: InteractionLog) -> Split:
 
 
 def cutoffs(log: InteractionLog, valid_fraction: float = 0.1, test_fraction: float = 0.1) -> tuple[float, float]:
-    """Times (valid_from, test_from) that put about these fractions of all events into the two last windows.
+    """Return times (valid_from, test_from) that put about these fractions of all events into the two last windows.
 
     Raises :class:`InputError` if the log has no times or the fractions leave nothing to train on.
     """
@@ -95,13 +95,15 @@ def cutoffs(log: InteractionLog, valid_fraction: float = 0.1, test_fraction: flo
 
 
 def temporal_split(log: InteractionLog, valid_from: float, test_from: float) -> Split:
-    """Cut the log at two moments that are the same for everybody.
+    """Cut the log at two moments, which are equal for all users.
 
-    Training sees events strictly before ``valid_from`` only, as input and as target. Validation has one row a
-    user: their first event in [valid_from, test_from) that has an earlier event of theirs, predicted from all of
-    those; testing likewise from ``test_from`` on. Users without such an event have no row there. Items that first
-    occur after ``valid_from`` stay in the catalog and are ranked like all others, though no training row has them.
-    Raises :class:`InputError` if the log has no times, the moments are out of order or a part is left empty.
+    - Training has the events strictly before ``valid_from`` only, as input and as target.
+    - Validation has at most one row for each user: the first event in [valid_from, test_from) with an earlier event of the
+      user. All earlier events are its input.
+    - Testing has at most one row for each user: the first event from ``test_from`` on with an earlier event of the user.
+
+    Items that first occur after ``valid_from`` stay in the catalog. They are ranked like all others, although no training row
+    has them. Raises :class:`InputError` if the log has no times, if the moments are out of order, or if a part is empty.
     """
     times = _times(log)
     if not valid_from < test_from:
@@ -131,16 +133,16 @@ def _times(log: InteractionLog) -> NDArray[np.int64 | np.float64]:
 
 
 def _count_before(log: InteractionLog, times: NDArray[np.int64 | np.float64], moment: float) -> NDArray[np.int64]:
-    """Events [U] int64 of each user strictly before ``moment``; times never fall within a user."""
+    """Return the number of events of each user strictly before ``moment``, [U] int64. Times never decrease within a user."""
     if times.dtype == np.int64 and math.isfinite(moment):
-        # Beside a float, integers would be rounded to floats.
+        # A comparison with a float would round the integers to floats.
         moment = math.ceil(moment)
     running = np.concatenate(([0], np.cumsum(times < moment)))
     return running[log.offsets[1:]] - running[log.offsets[:-1]]
 
 
 def _prefixes(log: InteractionLog, train_end: NDArray[np.int64]) -> Rows:
-    """All rows whose target is before ``train_end`` [U] and is not the user's first event."""
+    """Return all rows whose target is before ``train_end`` [U] and is not the first event of its user."""
     starts = log.offsets[:-1]
     counts = np.maximum(train_end - starts - 1, 0)
     users = np.repeat(np.arange(log.n_users, dtype=np.int32), counts)
@@ -149,7 +151,7 @@ def _prefixes(log: InteractionLog, train_end: NDArray[np.int64]) -> Rows:
 
 
 def _first_with_history(log: InteractionLog, begin: NDArray[np.int64], end: NDArray[np.int64]) -> Rows:
-    """For each user the first event in [begin, end) that is not the user's first of all."""
+    """Return for each user the first event in [begin, end) that is not the first of all events of the user."""
     first = np.maximum(begin, log.offsets[:-1] + 1)
     users = np.flatnonzero(first < end).astype(np.int32)
     return Rows(users, first[users])

@@ -1,12 +1,15 @@
-"""A made-up shop whose next purchase has a known law, so that the best possible score is known too.
+"""An invented shop. The distribution of the next purchase is known, so the best possible score is known, too.
 
-Items are products of ``n_brands`` brands; each brand makes the same ``n_types`` types. Every user has one favourite
-brand, which the log does not tell, and needs the types in one order common to all: after type j comes
-``successor[j]``. The next item is, with probability ``loyalty``, the favourite brand's product of the type that
-follows the last one bought; otherwise, like the first item, it is drawn from a Zipf law over all products.
+Items are products of ``n_brands`` brands. Each brand makes ``n_types`` types of product. Every user has one favourite brand,
+which the log does not show. All users need the types in one common order: after type j comes ``successor[j]``.
 
-After such a stray purchase the last item gives the next type but hides the brand, which only the earlier history
-shows: so popularity does badly, the last item alone misses much, and a model that reads the history gains.
+With probability ``loyalty`` the next item is a product of the favourite brand, of the type that follows the type of the last
+item. Otherwise it is a stray purchase: a product drawn from a Zipf distribution over all products. The first item is always
+one.
+
+After a stray purchase the last item still determines the next type. It does not show the favourite brand; only the earlier
+history does. So a ranking by popularity is poor, a ranking by the last item alone is better, and a model that reads the
+history can be better still.
 """
 
 from __future__ import annotations
@@ -26,19 +29,20 @@ from lares_fast.data.split import Rows
 
 MIN_LENGTH = 5
 ZIPF_EXPONENT = 1.0
-FIRST_DAY = 1_600_000_000  # seconds since 1970, as in common logs
-LAW_NUMBERS = 1 << 20
+# In seconds since 1970, as in common logs.
+FIRST_DAY = 1_600_000_000
+BATCH_NUMBERS = 1 << 20
 SECONDS_A_YEAR, MEAN_GAP_SECONDS = 365 * 86400, 7 * 86400
 
 
 @dataclass(frozen=True, eq=False)
 class Shop:
-    """The law that a synthetic log follows. Item ``1 + brand * n_types + type`` is that brand's product of that type.
+    """The probabilities that a synthetic log follows. Item ``1 + brand * n_types + type`` is a brand's product of one type.
 
     ``successor``
-        [n_types] int64: the type needed after each type.
+        [n_types] int64: the type that is needed after each type.
     ``stray``
-        [N] float64: the law of a purchase that follows no plan, 0 for PAD.
+        [N] float64: the probability of each item in a stray purchase, 0 for PAD.
     """
 
     n_brands: int
@@ -48,19 +52,19 @@ class Shop:
 
     @property
     def n_types(self) -> int:
-        """Types a brand."""
+        """The number of types of each brand."""
         return len(self.successor)
 
     def brand_and_type(self, items: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-        """Of dense items of any shape."""
+        """Return the brands and the types of dense ``items`` of any shape."""
         brand, kind = np.divmod(items - 1, self.n_types)
         return brand, kind
 
     def next_item(self, log: InteractionLog, rows: Rows) -> NDArray[np.float64]:
-        """True probabilities [R, N] float64 of each item to be the target, given the whole history before it.
+        """Return the true probability of each item to be the target of each row, [R, N] float64, given the whole history.
 
-        The favourite brand is uniform at first; each bought item that continues the order of types speaks for its
-        brand by the ratio of its probabilities with and without that favourite (Bayes).
+        The favourite brand is uniform at first. Each item that continues the order of types is evidence for its brand, by the
+        ratio of its probabilities with and without that favourite (Bayes).
         """
         starts = log.offsets[rows.users]
         lengths = rows.ends - starts
@@ -75,15 +79,15 @@ class Shop:
         favourite /= favourite.sum(1, keepdims=True)
 
         wanted = self.successor[self.brand_and_type(log.items[rows.ends - 1])[1]]
-        law = np.tile((1 - self.loyalty) * self.stray, (len(rows), 1))
+        probability = np.tile((1 - self.loyalty) * self.stray, (len(rows), 1))
         columns = 1 + wanted[:, None] + np.arange(self.n_brands) * self.n_types
-        law[np.arange(len(rows))[:, None], columns] += self.loyalty * favourite
-        return law
+        probability[np.arange(len(rows))[:, None], columns] += self.loyalty * favourite
+        return probability
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SyntheticLog(InteractionLog):
-    """A log made by :func:`synthetic_log`, with the law it was drawn from."""
+    """A log from :func:`synthetic_log`, with the shop that it was drawn from."""
 
     shop: Shop
 
@@ -97,9 +101,9 @@ def synthetic_log(
     loyalty: float = 0.6,
     seed: int = 0,
 ) -> SyntheticLog:
-    """Draw a log of ``n_users`` users and ``n_items`` products (PAD not counted), always the same for the same arguments.
+    """Draw a log of ``n_users`` users and ``n_items`` products, PAD not counted. Equal arguments give equal logs.
 
-    Lengths are 5 plus a geometric number, ``mean_length`` on average; ``times`` are seconds since 1970. Raw ids look
+    Lengths are 5 plus a geometric random number, ``mean_length`` on average. ``times`` are seconds since 1970. Raw ids look
     like ``user-0042`` and ``brand07-type12``. Raises :class:`InputError` for arguments out of range.
     """
     for name, value, holds, expected in (
@@ -150,27 +154,27 @@ def synthetic_log(
 
 
 def best_possible(log: SyntheticLog, rows: Rows, ks: Sequence[int] = (5, 10, 20)) -> dict[str, float]:
-    """Recall@k and NDCG@k on ``rows`` of the ranking that no model can beat on average, under ``recall@k`` and ``ndcg@k``.
+    """Return the scores on ``rows`` of the best possible ranking, under the names ``recall@k`` and ``ndcg@k``.
 
-    It ranks all items (those in the history included, PAD not) by their true probability given the whole history,
-    ties by id. A model may still exceed it on a finite set of rows by luck, within the sampling error.
-    Raises :class:`InputError` if there is no row.
+    That ranking orders all items, also those in the history but not PAD, by their true probability given the whole history,
+    and ties by id. No model has a better score on average. On a finite set of rows a model can be better by luck, within the
+    sampling error. Raises :class:`InputError` if there is no row.
     """
     if not len(rows):
         raise InputError("rows must hold a row to rank, but are empty.")
-    # The law of a batch is a matrix: few rows at a time where there are many items.
-    batch = max(1, min(1024, LAW_NUMBERS // log.n_items))
+    # The probabilities of a batch are a matrix, so a batch has few rows where there are many items.
+    batch = max(1, min(1024, BATCH_NUMBERS // log.n_items))
     rank = np.concatenate([_true_ranks(log, rows, begin, begin + batch) for begin in range(0, len(rows), batch)])
     scores = {f"recall@{k}": float((rank < k).mean()) for k in ks}
     return scores | {f"ndcg@{k}": float(np.where(rank < k, 1 / np.log2(rank + 2), 0).mean()) for k in ks}
 
 
 def _true_ranks(log: SyntheticLog, rows: Rows, begin: int, end: int) -> NDArray[np.int64]:
-    """0-based ranks of the targets of the rows begin..end-1 under the true law."""
+    """Return the 0-based ranks of the targets of the rows begin..end-1 by true probability."""
     part = Rows(rows.users[begin:end], rows.ends[begin:end])
-    law, target = log.shop.next_item(log, part)[:, 1:], part.targets(log)[:, None] - 1
-    own = np.take_along_axis(law, target, axis=1)
-    before = (law > own) | ((law == own) & (np.arange(law.shape[1]) < target))
+    probability, target = log.shop.next_item(log, part)[:, 1:], part.targets(log)[:, None] - 1
+    own = np.take_along_axis(probability, target, axis=1)
+    before = (probability > own) | ((probability == own) & (np.arange(probability.shape[1]) < target))
     return np.asarray(before.sum(1))
 
 
@@ -186,7 +190,7 @@ def _shop(key: _random.Key, n_items: int, n_brands: int, loyalty: float) -> Shop
 
 
 def _uniforms(key: _random.Key, rows: int, columns: int) -> NDArray[np.float64]:
-    """[rows, columns] in [0, 1), at most 4 columns."""
+    """Return uniform numbers [rows, columns] in [0, 1). There are at most 4 columns."""
     zero = torch.zeros((), dtype=torch.int64)
     words = _random.philox((torch.arange(rows), zero, zero, zero), key)
     return np.stack([word.numpy() for word in words[:columns]], axis=1) / 2**32

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lares_fast._random import SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, RoundKeys, apply_dropout, keep_hidden_at
-from lares_fast._transfer import sent
+from lares_fast._transfer import to_device
 from lares_fast.ops._recurrence_call import RecurrenceCall
 from lares_fast.ops.attention import AttentionCall, attend
 
@@ -103,7 +103,7 @@ class _Steps:
         self.thresholds = call.thresholds
         self.rows = self.seed = self.keys = None
         if any(self.thresholds) and call.rows is not None and call.seed is not None:
-            self.rows, self.seed, self.keys = sent(call.rows, device), call.seed, RoundKeys.of_seed(call.seed)
+            self.rows, self.seed, self.keys = to_device(call.rows, device), call.seed, RoundKeys.of_seed(call.seed)
         self.count, depth = call.steps, call.depth
         # The output takes these of every sequence's T steps, sequence by sequence.
         self.taken: Any = slice(None)
@@ -112,8 +112,8 @@ class _Steps:
         if depth is not None:
             self.count = int(depth.max()) if B else 1
             if call.output == "steps":
-                self.taken = sent((torch.arange(self.count) < depth.cpu()[:, None]).flatten().nonzero()[:, 0], device)
-            self.until = sent(depth, device)[self.sequence][:, None]
+                self.taken = to_device((torch.arange(self.count) < depth.cpu()[:, None]).flatten().nonzero()[:, 0], device)
+            self.until = to_device(depth, device)[self.sequence][:, None]
 
     def advance(self, t: int, h: Tensor, pre: Tensor | None, weights: Tensor) -> Tensor:
         """Return the states [P, D] after step ``t``, counted from 0."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lares_fast._errors import InputError
 from lares_fast._random import MOST_STEPS
-from lares_fast._transfer import sent
+from lares_fast._transfer import to_device
 from lares_fast.ops import _triton
 from lares_fast.ops._recurrence_call import RecurrenceCall
 
@@ -98,8 +98,8 @@ def ready(call: RecurrenceCall) -> RecurrenceCall:
         h=aligned(call.h),
         pre=None if call.pre is None else aligned(call.pre),
         offsets=aligned(call.offsets),
-        depth=aligned(sent(call.depths(), device)),
-        rows=aligned(sent(call.rows, device)) if drops and call.rows is not None else None,
+        depth=aligned(to_device(call.depths(), device)),
+        rows=aligned(to_device(call.rows, device)) if drops and call.rows is not None else None,
         seed=aligned(call.seed) if drops and call.seed is not None else None,
         weights=aligned(call.weights),
     )

@@ -1,4 +1,4 @@
-"""LARES in readable PyTorch: the oracle that every faster implementation is tested against."""
+"""LARES in readable PyTorch. Every faster implementation is tested against it."""
 
 from lares_fast.reference.attention import attention, attention_mask, packed_attention
 from lares_fast.reference.backbone import register_backbone
@@ -7,9 +7,10 @@ from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, targ
 from lares_fast.reference.model import LARES
 from lares_fast.reference.recurrence import Recurrence, recurrence
 from lares_fast.reference.rpt import RPTLoss, group_advantage, ranking_reward, rpt_loss
-from lares_fast.reference.spt import Pass, Sequences, SPTLoss, info_nce, spt_loss
+from lares_fast.reference.spt import Pass, SPTLoss, info_nce, spt_loss
 from lares_fast.reference.target_rank import target_rank
 from lares_fast.reference.topk import topk
+from lares_fast.sequences import Sequences
 
 __all__ = [
     "LARES",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lares_fast._random import Draw
-from lares_fast.reference.sequences import pad, places
+from lares_fast.sequences import pad, unpad
 
 
 def attention_mask(item_seq: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,7 +106,6 @@ class _Padded:
     def __init__(self, offsets: Tensor, longest: int) -> None:
         self.offsets = offsets
         self.longest = longest
-        self.places = places(offsets)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Return the :func:`attention_mask` of the rectangle."""
@@ -115,8 +114,8 @@ class _Padded:
 
     def heads(self, packed: Tensor) -> Tensor:
         """Return ``packed`` [P, H, ...] as [B, H, L, ...], zero where there is no row."""
-        return pad(packed, self.offsets, self.longest)[0].transpose(1, 2)
+        return pad(packed, self.offsets, self.longest).transpose(1, 2)
 
     def rows(self, padded: Tensor) -> Tensor:
         """Return the rows [P, H, ...] of ``padded`` [B, H, L, ...]."""
-        return padded.transpose(1, 2)[self.places]
+        return unpad(padded.transpose(1, 2), self.offsets)

@@ -1,4 +1,4 @@
-"""Laws of the number of reasoning steps T drawn in training."""
+"""Random numbers of reasoning steps T for training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from torch import Tensor
 from lares_fast.config import LARESConfig
 
 
+def sample_batch_depth(config: LARESConfig, batch: int, generator: torch.Generator) -> Tensor:
+    """Return the depths of ``batch`` sequences, int64 [B]: one depth for all, or one for each with ``per_sequence_depth``."""
+    return sample_depth(config, batch if config.per_sequence_depth else 1, generator).expand(batch)
+
+
 def sample_depth(config: LARESConfig, size: int, generator: torch.Generator) -> Tensor:
-    """``size`` depths (int64 [size]), each at least 1: official laws around the mean m = ``config.mean_depth``."""
+    """Return ``size`` depths, int64 [size], each at least 1.
+
+    ``config.depth_sampling`` names the distribution. All are from the official code, around m = ``config.mean_depth``.
+    """
     m = config.mean_depth
     match config.depth_sampling:
         case "constant":
@@ -25,7 +33,7 @@ def sample_depth(config: LARESConfig, size: int, generator: torch.Generator) -> 
         case "poisson-bounded":
             depth = _poisson(torch.full((size,), float(m)), generator).clamp(max=2 * m)
         case _:
-            # sigma = 0.5; the shift by sigma^2 / 2 makes the mean of the rates m.
+            # sigma is 0.5. The shift by sigma^2 / 2 gives the rates the mean m.
             rate = torch.exp(torch.randn(size, generator=generator) * 0.5 + math.log(m) - 0.125)
             depth = (_poisson(rate, generator) + 1).clamp(max=3 * m)
     return depth.clamp(min=1)

@@ -9,26 +9,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import number, whole
+from lares_fast._numbers import is_integer, number, whole
 from lares_fast._random import MOST_STEPS, SITE_INPUT, Draw, root_key
+from lares_fast._transfer import to_device
 from lares_fast.config import LARESConfig
 from lares_fast.reference.attention import attention_mask
 from lares_fast.reference.backbone import build_block
-from lares_fast.reference.depth import sample_depth
-from lares_fast.reference.linear_cross_entropy import PAD, linear_cross_entropy, target_logprob, target_logprob_and_rank
+from lares_fast.reference.depth import sample_batch_depth
+from lares_fast.reference.head import REFERENCE_HEAD, Head
 from lares_fast.reference.recurrence import Recurrence
-from lares_fast.reference.sequences import pad, rectangle, repeat
+from lares_fast.sequences import PAD, Sequences, pad, unpad
 
 _EVALUATION_KEY = root_key(0)
 
 
 class LARES(nn.Module):
     """Item embeddings -> pre-block once -> core-block T times -> last position -> scores of every item."""
-
-    # The head of the losses, which a subclass may compute another way.
-    linear_cross_entropy = staticmethod(linear_cross_entropy)
-    target_logprob = staticmethod(target_logprob)
-    target_logprob_and_rank = staticmethod(target_logprob_and_rank)
 
     def __init__(self, config: LARESConfig) -> None:
         super().__init__()
@@ -40,15 +36,20 @@ class LARES(nn.Module):
         self.recurrence = Recurrence(config)
         self.apply(self._initialise)
 
+    @property
+    def head(self) -> Head:
+        """The functions with which the losses score targets against the item table."""
+        return REFERENCE_HEAD
+
     def _initialise(self, module: nn.Module) -> None:
-        # The PAD row is drawn like any other: it is scored by the training softmax.
+        # The PAD row gets random values like every other row, because the training softmax scores it.
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
     def set_dropout(self, p: float) -> None:
-        """Use hidden and attention dropout ``p`` from now on (the two training phases differ in it)."""
+        """Set hidden and attention dropout to ``p`` from now on. The two training phases use different values."""
         p = number("p", p)
         self.config = self.config.replace(dropout=p, attention_dropout=None)
         for module in self.modules():
@@ -66,28 +67,33 @@ class LARES(nn.Module):
         return_all_steps: bool = False,
         draw: Draw | None = None,
     ) -> Tensor:
-        """The latent state at each sequence's last position.
+        """Return the latent state at the last position of each sequence, [B, D].
 
-        ``item_seq`` [B, L] int64 item ids, right-padded with 0, L <= ``max_len``; ``item_seq_len`` [B] int64, each
-        at least 1. Or packed: ``item_seq`` [P], one sequence behind the other, with offsets [B + 1] in the place of
-        ``item_seq_len``. Lengths, offsets and depths may be on the CPU while items are on a GPU: nothing then waits for the
-        GPU, and items are checked by PyTorch's embedding alone. ``num_steps`` T, one int or int64 [B] (default: drawn in
-        training, ``config.steps`` in evaluation); ``state`` h0 [B, L, D], packed [P, D] (default: drawn by
-        ``config.state_init``); ``draw`` addresses the random numbers of this pass. Without ``draw``, training takes a fresh
-        key from torch's global generator, and evaluation gives every sequence the same fixed h0, so that equal histories
-        give equal answers in any batch.
+        ``item_seq``, ``item_seq_len``
+            Padded: int64 item ids [B, L], filled with 0 on the right, where L is at most ``max_len``, and int64 lengths [B],
+            each at least 1. Packed: the items [P] of all sequences one behind the other, and int64 offsets [B + 1]. A
+            :class:`lares_fast.reference.Sequences` unpacks as the packed pair: ``encode(*batch.sequences)``.
+        ``num_steps``
+            T, one integer or int64 [B]. The default is ``config.steps`` in evaluation. In training it is drawn at random.
+        ``state``
+            h0 [B, L, D], or [P, D] for packed sequences. The default follows ``config.state_init``.
+        ``return_all_steps``
+            Return the states after every step, [B, T, D] with the largest T. A sequence that stopped earlier repeats its
+            last state.
+        ``draw``
+            The addresses of the random numbers of this pass. The default in training is a fresh key from torch's global
+            generator. The default in evaluation is one fixed h0 for every sequence, so that equal histories give equal
+            answers in any batch.
 
-        Returns [B, D], or [B, T, D] with ``return_all_steps`` (T the largest depth; a sequence that
-        stopped earlier repeats its last state). Raises :class:`InputError` for arguments that do not fit, and for a PAD inside
-        a sequence. Items on a GPU are not looked at: there ``lares_fast.LARES`` gives NaN for such a sequence.
+        Lengths, offsets and depths may be on the CPU while the items are on a GPU. Then nothing waits for the GPU.
+
+        Raises :class:`InputError` for arguments that do not fit, and for a PAD inside a sequence. The values of items on a
+        GPU are not checked: there ``lares_fast.LARES`` returns NaN for a sequence with a PAD inside.
         """
-        self._check_sequences(item_seq, item_seq_len)
-        batch = len(item_seq_len) - (item_seq.dim() == 1)
-        draw = draw or self._default_draw(batch)
-        self._check_choices(item_seq, batch, 1, state, draw)
-        depth = self._depth(num_steps, batch, draw)
-        states = self._encode(item_seq, item_seq_len, 1, depth, state, draw, return_all_steps)
-        return rectangle(states, depth) if return_all_steps else states
+        sequences = self._sequences(item_seq, item_seq_len)
+        depth, state, draw = self._choices(item_seq, sequences, 1, num_steps, state, draw)
+        states = self._encode(sequences, 1, depth, state, draw, return_all_steps)
+        return _rectangle(states, depth) if return_all_steps else states
 
     def trajectories(
         self,
@@ -98,45 +104,62 @@ class LARES(nn.Module):
         state: Tensor | None = None,
         draw: Draw | None = None,
     ) -> Tensor:
-        """The latent state at each sequence's last position after every step of G passes over the same B sequences.
+        """Return the latent states after every step of G passes over the same B sequences, [sum of ``num_steps``, D].
 
-        ``num_steps`` [G, B] int64; ``state`` [G * B, L, D], packed [G * P, D], and ``draw`` with G * B rows, pass by pass; the
-        rest as in :meth:`encode`. Returns [sum of ``num_steps``, D]: pass by pass, sequence by sequence, step by step.
+        The states are ordered pass by pass, then sequence by sequence, then step by step. ``num_steps`` is int64 [G, B].
+        ``state`` is [G * B, L, D], or [G * P, D] for packed sequences, and ``draw`` has G * B rows, both pass by pass. The
+        other arguments and the errors are as in :meth:`encode`.
         """
-        self._check_sequences(item_seq, item_seq_len)
-        batch = len(item_seq_len) - (item_seq.dim() == 1)
+        sequences = self._sequences(item_seq, item_seq_len)
+        batch = sequences.batch
         if not isinstance(num_steps, Tensor) or num_steps.dim() != 2 or num_steps.shape[1] != batch or not len(num_steps):
             got = list(num_steps.shape) if isinstance(num_steps, Tensor) else repr(num_steps)[:40]
             raise InputError(f"num_steps must be [G, {batch}] with a row for each of G passes, but got {got}.")
         passes = len(num_steps)
-        draw = draw or self._default_draw(passes * batch)
-        self._check_choices(item_seq, batch, passes, state, draw)
-        depth = self._depth(num_steps.flatten(), passes * batch, draw)
-        return self._encode(item_seq, item_seq_len, passes, depth, state, draw, True)
+        depth, state, draw = self._choices(item_seq, sequences, passes, num_steps.flatten(), state, draw)
+        return self._encode(sequences, passes, depth, state, draw, True)
 
-    def _encode(
+    def _sequences(self, item_seq: Tensor, item_seq_len: Tensor) -> Sequences:
+        return Sequences.from_input(item_seq, item_seq_len, n_items=self.config.n_items, max_len=self.config.max_len)
+
+    def _choices(
         self,
         item_seq: Tensor,
-        item_seq_len: Tensor,
+        sequences: Sequences,
         passes: int,
-        depth: Tensor,
+        num_steps: int | Tensor | None,
         state: Tensor | None,
-        draw: Draw,
-        every_step: bool,
-    ) -> Tensor:
-        """``passes`` passes over B sequences with every choice made, ``depth`` [passes * B] int64 on the CPU.
+        draw: Draw | None,
+    ) -> tuple[Tensor, Tensor | None, Draw]:
+        """Check and complete the choices of ``passes`` passes over ``sequences``, which the caller gave as ``item_seq``.
 
-        Returns the last states [passes * B, D], or those of every step as :meth:`trajectories` has them.
+        Returns ``(depth [passes * B] int64 on the CPU, state [passes * P, D] or None, draw)``.
         """
-        item_seq_len, depth = item_seq_len.to(item_seq.device), depth.to(item_seq.device)
-        if item_seq.dim() == 1:
-            item_seq, offsets = repeat(item_seq, item_seq_len, passes)
-            state = None if state is None else pad(state, offsets, self.config.max_len)[0]
-            item_seq, item_seq_len = pad(item_seq, offsets, self.config.max_len)
-        else:
-            item_seq, item_seq_len = item_seq.repeat(passes, 1), item_seq_len.repeat(passes)
-        if state is None:
-            state = self.initial_state(draw, item_seq.shape[1])
+        rows = passes * sequences.batch
+        draw = draw or self._default_draw(rows)
+        if draw.rows.shape != (rows,) or not is_integer(draw.rows):
+            raise InputError(
+                f"draw.rows must be int64 [{rows}], one for each sequence, but got {draw.rows.dtype} {list(draw.rows.shape)}."
+            )
+        if state is not None:
+            shape = (passes * len(item_seq), *item_seq.shape[1:], self.config.hidden_size)
+            if state.shape != shape or not state.dtype.is_floating_point:
+                raise InputError(f"state must be floating-point {list(shape)}, but got {state.dtype} {list(state.shape)}.")
+            if item_seq.dim() == 2:
+                state = unpad(state, sequences.repeat(passes).offsets)
+        return self._depth(num_steps, rows, draw), state, draw
+
+    def _encode(
+        self, sequences: Sequences, passes: int, depth: Tensor, state: Tensor | None, draw: Draw, every_step: bool
+    ) -> Tensor:
+        """Run ``passes`` passes over B sequences with every choice made, as :meth:`_choices` returns them.
+
+        Returns the last states [passes * B, D], or the states of every step in the order of :meth:`trajectories`.
+        """
+        sequences, max_len = sequences.repeat(passes), self.config.max_len
+        item_seq, item_seq_len = sequences.padded(max_len)
+        depth = depth.to(item_seq.device)
+        state = self.initial_state(draw, max_len) if state is None else pad(state, sequences.offsets, max_len)
         last = (item_seq_len - 1)[:, None, None].expand(-1, 1, self.config.hidden_size)
         at_last = [h.gather(1, last) for h in self._states(item_seq, state, depth, draw if self.training else None)]
         if not every_step:
@@ -154,7 +177,7 @@ class LARES(nn.Module):
         return self.recurrence(state.to(x), pre, mask, depth, draw=draw)
 
     def initial_state(self, draw: Draw, length: int) -> Tensor:
-        """h0 [B, L, D] by ``config.state_init``: noise (fp32) addressed by ``draw``, or zeros."""
+        """Return h0 [B, L, D] as ``config.state_init`` says: fp32 noise that ``draw`` addresses, or zeros."""
         return self._initial_state(draw, draw.rows[:, None], torch.arange(length))
 
     def _initial_state(self, draw: Draw, rows: Tensor, positions: Tensor) -> Tensor:
@@ -170,14 +193,10 @@ class LARES(nn.Module):
 
     def _depth(self, num_steps: int | Tensor | None, batch: int, draw: Draw) -> Tensor:
         if num_steps is None:
-            if not self.training:
-                num_steps = self.config.steps
-            else:
-                size = batch if self.config.per_sequence_depth else 1
-                num_steps = sample_depth(self.config, size, draw.generator())
+            num_steps = sample_batch_depth(self.config, batch, draw.generator()) if self.training else self.config.steps
         if not isinstance(num_steps, Tensor):
             num_steps = torch.tensor(whole("num_steps", num_steps))
-        if _not_integers(num_steps) or num_steps.shape not in ((), (1,), (batch,)):
+        if not is_integer(num_steps) or num_steps.shape not in ((), (1,), (batch,)):
             raise InputError(
                 f"num_steps must be an integer or int64 [{batch}], but got {num_steps.dtype} {list(num_steps.shape)}."
             )
@@ -188,81 +207,30 @@ class LARES(nn.Module):
             )
         return depth
 
-    def _check_sequences(self, item_seq: Tensor, item_seq_len: Tensor) -> None:
-        for name, value in (("item_seq", item_seq), ("item_seq_len", item_seq_len)):
-            if not isinstance(value, Tensor) or _not_integers(value):
-                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise InputError(f"{name} must be a tensor of integers, but got {got}.")
-        packed = item_seq.dim() == 1
-        if packed:
-            self._check_offsets(item_seq, item_seq_len)
-        else:
-            self._check_lengths(item_seq, item_seq_len)
-        if item_seq.device.type != "cpu" or not item_seq.numel():
-            return
-        lowest, highest = int(item_seq.min()), int(item_seq.max())
-        if not 0 <= lowest <= highest < self.config.n_items:
-            raise InputError(f"item_seq must hold ids in 0..{self.config.n_items - 1}, but it spans {lowest}..{highest}.")
-        if lowest:
-            return
-        pads = item_seq == PAD
-        if not packed:
-            pads &= torch.arange(item_seq.shape[1]) < item_seq_len.cpu()[:, None]
-        if bool(pads.any()):
-            raise InputError(
-                f"item_seq holds PAD (0) inside a sequence, at {pads.nonzero()[0].tolist()}: padding belongs behind the last "
-                "item, so move left padding there and drop PADs between items."
-            )
-
-    def _check_offsets(self, item_seq: Tensor, offsets: Tensor) -> None:
-        longest = self.config.max_len
-        if offsets.dim() != 1 or not len(offsets) or int(offsets[0]) or int(offsets[-1]) != len(item_seq):
-            raise InputError(f"the offsets of packed sequences must be [B + 1] from 0 to {len(item_seq)}, the number of items.")
-        lengths = offsets.diff()
-        if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= longest:
-            raise InputError(
-                f"packed sequences must have 1..{longest} items, but have {int(lengths.min())}..{int(lengths.max())}."
-            )
-
-    def _check_lengths(self, item_seq: Tensor, lengths: Tensor) -> None:
-        longest = self.config.max_len
-        if item_seq.dim() != 2 or item_seq.shape[1] > longest:
-            raise InputError(f"item_seq must be [B, L] with L <= {longest}, but got {list(item_seq.shape)}.")
-        if lengths.shape != item_seq.shape[:1]:
-            raise InputError(f"item_seq_len must be [{len(item_seq)}], but got {list(lengths.shape)}.")
-        if len(item_seq) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= item_seq.shape[1]:
-            raise InputError(
-                f"item_seq_len must be in 1..{item_seq.shape[1]}, but it spans "
-                f"{int(lengths.min())}..{int(lengths.max())}; drop empty histories."
-            )
-
-    def _check_choices(self, item_seq: Tensor, batch: int, passes: int, state: Tensor | None, draw: Draw) -> None:
-        """h0 and the addresses of the random numbers of ``passes`` passes over ``batch`` sequences."""
-        if draw.rows.shape != (passes * batch,) or _not_integers(draw.rows):
-            raise InputError(
-                f"draw.rows must be int64 [{passes * batch}], one of each sequence, "
-                f"but got {draw.rows.dtype} {list(draw.rows.shape)}."
-            )
-        shape = (passes * len(item_seq), *item_seq.shape[1:], self.config.hidden_size)
-        if state is not None and (state.shape != shape or not state.dtype.is_floating_point):
-            raise InputError(f"state must be floating-point {list(shape)}, but got {state.dtype} {list(state.shape)}.")
-
-    def compared(self, x: Tensor) -> Tensor:
-        """``x`` [..., D] as it enters similarities between states: itself, or its direction with ``cos``."""
+    def normalise(self, x: Tensor) -> Tensor:
+        """Return ``x`` [..., D] as similarities compare it: scaled to length 1 with ``cos``, unchanged with ``dot``."""
         return F.normalize(x, dim=-1) if self.config.similarity == "cos" else x
 
-    def query_and_items(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``(query [..., D], items [N, D])`` whose dot products are the scores of ``hidden`` [..., D]."""
-        items = self.compared(self.item_embedding.weight)
-        if self.config.similarity == "cos":
-            return self.compared(hidden) / self.config.tau, items
-        return hidden, items
+    def queries(self, hidden: Tensor) -> Tensor:
+        """Return the queries of the states ``hidden`` [..., D]. Their dot products with :meth:`item_table` are the scores."""
+        return self.normalise(hidden) / self.config.tau if self.config.similarity == "cos" else hidden
+
+    def item_table(self) -> Tensor:
+        """Return the item table [N, D] as it is scored, PAD's row 0 included. Gradients reach the embedding."""
+        return self.normalise(self.item_embedding.weight)
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor, *, num_steps: int | Tensor | None = None) -> Tensor:
-        """Scores [B, N] of every row of the item table, PAD included; arguments as in :meth:`encode`."""
-        query, items = self.query_and_items(self.encode(item_seq, item_seq_len, num_steps=num_steps))
-        return query @ items.T
+        """Return the scores [B, N] of every row of the item table, PAD included. The arguments are as in :meth:`encode`."""
+        return self.queries(self.encode(item_seq, item_seq_len, num_steps=num_steps)) @ self.item_table().T
 
 
-def _not_integers(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bool or tensor.dtype.is_floating_point or tensor.dtype.is_complex
+def _rectangle(states: Tensor, depth: Tensor) -> Tensor:
+    """Return packed states [sum of depth, D] as [B, T, D]. A sequence that stopped early repeats its last state.
+
+    ``depth`` [B] is on the CPU.
+    """
+    steps = torch.arange(int(depth.max()) if len(depth) else 1)
+    if len(states) == len(depth) * len(steps):
+        return states.unflatten(0, (len(depth), len(steps)))
+    first = depth.cumsum(0) - depth
+    return states[to_device(first[:, None] + steps.minimum(depth[:, None] - 1), states.device)]

@@ -11,8 +11,8 @@ from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
 from lares_fast.reference.attention import attention_mask
 from lares_fast.reference.backbone import build_block
-from lares_fast.reference.sequences import places
 from lares_fast.reference.weights import FlatModule, WeightLayout
+from lares_fast.sequences import pad, unpad
 
 
 class AddAdapter(nn.Module):
@@ -102,13 +102,8 @@ def recurrence(
     lengths = offsets.diff()
     longest = int(lengths.max()) if len(lengths) else 0
     real = torch.arange(longest, device=h.device) < lengths[:, None]
-    rows = places(offsets)
     # Padding is 1, -1, 1, ...: the layer norm of equal numbers has a slope that fp16 cannot hold.
-    padding = 1 - torch.arange(h.shape[1], device=h.device) % 2 * 2
-
-    def padded(x: Tensor) -> Tensor:
-        return padding.to(x).expand(*real.shape, -1).index_put(rows, x)
-
+    fill = 1 - torch.arange(h.shape[1], device=h.device) % 2 * 2
     layout = WeightLayout.of(weights, "none" if pre is None else adapter, h.shape[1])
     config = LARESConfig(
         n_items=2,
@@ -129,10 +124,11 @@ def recurrence(
             linear.register_forward_pre_hook(lambda _, x: (_rounded(x[0]),))
     named = dict(zip((name for name, _ in steps.named_parameters()), weights, strict=True))
     mask = attention_mask(real, h.dtype)
-    arguments = (padded(h), None if pre is None else padded(pre), mask, depth, draw)
+    padded = [None if x is None else pad(x, offsets, longest, fill) for x in (h, pre)]
+    arguments = (*padded, mask, depth, draw)
     states = torch.func.functional_call(steps, named, arguments)
     if output == "tokens":
-        return states[-1][rows]
+        return unpad(states[-1], offsets)
     last = (lengths - 1)[:, None, None].expand(-1, 1, h.shape[1])
     at_last = torch.cat([state.gather(1, last) for state in states], dim=1)
     if output == "last":

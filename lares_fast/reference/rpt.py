@@ -1,4 +1,4 @@
-"""Phase 2, reinforcement post-training: G noisy trajectories a sequence, ranking rewards, group advantages, KL."""
+"""Loss of phase 2, reinforcement post-training: ranking rewards of G noisy trajectories for each sequence, and a KL term."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
-from lares_fast._transfer import sent
+from lares_fast._transfer import to_device
 from lares_fast.reference.model import LARES
-from lares_fast.reference.spt import Pass, Sequences
+from lares_fast.reference.spt import Pair, Pass
 
 REWARDS = ("recall", "ndcg")
 SCORES = ("dot", "model")
 
 
 class RPTLoss(NamedTuple):
-    """``total`` scalar; ``rewards`` and ``advantages`` [G, B]; ``kl`` scalar, the mean k3 term before beta."""
+    """The loss of phase 2.
+
+    ``total`` is a scalar. ``rewards`` and ``advantages`` are [G, B]. ``kl`` is a scalar, the mean of k3 without ``beta``.
+    """
 
     total: Tensor
     rewards: Tensor
@@ -26,20 +29,20 @@ class RPTLoss(NamedTuple):
 
 
 def ranking_reward(rank: Tensor, k: int, kind: str) -> Tensor:
-    """Reward of 0-based ranks: ``recall`` is 1 inside the first k, ``ndcg`` is 1 / log2(rank + 2) there, else 0."""
+    """Return the rewards of 0-based ranks: for ``rank < k`` 1 (``recall``) or 1 / log2(rank + 2) (``ndcg``), else 0."""
     gain = 1 / torch.log2(rank + 2.0) if kind == "ndcg" else torch.ones_like(rank, dtype=torch.float32)
     return torch.where(rank < k, gain, 0.0)
 
 
 def group_advantage(rewards: Tensor) -> Tensor:
-    """``(r - mean) / (std + 1e-4)`` over the group [G, B], with the unbiased standard deviation."""
+    """Return ``(r - mean) / (std + 1e-4)`` over the group [G, B], with the unbiased standard deviation."""
     return (rewards - rewards.mean(dim=0)) / (rewards.std(dim=0) + 1e-4)
 
 
 def rpt_loss(
     policy: LARES,
     reference: LARES,
-    sequences: Sequences,
+    sequences: Pair,
     target: Tensor,
     policy_pass: Pass,
     reference_pass: Pass,
@@ -49,43 +52,51 @@ def rpt_loss(
     reward: str,
     scores: str = "dot",
 ) -> RPTLoss:
-    """``-mean over members and rows of mean over steps of [A exp(lp - sg(lp)) - beta k3]`` (official RPT trainer).
+    """Return the loss of the official RPT trainer.
 
-    Both passes have the same ``num_steps`` [G, B]. lp is log p(target) after a step, by plain dot products whatever the
-    model's similarity (official), or with ``scores="model"`` by what the model ranks by; ``k3 = exp(r) - r - 1`` with
-    ``r = lp_reference - lp``; A is the group's advantage of the last step's rank, by the same scores, over every row of the
-    table, PAD included and ties in the target's favour. No gradient flows into ``reference`` or A.
+    ``-mean over members and rows of mean over steps of [A exp(lp - sg(lp)) - beta k3]``, where sg stops the gradient,
+
+    - lp is log p(target) after a step,
+    - k3 is ``exp(r) - r - 1`` with ``r = lp_reference - lp``,
+    - A is the advantage within the group, from the rank of the target after the last step. The ranking has every row of the
+      item table, PAD included, and ties count in the target's favour.
+
+    ``sequences``, ``target``
+        B sequences in a form that :meth:`LARES.encode` takes, and the item that came next after each, int64 [B].
+    ``policy_pass``, ``reference_pass``
+        G passes each, with equal ``num_steps`` [G, B].
+    ``k``, ``reward``
+        The reward is ``recall`` or ``ndcg`` of the first ``k``, see :func:`ranking_reward`.
+    ``scores``
+        ``dot`` (official): lp and the ranks come from plain dot products, whatever the model's similarity is. ``model``: they
+        come from the scores that the model ranks by.
+
+    No gradient flows into ``reference`` or A. Raises :class:`InputError` for unknown names and for fewer than two passes.
     """
     for name, value, allowed in (("reward", reward, REWARDS), ("scores", scores, SCORES)):
         if value not in allowed:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
-    # All sizes follow from the depths, which are on the CPU as in ``trajectories``: nothing waits for a GPU.
+    # All sizes follow from the depths, which are on the CPU as in trajectories. So nothing waits for a GPU.
     num_steps = torch.as_tensor(policy_pass.num_steps).cpu()
     if num_steps.dim() != 2 or len(num_steps) < 2:
         raise InputError(
             f"num_steps must be [G, B] with G at least 2, for advantages within a group, but is {list(num_steps.shape)}."
         )
     depth = num_steps.flatten()
-    member = torch.repeat_interleave(torch.arange(len(depth)), depth)
-    last = depth.cumsum(0) - 1
-    # Ranks are counted after the last steps only, which therefore stand behind all others.
-    earlier = torch.ones_like(member).index_fill(0, last, 0).nonzero().squeeze(1)
-    order = torch.cat((earlier, last))
-    owner, steps = member[order], depth[member[order]]
-    order, owner, steps = (sent(x, target.device) for x in (order, owner, steps))
+    order, owner, steps = (to_device(x, target.device) for x in _last_steps_behind(depth))
     wanted = target.repeat(len(num_steps))[owner]
-    count = len(earlier)
+    earlier = len(order) - len(depth)
 
     def queries_and_items(model: LARES, trajectories: Pass) -> tuple[Tensor, Tensor]:
         states = trajectories.trajectories(model, sequences)[order]
-        return model.query_and_items(states) if scores == "model" else (states, model.item_embedding.weight)
+        return (model.queries(states), model.item_table()) if scores == "model" else (states, model.item_embedding.weight)
 
     queries, items = queries_and_items(policy, policy_pass)
-    before = policy.target_logprob(queries[:count], items, wanted[:count])
-    after, rank = policy.target_logprob_and_rank(queries[count:], items, wanted[count:], ties="strict")
+    before = policy.head.target_logprob(queries[:earlier], items, wanted[:earlier])
+    after, rank = policy.head.target_logprob_and_rank(queries[earlier:], items, wanted[earlier:], ties="strict")
     logprob = torch.cat((before, after))
     with torch.no_grad():
-        frozen = reference.target_logprob(*queries_and_items(reference, reference_pass), wanted)
+        frozen = reference.head.target_logprob(*queries_and_items(reference, reference_pass), wanted)
 
     rewards = ranking_reward(rank, k, reward).reshape(num_steps.shape)
     advantages = group_advantage(rewards)
@@ -97,3 +108,16 @@ def rpt_loss(
         return (value / steps).sum() / len(depth)
 
     return RPTLoss(-mean(gain - beta * k3), rewards, advantages, mean(k3.detach()))
+
+
+def _last_steps_behind(depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an order of the states of trajectories with ``depth`` [G * B] that has all last steps at the end.
+
+    Ranks are counted for the last steps only, which the order makes one slice. Returns ``(order, owner, steps)``: in that
+    order the index of each state, its trajectory, and the depth of that trajectory.
+    """
+    member = torch.repeat_interleave(torch.arange(len(depth)), depth)
+    last = depth.cumsum(0) - 1
+    earlier = torch.ones_like(member).index_fill(0, last, 0).nonzero().squeeze(1)
+    order = torch.cat((earlier, last))
+    return order, member[order], depth[member[order]]

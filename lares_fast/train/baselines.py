@@ -82,7 +82,7 @@ def _ranks(log: InteractionLog, rows: Rows, followers: _Followers, progress: Pro
         ranks[NOT_MASKED][index] = rank = followers.rank(last, target)
         offsets, history = history_of(log, rows, torch.from_numpy(index))
         row = np.repeat(np.arange(len(index)), offsets.diff().numpy())
-        row, item = np.divmod(np.unique(row * log.n_items + history.numpy() + 1), log.n_items)
+        row, item = np.divmod(np.unique(row * log.n_items + history.numpy()), log.n_items)
         own_times, own_place = followers.find(last, target)[0][row], followers.place[target][row]
         times, place = followers.find(last[row], item)[0], followers.place[item]
         outranks = (times > own_times) | ((times == own_times) & (place < own_place))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lares_fast import ops, reference
 from lares_fast._random import Draw, Key
+from lares_fast.catalog import Catalog
 from lares_fast.data import Batch, InteractionLog, Rows, make_batch
 from lares_fast.reference.topk import Exclude
 from lares_fast.train.finite import largest, require_finite_scores, require_usable
@@ -37,7 +38,7 @@ def model_ranks(
     """
     ranks = {name: torch.empty(len(rows), dtype=torch.int64) for name in (NOT_MASKED, MASKED)}
     for batch, query, items in _queries(model, log, rows, key, num_steps, batch_size, progress):
-        of_batch = ops.target_ranks(query, items[1:], batch.target - 1, history_of(log, rows, batch.rows))
+        of_batch = Catalog(items).target_ranks(query, batch.target, history_of(log, rows, batch.rows))
         for name, rank in zip((NOT_MASKED, MASKED), of_batch, strict=True):
             ranks[name][batch.rows] = rank
     return ranks
@@ -57,12 +58,12 @@ def _queries(
     training, width = model.training, model.config.hidden_size
     require_usable(model, width)
     # One number a batch, read when all batches are done: a GPU is not waited for.
-    largest_queries, items = list[Tensor](), torch.empty(0)
+    largest_queries, items = list[Tensor](), model.item_table()
     model.eval()
     try:
         for done, batch in _batches(log, rows, model.config.max_len, batch_size):
             draw = Draw(key, batch.rows)
-            query, items = model.query_and_items(model.encode(*batch.sequences, num_steps=num_steps, draw=draw))
+            query = model.queries(model.encode(*batch.sequences, num_steps=num_steps, draw=draw))
             largest_queries.append(query.abs().amax())
             yield batch, query, items
             if progress is not None:
@@ -82,12 +83,10 @@ def _batches(log: InteractionLog, rows: Rows, max_len: int, batch_size: int) -> 
 
 
 def history_of(log: InteractionLog, rows: Rows, index: Tensor) -> Exclude:
-    """Everything the user had before each row's target, as an exclusion list over the item rows behind PAD."""
+    """Everything the user had before each row's target, as an exclusion list of item ids."""
     chosen = index.numpy()
-    starts, ends = log.offsets[rows.users[chosen]], rows.ends[chosen]
-    offsets = np.concatenate(([0], np.cumsum(ends - starts)))
-    flat = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
-    return torch.from_numpy(offsets), torch.from_numpy(log.items[flat].astype(np.int64) - 1)
+    items, offsets = log.events(log.offsets[rows.users[chosen]], rows.ends[chosen])
+    return torch.from_numpy(offsets), torch.from_numpy(items)
 
 
 def keep_rankable(

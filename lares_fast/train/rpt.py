@@ -11,7 +11,7 @@ from torch import Tensor
 from lares_fast import reference
 from lares_fast._random import Draw, Key, fold, generator
 from lares_fast.data import Batch, InteractionLog, Rows, make_batch
-from lares_fast.reference.depth import sample_depth
+from lares_fast.reference.depth import sample_batch_depth
 from lares_fast.train.config import RPTConfig
 
 _DEPTHS, _POLICY, _REFERENCE = range(3)
@@ -38,7 +38,7 @@ class RPT:
         config, settings, size = self.model.config, self.settings, len(batch)
         choices = generator(fold(key, _DEPTHS))
         group = settings.group_size
-        depths = [sample_depth(config, size if config.per_sequence_depth else 1, choices).expand(size) for _ in range(group)]
+        depths = [sample_batch_depth(config, size, choices) for _ in range(group)]
         rows = torch.arange(group * size)
         policy = reference.Pass(torch.stack(depths), Draw(fold(key, _POLICY), rows))
         theirs = fold(key, _POLICY if config.share_reference_noise else _REFERENCE)

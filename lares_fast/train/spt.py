@@ -11,7 +11,7 @@ from torch import Tensor
 from lares_fast import reference
 from lares_fast._random import Draw, Key, fold, generator
 from lares_fast.data import InteractionLog, Rows, SameTargetIndex, make_batch
-from lares_fast.reference.depth import sample_depth
+from lares_fast.reference.depth import sample_batch_depth
 from lares_fast.train.config import SPTConfig
 
 _CHOICES, _PASSES = 0, (1, 2, 3)
@@ -42,7 +42,7 @@ class SPT:
         config, size = self.model.config, len(target)
 
         def depth() -> Tensor:
-            return sample_depth(config, size if config.per_sequence_depth else 1, choices).expand(size)
+            return sample_batch_depth(config, size, choices)
 
         depths = [depth(), depth()]
         depths.append(depths[1] if self.settings.same_step else depth())

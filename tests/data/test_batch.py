@@ -1,4 +1,4 @@
-"""Batches against a loop over rows, their speed, and the order of an epoch."""
+"""Batches compared with a loop over rows, their speed, and the order of an epoch."""
 
 import time
 
@@ -52,7 +52,7 @@ def test_an_empty_batch_is_empty(log):
 def test_a_batch_of_1024_rows_takes_under_5_ms(log):
     rows = leave_one_out(log).train
     index = epoch_order(len(rows), root_key(2))[:1024]
-    # Processor time, and the best of many: other work on the machine must not fail this test.
+    # The least processor time of many runs, so that other work on the machine does not fail this test.
     took = []
     for _ in range(30):
         begin = time.process_time()

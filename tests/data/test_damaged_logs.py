@@ -1,4 +1,4 @@
-"""Logs of all formats, damaged at random: an InputError of one sentence, or a log that keeps its promises."""
+"""Logs of all formats with random damage: reading raises an InputError of one sentence, or returns a valid log."""
 
 import io
 import json
@@ -36,7 +36,7 @@ TOKENS = [
 
 
 def files(draw):
-    """(file name, bytes, whether its times are kept) of one log in all formats."""
+    """Yield (file name, bytes, whether the format keeps times) of one log in all formats."""
     histories = draw.choice([HISTORIES, NAMED])
     time_text = draw.choice(TIMES)
     rows = [(user, item, 100 + 10 * at) for user, items in histories.items() for at, item in enumerate(items)]

@@ -1,4 +1,4 @@
-"""The law of same-target partners."""
+"""The distribution of same-target partners."""
 
 import numpy as np
 import torch
@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 
 from lares_fast.data import InteractionLog, SameTargetIndex, leave_one_out, log_from_sequences
 
-CHI_SQUARE_1E6 = {1: 23.93, 2: 27.63, 3: 30.66, 4: 33.38, 5: 35.89}  # exceeded once in a million, by degrees of freedom
+# By degrees of freedom. A correct draw exceeds its value once in a million tests.
+CHI_SQUARE_1E6 = {1: 23.93, 2: 27.63, 3: 30.66, 4: 33.38, 5: 35.89}
 
 
 def with_targets(targets):
-    """A log with one training row for each target."""
+    """Return a log with one training row for each of the targets."""
     return log_from_sequences({user: [1, target, 1, 1] for user, target in enumerate(targets, start=1)})
 
 
@@ -20,7 +21,7 @@ def index_of(log: InteractionLog):
 
 
 def draws(log, rows, n, seed=0):
-    """[n, len(rows)] partners."""
+    """Return partners [n, len(rows)]."""
     index = index_of(log)
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([index.sample(rows, generator) for _ in range(n)])

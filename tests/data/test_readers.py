@@ -1,4 +1,4 @@
-"""Every format gives the same log; every broken file one sentence naming the file and the place."""
+"""Every format gives an equal log. Every broken file raises one sentence with the file and the place."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ CSV_HEADER = "user_id,item_id,timestamp\n"
 
 
 def events(histories=HISTORIES):
-    """(user, item, time) in an order that only the times undo."""
+    """Return (user, item, time) out of order: only a sort by time restores the order."""
     found = [(user, item, 100 + 10 * at) for user, items in histories.items() for at, item in enumerate(items)]
     return sorted(found, key=lambda event: (-event[2], event[0]))
 
@@ -164,7 +164,7 @@ TEXT_ERRORS = {
     "text-encoding": ("a.txt", "1 5 6 7\n2 é 5 9\n".encode("latin-1"), r"a\.txt, line 2: not UTF-8 text"),
     "text-blank": ("a.txt", "\n \n", r"a\.txt: no user has 3 events or more"),
     "text-empty": ("a.txt", "", r"a\.txt is empty"),
-    "text-returns": ("a.txt", "1 5 6 7\r2 5 6 7\r", r"a\.txt, line 1: a carriage return stands inside the line"),
+    "text-returns": ("a.txt", "1 5 6 7\r2 5 6 7\r", r"a\.txt, line 1: a carriage return is inside the line"),
     "text-control": ("a.txt", "1 5 6\x017 8\n", r"a\.txt, line 1: item id '6\\x017' is not an integer"),
     "text-huge": ("a.txt", "1 5 9223372036854775808 7\n", r"item id '9223372036854775808' is not an integer of 64 bits"),
     "pairs-zero": ("a.txt", "1 5\n1 6\n1 0\n", r"a\.txt, line 3: item id '0' is not greater than 0"),

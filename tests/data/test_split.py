@@ -1,4 +1,4 @@
-"""Rows of both splits, and that nothing held out reaches training."""
+"""The rows of both splits. No held-out event reaches training."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ DATA = Path(os.environ.get("LARES_FAST_DATA_DIR", Path(__file__).parents[3] / "s
 
 
 def make_log(lengths, times=None):
-    """A log in which every event is another item: equal items are equal events."""
+    """Return a log in which every event has its own item, so that equal items are equal events."""
     n = sum(lengths)
     return InteractionLog(
         items=np.arange(1, n + 1, dtype=np.int32),
@@ -46,7 +46,7 @@ def timed_logs(draw):
 
 
 def inputs(log, rows):
-    """For each row the positions of its input events."""
+    """Return the positions of the input events of each row."""
     return [range(log.offsets[user], end) for user, end in zip(rows.users, rows.ends, strict=True)]
 
 
@@ -112,7 +112,7 @@ def test_temporal_split_cuts_64_bit_times_exactly():
     times = 1_700_000_000_000_000_000 + np.array([1, 2, 3, 4, 5, 6])
     split = temporal_split(make_log([6], times), int(times[2]), int(times[4]))
     assert (split.train.ends.tolist(), split.valid.ends.tolist(), split.test.ends.tolist()) == ([1], [2], [4])
-    # A float moment between two integers cuts between them, too.
+    # A float between two integers cuts between them, too.
     large = 2**60 + 256 * np.arange(6)
     for shift in (-1, 0, 1):
         split = temporal_split(make_log([6], large + shift), float(large[2]), float(large[4]))
@@ -144,7 +144,7 @@ def test_temporal_split_never_looks_past_its_moments(log, valid_from, width):
         for user, target, events in zip(rows.users, rows.ends, inputs(log, rows), strict=True):
             assert begin <= log.times[target] < end
             assert all(log.times[event] <= log.times[target] for event in events)
-            # It is the user's first event in the window, the first of all aside.
+            # It is the first event of the user in the window, except for the first event of all.
             assert all(log.times[event] < begin for event in events if event != log.offsets[user])
     for user in range(log.n_users):
         own = log.times[log.offsets[user] : log.offsets[user + 1]]
@@ -157,7 +157,7 @@ def test_temporal_split_never_looks_past_its_moments(log, valid_from, width):
 @settings(deadline=None)
 @given(timed_logs(), st.data())
 def test_later_events_change_no_training_row(log, data):
-    """Rewriting everything from valid_from on leaves all that training reads as it was."""
+    """If every event from valid_from on is changed, the data that training reads stay equal."""
     valid_from = data.draw(st.integers(1, 20))
     try:
         split = temporal_split(log, valid_from, valid_from + 1)

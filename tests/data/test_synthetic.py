@@ -1,4 +1,4 @@
-"""The synthetic log follows its law, and the law's own ranking is the best."""
+"""The synthetic log follows its probabilities, and the ranking by these probabilities is the best."""
 
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ def split(log):
 
 
 def ndcg10(scores, target):
-    """Of ``scores`` [R, N], PAD left out, ties by id."""
+    """Return the NDCG@10 of ``scores`` [R, N], without PAD and with ties by id."""
     own = scores[np.arange(len(target)), target][:, None]
     before = (scores > own) | ((scores == own) & (np.arange(scores.shape[1]) < target[:, None]))
     rank = before[:, 1:].sum(1)
@@ -72,7 +72,7 @@ def test_law_is_that_of_a_direct_bayes_computation():
 
 
 def test_targets_occur_as_often_as_the_law_says(log, split):
-    """Over the training rows, the events that the law gives probability p occur with frequency p."""
+    """Over the training rows, events with probability p occur with frequency p."""
     pick = np.arange(0, len(split.train), 9)
     rows = Rows(split.train.users[pick], split.train.ends[pick])
     law, target = log.shop.next_item(log, rows), rows.targets(log)

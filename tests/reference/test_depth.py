@@ -1,4 +1,4 @@
-"""The six laws of T against the numbers of the published code (2 million draws there)."""
+"""The six distributions of T compared with numbers of the published code, from 2 million draws."""
 
 import pytest
 import torch
@@ -37,5 +37,5 @@ def test_the_others():
     assert draws("uniform", 4).unique().tolist() == list(range(1, 9))
     assert draws("poisson-bounded", 4).max() == 8
     assert draws("poisson-unbounded", 4).max() > 12
-    # T = 0, 1.8 % of the official draws at m = 4, becomes 1.
+    # T = 0 becomes 1. It is 1.8 % of the official draws at m = 4.
     assert (draws("poisson-unbounded", 4) == 1).double().mean().item() == pytest.approx(0.0183 + 0.0733, abs=0.003)

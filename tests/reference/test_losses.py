@@ -1,4 +1,4 @@
-"""The two objectives in corners that the golden files do not reach."""
+"""The two losses in cases that the golden files do not have."""
 
 import copy
 
@@ -49,7 +49,7 @@ def test_a_term_of_weight_0_costs_no_pass(alpha, gamma, encoded, monkeypatch):
 
 
 def test_the_last_step_is_its_own_best_match():
-    """The official draw includes the last step: then s == a, and each NCE is the smallest this batch allows."""
+    """The official code may draw the last step. Then s == a, and each NCE has its smallest value for the batch."""
     model, sequences, target = setup(similarity="cos", tau=0.07)
     three = tuple(passes(1, 4, 4))
     last = reference.spt_loss(model, sequences, target, sequences, three, 3, alpha=0.1, gamma=0.5)
@@ -58,7 +58,7 @@ def test_the_last_step_is_its_own_best_match():
 
 
 def group(*depths, key=1):
-    """G passes; a depth is one int or one of each row."""
+    """Return G passes. A depth is one integer, or one for each row."""
     num_steps = torch.stack([torch.as_tensor(T).expand(B) for T in depths])
     return Pass(num_steps, Draw((key, 0), torch.arange(len(depths) * B)))
 
@@ -105,13 +105,15 @@ def test_rpt_rewards_and_weighs_by_the_scores_asked_for(similarity, scores):
     depth, k, beta = torch.tensor([3, 1])[:, None].expand(-1, B), 10, 0.5
     ours, theirs = (Pass(depth, Draw((1, key), torch.arange(2 * B))) for key in (2, 3))
     with torch.no_grad():
-        model.item_embedding.weight[:30] *= 3.0  # a norm that cosines do not see
+        # Cosines do not depend on this factor.
+        model.item_embedding.weight[:30] *= 3.0
 
     def logits(of, trajectories):
         states, items = trajectories.trajectories(of, sequences), of.item_embedding.weight
         if (similarity, scores) == ("cos", "model"):
             states, items = torch.nn.functional.normalize(states, dim=-1) / 0.07, torch.nn.functional.normalize(items, dim=-1)
-        return states @ items.T  # [(3 + 1) * B, N], the steps of a trajectory together
+        # [(3 + 1) * B, N]: the steps of a trajectory are together.
+        return states @ items.T
 
     steps = [slice(3 * b, 3 * b + 3) for b in range(B)], [slice(3 * B + b, 3 * B + b + 1) for b in range(B)]
     policy, anchor = logits(model, ours), logits(frozen, theirs).detach()

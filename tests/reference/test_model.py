@@ -44,17 +44,17 @@ def test_what_lies_behind_a_sequence_changes_nothing():
 @pytest.mark.parametrize("every_step", [True, False])
 @pytest.mark.parametrize("adapter", ["add", "concat", "linear"])
 def test_the_public_model_obeys_the_law(training, every_step, adapter):
-    """Packed encoding against the reference in fp64, with the reference in fp32 as twin: states and every gradient."""
+    """States and every gradient of packed encoding, compared with the reference in fp64. The reference in fp32 is the twin."""
     twin = reference.LARES(config(adapter=adapter, per_sequence_depth=True)).train(training)
     with torch.no_grad():
-        # Weights of the initial size make a softmax that is nearly flat.
+        # With weights of the initial size, the softmax is nearly uniform.
         for parameter in twin.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     fast = lares_fast.LARES(twin.config).train(training)
     fast.load_state_dict(twin.state_dict())
     truth = copy.deepcopy(twin).double()
     seq, lengths = sequences(300)
-    # Several, because the twin's error of one number, the linear adapter's gate, is a matter of luck.
+    # Several, because the error of the twin in a single number, the gate of the linear adapter, may be small by luck.
     upstreams = torch.randn(8, 300, 1, 16) if every_step else torch.randn(8, 300, 16)
 
     def results(model):
@@ -221,22 +221,24 @@ def test_an_empty_batch(model_class):
     assert model_class(config()).eval().encode(seq, lengths).shape == (0, 16)
 
 
+# Name -> (item_seq, item_seq_len, the place of the first PAD inside a sequence)
 PAD_INSIDE = {
-    "left padding": ([[0, 0, 0, 5, 6, 7]], [6]),
-    "left padding, its length not counted": ([[0, 0, 0, 5, 6, 7]], [3]),
-    "between two items": ([[1, 2, 0, 4], [5, 0, 0, 0]], [4, 1]),
-    "at the end": ([[1, 2, 3, 0]], [4]),
-    "packed": ([5, 6, 0, 7], [0, 2, 4]),
+    "left padding": ([[0, 0, 0, 5, 6, 7]], [6], "position 0 of sequence 0"),
+    "left padding, its length not counted": ([[0, 0, 0, 5, 6, 7]], [3], "position 0 of sequence 0"),
+    "between two items": ([[5, 0, 0, 0], [1, 2, 0, 4]], [1, 4], "position 2 of sequence 1"),
+    "at the end": ([[1, 2, 3, 0]], [4], "position 3 of sequence 0"),
+    "packed": ([5, 6, 0, 7], [0, 2, 4], "position 0 of sequence 1"),
 }
 
 
 @pytest.mark.parametrize("name", PAD_INSIDE)
 @pytest.mark.parametrize("kind", [reference.LARES, lares_fast.LARES])
 def test_a_pad_within_a_sequence_is_refused(kind, name):
-    """The reference would hide it from attention, where packed tokens have no place for it."""
-    model, sequences = kind(config()).eval(), tuple(map(torch.tensor, PAD_INSIDE[name]))
+    """The reference would hide it from attention. Packed tokens cannot hide it."""
+    *sequences, place = PAD_INSIDE[name]
+    model, sequences = kind(config()).eval(), tuple(map(torch.tensor, sequences))
     for call in (model.encode, model, lambda *x: model.trajectories(*x, torch.ones(2, len(x[1]) - (x[0].dim() == 1)).long())):
-        with pytest.raises(InputError, match=r"item_seq holds PAD \(0\) inside a sequence, at \["):
+        with pytest.raises(InputError, match=rf"item_seq holds PAD \(0\) inside a sequence, at {place}: "):
             call(*sequences)
 
 

@@ -1,4 +1,4 @@
-"""Ranks in the total order, against a sort in fp64."""
+"""Ranks in the total order, compared with a sort in fp64."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_strict_ties_favour_the_target(chunk):
 
 
 def test_a_collapsed_model_earns_nothing(chunk):
-    """All items alike: the target's place is its id, whatever rounding the scores carry."""
+    """If all items are equal, the rank of the target is its id, whatever the rounding of the scores."""
     query, items = torch.randn(33, 64), torch.randn(1, 64).expand(100, 64).contiguous()
     target = torch.arange(33) * 3
     assert torch.equal(reference.target_rank(query, items, target), target)

@@ -1,7 +1,7 @@
-"""CPU tensors that say they are on another device, so that what an op does on a GPU can be watched without one.
+"""CPU tensors that claim to be on another device. They show without a GPU what an op would do on one.
 
-They say ``meta``, because a PyTorch for the CPU aborts at ``cuda``. Under :class:`Elsewhere` every call on such tensors runs on
-the CPU; what PyTorch could only answer after waiting for a GPU is refused, and so is a call that mixes devices.
+Their device is ``meta``, because a build of PyTorch for the CPU aborts at ``cuda``. Under :class:`FakeDevice` every call on
+such tensors runs on the CPU. A call fails if PyTorch could answer it only after waiting for a GPU, or if it mixes devices.
 """
 
 import sys
@@ -14,13 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 DEVICE = torch.device("meta")
 CPU = torch.device("cpu")
 aten = torch.ops.aten
-WAITS = {aten._local_scalar_dense.default, aten.item.default, aten.nonzero.default, aten.masked_select.default}
-# With a mask among the indices, the size of the result is only known on the device.
+WAITS = {
+    aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
+}  # fmt: skip
+# With a mask among the indices, only the device knows the size of the result.
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
 def implementations():
-    """The Python functions behind the registered ops, by the ops' names."""
+    """Return the Python function behind each registered op, by the name of the op."""
     found = {}
     for stem in ("attention", "linear_cross_entropy", "recurrence", "target_rank", "topk"):
         module = sys.modules[f"lares_fast.ops.{stem}"]
@@ -30,8 +32,8 @@ def implementations():
     return found
 
 
-class Sent(Tensor):
-    """``inner`` as if it were elsewhere."""
+class DeviceTensor(Tensor):
+    """``inner``, a tensor on the CPU, as if it were on another device."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -46,11 +48,11 @@ class Sent(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise AssertionError(f"{function} outside Elsewhere")
+        raise AssertionError(f"{function} was called outside of FakeDevice")
 
 
-class Elsewhere(TorchDispatchMode):
-    """Runs what is asked of sent tensors; ``allowed`` lifts the ban on waiting."""
+class FakeDevice(TorchDispatchMode):
+    """Runs calls on :class:`DeviceTensor`. With ``allowed`` a call may wait for the device."""
 
     def __init__(self, allowed=False):
         super().__init__()
@@ -62,28 +64,28 @@ class Elsewhere(TorchDispatchMode):
             with self:
                 return implementations()[function._schema.name](*args, **kwargs)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        sent = [x for x in tensors if isinstance(x, Sent)]
+        there = [x for x in tensors if isinstance(x, DeviceTensor)]
         devices = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.device)]
-        here = DEVICE in devices if devices else bool(sent)
-        if sent and not self.allowed:
+        on_device = DEVICE in devices if devices else bool(there)
+        if there and not self.allowed:
             masks = function in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
             assert function not in WAITS and not masks, f"{function} waits for the device"
-            assert here, "a copy to the CPU waits for the device"
-            strangers = [x for x in tensors if not isinstance(x, Sent) and x.dim()]
+            assert on_device, "a copy to the CPU waits for the device"
+            strangers = [x for x in tensors if not isinstance(x, DeviceTensor) and x.dim()]
             copies = devices or function == aten.copy_.default
-            assert copies or not strangers, f"{function} has tensors on the CPU and elsewhere"
+            assert copies or not strangers, f"{function} has tensors on the CPU and on the device"
         args, kwargs = pytree.tree_map_only(torch.device, lambda x: CPU if x == DEVICE else x, (args, kwargs))
-        args, kwargs = pytree.tree_map_only(Sent, lambda x: x.inner, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(DeviceTensor, lambda x: x.inner, (args, kwargs))
         out = function(*args, **kwargs)
-        return pytree.tree_map_only(Tensor, Sent, out) if here else out
+        return pytree.tree_map_only(Tensor, DeviceTensor, out) if on_device else out
 
 
-def sent(tensor):
-    return Sent(tensor.detach().clone())
+def to_fake_device(tensor):
+    return DeviceTensor(tensor.detach().clone())
 
 
 class NoScalarReads(TorchDispatchMode):
-    """On a GPU each would wait for all work before it."""
+    """Fails at every read of a number from a tensor. On a GPU each such read waits for all work before it."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function is not torch.ops.aten._local_scalar_dense.default

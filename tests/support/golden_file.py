@@ -1,4 +1,4 @@
-"""A golden file, and the checks of a model against it (numbers of the official code, tests/golden/README.md)."""
+"""A golden file with numbers of the official code, and checks of a model against it. See tests/golden/README.md."""
 
 import json
 
@@ -34,7 +34,7 @@ class Golden:
         return [Pass(int(T), state=self[f"{prefix}{i}"]) for i, T in enumerate(depths)]
 
     def group_pass(self, prefix, depths):
-        """The passes of phase 2 as one."""
+        """Return the passes of phase 2 as one :class:`Pass`."""
         states = [self[f"{prefix}{i}"] for i in range(len(depths))]
         return Pass(depths[:, None].expand(-1, len(states[0])), state=torch.cat(states))
 
@@ -46,7 +46,7 @@ def assert_close(name, ours, official):
 
 
 def assert_gradients(model, loss, official):
-    """Per tensor |g - g*| <= 1e-4 |g*| + 1e-7 |all gradients of the loss| (the rule of golden/README.md)."""
+    """Check |g - g*| <= 1e-4 |g*| + 1e-7 |all gradients of the loss| for each tensor, the rule of golden/README.md."""
     loss.backward()
     ours = convert.to_official({name: p.grad for name, p in model.named_parameters()}, model.config)
     assert set(ours) == set(official)
@@ -78,8 +78,8 @@ def check_logprobs(golden):
 def check_scores(golden):
     model = golden.model("policy")
     T = int(golden["forward.scores_num_steps"])
-    query, items = model.query_and_items(model.encode(*golden.sequences, num_steps=T, state=golden["forward.h0"]))
-    assert_close("scores", query @ items.T, golden["forward.scores"])
+    queries = model.queries(model.encode(*golden.sequences, num_steps=T, state=golden["forward.h0"]))
+    assert_close("scores", queries @ model.item_table().T, golden["forward.scores"])
 
 
 def check_spt(golden):

@@ -1,4 +1,4 @@
-"""The law of ``lares_fast/_law.py``, which a test passes or fails, and exact checks of top-k."""
+"""The tolerances of ``lares_fast/verify/tolerance.py`` as assertions, and exact checks of top-k."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from lares_fast.verify.tolerance import judge
 
 
 def check(kind: str, result: Mapping[str, Tensor], twin: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
-    """Raise AssertionError naming each tensor of ``result`` that breaks the law; ``kind`` is forward or gradient."""
+    """Raise AssertionError with each tensor of ``result`` that is outside its tolerance.
+
+    ``twin`` is the reference in the dtype of ``result``, ``truth`` the reference in fp64. ``kind`` is forward or gradient.
+    """
     assert result.keys() == twin.keys() == truth.keys(), f"tensors differ: {sorted(result)} {sorted(twin)} {sorted(truth)}"
     failures = [verdict.fault for verdict in judge(kind, result, twin, truth) if verdict.fault]
     assert not failures, "; ".join(failures)
 
 
 def check_topk(scores: Tensor, ids: Tensor, all_scores: Tensor, k: int) -> None:
-    """Check a top-k of finite fp64 ``all_scores`` [B, N] (excluded items -inf): the ids must be exact wherever neighbouring
-    scores differ by more than rounding, and each score must be its id's own."""
+    """Check a top-k of finite fp64 ``all_scores`` [B, N], where excluded items have -inf.
+
+    The ids must be exact wherever neighbouring scores differ by more than rounding. Each score must be the score of its id.
+    """
     truth, order = all_scores.sort(dim=1, descending=True, stable=True)
     truth, order = truth[:, :k], order[:, :k]
     available = torch.isfinite(truth)

@@ -150,17 +150,16 @@ def test_ranks_of_a_broken_model_are_refused(model, name, value):
 def test_queries_that_overflow_are_refused_though_all_weights_are_sound(model, monkeypatch):
     log, rows = train_run.log(), train_run.split().valid
     recommender = serve.Recommender(model, log.item_ids.tolist())
-    whole = type(model).query_and_items
+    queries = type(model).queries
     for value in (torch.nan, torch.inf, 3e38):
 
         def broken(self, hidden, value=value):
-            query, items = whole(self, hidden)
-            query = query.clone()
+            query = queries(self, hidden).clone()
             query[-1, 0] = value
-            return query, items
+            return query
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(model), "query_and_items", broken)
+            patch.setattr(type(model), "queries", broken)
             with pytest.raises(NotFiniteError):
                 model_ranks(model, log, rows, key=evaluation_key(0))
             with pytest.raises(NotFiniteError):

@@ -11,6 +11,7 @@ import torch
 import lares_fast
 from lares_fast import LARESConfig, _dispatch, ops
 from lares_fast._random import root_key
+from lares_fast.catalog import Catalog
 from lares_fast.data import leave_one_out
 from lares_fast.train import metrics, model_ranks
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
@@ -66,7 +67,7 @@ def history_without_target(log, rows, batch):
     """A user may have bought the target before; evaluation never lets a list hide its own target."""
     offsets, ids = history_of(log, rows, batch.rows)
     owner = torch.repeat_interleave(torch.arange(len(batch)), offsets.diff())
-    kept = ids != batch.target[owner] - 1
+    kept = ids != batch.target[owner]
     return torch.nn.functional.pad(torch.bincount(owner[kept], minlength=len(batch)).cumsum(0), (1, 0)), ids[kept]
 
 
@@ -76,8 +77,8 @@ def places_in_topk(model, history, backend):
     places = torch.empty(len(rows), dtype=torch.int64)
     for batch, query, items in _queries(model, log, rows, KEY, None, 17, None):
         exclude = history_without_target(log, rows, batch) if history == MASKED else None
-        _, ids = ops.topk(query, items[1:], len(items) - 1, exclude=exclude, backend=backend)
-        places[batch.rows] = (ids + 1 == batch.target[:, None]).int().argmax(dim=1)
+        _, ids = Catalog(items).topk(query, len(items) - 1, exclude=exclude, backend=backend)
+        places[batch.rows] = (ids == batch.target[:, None]).int().argmax(dim=1)
     return places
 
 

@@ -1,0 +1,116 @@
+"""The items of a model as it scores them: the item table without PAD's row, and the shift of ids that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lares_fast import ops
+from lares_fast._watch import Watch
+from lares_fast.ops._catalog_checks import check_exclude, checked_exclude
+from lares_fast.reference.topk import Exclude
+from lares_fast.sequences import PAD
+
+_SHIFT = PAD + 1
+
+
+class Catalog:
+    """A view of an item table whose row 0 is PAD. Item id i has row i - 1 of :attr:`items`.
+
+    All arguments and results are item ids, so the shift is nowhere else.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        """``table`` is [N, D], as it is scored, PAD's row included."""
+        self.items = table[_SHIFT:]
+
+    def __len__(self) -> int:
+        """The number of items, PAD not counted."""
+        return len(self.items)
+
+    def topk(
+        self,
+        queries: Tensor,
+        k: int,
+        *,
+        exclude: Exclude | None = None,
+        index: ops.CatalogIndex | None = None,
+        backend: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores [B, k] and the ids [B, k] (int64) of the best items for ``queries`` [B, D].
+
+        The arguments and the errors are as in :func:`lares_fast.ops.topk`, and an ``index`` is of :attr:`items`. Where fewer
+        than ``k`` items are left, the id is -1. ``exclude`` may hold PAD, as padded histories do.
+        """
+        excluded_rows = None if exclude is None else self._excluded_rows(exclude, queries)
+        scores, rows = ops.topk(queries, self.items, k, exclude=excluded_rows, index=index, backend=backend)
+        return scores, torch.where(rows < 0, rows, rows + _SHIFT)
+
+    def target_ranks(self, queries: Tensor, target: Tensor, exclude: Exclude) -> tuple[Tensor, Tensor]:
+        """Return the ranks [B] of the items ``target`` [B] for ``queries`` [B, D], without and with ``exclude``.
+
+        The arguments and the errors are as in :func:`lares_fast.ops.target_ranks`.
+        """
+        return ops.target_ranks(queries, self.items, target - _SHIFT, self._excluded_rows(exclude, queries))
+
+    def _excluded_rows(self, exclude: Exclude, queries: Tensor) -> Exclude:
+        """Check exclusion lists of item ids, and return them as lists of rows of :attr:`items`, without PAD."""
+        check_exclude(exclude, queries)
+        offsets, ids = checked_exclude(*exclude, len(self.items) + _SHIFT)
+        real = ids != PAD
+        kept = torch.cat((real.new_zeros(1, dtype=torch.int64), real.cumsum(0)))
+        return kept[offsets.clamp(0, len(ids))], ids[real] - _SHIFT
+
+
+class KeptTable:
+    """A table that is computed from a weight, and kept while the weight is unchanged.
+
+    On the CPU every call looks for changes in two ways. A :class:`Watch` notices what PyTorch does to the weight. A product of
+    every row with one random vector notices a write past PyTorch (``.data``, NumPy) to any row. A change so small that this
+    product rounds to the number that it was before can go unnoticed if it was written past PyTorch. On other devices the table
+    is computed at every call: a comparison there would wait for the device, and the computation is cheap.
+    """
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
+
+    def table(self, weight: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``compute(weight)`` for ``weight`` [N, D] without gradients, or the equal table kept from an earlier call."""
+        weight = weight.detach()
+        if torch.compiler.is_compiling() or weight.device.type != "cpu" or weight.is_inference():
+            return compute(weight)
+        if self._kept is None or not self._kept.is_of(weight):
+            # An inference tensor could not be used outside of inference mode later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = _Kept(weight, compute)
+        return self._kept.table
+
+
+class _Kept:
+    """A table and what tells whether its weight changed."""
+
+    def __init__(self, weight: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
+        self._weight = weight
+        self._vector = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(1)).to(weight) + 1
+        # The table comes last, so that a change during the computation is noticed.
+        self._watch, self._products = Watch(weight), self._products_of(weight)
+        self.table = compute(weight)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Return whether the table was computed from ``weight`` with the values that it has now."""
+        return (
+            _place(weight) == _place(self._weight)
+            and self._watch.changed() is None
+            and torch.equal(self._products_of(weight), self._products)
+        )
+
+    def _products_of(self, weight: Tensor) -> Tensor:
+        # mv, because autocast would round the operands of matmul. Bytes, because a NaN does not equal itself.
+        return torch.mv(weight, self._vector).view(torch.uint8)
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Return values that differ between two tensors in different memory, or with different views of it."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -1,0 +1,24 @@
+"""The functions with which the losses score targets against the item table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, target_logprob, target_logprob_and_rank
+
+
+class Head(NamedTuple):
+    """Three functions with the arguments of their namesakes in :mod:`lares_fast.reference.linear_cross_entropy`.
+
+    A model gives its head to the losses, so that a loss uses the kernels of the model that it is computed for.
+    """
+
+    linear_cross_entropy: Callable[..., Tensor]
+    target_logprob: Callable[..., Tensor]
+    target_logprob_and_rank: Callable[..., tuple[Tensor, Tensor]]
+
+
+REFERENCE_HEAD = Head(linear_cross_entropy, target_logprob, target_logprob_and_rank)
