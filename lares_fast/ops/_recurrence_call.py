@@ -153,7 +153,9 @@ def check_like_h(name: str, value: Tensor, shape: tuple[int, ...], h: Tensor) ->
 
 
 def check_values(call: RecurrenceCall) -> None:
-    """Check the values of ``depth`` and ``offsets`` if they are on the CPU."""
+    """Check the size of ``weights``, and the values of ``depth`` and ``offsets`` if they are on the CPU."""
+    if len(call.weights) != call.weight_layout.size:
+        raise InputError(f"weights must have {call.weight_layout.size} numbers in all, but have {len(call.weights)}.")
     if call.depth is not None and call.depth.device == _CPU and len(call.depth):
         least, most = int(call.depth.min()), int(call.depth.max())
         if not 1 <= least <= most <= MOST_STEPS:

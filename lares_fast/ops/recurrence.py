@@ -15,6 +15,7 @@ from lares_fast._errors import InputError
 from lares_fast._library import Once, register_op
 from lares_fast._numbers import number, whole
 from lares_fast._random import Draw, drop_threshold, seed_of
+from lares_fast.config import ADAPTERS
 from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton, _triton
 from lares_fast.ops._catalog_checks import check_dense
 from lares_fast.ops._recurrence_call import BACKENDS, RecurrenceCall, check, check_like_h, check_values
@@ -135,6 +136,8 @@ def _checked_layout(h: Tensor, pre: Tensor | None, weights: Sequence[Tensor], ad
         check_dense(name, value)
     if h.dim() != 2 or not h.dtype.is_floating_point:
         raise InputError(f"h must be a floating-point [P, D], but got {h.dtype} {list(h.shape)}.")
+    if pre is not None and adapter not in ADAPTERS:
+        raise InputError(f"adapter must be one of {', '.join(ADAPTERS)}, but got {adapter!r}.")
     for weight in weights:
         check_dense("weights", weight)
     layout = WeightLayout.of(weights, "none" if pre is None else adapter, h.shape[1])

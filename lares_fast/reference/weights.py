@@ -72,9 +72,7 @@ class WeightLayout:
     def of(weights: Sequence[Tensor], adapter: str, width: int) -> WeightLayout:
         """Return the layout of ``weights``; raise :class:`InputError` if their number does not fit the adapter."""
         if adapter not in _AHEAD:
-            raise InputError(
-                f"adapter must be one of {', '.join(name for name in _AHEAD if name != 'none')}, but got {adapter!r}."
-            )
+            raise InputError(f"adapter must be one of {', '.join(_AHEAD)}, but got {adapter!r}.")
         ahead = len(_AHEAD[adapter])
         n_layers, rest = divmod(len(weights) - ahead, len(_LAYER))
         if n_layers < 1 or rest:

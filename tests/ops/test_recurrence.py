@@ -164,7 +164,8 @@ def test_opcheck_and_compile():
     ({"depth": torch.tensor([1])}, r"depth must be int64 \[2\]"),
     ({"depth": 1.5}, "depth must be an integer, but got 1.5"),
     ({"offsets": torch.tensor([0, 2, 5], device="meta")}, "offsets must be on cpu like h, but are on meta"),
-    ({"adapter": "sum"}, "adapter must be one of"),
+    ({"adapter": "sum"}, "adapter must be one of add, concat, linear, but got 'sum'"),
+    ({"adapter": "none"}, "adapter must be one of add, concat, linear, but got 'none'"),
     ({"output": "all"}, "output must be one of"),
     ({"n_heads": 3}, "n_heads must divide the width"),
     ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
@@ -286,6 +287,13 @@ def test_the_operator_reads_the_key_from_its_seed(backend):
     assert not torch.equal(torch.ops.lares_fast.recurrence(*call.arguments())[0], expected)
     call.seed.copy_(_random.seed_of(key, call.seed.device))
     assert torch.equal(torch.ops.lares_fast.recurrence(*call.arguments())[0], expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_operator_checks_the_size_of_its_weights(backend):
+    call = Case(lengths=[3, 4], D=16, H=2, inner=32, layers=1).operator_call(backend=backend)
+    with pytest.raises(InputError, match=f"weights must have {len(call.weights)} numbers in all, but have 7"):
+        torch.ops.lares_fast.recurrence(*replace(call, weights=call.weights[:7]).arguments())
 
 
 def test_the_tape_has_no_gradient():
