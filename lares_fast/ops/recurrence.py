@@ -138,8 +138,10 @@ def _checked_layout(h: Tensor, pre: Tensor | None, weights: Sequence[Tensor], ad
         raise InputError(f"h must be a floating-point [P, D], but got {h.dtype} {list(h.shape)}.")
     if pre is not None and adapter not in ADAPTERS:
         raise InputError(f"adapter must be one of {', '.join(ADAPTERS)}, but got {adapter!r}.")
+    # There are many weights, so each is checked in full only if a quick look finds something.
     for weight in weights:
-        check_dense("weights", weight)
+        if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+            check_dense("weights", weight)
     layout = WeightLayout.of(weights, "none" if pre is None else adapter, h.shape[1])
     dtype, device = h.dtype, h.device
     for (name, shape), weight in zip(layout.shapes.items(), weights, strict=True):

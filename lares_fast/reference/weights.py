@@ -101,13 +101,15 @@ class WeightLayout:
 
     def _view(self, weights: Sequence[Tensor]) -> Tensor | None:
         # A subclass may have no memory of its own.
-        if not all(type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() for weight in weights):
+        if not {type(weight) for weight in weights} <= {nn.Parameter, Tensor}:
             return None
         first = weights[self.order[0]]
         begin, step, memory = first.data_ptr(), first.element_size(), first.untyped_storage()
         if begin + step * self.size > memory.data_ptr() + memory.nbytes():
             return None
         if [weight.data_ptr() for weight in weights] != [begin + step * place for place in self.places]:
+            return None
+        if not all([weight.is_contiguous() for weight in weights]):
             return None
         return first.detach().as_strided((self.size,), (1,), first.storage_offset())
 
