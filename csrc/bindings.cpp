@@ -219,36 +219,68 @@ void target_logprob_backward(const py::kwargs& given) {
     unlocked(arguments, [&] { lares_fast::target_logprob_backward_cpu(call, threads); });
 }
 
-std::vector<float*> pointers(const std::vector<uintptr_t>& addresses) {
-    std::vector<float*> result;
-    for (const uintptr_t address : addresses) result.push_back(pointer<float>(address));
-    return result;
+// The arguments of a recurrence that both directions have.
+struct RecurrenceArguments {
+    std::vector<float*> weights;
+    lares_fast::Recurrence call{};
+    int64_t threads;
+
+    explicit RecurrenceArguments(Arguments& arguments) {
+        using lares_fast::Adapter;
+        using lares_fast::Output;
+        call.shape.adapter = arguments.one_of<Adapter>(
+            "adapter", {{"none", Adapter::none}, {"add", Adapter::add}, {"linear", Adapter::linear}, {"concat", Adapter::concat}});
+        call.output = arguments.one_of<Output>("output", {{"last", Output::last}, {"steps", Output::steps}, {"tokens", Output::tokens}});
+        const auto key = arguments.take<std::array<std::uint32_t, 2>>("key");
+        call.dropout.key = {key[0], key[1]};
+        arguments.read("hidden_threshold", call.dropout.hidden)
+            .read("attention_threshold", call.dropout.attention)
+            .read("first_step", call.dropout.first_step)
+            .read("width", call.shape.D)
+            .read("n_heads", call.shape.H)
+            .read("inner_size", call.shape.I)
+            .read("n_layers", call.shape.layers)
+            .read("eps", call.eps)
+            .read("h", call.h)
+            .read("pre", call.pre)
+            .read("offsets", call.offsets)
+            .read("depth", call.depth)
+            .read("rows", call.rows)
+            .read("batch", call.B)
+            .read("tape", call.tape)
+            .read("bf16", call.bf16)
+            .read("threads", threads);
+        weights = pointers(arguments, "weights");
+        call.weights = weights.data();
+    }
+
+    // One tensor for each weight.
+    std::vector<float*> pointers(Arguments& arguments, const char* name) const {
+        std::vector<float*> result;
+        for (const uintptr_t address : arguments.take<std::vector<uintptr_t>>(name)) result.push_back(pointer<float>(address));
+        if (lares_fast::weight_count(call.shape) != static_cast<int64_t>(result.size()))
+            throw std::invalid_argument(std::string("the number of ") + name + " is wrong");
+        return result;
+    }
+};
+
+void recurrence_forward(const py::kwargs& given) {
+    Arguments arguments(given);
+    const RecurrenceArguments shared(arguments);
+    float* const out = arguments.tensor<float>("out");
+    unlocked(arguments, [&] { lares_fast::recurrence_forward(shared.call, out, shared.threads); });
 }
 
-// `sizes` are D, H, I, layers, adapter, output, B and bf16; `dropout` the key's halves, both thresholds and the first step.
-lares_fast::Recurrence recurrence(const std::array<int64_t, 8>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
-                                  const std::array<uintptr_t, 6>& inputs, const std::vector<float*>& weights) {
-    using lares_fast::Adapter;
-    using lares_fast::Output;
-    const lares_fast::Shape shape{sizes[0], sizes[1], sizes[2], sizes[3], static_cast<Adapter>(sizes[4])};
-    if (lares_fast::weight_count(shape) != static_cast<int64_t>(weights.size())) throw std::invalid_argument("the number of weights is wrong");
-    return {shape, static_cast<Output>(sizes[5]), eps, {Key{dropout[0], dropout[1]}, dropout[2], dropout[3], dropout[4]},
-            pointer<float>(inputs[0]), pointer<float>(inputs[1]), pointer<int64_t>(inputs[2]), pointer<int64_t>(inputs[3]),
-            pointer<int64_t>(inputs[4]), sizes[6], weights.data(), pointer<float>(inputs[5]), sizes[7] != 0};
-}
-
-void recurrence_forward(const std::array<int64_t, 8>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
-                        const std::array<uintptr_t, 6>& inputs, const std::vector<uintptr_t>& weights, uintptr_t out, int64_t threads) {
-    const std::vector<float*> tensors = pointers(weights);
-    lares_fast::recurrence_forward(recurrence(sizes, dropout, eps, inputs, tensors), pointer<float>(out), threads);
-}
-
-void recurrence_backward(const std::array<int64_t, 8>& sizes, const std::array<std::uint32_t, 5>& dropout, float eps,
-                         const std::array<uintptr_t, 6>& inputs, const std::vector<uintptr_t>& weights, uintptr_t out_grad,
-                         uintptr_t h_grad, uintptr_t pre_grad, const std::vector<uintptr_t>& weight_grads, int64_t threads) {
-    const std::vector<float*> tensors = pointers(weights);
-    lares_fast::recurrence_backward(recurrence(sizes, dropout, eps, inputs, tensors), pointer<float>(out_grad), pointer<float>(h_grad),
-                                    pointer<float>(pre_grad), pointers(weight_grads).data(), threads);
+void recurrence_backward(const py::kwargs& given) {
+    Arguments arguments(given);
+    const RecurrenceArguments shared(arguments);
+    const float* const out_grad = arguments.tensor<float>("out_grad");
+    float* const h_grad = arguments.tensor<float>("h_grad");
+    float* const pre_grad = arguments.tensor<float>("pre_grad");
+    const std::vector<float*> weight_grads = shared.pointers(arguments, "weight_grads");
+    unlocked(arguments, [&] {
+        lares_fast::recurrence_backward(shared.call, out_grad, h_grad, pre_grad, weight_grads.data(), shared.threads);
+    });
 }
 
 // Multiprocessors, shared memory a block, shared memory a multiprocessor.
@@ -378,10 +410,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("index_shape", &index_shape, py::kw_only(), arg("N"), arg("D"));
     m.def("build_index", &build_index);
     m.def("target_rank", &target_rank);
-    m.def("recurrence_forward", &recurrence_forward, arg("sizes"), arg("dropout"), arg("eps"), arg("inputs"), arg("weights"), arg("out"),
-          arg("threads"), Release());
-    m.def("recurrence_backward", &recurrence_backward, arg("sizes"), arg("dropout"), arg("eps"), arg("inputs"), arg("weights"),
-          arg("out_grad"), arg("h_grad"), arg("pre_grad"), arg("weight_grads"), arg("threads"), Release());
+    m.def("recurrence_forward", &recurrence_forward);
+    m.def("recurrence_backward", &recurrence_backward);
     m.def("target_logprob", &target_logprob);
     m.def("target_logprob_backward", &target_logprob_backward);
     m.def("keep_hidden", &keep_hidden);

@@ -1,1 +1,1 @@
-"""Triton kernels; installed as ``lares_fast.kernels`` and imported lazily, by ``lares_fast.ops`` only."""
+"""Triton kernels. They are installed as ``lares_fast.kernels``, and ``lares_fast.ops`` imports them when it needs them."""

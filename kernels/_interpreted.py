@@ -1,6 +1,6 @@
-"""Triton's interpreter with bf16 as a GPU computes it: stock, it multiplies the raw bits and truncates casts.
+"""Make Triton's interpreter compute bf16 as a GPU does. As it comes, it multiplies the raw bits and truncates casts.
 
-For proofs on a machine without a GPU; ``TRITON_INTERPRET`` must be 1 before Triton is first imported.
+Tests on a machine without a GPU use this. ``TRITON_INTERPRET`` must be 1 before Triton is first imported.
 """
 
 from contextlib import contextmanager
@@ -21,29 +21,29 @@ def to_bf16(x):
 
 
 def from_bf16(bits):
-    """The inverse of :func:`to_bf16`, exact."""
+    """Undo :func:`to_bf16`, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def wide(handle):
-    """The numbers of a handle."""
+    """Return the numbers of a handle."""
     return from_bf16(handle.data) if handle.dtype.scalar == BF16 else handle.data
 
 
 def cast(self, source, to, *_):
-    """Rounded to nearest even."""
+    """Cast to another type, rounded to the nearest number, ties to even."""
     data = wide(source)
     data = to_bf16(data) if to.scalar == BF16 else data.astype(interpreter._get_np_dtype(to.scalar))
     return TensorHandle(data, to.scalar)
 
 
 def dot(self, a, b, c, *_):
-    """Products of bf16 are exact in fp32, so only the order of the sums differs from a tensor core's."""
+    """Multiply matrices. Products of bf16 are exact in fp32, so only the order of sums differs from a tensor core's order."""
     return TensorHandle(np.matmul(wide(a), wide(b), dtype=c.data.dtype) + c.data, c.dtype.scalar)
 
 
 def arithmetic(self, left, right, op):
-    """Of anything but bf16."""
+    """Compute as the interpreter does, but not in bf16."""
     assert BF16 not in (left.dtype.scalar, right.dtype.scalar), "bf16 may only be loaded, stored, cast and multiplied by tl.dot"
     return stock_arithmetic(self, left, right, op)
 
@@ -52,9 +52,9 @@ stock_arithmetic = InterpreterBuilder.binary_op
 
 
 def patch_tensor(tensor, *scope):
-    """As Triton patches its tensors, and one that holds a single number can be an index.
+    """Patch a tensor as Triton does, and let a tensor that holds a single number be an index.
 
-    Up to Triton 3.8 the interpreter makes an int of an array of one element, which NumPy 2.5 refuses.
+    Up to Triton 3.8 the interpreter converts an array of one element to an int, which NumPy 2.5 does not allow.
     """
     stock_patch_tensor(tensor, *scope)
     index = lambda self: self.handle.data.item()  # noqa: E731
@@ -65,16 +65,16 @@ def patch_tensor(tensor, *scope):
 
 
 stock_patch_tensor = interpreter._patch_lang_tensor
-# Changes no number, so it is not undone.
+# This patch changes no number, so it stays for good.
 interpreter._patch_lang_tensor = patch_tensor
 
-# Method of the interpreter -> what takes its place.
+# Method of the interpreter -> its replacement.
 HONEST = {"cast_impl": cast, "create_fp_to_fp": cast, "create_dot": dot, "binary_op": arithmetic}
 
 
 @contextmanager
 def honest():
-    """Interpret bf16 as a GPU computes it within the ``with`` block."""
+    """Interpret bf16 as a GPU computes it, within the ``with`` block."""
     before = {name: getattr(InterpreterBuilder, name) for name in HONEST}
     for name, method in HONEST.items():
         setattr(InterpreterBuilder, name, method)

@@ -1,4 +1,4 @@
-"""The one way kernels are launched: what the hardware and Triton's launcher assume is checked here, once."""
+"""Launch kernels. All launches go through this module, which checks what hardware and Triton's launcher take for granted."""
 
 import re
 import threading
@@ -12,62 +12,64 @@ from lares_fast import _settings
 
 # Triton's launcher multiplies the grid's sizes in 32 bits and launches nothing where the product wraps.
 MOST_PROGRAMS = 2**31 - 1
-# Vector loads of 16 bytes; a pointer that is not a multiple would also compile a variant of its own.
+# Vector loads read 16 bytes. A pointer that is not a multiple of 16 would also compile a variant of its own.
 ALIGNMENT = 16
-# Warps of a program. With four, products of half precision are WGMMA on Hopper and tcgen05 on Blackwell, which some versions
-# of ptxas and Triton compile wrongly; with two they are mma.sync everywhere. Products in fp32 use no tensor core.
-# A kernel that needs more has :func:`sound_products` to choose.
+# Warps of a program. With four warps, products of half precision become WGMMA on Hopper and tcgen05 on Blackwell, which some
+# versions of ptxas and Triton compile wrongly. With two warps they become mma.sync on every GPU. Products in fp32 use no tensor
+# core. For a kernel that needs more warps, :func:`sound_products` keeps the compiler from WGMMA.
 WARPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the kernels of an op are launched; what it does not say is as shipped."""
+    """How the kernels of an op are launched; a value that is left out is the default."""
 
-    # Of a tile.
+    # Rows of a tile.
     rows: int | None = None
     # Kernel -> (warps, stages).
     kernels: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 SHIPPED = Choice()
-# Asked for the :class:`Choice` of a call with (op, tensor, sizes), where one was measured; None is as shipped.
+# A function that takes (op, tensor, sizes) and returns the :class:`Choice` that was measured for such calls, or None.
 find = None
 
-# Called in place of Triton's launch with (kernel, programs, arguments, options), by tools that compile or count what would run.
+# Tools that compile or count launches set a function here. It is called in place of Triton's launch, with (kernel, programs,
+# arguments, options).
 stand_in = ContextVar("stand_in", default=None)
 
-# The compiler reads the process's environment, which must not change under it: held by all who compile.
+# The compiler reads the process's environment, which must not change meanwhile. Every compilation holds this lock.
 _compiling = threading.Lock()
 
-# Variants that ran here: the first launch of one compiles and loads it, which a graph capture forbids.
+# Variants that ran in this process. The first launch of a variant compiles and loads it, which a graph capture forbids.
 _ran = set()
 
 
 def ready(tensor):
-    """``tensor`` contiguous and aligned as :func:`launch` demands; a copy only where it is not."""
+    """Return ``tensor`` contiguous and aligned, as :func:`launch` needs it; it is copied only if it is not so already."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def rising(offsets):
-    """``offsets`` [B + 1], or all -1 if one of them falls: sequences would overlap, and two programs write one row.
+    """Return ``offsets`` [B + 1], or -1 in every place if an offset is below the one before.
 
-    Kernels take -1 as out of range. Nothing waits for the device.
+    Such sequences would overlap, and two programs would write one row. Kernels take -1 as out of range. Nothing waits for the
+    device.
     """
     return torch.where((offsets[1:] < offsets[:-1]).any(), -1, offsets)
 
 
 def choice(op, tensor, **sizes):
-    """What :data:`find` knows of a call of ``op`` with tensors like ``tensor``."""
+    """Return the launch settings that :data:`find` has for a call of ``op`` with tensors like ``tensor``, or the defaults."""
     return (find and find(op, tensor, sizes)) or SHIPPED
 
 
 def launch(kernel, programs, *arguments, warps, stages=1, choice=SHIPPED, **constants):
-    """Run ``programs`` programs of ``kernel`` on the device of its tensors; none at all is no launch.
+    """Run ``programs`` programs of ``kernel`` on the device of its tensors; with 0 programs nothing is launched.
 
-    ``arguments`` are tensors and numbers in the kernel's order, ``constants`` its compile-time parameters.
-    ``choice`` goes before ``warps`` and ``stages``.
+    ``arguments`` are tensors and numbers in the kernel's order, ``constants`` its compile-time parameters. If ``choice`` names
+    the kernel, it replaces ``warps`` and ``stages``.
     """
     warps, stages = choice.kernels.get(_name(kernel), (warps, stages))
     if programs == 0:
@@ -99,9 +101,9 @@ def launch(kernel, programs, *arguments, warps, stages=1, choice=SHIPPED, **cons
 
 @contextmanager
 def sound_products(architecture):
-    """Keep what is compiled for ``architecture`` (90 is Hopper) from products that this ptxas gets wrong; one thread at a time.
+    """Compile for ``architecture`` (90 is Hopper) without the products that this ptxas gets wrong; one thread at a time.
 
-    Before 13.3 it may overwrite registers that a WGMMA still reads. Triton keeps what was compiled so apart from the rest.
+    A ptxas before 13.3 may overwrite registers that a WGMMA still reads. Triton's cache keeps these compilations apart.
     """
     sound = architecture != 90 or _ptxas(architecture) >= (13, 3)
     with _compiling, nullcontext() if sound else _settings.temporarily("DISABLE_MMA_V3", "1"):
@@ -109,13 +111,13 @@ def sound_products(architecture):
 
 
 def _ptxas(architecture):
-    """The version of the assembler for ``architecture``; (0,) where it does not say."""
+    """Return the version of the assembler for ``architecture``, or (0,) if it does not tell."""
     from triton.backends.nvidia import compiler
 
     try:
         said = compiler.get_ptxas_version(architecture)
     except TypeError:
-        # Triton 3.5 has one assembler for all.
+        # Triton 3.5 has one assembler for all architectures.
         said = compiler.get_ptxas_version()
     found = re.search(r"V(\d+)\.(\d+)", said)
     return tuple(map(int, found.groups())) if found else (0,)
@@ -133,7 +135,7 @@ def _name(kernel):
 
 
 def _kind(argument):
-    """What of an argument can lead to a variant."""
+    """Return the properties of an argument that can lead to a variant."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype
     return type(argument), isinstance(argument, int) and not -(2**31) <= argument < 2**31

@@ -1,11 +1,12 @@
 """Transformer layers on a tile of whole sequences, as device functions that the forward and the backward share.
 
-A tile has R = 16 G rows, kept as [G, 16, ...]: products are then G products of 16 rows, one a warp. As one product of R rows
-they would be WGMMA on Hopper and tcgen05 on Blackwell, which some versions of ptxas and Triton compile wrongly.
-Sequences begin at tile rows that 4 divides, so that a call of the generator serves 4 queries of one sequence.
+A tile has R = 16 G rows, which are kept as [G, 16, ...]: a product is then G products of 16 rows, one for each warp. One
+product of R rows would become WGMMA on Hopper and tcgen05 on Blackwell, which some versions of ptxas and Triton compile
+wrongly. Sequences begin at tile rows that are multiples of 4, so that one call of the generator serves 4 queries of a sequence.
 
-The weights of a layer's halves stand one behind the other, each matrices first, then biases, then its norm:
-query, key, value, output [D, D] and 4 D + 2 D numbers; up [INNER, D], down [D, INNER] and INNER + D + 2 D numbers.
+A layer's weights are those of its attention half and then those of its feed-forward half. Each half has first its matrices,
+then its biases, then its norm: query, key, value, output [D, D] and 4 D + 2 D numbers; up [INNER, D], down [D, INNER] and
+INNER + D + 2 D numbers. lares_fast/reference/weights.py makes this order.
 """
 
 import triton
@@ -13,21 +14,31 @@ import triton.language as tl
 from lares_fast.kernels._random import keep_attention_pairs, keep_hidden
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Columns of a head or of the inner layer that are in work at a time: more would not fit the registers.
+# Columns of a head or of the inner layer that are computed at a time: more columns would not fit the registers.
 PIECE = tl.constexpr(32)
 SITE_ATTENTION_OUT = tl.constexpr(1)
 SITE_FEED_FORWARD_OUT = tl.constexpr(2)
 
 
+def attention_size(D):
+    """Return how many numbers the attention half of a layer's weights has."""
+    return 4 * D * D + 6 * D
+
+
+def layer_size(D, INNER):
+    """Return how many numbers a layer's weights have."""
+    return attention_size(D) + 2 * INNER * D + INNER + 3 * D
+
+
 @triton.jit
 def tile_rows(G: tl.constexpr):
-    """The numbers [G, 16] of a tile's rows."""
+    """Return the numbers [G, 16] of a tile's rows."""
     return tl.arange(0, G)[:, None] * 16 + tl.arange(0, 16)[None, :]
 
 
 @triton.jit
 def owners(row, ALIGNED, low, high):
-    """(sequence, its first row of the tile) of the tile rows ``row``; rows behind the last sequence count as its own."""
+    """Return (sequence, its first row in the tile) for the tile rows ``row``; rows behind the last sequence count to it."""
     base = tl.load(ALIGNED + low)
     sequence, begin = row * 0 + low, row * 0
     for b in range(low + 1, high):
@@ -39,7 +50,8 @@ def owners(row, ALIGNED, low, high):
 
 @triton.jit
 def drop_places(ALIGNED, ROWS, low, high, G: tl.constexpr):
-    """Addresses of dropout: batch row and position of tile rows [16 G]; batch row of quads, quad [4 G] and pair [8 G] in it."""
+    """Return the addresses of dropout: batch row and position of tile rows [16 G], and for the masks of attention the batch row
+    of quads [4 G], the quad [4 G] and the pair [8 G] within the sequence."""
     flat = tl.arange(0, 16 * G)
     sequence, begin = owners(flat, ALIGNED, low, high)
     four = tl.arange(0, 4 * G) * 4
@@ -52,30 +64,33 @@ def drop_places(ALIGNED, ROWS, low, high, G: tl.constexpr):
 
 @triton.jit
 def rows_times(x, w, G: tl.constexpr):
-    """x [G, 16, K] times one matrix w [K, N] -> [G, 16, N] fp32."""
+    """Return x [G, 16, K] times one matrix w [K, N], [G, 16, N] fp32."""
     K: tl.constexpr = w.shape[0]
     N: tl.constexpr = w.shape[1]
     if w.dtype == tl.float32:
-        # Without tensor cores nothing is gained, and G copies of w would fill the shared memory.
+        # fp32 uses no tensor cores, so G products gain nothing, and G copies of w would fill the shared memory.
         return tl.reshape(tl.dot(tl.reshape(x.to(w.dtype), (16 * G, K)), w, input_precision="ieee"), (G, 16, N))
     return tl.dot(x.to(w.dtype), tl.broadcast_to(w[None], (G, K, N)), input_precision="ieee")
 
 
 @triton.jit
 def matrix(base, rows: tl.constexpr, columns: tl.constexpr, stride):
-    """The [rows, columns] matrix at ``base``."""
+    """Load the [rows, columns] matrix at ``base``."""
     return tl.load(base + tl.arange(0, rows)[:, None] * stride + tl.arange(0, columns)[None, :])
 
 
 @triton.jit
 def vector(base, size: tl.constexpr):
-    """``size`` numbers at ``base``, fp32, to be broadcast over rows."""
+    """Load ``size`` numbers at ``base`` as fp32, in a shape that broadcasts over rows."""
     return tl.load(base + tl.arange(0, size)).to(tl.float32)[None, None, :]
 
 
 @triton.jit
 def load_tile(base, source, real, STRIDE: tl.constexpr, C: tl.constexpr = None):
-    """The first C numbers of rows ``source`` [G, 16], STRIDE (by default C) long, as [G, 16, C] fp32; zero if not ``real``."""
+    """Load the first C numbers of rows ``source`` [G, 16] as [G, 16, C] fp32; zero if not ``real``.
+
+    Rows are STRIDE apart, and STRIDE is also the default of C.
+    """
     COLUMNS: tl.constexpr = STRIDE if C is None else C
     at = source[:, :, None] * STRIDE + tl.arange(0, COLUMNS)[None, None, :]
     return tl.load(base + at, mask=real[:, :, None], other=0.0).to(tl.float32)
@@ -83,14 +98,14 @@ def load_tile(base, source, real, STRIDE: tl.constexpr, C: tl.constexpr = None):
 
 @triton.jit
 def store_tile(base, tile, source, real, STRIDE: tl.constexpr):
-    """The inverse of :func:`load_tile`."""
+    """Store what :func:`load_tile` loads."""
     at = source[:, :, None] * STRIDE + tl.arange(0, tile.shape[2])[None, None, :]
     tl.store(base + at, tile.to(base.dtype.element_ty), mask=real[:, :, None])
 
 
 @triton.jit
 def standardise(x, eps, D: tl.constexpr):
-    """(x with mean 0 and deviation 1, the reciprocal of its deviation)."""
+    """Return (x with mean 0 and deviation 1, the reciprocal of its deviation)."""
     x -= (tl.sum(x, 2) / D)[:, :, None]
     inverse = 1 / tl.sqrt(tl.sum(x * x, 2) / D + eps)
     return x * inverse[:, :, None], inverse
@@ -98,13 +113,13 @@ def standardise(x, eps, D: tl.constexpr):
 
 @triton.jit
 def layer_norm(x, base, eps, D: tl.constexpr):
-    """The layer norm of x [G, 16, D] with weight and bias at ``base``."""
+    """Return the layer norm of x [G, 16, D] with weight and bias at ``base``."""
     return standardise(x, eps, D)[0] * vector(base, D) + vector(base + D, D)
 
 
 @triton.jit
 def hidden_factor(SEED, threshold, kept, site, step, layer, row, position, D: tl.constexpr, G: tl.constexpr):
-    """[G, 16, D]: ``kept`` where a hidden activation stays, else 0; ``row`` and ``position`` are [16 G]."""
+    """Return [G, 16, D]: ``kept`` where a hidden activation stays, else 0. ``row`` and ``position`` are [16 G]."""
     seed = tl.load(SEED)
     keep = keep_hidden(seed, threshold, site, step, layer, row, position, 0, 16 * G)
     if D == 128:
@@ -115,26 +130,26 @@ def hidden_factor(SEED, threshold, kept, site, step, layer, row, position, D: tl
 
 @triton.jit
 def attention_factor(SEED, threshold, kept, step, layer, row, head, quad, pair, G: tl.constexpr):
-    """[G, 16, 16 G]: ``kept`` where an attention probability stays, else 0."""
+    """Return [G, 16, 16 G]: ``kept`` where an attention probability stays, else 0."""
     keep = keep_attention_pairs(tl.load(SEED), threshold, step, layer, row, head, quad, pair, 16 * G, 16 * G)
     return tl.where(tl.reshape(keep, (G, 16, 16 * G)), kept, 0.0)
 
 
 @triton.jit
 def gelu(u):
-    """Exact GELU."""
+    """Return the exact GELU."""
     return 0.5 * u * (1 + tl.erf(u * 0.7071067811865476))
 
 
 @triton.jit
 def linear(x, W, BIAS, D: tl.constexpr, C: tl.constexpr, G: tl.constexpr):
-    """C outputs [G, 16, C] fp32 of a linear map of x [G, 16, D] whose weights are the C rows at ``W``."""
+    """Return C outputs [G, 16, C] fp32 of a linear map of x [G, 16, D] whose weights are the C rows at ``W``."""
     return rows_times(x, tl.trans(matrix(W, C, D, D)), G) + vector(BIAS, C)
 
 
 @triton.jit
 def probabilities(x, W, head, begin, scale, D: tl.constexpr, E: tl.constexpr, G: tl.constexpr):
-    """Causal softmax [G, 16, 16 G] of a head's scores: a row sees those of its sequence up to itself."""
+    """Return the causal softmax [G, 16, 16 G] of a head's scores: a row sees the rows of its sequence up to itself."""
     C: tl.constexpr = min(E, PIECE)
     scores = tl.zeros((G, 16, 16 * G), tl.float32)
     for c in range(head * E, head * E + E, C):
@@ -153,7 +168,10 @@ def attend(
     x, W, begin, scale, SEED, threshold, kept, step, layer, quad_row, quad, pair,
     D: tl.constexpr, E: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """The attention's output projection [G, 16, D]. Without dropout x is added: registers then hold one sum in place of two."""
+    """Return the attention's output projection [G, 16, D].
+
+    Without dropout x is already added, so that registers hold one sum in place of two.
+    """
     out = tl.zeros((G, 16, D), tl.float32) if DROP else x
     x = x.to(W.dtype.element_ty)
     C: tl.constexpr = min(E, PIECE)
@@ -172,7 +190,7 @@ def attend(
 
 @triton.jit
 def feed(x, W, D: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr):
-    """As :func:`attend`, the feed-forward's second product; W is its part of a layer's weights."""
+    """Return the feed-forward's second product, as :func:`attend`; W is the feed-forward's part of a layer's weights."""
     DTYPE: tl.constexpr = W.dtype.element_ty
     out = tl.zeros((G, 16, D), tl.float32) if DROP else x
     x = x.to(DTYPE)

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that need not be here: a stand-in driver answers Triton's question for the GPU."""
+"""Compile kernels for GPUs that this machine does not have: a stand-in driver tells Triton which GPU to compile for."""
 
 from contextlib import contextmanager
 
@@ -8,29 +8,30 @@ from triton.backends.compiler import GPUTarget
 
 
 class Driver:
-    """What Triton asks of a driver before it compiles."""
+    """The functions of a driver that Triton calls before it compiles."""
 
     def __init__(self, architecture):
         self.target = GPUTarget("cuda", architecture, 32)
 
     def get_current_target(self):
-        """The GPU that there would be."""
+        """Return the GPU to compile for."""
         return self.target
 
     def get_current_device(self):
-        """Its number."""
+        """Return the number of the GPU."""
         return 0
 
     def get_current_stream(self, device):
-        """The default stream."""
+        """Return the default stream."""
         return 0
 
 
 @contextmanager
 def compiling(architecture):
-    """Have launches within the ``with`` block, on CPU tensors, compiled for ``architecture`` and not run.
+    """Compile the launches within the ``with`` block for ``architecture``, and do not run them. Tensors are on the CPU.
 
-    Yields the list that Triton's compiled kernels are added to: what a launch there would compile, by its very arguments.
+    Yields the list to which Triton's compiled kernels are added. They are the variants that a launch with these arguments would
+    compile on such a GPU.
     """
     compiled, used = [], set()
 

@@ -1,4 +1,4 @@
-"""Keep-masks in Triton: the bits of lares_fast/_random.py; layout and vectors stand in docs/numerics.md.
+"""Keep-masks in Triton, with the bits of lares_fast/_random.py. docs/numerics.md states the layout and test vectors.
 
 ``key`` is the folded key as one 64-bit integer, k0 + k1 * 2**32. One call of the generator serves 8 elements.
 """
@@ -11,7 +11,7 @@ _SITE_ATTENTION = tl.constexpr(3)
 
 @triton.jit
 def _decisions(key, threshold, c0, c1, c2, c3):
-    """Masks [..., sub, half, word mod 2, word div 2] of calls at broadcast counters [..., 8]."""
+    """Return masks [..., sub, half, word mod 2, word div 2] of calls at broadcast counters [..., 8]."""
     c0, c1 = tl.broadcast(c0.to(tl.uint32), c1.to(tl.uint32))
     c0, c2 = tl.broadcast(c0, c2.to(tl.uint32))
     c1 = tl.broadcast_to(c1, c0.shape)
@@ -28,7 +28,7 @@ def _halves(word, threshold):
 
 @triton.jit
 def keep_hidden(key, threshold, site, step, layer, row, position, column, R: tl.constexpr):
-    """Mask [R, 64] of the 64 columns from ``column`` (a multiple of 64); ``row`` and ``position`` are [R]."""
+    """Return the mask [R, 64] of the 64 columns from ``column``, a multiple of 64; ``row`` and ``position`` are [R]."""
     c0 = (tl.arange(0, 8) | (column // 64) << 3 | site << 16)[None, :]
     keep = _decisions(key, threshold, c0, position[:, None], row[:, None], step << 16 | layer)
     return tl.reshape(tl.permute(keep, (0, 4, 3, 1, 2)), (R, 64))
@@ -36,7 +36,10 @@ def keep_hidden(key, threshold, site, step, layer, row, position, column, R: tl.
 
 @triton.jit
 def keep_attention(key, threshold, step, layer, row, head, query, column, Q: tl.constexpr, J: tl.constexpr):
-    """Mask [Q, J] of queries ``query``.. and keys ``column``.. of one row; Q, ``query`` multiples of 4, J, ``column`` of 16."""
+    """Return the mask [Q, J] of a row, from query ``query`` and key ``column`` on.
+
+    Q and ``query`` are multiples of 4, J and ``column`` multiples of 16.
+    """
     quad = query // 4 + tl.arange(0, Q // 4)
     tile = column // 16 + tl.arange(0, J // 16)
     c0 = (tl.arange(0, 8) | head << 3 | _SITE_ATTENTION << 16)[None, None, :]
@@ -48,7 +51,10 @@ def keep_attention(key, threshold, step, layer, row, head, query, column, Q: tl.
 
 @triton.jit
 def keep_attention_pairs(key, threshold, step, layer, row, head, quad, pair, Q: tl.constexpr, J: tl.constexpr):
-    """Mask [Q, J] over several sequences: ``row`` and ``quad`` (query // 4) are [Q / 4], ``pair`` (key // 2) [J / 2]."""
+    """Return the mask [Q, J] over several sequences.
+
+    ``row`` and ``quad`` (query // 4) are [Q / 4], ``pair`` (key // 2) is [J / 2].
+    """
     c0 = (pair & 7 | head << 3 | _SITE_ATTENTION << 16)[None, :]
     c1 = quad[:, None] | (pair >> 3 << 16)[None, :]
     keep = _decisions(key, threshold, c0, c1, row[:, None], step << 16 | layer)

@@ -1,7 +1,8 @@
-"""The gradients of the recurrence: step by step backwards, each half of a layer in a kernel of its own.
+"""The gradients of the recurrence: step by step backwards, with a kernel for each half of a layer.
 
-A step is computed again from its saved state. The kernel of a half leaves what the weights' gradients are products of; such a
-product over all rows is split over slots; an element of a slot is summed by one program in one order. There are no atomics.
+A step is computed again from its saved state. The kernel of a half stores the factors of the weights' gradients. A gradient is
+a product over all rows, which is split over slots. One program sums an element of a slot, always in one order. There are no
+atomics.
 """
 
 import torch
@@ -14,6 +15,7 @@ from lares_fast.kernels._layers import (
     SITE_FEED_FORWARD_OUT,
     attend,
     attention_factor,
+    attention_size,
     drop_places,
     feed,
     hidden_factor,
@@ -27,13 +29,13 @@ from lares_fast.kernels._layers import (
     tile_rows,
     vector,
 )
-from lares_fast.kernels.recurrence import ORDER, join, places
+from lares_fast.kernels.recurrence import Plan, join, places
 
-# Rows that a slot has at least, and how many slots there are at most.
+# The least rows of a slot, and the most slots.
 SLOT_ROWS, SLOTS = 256, 32
-# In place of where a bias's gradient is added.
+# Stands for the place of a bias's gradient if there is no bias.
 NO_BIAS = -16
-# Side of a tile of a weight's gradient.
+# The side of a tile of a weight's gradient.
 SIDE = tl.constexpr(64)
 
 _SIZES = ["P", "step", "layer", "t", "first", "threshold", "attention_threshold", "add", "size", "rows", "place", "bias"]
@@ -41,11 +43,11 @@ _SIZES = ["P", "step", "layer", "t", "first", "threshold", "attention_threshold"
 
 @triton.jit
 def norm_backward(r, dy, base, PARTIAL, eps, D: tl.constexpr):
-    """The gradient of the input r of a layer norm with weights at ``base``; adds those of the weights to PARTIAL [2, D]."""
+    """Return the gradient of r, the input of a layer norm with weights at ``base``; add their gradients to PARTIAL [2, D]."""
     x, inverse = standardise(r, eps, D)
     column = tl.arange(0, D)
     weight = tl.load(PARTIAL + column) + tl.sum(tl.sum(dy * x, 1), 0)
-    # Another thread may store what this one loads: here, and where the caller stores what ``dy`` was loaded from.
+    # Another thread may store what this one loads: here, and where the caller stores to the place that ``dy`` was loaded from.
     tl.debug_barrier()
     tl.store(PARTIAL + column, weight)
     bias = tl.load(PARTIAL + D + column) + tl.sum(tl.sum(dy, 1), 0)
@@ -61,8 +63,12 @@ def attention_half_backward(
     t, step, layer, eps, scale, threshold, kept, attention_threshold, attention_kept,
     D: tl.constexpr, E: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """From GRAD [P, D] of the half's output that of its residual sum, in place; the gradients DSUM [P, D] of the projection and
-    DQKV [P, 3 D] of queries, keys and values; and CONTEXT [P, D], what the output projection multiplied."""
+    """Run the attention half of a layer backwards.
+
+    GRAD [P, D] is the gradient of the half's output and becomes the gradient of its residual sum. DSUM [P, D] becomes the
+    gradient of the output projection, DQKV [P, 3 D] the gradient of queries, keys and values, and CONTEXT [P, D] the input of
+    the output projection.
+    """
     low, high = tl.load(FIRST + tl.program_id(0)), tl.load(FIRST + tl.program_id(0) + 1)
     if low == high:
         return
@@ -80,7 +86,7 @@ def attention_half_backward(
         x, W, begin, scale, SEED, attention_threshold, attention_kept, step, layer, quad_row, quad, pair, D, E, G, DROP,
     )  # fmt: skip
     if DROP:
-        # Of another shape than the factor of a head, which a loop does not take by the same name.
+        # Its shape differs from the shape of a head's factor, and a loop does not take two shapes by one name.
         kept_sums = hidden_factor(SEED, threshold, kept, SITE_ATTENTION_OUT, step, layer, flat_row, flat_position, D, G)
         y = x + y * kept_sums
     dy = load_tile(GRAD + origin * D, source, real, D)
@@ -124,7 +130,10 @@ def feed_half_backward(
     t, step, layer, eps, threshold, kept,
     D: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`attention_half_backward`; GELU [P, INNER] is what the second product multiplied, DINNER the first's grad."""
+    """Run the feed-forward half of a layer backwards, as :func:`attention_half_backward`.
+
+    GELU [P, INNER] becomes the input of the second product, and DINNER the gradient of the first product.
+    """
     low, high = tl.load(FIRST + tl.program_id(0)), tl.load(FIRST + tl.program_id(0) + 1)
     if low == high:
         return
@@ -156,7 +165,7 @@ def feed_half_backward(
 
 @triton.jit
 def _rows(P, ROW_DEPTH, t, G: tl.constexpr):
-    """(first row of the program, its rows [G, 16] behind it, which of them take part in step t)."""
+    """Return (first row of the program, its rows [G, 16] counted from there, whether each takes part in step t)."""
     start = tl.program_id(0).to(tl.int64) * 16 * G
     row = tile_rows(G)
     inside = start + row < P
@@ -165,7 +174,7 @@ def _rows(P, ROW_DEPTH, t, G: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def input_gradient(A, W, GRAD, ROW_DEPTH, P, t, add, K: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """GRAD [P, D] = ``add`` * GRAD + A [P, K] times the K rows at W, in the rows of step t."""
+    """Set GRAD [P, D] to ``add`` * GRAD + A [P, K] times the K rows at W, in the rows of step t."""
     start, row, real = _rows(P, ROW_DEPTH, t, G)
     out = load_tile(GRAD + start * D, row, real, D) * add
     for k in range(0, K, PIECE):
@@ -180,7 +189,10 @@ def join_backward(
     STATE, PRE, GRAD, ADAPTER, NORM, ROW_DEPTH, DPRE, DJOIN, GATE, PARTIAL, P, t, eps,
     KIND: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Back through norm and adapter: GRAD becomes the state's, DPRE grows; of ``concat`` only DJOIN, for products to come."""
+    """Run norm and adapter backwards: GRAD becomes the gradient of the state, and DPRE grows by the gradient of ``pre``.
+
+    For ``concat`` it only stores DJOIN, which the products after it read.
+    """
     start, row, real = _rows(P, ROW_DEPTH, t, G)
     x = load_tile(STATE + start * D, row, real, D)
     joined = join(x, PRE + start * D, ADAPTER, 0, row, real, KIND, D, G)
@@ -208,7 +220,7 @@ def weight_gradient(
     A, B, ROW_DEPTH, SLOTS_GRAD, place, bias, P, t, size, rows,
     M: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Adds A' B [M, N] of one slot's rows at ``place`` of that slot, rows STRIDE apart, and A's column sums at ``bias``."""
+    """Add A' B [M, N] of a slot's rows at ``place`` of the slot, rows STRIDE apart, and the column sums of A at ``bias``."""
     tiles: tl.constexpr = (M // SIDE) * (N // SIDE)
     slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     m, n = tile // (N // SIDE) * SIDE, tile % (N // SIDE) * SIDE
@@ -236,30 +248,32 @@ def weight_gradient(
 
 
 def backward(call, grad, states):
-    """The gradients of h, pre (if there is one) and the weights, from ``grad`` of the output and what the forward saved."""
-    return _Backward(call, ready(grad), states).run()
+    """Return the gradients of h, pre (empty without it) and the weights.
+
+    ``grad`` is the gradient of the output, and ``states`` are the states that the forward saved.
+    """
+    return _Backward(Plan(call), ready(grad), states).run()
 
 
 class _Backward:
     """The buffers of one backward pass and the kernels on them, in the order of :meth:`run`."""
 
-    def __init__(self, call, grad, states):
-        h, layers, D = call.h, call.layers, call.h.shape[1]
-        self.call, self.grad, self.states = call, grad, states
-        self.adapter, self.norm, packed = call.packed
-        self.weights = packed.view(layers, -1)
-        self.attention_size = 4 * D * D + 6 * D
-        P, size, (_, first) = len(h), self.weights.shape[1], call.tiles
-        tiles, row_tiles = len(first) - 1, triton.cdiv(P, 16 * call.groups)
+    def __init__(self, plan, grad, states):
+        call = plan.call
+        h, layers, D, inner = call.h, call.n_layers, call.width, call.inner_size
+        self.plan, self.call, self.grad, self.states = plan, call, grad, states
+        self.adapter, self.norm, self.weights = plan.weights
+        P, size, (_, first) = len(h), self.weights.shape[1], plan.tiles
+        tiles, row_tiles = len(first) - 1, triton.cdiv(P, 16 * plan.groups)
         slots = max(1, min(SLOTS, triton.cdiv(P, SLOT_ROWS)))
         self.slot_rows, self.row_tiles, self.slots = triton.cdiv(triton.cdiv(P, slots), 32) * 32, row_tiles, slots
-        self.offsets, self.depth = call.sequences
+        self.offsets, self.depth = plan.sequences
         self.row_depth = torch.repeat_interleave(self.depth, self.offsets.diff(), output_size=P)
-        # A gradient is a sum over all sequences, and the output of one that is not sound is NaN.
+        # A gradient is a sum over all sequences, and the output of a sequence that is not sound is NaN.
         self.poison = torch.where((self.depth > 0).all(), 0.0, torch.nan)
         self.halves, self.dqkv = h.new_empty(2 * layers, P, D), h.new_empty(P, 3 * D)
         self.multiplied, self.dsum = h.new_empty(P, D), h.new_empty(P, D)
-        self.inner, self.dinner = h.new_empty(P, call.inner), h.new_empty(P, call.inner)
+        self.inner, self.dinner = h.new_empty(P, inner), h.new_empty(P, inner)
 
         def zeros(*shape):
             return torch.zeros(shape, dtype=torch.float32, device=h.device)
@@ -273,9 +287,9 @@ class _Backward:
         call = self.call
         for t in reversed(range(len(self.states))):
             self.add_output(t)
-            step = t + int(call.adapter != "none")
-            call.run(self.states[t], (self.depth - t).clamp(0, 1), step, self.halves, None, "halves")
-            for layer in reversed(range(call.layers)):
+            step = t + call.first_step
+            self.plan.run(self.states[t], (self.depth - t).clamp(0, 1), step, self.halves, None, "halves")
+            for layer in reversed(range(call.n_layers)):
                 self.feed_half(t, step, layer)
                 self.attention_half(t, step, layer)
             if call.adapter != "none":
@@ -283,7 +297,7 @@ class _Backward:
         return self.collect()
 
     def add_output(self, t):
-        """The gradient of the states after step t that are part of the output."""
+        """Add the gradient of the states after step t that are part of the output."""
         call, grad = self.call, self.grad
         if call.output == "tokens":
             self.dstate = torch.where((self.row_depth == t + 1)[:, None], grad.float(), self.dstate)
@@ -296,47 +310,33 @@ class _Backward:
         self.dstate[(self.offsets[1:] - 1).clamp(min=0)] += torch.where(here[:, None], grad.float(), 0.0)
 
     def feed_half(self, t, step, layer):
-        call, size = self.call, self.call.inner * self.call.h.shape[1]
-        start = self.attention_size
+        size, start = self.call.inner_size * self.call.width, attention_size(self.call.width)
         x, W, dW = self.halves[2 * layer + 1], self.weights[layer, start:], self.dweights[layer]
-        eps, _, threshold, kept, *_ = call.numbers()
-        self.half(
-            feed_half_backward,
-            x,
-            W,
-            self.inner,
-            self.dinner,
-            self.dsum,
-            self.dnorms[layer, 1],
-            t,
-            step,
-            layer,
-            eps,
-            threshold,
-            kept,
-        )
+        eps, _, threshold, kept, *_ = self.plan.numbers()
+        made = (self.inner, self.dinner, self.dsum, self.dnorms[layer, 1])
+        self.half(feed_half_backward, x, W, *made, t, step, layer, eps, threshold, kept)
         self.product(self.dinner, x, dW, start, start + 2 * size, t)
-        self.product(self.dsum, self.inner, dW, start + size, start + 2 * size + call.inner, t)
+        self.product(self.dsum, self.inner, dW, start + size, start + 2 * size + self.call.inner_size, t)
         self.back(self.dinner, W, self.dstate, t)
 
     def attention_half(self, t, step, layer):
-        call, D = self.call, self.call.h.shape[1]
+        D = self.call.width
         x, W, dW = self.halves[2 * layer], self.weights[layer], self.dweights[layer]
         made = (self.multiplied, self.dqkv, self.dsum, self.dnorms[layer, 0])
-        self.half(attention_half_backward, x, W, *made, t, step, layer, *call.numbers())
+        self.half(attention_half_backward, x, W, *made, t, step, layer, *self.plan.numbers())
         self.product(self.dqkv, x, dW, 0, 4 * D * D, t)
         self.product(self.dsum, self.multiplied, dW, 3 * D * D, 4 * D * D + 3 * D, t)
         self.back(self.dqkv, W, self.dstate, t)
 
     def half(self, kernel, x, *arguments):
         call = self.call
-        aligned, first = call.tiles
+        aligned, first = self.plan.tiles
         shared = (x, self.dstate, self.offsets, aligned, first, self.depth, call.rows, call.seed)
-        call.launch(kernel, len(first) - 1, *shared, *arguments, DROP=call.seed is not None)
+        self.plan.launch(kernel, len(first) - 1, *shared, *arguments, DROP=call.seed is not None)
 
     def join(self, t):
-        call, D, state = self.call, self.call.h.shape[1], self.states[t]
-        call.launch(
+        call, D, state = self.call, self.call.width, self.states[t]
+        self.plan.launch(
             join_backward, self.row_tiles, state, call.pre, self.dstate, self.adapter, self.norm, self.row_depth,
             self.dpre, self.dsum, self.dgate, self.dnorm, len(state), t, call.eps, KIND=call.adapter,
         )  # fmt: skip
@@ -346,35 +346,33 @@ class _Backward:
                 self.back(self.dsum, self.adapter[column:], dx, t, add=float(column > 0), stride=2 * D)
 
     def product(self, a, b, slots, place, bias, t, stride=None):
-        """Add a' b to the weight's gradient at ``place`` of every slot, and the sums of a to that of its bias."""
+        """Add a' b to the weight's gradient at ``place`` of every slot, and the sums of a to the gradient of its bias."""
         (P, M), N = a.shape, b.shape[1]
         programs = self.slots * (M // SIDE.value) * (N // SIDE.value)
         launch(
             weight_gradient, programs, a, b, self.row_depth, slots, place, bias, P, t, slots.stride(0), self.slot_rows,
-            M=M, N=N, STRIDE=stride or N, warps=WARPS[a.dtype], choice=self.call.choice,
+            M=M, N=N, STRIDE=stride or N, warps=WARPS[a.dtype], choice=self.plan.choice,
         )  # fmt: skip
 
     def back(self, a, weight, grad, t, add=1.0, stride=None):
         P, D = grad.shape
-        self.call.launch(
+        self.plan.launch(
             input_gradient, self.row_tiles, a, weight, grad, self.row_depth, P, t, add, K=a.shape[1], STRIDE=stride or D
         )
 
     def collect(self):
-        """The sums over slots and tiles, in the order and shapes of the inputs."""
-        call, D, ahead, poison = self.call, self.call.h.shape[1], [], self.poison
-        if call.adapter == "linear":
-            ahead = [self.dgate.sum() + poison]
-        elif call.adapter == "concat":
-            ahead = (self.dadapter.sum(0) + poison).split((2 * D * D, D))
+        """Return the sums over slots and tiles, in the shapes of h, pre and the weights."""
+        call, D = self.call, self.call.width
+        layers = self.dweights.sum(1)
+        for half, end in enumerate((attention_size(D), layers.shape[1])):
+            layers[:, end - 2 * D : end] = self.dnorms[:, half].sum(1).flatten(1)
+        parts = [layers.flatten()]
         if call.adapter != "none":
-            ahead = [*ahead, *(self.dnorm.sum(0) + poison)]
-        layers = []
-        for dweights, dnorms in zip(self.dweights.sum(1) + poison, self.dnorms.sum(2) + poison, strict=True):
-            sizes = [call.weights[call.joining + i].numel() for i in ORDER]
-            parts = dict(zip(ORDER, dweights.split(sizes), strict=True))
-            parts |= zip((8, 9, 14, 15), dnorms.flatten(0, 1), strict=True)
-            layers += [parts[i] for i in range(len(ORDER))]
-        weights = [x.reshape(like.shape).to(like.dtype) for x, like in zip((*ahead, *layers), call.weights, strict=True)]
-        inputs = [self.dstate] if call.pre is None else [self.dstate, self.dpre]
-        return [*((x + poison).to(call.h.dtype) for x in inputs), *weights]
+            parts.append(self.dnorm.sum(0).flatten())
+        if call.adapter == "linear":
+            parts.append(self.dgate.sum()[None])
+        elif call.adapter == "concat":
+            parts.append(self.dadapter.sum(0))
+        pre = self.dpre if call.pre is not None else self.dpre.new_empty(0)
+        h_grad, pre_grad, weights_grad = ((x + self.poison).to(call.h.dtype) for x in (self.dstate, pre, torch.cat(parts)))
+        return h_grad, pre_grad, weights_grad

@@ -1,9 +1,10 @@
-"""Causal attention of packed sequences: one pass forward, two backward, each element written by one program.
+"""Causal attention of packed sequences: one pass forward and two passes backward. One program writes each element.
 
 Queries, keys and values are [P, H, E]; sequence b is rows OFFSETS[b]..OFFSETS[b + 1]. A program owns one tile of S rows of
-one head of one sequence and walks the tiles of the other side. No atomics: results do not depend on program order.
+one head of one sequence and goes through the tiles of the other side. There are no atomics, so results do not depend on the
+order of programs.
 
-The host does not see OFFSETS. A sequence that leaves the P rows, or is longer than the host was told, becomes NaN.
+The host does not see OFFSETS. The results of a sequence that leaves the P rows, or is longer than the host was told, are NaN.
 """
 
 import math
@@ -21,9 +22,9 @@ _SIZES = ["P", "H", "tiles", "longest", "threshold", "step", "layer"]
 
 @triton.jit
 def _place(OFFSETS, P, H, tiles, longest, S: tl.constexpr):
-    """(sequence, head, first row of this program's tile, first packed row, length, how many rows from there to spoil).
+    """Return (sequence, head, first row of this program's tile, first packed row, length, number of rows from there to spoil).
 
-    Sequences that are not sound have length 0; the programs of their first tiles spoil their rows, which are the rows that no
+    A sequence that is not sound has length 0, and the program of its first tile spoils its rows. These are the rows that no
     sound sequence has: all sequences together have each of the P rows once.
     """
     pid = tl.program_id(0)
@@ -40,7 +41,7 @@ def _place(OFFSETS, P, H, tiles, longest, S: tl.constexpr):
 
 @triton.jit
 def _spoil(OUT, count, first, head, H, E: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
-    """NaN in ``count`` packed rows of a head, from ``first`` on."""
+    """Store NaN in ``count`` packed rows of a head, from ``first`` on."""
     row, column = tl.arange(0, S), tl.arange(0, C)
     for begin in range(0, count, S):
         nothing = tl.full((S, C), float("nan"), tl.float32)
@@ -52,7 +53,7 @@ def attention_forward(
     Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """OUT [P, H, E] and the scores' logsumexp LSE [H, P] of one tile of queries."""
+    """Fill OUT [P, H, E] and the scores' logsumexp LSE [H, P] for one tile of queries."""
     sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
         _spoil(OUT, spoilt, first, head, H, E, C, S)
@@ -68,7 +69,7 @@ def attention_forward(
         k = load_rows(K + at, key, column, H * E, length, E)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(visible(row, key, length), scores, -float("inf"))
-        # Finite from the first tile on: every row of it sees key 0.
+        # It is finite from the first tile on, because every row sees key 0.
         higher = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -88,7 +89,7 @@ def attention_backward_query(
     Q, K, V, OFFSETS, ROWS, SEED, OUT, LSE, DOUT, DQ, DELTA, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """DQ of one tile of queries, and DELTA [H, P] = sum(OUT * DOUT) for the other pass."""
+    """Fill DQ for one tile of queries, and DELTA [H, P] = sum(OUT * DOUT) for the other pass."""
     sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
         _spoil(DQ, spoilt, first, head, H, E, C, S)
@@ -122,7 +123,7 @@ def attention_backward_key_value(
     Q, K, V, OFFSETS, ROWS, SEED, LSE, DOUT, DELTA, DK, DV, P, H, tiles, longest, scale, threshold, kept, step, layer,
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """DK and DV of one tile of keys."""
+    """Fill DK and DV for one tile of keys."""
     sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
         _spoil(DK, spoilt, first, head, H, E, C, S)
@@ -156,26 +157,24 @@ def attention_backward_key_value(
     store_rows(DV + at, dv, key, column, H * E, length, E)
 
 
-def forward(query, key, value, offsets, longest, rows, seed, threshold, step, layer):
-    """(out [P, H, E], lse [H, P] fp32); ``rows`` and ``seed`` are None where nothing is dropped."""
-    query, key, value, offsets = map(ready, (query, key, value, rising(offsets)))
-    P, H, _ = query.shape
-    out = torch.empty_like(query)
-    lse = torch.empty(H, P, dtype=torch.float32, device=query.device)
-    launch_tiles, numbers = _plan(query, offsets, longest, seed, threshold, step, layer)
-    launch_tiles(attention_forward, query, key, value, offsets, _optional(rows), seed, out, lse, *numbers)
+def forward(call):
+    """Return (out [P, H, E], lse [H, P] fp32) of ``call``; its ``rows`` and ``seed`` are None if nothing is dropped."""
+    launch_tiles, inputs, numbers = _plan(call)
+    P, H, _ = call.query.shape
+    out = torch.empty_like(inputs[0])
+    lse = torch.empty(H, P, dtype=torch.float32, device=out.device)
+    launch_tiles(attention_forward, *inputs, out, lse, *numbers)
     return out, lse
 
 
-def backward(query, key, value, offsets, longest, rows, seed, threshold, step, layer, out, lse, grad):
-    """The gradients of query, key and value."""
-    query, key, value, offsets, grad = map(ready, (query, key, value, rising(offsets), grad))
-    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+def backward(call, out, lse, grad):
+    """Return the gradients of query, key and value."""
+    launch_tiles, inputs, numbers = _plan(call)
+    grad = ready(grad)
+    dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
     delta = torch.empty_like(lse)
-    launch_tiles, numbers = _plan(query, offsets, longest, seed, threshold, step, layer)
-    shared = (query, key, value, offsets, _optional(rows), seed)
-    launch_tiles(attention_backward_query, *shared, out, lse, grad, dq, delta, *numbers)
-    launch_tiles(attention_backward_key_value, *shared, lse, grad, delta, dk, dv, *numbers)
+    launch_tiles(attention_backward_query, *inputs, out, lse, grad, dq, delta, *numbers)
+    launch_tiles(attention_backward_key_value, *inputs, lse, grad, delta, dk, dv, *numbers)
     return dq, dk, dv
 
 
@@ -183,25 +182,26 @@ def _optional(tensor):
     return None if tensor is None else ready(tensor)
 
 
-def _plan(query, offsets, longest, seed, threshold, step, layer):
-    """How all three kernels are launched for these sizes, and the numbers they take."""
-    P, H, E = query.shape
-    chosen = choice("attention", query, width=E, longest=longest)
-    S = chosen.rows or tile_size(longest, E * query.element_size())
-    tiles = triton.cdiv(longest, S)
-    if P and len(offsets) == 1:
+def _plan(call):
+    """Return (the function that launches a kernel on these sizes, the tensors that all kernels read, the numbers they take)."""
+    P, H, E = call.query.shape
+    chosen = choice("attention", call.query, width=E, longest=call.longest)
+    S = chosen.rows or tile_size(call.longest, E * call.query.element_size())
+    tiles = triton.cdiv(call.longest, S)
+    if P and len(call.offsets) == 1:
         raise ValueError(f"offsets must rise from 0 to {P}, the rows of query, but there is only one.")
-    programs = (len(offsets) - 1) * H * tiles if P else 0
-    kept = 1 / (1 - threshold / 65536)
-    numbers = (P, H, tiles, longest, LOG2E.value / math.sqrt(E), threshold, kept, step, layer)
-    constants = {"E": E, "C": max(16, triton.next_power_of_2(E)), "S": S, "DROP": seed is not None}
+    programs = (len(call.offsets) - 1) * H * tiles if P else 0
+    kept = 1 / (1 - call.threshold / 65536)
+    inputs = (*map(ready, (call.query, call.key, call.value, rising(call.offsets))), _optional(call.rows), _optional(call.seed))
+    numbers = (P, H, tiles, call.longest, LOG2E.value / math.sqrt(E), call.threshold, kept, call.step, call.layer)
+    constants = {"E": E, "C": max(16, triton.next_power_of_2(E)), "S": S, "DROP": call.seed is not None}
 
     def launch_tiles(kernel, *arguments):
-        launch(kernel, programs, *arguments, warps=WARPS[query.dtype], choice=chosen, **constants)
+        launch(kernel, programs, *arguments, warps=WARPS[call.query.dtype], choice=chosen, **constants)
 
-    return launch_tiles, numbers
+    return launch_tiles, inputs, numbers
 
 
 def tile_size(longest, row_bytes):
-    """Rows of a tile: few enough that the registers hold all tiles, no more than the longest sequence fills."""
+    """Return the rows of a tile: few enough that registers hold all tiles, and no more than the longest sequence fills."""
     return min(32 if row_bytes <= 128 else 16, max(16, triton.next_power_of_2(longest)))

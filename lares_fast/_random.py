@@ -1,7 +1,7 @@
-"""Counter-based random numbers: every draw is a pure function of its address, never of program order.
+"""Counter-based random numbers: a draw depends on its address alone, and never on the order in which a program draws.
 
-The generator is Philox4x32-10 (Salmon et al., SC'11). The address layout and its test vectors are a
-contract shared with the C++ and Triton code and stand in docs/numerics.md; they never change.
+The generator is Philox4x32-10 (Salmon et al., SC'11). The C++ and the Triton code use the same layout of addresses.
+docs/numerics.md states the layout and test vectors; they never change.
 """
 
 from __future__ import annotations
@@ -17,32 +17,69 @@ from torch import Tensor
 
 Key = tuple[int, int]
 
-# Addresses in the site field of a counter.
+# The site field of an address says what is drawn.
 SITE_INPUT, SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, SITE_ATTENTION, SITE_STATE = range(5)
 
-# Steps and layers have 16 bits each in an address; the last step is one that the pre-block can take.
+# Steps and layers have 16 bits each in an address. The recurrence counts steps from 1, the pre-block from 0.
 MOST_STEPS = 2**16 - 2
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
+_ROUNDS = 10
 _CALLS_IN_CACHE = 16384
 
 
-def philox(counter: tuple[Any, Any, Any, Any], key: Key) -> tuple[Any, Any, Any, Any]:
-    """Ten Philox4x32 rounds over 32-bit words, held in integers or broadcastable int64 tensors; returns four such words."""
+@dataclass(frozen=True)
+class RoundKeys:
+    """The keys of Philox's ten rounds, as pairs of integers or of int64 tensors [].
+
+    They stand in the place of a key that only a GPU knows, so that the host need not wait for it.
+    """
+
+    pairs: tuple[tuple[Any, Any], ...]
+
+    @classmethod
+    def of_key(cls, key: Key) -> RoundKeys:
+        """Return the round keys of ``key``."""
+        k0, k1 = key
+        return cls(tuple(((k0 + i * _WEYL[0]) & _WORD, (k1 + i * _WEYL[1]) & _WORD) for i in range(_ROUNDS)))
+
+    @classmethod
+    def of_seed(cls, seed: Tensor) -> RoundKeys:
+        """Return the round keys of the key in ``seed``, the result of :func:`seed_of`, on the device of ``seed``."""
+        rounds = torch.arange(_ROUNDS, device=seed.device)
+        k0, k1 = ((seed >> shift) + rounds * weyl & _WORD for shift, weyl in zip((0, 32), _WEYL, strict=True))
+        return cls(tuple(zip(k0.unbind(), k1.unbind(), strict=True)))
+
+
+def philox(counter: tuple[Any, Any, Any, Any], key: Key | RoundKeys) -> tuple[Any, Any, Any, Any]:
+    """Return four words of ten rounds of Philox4x32. Words have 32 bits, in integers or broadcastable int64 tensors."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
+    for k0, k1 in (key if isinstance(key, RoundKeys) else RoundKeys.of_key(key)).pairs:
         # int64 multiplication wraps modulo 2**64, so the high word survives the arithmetic shift and the mask.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return c0, c1, c2, c3
 
 
+def seed_of(key: Key, device: torch.device) -> Tensor:
+    """Return ``key`` as one number, ``key[0] + key[1] * 2**32`` in an int64 tensor [1]; all ops take their key in this form.
+
+    A kernel fills the tensor. A copy from the host would make the host wait.
+    """
+    packed = key[0] | key[1] << 32
+    return torch.full((1,), packed - (packed >> 63 << 64), dtype=torch.int64, device=device)
+
+
+def key_of(seed: Tensor) -> Key:
+    """Return the key in ``seed``, the result of :func:`seed_of`; this waits for a GPU."""
+    packed = int(seed)
+    return packed & _WORD, packed >> 32 & _WORD
+
+
 def fold(key: Key, *data: int) -> Key:
-    """Derive a key from ``key`` and a path of integers in [0, 2**64): the same path always gives the same key."""
+    """Derive a key from ``key`` and a path of integers in [0, 2**64). One path always gives one key."""
     for value in data:
         w0, w1, _, _ = philox((value & _WORD, value >> 32 & _WORD, 0, 0), key)
         key = (w0, w1)
@@ -50,28 +87,28 @@ def fold(key: Key, *data: int) -> Key:
 
 
 def root_key(seed: int) -> Key:
-    """The key that everything drawn under ``seed`` (an integer in [0, 2**64)) is folded from."""
+    """Return the key for ``seed``, an integer in [0, 2**64). All other keys of a run are folded from it."""
     return fold((0, 0), seed)
 
 
 def generator(key: Key) -> torch.Generator:
-    """A CPU generator seeded by ``key``, for draws that no kernel repeats (shuffles, depths, partners)."""
+    """Return a CPU generator seeded by ``key``, for draws that no kernel repeats (shuffles, depths, partners)."""
     return torch.Generator().manual_seed((key[1] << 31) ^ key[0])
 
 
 def drop_threshold(p: float) -> int:
-    """``p`` as a count of 65536ths: a 16-bit draw below it is dropped, so the realised p is threshold / 65536."""
+    """Return ``p`` in units of 1/65536. A 16-bit draw below it is dropped, so the realised p is threshold / 65536."""
     return min(round(p * 65536), 65535)
 
 
 def _sixteen_bit(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """Four [..., 8] words -> [..., 4, 16] draws of 16 bits: draw 2 * call + half of row ``word``."""
+    """Return the draws of 16 bits [..., 4, 16] in four words [..., 8]: column 2 * call + half of row ``word``."""
     stacked = torch.stack(words, dim=-2)
     return torch.stack((stacked & 0xFFFF, stacked >> 16), dim=-1).flatten(-2)
 
 
 def _by_rows(mask: Callable[[Tensor], Tensor], rows: Tensor, calls_per_row: int) -> Tensor:
-    """``mask(rows)``, on the CPU in slices whose int64 temporaries stay in the cache: twice as fast as at once."""
+    """Return ``mask(rows)``. On the CPU it works in slices, whose int64 temporaries stay in the cache: twice as fast."""
     size = max(1, _CALLS_IN_CACHE // max(1, calls_per_row))
     if rows.device.type != "cpu" or len(rows) <= size:
         return mask(rows)
@@ -79,7 +116,7 @@ def _by_rows(mask: Callable[[Tensor], Tensor], rows: Tensor, calls_per_row: int)
 
 
 def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
-    """Keep-mask [B, L, D] (bool) of a hidden activation; ``rows`` [B] int64 are global batch rows."""
+    """Return the keep-mask [B, L, D] (bool) of a hidden activation; ``rows`` [B] int64 are global batch rows."""
     positions = torch.arange(length, device=rows.device)
     address = {"site": site, "step": step, "layer": layer, "width": width}
 
@@ -90,9 +127,9 @@ def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, r
 
 
 def keep_hidden_at(
-    key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, positions: Tensor, width: int
+    key: Key | RoundKeys, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, positions: Tensor, width: int
 ) -> Tensor:
-    """Keep-mask [..., D] (bool) at ``rows`` and ``positions``, int64 of shapes that broadcast to [...]."""
+    """Return the keep-mask [..., D] (bool) at ``rows`` and ``positions``, int64 of shapes that broadcast to [...]."""
     groups = -(-width // 64)
     count = functools.partial(torch.arange, device=rows.device)
     c0 = count(8) | count(groups)[:, None] << 3 | site << 16
@@ -102,7 +139,7 @@ def keep_hidden_at(
 
 
 def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:
-    """Keep-mask [B, H, L, L] (bool) of attention probabilities, indexed (row, head, query, key)."""
+    """Return the keep-mask [B, H, L, L] (bool) of attention probabilities, indexed (row, head, query, key)."""
     quads, tiles = -(-length // 4), -(-length // 16)
     count = functools.partial(torch.arange, device=rows.device)
     c0 = count(8) | count(heads)[:, None, None, None] << 3 | SITE_ATTENTION << 16
@@ -118,12 +155,12 @@ def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Ten
 
 
 def truncated_normal(key: Key, rows: Tensor, positions: Tensor, width: int, bound: float = 3.0) -> Tensor:
-    """Standard normal draws [..., D] (fp32) truncated to [-bound, bound], by inversion of :func:`state_uniforms`."""
+    """Return standard normal draws [..., D] (fp32) truncated to [-bound, bound], by inversion of :func:`state_uniforms`."""
     return normal_of(state_uniforms(key, rows, positions, width), bound)
 
 
 def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Tensor:
-    """Uniform draws [..., D] (fp64) in (0, 1), of 32 bits.
+    """Return uniform draws [..., D] (fp64) in (0, 1), of 32 bits.
 
     ``rows`` and ``positions`` are int64 of shapes that broadcast to [...].
     """
@@ -133,29 +170,31 @@ def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Ten
 
 
 def normal_of(uniform: Tensor, bound: float = 3.0) -> Tensor:
-    """The standard normal law truncated to [-bound, bound], inverted at ``uniform`` (fp64), which it overwrites."""
+    """Return standard normal numbers truncated to [-bound, bound] at the quantiles ``uniform`` (fp64), which it overwrites."""
     edge = math.erf(bound / math.sqrt(2))
     return uniform.mul_(2).sub_(1).mul_(edge).erfinv_().mul_(math.sqrt(2)).float()
 
 
 @dataclass(frozen=True)
 class Draw:
-    """All randomness of one forward pass: h0 and dropout masks addressed by (key, row); the same draw applied
-    twice gives the same numbers. ``rows`` [B] int64 are rows of the *global* batch."""
+    """The random numbers of one forward pass: h0 and dropout masks, addressed by (key, row).
+
+    A draw that is used twice gives the same numbers. ``rows`` [B] int64 are rows of the *global* batch.
+    """
 
     key: Key
     rows: Tensor
 
     def generator(self) -> torch.Generator:
-        """A generator for draws that belong to the pass as a whole, such as its depth."""
+        """Return a generator for draws that belong to the pass as a whole, such as its depth."""
         return generator(self.key)
 
     def initial_state(self, rows: Tensor, positions: Tensor, width: int) -> Tensor:
-        """Standard normal draws [..., D] (fp32) at ``rows`` and ``positions`` [...], truncated at three standard deviations."""
+        """Return standard normal draws [..., D] (fp32) at ``rows`` and ``positions`` [...], truncated to [-3, 3]."""
         return truncated_normal(self.key, rows, positions, width)
 
     def hidden(self, x: Tensor, p: float, *, site: int, step: int, layer: int) -> Tensor:
-        """Dropout of a hidden activation ``x`` [B, L, D]."""
+        """Apply dropout to a hidden activation ``x`` [B, L, D]."""
         if not (threshold := drop_threshold(p)):
             return x
         _, length, width = x.shape
@@ -163,7 +202,7 @@ class Draw:
         return apply_dropout(x, keep, threshold)
 
     def attention(self, probabilities: Tensor, p: float, *, step: int, layer: int) -> Tensor:
-        """Dropout of attention ``probabilities`` [B, H, L, L]."""
+        """Apply dropout to attention ``probabilities`` [B, H, L, L]."""
         if not (threshold := drop_threshold(p)):
             return probabilities
         _, heads, length, _ = probabilities.shape
@@ -172,5 +211,5 @@ class Draw:
 
 
 def apply_dropout(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
-    """``x`` where ``keep`` is true, scaled by the realised rate, and 0 elsewhere."""
+    """Return ``x`` scaled by the realised rate where ``keep`` is true, and 0 elsewhere."""
     return x * keep.to(x).mul_(1 / (1 - threshold / 65536))

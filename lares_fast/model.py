@@ -201,7 +201,8 @@ def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
     calls: dict[str, tuple[Any, ...]] = {"linear_cross_entropy": (h, items, target), "topk": (h, items, 1)}
     if (why := cast(LARES, model)._padded_because()) is None:
         encode = "encode: packed sequences, ops.recurrence"
-        calls = {"recurrence": (h, torch.tensor([0, 1]), list(model.recurrence.parameters())), **calls}
+        weights = [parameter for _, parameter in model.recurrence.named_parameters(remove_duplicate=False)]
+        calls = {"recurrence": (h, torch.tensor([0, 1]), weights), **calls}
     else:
         encode = f"encode: as before, because {why}"
     return "\n".join([encode, *(explain(op, *arguments, backend=backend) for op, arguments in calls.items())])

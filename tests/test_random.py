@@ -1,4 +1,4 @@
-"""The counter-based generator: known answers, addresses, laws. docs/numerics.md states the same vectors."""
+"""The counter-based generator: known answers, addresses, distributions. docs/numerics.md states the test vectors."""
 
 import importlib.util
 import math
@@ -31,12 +31,23 @@ def test_philox_known_answers(counter, key, expected):
     assert tuple(map(int, _random.philox(tuple(map(torch.tensor, counter)), key))) == expected
 
 
+@pytest.mark.parametrize("key", [(0, 0), (7, 9), (2**32 - 1, 2**32 - 1), (5, 2**31), (2**31, 1)])
+def test_a_seed_holds_a_key(key):
+    seed = _random.seed_of(key, torch.device("cpu"))
+    assert (seed.dtype, seed.shape) == (torch.int64, (1,))
+    assert _random.key_of(seed) == key
+    rounds = _random.RoundKeys.of_seed(seed).pairs
+    assert tuple((int(k0), int(k1)) for k0, k1 in rounds) == _random.RoundKeys.of_key(key).pairs
+    counter = (1, 2, 3, 4)
+    assert tuple(map(int, _random.philox(counter, _random.RoundKeys.of_seed(seed)))) == _random.philox(counter, key)
+
+
 def word(key, c0, c1, c2, c3, which):
     return _random.philox((c0, c1, c2, c3), key)[which]
 
 
 def test_hidden_address():
-    """One element computed from the address layout of docs/numerics.md, by hand."""
+    """Compute one element by hand from the address layout of docs/numerics.md."""
     key, site, step, layer, row, position, column = (7, 9), 2, 3, 1, 11, 5, 90
     threshold = 30000
     keep = _random.keep_hidden(
@@ -57,7 +68,7 @@ def test_attention_address():
 
 
 def test_vectors_of_the_documentation():
-    """Frozen: a change here breaks every stored result."""
+    """These vectors never change: a change would break every stored result."""
     rows = torch.tensor([0, 5])
     hidden = _random.keep_hidden((1, 2), 32768, site=1, step=2, layer=1, rows=rows, length=3, width=64)
     attention = _random.keep_attention((1, 2), 6554, step=1, layer=0, rows=rows, heads=2, length=20)
@@ -80,7 +91,7 @@ def test_the_documentation_states_these_vectors():
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 def test_triton_computes_the_same_masks():
-    """Interpreted: the kernels' source runs on the CPU, in a process of its own."""
+    """The interpreter runs the kernels' source on the CPU, in a separate process."""
     script = Path(__file__).parent / "support" / "triton_masks.py"
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

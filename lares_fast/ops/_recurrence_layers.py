@@ -1,41 +1,38 @@
-"""The ``layers`` backend of ``recurrence``: PyTorch's layers on packed rows around ``ops.attention``, of any size."""
+"""The ``layers`` backend of ``recurrence``: PyTorch's layers on packed rows around ``ops.attention``, for any size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lares_fast._random import SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, Draw, apply_dropout, drop_threshold, keep_hidden_at
+from lares_fast._random import SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, RoundKeys, apply_dropout, keep_hidden_at
 from lares_fast._transfer import to_device
-from lares_fast.ops.attention import attention
-
-# One column of words, which no other backend's tape has.
-TAPE_COLUMNS = 1
+from lares_fast.ops._recurrence_call import RecurrenceCall
+from lares_fast.ops.attention import AttentionCall, attend
 
 
-def obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], call: Any = None, *_: object) -> str | None:
-    """Why the layers cannot take a call, or ``None``."""
-    return "it multiplies in the dtype of h: for bf16 give it bfloat16 tensors" if call is not None and call.bf16 else None
+def obstacle(call: RecurrenceCall, *_: object) -> str | None:
+    """Return why the layers cannot take a call, or ``None``."""
+    return "it multiplies in the dtype of h: for bf16 give it bfloat16 tensors" if call.bf16 else None
 
 
-def unasked(h: Tensor, *_: object) -> str | None:
-    """Why ``auto`` passes over a call, or ``None``."""
-    return None if _is_gpu(h) else f"it is there for GPUs, and h is on {h.device}"
+def unasked(call: RecurrenceCall, *_: object) -> str | None:
+    """Return why ``auto`` passes over a call, or ``None``."""
+    return None if _is_gpu(call.h) else f"it is there for GPUs, and h is on {call.h.device}"
 
 
 def _is_gpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda"
 
 
-def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """(output, tape): the tape is the state before every step."""
+def forward(call: RecurrenceCall) -> tuple[Tensor, Tensor | None]:
+    """Return (output, tape); the tape holds the state before every step."""
     steps, h = _Steps(call), call.h
     states = tape = None
-    if keep and len(h):
+    if call.keep and len(h):
         size = steps.count * h.numel()
         tape = h.new_empty(-(-size * h.element_size() // 4), dtype=torch.int32)
         states, tape = _states(tape, steps), tape[:, None]
@@ -51,57 +48,66 @@ def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
     return h if call.output == "tokens" else h[steps.last], tape
 
 
-def backward(call: Any, grad: Tensor, tape: Tensor) -> list[Tensor]:
-    """The gradients of ``h``, ``pre`` and all weights: each step is computed again and differentiated alone."""
-    steps, h = _Steps(call), call.h
+def backward(call: RecurrenceCall, grad: Tensor, tape: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``h``, ``pre`` and the weights. Each step is computed again and differentiated alone."""
+    h = call.h
+    if not len(h):
+        zero = [torch.zeros_like(x) for x in call.empty_gradients()]
+        return zero[0], zero[1], zero[2]
+    steps = _Steps(call)
     states = _states(tape.flatten(), steps)
-    others = call.tensors()[1:]
     precise = torch.promote_types(h.dtype, torch.float32)
-    dstate, *sums = (torch.zeros_like(x, dtype=precise, memory_format=torch.contiguous_format) for x in (h, *others))
+    # Without an adapter nothing reads ``pre``, and its gradient stays empty.
+    dstate, dpre, dweights = (torch.zeros_like(x, dtype=precise) for x in call.empty_gradients())
     if call.output == "tokens":
         dstate += grad
     elif call.output == "last":
         dstate[steps.last] = grad.to(precise)
     else:
-        after = dstate.new_zeros((len(call.offsets) - 1) * steps.count, h.shape[1])
+        after = dstate.new_zeros(call.batch * steps.count, call.width)
         after[steps.taken] = grad.to(precise)
         after = after.unflatten(0, (-1, steps.count))
     for t in reversed(range(steps.count)):
         if call.output == "steps":
             dstate[steps.last] += after[:, t]
         with torch.enable_grad():
-            state, *leaves = (x.detach().requires_grad_() for x in (states[t], *others))
-            pre, weights = (None, leaves) if call.pre is None else (leaves[0], leaves[1:])
+            state, weights = (x.detach().requires_grad_() for x in (states[t], call.weights))
+            pre = None if call.pre is None else call.pre.detach().requires_grad_()
             out = steps.advance(t, state, pre, weights)
-            found = torch.autograd.grad(out, [state, *leaves], dstate.to(h.dtype))
+            leaves = [state, weights, *(x for x in (pre,) if x is not None)]
+            found = torch.autograd.grad(out, leaves, dstate.to(h.dtype))
         dstate = found[0].to(precise)
-        for total, one in zip(sums, found[1:], strict=True):
-            total += one
-    return [x.to(h.dtype) for x in (dstate, *sums)]
+        dweights += found[1]
+        if pre is not None:
+            dpre += found[2]
+    return dstate.to(h.dtype), dpre.to(h.dtype), dweights.to(h.dtype)
 
 
 def _states(tape: Tensor, steps: _Steps) -> Tensor:
-    """The words of ``tape`` as states [T, P, D]."""
+    """Return the words of ``tape`` as states [T, P, D]."""
     h = steps.call.h
     return tape.view(h.dtype)[: steps.count * h.numel()].view(steps.count, *h.shape)
 
 
 class _Steps:
-    """One step after the other of ``call``; all that they share is where ``h`` is."""
+    """The steps of ``call``, and the index tensors that they share, on the device of ``h``."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: RecurrenceCall) -> None:
         self.call = call
-        device, B, lengths = call.h.device, len(call.offsets) - 1, call.offsets.diff()
+        device, B, lengths = call.h.device, call.batch, call.offsets.diff()
         rows = torch.arange(len(call.h), device=device)
         self.sequence = torch.repeat_interleave(torch.arange(B, device=device), lengths, output_size=len(rows))
         self.position = rows - call.offsets[self.sequence]
         self.last = call.offsets[1:] - 1
         self.longest = max(1, call.longest or (int(lengths.max()) if B else 1))
-        draw = call.draw()
-        self.draw = None if draw is None else Draw(draw.key, to_device(draw.rows, device))
+        self.thresholds = call.thresholds
+        self.rows = self.seed = self.keys = None
+        if any(self.thresholds) and call.rows is not None and call.seed is not None:
+            self.rows, self.seed, self.keys = to_device(call.rows, device), call.seed, RoundKeys.of_seed(call.seed)
         self.count, depth = call.steps, call.depth
-        # Of every sequence's T steps, sequence by sequence, those that it takes; and until when a row takes part.
+        # The output takes these of every sequence's T steps, sequence by sequence.
         self.taken: Any = slice(None)
+        # [P, 1]: a row takes part in the steps before this one.
         self.until: Tensor | None = None
         if depth is not None:
             self.count = int(depth.max()) if B else 1
@@ -109,50 +115,65 @@ class _Steps:
                 self.taken = to_device((torch.arange(self.count) < depth.cpu()[:, None]).flatten().nonzero()[:, 0], device)
             self.until = to_device(depth, device)[self.sequence][:, None]
 
-    def advance(self, t: int, h: Tensor, pre: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
-        """The states [P, D] after step ``t``, counted from 0."""
-        call, x, ahead = self.call, h, len(weights) % 16
-        step = t + int(pre is not None)
+    def advance(self, t: int, h: Tensor, pre: Tensor | None, weights: Tensor) -> Tensor:
+        """Return the states [P, D] after step ``t``, counted from 0."""
+        call, x, parts = self.call, h, self.call.weight_layout.cut(weights)
         if pre is not None:
-            *adapter, scale, shift = weights[:ahead]
-            x = self.norm(_join(call.adapter, h, pre, adapter), scale, shift)
-        for layer in range(call.layers):
-            x = self.layer(x, weights[ahead + 16 * layer : ahead + 16 * (layer + 1)], step=step, layer=layer)
+            x = self.norm(_join(call.adapter, h, pre, parts), parts, "norm")
+        for layer in range(call.n_layers):
+            x = self.layer(x, parts, step=t + call.first_step, layer=layer)
         return x if self.until is None else torch.where(t < self.until, x, h)
 
-    def layer(self, x: Tensor, weights: Sequence[Tensor], **address: int) -> Tensor:
-        """One transformer layer."""
-        linear = list(zip(weights[::2], weights[1::2], strict=True))
-        query, key, value, output, norm, up, down, last_norm = linear
-        call = self.call
-        q, k, v = (F.linear(x, *pair).unflatten(-1, (call.n_heads, -1)) for pair in (query, key, value))
-        context = attention(
-            q, k, v, call.offsets, self.longest, draw=self.draw, dropout=call.dropout[1], backend="auto", **address
-        )
-        y = self.dropped(F.linear(context.flatten(-2), *output), SITE_ATTENTION_OUT, **address)
-        x = self.norm(x + y, *norm)
-        y = self.dropped(F.linear(F.gelu(F.linear(x, *up)), *down), SITE_FEED_FORWARD_OUT, **address)
-        return self.norm(x + y, *last_norm)
+    def layer(self, x: Tensor, weights: dict[str, Tensor], *, step: int, layer: int) -> Tensor:
+        """Return the states after one transformer layer."""
+        call, prefix = self.call, f"layers.{layer}"
 
-    def norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """A layer norm."""
-        return F.layer_norm(x, x.shape[-1:], scale, shift, self.call.eps)
+        def linear(x: Tensor, name: str) -> Tensor:
+            return F.linear(x, weights[f"{prefix}.{name}.weight"], weights[f"{prefix}.{name}.bias"])
+
+        query, key, value = (
+            linear(x, f"attention.{name}").unflatten(-1, (call.n_heads, -1)) for name in ("query", "key", "value")
+        )
+        drops = bool(self.thresholds[1])
+        context = attend(
+            AttentionCall(
+                query,
+                key,
+                value,
+                call.offsets,
+                self.rows if drops else None,
+                self.seed if drops else None,
+                longest=self.longest,
+                dropout=call.attention_dropout,
+                step=step,
+                layer=layer,
+                backend="auto",
+            )
+        )
+        y = self.dropped(linear(context.flatten(-2), "attention.output"), SITE_ATTENTION_OUT, step=step, layer=layer)
+        x = self.norm(x + y, weights, f"{prefix}.attention.norm")
+        y = linear(F.gelu(linear(x, "feed_forward.up")), "feed_forward.down")
+        y = self.dropped(y, SITE_FEED_FORWARD_OUT, step=step, layer=layer)
+        return self.norm(x + y, weights, f"{prefix}.feed_forward.norm")
+
+    def norm(self, x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+        """Return the layer norm of ``x`` with the weights ``name``."""
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], self.call.eps)
 
     def dropped(self, x: Tensor, site: int, **address: int) -> Tensor:
-        """Dropout of a hidden activation."""
-        if self.draw is None or not (threshold := drop_threshold(self.call.dropout[0])):
+        """Return ``x`` after the dropout of a hidden activation."""
+        threshold = self.thresholds[0]
+        if not threshold or self.rows is None or self.keys is None:
             return x
-        rows = self.draw.rows[self.sequence]
-        keep = keep_hidden_at(
-            self.draw.key, threshold, site=site, rows=rows, positions=self.position, width=x.shape[1], **address
-        )
+        rows, width = self.rows[self.sequence], x.shape[1]
+        keep = keep_hidden_at(self.keys, threshold, site=site, rows=rows, positions=self.position, width=width, **address)
         return apply_dropout(x, keep, threshold)
 
 
-def _join(adapter: str, h: Tensor, pre: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def _join(adapter: str, h: Tensor, pre: Tensor, weights: dict[str, Tensor]) -> Tensor:
     if adapter == "add":
         return (h + pre) / 2
     if adapter == "concat":
-        return F.linear(torch.cat((h, pre), dim=-1), *weights)
-    share = weights[0].sigmoid()
+        return F.linear(torch.cat((h, pre), dim=-1), weights["adapter.linear.weight"], weights["adapter.linear.bias"])
+    share = weights["adapter.gate"].sigmoid()
     return share * h + (1 - share) * pre

@@ -1,76 +1,100 @@
-"""The ``native`` backend of ``recurrence``."""
+"""The ``native`` backend of ``recurrence``: C++ code for fp32 on the CPU."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lares_fast import _native
-from lares_fast._random import drop_threshold
+from lares_fast._native_call import call_native, contiguous, thread_count
+from lares_fast._random import key_of
+from lares_fast.ops._recurrence_call import RecurrenceCall
 
-# In the order of the enumerations of csrc/recurrence.
-ADAPTERS = ("none", "add", "linear", "concat")
-OUTPUTS = ("last", "steps", "tokens")
 LONGEST = 512
 
 
-def obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], *_: object) -> str | None:
-    """Why the C++ code cannot take a call, or ``None``."""
+def obstacle(call: RecurrenceCall, *_: object) -> str | None:
+    """Return why the C++ code cannot take a call, or ``None``."""
+    h, width, inner = call.h, call.width, call.inner_size
     if h.device.type != "cpu":
         return f"it runs on the CPU, and h is on {h.device}"
     if h.dtype != torch.float32:
         return f"it takes float32, and h is {h.dtype}"
-    width, inner = h.shape[1], weights[-6].shape[0]
     if width % 16 or not 16 <= width <= 256:
         return f"it takes widths that are multiples of 16 up to 256, and h has {width}"
     if inner % 16 or not 16 <= inner <= 65536:
         return f"it takes inner sizes that are multiples of 16 up to 65536, and the weights have {inner}"
-    longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
+    longest = int(call.offsets.diff().max()) if call.batch else 0
     if longest > LONGEST:
         return f"it takes sequences of up to {LONGEST} tokens, and one has {longest}"
     built, reason = _native.available()
     return None if built else reason
 
 
-def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """(output, tape)."""
-    h = call.h
-    out = h.new_empty(call.output_rows(int(call.depths().sum())), h.shape[1])
-    tape = h.new_empty((_rows_of_tape(call), 2 * h.shape[1] + 2), dtype=torch.int32) if keep else None
-    _native.recurrence_forward(_native_call(call), out, tape)
+def forward(call: RecurrenceCall) -> tuple[Tensor, Tensor | None]:
+    """Return (output, tape); the bits do not depend on the number of threads."""
+    depth = call.depths()
+    out = call.h.new_empty(call.output_rows(int(depth.sum())), call.width)
+    tape = None
+    if call.keep:
+        tape = call.h.new_empty((_rows_of_tape(call, depth), 2 * call.width + 2), dtype=torch.int32)
+    _run("recurrence_forward", call, depth, tape=tape, out=out)
     return out, tape
 
 
-def backward(call: Any, grad: Tensor, tape: Tensor) -> list[Tensor]:
-    """The gradients of ``h``, ``pre`` and all weights."""
-    h_grad, pre_grad, weight_grads = _native.recurrence_backward(_native_call(call), grad.contiguous(), tape)
-    return [h_grad, *([] if pre_grad is None else [pre_grad]), *weight_grads]
+def backward(call: RecurrenceCall, grad: Tensor, tape: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``h``, ``pre`` and the weights; the bits do not depend on the number of threads."""
+    h_grad, pre_grad, weights_grad = call.empty_gradients()
+    _run(
+        "recurrence_backward",
+        call,
+        call.depths(),
+        tape=tape,
+        out_grad=grad.contiguous(),
+        h_grad=h_grad,
+        pre_grad=pre_grad,
+        weight_grads=_addresses(call, weights_grad),
+    )
+    return h_grad, pre_grad, weights_grad
 
 
-def _rows_of_tape(call: Any) -> int:
-    """One for each token, step and layer that is computed."""
-    unread = 0 if call.output == "tokens" else len(call.h) - (len(call.offsets) - 1)
-    return int((call.offsets.diff() * call.depths()).sum()) * call.layers - unread
+def _rows_of_tape(call: RecurrenceCall, depth: Tensor) -> int:
+    """Return how many rows the tape has: one for each token, step and layer that is computed."""
+    unread = 0 if call.output == "tokens" else len(call.h) - call.batch
+    return int((call.offsets.diff() * depth).sum()) * call.n_layers - unread
 
 
-def _native_call(call: Any) -> _native.RecurrenceCall:
-    return _native.RecurrenceCall(
-        h=call.h.contiguous(),
-        pre=None if call.pre is None else call.pre.contiguous(),
+def _addresses(call: RecurrenceCall, weights: Tensor) -> list[int]:
+    """Return the address of each weight in the flat tensor ``weights``, in the order of the modules' parameters."""
+    first, size = weights.data_ptr(), weights.element_size()
+    return [first + size * place for place in call.weight_layout.places]
+
+
+def _run(function: str, call: RecurrenceCall, depth: Tensor, **arguments: object) -> None:
+    """Call ``function`` of the native module, with ``arguments`` besides the arguments that both directions have."""
+    weights = contiguous("weights", call.weights)
+    hidden, attention = call.thresholds
+    call_native(
+        function,
+        h=contiguous("h", call.h),
+        pre=None if call.pre is None else contiguous("pre", call.pre),
         offsets=call.offsets.contiguous(),
-        depth=call.depths().contiguous(),
-        weights=[weight.contiguous() for weight in call.weights],
-        rows=None if call.rows is None else call.rows.cpu().contiguous(),
-        key=(call.key[0], call.key[1]),
-        thresholds=(0, 0) if call.rows is None else (drop_threshold(call.dropout[0]), drop_threshold(call.dropout[1])),
+        depth=depth.contiguous(),
+        rows=None if call.rows is None else call.rows.contiguous(),
+        weights=_addresses(call, weights),
+        batch=call.batch,
+        width=call.width,
         n_heads=call.n_heads,
-        inner_size=call.weights[-6].shape[0],
-        n_layers=call.layers,
-        adapter=ADAPTERS.index(call.adapter),
-        output=OUTPUTS.index(call.output),
+        inner_size=call.inner_size,
+        n_layers=call.n_layers,
+        adapter=call.adapter,
+        output=call.output,
         eps=call.eps,
+        key=(0, 0) if call.seed is None else key_of(call.seed),
+        hidden_threshold=hidden,
+        attention_threshold=attention,
+        first_step=call.first_step,
         bf16=call.bf16,
+        threads=thread_count(None),
+        **arguments,
     )

@@ -2,112 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
-from lares_fast._random import MOST_STEPS, drop_threshold
+from lares_fast._random import MOST_STEPS
 from lares_fast._transfer import to_device
 from lares_fast.ops import _triton
+from lares_fast.ops._recurrence_call import RecurrenceCall
 
 WIDTHS = (64, 128)
-WEIGHTS_A_LAYER = 16
 HEAD_WIDTHS = (16, 32, 64, 128)
 LONGEST = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
-def obstacle(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], call: Any = None, *rest: object) -> str | None:
-    """Why the kernels cannot take a call, or ``None``."""
+def obstacle(call: RecurrenceCall, *_: object) -> str | None:
+    """Return why the kernels cannot take a call, or ``None``."""
+    h, width, inner, head = call.h, call.width, call.inner_size, call.width // call.n_heads
     if h.dtype not in _triton.DTYPES:
         return f"it takes float32, float16 and bfloat16, and h is {h.dtype}"
-    if h.shape[1] not in WIDTHS:
-        return f"it takes widths of 64 and 128, and h has {h.shape[1]}"
-    if (inner := weights[-6].shape[0]) % 64 or not inner:
+    if width not in WIDTHS:
+        return f"it takes widths of 64 and 128, and h has {width}"
+    if inner % 64 or not inner:
         return f"it takes inner sizes that are multiples of 64, and the weights have {inner}"
-    if call is not None:
-        if call.bf16:
-            return "it multiplies in the dtype of h: for bf16 give it bfloat16 tensors"
-        if (head := h.shape[1] // call.n_heads) not in HEAD_WIDTHS:
-            return f"it takes heads of 16, 32, 64 or 128 columns, and they have {head}"
-        if call.longest is None:
-            return "it needs longest, the length of the longest sequence"
-        if call.longest > LONGEST[h.dtype]:
-            return f"it takes sequences of up to {LONGEST[h.dtype]} rows in {h.dtype}, and longest is {call.longest}"
-    return _triton.refusal("recurrence", h, **_variant(h, weights, call, *rest))
+    if call.bf16:
+        return "it multiplies in the dtype of h: for bf16 give it bfloat16 tensors"
+    if head not in HEAD_WIDTHS:
+        return f"it takes heads of 16, 32, 64 or 128 columns, and they have {head}"
+    if call.longest is None:
+        return "it needs longest, the length of the longest sequence"
+    if call.longest > LONGEST[h.dtype]:
+        return f"it takes sequences of up to {LONGEST[h.dtype]} rows in {h.dtype}, and longest is {call.longest}"
+    return _triton.refusal("recurrence", h, **_variant(call, call.longest))
 
 
-def _variant(h: Tensor, weights: Sequence[Tensor], call: Any = None, *rest: object) -> dict[str, Any]:
-    """All of a call that leads to kernels of its own; without ``call``, of one that answers."""
-    # An adapter is known by its parameters and those of its norm.
-    adapter = {0: "none", 2: "add", 3: "linear", 4: "concat"}[len(weights) % WEIGHTS_A_LAYER]
-    sizes = {"width": h.shape[1], "inner": weights[-6].shape[0], "adapter": adapter}
-    if call is None:
-        return {**sizes, "heads": 2, "output": "last", "drop": False, "long": False, "train": False}
-    # Behind the call stands whether a tape is kept, or the gradient.
-    train = isinstance(rest[0], Tensor) or bool(rest[0]) if rest else False
-    long = call.longest > LONGEST[torch.float32]
-    return {**sizes, "heads": call.n_heads, "output": call.output, "drop": _drops(call), "long": long, "train": train}
+def _variant(call: RecurrenceCall, longest: int) -> dict[str, Any]:
+    """Return the properties of a call that lead to kernels of its own."""
+    return {
+        "width": call.width,
+        "inner": call.inner_size,
+        "adapter": call.adapter,
+        "heads": call.n_heads,
+        "output": call.output,
+        "drop": any(call.thresholds),
+        "long": longest > LONGEST[torch.float32],
+        "train": call.keep,
+    }
 
 
-def _drops(call: Any) -> bool:
-    return call.rows is not None and any(map(drop_threshold, call.dropout))
+def forward(call: RecurrenceCall) -> tuple[Tensor, Tensor | None]:
+    """Return (output, tape); the tape has a row for each token and step, the state before it.
 
-
-def tape_columns(h: Tensor) -> int:
-    """Columns of the tape, which is int32: a row is a token's state before a step."""
-    return h.shape[1] * h.element_size() // 4
-
-
-def forward(call: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """(output, tape); a depth of each sequence's own on a GPU is waited for where the size of one of them follows from it."""
-    h, B, depth = call.h, len(call.offsets) - 1, call.depth
+    A tensor ``depth`` on a GPU makes the host wait if the size of one of the results follows from it.
+    """
+    h, B, depth = call.h, call.batch, call.depth
     if len(h) and not B:
         raise InputError(f"offsets must rise from 0 to the number of tokens, {len(h)}, but there is only one.")
     deepest, total = call.steps, B * call.steps
-    keep, by_step = keep and len(h) > 0, call.output == "steps"
+    keep, by_step = call.keep and len(h) > 0, call.output == "steps"
     if depth is not None and B and (keep or by_step or _on_host(depth)):
         least, deepest, total = torch.stack((depth.min(), depth.max(), depth.sum())).cpu().tolist()
         if not 1 <= least <= deepest <= MOST_STEPS:
             raise InputError(f"depth must be in 1..{MOST_STEPS}, but it spans {least}..{deepest}.")
     out_rows = {"last": B, "tokens": len(h), "steps": total}[call.output]
-    steps = deepest if keep else 0
-    out, states = _triton.kernels("recurrence").forward(kernel_call(call), out_rows, steps)
-    return out, None if states is None else states.view(torch.int32).view(-1, tape_columns(h))
+    out, states = _triton.kernels("recurrence").forward(ready(call), out_rows, deepest if keep else 0)
+    return out, None if states is None else states.view(torch.int32).flatten(0, 1)
 
 
 def _on_host(depth: Tensor) -> bool:
     return depth.device.type == "cpu"
 
 
-def backward(call: Any, grad: Tensor, tape: Tensor) -> list[Tensor]:
-    """The gradients of ``h``, ``pre`` and all weights."""
+def backward(call: RecurrenceCall, grad: Tensor, tape: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``h``, ``pre`` and the weights."""
     if not len(call.h):
-        return [torch.zeros_like(x) for x in call.tensors()]
+        zero = [torch.zeros_like(x) for x in call.empty_gradients()]
+        return zero[0], zero[1], zero[2]
     states = tape.view(call.h.dtype).view(-1, *call.h.shape)
-    gradients: list[Tensor] = _triton.kernels("_recurrence_backward").backward(kernel_call(call), grad, states)
-    return gradients
+    h_grad, pre_grad, weights_grad = _triton.kernels("_recurrence_backward").backward(ready(call), grad, states)
+    return h_grad, pre_grad, weights_grad
 
 
-def kernel_call(call: Any) -> Any:
-    """``call`` as the kernels take it."""
-    kernels, ready = _triton.kernels("recurrence"), _triton.kernels("_launch").ready
-    thresholds = (0, 0) if call.rows is None else tuple(map(drop_threshold, call.dropout))
-    dropped = _drops(call)
-    return kernels.Call(
-        h=ready(call.h),
-        pre=None if call.pre is None else ready(call.pre),
-        offsets=ready(call.offsets),
-        depth=ready(to_device(call.depths(), call.h.device)),
-        weights=call.weights,
-        rows=ready(to_device(call.rows, call.h.device)) if dropped else None,
-        seed=_triton.seed(call.key, call.h.device) if dropped else None,
-        thresholds=thresholds,
-        n_heads=call.n_heads,
-        adapter=call.adapter,
-        output=call.output,
-        eps=call.eps,
-        longest=call.longest,
+def ready(call: RecurrenceCall) -> RecurrenceCall:
+    """Return ``call`` as the kernels take it: tensors contiguous, aligned and on the device of ``h``, with ``depth``.
+
+    ``rows`` and ``seed`` are there only if something is dropped.
+    """
+    aligned, device = _triton.kernels("_launch").ready, call.h.device
+    drops = any(call.thresholds)
+    return replace(
+        call,
+        h=aligned(call.h),
+        pre=None if call.pre is None else aligned(call.pre),
+        offsets=aligned(call.offsets),
+        depth=aligned(to_device(call.depths(), device)),
+        rows=aligned(to_device(call.rows, device)) if drops and call.rows is not None else None,
+        seed=aligned(call.seed) if drops and call.seed is not None else None,
+        weights=aligned(call.weights),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -29,15 +29,6 @@ def kernels(stem: str) -> ModuleType:
     launch: Any = importlib.import_module("lares_fast.kernels._launch")
     launch.find = _verifier().launch_settings
     return importlib.import_module(f"lares_fast.kernels.{stem}")
-
-
-def seed(key: Sequence[int], device: torch.device) -> Tensor:
-    """Return the folded ``key`` as the kernels read it, an int64 tensor [1].
-
-    A kernel on the device fills it, because a copy from the CPU would wait.
-    """
-    packed = key[0] | key[1] << 32
-    return torch.full((1,), packed - (packed >> 63 << 64), dtype=torch.int64, device=device)
 
 
 def refusal(op: str, tensor: Tensor, **variant: Any) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,8 +14,9 @@ from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
 from lares_fast._numbers import number, whole
-from lares_fast._random import Draw, drop_threshold
+from lares_fast._random import Draw, drop_threshold, key_of, seed_of
 from lares_fast.ops import _triton
+from lares_fast.ops._call import Call
 from lares_fast.ops._catalog_checks import check_dense
 from lares_fast.reference.attention import packed_attention_backward, packed_logsumexp
 
@@ -34,52 +37,111 @@ def attention(
     layer: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention(query, key, value, is_causal=True)`` of each packed sequence, heads in dimension 1.
+    """Run ``F.scaled_dot_product_attention(query, key, value, is_causal=True)`` on each packed sequence, heads in dimension 1.
 
     Sequence b is rows ``offsets[b]`` .. ``offsets[b + 1]`` of all three inputs. Dropout of the probabilities is addressed by
-    (``draw``, ``step``, ``layer``), so every backend and the backward drop the same ones.
+    (``draw``, ``step``, ``layer``), so every backend and the backward drop the same probabilities.
 
     Args:
         query: [P, H, D/H] float; P rows of all sequences, one sequence after the other.
         key: as ``query``.
         value: as ``query``.
         offsets: [B + 1] int64 on the same device, rising from 0 to P.
-        longest: at least the length of every sequence; an integer, so that no GPU is waited for.
-        draw: whose masks are dropped; ``None`` drops nothing. Its ``rows`` [B] are on the same device.
+        longest: at least the length of every sequence; an integer, so that nothing waits for a GPU.
+        draw: the addresses of the dropout masks; ``None`` drops nothing. Its ``rows`` [B] are on the same device.
         dropout: the probability of a drop.
         step: part of the address.
         layer: part of the address.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU) or ``reference``.
 
     Returns:
-        [P, H, D/H] in the dtype of ``query``, differentiable once.
+        [P, H, D/H] in the dtype of ``query``; it can be differentiated once.
 
     Raises:
         InputError: an argument has the wrong shape, dtype, device or range. The values of ``offsets`` are checked on the
-            CPU only, because a check on a GPU would wait for it. There ``triton`` answers NaN, and so are the gradients:
-            in the rows of a sequence that is longer than ``longest`` or leaves the P rows, and in all rows if an offset
-            is below the one before. ``reference`` ends in an error of PyTorch, after which the process must start again.
-        BackendError: the backend asked for by name cannot take these arguments.
+            CPU only, because a check on a GPU would wait for it. On a GPU ``triton`` returns NaN instead, and so are the
+            gradients: in the rows of a sequence that is longer than ``longest`` or leaves the P rows, and in all rows if an
+            offset is below the one before. ``reference`` ends in an error of PyTorch, after which the process must start again.
+        BackendError: the backend that was asked for by name cannot take these arguments.
     """
-    longest, step, layer = (whole(name, x) for name, x in (("longest", longest), ("step", step), ("layer", layer)))
-    dropout = number("dropout", dropout)
-    _check(query, key, value, offsets, longest, draw, dropout)
-    for name, part in (("step", step), ("layer", layer)):
-        if not 0 <= part < 2**16:
-            raise InputError(f"{name} must be in 0..65535, which is what an address has room for, but got {part}.")
-    rows = seed = None
-    if draw is not None and drop_threshold(dropout):
-        seed = _triton.seed(draw.key, query.device)
-        rows = draw.rows
-    return _OP(query, key, value, offsets, longest, rows, seed, dropout, step, layer, backend)[0]
+    options = {"draw": draw, "dropout": dropout, "step": step, "layer": layer, "backend": backend}
+    return attend(_call(query, key, value, offsets, longest, options))
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, draw: Draw | None, dropout: float) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value), ("offsets", offsets)):
-        check_dense(name, x)
+@dataclass(frozen=True)
+class AttentionCall(Call):
+    """The arguments of the operator, for the forward and the backward."""
+
+    op: ClassVar[str] = "attention"
+
+    # [P, H, D/H] each.
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    # [B + 1] int64.
+    offsets: Tensor
+    # Rows [B] int64 of the global batch and the seed [1] int64 of the dropout masks; nothing is dropped without them.
+    rows: Tensor | None
+    seed: Tensor | None
+    longest: int
+    dropout: float
+    step: int
+    layer: int
+    backend: str | None
+
+    @property
+    def threshold(self) -> int:
+        """The dropout threshold; 0 without a seed."""
+        return 0 if self.rows is None or self.seed is None else drop_threshold(self.dropout)
+
+
+def attend(call: AttentionCall) -> Tensor:
+    """Run the operator on a call."""
+    out: Tensor = _OP(*call.arguments())[0]
+    return out
+
+
+def _call(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, options: Mapping[str, Any]
+) -> AttentionCall:
+    """Build and check the call that the public arguments describe."""
+    draw: Draw | None = options["draw"]
+    call = AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        offsets=offsets,
+        rows=None,
+        seed=None,
+        longest=whole("longest", longest),
+        dropout=number("dropout", options["dropout"]),
+        step=whole("step", options["step"]),
+        layer=whole("layer", options["layer"]),
+        backend=options["backend"],
+    )
+    _check(call)
+    if draw is None:
+        return call
+    if draw.rows.shape != (len(offsets) - 1,) or draw.rows.device != query.device:
+        raise InputError(
+            f"draw.rows must be [{len(offsets) - 1}] on {query.device}, one of each sequence, "
+            f"but got {list(draw.rows.shape)} on {draw.rows.device}."
+        )
+    return replace(call, rows=draw.rows, seed=seed_of(draw.key, query.device)) if drop_threshold(call.dropout) else call
+
+
+def build_call(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, **options: Any) -> AttentionCall:
+    """Build and check the call that the arguments of :func:`attention` describe."""
+    return _call(query, key, value, offsets, longest, {**(attention.__kwdefaults__ or {}), **options})
+
+
+def _check(call: AttentionCall) -> None:
+    query, offsets = call.query, call.offsets
+    for name in ("query", "key", "value", "offsets"):
+        check_dense(name, getattr(call, name))
     if query.dim() != 3 or not query.dtype.is_floating_point:
         raise InputError(f"query must be a floating-point [P, H, D/H], but got {query.dtype} {list(query.shape)}.")
-    for name, x in (("key", key), ("value", value)):
+    for name, x in (("key", call.key), ("value", call.value)):
         if x.shape != query.shape or x.dtype != query.dtype or x.device != query.device:
             raise InputError(
                 f"{name} must be {query.dtype} {list(query.shape)} on {query.device} like query, "
@@ -92,25 +154,24 @@ def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: 
         )
     if len(query) and len(offsets) < 2:
         raise InputError(f"offsets must rise from 0 to {len(query)}, the rows of query, but there is only one.")
-    if longest < 1:
-        raise InputError(f"longest must be at least 1, but got {longest}.")
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout must be at least 0 and less than 1, but got {dropout}.")
-    if draw is not None and (draw.rows.shape != (len(offsets) - 1,) or draw.rows.device != query.device):
-        raise InputError(
-            f"draw.rows must be [{len(offsets) - 1}] on {query.device}, one of each sequence, "
-            f"but got {list(draw.rows.shape)} on {draw.rows.device}."
-        )
+    if call.longest < 1:
+        raise InputError(f"longest must be at least 1, but got {call.longest}.")
+    if not 0 <= call.dropout < 1:
+        raise InputError(f"dropout must be at least 0 and less than 1, but got {call.dropout}.")
+    for name, part in (("step", call.step), ("layer", call.layer)):
+        if not 0 <= part < 2**16:
+            raise InputError(f"{name} must be in 0..65535, because an address has 16 bits for it, but got {part}.")
 
 
-def _run(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, *rest: Any) -> tuple[Tensor, Tensor]:
+def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = AttentionCall(*arguments)
+    rows, longest, offsets = len(call.query), call.longest, call.offsets
     if offsets.device.type == "cpu":
         lengths = offsets.diff()
-        if int(offsets[0]) or int(offsets[-1]) != len(query) or bool((lengths < 0).any()) or bool((lengths > longest).any()):
-            raise InputError(f"offsets must rise from 0 to {len(query)}, the rows of query, by at most longest = {longest}.")
-    *address, backend = rest
-    tensors = (x.detach() for x in (query, key, value))
-    out, lse = run("attention", backend, *tensors, offsets, longest, *address, None)
+        if int(offsets[0]) or int(offsets[-1]) != rows or bool((lengths < 0).any()) or bool((lengths > longest).any()):
+            raise InputError(f"offsets must rise from 0 to {rows}, the rows of query, by at most longest = {longest}.")
+    call = replace(call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach())
+    out, lse = run("attention", call.backend, call)
     return out, lse
 
 
@@ -122,21 +183,26 @@ def _statistics(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+# The fields of a call that hold tensors come first: query to seed.
+_TENSORS = 6
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, offsets, ctx.longest, rows, seed, *ctx.address = inputs
-    ctx.save_for_backward(query, key, value, offsets, rows, seed, *output)
+    ctx.save_for_backward(*output, *inputs[:_TENSORS])
+    ctx.rest = inputs[_TENSORS:]
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, offsets, rows, seed, out, lse = ctx.saved_tensors
-    gradients = _BACKWARD(query, key, value, offsets, ctx.longest, rows, seed, *ctx.address, out, lse, grad)
-    return (*gradients, *[None] * 8)
+    out, lse, *tensors = ctx.saved_tensors
+    gradients = _BACKWARD(*tensors, *ctx.rest, out, lse, grad)
+    return (*gradients, *[None] * (AttentionCall.count() - len(gradients)))
 
 
 def _run_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, backend, out, lse, grad = arguments
-    dq, dk, dv = run("attention", backend, *inputs, (out, lse, grad))
+    *inputs, out, lse, grad = arguments
+    call = AttentionCall(*inputs)
+    dq, dk, dv = run("attention", call.backend, call, (out, lse, grad))
     return dq, dk, dv
 
 
@@ -144,78 +210,53 @@ def _fake_backward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
 
 
-# What a backend needs for the gradients beside the inputs: the results of the forward and the gradient of the first.
-_Gradient = tuple[Tensor, Tensor, Tensor]
+# The backward has these besides the call: both results of the forward, and the gradient of the first one.
+_Saved = tuple[Tensor, Tensor, Tensor]
 
 
-def _reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    offsets: Tensor,
-    longest: int,
-    rows: Tensor | None,
-    seed: Tensor | None,
-    dropout: float,
-    step: int,
-    layer: int,
-    gradient: _Gradient | None,
-) -> tuple[Tensor, ...]:
-    draw = None
-    if rows is not None and seed is not None:
-        packed = int(seed)
-        draw = Draw((packed & 0xFFFFFFFF, packed >> 32 & 0xFFFFFFFF), rows)
-    how: dict[str, Any] = {"draw": draw, "dropout": dropout, "step": step, "layer": layer}
+def _reference(call: AttentionCall, saved: _Saved | None = None) -> tuple[Tensor, ...]:
+    draw = None if call.rows is None or call.seed is None else Draw(key_of(call.seed), call.rows)
+    how: dict[str, Any] = {"draw": draw, "dropout": call.dropout, "step": call.step, "layer": call.layer}
+    query, offsets, longest = call.query, call.offsets, call.longest
     if offsets.device.type == "cpu":
         # The scores are [B, H, longest, longest].
         longest = max(1, int(offsets.diff().max()) if len(offsets) > 1 else 1)
-    if gradient is not None:
-        return packed_attention_backward(query, key, value, offsets, longest, gradient[2], **how)
-    out = reference.packed_attention(query, key, value, offsets, longest, **how)
-    return out, packed_logsumexp(query, key, offsets, longest).to(_statistics(query.dtype))
+    if saved is not None:
+        return packed_attention_backward(query, call.key, call.value, offsets, longest, saved[2], **how)
+    out = reference.packed_attention(query, call.key, call.value, offsets, longest, **how)
+    return out, packed_logsumexp(query, call.key, offsets, longest).to(_statistics(query.dtype))
 
 
-def _triton_attention(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, dropout, step, layer, gradient = arguments
-    address = (drop_threshold(dropout), step, layer)
+def _triton_attention(call: AttentionCall, saved: _Saved | None = None) -> tuple[Tensor, ...]:
     kernels = _triton.kernels("attention")
-    if gradient is not None:
-        return kernels.backward(*inputs, *address, *gradient)
-    return kernels.forward(*inputs, *address)
+    if not call.threshold:
+        call = replace(call, rows=None, seed=None)
+    results: tuple[Tensor, ...] = kernels.forward(call) if saved is None else kernels.backward(call, *saved)
+    return results
 
 
-def _obstacle(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, *rest: Any) -> str | None:
-    if query.dtype not in _triton.DTYPES:
-        return f"it takes float32, float16 and bfloat16, and query is {query.dtype}"
-    if query.shape[2] not in HEAD_WIDTHS:
-        return f"it takes heads of 16 to 128 columns, a multiple of 8, and they have {query.shape[2]}"
-    if longest > LONGEST:
-        return f"it takes sequences of up to {LONGEST} rows, and longest is {longest}"
-    drop = len(rest) > 1 and rest[1] is not None
-    # What is asked for the gradients stands last.
-    train = len(rest) > 5 and rest[5] is not None
-    return _triton.refusal("attention", query, width=query.shape[2], drop=drop, short=longest <= 16, train=train)
+def _obstacle(call: AttentionCall, saved: _Saved | None = None) -> str | None:
+    dtype, width = call.query.dtype, call.query.shape[2]
+    if dtype not in _triton.DTYPES:
+        return f"it takes float32, float16 and bfloat16, and query is {dtype}"
+    if width not in HEAD_WIDTHS:
+        return f"it takes heads of 16 to 128 columns, a multiple of 8, and they have {width}"
+    if call.longest > LONGEST:
+        return f"it takes sequences of up to {LONGEST} rows, and longest is {call.longest}"
+    drop, train = call.threshold > 0, saved is not None
+    return _triton.refusal("attention", call.query, width=width, drop=drop, short=call.longest <= 16, train=train)
 
 
 register(
     "attention",
-    Backend("triton", _triton_attention, _obstacle, note=lambda query, *_: _triton.note("attention", query)),
-    Backend("reference", _reference, lambda *_: None),
+    Backend("triton", _triton_attention, _obstacle, note=lambda call, *_: _triton.note("attention", call.query)),
+    Backend("reference", _reference),
+    build=build_call,
 )
 
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor offsets, int longest, Tensor? rows, Tensor? seed,"
-    " float dropout, int step, int layer, str? backend"
-)
-_OP = register_op(
-    f"attention({_INPUTS}) -> (Tensor, Tensor)",
-    _run,
-    _fake,
-    _backward,
-    _setup_context,
-)
+_OP = register_op(f"attention({AttentionCall.schema()}) -> (Tensor, Tensor)", _run, _fake, _backward, _setup_context)
 _BACKWARD = register_op(
-    f"attention_backward({_INPUTS}, Tensor out, Tensor lse, Tensor grad) -> (Tensor, Tensor, Tensor)",
+    f"attention_backward({AttentionCall.schema(after='Tensor out, Tensor lse, Tensor grad')}) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
     no_gradient("attention_backward", "attention can be differentiated once"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +14,12 @@ from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import Once, register_op
 from lares_fast._numbers import number, whole
-from lares_fast._random import MOST_STEPS, Draw
+from lares_fast._random import Draw, drop_threshold, seed_of
 from lares_fast.config import ADAPTERS
 from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton, _triton
 from lares_fast.ops._catalog_checks import check_dense
-
-_WEIGHTS_A_LAYER = 16
-_CPU = torch.device("cpu")
+from lares_fast.ops._recurrence_call import BACKENDS, RecurrenceCall, check, check_like_h, check_values
+from lares_fast.reference.weights import WeightLayout
 
 
 def recurrence(
@@ -41,327 +40,257 @@ def recurrence(
     bf16: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """``for _ in range(depth): h = layers(norm(adapter(h, pre)))`` over sequences that stand one behind the other.
+    """Run ``for _ in range(depth): h = layers(norm(adapter(h, pre)))`` over sequences that stand one behind the other.
 
-    The layers are those of ``reference.Recurrence``: post-LN, causal within each sequence, exact GELU. Without ``pre`` a
-    step is ``h = layers(h)``, which is a pre-block. Only what the output depends on is computed.
+    The layers are the layers of ``reference.Recurrence``: post-LN, causal within each sequence, exact GELU. Without ``pre`` a
+    step is ``h = layers(h)``, as in the pre-block. Only the states that the output depends on are computed.
 
     Args:
         h: [P, D] float, the state before the first step.
         offsets: [B + 1] int64; sequence b is the rows ``offsets[b]:offsets[b + 1]``, at least one.
-        weights: ``list(reference.Recurrence(config).parameters())``, or those of a block without ``pre``.
+        weights: ``list(reference.Recurrence(config).parameters())``, or the parameters of a block without ``pre``.
         n_heads: H, a divisor of D.
-        pre: [P, D], what the adapter joins with each state.
-        adapter: ``add``, ``concat`` or ``linear``; only read where ``pre`` is given.
-        depth: T in 1..65,534, one int or int64 [B]; on the CPU, or where ``h`` is: then ``steps``, gradients and ``layers``
-            wait for it.
-        output: ``last``: the state of each sequence's last token after its last step, [B, D]; ``steps``: the same after every
-            step, one sequence behind the other, [sum of depth, D]; ``tokens``: all states after the last step, [P, D].
-        draw: the addresses of the dropout masks, whose ``rows`` are the B rows of the global batch, on the CPU or where ``h``
-            is; ``None`` drops nothing. Steps count from 1, without ``pre`` from 0.
-        dropout, attention_dropout: in [0, 1); ``None`` means "as dropout".
-        eps: of the layer norms.
-        longest: at least the length of every sequence; an integer, so that no GPU is waited for. Only ``triton`` needs it.
-        bf16: round the operands of products with weights to bf16; sums and everything else stay in the dtype of ``h``. Without
-            gradients, by ``native`` and ``reference``; ``native`` multiplies in bf16 where the CPU has AMX or AVX512_BF16.
+        pre: [P, D]; the adapter joins it with each state.
+        adapter: ``add``, ``concat`` or ``linear``; it is only read if ``pre`` is given.
+        depth: T in 1..65,534, one int or int64 [B], on the CPU or on the device of ``h``. If it is on a GPU, then the output
+            ``steps``, gradients and the backend ``layers`` wait for it.
+        output: ``last``: the state of each sequence's last token after its last step, [B, D]; ``steps``: the state of each
+            sequence's last token after every step, one sequence behind the other, [sum of depth, D]; ``tokens``: all states
+            after the last step, [P, D].
+        draw: the addresses of the dropout masks. Its ``rows`` [B] are rows of the global batch, on the CPU or on the device of
+            ``h``. ``None`` drops nothing. Steps count from 1, and without ``pre`` from 0.
+        dropout: the probability that a hidden activation is dropped, in [0, 1).
+        attention_dropout: the probability that an attention probability is dropped, in [0, 1); ``None`` means ``dropout``.
+        eps: the epsilon of the layer norms.
+        longest: at least the length of every sequence. It is an integer, so that nothing waits for a GPU. Only ``triton``
+            needs it.
+        bf16: round the operands of products with weights to bf16; sums and everything else stay in the dtype of ``h``. It works
+            without gradients, on ``native`` and ``reference``; ``native`` multiplies in bf16 if the CPU has AMX or AVX512_BF16.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
             ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size
             a multiple of 16, sequences of up to 512 tokens), ``layers`` (anything, packed, by PyTorch's layers and
             :func:`~lares_fast.ops.attention`; ``auto`` takes it on GPUs only) or ``reference`` (anything, padded).
 
-    Gradients: of ``h``, ``pre`` and all weights, through every step, once.
+    Returns:
+        The states that ``output`` names, in the dtype of ``h``. ``h``, ``pre`` and all weights have gradients through every
+        step; they can be differentiated once.
 
     Raises:
-        InputError: an argument has the wrong shape, dtype, device or range. The values of ``offsets`` and of a ``depth`` of
-            each sequence's own are checked on the CPU only, because a check on a GPU would wait for it. There ``triton``
-            answers NaN: for a sequence that is empty, longer than ``longest`` or has a depth outside of 1..65534, and
-            for all if offsets do not rise from 0 to P. Then all gradients are NaN. ``layers`` and ``reference`` end in
-            an error of PyTorch, after which the process must start again.
-        BackendError: the backend asked for by name cannot take these arguments.
+        InputError: an argument has the wrong shape, dtype, device or range. The values of ``offsets`` and of a tensor ``depth``
+            are checked on the CPU only, because a check on a GPU would wait for it. On a GPU ``triton`` returns NaN instead:
+            for a sequence that is empty, is longer than ``longest`` or has a depth outside of 1..65534, and for all sequences
+            if offsets do not rise from 0 to P. Then all gradients are NaN. ``layers`` and ``reference`` end in an error of
+            PyTorch, after which the process must start again.
+        BackendError: the backend that was asked for by name cannot take these arguments.
     """
-    each, all_alike = (depth, 0) if isinstance(depth, Tensor) and depth.dim() else (None, whole("depth", depth))
-    rows, key = (None, [0, 0]) if draw is None else (draw.rows, list(draw.key))
-    dropout = number("dropout", dropout)
-    rates = [dropout, dropout if attention_dropout is None else number("attention_dropout", attention_dropout)]
-    joined_by = "none" if pre is None else adapter
-    longest = None if longest is None else whole("longest", longest)
-    numbers = (all_alike, key, rates, whole("n_heads", n_heads), joined_by, output, number("eps", eps), longest, bf16)
-    call = _Call(h, pre, offsets, each, rows, list(weights), *numbers)
-    _check(call)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (h, pre, *weights) if x is not None)
-    if bf16 and keep:
-        raise InputError("bf16 has no gradient: call under torch.no_grad(), or leave bf16 out.")
-    out: Tensor = _OP(*call.arguments(), keep, backend)[0]
+    options = {
+        "n_heads": n_heads, "pre": pre, "adapter": adapter, "depth": depth, "output": output, "draw": draw, "dropout": dropout,
+        "attention_dropout": attention_dropout, "eps": eps, "longest": longest, "bf16": bf16, "backend": backend,
+    }  # fmt: skip
+    out: Tensor = _OP(*_call(h, offsets, weights, options).arguments())[0]
     return out
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The arguments that forward and backward share, in the order of their schemas: first those that are tensors."""
-
-    h: Tensor
-    pre: Tensor | None
-    offsets: Tensor
-    depth: Tensor | None
-    rows: Tensor | None
-    weights: list[Tensor]
-    # Of every sequence, where there is no `depth`.
-    steps: int
-    key: list[int]
-    dropout: list[float]
-    n_heads: int
-    adapter: str
-    output: str
-    eps: float
-    longest: int | None
-    bf16: bool = False
-
-    def arguments(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
-
-    def tensors(self) -> list[Tensor]:
-        """Those that have gradients."""
-        return [self.h, *([] if self.pre is None else [self.pre]), *self.weights]
-
-    def depths(self) -> Tensor:
-        """T of every sequence, [B]."""
-        return self.depth if self.depth is not None else self.offsets.new_full((len(self.offsets) - 1,), self.steps)
-
-    def draw(self) -> Draw | None:
-        return None if self.rows is None else Draw((self.key[0], self.key[1]), self.rows)
-
-    @property
-    def layers(self) -> int:
-        """How many layers the weights have."""
-        return len(self.weights) // _WEIGHTS_A_LAYER
-
-    def output_rows(self, total_depth: _Rows) -> _Rows:
-        rows: dict[str, _Rows] = {"last": len(self.offsets) - 1, "steps": total_depth, "tokens": len(self.h)}
-        return rows[self.output]
+def _call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], options: Mapping[str, Any]) -> RecurrenceCall:
+    """Build and check the call that the public arguments describe."""
+    pre, depth, draw = options["pre"], options["depth"], options["draw"]
+    each, steps = (depth, 0) if isinstance(depth, Tensor) and depth.dim() else (None, whole("depth", depth))
+    dropout, attention_dropout = number("dropout", options["dropout"]), options["attention_dropout"]
+    attention_dropout = dropout if attention_dropout is None else number("attention_dropout", attention_dropout)
+    longest, bf16 = options["longest"], options["bf16"]
+    layout = _checked_layout(h, pre, weights, options["adapter"])
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (h, pre, *weights) if x is not None)
+    if bf16 and keep:
+        raise InputError("bf16 has no gradient: call under torch.no_grad(), or leave bf16 out.")
+    rows = None if draw is None else draw.rows
+    call = RecurrenceCall(
+        h=h,
+        pre=pre,
+        offsets=offsets,
+        depth=each,
+        rows=rows,
+        seed=None,
+        weights=layout.flatten(weights) if keep else layout.flatten_detached(weights),
+        steps=steps,
+        n_layers=layout.n_layers,
+        inner_size=layout.inner_size,
+        n_heads=whole("n_heads", options["n_heads"]),
+        adapter=layout.adapter,
+        output=options["output"],
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        eps=number("eps", options["eps"]),
+        longest=None if longest is None else whole("longest", longest),
+        bf16=bf16,
+        keep=keep,
+        backend=options["backend"],
+    )
+    check(call)
+    drops = draw is not None and (drop_threshold(dropout) or drop_threshold(attention_dropout))
+    return replace(call, seed=seed_of(draw.key, h.device)) if drops else call
 
 
-# In a compiler's trace some numbers of rows are symbols.
-_Rows = int | torch.SymInt
-
-
-# h to weights.
-_TENSORS = 6
-_SCHEMA = (
-    "Tensor h, Tensor? pre, Tensor offsets, Tensor? depth, Tensor? rows, Tensor[] weights, int steps, int[] key,"
-    " float[] dropout, int n_heads, str adapter, str output, float eps, int? longest, bool bf16"
-)
-
-
-def _check(call: _Call) -> None:
-    h, offsets = call.h, call.offsets
-    for name, value in (("h", h), *(("pre", x) for x in (call.pre,) if x is not None), *(("weights", x) for x in call.weights)):
+def _checked_layout(h: Tensor, pre: Tensor | None, weights: Sequence[Tensor], adapter: str) -> WeightLayout:
+    """Check ``h`` and the weights; return the layout of the weights."""
+    for name, value in (("h", h), *(("pre", x) for x in (pre,) if x is not None)):
         check_dense(name, value)
     if h.dim() != 2 or not h.dtype.is_floating_point:
         raise InputError(f"h must be a floating-point [P, D], but got {h.dtype} {list(h.shape)}.")
-    if call.pre is not None and call.adapter not in ADAPTERS:
-        raise InputError(f"adapter must be one of {', '.join(ADAPTERS)}, but got {call.adapter!r}.")
-    if call.output not in _recurrence_native.OUTPUTS:
-        raise InputError(f"output must be one of {', '.join(_recurrence_native.OUTPUTS)}, but got {call.output!r}.")
-    if call.n_heads < 1 or h.shape[1] % call.n_heads:
-        raise InputError(f"n_heads must divide the width of h, {h.shape[1]}, but got {call.n_heads}.")
-    for name, rate in zip(("dropout", "attention_dropout"), call.dropout, strict=True):
-        if not 0 <= rate < 1:
-            raise InputError(f"{name} must be in [0, 1), but got {rate}.")
-    _check_integers("offsets", offsets, None)
-    if not len(offsets):
-        raise InputError("offsets must have B + 1 entries, but are empty.")
-    for name, vector in (("depth", call.depth), ("draw.rows", call.rows)):
-        if vector is not None:
-            _check_integers(name, vector, len(offsets) - 1)
-    if offsets.device != h.device:
-        raise InputError(f"offsets must be on {h.device} like h, but are on {offsets.device}.")
-    for name, vector in (("depth", call.depth), ("draw.rows", call.rows)):
-        if vector is not None and vector.device not in (h.device, _CPU):
-            raise InputError(f"{name} must be on the CPU or on {h.device} like h, but is on {vector.device}.")
-    if call.depth is None and not 1 <= call.steps <= MOST_STEPS:
-        raise InputError(f"depth must be at least 1 and at most {MOST_STEPS:,}, but got {call.steps}.")
-    if call.pre is not None:
-        _check_like_h(call, "pre", call.pre, tuple(h.shape))
-    for (name, shape), weight in zip(_shapes(call), call.weights, strict=True):
-        _check_like_h(call, name, weight, shape)
+    if pre is not None and adapter not in ADAPTERS:
+        raise InputError(f"adapter must be one of {', '.join(ADAPTERS)}, but got {adapter!r}.")
+    # There are many weights, so each is checked in full only if a quick look finds something.
+    for weight in weights:
+        if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+            check_dense("weights", weight)
+    layout = WeightLayout.of(weights, "none" if pre is None else adapter, h.shape[1])
+    dtype, device = h.dtype, h.device
+    for (name, shape), weight in zip(layout.shapes.items(), weights, strict=True):
+        if weight.dtype != dtype or weight.device != device or weight.shape != shape:
+            check_like_h(name, weight, shape, h)
+    return layout
 
 
-def _check_integers(name: str, vector: Tensor, length: int | None) -> None:
-    wanted = "[B + 1]" if length is None else f"[{length}] as offsets say"
-    if not isinstance(vector, Tensor):
-        raise InputError(f"{name} must be int64 {wanted}, but got {type(vector).__name__}.")
-    if vector.dim() != 1 or vector.dtype != torch.int64 or (length is not None and len(vector) != length):
-        raise InputError(f"{name} must be int64 {wanted}, but got {vector.dtype} {list(vector.shape)}.")
+def build_call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], **options: Any) -> RecurrenceCall:
+    """Build and check the call that the arguments of :func:`recurrence` describe."""
+    return _call(h, offsets, weights, {**(recurrence.__kwdefaults__ or {}), **options})
 
 
-def _check_like_h(call: _Call, name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    h = call.h
-    if value.dtype != h.dtype or value.device != h.device or value.shape != torch.Size(shape):
-        raise InputError(
-            f"{name} must be {h.dtype} {list(shape)} on {h.device} like h, "
-            f"but got {value.dtype} {list(value.shape)} on {value.device}."
-        )
+def _explained(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], **options: Any) -> RecurrenceCall:
+    """Build the call for ``explain``. Without ``n_heads``, ``pre`` or ``longest`` it gets a value that every backend takes."""
+    adapter = WeightLayout.guess_adapter(weights)
+    heads = 2 if h.shape[-1] % 2 == 0 else 1
+    assumed = {"n_heads": heads, "longest": 1, "pre": None if adapter == "none" else h, "adapter": adapter}
+    return build_call(h, offsets, weights, **{**assumed, **options})
 
 
-def _shapes(call: _Call) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight, as the reference's parameters are ordered."""
-    width = call.h.shape[1]
-    joining: list[tuple[str, tuple[int, ...]]] = []
-    if call.adapter == "concat":
-        joining = [("adapter.linear.weight", (width, 2 * width)), ("adapter.linear.bias", (width,))]
-    if call.adapter == "linear":
-        joining = [("adapter.gate", ())]
-    if call.adapter != "none":
-        joining = [*joining, ("norm.weight", (width,)), ("norm.bias", (width,))]
-    layers, rest = divmod(len(call.weights) - len(joining), _WEIGHTS_A_LAYER)
-    if layers < 1 or rest:
-        raise InputError(
-            f"weights must be the {len(joining)} of the adapter and its norm and {_WEIGHTS_A_LAYER} of each layer, "
-            f"but there are {len(call.weights)}."
-        )
-    up = call.weights[len(joining) + 10]
-    inner = up.shape[0] if up.dim() else 0
-    layer: list[tuple[str, tuple[int, ...]]] = []
-    for name, out, into in (
-        ("attention.query", width, width), ("attention.key", width, width), ("attention.value", width, width),
-        ("attention.output", width, width), ("attention.norm", width, 0),
-        ("feed_forward.up", inner, width), ("feed_forward.down", width, inner), ("feed_forward.norm", width, 0),
-    ):  # fmt: skip
-        layer += [(f"{name}.weight", (out, into) if into else (out,)), (f"{name}.bias", (out,))]
-    return joining + [(f"layers.{i}.{name}", shape) for i in range(layers) for name, shape in layer]
+def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = RecurrenceCall(*arguments)
+    check_values(call)
+    backend, out, tape = run("recurrence", call.backend, call)
+    return out, _no_tape(call) if tape is None else tape, call.h.new_empty(_tag_of(backend), dtype=torch.int32)
 
 
-def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *inputs, keep, backend = arguments
-    call = _Call(*inputs)
-    _check_values(call)
-    out, tape = run("recurrence", backend, call.h, call.offsets, call.weights, call, keep)
-    return out, _no_tape(call) if tape is None else tape
-
-
-def _check_values(call: _Call) -> None:
-    if call.depth is not None and call.depth.device == _CPU and len(call.depth):
-        least, most = int(call.depth.min()), int(call.depth.max())
-        if not 1 <= least <= most <= MOST_STEPS:
-            raise InputError(f"depth must be at least 1 and at most {MOST_STEPS:,}, but spans {least}..{most}.")
-    if call.offsets.device != _CPU:
-        return
-    lengths = call.offsets.diff()
-    if int(call.offsets[0]) != 0 or int(call.offsets[-1]) != len(call.h) or bool((lengths < 1).any()):
-        raise InputError(f"offsets must rise from 0 to the number of tokens, {len(call.h)}, by at least 1 a sequence.")
-    if call.longest is not None and bool((lengths > call.longest).any()):
-        raise InputError(f"longest must be at least every length, up to {int(lengths.max())}, but got {call.longest}.")
-
-
-def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *inputs, keep, _ = arguments
-    call = _Call(*inputs)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = RecurrenceCall(*arguments)
     new_size = torch.library.get_ctx().new_dynamic_size
     unknown = call.output == "steps" and call.depth is not None
-    rows = call.output_rows(new_size() if unknown else (len(call.offsets) - 1) * call.steps)
+    rows = call.output_rows(new_size() if unknown else call.batch * call.steps)
     # The backend is chosen when the op runs, and each has a tape of its own.
-    tape = call.h.new_empty((new_size(), new_size()), dtype=torch.int32) if keep else _no_tape(call)
-    return call.h.new_empty(rows, call.h.shape[1]), tape
+    tape = call.h.new_empty((new_size(), new_size()), dtype=torch.int32) if call.keep else _no_tape(call)
+    return call.h.new_empty(rows, call.width), tape, call.h.new_empty((new_size(), 0), dtype=torch.int32)
 
 
-def _no_tape(call: _Call) -> Tensor:
-    # Opaque: as floating-point numbers it would be taken for a result that has a gradient.
+def _no_tape(call: RecurrenceCall) -> Tensor:
+    # The tape is opaque int32: a tensor of floating-point numbers would be taken for a result that has a gradient.
     return call.h.new_empty((0, 0), dtype=torch.int32)
 
 
-def _reference(call: _Call) -> Tensor:
+def _tag_of(backend: str) -> tuple[int, int]:
+    """The shape of the operator's third result, which tells the backward where the forward ran.
+
+    The host knows a shape; it would have to wait for a number that is stored on a GPU.
+    """
+    return BACKENDS.index(backend), 0
+
+
+def _reference(call: RecurrenceCall) -> Tensor:
     return reference.recurrence(
         call.h,
         call.offsets,
-        call.weights,
+        list(call.weight_layout.cut(call.weights).values()),
         n_heads=call.n_heads,
         pre=call.pre,
-        adapter="add" if call.pre is None else call.adapter,
+        adapter=call.adapter,
         depth=call.depths().to(call.h.device),
         output=call.output,
         draw=call.draw(),
-        dropout=call.dropout[0],
-        attention_dropout=call.dropout[1],
+        dropout=call.dropout,
+        attention_dropout=call.attention_dropout,
         eps=call.eps,
         bf16=call.bf16,
     )
 
 
-def _reference_forward(call: _Call, keep: bool) -> tuple[Tensor, None]:
+def _reference_forward(call: RecurrenceCall) -> tuple[Tensor, None]:
     return _reference(call), None
 
 
-def _reference_backward(call: _Call, grad: Tensor, tape: Tensor) -> list[Tensor]:
+def _reference_backward(call: RecurrenceCall, grad: Tensor, tape: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in call.tensors()]
-        count = len(inputs) - len(call.weights)
-        fresh = replace(call, h=inputs[0], pre=inputs[1] if count == 2 else None, weights=inputs[count:])
-        return list(torch.autograd.grad(_reference(fresh), inputs, grad))
+        h, weights = (x.detach().requires_grad_() for x in (call.h, call.weights))
+        pre = None if call.pre is None else call.pre.detach().requires_grad_()
+        out = _reference(replace(call, h=h, pre=pre, weights=weights))
+        if pre is None:
+            h_grad, weights_grad = torch.autograd.grad(out, [h, weights], grad)
+            return h_grad, call.empty_gradients()[1], weights_grad
+        h_grad, pre_grad, weights_grad = torch.autograd.grad(out, [h, pre, weights], grad)
+        return h_grad, pre_grad, weights_grad
 
 
-def _of_call(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run(call, ...)`` as dispatch calls it: behind the arguments that ``explain`` is given too."""
-    return lambda h, offsets, weights, *rest: run(*rest)
+_Forward = Callable[[RecurrenceCall], tuple[Tensor, Tensor | None]]
 
 
-for _op, *_runs in (
-    ("recurrence", _recurrence_triton.forward, _recurrence_native.forward, _recurrence_layers.forward, _reference_forward),
-    (
-        "recurrence_backward",
-        _recurrence_triton.backward, _recurrence_native.backward, _recurrence_layers.backward, _reference_backward,
-    ),
-):  # fmt: skip
-    _triton_run, _native_run, _layers_run, _reference_run = map(_of_call, _runs)
-    register(
-        _op,
-        Backend("triton", _triton_run, _recurrence_triton.obstacle, note=lambda h, *_: _triton.note("recurrence", h)),
-        Backend("native", _native_run, _recurrence_native.obstacle),
-        Backend("layers", _layers_run, _recurrence_layers.obstacle, _recurrence_layers.unasked),
-        Backend("reference", _reference_run, lambda *_: None),
+def _named(backend: str, forward: _Forward) -> Callable[[RecurrenceCall], tuple[str, Tensor, Tensor | None]]:
+    """Put the name of the backend before the results of its ``forward``."""
+    return lambda call: (backend, *forward(call))
+
+
+def _backends(triton: Any, native: Any, layers: Any, reference: Any) -> tuple[Backend, ...]:
+    return (
+        Backend("triton", triton, _recurrence_triton.obstacle, note=lambda call, *_: _triton.note("recurrence", call.h)),
+        Backend("native", native, _recurrence_native.obstacle),
+        Backend("layers", layers, _recurrence_layers.obstacle, _recurrence_layers.unasked),
+        Backend("reference", reference, lambda *_: None),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, weights = inputs[:_TENSORS]
-    *ctx.rest, ctx.keep, _ = inputs[_TENSORS:]
-    ctx.save_for_backward(output[1], *tensors, *weights)
-    # PyTorch would make zeros as large as the tape, as the gradient of what has none.
+_FORWARDS = (_recurrence_triton.forward, _recurrence_native.forward, _recurrence_layers.forward, _reference_forward)
+register("recurrence", *_backends(*map(_named, BACKENDS, _FORWARDS)), build=_explained)
+register(
+    "recurrence_backward",
+    *_backends(_recurrence_triton.backward, _recurrence_native.backward, _recurrence_layers.backward, _reference_backward),
+)
+
+# The fields of a call that hold tensors come first: h to weights.
+_TENSORS = 7
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[1:], *inputs[:_TENSORS])
+    ctx.rest = inputs[_TENSORS:]
+    # PyTorch would make zeros as large as the tape, as the gradient of a result that has none.
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
-    if not ctx.keep:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    tape, tag, *tensors = ctx.saved_tensors
+    call = RecurrenceCall(*tensors, *ctx.rest)
+    if not call.keep:
         raise InputError("recurrence was called without keep, so it has no gradient.")
-    tape, *saved = ctx.saved_tensors
-    tensors, weights = saved[: _TENSORS - 1], saved[_TENSORS - 1 :]
-    call = _Call(*(*tensors, weights, *ctx.rest))
-    grads = [None] * len(call.tensors()) if grad is None else _BACKWARD_OP(*call.arguments(), grad, tape)
-    if torch.is_grad_enabled() and grad is not None:
-        grads = list(Once.apply("recurrence", len(grads), grad, *call.tensors(), *grads))
-    count = len(grads) - len(weights)
-    by_name = {"h": grads[0], "pre": grads[1] if count == 2 else None, "weights": grads[count:]}
-    return *(by_name.get(field.name) for field in fields(call)), None, None
+    if grad is None:
+        return (None,) * RecurrenceCall.count()
+    grads = _BACKWARD_OP(*call.arguments(), grad, tape, tag)
+    if torch.is_grad_enabled():
+        grads = Once.apply("recurrence", len(grads), grad, call.h, call.pre, call.weights, *grads)
+    found = {"h": grads[0], "pre": None if call.pre is None else grads[1], "weights": grads[2]}
+    return tuple(found.get(name) for name, *_ in RecurrenceCall.layout)
 
 
-def _run_backward(*arguments: Any) -> list[Tensor]:
-    *inputs, grad, tape = arguments
-    call = _Call(*inputs)
-    # The backend that ran forwards, whatever is asked for by now: its tape says which, and the reference leaves none.
-    backend = "reference"
-    if len(tape):
-        columns = {_recurrence_triton.tape_columns(call.h): "triton", _recurrence_layers.TAPE_COLUMNS: "layers"}
-        backend = columns.get(tape.shape[1], "native")
-    result: list[Tensor] = run("recurrence_backward", backend, call.h, call.offsets, call.weights, call, grad, tape)
-    return result
+def _run_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, grad, tape, tag = arguments
+    # The backend that ran the forward, whatever is asked for by now.
+    h_grad, pre_grad, weights_grad = run("recurrence_backward", BACKENDS[len(tag)], RecurrenceCall(*inputs), grad, tape)
+    return h_grad, pre_grad, weights_grad
 
 
-def _fake_backward(*arguments: Any) -> list[Tensor]:
-    *inputs, _, _ = arguments
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in _Call(*inputs).tensors()]
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return RecurrenceCall(*arguments[: RecurrenceCall.count()]).empty_gradients()
 
 
-_OP = register_op(f"recurrence({_SCHEMA}, bool keep, str? backend) -> (Tensor, Tensor)", _run, _fake, _backward, _setup_context)
-# Without autograd's knowledge, which two backends need inside it; Once refuses a second derivative.
+_OP = register_op(f"recurrence({RecurrenceCall.schema()}) -> (Tensor, Tensor, Tensor)", _run, _fake, _backward, _setup_context)
+# It is registered without a gradient of its own, because two backends differentiate inside it; Once refuses the second one.
 _BACKWARD_OP = register_op(
-    f"recurrence_backward({_SCHEMA}, Tensor grad, Tensor tape) -> Tensor[]", _run_backward, _fake_backward
+    f"recurrence_backward({RecurrenceCall.schema(after='Tensor grad, Tensor tape, Tensor tag')}) -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
 )

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from lares_fast._random import Draw
+from lares_fast.sequences import pad, unpad
 
 
 def attention_mask(item_seq: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, 1, L, L] of ``item_seq`` [B, L]: 0 where a query sees a key, else -inf.
+    """Return the additive mask [B, 1, L, L] of ``item_seq`` [B, L]: 0 where a query sees a key, else -inf.
 
-    A query sees itself and earlier keys that are not PAD. The official mask is -10000 instead of -inf, which is the same
-    unless scores lie that far apart, and lets the future through there.
+    A query sees itself and earlier keys that are not PAD. The official code has -10000 in place of -inf. Both give the same
+    result unless scores lie that far apart; then -10000 lets a query see the future.
     """
     length = item_seq.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=item_seq.device).tril()
-    # PAD sees itself, so that no row of a softmax is empty; nothing reads what comes of it.
+    # PAD sees itself, so that no row of a softmax is empty. Nothing reads the result of such a row.
     oneself = torch.eye(length, dtype=torch.bool, device=item_seq.device)
     visible = causal & ((item_seq != 0)[:, None, None, :] | oneself)
     return torch.where(visible, 0.0, -torch.inf).to(dtype)
@@ -27,7 +28,7 @@ def attention_mask(item_seq: Tensor, dtype: torch.dtype) -> Tensor:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, draw: Draw | None, dropout: float, step: int, layer: int
 ) -> Tensor:
-    """``softmax(query @ key^T / sqrt(D/H) + mask) @ value`` for [B, H, L, D/H] inputs.
+    """Return ``softmax(query @ key^T / sqrt(D/H) + mask) @ value`` for [B, H, L, D/H] inputs.
 
     ``draw`` drops probabilities at address (``step``, ``layer``); ``None`` drops nothing.
     """
@@ -38,7 +39,7 @@ def attention(
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-    """Scaled and masked scores; those of half precision in fp32, because fp16 ends at 65,504."""
+    """Return scaled and masked scores; for half precision they are fp32, because fp16 ends at 65,504."""
     precise = torch.promote_types(query.dtype, torch.float32)
     return query.to(precise) @ key.to(precise).transpose(-1, -2) / math.sqrt(query.shape[-1]) + mask
 
@@ -55,19 +56,21 @@ def packed_attention(
     step: int,
     layer: int,
 ) -> Tensor:
-    """:func:`attention` of sequences without padding: ``query``, ``key``, ``value`` [P, H, D/H] hold sequence b in rows
-    ``offsets[b]`` .. ``offsets[b + 1]``, at most ``longest`` of them."""
-    real = _real(offsets, longest)
-    q, k, v = (_pad(x, real) for x in (query, key, value))
-    mask = attention_mask(real, query.dtype)
-    return _unpad(attention(q, k, v, mask, draw=draw, dropout=dropout, step=step, layer=layer), real)
+    """Compute :func:`attention` of sequences without padding.
+
+    ``query``, ``key`` and ``value`` [P, H, D/H] hold sequence b in rows ``offsets[b]`` .. ``offsets[b + 1]``, at most
+    ``longest`` rows. Returns [P, H, D/H].
+    """
+    padded = _Padded(offsets, longest)
+    q, k, v = (padded.heads(x) for x in (query, key, value))
+    return padded.rows(attention(q, k, v, padded.mask(query.dtype), draw=draw, dropout=dropout, step=step, layer=layer))
 
 
 def packed_logsumexp(query: Tensor, key: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """The logarithm [H, P] of each softmax's denominator in :func:`packed_attention`."""
-    real = _real(offsets, longest)
-    scores = _scores(_pad(query, real), _pad(key, real), attention_mask(real, query.dtype))
-    return _unpad(scores.logsumexp(dim=-1), real).T.contiguous()
+    """Return the logarithm [H, P] of each softmax's denominator in :func:`packed_attention`."""
+    padded = _Padded(offsets, longest)
+    scores = _scores(padded.heads(query), padded.heads(key), padded.mask(query.dtype))
+    return padded.rows(scores.logsumexp(dim=-1)).T.contiguous()
 
 
 def packed_attention_backward(
@@ -83,31 +86,36 @@ def packed_attention_backward(
     step: int,
     layer: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of ``query``, ``key`` and ``value``, written out: inside an op autograd does not record."""
-    real = _real(offsets, longest)
-    q, k, v, dout = (_pad(x, real) for x in (query, key, value, grad))
-    p = _scores(q, k, attention_mask(real, query.dtype)).softmax(dim=-1)
+    """Return the gradients of ``query``, ``key`` and ``value``. They are written out, because autograd does not record ops."""
+    padded = _Padded(offsets, longest)
+    q, k, v, dout = (padded.heads(x) for x in (query, key, value, grad))
+    p = _scores(q, k, padded.mask(query.dtype)).softmax(dim=-1)
     weights, dp = p, dout.to(p.dtype) @ v.to(p.dtype).transpose(-1, -2)
     if draw is not None:
         weights, dp = (draw.attention(x, dropout, step=step, layer=layer) for x in (p, dp))
     ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype) / math.sqrt(query.shape[-1])
     ds, weights = ds.to(q.dtype), weights.to(q.dtype)
     gradients = ds @ k, ds.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ dout
-    dq, dk, dv = (_unpad(x, real) for x in gradients)
+    dq, dk, dv = (padded.rows(x) for x in gradients)
     return dq, dk, dv
 
 
-def _real(offsets: Tensor, longest: int) -> Tensor:
-    """Mask [B, L] of the places that hold a row."""
-    return torch.arange(longest, device=offsets.device) < offsets.diff()[:, None]
+class _Padded:
+    """Packed sequences as a rectangle [B, longest]."""
 
+    def __init__(self, offsets: Tensor, longest: int) -> None:
+        self.offsets = offsets
+        self.longest = longest
 
-def _pad(packed: Tensor, real: Tensor) -> Tensor:
-    """[P, H, ...] -> [B, H, L, ...], zero where there is no row."""
-    padded = packed.new_zeros(*real.shape, *packed.shape[1:])
-    padded[real] = packed
-    return padded.transpose(1, 2)
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Return the :func:`attention_mask` of the rectangle."""
+        real = torch.arange(self.longest, device=self.offsets.device) < self.offsets.diff()[:, None]
+        return attention_mask(real, dtype)
 
+    def heads(self, packed: Tensor) -> Tensor:
+        """Return ``packed`` [P, H, ...] as [B, H, L, ...], zero where there is no row."""
+        return pad(packed, self.offsets, self.longest).transpose(1, 2)
 
-def _unpad(padded: Tensor, real: Tensor) -> Tensor:
-    return padded.transpose(1, 2)[real]
+    def rows(self, padded: Tensor) -> Tensor:
+        """Return the rows [P, H, ...] of ``padded`` [B, H, L, ...]."""
+        return unpad(padded.transpose(1, 2), self.offsets)

@@ -1,4 +1,4 @@
-"""Blocks: the stacks of layers that LARES runs once (pre-block) or T times (core-block), looked up by name."""
+"""Blocks: the stacks of layers that LARES runs once (pre-block) or T times (core-block). They are looked up by name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lares_fast._errors import InputError
 from lares_fast._random import SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, Draw
 from lares_fast.config import LARESConfig
 from lares_fast.reference.attention import attention
+from lares_fast.reference.weights import FlatModule
 
 BACKBONES: dict[str, Callable[[LARESConfig, int], nn.Module]] = {}
 
@@ -18,20 +19,20 @@ BACKBONES: dict[str, Callable[[LARESConfig, int], nn.Module]] = {}
 def register_backbone(name: str, build: Callable[[LARESConfig, int], nn.Module]) -> None:
     """Make ``backbone=name`` build its blocks with ``build(config, n_layers)``.
 
-    A block is called as ``block(x [B, L, D], mask [B, 1, L, L], draw=..., step=...)`` and returns [B, L, D].
+    The model calls a block as ``block(x [B, L, D], mask [B, 1, L, L], draw=..., step=...)``, and it returns [B, L, D].
     """
     BACKBONES[name] = build
 
 
 def build_block(config: LARESConfig, n_layers: int) -> nn.Module:
-    """The block of ``config.backbone`` with ``n_layers`` layers."""
+    """Return a new block of ``config.backbone`` with ``n_layers`` layers."""
     if config.backbone not in BACKBONES:
         raise InputError(f"backbone must be one of {', '.join(sorted(BACKBONES))}, but got {config.backbone!r}.")
     return BACKBONES[config.backbone](config, n_layers)
 
 
 class SelfAttention(nn.Module):
-    """``LN(dropout(output(attention(x))) + x)``."""
+    """The attention half of a layer: ``LN(dropout(output(attention(x))) + x)``."""
 
     def __init__(self, config: LARESConfig) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ class SelfAttention(nn.Module):
         self.attention_dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
 
     def forward(self, x: Tensor, mask: Tensor, *, draw: Draw | None, step: int, layer: int) -> Tensor:
-        """``x`` [B, L, D], ``mask`` [B, 1, L, L] -> [B, L, D]."""
+        """Map ``x`` [B, L, D] to [B, L, D]; ``mask`` is [B, 1, L, L]."""
 
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
@@ -65,7 +66,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """``LN(dropout(down(gelu(up(x)))) + x)``, with the exact (erf) GELU."""
+    """The feed-forward half of a layer: ``LN(dropout(down(gelu(up(x)))) + x)``, with the exact (erf) GELU."""
 
     def __init__(self, config: LARESConfig) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class FeedForward(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, *, draw: Draw | None, step: int, layer: int) -> Tensor:
-        """``x`` [B, L, D] -> [B, L, D]."""
+        """Map ``x`` [B, L, D] to [B, L, D]."""
         y = self.down(F.gelu(self.up(x)))
         if draw is not None:
             y = draw.hidden(y, self.dropout, site=SITE_FEED_FORWARD_OUT, step=step, layer=layer)
@@ -83,7 +84,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Post-LN transformer layer."""
+    """A post-LN transformer layer."""
 
     def __init__(self, config: LARESConfig) -> None:
         super().__init__()
@@ -91,20 +92,21 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, mask: Tensor, *, draw: Draw | None, step: int, layer: int) -> Tensor:
-        """``x`` [B, L, D] -> [B, L, D]."""
+        """Map ``x`` [B, L, D] to [B, L, D]."""
         x = self.attention(x, mask, draw=draw, step=step, layer=layer)
         return self.feed_forward(x, draw=draw, step=step, layer=layer)
 
 
-class TransformerBlock(nn.Module):
-    """``n_layers`` post-LN transformer layers."""
+class TransformerBlock(FlatModule):
+    """A stack of ``n_layers`` post-LN transformer layers."""
 
     def __init__(self, config: LARESConfig, n_layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(n_layers))
+        self.flatten_parameters()
 
     def forward(self, x: Tensor, mask: Tensor, *, draw: Draw | None, step: int) -> Tensor:
-        """``x`` [B, L, D] -> [B, L, D]; dropout, if ``draw`` is given, at address (``step``, layer)."""
+        """Map ``x`` [B, L, D] to [B, L, D]. If ``draw`` is given, dropout has the address (``step``, layer)."""
         for layer, module in enumerate(self.layers):
             x = module(x, mask, draw=draw, step=step, layer=layer)
         return x

@@ -1,4 +1,4 @@
-"""The recurrence: T steps of the core-block over a latent state, each joined with the pre-block's output."""
+"""The recurrence: T steps of the core-block over a latent state, which each step first joins with the pre-block's output."""
 
 from __future__ import annotations
 
@@ -11,43 +11,45 @@ from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
 from lares_fast.reference.attention import attention_mask
 from lares_fast.reference.backbone import build_block
+from lares_fast.reference.weights import FlatModule, WeightLayout
+from lares_fast.sequences import pad, unpad
 
 
 class AddAdapter(nn.Module):
-    """``(h + pre) / 2``."""
+    """The adapter ``add``: ``(h + pre) / 2``."""
 
     def forward(self, h: Tensor, pre: Tensor) -> Tensor:
-        """``h``, ``pre`` [B, L, D] -> [B, L, D]."""
+        """Join ``h`` and ``pre``, [B, L, D] each, to [B, L, D]."""
         return (h + pre) / 2
 
 
 class ConcatAdapter(nn.Module):
-    """``Linear([h, pre])``, state first."""
+    """The adapter ``concat``: ``Linear([h, pre])``."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(2 * width, width)
 
     def forward(self, h: Tensor, pre: Tensor) -> Tensor:
-        """``h``, ``pre`` [B, L, D] -> [B, L, D]."""
+        """Join ``h`` and ``pre``, [B, L, D] each, to [B, L, D]."""
         return self.linear(torch.cat((h, pre), dim=-1))
 
 
 class LinearAdapter(nn.Module):
-    """``s * h + (1 - s) * pre`` with ``s = sigmoid(gate)``, one learned scalar."""
+    """The adapter ``linear``: ``s * h + (1 - s) * pre`` with ``s = sigmoid(gate)``; the gate is one learned number."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(()))
 
     def forward(self, h: Tensor, pre: Tensor) -> Tensor:
-        """``h``, ``pre`` [B, L, D] -> [B, L, D]."""
+        """Join ``h`` and ``pre``, [B, L, D] each, to [B, L, D]."""
         share = self.gate.sigmoid()
         return share * h + (1 - share) * pre
 
 
 def build_adapter(config: LARESConfig) -> nn.Module:
-    """The adapter named by ``config.adapter``."""
+    """Return the adapter that ``config.adapter`` names."""
     if config.adapter == "add":
         return AddAdapter()
     if config.adapter == "concat":
@@ -55,19 +57,21 @@ def build_adapter(config: LARESConfig) -> nn.Module:
     return LinearAdapter()
 
 
-class Recurrence(nn.Module):
-    """``h <- core(LN(adapter(h, pre)))``, T times with shared weights."""
+class Recurrence(FlatModule):
+    """``h = core(LN(adapter(h, pre)))``, T times with shared weights."""
 
     def __init__(self, config: LARESConfig) -> None:
         super().__init__()
         self.adapter = build_adapter(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.core = build_block(config, config.n_core_layers)
+        self.adapter_name = config.adapter
+        self.flatten_parameters()
 
     def forward(self, h: Tensor, pre: Tensor, mask: Tensor, depth: Tensor, *, draw: Draw | None) -> Iterator[Tensor]:
         """Yield the state [B, L, D] after step 1, 2, ..., max(depth).
 
-        ``depth`` [B] int: a sequence that has done its own number of steps keeps its state. Dropout addresses
+        ``depth`` [B] int: a sequence that has taken its own number of steps keeps its state. Dropout addresses
         count steps from 1; step 0 is the pre-block.
         """
         steps = int(depth.max()) if len(depth) else 1
@@ -94,24 +98,20 @@ def recurrence(
     eps: float = 1e-12,
     bf16: bool = False,
 ) -> Tensor:
-    """:func:`lares_fast.ops.recurrence` on padded sequences; ``depth`` [B]."""
+    """Compute :func:`lares_fast.ops.recurrence` on padded sequences; ``depth`` is [B] int64."""
     lengths = offsets.diff()
     longest = int(lengths.max()) if len(lengths) else 0
     real = torch.arange(longest, device=h.device) < lengths[:, None]
-
     # Padding is 1, -1, 1, ...: the layer norm of equal numbers has a slope that fp16 cannot hold.
-    padding = 1 - torch.arange(h.shape[1], device=h.device) % 2 * 2
-
-    def padded(x: Tensor) -> Tensor:
-        return padding.to(x).expand(*real.shape, -1).index_put((real,), x)
-
+    fill = 1 - torch.arange(h.shape[1], device=h.device) % 2 * 2
+    layout = WeightLayout.of(weights, "none" if pre is None else adapter, h.shape[1])
     config = LARESConfig(
         n_items=2,
-        hidden_size=h.shape[1],
+        hidden_size=layout.width,
         n_heads=n_heads,
-        inner_size=weights[-6].shape[0],
-        n_core_layers=len(weights) // 16,
-        adapter=adapter,
+        inner_size=layout.inner_size,
+        n_core_layers=layout.n_layers,
+        adapter="add" if pre is None else adapter,
         dropout=dropout,
         attention_dropout=attention_dropout,
         layer_norm_eps=eps,
@@ -124,10 +124,11 @@ def recurrence(
             linear.register_forward_pre_hook(lambda _, x: (_rounded(x[0]),))
     named = dict(zip((name for name, _ in steps.named_parameters()), weights, strict=True))
     mask = attention_mask(real, h.dtype)
-    arguments = (padded(h), None if pre is None else padded(pre), mask, depth, draw)
+    padded = [None if x is None else pad(x, offsets, longest, fill) for x in (h, pre)]
+    arguments = (*padded, mask, depth, draw)
     states = torch.func.functional_call(steps, named, arguments)
     if output == "tokens":
-        return states[-1][real]
+        return unpad(states[-1], offsets)
     last = (lengths - 1)[:, None, None].expand(-1, 1, h.shape[1])
     at_last = torch.cat([state.gather(1, last) for state in states], dim=1)
     if output == "last":
@@ -136,12 +137,12 @@ def recurrence(
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """The nearest bf16 numbers, in the dtype of ``x``."""
+    """Return the nearest bf16 numbers, in the dtype of ``x``."""
     return x.to(torch.bfloat16).to(x.dtype)
 
 
 class _Steps(nn.Module):
-    """All states of a recurrence, or of a block that is applied to its own output."""
+    """A recurrence, or a block that is applied to its own output; it returns the states after all steps."""
 
     def __init__(self, config: LARESConfig, *, with_adapter: bool) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable
-from importlib import import_module
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lares_fast import _native, ops
-from lares_fast.ops import _recurrence_triton, _triton
+from lares_fast._random import Draw
+from lares_fast.config import LARESConfig
+from lares_fast.model import LARES
+from lares_fast.ops.attention import AttentionCall
+from lares_fast.ops.recurrence import build_call
 from lares_fast.verify import cases
 from lares_fast.verify.comparison import device_of, gpu_backends, kernels_of, passed, same_bits, skipped, verdict
 from lares_fast.verify.gpu_large import recurrence_inputs
@@ -36,8 +40,7 @@ def every_kernel(rehearse: bool, quick: bool) -> Result:
 def streams(rehearse: bool, quick: bool) -> Result:
     """Compare the results of threads, side streams and other GPUs, and copy a model."""
     faults = []
-    lares = import_module("lares_fast")
-    model = lares.LARES(lares.LARESConfig(n_items=50, hidden_size=32, inner_size=32))
+    model = LARES(LARESConfig(n_items=50, hidden_size=32, inner_size=32))
     pickle.loads(pickle.dumps(copy.deepcopy(model)))
     with kernels_of(rehearse):
         case = cases.case("linear_cross_entropy", integers=False)
@@ -186,22 +189,29 @@ def _attention_by_seed(device: str) -> tuple[Callable[[], Tensor], Tensor]:
     query, key, value, grad = torch.randn(4, 40, 2, 32).to(device)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     offsets, rows = torch.tensor([0, 33, 40], device=device), torch.arange(2, device=device)
-    call = (query, key, value, offsets, 33, rows, seed, 0.5, 2, 1, "triton")
+    call = AttentionCall(query, key, value, offsets, rows, seed, 33, dropout=0.5, step=2, layer=1, backend="triton")
 
     def run() -> Tensor:
-        out, lse = torch.ops.lares_fast.attention(*call)
-        return torch.stack((out, *torch.ops.lares_fast.attention_backward(*call, out, lse, grad)))
+        out, lse = torch.ops.lares_fast.attention(*call.arguments())
+        return torch.stack((out, *torch.ops.lares_fast.attention_backward(*call.arguments(), out, lse, grad)))
 
     return run, seed
 
 
 def _recurrence_by_seed(device: str) -> tuple[Callable[[], Tensor], Tensor]:
-    """Return a call of the recurrence that gives its output, and the seed tensor that it reads."""
+    """Return a call of the recurrence that gives its output and its gradients, and the seed tensor that they read."""
     h, offsets, weights, n_heads = recurrence_inputs(64, torch.float32, device, B=2)
-    rows = torch.arange(2, device=device)
-    arguments = (h, h, offsets, None, rows, weights, 2, [0, 0], [0.5, 0.5], n_heads, "add", "tokens", 1e-12, 32)
-    call = _recurrence_triton.kernel_call(import_module("lares_fast.ops.recurrence")._Call(*arguments))
-    return lambda: _triton.kernels("recurrence").forward(call, len(h), 0)[0], call.seed
+    options: dict[str, Any] = {"n_heads": n_heads, "pre": h, "depth": 2, "output": "tokens", "longest": 32, "backend": "triton"}
+    draw = Draw((0, 0), torch.arange(2, device=device))
+    call = replace(build_call(h, offsets, weights, draw=draw, dropout=0.5, **options), keep=True)
+
+    def run() -> Tensor:
+        out, tape, tag = torch.ops.lares_fast.recurrence(*call.arguments())
+        gradients = torch.ops.lares_fast.recurrence_backward(*call.arguments(), torch.ones_like(out), tape, tag)
+        return torch.cat([x.flatten() for x in (out, *gradients)])
+
+    assert call.seed is not None
+    return run, call.seed
 
 
 CHECKS: dict[str, Callable[..., Result]] = {

@@ -1,6 +1,6 @@
-"""``ops.attention``: the law for the result and every gradient, shared dropout, its contract with compilers, its errors.
+"""``ops.attention``: tolerances of the result and every gradient, dropout, what compilers need, and errors.
 
-The Triton kernels run interpreted here, under ``-m interpreted``: every address checked, outputs poisoned with NaN.
+The Triton kernels run in the interpreter (``-m interpreted``), which checks every address and fills new outputs with NaN.
 """
 
 import pytest
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lares_fast import _dispatch, explain, ops, reference
 from lares_fast._errors import BackendError, InputError
 from lares_fast._random import Draw
+from lares_fast.ops.attention import build_call
 from lares_fast.reference.attention import packed_logsumexp
 from tests.support import oracle
 from tests.support.fake_device import NoScalarReads
@@ -17,7 +18,7 @@ from tests.support.fake_device import NoScalarReads
 KEY = (5, 2**32 - 7)
 STEP, LAYER = 3, 1
 
-# lengths, H, D/H, dtype, dropout. Pairwise rather than all combinations; 63..65 and 128 lie around the tiles' edges.
+# lengths, H, D/H, dtype, dropout. These are pairs and not all combinations; 63..65 and 128 are near the edges of tiles.
 CASES = [
     ([1], 1, 16, torch.float32, 0.2),
     ([2, 0, 20], 2, 16, torch.float32, 0.0),
@@ -45,7 +46,7 @@ def offsets_of(lengths):
 
 
 def inputs_of(lengths, H, E, dtype):
-    """Query, key, value and an upstream gradient that is not uniform."""
+    """Return query, key, value and an upstream gradient that is not uniform."""
     return [torch.randn(sum(lengths), H, E).to(dtype) for _ in range(4)]
 
 
@@ -54,7 +55,7 @@ def draw_of(lengths):
 
 
 def differentiate(call, inputs, dtype=None):
-    """{out}, {dq, dk, dv} of ``call(query, key, value)`` on copies in ``dtype``."""
+    """Return {out}, {dq, dk, dv} of ``call(query, key, value)`` on copies in ``dtype``."""
     *leaves, grad = (x.detach().to(dtype or x.dtype, copy=True) for x in inputs)
     for leaf in leaves:
         leaf.requires_grad_()
@@ -65,7 +66,7 @@ def differentiate(call, inputs, dtype=None):
 
 
 def check(lengths, H, E, dtype, p, backend, prepare=lambda x: x):
-    """Hold ``backend`` to the law; returns its results."""
+    """Check that ``backend`` stays within the tolerances; return its results."""
     inputs = inputs_of(lengths, H, E, dtype)
     where = offsets_of(lengths), max(lengths)
     how = {"draw": draw_of(lengths), "dropout": p, "step": STEP, "layer": LAYER}
@@ -139,10 +140,10 @@ def test_the_saved_statistics_are_shared_by_backends(monkeypatch):
     from tests.support import triton_interpreter
 
     query, key, value, _ = inputs_of([40, 20], 2, 16, torch.float32)
-    arguments = (query, key, value, offsets_of([40, 20]), 40, None, None, 0.0, 0, 0)
+    arguments = (query, key, value, offsets_of([40, 20]), 40)
     with triton_interpreter.interpreted(monkeypatch):
-        _, lse = torch.ops.lares_fast.attention(*arguments, "triton")
-    _, expected = torch.ops.lares_fast.attention(*arguments, "reference")
+        _, lse = torch.ops.lares_fast.attention(*build_call(*arguments, backend="triton").arguments())
+    _, expected = torch.ops.lares_fast.attention(*build_call(*arguments, backend="reference").arguments())
     truth = packed_logsumexp(query.double(), key.double(), offsets_of([40, 20]), 40)
     oracle.check("forward", {"lse": lse}, {"lse": expected}, {"lse": truth})
 
@@ -190,11 +191,10 @@ def test_triton_never_waits_for_the_device(monkeypatch):
     from tests.support import triton_interpreter
 
     *tensors, grad = inputs_of([20, 3], 1, 16, torch.float32)
-    seed = torch.full((1,), 7)
-    inputs = (*tensors, offsets_of([20, 3]), 20, torch.arange(2), seed, 0.2, 0, 0)
+    call = build_call(*tensors, offsets_of([20, 3]), 20, draw=Draw(KEY, torch.arange(2)), dropout=0.2)
     with triton_interpreter.interpreted(monkeypatch), NoScalarReads():
-        out, lse = _dispatch.run("attention", "triton", *inputs, None)
-        _dispatch.run("attention", "triton", *inputs, (out, lse, grad))
+        out, lse = _dispatch.run("attention", "triton", call)
+        _dispatch.run("attention", "triton", call, (out, lse, grad))
 
 
 def test_the_reference_is_attention_of_each_sequence():
@@ -206,7 +206,7 @@ def test_the_reference_is_attention_of_each_sequence():
 
 
 def test_packing_changes_no_dropped_probability():
-    """The masks of a sequence are those of its row in any padded batch."""
+    """A sequence has the masks of its row in any padded batch."""
     lengths, H, E = [5, 9], 2, 8
     query, key, value, _ = inputs_of(lengths, H, E, torch.float64)
     draw = draw_of(lengths)
@@ -227,8 +227,9 @@ def test_gradients_of_the_reference_by_finite_differences():
 
 def test_opcheck_and_compile():
     query, key, value, grad = (x.requires_grad_() for x in inputs_of([4, 2], 2, 16, torch.float32))
-    offsets, rows, seed = offsets_of([4, 2]), torch.arange(2), torch.tensor([9])
-    arguments = (query, key, value, offsets, 4, rows, seed, 0.2, 1, 0, "reference")
+    offsets, rows = offsets_of([4, 2]), torch.arange(2)
+    call = build_call(query, key, value, offsets, 4, draw=Draw(KEY, rows), dropout=0.2, step=1, backend="reference")
+    arguments = call.arguments()
     torch.library.opcheck(torch.ops.lares_fast.attention, arguments)
     out, lse = (x.detach() for x in torch.ops.lares_fast.attention(*arguments))
     plain = (*(x.detach() for x in (query, key, value)), *arguments[3:], out, lse, grad.detach())
@@ -292,7 +293,7 @@ def test_triton_says_why_not(query, longest, reason):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gap", [1e3, 1e4, 2e4])
 def test_the_future_stays_hidden_however_far_scores_lie_apart(gap, dtype):
-    """The first row sees itself alone, though it likes the second one better by ``gap``."""
+    """The first row sees itself alone, though its score for the second row is higher by ``gap``."""
     root = gap**0.5
     query = torch.full((2, 1, 16), root / 4, dtype=dtype)
     key = torch.stack([-query[0], query[0]])
@@ -314,8 +315,8 @@ def test_scores_that_fp16_cannot_hold():
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), leaves))
 
 
-def test_room_is_taken_for_the_sequences_there_are():
-    """And not for the longest there could be, whose scores would fill any memory."""
+def test_memory_is_taken_for_the_lengths_there_are():
+    """Memory is not taken for sequences of the length ``longest``, whose scores would fill any memory."""
     query, key, value, _ = inputs_of([3, 1], 2, 16, torch.float32)
     out, wide = (ops.attention(query, key, value, offsets_of([3, 1]), longest) for longest in (3, 2**31))
     assert torch.equal(out, wide)

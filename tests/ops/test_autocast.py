@@ -1,4 +1,4 @@
-"""No op changes under its caller's autocast: neither its results, nor their dtypes, nor its gradients."""
+"""The caller's autocast changes no op: results, their dtypes and gradients stay as they are."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def recurrence(backend, h, pre, *weights):
     return ops.recurrence(h, OFFSETS, list(weights), backend=backend, **how)
 
 
-# Public op -> (its name among the backends, call, shapes of its leaves).
+# Public op -> (its name in the table of backends, call, shapes of its leaves).
 CATALOG = ((B, D), (N, D))
 CALLS = {
     "attention": (

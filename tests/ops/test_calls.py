@@ -89,7 +89,11 @@ def test_explain_checks_its_arguments(op, arguments, options, message):
         explain(op, *arguments, **options)
 
 
-@pytest.mark.parametrize("change", [{"items": torch.randn(5, 4)}, {"query": torch.randn(2, 3).double()}, {"k": 0}], ids=["items", "query", "k"])
+@pytest.mark.parametrize(
+    "change",
+    [{"items": torch.randn(5, 4)}, {"query": torch.randn(2, 3).double()}, {"k": 0}],
+    ids=["items", "query", "k"],
+)
 def test_the_registered_operator_checks_its_arguments_too(change):
     """A graph or an exported package calls it without the public function."""
     good = CALLS["topk without options"]()

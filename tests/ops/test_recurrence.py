@@ -1,6 +1,7 @@
-"""``ops.recurrence``: the native backend against the padded reference in fp64, dropout included, and its contract."""
+"""``ops.recurrence``: the native backend against the padded reference in fp64, with dropout, and what the op promises."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(not _native.available()[0], reason=_native.avail
     {"H": 1}, {"H": 4}, {"D": 128, "H": 4, "inner": 256, "layers": 1},
     {"D": 48, "inner": 80, "adapter": "concat"}, {"lengths": [1]}, {"lengths": [300, 512], "layers": 1, "depth": 2},
 ], ids=str)  # fmt: skip
-def test_obeys_the_tolerance_law(case):
+def test_stays_within_the_tolerances(case):
     before = _dispatch.calls["recurrence_backward", "native"]
     case = Case(**case)
     case.check()
@@ -66,7 +67,7 @@ def test_a_planted_bug_is_caught(bug):
     {"depth": RAGGED, "output": "steps"}, {"adapter": "concat"}, {"adapter": "linear", "H": 4, "output": "tokens"},
     {"adapter": None, "depth": 1, "output": "tokens"}, {"D": 48, "H": 4, "inner": 80}, {"p": 0, "D": 16, "H": 1, "inner": 32},
 ], ids=str)  # fmt: skip
-def test_bf16_obeys_the_law_of_bf16(case):
+def test_bf16_stays_within_the_tolerances_of_bf16(case):
     case = Case(**case)
     case.tensors = {name: x.bfloat16().float() for name, x in case.tensors.items()}
     before = _dispatch.calls["recurrence", "native"]
@@ -79,7 +80,7 @@ def test_bf16_obeys_the_law_of_bf16(case):
 
 @pytest.mark.parametrize("adapter", ["add", "concat", None])
 def test_bf16_rounds_what_the_reference_rounds(adapter):
-    """Of one layer, after which neighbouring roundings have not yet parted: the law of fp32, which unrounded products break."""
+    """One layer stays within the tolerances of fp32, and unrounded products do not. More layers would round differently."""
     case = Case(adapter=adapter, layers=1, depth=1)
     exact = case.call(case.tensors, "native")
     double = {name: x.double() for name, x in case.tensors.items()}
@@ -132,14 +133,16 @@ def test_a_sequence_does_not_depend_on_its_batch():
     Case(p=0).check_alone("native")
 
 
+def leaves_of(call):
+    """Return the arguments of the operator. The flat tensor of weights is a leaf, because opcheck differentiates by it."""
+    return replace(call, weights=call.weights.detach().requires_grad_()).arguments()
+
+
 def test_opcheck_and_compile():
     case = Case(lengths=[3, 1, 18], D=16, H=2, inner=32, layers=1)
     case.tensors = {name: x.requires_grad_() for name, x in case.tensors.items()}
-    h, pre, *weights = case.tensors.values()
-    rows = case.options["draw"].rows
-    numbers = (2, [3, 7], [0.5, 0.5], 2, "add", "last", 1e-12, None, False)
-    arguments = (h, pre, case.offsets, None, rows, weights, *numbers, True, "native")
-    torch.library.opcheck(torch.ops.lares_fast.recurrence, arguments)
+    h, _, *weights = case.tensors.values()
+    torch.library.opcheck(torch.ops.lares_fast.recurrence, leaves_of(case.operator_call(backend="native")))
     compiled = torch.compile(lambda x: case.call({**case.tensors, "h": x}, "native") * 2, fullgraph=True, backend="aot_eager")
     out = compiled(h)
     assert torch.equal(out, case.call(case.tensors, "native") * 2)
@@ -161,7 +164,8 @@ def test_opcheck_and_compile():
     ({"depth": torch.tensor([1])}, r"depth must be int64 \[2\]"),
     ({"depth": 1.5}, "depth must be an integer, but got 1.5"),
     ({"offsets": torch.tensor([0, 2, 5], device="meta")}, "offsets must be on cpu like h, but are on meta"),
-    ({"adapter": "sum"}, "adapter must be one of"),
+    ({"adapter": "sum"}, "adapter must be one of add, concat, linear, but got 'sum'"),
+    ({"adapter": "none"}, "adapter must be one of add, concat, linear, but got 'none'"),
     ({"output": "all"}, "output must be one of"),
     ({"n_heads": 3}, "n_heads must divide the width"),
     ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
@@ -189,14 +193,14 @@ def test_what_the_native_backend_leaves_to_the_reference():
 
 
 class Revealed:
-    """A model that shows a mask of its last layer in the signs of its states: all its weights are zero but those set here."""
+    """A model that shows a mask of its last layer in the signs of its states. Its weights are 0, but for those set here."""
 
     def __init__(self, D, H, layers, lengths):
         config = LARESConfig(n_items=2, hidden_size=D, n_heads=H, inner_size=32, n_core_layers=layers, adapter="concat")
         module = reference.Recurrence(config)
         self.weights = {name: torch.full_like(x, float("norm.weight" in name)) for name, x in module.named_parameters()}
         self.lengths, self.H, self.last = lengths, H, f"core.layers.{layers - 1}"
-        # A step's state is `pre` alone.
+        # The input of a step is `pre` alone.
         self.weights["adapter.linear.weight"][:, D:] = torch.eye(D)
 
     def states(self, pre, draw, depth, **rates):
@@ -210,7 +214,7 @@ class Revealed:
 @pytest.mark.parametrize(("p", "key"), [(0.1, (1, 2)), (0.5, (2**32 - 1, 7))])
 @pytest.mark.parametrize(("layers", "depth"), [(1, 1), (1, 3), (3, 2)])
 class TestMasksBitForBit:
-    """Those that the kernel applies are those of ``_random``, at rows and steps far from zero, too."""
+    """The kernel applies the masks of ``_random``, also at rows and steps far from 0."""
 
     lengths = (1, 5, 17, 50)
     draw_rows = torch.tensor([2**32 - 1, 0, 70000, 3])
@@ -219,7 +223,7 @@ class TestMasksBitForBit:
     @pytest.mark.parametrize(("bias", "site"), [("attention.output", 1), ("feed_forward.down", 2)])
     def test_hidden(self, bias, site, D, layers, depth, p, key):
         model = Revealed(D, 2, layers, self.lengths)
-        # Far above the state and column 0: whether a column is kept decides on which side of the mean it lies.
+        # The bias is far above the state and column 0, so a column is above the mean if it is kept, and below if not.
         model.weights[f"{model.last}.{bias}.bias"][1:] = 1e4
         draw = Draw(key, self.draw_rows)
         found = model.states(torch.randn(sum(self.lengths), D), draw, depth, dropout=p, attention_dropout=0.0)
@@ -232,12 +236,12 @@ class TestMasksBitForBit:
     def test_attention(self, D, H, layers, depth, p, key):
         model = Revealed(D, H, layers, self.lengths)
         width = D // H
-        # Token j has a column of its own in each head, behind one that is no token's.
+        # Token j has a column of its own in each head. The first column belongs to no token.
         pre = torch.cat([torch.eye(width)[1 : length + 1].repeat(1, H) for length in self.lengths])
         low, high = torch.nn.functional.layer_norm(pre[0], (D,)).aminmax()
         model.weights[f"{model.last}.attention.value.weight"] += torch.eye(D) / (high - low)
         model.weights[f"{model.last}.attention.value.bias"] -= low / (high - low)
-        # All visible keys weigh the same, and what is kept of them is far above the state; where nothing is, that column is.
+        # All visible keys have equal weights, and a kept key is far above the state. If no key is kept, the first column is.
         model.weights[f"{model.last}.attention.output.weight"] += 1e6 * torch.eye(D)
         model.weights[f"{model.last}.attention.output.bias"][0] = 1e4
         draw = Draw(key, self.draw_rows)
@@ -274,6 +278,24 @@ def test_the_backward_runs_where_the_forward_did():
     assert _dispatch.calls - before == Counter({("recurrence_backward", "reference"): 1})
 
 
+@pytest.mark.parametrize("backend", ["native", "layers", "reference"])
+def test_the_operator_reads_the_key_from_its_seed(backend):
+    case = Case(lengths=[3, 4], D=16, H=2, inner=32, layers=1)
+    key = (2**31 + 5, 2**32 - 1)
+    expected = case.call(case.tensors, backend, draw=Draw(key, case.options["draw"].rows))
+    call = case.operator_call(backend=backend, keep=False)
+    assert not torch.equal(torch.ops.lares_fast.recurrence(*call.arguments())[0], expected)
+    call.seed.copy_(_random.seed_of(key, call.seed.device))
+    assert torch.equal(torch.ops.lares_fast.recurrence(*call.arguments())[0], expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_operator_checks_the_size_of_its_weights(backend):
+    call = Case(lengths=[3, 4], D=16, H=2, inner=32, layers=1).operator_call(backend=backend)
+    with pytest.raises(InputError, match=f"weights must have {len(call.weights)} numbers in all, but have 7"):
+        torch.ops.lares_fast.recurrence(*replace(call, weights=call.weights[:7]).arguments())
+
+
 def test_the_tape_has_no_gradient():
     made = []
 
@@ -288,7 +310,7 @@ def test_the_tape_has_no_gradient():
     out = case.call(case.tensors, "native")
     with Log():
         torch.autograd.grad(out, h, torch.ones_like(out))
-    # Zeros as large as the tape would be made as the gradient of what has none.
+    # Otherwise PyTorch would make zeros as large as the tape, as its gradient.
     assert torch.ops.lares_fast.recurrence_backward.default in made
     assert torch.ops.aten.zeros.default not in made
 
@@ -349,10 +371,30 @@ def test_a_second_derivative_is_refused(backend, of):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_padding_of_the_reference_has_no_gradient_of_its_own(dtype):
-    """Short and long sequences together; equal numbers behind the short one would overflow fp16 in a layer norm."""
+    """Short and long sequences together. Equal numbers as padding of the short one would overflow fp16 in a layer norm."""
     case = Case(lengths=[1, 9], D=16, H=2, inner=32, layers=2)
     leaves = [x.detach().to(dtype).requires_grad_() for x in case.tensors.values()]
     h, pre, *weights = leaves
     out = ops.recurrence(h, case.offsets, weights, n_heads=2, pre=pre, depth=3, backend="reference")
     for gradient in torch.autograd.grad(out.float().sum(), leaves):
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"threads": None}, "threads is missing"),
+    ({"width": "wide"}, "width has a wrong type or is out of range"),
+    ({"hidden_threshold": -1}, "hidden_threshold has a wrong type or is out of range"),
+    ({"adapter": "sum"}, "adapter has an unknown value"),
+    ({"weights": [0]}, "the number of weights is wrong"),
+    ({"speed": 3}, "there is an argument that it does not take"),
+])  # fmt: skip
+def test_the_native_function_takes_each_argument_by_its_name(change, message):
+    numbers = {"batch": 0, "width": 16, "n_heads": 1, "inner_size": 16, "n_layers": 1, "eps": 1e-12, "threads": 1}
+    words = {"adapter": "none", "output": "last", "bf16": False, "key": (0, 0), "weights": [0] * 16}
+    dropout = {"hidden_threshold": 0, "attention_threshold": 0, "first_step": 0}
+    tensors = dict.fromkeys(("h", "pre", "offsets", "depth", "rows", "tape", "out"), 0)
+    right = {**numbers, **words, **dropout, **tensors}
+    _native.load().recurrence_forward(**right)
+    wrong = {name: value for name, value in {**right, **change}.items() if value is not None}
+    with pytest.raises((TypeError, ValueError), match=message):
+        _native.load().recurrence_forward(**wrong)

@@ -1,7 +1,7 @@
-"""``ops.recurrence``: PyTorch's layers around ``ops.attention``, held to the law, and when they are chosen."""
+"""``ops.recurrence``: the tolerances of the backend ``layers``, PyTorch's layers around ``ops.attention``, and its choice."""
 
-import importlib
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.support.recurrence_case import RAGGED, Case
 
 HALF, BF16 = torch.float16, torch.bfloat16
 
-# None of these sizes fits the kernels of `triton`, and half of them not those of `native`.
+# The kernels of `triton` take none of these sizes, and `native` takes only half of them.
 CASES = [
     {"D": 48, "inner": 80, "p": 0, "layers": 1, "depth": 1},
     {"D": 48, "inner": 80, "adapter": "linear"},
@@ -32,7 +32,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_obeys_the_tolerance_law(case):
+def test_stays_within_the_tolerances(case):
     before = Counter(_dispatch.calls)
     case = Case(**case)
     case.check("layers")
@@ -43,8 +43,8 @@ def test_obeys_the_tolerance_law(case):
 
 @pytest.mark.parametrize("dtype", [HALF, BF16])
 @pytest.mark.parametrize("case", [{"adapter": "concat"}, {"D": 7, "H": 1, "depth": [1, 2, 1], "output": "steps"}], ids=str)
-def test_obeys_the_law_in_half_precision(case, dtype):
-    # With larger weights the reference itself breaks the law's ceiling.
+def test_stays_within_the_tolerances_in_half_precision(case, dtype):
+    # With larger weights the reference itself exceeds the tolerances.
     few = {"lengths": [20, 3, 17], "D": 48, "inner": 64, "layers": 1, "depth": 1, "p": 0.1, "std": 0.05}
     Case(**{**few, **case}).check("layers", dtype)
 
@@ -56,7 +56,7 @@ def test_obeys_the_law_in_half_precision(case, dtype):
     (BF16, {"D": 48, "lengths": [20, 3, 17], "depth": 1, "p": 0.1, "adapter": "concat"}),
     (HALF, {"D": 96, "lengths": [17, 64], "depth": 1, "adapter": None}),
 ], ids=str)  # fmt: skip
-def test_obeys_the_law_around_the_kernels_of_attention(dtype, case, monkeypatch):
+def test_stays_within_the_tolerances_around_the_kernels_of_attention(dtype, case, monkeypatch):
     from tests.support import triton_interpreter
 
     case = Case(**{"inner": 64, "layers": 1, "std": 0.15 if dtype == torch.float32 else 0.05, **case})
@@ -74,7 +74,7 @@ def change(**changes):
 
 
 def attribute(name, wrong):
-    """``_Steps.name`` as ``wrong(right)``."""
+    """Replace ``_Steps.name`` by ``wrong(right)``."""
     return lambda case, patch: patch.setattr(_recurrence_layers._Steps, name, wrong(getattr(_recurrence_layers._Steps, name)))
 
 
@@ -88,7 +88,10 @@ PLANTED = {
         "layer", lambda right: lambda self, *rest, step, layer: right(self, *rest, step=step, layer=0)
     ),
     "sites exchanged": attribute("dropped", lambda right: lambda self, x, site, **where: right(self, x, 3 - site, **where)),
-    "a norm without its bias": attribute("norm", lambda right: lambda self, x, scale, shift: right(self, x, scale, 0 * shift)),
+    "a norm without its bias": attribute(
+        "norm",
+        lambda right: lambda self, x, parts, name: right(self, x, {**parts, f"{name}.bias": 0 * parts[f"{name}.bias"]}, name),
+    ),
     "sequences that stop late": attribute("__init__", lambda right: lambda self, call: (right(self, call), late(self))[0]),
 }
 
@@ -133,18 +136,16 @@ def test_opcheck_and_compile(changes):
     case = small(**changes)
     case.tensors = {name: x.requires_grad_() for name, x in case.tensors.items()}
     tensors = list(case.tensors.values())
-    h, pre, *weights = tensors
-    depth, steps = (case.options["depth"], 0) if changes else (None, 2)
-    numbers = (steps, [3, 7], [0.5, 0.5], 2, "add", case.options["output"], 1e-12, None, False)
-    arguments = (h, pre, case.offsets, depth, case.options["draw"].rows, weights, *numbers, True, "layers")
-    torch.library.opcheck(torch.ops.lares_fast.recurrence, arguments)
+    call = case.operator_call(backend="layers")
+    leaves = replace(call, weights=call.weights.detach().requires_grad_())
+    torch.library.opcheck(torch.ops.lares_fast.recurrence, leaves.arguments())
 
     def step(x):
         return case.call({**case.tensors, "h": x}, "layers").square().sum()
 
-    expected = torch.autograd.grad(step(h), tensors)
+    expected = torch.autograd.grad(step(tensors[0]), tensors)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for found, grad in zip(torch.autograd.grad(compiled(h), tensors), expected, strict=True):
+    for found, grad in zip(torch.autograd.grad(compiled(tensors[0]), tensors), expected, strict=True):
         assert torch.equal(found, grad)
 
 
@@ -186,15 +187,11 @@ def test_asked_for_by_the_environment_attention_still_chooses(monkeypatch):
 
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
 def test_the_backward_waits_for_no_gpu(output):
-    """tests/test_no_waiting.py watches the forward."""
-    module = importlib.import_module("lares_fast.ops.recurrence")
-    case = small(lengths=[20, 3])
-    h, pre, *weights = case.tensors.values()
-    rows = case.options["draw"].rows
-    call = module._Call(h, pre, case.offsets, None, rows, weights, 2, [3, 7], [0.5, 0.5], 2, "add", output, 1e-12, 20)
+    """tests/test_no_waiting.py checks the forward."""
+    call = small(lengths=[20, 3]).operator_call(output=output, longest=20)
     with NoScalarReads():
-        out, tape = _dispatch.run("recurrence", "layers", h, case.offsets, weights, call, True)
-        _dispatch.run("recurrence_backward", "layers", h, case.offsets, weights, call, out, tape)
+        _, out, tape = _dispatch.run("recurrence", "layers", call)
+        _dispatch.run("recurrence_backward", "layers", call, out, tape)
 
 
 def test_dispatch_takes_them_for_gpus_only():
@@ -208,7 +205,7 @@ def test_dispatch_takes_them_for_gpus_only():
 
 
 def test_dispatch_takes_them_on_a_gpu(monkeypatch):
-    """``meta`` stands for it, where neither values nor kernels are."""
+    """The device ``meta`` stands for a GPU; it has no values and no kernels."""
     case = small()
     h, _, *weights = (x.to("meta") for x in case.tensors.values())
     monkeypatch.setattr(_recurrence_layers, "_is_gpu", lambda tensor: True)

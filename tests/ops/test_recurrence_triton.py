@@ -1,6 +1,4 @@
-"""``ops.recurrence``: the Triton kernels, interpreted (``-m interpreted``), and when they are not chosen."""
-
-import importlib
+"""``ops.recurrence``: the Triton kernels in the interpreter (``-m interpreted``), and when they are not chosen."""
 
 import pytest
 import torch
@@ -14,8 +12,8 @@ from tests.support.recurrence_case import Case
 HALF, BF16 = torch.float16, torch.bfloat16
 FILES = ("_random", "_layers", "recurrence", "_recurrence_backward")
 
-# dtype, longest and the case. Pairwise rather than all combinations; a tile has 64 rows, or 128 where longest exceeds 64.
-# The linear adapter's cases are small, because its gate asks for four gradients.
+# dtype, longest and the case. These are pairs and not all combinations. A tile has 64 rows, or 128 if longest exceeds 64.
+# The cases with the linear adapter are small, because its gate needs four gradients.
 CASES = [
     (torch.float32, 64, {"lengths": [1, 2, 20, 49], "depth": 1, "p": 0, "layers": 2}),
     (torch.float32, 64, {"lengths": [64, 63, 1], "depth": 2, "p": 0.1, "adapter": "concat"}),
@@ -32,10 +30,10 @@ CASES = [
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("dtype", "longest", "case"), CASES, ids=str)
-def test_obeys_the_tolerance_law(dtype, longest, case, monkeypatch):
+def test_stays_within_the_tolerances(dtype, longest, case, monkeypatch):
     from tests.support import triton_interpreter
 
-    # In half precision the reference itself breaks the law's ceiling with larger weights: the softmax is too sharp.
+    # In half precision the reference itself exceeds the tolerances with larger weights, because the softmax is too sharp.
     case = Case(**{"layers": 1, "inner": 64, "std": 0.15 if dtype == torch.float32 else 0.05, **case})
     case.options["longest"] = longest
     before = _dispatch.calls["recurrence_backward", "triton"]
@@ -120,14 +118,10 @@ def test_no_sequences_launch_nothing(monkeypatch):
 def test_never_waits_for_the_device(monkeypatch):
     from tests.support import triton_interpreter
 
-    module = importlib.import_module("lares_fast.ops.recurrence")
-    case = small(lengths=[20, 3])
-    h, pre, *weights = case.tensors.values()
-    rows = case.options["draw"].rows
-    call = module._Call(h, pre, case.offsets, None, rows, weights, 2, [3, 7], [0.5, 0.5], 2, "add", "steps", 1e-12, 64)
+    call = small(lengths=[20, 3]).operator_call(output="steps")
     with triton_interpreter.interpreted(monkeypatch), NoScalarReads():
-        out, tape = _dispatch.run("recurrence", "triton", h, case.offsets, weights, call, True)
-        _dispatch.run("recurrence_backward", "triton", h, case.offsets, weights, call, out, tape)
+        _, out, tape = _dispatch.run("recurrence", "triton", call)
+        _dispatch.run("recurrence_backward", "triton", call, out, tape)
 
 
 @pytest.mark.parametrize(("change", "longest", "reason"), [

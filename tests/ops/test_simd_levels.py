@@ -1,4 +1,4 @@
-"""The tests of every op with a native backend, once at each SIMD level."""
+"""Run the tests of every op with a native backend once at each SIMD level."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ sys.exit(code)
 @needs_native
 @pytest.mark.parametrize(
     ("level", "stems"),
-    # The rest of amx is avx512.
+    # Other ops have no code of their own for amx and use avx512.
     [("generic", STEMS), ("avx2", STEMS), ("avx512", STEMS), ("amx", ["recurrence"])],
     ids=["generic", "avx2", "avx512", "amx"],
 )

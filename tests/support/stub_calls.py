@@ -1,4 +1,4 @@
-"""Imported by test_stub.py in a process of its own, with Triton's own launcher running against a libcuda without a GPU."""
+"""Launch kernels with Triton's own launcher on a libcuda that needs no GPU. test_stub.py imports this in a separate process."""
 
 import os
 
@@ -17,7 +17,7 @@ H, E = 2, 32
 
 
 def call(B, longest, lengths, dtype=torch.bfloat16, p=0.2):
-    """The launches of one forward and backward."""
+    """Return the launches of one forward and backward."""
     open(LOG, "w").close()
     offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
     query = torch.zeros(int(offsets[-1]), H, E, dtype=dtype, requires_grad=True)
@@ -34,7 +34,7 @@ for longest in range(1, 258):
     assert [x[0] for x in launches] == names, launches
     assert {(int(x[2]), int(x[3])) for x in launches} == {(H * -(-longest // S), 1)}, (longest, launches)
     variants |= {x[1] for x in launches}
-# Tiles of 16 and of 32 rows.
+# There are tiles of 16 and of 32 rows.
 assert len(variants) == 2 * len(names), len(variants)
 
 for B in (1, 7, 2048, 70_000):
@@ -51,7 +51,7 @@ for dtype in (torch.float16, torch.float32):
 
 
 def catalog_call(M, N, D=64):
-    """The launches of one forward with rank and one backward."""
+    """Return the launches of one forward with rank and one backward."""
     open(LOG, "w").close()
     hidden, items = (torch.zeros(n, D, dtype=torch.bfloat16, requires_grad=True) for n in (M, N))
     logprob, _ = ops.target_logprob_and_rank(hidden, items, torch.zeros(M, dtype=torch.int64), backend="triton")
@@ -71,12 +71,12 @@ for M, N in ((1, 1), (1, 12_101), (7, 33), (2048, 12_101), (70_000, 31)):
     assert [int(x[2]) for x in launches] == [rows, rows * parts, rows, rows * parts, tiles], (M, N, launches)
     variants |= {x[1] for x in launches}
 assert len(variants) == 4, "the sizes compiled variants"
-# Without rows, the items' gradient is still written.
+# Without rows, the gradient of the items is still written.
 assert [x[0] for x in catalog_call(0, 100)] == ["softmax_backward_items"]
 
 
 def recurrence_call(lengths, longest, depth=1, train=False, D=64):
-    """The launches of one call, with ``train`` forwards and backwards."""
+    """Return the launches of one call; with ``train`` also of its backward."""
     open(LOG, "w").close()
     offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
     shapes = [(D,)] * 2 + [*[(D, D), (D,)] * 4, (D,), (D,), (D, D), (D,), (D, D), (D,), (D,), (D,)]
@@ -100,7 +100,7 @@ for longest in range(1, 129):
     assert name == "recurrence_forward"
     assert int(programs) == most_tiles(3, 3 * longest, longest), longest
     variants.add(variant)
-# Tiles of 64 and of 128 rows.
+# There are tiles of 64 and of 128 rows.
 assert len(variants) == 2, variants
 for B in (1, 7, 2048, 70_000):
     ((name, variant, programs, *_),) = recurrence_call(torch.full((B,), 3), 20, depth=4)
@@ -122,7 +122,7 @@ for T in (1, 3):
     launches = recurrence_call(torch.tensor([5, 7]), 7, T, train=True)
     assert [x[0] for x in launches] == ["recurrence_forward", *step * T]
     variants = {x[1] for x in launches}
-# The two forwards save the states or what goes into the halves; the products' matrices have three shapes.
+# One forward saves states and the other the inputs of the halves; the matrices of products have three shapes.
 for B, longest in ((1, 1), (1, 20), (1, 64), (7, 50), (2048, 3), (70_000, 1)):
     launches = recurrence_call(torch.full((B,), longest), longest, train=True)
     assert [x[0] for x in launches] == ["recurrence_forward", *step], launches
@@ -133,7 +133,7 @@ for B, longest in ((1, 1), (1, 20), (1, 64), (7, 50), (2048, 3), (70_000, 1)):
 
 
 def tuned(op, choice, expected, call):
-    """``call`` launches each kernel with the threads that ``choice`` says, and what it does not name with those of before."""
+    """Check that ``call`` launches each kernel with the threads in ``choice``, and other kernels with the threads of before."""
     before = [int(x[4]) for x in call()]
     with tuning.forced(op, choice):
         launches = call()

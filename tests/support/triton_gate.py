@@ -1,7 +1,7 @@
-"""Compile exactly what the ops launch, for GPUs that are not here, and read what the assembler made of it.
+"""Compile the kernels that the ops launch, for GPUs that this machine does not have, and read the assembler's output.
 
-A stand-in driver answers Triton's question for the GPU, and a launch becomes a compilation with the very arguments,
-specialisations and options of the wrapper.
+A stand-in driver tells Triton which GPU to compile for. A launch becomes a compilation with the arguments, specialisations and
+options of the wrapper.
 """
 
 import re
@@ -22,7 +22,7 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_37
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as compiled for one architecture."""
+    """A kernel that was compiled for one architecture."""
 
     name: str
     constants: dict
@@ -35,11 +35,14 @@ class Compiled:
 
     @property
     def products(self):
-        """Tensor-core instructions."""
+        """The number of tensor-core instructions."""
         return sum(n for name, n in self.opcodes.items() if re.match("HMMA|HGMMA|QGMMA|UTC.*MMA", name))
 
     def resident_warps(self, architecture):
-        """Warps that a multiprocessor holds: by registers (given out by 8), shared memory (1 KB more each) and threads."""
+        """Return how many warps a multiprocessor holds.
+
+        Registers (in units of 8), shared memory (1 KB more for each program) and threads limit it.
+        """
         threads = 32 * self.warps
         registers = 65_536 // (-(-self.registers // 8) * 8 * threads)
         shared = (SHARED_LIMIT[architecture] + 1024) // (self.shared + 1024)
@@ -50,7 +53,7 @@ class Compiled:
 
 
 def compile_launches(monkeypatch, architecture, call):
-    """Every kernel that ``call()`` launches through the Triton backend on CPU tensors; nothing runs."""
+    """Return every kernel that ``call()`` launches through the Triton backend on CPU tensors; nothing runs."""
     with monkeypatch.context() as patch, tempfile.TemporaryDirectory() as cache:
         patch.setenv("TRITON_CACHE_DIR", cache)
         patch.setattr(_triton, "obstacle", lambda tensor: None)
@@ -87,9 +90,10 @@ def tool(name, *arguments):
 
 
 def wrapping_offsets(ttir):
-    """Lines that add to a pointer a 32-bit offset in which a program's number was multiplied: it wraps for large tensors.
+    """Return the lines that add a 32-bit offset to a pointer, if the offset has a product of a program's number as a factor.
 
-    A remainder bounds what it is taken of, and what is loaded or compared is no number of a program. In 64 bits nothing wraps.
+    Such an offset wraps around for large tensors. A remainder is bounded, and a value that is loaded or compared is no number
+    of a program. With 64 bits nothing wraps around.
     """
     numbers, products, found = set(), set(), []
     for line in ttir.splitlines():
@@ -101,7 +105,7 @@ def wrapping_offsets(ttir):
         counter = re.search(r"scf\.for (%\w+) = (%\w+) to (%\w+)", line)
         looped += [(counter[1], counter[2]), (counter[1], counter[3])] if counter else []
         for known in (numbers, products):
-            # Loops one behind the other use the same names.
+            # Loops that follow each other use equal names.
             of_loop = {inner for inner, outer in looped if outer in known}
             known -= {result, *(inner for inner, _ in looped)}
             known |= of_loop

@@ -1,7 +1,7 @@
-"""Triton's interpreter as a proof: bf16 as on a GPU, every address checked, program order free to choose.
+"""Triton's interpreter for tests: it computes bf16 as a GPU does, checks every address, and runs programs in any order.
 
-The interpreter runs a kernel's source on numpy arrays, one program after the other. As it comes it multiplies the raw
-bits of bf16, truncates casts to bf16, and reads and writes any address. :func:`interpreted` mends that while it lasts.
+The interpreter runs a kernel's source on numpy arrays, one program after the other. As it comes, it multiplies the raw
+bits of bf16, truncates casts to bf16, and reads and writes any address. :func:`interpreted` corrects this within its block.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ KERNELS = Path(lares_fast.kernels.__file__).parent
 
 
 class Memory:
-    """The tensors of the running launch; which program stored to each of their elements."""
+    """The tensors of the running launch, and which program stored to each of their elements."""
 
     def __init__(self):
         self.tensors, self.program, self.launches = [], None, 0
@@ -52,7 +52,7 @@ class Memory:
 
 @contextlib.contextmanager
 def interpreted(monkeypatch, order=None):
-    """Run the Triton backend on CPU tensors; ``order(n)`` gives the order of a launch's n programs. Yields the memory."""
+    """Run the Triton backend on CPU tensors, and yield the memory. ``order(n)`` gives the order of a launch's n programs."""
     memory = Memory()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     run, set_index = GridExecutor.__call__, InterpreterBuilder.set_grid_idx
@@ -85,10 +85,10 @@ def interpreted(monkeypatch, order=None):
         patch.setattr(GridExecutor, "__call__", start)
         patch.setattr(_triton, "obstacle", lambda tensor: None)
         poisoned = torch.are_deterministic_algorithms_enabled()
-        # PyTorch then fills what torch.empty returns with NaN.
+        # PyTorch then fills the results of torch.empty with NaN.
         torch.use_deterministic_algorithms(True)
         try:
-            # A GPU does not warn of log(0) either.
+            # A GPU does not warn about log(0).
             with np.errstate(all="ignore"):
                 yield memory
         finally:
@@ -96,9 +96,9 @@ def interpreted(monkeypatch, order=None):
 
 
 def plant(monkeypatch, folder, files, file, old, new):
-    """Let the ops find kernels built from the sources ``files``, in order of import, where ``old`` reads ``new`` in ``file``.
+    """Plant a bug: load the kernels ``files``, in order of import, with ``old`` replaced by ``new`` in ``file``.
 
-    ``old`` must occur once, so that a change of the source cannot make the bug vanish unnoticed.
+    ``old`` must occur once. So a change of the source cannot remove the bug unnoticed.
     """
     for name in files:
         source = (KERNELS / f"{name}.py").read_text()
@@ -114,7 +114,7 @@ def plant(monkeypatch, folder, files, file, old, new):
 
 
 def between_guards(tensor):
-    """A copy of ``tensor`` in the middle of a NaN-filled buffer, and a check that its surroundings were left alone."""
+    """Return a copy of ``tensor`` in a buffer full of NaN, and a function that tells whether the rest of it is still NaN."""
     margin = 64
     buffer = torch.full((tensor.numel() + 2 * margin,), torch.nan, dtype=tensor.dtype)
     inner = buffer[margin:-margin].view(tensor.shape)

@@ -1,4 +1,4 @@
-"""Run by test_random.py in a process of its own: TRITON_INTERPRET must be set before Triton is first imported."""
+"""Compare Triton's masks with _random.py, in a separate process: TRITON_INTERPRET must be set before Triton is imported."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Kernels with and without faults, for the tests of the harness itself."""
+"""Small kernels with and without faults, for the tests of the test harness."""
 
 import triton
 import triton.language as tl

@@ -1,8 +1,8 @@
-"""The compile gate on older Tritons: what each makes of the kernels, as the table in docs/kernels/gate.md.
+"""Compile the kernels with older versions of Triton, and write the table in docs/kernels/gate.md.
 
     python -m tests.triton.gate_table 3.5.1 3.6.0 3.7.1 3.8.0 installed
 
-Each version is put into a throw-away folder that stands first on the path of a process of its own.
+Each version is installed into a temporary folder, which comes first on the path of a separate process.
 """
 
 import json
@@ -19,7 +19,7 @@ COLUMNS = "registers, bytes of stack, KB of shared memory, products"
 
 
 def measure():
-    """Lines of one Triton, of this process."""
+    """Return the lines of the table for the Triton of this process."""
     import pytest
     import torch
     import triton
@@ -56,7 +56,7 @@ def install(version, folder):
 
 
 def repeat(version):
-    """:func:`measure` on Triton ``version``."""
+    """Run :func:`measure` with Triton ``version``."""
     with tempfile.TemporaryDirectory() as folder:
         if version != "installed":
             install(version, folder)

@@ -1,7 +1,8 @@
-"""Index tensors that the host cannot see: whatever stands in them, the kernels stay within the tensors and answer NaN."""
+"""Index tensors that the host cannot read: with any values in them, the kernels stay within the tensors and return NaN."""
 
 import importlib
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from lares_fast import _dispatch, ops
 from lares_fast._errors import InputError
 from lares_fast.ops import _triton
+from lares_fast.ops.attention import AttentionCall
 from tests.support.fake_device import NoScalarReads
 from tests.support.recurrence_case import Case
 
@@ -18,14 +20,14 @@ HUGE, LOW = 2**62, -(2**63)
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Every address is checked, no two programs store to one element, and what is not written is NaN or a large number."""
+    """Check every address, and that no two programs store to one element. Unwritten elements are NaN or a large number."""
     from tests.support import triton_interpreter
 
     with triton_interpreter.interpreted(monkeypatch) as memory:
         yield memory
 
 
-# offsets, longest, and of which sequences the answer is right; the rows of the others are NaN.
+# offsets, longest, and the sequences whose results are right; the rows of the others are NaN.
 OFFSETS = [
     ([0, 5, 105, 110, 115], 20, [0, 2, 3]),
     ([0, 5, 26, 110, 115], 20, [0, 3]),
@@ -45,7 +47,7 @@ ROWS = 115
 
 
 def rows_of(offsets, sequences):
-    """Which of the rows belong to ``sequences``."""
+    """Return which of the rows belong to ``sequences``."""
     inside = torch.zeros(ROWS, dtype=torch.bool)
     for b in sequences:
         inside[offsets[b] : offsets[b + 1]] = True
@@ -58,39 +60,34 @@ def test_attention(offsets, longest, right, drop, memory):
     kernels = _triton.kernels("attention")
     query, key, value, grad = (torch.randn(ROWS, 2, 16) for _ in range(4))
     rows, seed = (torch.arange(4), torch.tensor([77])) if drop else (None, None)
-    how = (rows, seed, 32768 if drop else 0, 0, 0)
-    out, lse = kernels.forward(query, key, value, torch.tensor(offsets), longest, *how)
-    gradients = kernels.backward(query, key, value, torch.tensor(offsets), longest, *how, out, lse, grad)
+    call = AttentionCall(query, key, value, torch.tensor(offsets), rows, seed, longest, 0.5, 0, 0, "triton")
+    out, lse = kernels.forward(call)
+    gradients = kernels.backward(call, out, lse, grad)
     inside = rows_of(offsets, right)
     for x in (out, *gradients):
         assert x[~inside].isnan().all() and x[inside].isfinite().all()
     for b in right:
         alone = slice(offsets[b], offsets[b + 1])
-        own = (x[alone].contiguous() for x in (query, key, value))
+        own = {name: getattr(call, name)[alone].contiguous() for name in ("query", "key", "value")}
         bounds = torch.tensor([0, offsets[b + 1] - offsets[b]])
-        wanted, _ = kernels.forward(*own, bounds, longest, None if rows is None else rows[b : b + 1], *how[1:])
+        wanted, _ = kernels.forward(replace(call, **own, offsets=bounds, rows=None if rows is None else rows[b : b + 1]))
         assert torch.equal(out[alone], wanted)
 
 
-def call_of(offsets, longest, depth, output="tokens", **changes):
-    """(arguments of the backend, number of rows) of a call whose values nobody has checked."""
-    case = Case(**{"lengths": [5, 35, 5, 70], "D": 64, "H": 2, "inner": 64, "layers": 1, "depth": 1, "p": 0.25, **changes})
-    h, pre, *weights = case.tensors.values()
-    module = importlib.import_module("lares_fast.ops.recurrence")
-    depth, steps = (None, depth) if isinstance(depth, int) else (torch.tensor(depth), 0)
-    numbers = (steps, [3, 7], [0.25, 0.25], 2, "add", output, 1e-12, longest)
-    call = module._Call(h, pre, torch.tensor(offsets), depth, case.options["draw"].rows, weights, *numbers)
-    return h, torch.tensor(offsets), weights, call
+def call_of(offsets, longest, depth, output="tokens"):
+    """Build a call whose values are not checked."""
+    case = Case(lengths=[5, 35, 5, 70], D=64, H=2, inner=64, layers=1, depth=depth, p=0.25, output=output)
+    return replace(case.operator_call(longest=longest), offsets=torch.tensor(offsets))
 
 
 @pytest.mark.parametrize(("offsets", "longest", "right"), OFFSETS, ids=str)
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
 def test_recurrence(offsets, longest, right, output, memory):
     lengths = [after - before for before, after in itertools.pairwise(offsets)]
-    # It has no empty sequences, and one offset that is wrong leaves none.
+    # The op takes no empty sequences, and if the first or the last offset is wrong, no sequence is right.
     right = [b for b in right if lengths[b] > 0 and offsets[0] == 0 and offsets[-1] == ROWS]
     call = call_of(offsets, longest, 2, output)
-    out, tape = _dispatch.run("recurrence", "triton", *call, True)
+    _, out, tape = _dispatch.run("recurrence", "triton", call)
     if output == "tokens":
         inside = rows_of(offsets, right)
     else:
@@ -98,23 +95,20 @@ def test_recurrence(offsets, longest, right, output, memory):
         inside[right] = True
         inside = inside.repeat_interleave(2) if output == "steps" else inside
     assert out[~inside].isnan().all() and out[inside].isfinite().all()
-    grads = _dispatch.run("recurrence_backward", "triton", *call, torch.ones_like(out), tape)
+    grads = _dispatch.run("recurrence_backward", "triton", call, torch.ones_like(out), tape)
     for grad in grads:
         # Every weight's gradient is a sum over all sequences.
         assert grad.isnan().all()
 
 
 def test_a_sequence_that_is_longer_than_its_tile_does_not_hide_its_neighbours(memory):
-    """Their answers are those of a call without it."""
+    """Their results equal the results of a call without it."""
     offsets = [0, 5, 105, 110, 115]
-    out, _ = _dispatch.run("recurrence", "triton", *call_of(offsets, 20, 2), False)
-    h, _, weights, call = call_of(offsets, 20, 2)
+    call = replace(call_of(offsets, 20, 2), keep=False)
+    _, out, _ = _dispatch.run("recurrence", "triton", call)
     few = torch.cat((torch.arange(5), torch.arange(105, 115)))
-    module = importlib.import_module("lares_fast.ops.recurrence")
-    rest = module._Call(
-        h[few], call.pre[few], torch.tensor([0, 5, 10, 15]), None, call.rows[[0, 2, 3]], weights, 2, *call.arguments()[7:]
-    )
-    wanted, _ = _dispatch.run("recurrence", "triton", rest.h, rest.offsets, weights, rest, False)
+    rest = {"h": call.h[few], "pre": call.pre[few], "offsets": torch.tensor([0, 5, 10, 15]), "rows": call.rows[[0, 2, 3]]}
+    _, wanted, _ = _dispatch.run("recurrence", "triton", replace(call, **rest))
     torch.testing.assert_close(out[few], wanted, rtol=0, atol=0)
 
 
@@ -124,21 +118,23 @@ def test_steps_that_are_none_or_without_end(depth, output, memory, monkeypatch):
     offsets = [0, 5, 60, 65, 115]
     call = call_of(offsets, 64, depth, output)
     with pytest.raises(InputError, match=r"depth must be in 1\.\.65534, but it spans"):
-        _dispatch.run("recurrence", "triton", *call, True)
-    # Without gradients a GPU is not waited for.
+        _dispatch.run("recurrence", "triton", call)
+    # Without gradients nothing waits for a GPU.
     monkeypatch.setattr(importlib.import_module("lares_fast.ops._recurrence_triton"), "_on_host", lambda depth: False)
     with NoScalarReads():
-        out, _ = _dispatch.run("recurrence", "triton", *call, False)
+        _, out, _ = _dispatch.run("recurrence", "triton", replace(call, keep=False))
     inside = rows_of(offsets, [0, 2, 3]) if output == "tokens" else torch.tensor([True, False, True, True])
     assert out[~inside].isnan().all() and out[inside].isfinite().all()
 
 
 def test_what_the_host_knows_is_refused(memory):
     with pytest.raises(InputError, match="offsets must rise from 0 to the number of tokens, 115, but there is only one"):
-        _dispatch.run("recurrence", "triton", *call_of([0], 64, 1), False)
+        _dispatch.run("recurrence", "triton", call_of([0], 64, 1))
     query = torch.randn(5, 2, 16)
     with pytest.raises(ValueError, match="offsets must rise from 0 to 5, the rows of query, but there is only one"):
-        _triton.kernels("attention").forward(query, query, query, torch.tensor([0]), 5, None, None, 0, 0, 0)
-    # On the CPU all of it is.
+        _triton.kernels("attention").forward(
+            AttentionCall(query, query, query, torch.tensor([0]), None, None, 5, 0.0, 0, 0, "triton")
+        )
+    # On the CPU the host reads all offsets.
     with pytest.raises(InputError, match="offsets must rise from 0 to 5"):
         ops.attention(query, query, query, torch.tensor([0, 6]), 5, backend="triton")

@@ -1,4 +1,4 @@
-"""The canary: what it finds wrong, what follows from it, and what it must never answer with another backend."""
+"""The self-test of kernels (canary): which faults it finds, what follows, and which errors must not lead to another backend."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ WITH_KERNELS = ["attention", "linear_cross_entropy", "recurrence"]
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """The CPU taken for a GPU; returns the folder of verdicts."""
+    """Treat the CPU as a GPU; return the folder of verdicts."""
     monkeypatch.setenv("LARES_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
     monkeypatch.setattr(_triton, "_is_gpu", lambda tensor: True)
@@ -43,7 +43,7 @@ def backend_of(call):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", cases.ops())
 def test_the_reference_passes_every_trial(op, dtype, monkeypatch):
-    """Of integers all backends have the same answer."""
+    """For integers all backends give equal results."""
     fast = cases.Case.results
     monkeypatch.setattr(cases.Case, "results", lambda self, backend, *rest: fast(self, "reference", *rest))
     assert self_test.run(op, CPU, dtype) is None
@@ -161,7 +161,7 @@ def test_kernels_that_do_not_fit_or_compile_give_way(gpu, monkeypatch):
         assert backend_of(lambda: ops.target_logprob(*softmax())) != ["triton"]
         with pytest.raises(BackendError, match=f"cannot be compiled or loaded here .{type(error).__name__}"):
             ops.target_logprob(*softmax(), backend="triton")
-    # They may do after an upgrade, or when there is space again.
+    # They may work after an upgrade, or when there is space again.
     assert not gpu.exists()
 
 
@@ -234,7 +234,7 @@ def test_nothing_is_left_of_a_verdict_that_cannot_be_written(gpu, monkeypatch):
 
 
 def together(count, call):
-    """The answers, or errors, of ``count`` threads."""
+    """Return the results, or errors, of ``count`` threads."""
     answers = []
 
     def one():
@@ -258,7 +258,7 @@ def test_threads_wait_for_the_verdict_of_the_first(gpu, monkeypatch):
     def slow(op, *_, **__):
         tried.append(op)
         time.sleep(0.2)
-        # A call of its own, which must not wait for itself.
+        # This is a call made by the self-test, which must not wait for itself.
         assert self_test.refusal("attention", CPU, torch.float32) is None
         return "it is wrong"
 
@@ -290,7 +290,7 @@ def test_a_capture_does_not_wait_for_another_thread(gpu, monkeypatch):
 
 
 def test_a_backward_of_a_canary_needs_no_other_thread(gpu, monkeypatch):
-    """On a GPU it would run in the one thread of the device, which may be waiting for the verdict."""
+    """On a GPU the backward would run in the only thread of the device, which may be waiting for the verdict."""
     seen = []
 
     def note(*_, **__):
@@ -302,7 +302,7 @@ def test_a_backward_of_a_canary_needs_no_other_thread(gpu, monkeypatch):
 
 
 def variants(call):
-    """What the canary of ``recurrence`` is asked to try for a call, as ``_triton.refusal`` is told."""
+    """Return the variants that a call passes to ``_triton.refusal``, which the self-test of ``recurrence`` tries."""
     asked = []
     triton = importlib.import_module("lares_fast.ops._recurrence_triton")
     with pytest.MonkeyPatch.context() as patch:
@@ -312,7 +312,7 @@ def variants(call):
 
 
 def test_the_canary_tries_what_is_launched():
-    """The published model's answer has kernels of its own, and none of a backward."""
+    """A call of the published model without gradients has its own kernels, and no kernel of a backward."""
     from tests.support.recurrence_case import Case
 
     case = Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, output="last", p=0)
@@ -323,7 +323,7 @@ def test_the_canary_tries_what_is_launched():
     leaves = {name: x.clone().requires_grad_() for name, x in case.tensors.items()}
     train = variants(lambda: case.call(leaves, None, longest=20))
     assert train[0] in cases.shipped("recurrence") and train[0]["train"] and train[0]["drop"]
-    # Whatever compiles another kernel is another variant.
+    # Each property that compiles another kernel gives another variant.
     others = [
         Case(lengths=[5, 20], inner=64, layers=1, adapter="add", depth=2, p=0),
         Case(lengths=[5, 20], inner=256, layers=1, adapter="linear", depth=2, p=0),

@@ -1,4 +1,4 @@
-"""What ptxas makes of every kernel: no spilled registers where that is possible, tensor cores used, vector loads kept."""
+"""Check ptxas's output for every kernel: few spilled registers, products on tensor cores, vector loads."""
 
 import pytest
 import torch
@@ -9,10 +9,11 @@ from lares_fast._random import Draw
 pytestmark = pytest.mark.compiled
 
 ALL = (80, 86, 90, 100, 120)
-# In CI two Tritons share the cases: the newest, and the one that the newest CUDA build of torch brings (-m older_triton).
-# Triton 3.6, which torch 2.10 and 2.11 bring, has those for Hopper (-m hopper_triton).
+# In CI two versions of Triton share the cases: the newest, and the version of the newest CUDA build of torch
+# (-m older_triton). Triton 3.6, the version of torch 2.10 and 2.11, compiles the cases for Hopper (-m hopper_triton).
 NEWEST, OLDER, BOTH = "newest", "older", "both"
-# D/H, dtype, dropout, longest; for which GPUs, and by which Triton. Pairwise: products in fp32 take minutes to compile.
+# D/H, dtype, dropout, longest; for which GPUs, and by which Triton. These are pairs and not all combinations, because products
+# in fp32 take minutes to compile.
 CASES = [
     (16, torch.bfloat16, 0.2, 200, (86, 100), NEWEST),
     (32, torch.bfloat16, 0.2, 50, ALL, BOTH),
@@ -24,13 +25,13 @@ CASES = [
     (32, torch.float32, 0.2, 50, (80, 90), NEWEST),
     (128, torch.float32, 0.2, 50, (100,), NEWEST),
 ]
-# Products of tiles, and tiles loaded, in each kernel.
+# The number of products of tiles, and of loaded tiles, in each kernel.
 DOTS = {"attention_forward": 2, "attention_backward_query": 3, "attention_backward_key_value": 4}
 TILES = {"attention_forward": 3, "attention_backward_query": 5, "attention_backward_key_value": 4}
-# By bytes of a row of a head. Two programs of 64 threads leave room for six more at 128 registers a thread.
+# Registers by the bytes of a row of a head. With 128 registers a thread, eight programs of 64 threads fit.
 REGISTERS = {32: 144, 64: 176, 128: 240, 256: 200, 512: 255}
-# What a Triton takes above the ceilings of this file: version -> (what, kernel, width, dtype, dropout) -> ceiling.
-# To measure again, run this file under that Triton: every kernel above its ceiling is told with its numbers.
+# Higher ceilings for some versions of Triton: version -> (what, kernel, width, dtype, dropout) -> ceiling.
+# To measure again, run this file under that Triton: a failure prints the numbers of each kernel above its ceiling.
 ABOVE = {
     "3.6": {
         ("registers", "attention_backward_query", 32, torch.float32, True): 255,
@@ -39,14 +40,14 @@ ABOVE = {
         ("stack", "recurrence_forward", 128, torch.bfloat16, True): 808,
     },
 }
-# Of a multiprocessor: two for each of its four schedulers.
+# The least warps of a multiprocessor: two for each of its four schedulers.
 RESIDENT_WARPS = 8
-# One multiply-add instruction of a tensor core: 16 x 8 x 16.
+# The size of one multiply-add instruction of a tensor core is 16 x 8 x 16.
 PRODUCT = 2048
 
 
 def each(cases):
-    """A parameter a case and GPU."""
+    """Return a parameter for each case and GPU."""
     marks = {NEWEST: [pytest.mark.newest_triton], OLDER: [pytest.mark.older_triton]}
     marks[BOTH] = marks[NEWEST] + marks[OLDER]
     hopper = {90: [pytest.mark.hopper_triton]}
@@ -58,7 +59,7 @@ def each(cases):
 
 
 def hold(kernel, width, dtype, p, **ceilings):
-    """No kernel takes more registers a thread, or bytes of stack, than its ceiling."""
+    """Check that a kernel takes no more registers a thread, and no more bytes of stack, than its ceiling."""
     import triton
 
     above = ABOVE.get(triton.__version__.rpartition(".")[0], {})
@@ -92,20 +93,20 @@ def test_attention(E, dtype, p, longest, architecture, monkeypatch):
         hold(kernel, E, dtype, p, registers=REGISTERS[E * size], stack=spills(E, dtype, kernel.name))
         assert kernel.count("LDG.E.128") >= TILES[kernel.name] * S * C * size // 16 // threads, kernel
         if dtype == torch.float32:
-            # TF32 would be a product of a tensor core.
+            # A product in TF32 would run on a tensor core.
             assert kernel.products == 0, kernel
         else:
             assert kernel.products >= DOTS[kernel.name] * S * S * C // PRODUCT // kernel.warps, kernel
-            # Neither WGMMA nor tcgen05, which older ptxas and Triton compile wrongly in places.
+            # There must be no WGMMA and no tcgen05, which older versions of ptxas and Triton sometimes compile wrongly.
             assert kernel.products == kernel.count("HMMA"), kernel
 
 
 def spills(E, dtype, name):
-    """Bytes a thread that may lie in local memory: none in the forward of half precision."""
+    """Return how many bytes a thread may have in local memory: none in the forward of half precision."""
     if dtype == torch.float32:
         return 288 if E == 128 and name == "attention_backward_query" else 8
     if E == 128 and name == "attention_backward_key_value":
-        # Its offsets are held within the tensors, which takes two registers more than there are.
+        # It clamps its offsets to the tensors, which takes two registers more than there are.
         return 16
     return 8 if E >= 64 and name != "attention_forward" else 0
 
@@ -172,7 +173,7 @@ CATALOG_CASES = [
     (64, torch.float32, (86,), OLDER),
     (64, torch.float32, (90,), NEWEST),
 ]
-# Of the targets' scores the compiler keeps what lies on the diagonal.
+# The compiler keeps only the diagonal of the targets' scores.
 CATALOG_DOTS = {"target_score": 0, "softmax_forward": 1, "softmax_backward_hidden": 2, "softmax_backward_items": 2}
 
 
@@ -189,7 +190,7 @@ def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
     from tests.support import triton_gate
 
     kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: catalog(D, dtype))
-    # The backward scores the targets again.
+    # The backward computes the targets' scores again.
     assert {kernel.name for kernel in kernels} == set(CATALOG_DOTS)
     assert len(kernels) == 5
     for kernel in kernels:
@@ -198,7 +199,7 @@ def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
         assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
         assert kernel.resident_warps(architecture) >= RESIDENT_WARPS, kernel
         hold(kernel, D, dtype, 0.0, registers=240, stack=16)
-        # Two tiles of rows are loaded, by 16 bytes a thread.
+        # Two tiles of rows are loaded, 16 bytes a thread.
         assert kernel.count("LDG.E.128") >= 2 * S * C * dtype.itemsize // 16 // (32 * kernel.warps), kernel
         if dtype == torch.float32:
             assert kernel.products == 0, kernel
@@ -223,7 +224,7 @@ RECURRENCE_CASES = [
 
 
 def recurrence_stack(D, dtype, p, architecture):
-    """Bytes a thread that the forward kernel may have in local memory."""
+    """Return how many bytes a thread of the forward kernel may have in local memory."""
     if dtype == torch.float32:
         return 512
     if p:
@@ -233,9 +234,9 @@ def recurrence_stack(D, dtype, p, architecture):
     return 256 if architecture < 90 else 128
 
 
-# The same for the kernels of the backward: at D = 64, at D = 128, and there with dropout.
+# Bytes a thread of the backward's kernels may have in local memory: at D = 64, at D = 128, and at D = 128 with dropout.
 BACKWARD_STACK = {
-    # Its barriers keep a few more sums apart.
+    # Its barriers keep a few more sums in use at one time.
     "attention_half_backward": (72, 288, 832),
     "feed_half_backward": (16, 240, 512),
     "input_gradient": (16, 16, 16),

@@ -1,4 +1,4 @@
-"""The interpreter as a harness catches what it promises to, and computes bf16 as a GPU does."""
+"""The test harness around the interpreter catches the faults that it is made for, and computes bf16 as a GPU does."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_a_copy_is_allowed(kernels, memory):
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_an_address_outside_is_caught(kernels, memory, error, shift):
-    # In the middle of its storage, where a stray address hits memory that exists.
+    # The tensor is in the middle of its storage, so that a stray address hits memory that exists.
     whole = torch.randn(3 * SIZE)
     with pytest.raises(error, match="1 loads are outside every tensor"):
         kernels.copy[(4,)](whole[SIZE : 2 * SIZE], torch.empty(SIZE), shift, 16)
@@ -59,7 +59,7 @@ def test_what_is_not_written_is_nan(memory):
 def test_the_order_of_programs_is_chosen(kernels, monkeypatch):
     from tests.support import triton_interpreter
 
-    # Program i adds a digit, so the number spells the order.
+    # Program i adds a digit, so the number shows the order.
     for order, digits in ((None, 123), (lambda n: range(n - 1, -1, -1), 321)):
         spelled = torch.zeros(1)
         with triton_interpreter.interpreted(monkeypatch, order) as memory:
@@ -106,7 +106,7 @@ def calls():
     }
 
 
-# What NumPy 2.5 refuses older ones warn of. Triton up to 3.6 does it where a number bounds a loop or counts programs.
+# NumPy 2.5 raises an error where older versions warn. Triton up to 3.6 does it if a number bounds a loop or counts programs.
 @pytest.mark.filterwarnings("error:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
 @pytest.mark.parametrize("op", ["attention", "linear_cross_entropy", "recurrence"])
 def test_no_array_is_taken_for_a_number(memory, op):

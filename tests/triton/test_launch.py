@@ -1,4 +1,4 @@
-"""The launch wrapper: what it refuses, what it guards. A recorder stands in for the kernel; nothing is compiled."""
+"""The launch wrapper: which launches it refuses, and what it checks. A recorder replaces the kernel; nothing is compiled."""
 
 import os
 
@@ -8,7 +8,7 @@ from lares_fast.kernels import _launch
 
 
 class Recorder:
-    """Takes the place of a jitted kernel."""
+    """Replaces a jitted kernel."""
 
     def __init__(self):
         self.launches = []
@@ -140,7 +140,7 @@ def test_the_assembler_tells_its_version():
 
 
 def test_one_thread_compiles_at_a_time(kernel, monkeypatch):
-    """Another's compilation must not see what Hopper's is told by the environment."""
+    """A compilation for another GPU must not see the environment variable that is set for Hopper."""
     held = []
     monkeypatch.setattr(Recorder, "__getitem__", lambda self, grid: lambda *_, **__: held.append(_launch._compiling.locked()))
     x = torch.zeros(4)

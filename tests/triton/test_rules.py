@@ -1,4 +1,4 @@
-"""Rules of every Triton kernel, read from the sources: each forbids something that fails on a GPU and nowhere else."""
+"""Rules for every Triton kernel, checked in the sources: each forbids something that fails only on a GPU."""
 
 import ast
 from collections import Counter
@@ -11,7 +11,7 @@ FILES = sorted(KERNELS.glob("*.py"))
 TREES = {path.name: ast.parse(path.read_text()) for path in FILES}
 
 
-# What multiplies, by itself or in a function of _layers.py.
+# The functions that multiply matrices.
 PRODUCTS = ("tl.dot", "rows_times", "linear")
 
 
@@ -22,7 +22,7 @@ def calls(tree, name):
 
 
 def accumulated(statement):
-    """The variable to which ``statement`` adds products, once for each."""
+    """Yield the variable to which ``statement`` adds products, once for each product."""
     if isinstance(statement, ast.AugAssign):
         target, earlier = statement.target, True
     elif isinstance(statement, ast.Assign):
@@ -39,7 +39,7 @@ LOADS, STORES = ("tl.load", "load_tile"), ("tl.store", "store_tile")
 
 
 def unfenced(function):
-    """A store, in the order of the source, to a place that was loaded from since the last barrier."""
+    """Yield a fault for each store to a place that was loaded from since the last barrier, in the order of the source."""
     loaded = set()
     found = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
     # Arguments are evaluated before the call.
@@ -50,7 +50,7 @@ def unfenced(function):
         elif name in ("tl.debug_barrier", "norm_backward"):
             loaded.clear()
         elif name in STORES and ast.unparse(call.args[0]) in loaded:
-            yield "a barrier stands between a load and a store of one place: other threads may store what one loads"
+            yield "a barrier stands between a load and a store of one place: another thread may store before this one loads"
 
 
 def faults(tree):

@@ -1,4 +1,4 @@
-"""Triton's real launcher on a machine without a GPU: the grids, variants and shared memory of what the ops launch."""
+"""Triton's real launcher on a machine without a GPU: grids, variants and shared memory of the ops' launches."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from lares_fast.verify.process import run_check
 pytestmark = pytest.mark.compiled
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# Triton's driver comes before torch, which would tell it that there is no GPU.
+# Triton's driver is loaded before torch, because torch would tell it that there is no GPU.
 START = """
 import sys, triton
 triton.runtime.driver.active.get_current_device()
@@ -24,7 +24,7 @@ from tests.support import stub_calls
 
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory):
-    """The folder of a libcuda.so.1 that has no GPU."""
+    """Build a libcuda.so.1 that needs no GPU, and return its folder."""
     folder = tmp_path_factory.mktemp("stub")
     compiler = shutil.which("gcc") or shutil.which("cc") or pytest.skip("no C compiler")
     library = folder / "libcuda.so.1"

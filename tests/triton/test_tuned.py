@@ -1,4 +1,4 @@
-"""``lares-fast tune``: what may be tried, what is stored and when it is used. A table stands in for a GPU's clock."""
+"""``lares-fast tune``: which settings it tries, what it stores and when that is used. A table replaces a GPU's clock."""
 
 import json
 
@@ -20,7 +20,7 @@ FOUND = {"rows": 16, "kernels": {"attention_forward": [4, 2]}}
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """The CPU taken for a GPU; returns the folder of what is found."""
+    """Treat the CPU as a GPU; return the folder of stored settings."""
     monkeypatch.setenv("LARES_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "_is_gpu", lambda device: True)
     monkeypatch.setattr(tuning, "capability", lambda device: 80)
@@ -39,7 +39,7 @@ def test_what_is_found_is_used_for_its_call_alone(gpu):
     assert found() == _launch.Choice(16, {"attention_forward": (4, 2)})
     assert found({"width": 32, "longest": 51}) is None
     assert found(dtype=torch.bfloat16) is None
-    # Another call is stored beside it.
+    # The settings of another call are stored beside it.
     tuning.keep(CPU, {"recurrence float32 width=64": FOUND})
     assert found() is not None
     (file,) = gpu.iterdir()
@@ -97,7 +97,7 @@ def test_a_write_is_whole_or_not_at_all(gpu, monkeypatch):
 
 
 class Recorder:
-    """Takes the place of a jitted kernel."""
+    """Replaces a jitted kernel."""
 
     def __init__(self):
         self.launches, self.fn = [], self.attention_forward
@@ -116,7 +116,7 @@ def test_a_choice_goes_before_what_is_shipped(monkeypatch):
     _launch.launch(kernel, 1, x, warps=2, choice=_launch.Choice(None, {"attention_forward": (4, 2)}))
     _launch.launch(kernel, 1, x, warps=2, choice=_launch.Choice(16, {"attention_backward_query": (8, 3)}))
     assert kernel.launches == [(2, 1), (4, 2), (2, 1)]
-    # Another choice is another kernel to load, which a graph capture forbids.
+    # Other settings need another kernel to be loaded, which a graph capture forbids.
     monkeypatch.setattr(_launch, "_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="was not run before the graph capture"):
         _launch.launch(kernel, 1, x, warps=2, choice=_launch.Choice(None, {"attention_forward": (8, 1)}))
@@ -124,7 +124,7 @@ def test_a_choice_goes_before_what_is_shipped(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The reference in the place of the kernels, whose choices are told to the clock."""
+    """Run the reference in place of the kernels, and pass their settings to the clock."""
     right = cases.Case.results
     monkeypatch.setattr(cases.Case, "results", lambda self, backend, *rest: right(self, "reference", *rest))
     monkeypatch.setattr(tuning, "capability", lambda device: 80)
@@ -147,7 +147,7 @@ def test_the_fastest_is_found(calls, monkeypatch):
     def clock(rows, kernels):
         total = {None: 10.0, 16: 12.0, 32: 10.0, 64: 8.0}[rows]
         total += {(4, 1): 0.0, (8, 3): -2.0}.get(kernels.get("attention_forward", (4, 1)), 1.0)
-        # Less than is worth it.
+        # The gain is too small to be stored.
         return total - 0.1 * (kernels.get("attention_backward_query") == (2, 2))
 
     (best, before, after), measured = search(monkeypatch, clock)
@@ -206,14 +206,14 @@ def test_errors_of_a_broken_gpu_are_raised(calls, monkeypatch):
     ("recurrence", 128, {"heads": 4, "inner": 64, "adapter": "linear"}),
 ])  # fmt: skip
 def test_kernels_obey_the_law_in_tiles_that_are_not_shipped(op, rows, sizes):
-    """The interpreter has no warps and stages."""
+    """Run the kernels interpreted. The interpreter has no warps and stages."""
     with comparison.interpreted(), tuning.forced(op, _launch.Choice(rows)):
         assert comparison.faults_of(*comparison.compare_case(op, "triton", torch.float32, **sizes)) == []
 
 
 @pytest.mark.interpreted
 def test_a_command_of_tuning(gpu, monkeypatch, capsys):
-    """All but the clock and the GPU."""
+    """Everything is real but the clock and the GPU."""
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
     monkeypatch.setattr(tuning, "_WARPS", (4, 8))
     monkeypatch.setattr(tuning, "_STAGES", (1,))
@@ -223,7 +223,7 @@ def test_a_command_of_tuning(gpu, monkeypatch, capsys):
         return next(measured, 20.0)
 
     monkeypatch.setattr(launch_search, "milliseconds", milliseconds)
-    # Interpreted, all candidates would take minutes.
+    # In the interpreter all candidates would take minutes.
     monkeypatch.setattr(launch_search, "fault_of", lambda *_: None)
     model = LARESConfig(n_items=2, hidden_size=32, n_heads=1, max_len=3, inner_size=16)
     said = launch_search.tune("linear_cross_entropy", torch.float32, CPU, model, 2, print)

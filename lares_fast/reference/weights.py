@@ -1,0 +1,167 @@
+"""The weights of a recurrence: their names and shapes, and their order in one flat tensor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
+
+from lares_fast._errors import InputError
+
+# Name -> shape. D is the width, E is 2 D, and I is the inner size. The order is the order of the modules' parameters.
+_LAYER = {
+    "attention.query.weight": "DD", "attention.query.bias": "D",
+    "attention.key.weight": "DD", "attention.key.bias": "D",
+    "attention.value.weight": "DD", "attention.value.bias": "D",
+    "attention.output.weight": "DD", "attention.output.bias": "D",
+    "attention.norm.weight": "D", "attention.norm.bias": "D",
+    "feed_forward.up.weight": "ID", "feed_forward.up.bias": "I",
+    "feed_forward.down.weight": "DI", "feed_forward.down.bias": "D",
+    "feed_forward.norm.weight": "D", "feed_forward.norm.bias": "D",
+}  # fmt: skip
+_NORM = {"norm.weight": "D", "norm.bias": "D"}
+# Adapter -> the weights before the layers. ``none`` is a block without an adapter.
+_AHEAD = {
+    "none": {},
+    "add": _NORM,
+    "concat": {"adapter.linear.weight": "DE", "adapter.linear.bias": "D", **_NORM},
+    "linear": {"adapter.gate": "", **_NORM},
+}
+_UP = list(_LAYER).index("feed_forward.up.weight")
+# A layer's weights in the flat tensor: for each half first the matrices, then the biases, then the norm.
+_FLAT_LAYER = sorted(_LAYER, key=lambda name: (name.startswith("feed"), ".norm." in name, name.endswith("bias")))
+
+
+class WeightLayout:
+    """Names, shapes and places of the weights of ``n_layers`` layers, with the adapter and its norm.
+
+    Lists are in the order of the modules' parameters. The flat tensor holds the layers, then the norm, then the adapter; this
+    is the order in which the Triton kernels read it. The gate of ``linear`` comes last, because it is a single number, and
+    all other parts begin at a multiple of 16 bytes for the sizes that kernels take.
+    """
+
+    def __init__(self, adapter: str, width: int, inner_size: int, n_layers: int) -> None:
+        self.adapter = adapter
+        self.width = width
+        self.inner_size = inner_size
+        self.n_layers = n_layers
+        sizes = {"D": width, "E": 2 * width, "I": inner_size}
+        letters = [*_AHEAD[adapter].items()]
+        letters += [(f"layers.{layer}.{name}", shape) for layer in range(n_layers) for name, shape in _LAYER.items()]
+        # The shape of each weight by name.
+        self.shapes = {name: tuple([sizes[letter] for letter in shape]) for name, shape in letters}
+        flat = [f"layers.{layer}.{name}" for layer in range(n_layers) for name in _FLAT_LAYER]
+        flat += sorted(_AHEAD[adapter], key=lambda name: name.startswith("adapter"))
+        numbers = {name: i for i, name in enumerate(self.shapes)}
+        # The positions of the weights, in the order of the flat tensor.
+        self.order = [numbers[name] for name in flat]
+        begin, end = {}, 0
+        for name in flat:
+            begin[name] = end
+            end += prod(self.shapes[name])
+        # Where each weight begins in the flat tensor, and how many numbers that has.
+        self.places = [begin[name] for name in self.shapes]
+        self.size = end
+
+    @staticmethod
+    def of(weights: Sequence[Tensor], adapter: str, width: int) -> WeightLayout:
+        """Return the layout of ``weights``; raise :class:`InputError` if their number does not fit the adapter."""
+        if adapter not in _AHEAD:
+            raise InputError(f"adapter must be one of {', '.join(_AHEAD)}, but got {adapter!r}.")
+        ahead = len(_AHEAD[adapter])
+        n_layers, rest = divmod(len(weights) - ahead, len(_LAYER))
+        if n_layers < 1 or rest:
+            raise InputError(
+                f"weights must be the {ahead} of the adapter and its norm and {len(_LAYER)} of each layer, "
+                f"but there are {len(weights)}."
+            )
+        up = weights[ahead + _UP]
+        return layout_of(adapter, width, up.shape[0] if up.dim() else 0, n_layers)
+
+    @staticmethod
+    def guess_adapter(weights: Sequence[Tensor]) -> str:
+        """Return the adapter of ``weights``, which follows from their number."""
+        counts = {len(names): adapter for adapter, names in _AHEAD.items()}
+        return counts.get(len(weights) % len(_LAYER), "none")
+
+    def flatten(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return all ``weights`` as one flat tensor, through which gradients reach each of them."""
+        flat: Tensor = _flatten_dense_tensors([weights[i] for i in self.order])
+        return flat
+
+    def flatten_detached(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return all ``weights`` as one flat tensor without gradients; it is a view if they are in one :class:`FlatModule`."""
+        flat = None if torch.compiler.is_compiling() else self._view(weights)
+        return self.flatten([weight.detach() for weight in weights]) if flat is None else flat
+
+    def _view(self, weights: Sequence[Tensor]) -> Tensor | None:
+        # A subclass may have no memory of its own.
+        if not {type(weight) for weight in weights} <= {nn.Parameter, Tensor}:
+            return None
+        first = weights[self.order[0]]
+        begin, step, memory = first.data_ptr(), first.element_size(), first.untyped_storage()
+        if begin + step * self.size > memory.data_ptr() + memory.nbytes():
+            return None
+        if [weight.data_ptr() for weight in weights] != [begin + step * place for place in self.places]:
+            return None
+        if not all([weight.is_contiguous() for weight in weights]):
+            return None
+        return first.detach().as_strided((self.size,), (1,), first.storage_offset())
+
+    def cut(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views of ``flat``, the result of :meth:`flatten`, by name."""
+        shapes = list(self.shapes.values())
+        parts = dict(zip(self.order, flat.split([prod(shapes[i]) for i in self.order]), strict=True))
+        return {name: parts[i].view(shapes[i]) for i, name in enumerate(self.shapes)}
+
+
+def layout_of(adapter: str, width: int, inner_size: int, n_layers: int) -> WeightLayout:
+    """Return the layout of these sizes. Outside of a compiler's trace it is made once, because a call needs it twice."""
+    if torch.compiler.is_compiling():
+        return WeightLayout(adapter, width, inner_size, n_layers)
+    return _kept_layout(adapter, width, inner_size, n_layers)
+
+
+_kept_layout = functools.lru_cache(WeightLayout)
+
+
+class FlatModule(nn.Module):
+    """A module that keeps its parameters one behind the other in memory, in the order of :class:`WeightLayout`.
+
+    A call without gradients then reads them without a copy. If a parameter stands elsewhere, because the module was copied or
+    ``load_state_dict(assign=True)`` replaced it, calls copy the weights, and results are the same.
+    """
+
+    # The adapter of the module's weights, as in WeightLayout.
+    adapter_name = "none"
+
+    def flatten_parameters(self) -> None:
+        """Move the parameters into one piece of memory, if they are the parameters that a layout has.
+
+        Parameters stay as they are if other processes share them, or if they are no plain tensors of one dtype and device.
+        """
+        named = {name.removeprefix("core."): p for name, p in self.named_parameters(remove_duplicate=False)}
+        up = [p for name, p in named.items() if name.endswith("feed_forward.up.weight")]
+        if not up or up[0].dim() != 2:
+            return
+        layout, parameters = layout_of(self.adapter_name, up[0].shape[1], up[0].shape[0], len(up)), list(named.values())
+        if {name: tuple(p.shape) for name, p in named.items()} != layout.shapes:
+            return
+        for p in parameters:
+            shared = p.device.type == "cpu" and p.is_shared()
+            alike = p.dtype == up[0].dtype and p.device == up[0].device
+            if type(p) is not nn.Parameter or p.is_meta or shared or not alike:
+                return
+        flat = layout.flatten_detached(parameters)
+        for p, view in zip(parameters, layout.cut(flat).values(), strict=True):
+            p.data = view
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.flatten_parameters()
+        return self
