@@ -1,4 +1,4 @@
-// The module lares_fast._C, and the only file that knows Python. Tensors arrive as addresses, which Python allocates after it
+// The module lares_fast._C. Only this file and arguments.h know Python. Tensors arrive as addresses, which Python allocates after it
 // has checked dtypes, devices and shapes (lares_fast/_native_call.py). All arguments are passed by keyword, so none can take the
 // place of another.
 #include <pybind11/pybind11.h>
@@ -6,16 +6,15 @@
 
 #include <array>
 #include <cstdint>
-#include <initializer_list>
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "base/build_info.h"
-#include "cuda/capability.h"
 #include "catalog/plan.h"
+#include "cuda/capability.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "random/philox.h"
 #include "recurrence/recurrence.h"
@@ -29,18 +28,16 @@ namespace py = pybind11;
 
 namespace {
 
+using lares_fast::Arguments;
 using lares_fast::Key;
 using lares_fast::MaskAddress;
+using lares_fast::pointer;
+using lares_fast::unlocked;
 using std::int64_t;
 using std::uintptr_t;
 
 // This number rises whenever the arguments of a function change. lares_fast/_native.py does not load a module with another one.
 constexpr int ABI = 10;
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 py::dict build_info() {
     namespace build = lares_fast::build;
@@ -65,72 +62,6 @@ py::dict build_info() {
     info["nvcc_version"] = build::NVCC_VERSION;
     info["cuda_reason"] = build::CUDA_REASON;
     return info;
-}
-
-// The keyword arguments of one call. Each is taken once, by its name.
-class Arguments {
-public:
-    explicit Arguments(const py::kwargs& given) : given_(given), left_(given.size()) {}
-
-    bool has(const char* name) const { return PyDict_GetItemString(given_.ptr(), name) != nullptr; }
-
-    template <class T>
-    T take(const char* name) {
-        PyObject* const value = PyDict_GetItemString(given_.ptr(), name);
-        if (!value) throw py::type_error(std::string(name) + " is missing");
-        --left_;
-        try {
-            return py::handle(value).cast<T>();
-        } catch (const py::cast_error&) {
-            throw py::type_error(std::string(name) + " has a wrong type or is out of range");
-        }
-    }
-
-    // A tensor, by its address; 0 stands for none.
-    template <class T>
-    T* tensor(const char* name) {
-        return pointer<T>(take<uintptr_t>(name));
-    }
-
-    // The value that the string `name` stands for.
-    template <class T>
-    T one_of(const char* name, std::initializer_list<std::pair<const char*, T>> values) {
-        const auto given = take<std::string>(name);
-        for (const auto& [word, value] : values) {
-            if (given == word) return value;
-        }
-        throw std::invalid_argument(std::string(name) + " has an unknown value");
-    }
-
-    // Takes an argument into its place in a struct, whose type decides what is accepted.
-    template <class T>
-    Arguments& read(const char* name, T*& place) {
-        place = tensor<T>(name);
-        return *this;
-    }
-
-    template <class T>
-    Arguments& read(const char* name, T& place) {
-        place = take<T>(name);
-        return *this;
-    }
-
-    // To be called before the work begins: throws if an argument is left.
-    void end() const {
-        if (left_) throw py::type_error("there is an argument that it does not take");
-    }
-
-private:
-    const py::kwargs& given_;
-    std::size_t left_;
-};
-
-// Calls `work` without the interpreter's lock, so that other Python threads go on.
-template <class Work>
-auto unlocked(const Arguments& arguments, const Work& work) {
-    arguments.end();
-    const py::gil_scoped_release release;
-    return work();
 }
 
 py::tuple index_shape(int64_t N, int64_t D) {

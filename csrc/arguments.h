@@ -1,0 +1,87 @@
+// Reads the keyword arguments of a function that Python calls. Only the bindings include this file.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace lares_fast {
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// The keyword arguments of one call. Each is taken once, by its name.
+class Arguments {
+public:
+    explicit Arguments(const pybind11::kwargs& given) : given_(given), left_(given.size()) {}
+
+    bool has(const char* name) const { return PyDict_GetItemString(given_.ptr(), name) != nullptr; }
+
+    template <class T>
+    T take(const char* name) {
+        PyObject* const value = PyDict_GetItemString(given_.ptr(), name);
+        if (!value) throw pybind11::type_error(std::string(name) + " is missing");
+        --left_;
+        try {
+            return pybind11::handle(value).cast<T>();
+        } catch (const pybind11::cast_error&) {
+            throw pybind11::type_error(std::string(name) + " has a wrong type or is out of range");
+        }
+    }
+
+    // A tensor, by its address; 0 stands for none.
+    template <class T>
+    T* tensor(const char* name) {
+        return pointer<T>(take<std::uintptr_t>(name));
+    }
+
+    // The value that the string `name` stands for.
+    template <class T>
+    T one_of(const char* name, std::initializer_list<std::pair<const char*, T>> values) {
+        const auto given = take<std::string>(name);
+        for (const auto& [word, value] : values) {
+            if (given == word) return value;
+        }
+        throw std::invalid_argument(std::string(name) + " has an unknown value");
+    }
+
+    // Takes an argument into its place in a struct, whose type decides what is accepted.
+    template <class T>
+    Arguments& read(const char* name, T*& place) {
+        place = tensor<T>(name);
+        return *this;
+    }
+
+    template <class T>
+    Arguments& read(const char* name, T& place) {
+        place = take<T>(name);
+        return *this;
+    }
+
+    // To be called before the work begins: throws if an argument is left.
+    void end() const {
+        if (left_) throw pybind11::type_error("there is an argument that it does not take");
+    }
+
+private:
+    const pybind11::kwargs& given_;
+    std::size_t left_;
+};
+
+// Calls `work` without the interpreter's lock, so that other Python threads go on.
+template <class Work>
+auto unlocked(const Arguments& arguments, const Work& work) {
+    arguments.end();
+    const pybind11::gil_scoped_release release;
+    return work();
+}
+
+}  // namespace lares_fast
