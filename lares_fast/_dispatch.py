@@ -37,7 +37,7 @@ class Backend:
 
 
 _TABLE: dict[str, tuple[Backend, ...]] = {}
-# Op -> builds its call from the arguments of the public function.
+# Op -> builds its call from the arguments of the public function. Backwards have none, because only operators call them.
 _BUILD: dict[str, Callable[..., Any]] = {}
 _CHOSEN: ContextVar[str | None] = ContextVar("lares_fast_backend", default=None)
 
@@ -104,24 +104,22 @@ def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> 
       native     would run
       reference  can run
     """
-    ops = sorted(name for name in _TABLE if not name.endswith("_backward"))
-    if op not in ops:
-        raise InputError(f"op must be one of {', '.join(ops)}, but got {op!r}.")
-    if op in _BUILD:
-        args = (_BUILD[op](*args, backend=backend, **options),)
+    if op not in _BUILD:
+        raise InputError(f"op must be one of {', '.join(sorted(_BUILD))}, but got {op!r}.")
+    call = _BUILD[op](*args, backend=backend, **options)
     name, chosen, lines = requested(backend), None, []
     for candidate in _TABLE[op]:
-        obstacle = candidate.obstacle(*args)
-        unasked = candidate.unasked(*args) if obstacle is None and name == "auto" else None
+        obstacle = candidate.obstacle(call)
+        unasked = candidate.unasked(call) if obstacle is None and name == "auto" else None
         if obstacle is not None:
             verdict = f"cannot run: {obstacle}"
         elif unasked is not None:
-            verdict = f"can run if it is asked for: {unasked}"
+            verdict = f"can run if it is requested: {unasked}"
         elif chosen is None and name in ("auto", candidate.name):
             chosen, verdict = candidate.name, "would run"
         else:
             verdict = "can run"
-        if obstacle is None and (note := candidate.note(*args)):
+        if obstacle is None and (note := candidate.note(call)):
             verdict += f", {note}"
         lines.append(f"  {candidate.name:<10} {verdict}")
     return "\n".join([f"{op}: {chosen or f'nothing can run it on the backend {name!r}'}", *lines])

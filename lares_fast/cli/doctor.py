@@ -81,7 +81,7 @@ def _tuned_calls() -> list[str]:
 def _ops() -> dict[str, str]:
     """Return the text of ``explain`` for a small example of each op, on the CPU and on the GPU if there is one."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    weights = [weight.detach() for weight in reference.Recurrence(LARESConfig(n_items=2)).parameters()]
+    weights = [weight.detach() for weight in reference.Recurrence(LARESConfig.preview()).parameters()]
     texts: dict[str, str] = {}
     for device in devices:
         query, items = torch.zeros(4, 64, device=device), torch.zeros(100, 64, device=device)

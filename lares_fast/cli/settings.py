@@ -15,19 +15,12 @@ from typing import Any
 
 from lares_fast._errors import InputError, require
 from lares_fast.config import LARESConfig
-from lares_fast.train.config import DataConfig, EvalConfig, RPTConfig, RunConfig, SPTConfig
+from lares_fast.train.config import SECTIONS, RunConfig
 from lares_fast.train.files import write_text
 
 # (source, dotted key, value). The source is a file or an argument, as errors name it.
 Setting = tuple[str, str, Any]
 
-_SECTIONS: dict[str, type] = {
-    "model": LARESConfig,
-    "data": DataConfig,
-    "spt": SPTConfig,
-    "rpt": RPTConfig,
-    "evaluation": EvalConfig,
-}
 _TOP = ("seed", "checkpoint_minutes")
 _PRESETS = Path(__file__).parent / "configs"
 _FEATURE = "reading settings"
@@ -73,7 +66,7 @@ def build(config: str | Path | None = None, assignments: Iterable[str] = ()) -> 
 def dump(config: RunConfig) -> str:
     """Return ``config`` as YAML with every setting, which :func:`build` can read."""
     values = config.to_dict()
-    values["model"] = {**_model_values(LARESConfig(n_items=2)), **values["model"]}
+    values["model"] = {**_model_values(LARESConfig.preview()), **values["model"]}
     return str(require("yaml", "train", _FEATURE).safe_dump(values, sort_keys=False))
 
 
@@ -85,7 +78,7 @@ def save(path: Path, config: RunConfig) -> None:
 
 def known_keys() -> list[str]:
     """Return all dotted keys."""
-    sections = [f"{name}.{field.name}" for name, kind in _SECTIONS.items() for field in fields(kind)]
+    sections = [f"{name}.{field.name}" for name, kind in SECTIONS.items() for field in fields(kind)]
     return [*(key for key in sections if key != "model.n_items"), *_TOP]
 
 
@@ -146,7 +139,7 @@ _SHORT.maxlevel = 2
 
 def _flatten(source: str, values: dict[str, Any]) -> Iterable[Setting]:
     for name, value in values.items():
-        if name not in _SECTIONS:
+        if name not in SECTIONS:
             yield source, str(name), _flat(source, str(name), value)
         elif isinstance(value, dict):
             for key, inner in value.items():
@@ -166,7 +159,7 @@ def _flat(source: str, key: str, value: Any) -> Any:
 
 
 def _example(section: str) -> str:
-    return next(field.name for field in fields(_SECTIONS[section]) if field.name != "n_items")
+    return next(field.name for field in fields(SECTIONS[section]) if field.name != "n_items")
 
 
 def _assignment(text: str) -> Setting:
@@ -188,7 +181,7 @@ def _run_config(settings: list[Setting]) -> RunConfig:
     origin = {key.split(".")[0]: source for key, (source, _, _) in wanted.items()}
     if not 0 <= values.get("seed", 0) < 2**64:
         raise InputError(f"{origin['seed']}: seed must be in 0..2**64-1, but got {values['seed']}.")
-    built = {name: _construct(name, values.pop(name, {}), origin.get(name)) for name in _SECTIONS}
+    built = {name: _construct(name, values.pop(name, {}), origin.get(name)) for name in SECTIONS}
     try:
         return RunConfig(**{**built, **values})
     except InputError as error:
@@ -230,7 +223,7 @@ def _typed(settings: list[Setting]) -> dict[str, Any]:
 def _kind(key: str) -> str:
     """Return the annotation of a setting."""
     section, _, name = key.rpartition(".")
-    return next(str(field.type) for field in fields(_SECTIONS.get(section, RunConfig)) if field.name == name)
+    return next(str(field.type) for field in fields(SECTIONS.get(section, RunConfig)) if field.name == name)
 
 
 def _in_words(kind: str) -> str:
@@ -250,8 +243,8 @@ def _construct(section: str, values: dict[str, Any], source: str | None) -> Any:
     """Return the dataclass of the section, or for ``model`` its checked values as a dictionary."""
     try:
         if section == "model":
-            return _model_values(LARESConfig(n_items=2, **values))
-        return _SECTIONS[section](**values)
+            return _model_values(LARESConfig.preview(**values))
+        return SECTIONS[section](**values)
     except InputError as error:
         name = f"model.{error}" if section == "model" else str(error)
         raise InputError(f"{source}: {name}" if source else name) from None
@@ -266,7 +259,7 @@ def _model_values(config: LARESConfig) -> dict[str, Any]:
 @functools.cache
 def _parser() -> Any:
     parser = require("jsonargparse", "train", _FEATURE).ArgumentParser(exit_on_error=False)
-    for name, kind in _SECTIONS.items():
+    for name, kind in SECTIONS.items():
         parser.add_class_arguments(kind, name, skip={"n_items"} if name == "model" else None)
     parser.add_argument("--seed", type=int, default=RunConfig.seed)
     parser.add_argument("--checkpoint_minutes", type=float, default=RunConfig.checkpoint_minutes)

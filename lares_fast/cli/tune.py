@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from dataclasses import replace
 
 import torch
 
@@ -39,7 +38,7 @@ def command(arguments: Namespace) -> int:
     config = RunConfig() if arguments.config is None else build(arguments.config)
     flags = {"hidden_size": arguments.hidden_size, "n_heads": arguments.heads, "max_len": arguments.longest}
     given = {name: value for name, value in flags.items() if value is not None}
-    model = replace(LARESConfig(n_items=2, **config.model), **given)
+    model = LARESConfig.preview(**{**config.model, **given})
     device = torch.device("cuda", torch.cuda.current_device())
     for op in arguments.op or ops_with_triton():
         for dtype in arguments.dtype or ["float32", "bfloat16"]:

@@ -62,7 +62,7 @@ def attention(
             CPU only, because a check on a GPU would wait for it. On a GPU ``triton`` returns NaN instead, and so are the
             gradients: in the rows of a sequence that is longer than ``longest`` or leaves the P rows, and in all rows if an
             offset is below the one before. ``reference`` ends in an error of PyTorch, after which the process must start again.
-        BackendError: the backend that was asked for by name cannot take these arguments.
+        BackendError: the requested backend cannot take these arguments.
     """
     options = {"draw": draw, "dropout": dropout, "step": step, "layer": layer, "backend": backend}
     return attend(_call(query, key, value, offsets, longest, options))

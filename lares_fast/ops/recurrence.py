@@ -81,7 +81,7 @@ def recurrence(
             for a sequence that is empty, is longer than ``longest`` or has a depth outside of 1..65534, and for all sequences
             if offsets do not rise from 0 to P. Then all gradients are NaN. ``layers`` and ``reference`` end in an error of
             PyTorch, after which the process must start again.
-        BackendError: the backend that was asked for by name cannot take these arguments.
+        BackendError: the requested backend cannot take these arguments.
     """
     options = {
         "n_heads": n_heads, "pre": pre, "adapter": adapter, "depth": depth, "output": output, "draw": draw, "dropout": dropout,
@@ -278,7 +278,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 
 def _run_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, grad, tape, tag = arguments
-    # The backend that ran the forward, whatever is asked for by now.
+    # The backend that ran the forward, whichever one is requested now.
     h_grad, pre_grad, weights_grad = run("recurrence_backward", BACKENDS[len(tag)], RecurrenceCall(*inputs), grad, tape)
     return h_grad, pre_grad, weights_grad
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from lares_fast._errors import InputError
 from lares_fast.reference.target_rank import outranking
+from lares_fast.sequences import PAD
 
-PAD = 0
 REDUCTIONS = ("none", "mean", "sum")
 
 

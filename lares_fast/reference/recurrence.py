@@ -105,8 +105,7 @@ def recurrence(
     # Padding is 1, -1, 1, ...: the layer norm of equal numbers has a slope that fp16 cannot hold.
     fill = 1 - torch.arange(h.shape[1], device=h.device) % 2 * 2
     layout = WeightLayout.of(weights, "none" if pre is None else adapter, h.shape[1])
-    config = LARESConfig(
-        n_items=2,
+    config = LARESConfig.preview(
         hidden_size=layout.width,
         n_heads=n_heads,
         inner_size=layout.inner_size,

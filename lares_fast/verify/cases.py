@@ -201,7 +201,7 @@ def _recurrence(
     rows, longest = int(offsets[-1]), int(lengths.max())
     sizes: dict[str, Any] = {"hidden_size": width, "n_heads": heads, "inner_size": inner or 2 * width, "n_core_layers": 1}
     joins = adapter != "none"
-    config = LARESConfig(n_items=2, adapter=adapter if joins else "add", **sizes)
+    config = LARESConfig.preview(adapter=adapter if joins else "add", **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         module = reference.Recurrence(config) if joins else build_block(config, 1)

@@ -19,7 +19,7 @@ _HALF = torch.bfloat16
 
 def recurrence_inputs(width: int, dtype: torch.dtype, device: str, B: int) -> tuple[Tensor, Tensor, list[Tensor], int]:
     """Return (h, offsets, weights, number of heads) of ``B`` equal sequences of 32 tokens."""
-    config = LARESConfig(n_items=2, hidden_size=width, n_heads=2, inner_size=64, n_core_layers=1)
+    config = LARESConfig.preview(hidden_size=width, n_heads=2, inner_size=64, n_core_layers=1)
     weights = [x.detach().to(device, dtype) for x in reference.Recurrence(config).parameters()]
     h = torch.randn(32, width).to(device, dtype).repeat(B, 1)
     return h, 32 * torch.arange(B + 1, device=device), weights, config.n_heads
