@@ -15,7 +15,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/kernels/gate.md"
-COLUMNS = "registers, bytes of stack, KB of shared memory, products"
 
 
 def measure():
@@ -73,11 +72,13 @@ def page(found):
     text = [
         "# The compile gate on older Tritons",
         "",
-        f"What each Triton makes of the kernels in bf16, per GPU: {COLUMNS} of tensor cores.",
-        "All products are `HMMA`: neither WGMMA nor tcgen05 occurs, or the command fails.",
-        "Compiled on a machine without a GPU; none of it ran on one.",
-        "The full gate, tests/triton/test_gate.py, runs in CI: its cases are shared between the newest Triton and 3.8.0,",
-        "and those for sm_90 are also compiled by 3.6.0, with ceilings of its own where it takes more.",
+        "This page shows what each version of Triton makes of the kernels in bf16, for each GPU. A cell has four numbers: registers a "
+        "thread, bytes of stack, KB of shared memory, and products of tensor cores.",
+        "All products are `HMMA`. The command fails if WGMMA or tcgen05 occurs. The kernels were compiled on a machine without a GPU. "
+        "None of them ran on one.",
+        "",
+        "The full compile gate (`tests/triton/test_gate.py`) runs in CI. The newest Triton and Triton 3.8.0 share its cases. Triton "
+        "3.6.0 also compiles the cases for sm_90, with its own limits where it needs more.",
         "",
         "```",
         f"python -m tests.triton.gate_table {' '.join(sys.argv[1:])}",
