@@ -72,10 +72,10 @@ def page(found):
     text = [
         "# The compile gate on older Tritons",
         "",
-        "This page shows what each version of Triton makes of the kernels in bf16, for each GPU. A cell has four numbers: registers "
-        "a thread, bytes of stack, KB of shared memory, and products of tensor cores.",
-        "All products are `HMMA`. The command fails if WGMMA or tcgen05 occurs. The kernels were compiled on a machine without a "
-        "GPU. None of them ran on one.",
+        "This page shows what each version of Triton makes of the kernels in bf16, for each GPU. A cell has four numbers: "
+        "registers a thread, bytes of stack, KB of shared memory, and products of tensor cores.",
+        "All products are `HMMA`. The command fails if WGMMA or tcgen05 occurs. The kernels were compiled on a machine "
+        "without a GPU. None of them ran on one.",
         "",
         "The full compile gate (`tests/triton/test_gate.py`) runs in CI. The newest Triton and Triton 3.8.0 share its cases. "
         "Triton 3.6.0 also compiles the cases for sm_90, with its own limits where it needs more.",
