@@ -22,8 +22,8 @@ lane_benchmarks() {
 
 lane_docs() {
     local example
-    if [ -f mkdocs.yml ]; then mkdocs build --strict --site-dir "$TMPDIR/site"; fi
-    for example in examples/*.py; do
-        if [ -f "$example" ]; then (cd "$TMPDIR" && python "$OLDPWD/$example"); fi
+    mkdocs build --strict --site-dir "$TMPDIR/site"
+    for example in "$PWD"/examples/*.py; do
+        (cd "$TMPDIR" && python "$example")
     done
 }

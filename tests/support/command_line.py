@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def events(ids, seed=0):
 
 
 def python(*arguments, **options):
-    """Start Python in a process of its own, on one thread."""
+    """Start Python in a process of its own, on one thread, which Ctrl-C ends even if the tests run in the background."""
     root = Path(lares_fast.__file__).parents[1]
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
@@ -50,6 +51,8 @@ def python(*arguments, **options):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        # A shell lets a command in the background ignore SIGINT, and its children inherit this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 
