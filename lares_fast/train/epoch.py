@@ -46,7 +46,8 @@ def train_epoch(run: Run, phase: Phase, optimizer: torch.optim.Optimizer, key: K
 
 def _loss_and_gradient(run: Run, phase: Phase, optimizer: torch.optim.Optimizer, batch: Any) -> dict[str, float]:
     """Compute the loss of ``batch`` and its gradient; return the loss and its parts, once both are known to be finite."""
-    loss, parts = phase(batch)
+    loss = phase(batch)
+    parts = phase.parts
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])

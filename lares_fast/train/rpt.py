@@ -45,7 +45,7 @@ class RPT(nn.Module):
 
         phase = RPT(model, copy.deepcopy(model), log, split.train)
         for index in torch.randperm(len(phase.rows)).split(phase.settings.batch_size):
-            loss, parts = phase(phase.batch(index, key))
+            loss = phase(phase.batch(index, key))
             loss.backward()
             ...
 
@@ -59,6 +59,9 @@ class RPT(nn.Module):
     ``settings``
         The group size, the reward and the weight of the KL term. The module ignores the settings of the optimizer, of the
         loop and of the row filter.
+    ``parts``
+        Numbers about the last loss, as scalars without a gradient: the mean ``reward``, the ``kl`` term before its weight,
+        ``adv-nonzero``, the share of trajectories with an advantage other than 0, and ``T``, the mean depth.
     """
 
     name: ClassVar[str] = "rpt"
@@ -76,6 +79,7 @@ class RPT(nn.Module):
         self.settings = settings or RPTConfig()
         self.start = start.eval().requires_grad_(False)
         model.set_dropout(self.settings.dropout)
+        self.parts: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> RPT:
         """Set the mode of ``model``; ``start`` stays in evaluation mode."""
@@ -99,12 +103,8 @@ class RPT(nn.Module):
         noise = _POLICY if config.share_reference_noise else _REFERENCE
         return RPTBatch(inputs, policy, replace(policy, draw=Draw(fold(key, noise), rows)))
 
-    def forward(self, batch: RPTBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss (a scalar with a gradient) and the numbers to report (scalars without one).
-
-        These are the mean ``reward``, the ``kl`` term before its weight, ``adv-nonzero``, the share of trajectories with an
-        advantage other than 0, and ``T``, the mean depth. The loss itself is :func:`lares_fast.reference.rpt_loss`.
-        """
+    def forward(self, batch: RPTBatch) -> Tensor:
+        """Return the loss, a scalar with a gradient, and set :attr:`parts`. It is :func:`lares_fast.reference.rpt_loss`."""
         loss = reference.rpt_loss(
             self.model,
             self.start,
@@ -117,9 +117,10 @@ class RPT(nn.Module):
             reward=self.settings.reward,
             scores=self.settings.scores,
         )
-        return loss.total, {
+        self.parts = {
             "reward": loss.rewards.mean(),
             "kl": loss.kl.detach(),
             "adv-nonzero": (loss.advantages != 0).double().mean(),
             "T": torch.as_tensor(batch.policy_pass.num_steps).double().mean(),
         }
+        return loss.total

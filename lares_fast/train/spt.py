@@ -49,7 +49,7 @@ class SPT(nn.Module):
 
         phase = SPT(model, log, split.train)
         for index in torch.randperm(len(phase.rows)).split(phase.settings.batch_size):
-            loss, parts = phase(phase.batch(index, key))
+            loss = phase(phase.batch(index, key))
             loss.backward()
             ...
 
@@ -59,6 +59,9 @@ class SPT(nn.Module):
         The training rows of ``log``. Other rows would leak their targets into training.
     ``settings``
         Weights of the losses. The module ignores the settings of the optimizer and of the loop.
+    ``parts``
+        Numbers about the last loss, as scalars without a gradient: its weighted parts ``ce``, ``trajectory`` and ``step``,
+        and ``T``, the mean depth.
     """
 
     name: ClassVar[str] = "spt"
@@ -69,6 +72,7 @@ class SPT(nn.Module):
         self.model, self.log, self.rows = model, log, rows
         self.settings = settings or SPTConfig()
         self._partners = SameTargetIndex(log, rows)
+        self.parts: dict[str, Tensor] = {}
 
     def batch(self, index: Tensor, key: Key) -> SPTBatch:
         """Prepare the rows ``index`` ([B] int64, each in 0..R-1) on the CPU.
@@ -93,12 +97,8 @@ class SPT(nn.Module):
         )
         return SPTBatch(inputs, partners, (first, second, third), step_index)
 
-    def forward(self, batch: SPTBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss (a scalar with a gradient) and the numbers to report (scalars without one).
-
-        These are the weighted parts of the loss, ``ce``, ``trajectory`` and ``step``, and ``T``, the mean depth.
-        The loss itself is :func:`lares_fast.reference.spt_loss`.
-        """
+    def forward(self, batch: SPTBatch) -> Tensor:
+        """Return the loss, a scalar with a gradient, and set :attr:`parts`. It is :func:`lares_fast.reference.spt_loss`."""
         loss = reference.spt_loss(
             self.model,
             batch.inputs.sequences,
@@ -110,9 +110,10 @@ class SPT(nn.Module):
             gamma=self.settings.gamma,
         )
         depths = [torch.as_tensor(each.num_steps).double().mean() for each in batch.passes]
-        return loss.total, {
+        self.parts = {
             "ce": loss.cross_entropy.detach(),
             "trajectory": loss.trajectory.detach(),
             "step": loss.step.detach(),
             "T": torch.stack(depths).sum() / len(depths),
         }
+        return loss.total

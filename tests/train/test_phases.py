@@ -49,7 +49,7 @@ def test_a_plain_loop_gives_the_bits_of_the_trainer(name, tmp_path):
     phase.train()
     order = epoch_order(len(phase.rows), keys.order_key(epoch))
     for step, index in enumerate(order.split(phase.settings.batch_size)):
-        loss, _ = phase(phase.batch(index, keys.step_key(epoch, step)))
+        loss = phase(phase.batch(index, keys.step_key(epoch, step)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -65,9 +65,9 @@ def test_the_loss_depends_on_the_key_alone(name):
         batch = phase.batch(index, key)
         assert len(batch) == 100
         # The batch holds all random choices, so a second forward gives the same bits.
-        first, parts = phase(batch)
+        first, parts = phase(batch), phase.parts
         assert first.requires_grad and not any(value.requires_grad or value.dim() for value in parts.values())
-        assert torch.equal(first, phase(batch)[0])
+        assert torch.equal(first, phase(batch))
         return first.item()
 
     torch.manual_seed(1)
@@ -113,7 +113,7 @@ def test_the_start_model_stays_frozen_and_in_evaluation_mode():
     for mode in (True, False, True):
         phase.train(mode)
         assert model.training is mode and not any(module.training for module in phase.start.modules())
-    loss, _ = phase(phase.batch(torch.arange(50), root_key(1)))
+    loss = phase(phase.batch(torch.arange(50), root_key(1)))
     loss.backward()
     assert all(value.grad is None for value in phase.start.parameters())
     assert all(torch.equal(value, before[name]) for name, value in phase.start.state_dict().items())
@@ -133,10 +133,10 @@ def test_the_reward_ranks_on_the_op(backend):
     phase = RPT(model, copy.deepcopy(model), log, rows, RPTConfig(batch_size=30, group_size=3, k=20))
     batch = phase.batch(torch.arange(30), root_key(2))
     with ops.backend("reference"):
-        expected, _ = phase(batch)
+        expected = phase(batch)
     with ops.backend(backend):
         before = _dispatch.calls["linear_cross_entropy", backend]
-        loss, parts = phase(batch)
+        loss, parts = phase(batch), phase.parts
         after = _dispatch.calls["linear_cross_entropy", backend]
     assert after == before + 3, "one call for last steps with ranks, one for the other steps, one for the start model"
     torch.testing.assert_close(loss, expected)
