@@ -21,7 +21,7 @@ _COMMANDS = {
     "recommend": ("recommend", "recommend items for one user, one history or all users of a file"),
     "demo": ("demo", "train on a synthetic log in a few minutes and show the results"),
     "report": ("report", "check every op on every backend against the tolerances"),
-    "warmup": ("warmup", "compile the GPU kernels of published model sizes and self-test them"),
+    "warmup": ("warmup", "compile the GPU kernels for the published model sizes and self-test them"),
     "tune": ("tune", "benchmark launch settings on this GPU and store the fastest"),
     "gpu-day": ("gpu_day", "run all GPU checks and write one report"),
     "doctor": ("doctor", "show what is installed, what was built and which backends run"),
@@ -38,8 +38,8 @@ class _Parser(ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    The code is 0 for success, 2 for an error that the user can correct, and 130 for an interrupted run. ``report``,
-    ``warmup`` and ``gpu-day`` return 1 if a check failed.
+    The code is 0 for success, 2 for an error that the user can correct, and 130 for an interrupted run. It is 1 if a check
+    of ``report``, ``warmup`` or ``gpu-day`` failed, and if the reader of the output closed the pipe.
     """
     _settings.set_passive_omp()
     try:
@@ -76,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _missing_memory(error: Exception) -> str | None:
-    """Return in words how much memory could not be allocated, or ``None`` if ``error`` has another cause."""
+    """Return in words how much memory could not be allocated, or ``None`` if ``error`` has another cause.
+
+    If the amount is not known, the text is empty.
+    """
     text = str(error)
     if found := re.search(r"tried to allocate ([\d.]+ ?\w+)|allocate ([\d.]+ \w+)", text, re.IGNORECASE):
         size = found[1] or found[2]

@@ -1,4 +1,4 @@
-"""What a command prints while it works: progress bars on a terminal, plain lines elsewhere."""
+"""The progress output of a command: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -34,13 +34,21 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def indented(text: str) -> str:
+    """Return ``text`` with its later lines indented, so that they align with a first line behind a label such as ``data``."""
+    return text.replace("\n", "\n         ")
+
+
 def step_text(event: Event) -> str:
-    """Return the running means of an epoch: parts of the loss, mean T, share of time spent waiting for data, and users/s."""
+    """Return the running means of an epoch as text: the loss, its parts, the mean of T, the wait for data, and users/s.
+
+    The wait for data is the percentage of the time that went into preparing batches.
+    """
     return _means_text(event["means"], event["data_wait"], event["users_per_s"])
 
 
 def valid_text(event: Event, users_per_s: float | None) -> str:
-    """Return the line of an epoch: training means, speed, and validation metrics."""
+    """Return the line of an epoch as text: training means, speed, and validation metrics."""
     values, means = event["metrics"], dict(event["means"])
     means.pop("seconds", None)
     waited = means.pop("data_wait", None)

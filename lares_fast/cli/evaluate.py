@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lares_fast._errors import InputError
 from lares_fast.cli import settings
-from lares_fast.cli.console import Console, notice
+from lares_fast.cli.console import Console, indented, notice
 from lares_fast.cli.inputs import open_log, split_log
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
 from lares_fast.data import InteractionLog, Rows, Split
@@ -43,7 +43,7 @@ def command(arguments: Namespace) -> int:
     recommender.model.bf16 = arguments.bf16
     with Console() as console:
         log, split = open_run(config, arguments.data, recommender, about, arguments.run, console)
-        console.say(f"data     {log.summary()}".replace("\n", "\n         "))
+        console.say(f"data     {indented(log.summary())}")
         rows = _rows(config.evaluation, recommender.model, log, split, arguments.split, arguments.steps, console)
         if arguments.csv is not None:
             labels = {"split": arguments.split, "noise_seed": config.evaluation.noise_seed}
@@ -106,20 +106,23 @@ def open_run(
 
 def _require_order(log: InteractionLog, recommender: Recommender, run: Path) -> None:
     """Raise :class:`InputError` unless the items of ``log`` are numbered as in the model."""
-    # Through JSON, as the run wrote them.
+    # The run stored its ids as JSON, which turns some types into others.
     items = json.loads(json.dumps(log.item_ids[1:].tolist()))
     if items == recommender.item_ids:
         return
     if sorted(map(str, items)) == sorted(map(str, recommender.item_ids)):
         raise InputError(
             f"{log.name} has the items of the run in {run} in another order, and string ids are numbered as they occur: "
-            "sort its rows as they were."
+            "bring its rows back into their earlier order."
         )
     raise InputError(f"{log.name} has other items than the run in {run}: give --data with the log it was trained on.")
 
 
 def _require_same(ours: dict[str, str], about: dict[str, str], log: str, run: Path) -> None:
-    """Raise :class:`InputError` unless the model was trained on this log and split. ``about`` is its own description."""
+    """Raise :class:`InputError` unless the model was trained on this log and split.
+
+    ``ours`` describes the log and the split at hand. ``about`` describes the log and the split of the model's training.
+    """
     if not about:
         notice(f"{run} is of an earlier version and does not name its log and split, so they were not checked.")
         return
@@ -131,7 +134,7 @@ def _require_same(ours: dict[str, str], about: dict[str, str], log: str, run: Pa
     if ours["split"] != about["split"]:
         raise InputError(
             f"the run in {run} was trained on another split ({about['split']}) than this one ({ours['split']}), which may leak "
-            "the targets of the rows to rank: leave data.split and its fractions as they were."
+            "the targets of the rows to rank: do not change data.split and its fractions."
         )
     if ours["rows"] != about["rows"]:
         raise InputError(f"{log} has other times than the log of the run in {run}: give --data with the log it was trained on.")

@@ -16,7 +16,7 @@ from lares_fast.verify.gpu_report import Report, is_well, table
 from lares_fast.verify.gpu_run import Limits, run_steps
 from lares_fast.verify.process import leaving_no_processes
 
-# The steps that --quick leaves out.
+# --quick leaves out the steps whose names begin with one of these.
 _LONG = ("large_", "graphs", "training", "self_tests")
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--only",
         metavar="NAME",
         nargs="+",
-        help="run only these steps or groups; 'failed REPORT' runs what failed or was not reached in an earlier report",
+        help="run only these steps or groups; 'failed REPORT' runs the steps that failed or were not reached in that report",
     )
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="number of steps that run at a time (default: 1)")
     parser.add_argument("--seconds", type=float, default=600, help="time limit of each step (default: 600)")

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from lares_fast.data import InteractionLog, Split, cutoffs, leave_one_out, read_log, synthetic_log, temporal_split
 from lares_fast.train.config import DataConfig
+from lares_fast.train.evaluate import Progress
 
-Progress = Callable[[int, int], None]
-
-# This value of data.time keeps the order of the file.
+# With this value of data.time, events keep the order of the file.
 NO_TIME = "none"
 
 
 def open_log(
     settings: DataConfig, path: str | None = None, *, min_events: int = 3, progress: Progress | None = None
 ) -> InteractionLog:
-    """Read the log ``path`` (default: ``settings.path``) with ``settings``. Without any path, make the synthetic log."""
+    """Read the log ``path`` (default: ``settings.path``) with ``settings``. Without any path, make the synthetic log.
+
+    ``min_events`` and ``progress`` are used as in :func:`lares_fast.data.read_log`, whose errors are raised.
+    """
     path = path or settings.path
     if path is None:
         return synthetic_log(n_users=settings.synthetic_users, n_items=settings.synthetic_items, seed=settings.synthetic_seed)
@@ -25,7 +27,7 @@ def open_log(
 
 
 def split_log(settings: DataConfig, log: InteractionLog) -> Split:
-    """Split ``log`` with ``settings``."""
+    """Split ``log`` with ``settings``. Raises the errors of the split, for example for a log without times."""
     if settings.split == "leave-one-out":
         return leave_one_out(log)
     return temporal_split(log, *cutoffs(log, settings.valid_fraction, settings.test_fraction))

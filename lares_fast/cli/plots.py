@@ -11,14 +11,16 @@ from lares_fast._errors import require
 from lares_fast.train.config import PHASES
 from lares_fast.train.evaluate import NOT_MASKED
 from lares_fast.train.files import atomic_write
-
-Row = dict[str, Any]
+from lares_fast.train.results import Row
 
 _LOSSES = {"spt": ("loss", "ce", "trajectory", "step"), "rpt": ("reward", "kl", "adv-nonzero")}
 
 
 def save_curves(path: Path, history: Sequence[Row], title: str) -> None:
-    """Draw the rows of metrics.csv and atomically write the picture to ``path``."""
+    """Draw the rows of metrics.csv and atomically write the picture to ``path``.
+
+    Raises :class:`MissingExtraError` without matplotlib.
+    """
     require("matplotlib", "train", "curves.png")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -48,13 +48,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=("auto", *FORMATS),
-        help="format of the log (default: as the run's log, or by the file's ending)",
+        help="format of the log (default: the format of the run's log, or auto if the file has another ending)",
     )
     parser.add_argument("--columns", metavar="ROLE=NAME,...", help="columns of the log, such as user=who,item=what,time=none")
     parser.add_argument("--k", type=int, default=10, help="number of items for each user (default: 10)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write a .csv or .parquet file (default: print CSV)")
     parser.add_argument("--keep-seen", action="store_true", help="also recommend items that are in the history")
-    parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: as set for the run)")
+    parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: the setting of the run)")
     parser.add_argument("--batch-size", metavar="N", type=int, default=256, help="histories in a batch (default: 256)")
 
 
@@ -78,7 +78,7 @@ def command(arguments: Namespace) -> int:
                 write(_recommend(recommender, chunk, arguments, counts))
                 console.progress("recommending", counts["users"], total)
     if counts["unknown"]:
-        notice(f"left out {counted(counts['unknown'], 'event')} with items that the run does not know.")
+        notice(f"left out {counted(counts['unknown'], 'event')} with items that are not in the training log.")
     if counts["empty"]:
         notice(f"recommended nothing to {counted(counts['empty'], 'user')} without known items.")
     if arguments.output:
@@ -133,7 +133,10 @@ def _with_own_flag(error: InputError) -> InputError:
 
 
 def _history(arguments: Namespace, recommender: Recommender) -> list[str] | None:
-    """Return the items of --item or --history, or ``None``. An unknown item raises, because it may be a typing error."""
+    """Return the items of --item or --history, or ``None`` without these arguments.
+
+    Raises :class:`InputError` for an unknown item, because it may be a typing error.
+    """
     if arguments.item is not None:
         flag, items = "--item", list(arguments.item)
     elif arguments.history is not None:
@@ -164,8 +167,8 @@ def _reading_settings(data: DataConfig, path: Path | None, arguments: Namespace)
     if not (chosen in _TABLES or (chosen == "auto" and endings & {".csv", ".tsv", ".inter", ".parquet", ".pq"})):
         # Only tables have columns.
         data = replace(data, user=None, item=None, time=None)
-    asked = _columns(arguments.columns)
-    columns = {role: asked.get(role, getattr(data, role)) for role in _ROLES}
+    given = _columns(arguments.columns)
+    columns = {role: given.get(role, getattr(data, role)) for role in _ROLES}
     return replace(data, format=chosen, user=columns["user"], item=columns["item"], time=columns["time"])
 
 
@@ -208,6 +211,7 @@ def _chunks(users: Iterable[tuple[Any, list[Any]]]) -> Iterator[list[tuple[Any, 
 def _recommend(
     recommender: Recommender, chunk: list[tuple[Any, list[Any]]], arguments: Namespace, counts: dict[str, int]
 ) -> list[Line]:
+    """Return the lines of the users in ``chunk``, and add their numbers to ``counts``."""
     found = recommender.recommend(
         [history for _, history in chunk],
         arguments.k,
@@ -279,5 +283,5 @@ def _parquet(file: IO[bytes], user_kind: type, item_kind: type) -> Iterator[Call
     try:
         yield write
     finally:
-        # Also after an interruption: otherwise the writer would fail later, because its file is gone.
+        # The writer is closed after an interruption too. Otherwise it would fail later, because its file is gone.
         writer.close()

@@ -28,7 +28,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prove",
         action="store_true",
-        help="on a machine without a GPU, also run the Triton kernels in Triton's interpreter and compile them; takes minutes",
+        help="on a machine without a GPU, also run the Triton kernels in Triton's interpreter and compile them; "
+        "this takes minutes",
     )
 
 
@@ -43,7 +44,7 @@ def report(ops: list[str], dtypes: list[str], *, prove: bool = False) -> list[di
     """Return one row for each op, backend, device and dtype.
 
     ``error``, ``reference_error`` and ``bound`` belong to the tensor that is nearest to its bound. ``reference_error`` is
-    the error of the PyTorch reference in the same dtype.
+    the error of the PyTorch reference in this dtype.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = [

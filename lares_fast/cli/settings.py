@@ -18,14 +18,14 @@ from lares_fast.config import LARESConfig
 from lares_fast.train.config import SECTIONS, RunConfig
 from lares_fast.train.files import write_text
 
-# (source, dotted key, value). The source is a file or an argument, as errors name it.
+# (source, dotted key, value). The source is the name of a file or an argument. Errors show it.
 Setting = tuple[str, str, Any]
 
 _TOP = ("seed", "checkpoint_minutes")
 _PRESETS = Path(__file__).parent / "configs"
 _FEATURE = "reading settings"
 
-# The first line of a file that training wrote. Files of users and of earlier versions have no such line.
+# Training writes this line first. Files that users write, and files of earlier versions, have no such line.
 _MARK = "# The sha256 of the lines below is "
 _MARKED = re.compile(re.escape(_MARK) + r"([0-9a-f]{64}); change settings with --set\n")
 # What may remain of that line in a damaged file.
@@ -52,8 +52,8 @@ def presets() -> list[str]:
 def build(config: str | Path | None = None, assignments: Iterable[str] = ()) -> RunConfig:
     """Return the configuration of the YAML file or preset ``config``, changed by ``section.key=value`` assignments.
 
-    An existing file is preferred to a preset of the same name. Raises :class:`InputError`, which names the file or argument
-    and the key, for an unknown key, a wrong type or a bad value.
+    If a file and a preset have the name ``config``, the file is used. Raises :class:`InputError`, which names the file or
+    argument and the key, for an unknown key, a wrong type or a bad value.
     """
     settings: list[Setting] = []
     if config is not None:
@@ -98,11 +98,12 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{place}: not valid YAML, {getattr(error, 'problem', None) or 'unreadable'}.") from None
+        problem = getattr(error, "problem", None) or "unreadable"
+        raise InputError(f"{path}{place}: this is not valid YAML ({problem}).") from None
     except InputError:
         raise
     except (OSError, ValueError, OverflowError) as error:
-        # Besides undecodable bytes: an impossible date, or a number of thousands of digits.
+        # The file has undecodable bytes, an impossible date, or a number with thousands of digits.
         raise InputError(f"{path} cannot be read as a configuration: {str(error)[:200]}.") from None
     except RecursionError:
         raise InputError(f"{path} cannot be read as a configuration: it is nested too deeply.") from None
@@ -151,7 +152,7 @@ def _flatten(source: str, values: dict[str, Any]) -> Iterable[Setting]:
 
 
 def _flat(source: str, key: str, value: Any) -> Any:
-    """Return ``value``. Raise :class:`InputError` if it is nested, because no setting is."""
+    """Return ``value``. Raise :class:`InputError` if it is nested, because no setting is nested."""
     inner = value if isinstance(value, list) else [value]
     if any(isinstance(item, dict | list | set | tuple) for item in inner):
         raise InputError(f"{source}: {_short(key)} must be a value or a list of values, but got {_short(value)}.")
@@ -189,11 +190,12 @@ def _run_config(settings: list[Setting]) -> RunConfig:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """Return the most similar known key: in the same section, else with the same last part, else among all."""
+    """Return the most similar known key: in the section of ``key``, else with the last part of ``key``, else among all."""
     section, _, name = key.rpartition(".")
     same_section = [full for full in known if full.rpartition(".")[0] == section]
-    for candidates, wanted in ((same_section, key), ([full for full in known if full.rpartition(".")[2] == name], key)):
-        if close := difflib.get_close_matches(wanted, candidates, 1, cutoff=0.6):
+    same_name = [full for full in known if full.rpartition(".")[2] == name]
+    for candidates in (same_section, same_name):
+        if close := difflib.get_close_matches(key, candidates, 1, cutoff=0.6):
             return close[0]
     return difflib.get_close_matches(key, known, 1, cutoff=0.0)[0]
 
@@ -221,7 +223,7 @@ def _typed(settings: list[Setting]) -> dict[str, Any]:
 
 
 def _kind(key: str) -> str:
-    """Return the annotation of a setting."""
+    """Return the type annotation of a setting as text."""
     section, _, name = key.rpartition(".")
     return next(str(field.type) for field in fields(SECTIONS.get(section, RunConfig)) if field.name == name)
 

@@ -1,24 +1,25 @@
-"""Results tables as aligned text that fits the width of the terminal."""
+"""Format results tables as aligned text that fits the width of the terminal."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from typing import Any
 
 from lares_fast.data import InteractionLog, Split, SyntheticLog, best_possible
 from lares_fast.data.split import Rows
 from lares_fast.train.config import EvalConfig
 from lares_fast.train.evaluate import MASKED, NOT_MASKED
-
-Row = dict[str, Any]
+from lares_fast.train.results import Row
 
 _SHORT = {"recall": "R", "ndcg": "N", "mrr": "MRR"}
 _CELL = 8
 
 
 def bound_rows(log: InteractionLog, rows: Rows, settings: EvalConfig) -> list[Row]:
-    """Return, for a synthetic log, the row of the best possible ranking, which knows how the log was drawn."""
+    """Return the row of the best possible ranking of a synthetic log, whose true probabilities are known.
+
+    For any other log, return no row.
+    """
     if not isinstance(log, SyntheticLog):
         return []
     return [{"phase": "best possible", "history": NOT_MASKED, **best_possible(log, rows, settings.ks)}]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lares_fast._errors import require
-
-Event = dict[str, Any]
+from lares_fast.cli.console import Event
 
 
 def listener(folder: Path) -> Callable[[], Callable[[Event], None]]:
-    """Check that TensorBoard is installed, and return a function that opens ``folder`` and returns a listener of events."""
+    """Return a function that opens ``folder`` and returns a listener of events.
+
+    Raises :class:`MissingExtraError` without TensorBoard.
+    """
     require("tensorboard", "tb", "--tensorboard")
     module = require("torch.utils.tensorboard", "tb", "--tensorboard")
 

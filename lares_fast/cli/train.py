@@ -20,7 +20,7 @@ import torch
 from lares_fast import __version__, _native, _settings
 from lares_fast._errors import InputError, MissingExtraError
 from lares_fast.cli import settings, tensorboard
-from lares_fast.cli.console import Console, Event, counted, notice
+from lares_fast.cli.console import Console, Event, counted, indented, notice
 from lares_fast.cli.inputs import log_label, open_log, split_log
 from lares_fast.cli.plots import save_curves
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
@@ -93,7 +93,7 @@ def train(
 ) -> InteractionLog:
     """Train into the folder ``out``, show progress, results and plots, and return the log.
 
-    SIGINT and SIGTERM save the run before it ends. Bad input writes nothing.
+    SIGINT and SIGTERM save the run before it ends. If the input is bad, no file is written.
     """
     start_tensorboard = tensorboard.listener(out / "tensorboard") if use_tensorboard else None
     with Console() as console:
@@ -102,7 +102,7 @@ def train(
         split = split_log(config.data, log)
         if config.data.path is None:
             console.say("no --data was given, so a synthetic log is made")
-        console.say(f"data     {_indented(log.summary())}")
+        console.say(f"data     {indented(log.summary())}")
         console.say(f"split    {split.summary()}")
         listeners: list[Callable[[Event], None]] = [console]
 
@@ -205,7 +205,3 @@ def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _indented(text: str) -> str:
-    return text.replace("\n", "\n         ")

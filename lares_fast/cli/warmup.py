@@ -1,4 +1,4 @@
-"""``lares-fast warmup``: compile the kernels of published model sizes before they are needed, and self-test them."""
+"""``lares-fast warmup``: compile the kernels for the published model sizes before they are needed, and self-test them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="append",
         type=int,
         choices=ARCHITECTURES,
-        help="only compile, into Triton's cache, for a GPU that need not be here; SM is its compute capability "
-        f"times 10: {', '.join(map(str, ARCHITECTURES))}; repeatable",
+        help="only compile for a GPU that need not be in this machine, and store the result in Triton's cache; SM is its "
+        f"compute capability times 10: {', '.join(map(str, ARCHITECTURES))}; repeatable",
     )
 
 

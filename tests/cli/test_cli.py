@@ -111,7 +111,7 @@ def test_recommend_to_a_user_leaves_out_what_they_had(cli, trained, log_file):
 def test_recommend_drops_and_counts_unknown_items(cli, trained):
     Path("people.csv").write_text("user_id,item_id,timestamp\nhistory,i1,1\nhistory,nothing,2\nhistory,i2,3\n")
     result = cli("recommend", "--run", trained, "--input", "people.csv", "--k", "3")
-    assert result.code == 0 and "left out 1 event with items that the run does not know" in result.err
+    assert result.code == 0 and "left out 1 event with items that are not in the training log" in result.err
     assert cli("recommend", "--run", trained, "--history", "i1,i2", "--k", "3").out == result.out
 
 

@@ -83,7 +83,7 @@ def test_bad_assignments_are_one_sentence_that_names_the_argument(assignment, ex
         ("epoch: 1\n", "unknown setting 'epoch'; did you mean"),
         ("spt: fast\n", "spt must hold settings such as 'batch_size: ...', but it holds 'fast'"),
         ("spt:\n  lr: fast\n", "spt.lr must be a number, but got 'fast'"),
-        ("spt:\n  lr: [1\n", "line 3: not valid YAML"),
+        ("spt:\n  lr: [1\n", "line 3: this is not valid YAML"),
         ("- a\n", "must hold 'key: value' lines"),
         ("", "must hold 'key: value' lines, but it holds nothing"),
     ],
