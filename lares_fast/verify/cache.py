@@ -21,7 +21,7 @@ def folder(kind: str) -> Path:
 def read(kind: str, key: dict[str, Any]) -> dict[str, Any] | None:
     """Return the entry that was stored under ``key``, or ``None``.
 
-    An entry counts only if its file is whole, belongs to the current user and repeats every field of ``key``.
+    An entry is returned only if its file can be read, belongs to the current user and repeats every field of ``key``.
     """
     try:
         with _path(kind, key).open() as file:

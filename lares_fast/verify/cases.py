@@ -1,7 +1,7 @@
-"""Test cases: a small call of every op beside the same call of the reference.
+"""Test cases: a small call of every op, and the equal call of the reference.
 
-Self-tests, ``lares-fast report``, ``lares-fast tune`` and ``lares-fast gpu-day`` run them. On integers the results are exact,
-or exact before one rounding, because every softmax gets scores that are either equal or far apart.
+Self-tests, ``lares-fast report``, ``lares-fast tune`` and ``lares-fast gpu-day`` run them. On integers the results of all ops
+but ``recurrence`` are exact, or exact before one rounding: every softmax gets scores that are either equal or far apart.
 """
 
 from __future__ import annotations
@@ -78,7 +78,11 @@ class Case:
 
 
 def case(op: str, *, integers: bool, **variant: Any) -> Case:
-    """Return the test case of ``op``. ``variant`` chooses among its kernels, with the names that its self-test uses."""
+    """Return the test case of ``op``.
+
+    With ``integers`` the inputs are small integers, else normal random numbers. ``variant`` chooses among the kernels of the
+    op, with the names that its self-test uses.
+    """
     return _CASES[op](integers, **variant)
 
 
@@ -283,7 +287,8 @@ def shipped(op: str) -> list[dict[str, Any]]:
         return [{"width": width, "drop": drop, "short": False, "train": train} for width, drop, train in sizes]
     if op == "linear_cross_entropy":
         return [{"width": width, "train": train} for width, train in product((64, 128), (False, True))]
-    # The pre-block and the core in inference; then in training, where the core returns its last states or those of every step.
+    # In inference: the pre-block, and the core. In training: the pre-block, the core that returns its last states, and the core
+    # that returns the states of every step.
     calls = [("none", "tokens", False), ("add", "last", False)]
     calls += [("none", "tokens", True), ("add", "last", True), ("add", "steps", True)]
     return [

@@ -1,4 +1,4 @@
-"""What the checks of kernels share: how a case is run and compared, and the form of a check's result."""
+"""Functions that the checks of kernels share: they run and compare a case, and build the result of a check."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ ARCHITECTURES = (80, 86, 90, 100, 120)
 # The ops that have CUDA kernels.
 CUDA_OPS = ("topk", "target_rank")
 
+# The result of a check: ``status``, and what was found.
+Result = dict[str, Any]
 
-def passed(**facts: Any) -> dict[str, Any]:
+
+def passed(**facts: Any) -> Result:
     """Return the result of a check that found nothing wrong."""
     return {"status": "passed", **facts}
 
 
-def skipped(why: str) -> dict[str, Any]:
+def skipped(why: str) -> Result:
     """Return the result of a check that does not apply here."""
     return {"status": "skipped", "why": why}
 
 
-def verdict(faults: Sequence[str], **facts: Any) -> dict[str, Any]:
+def verdict(faults: Sequence[str], **facts: Any) -> Result:
     """Return the result of a check that found ``faults``."""
     return {"status": "failed" if faults else "passed", **({"faults": list(faults)} if faults else {}), **facts}
 
@@ -57,7 +60,7 @@ def compare_results(case: cases.Case, results: cases.Results, dtype: torch.dtype
 
 
 def faults_of(verdicts: Sequence[Verdict], differ: Sequence[str]) -> list[str]:
-    """Describe in words what :func:`compare_results` found wrong."""
+    """Return in words the faults that :func:`compare_results` found."""
     return [fault for one in verdicts if (fault := one.fault)] + [f"{name}: not exact" for name in differ]
 
 
@@ -73,7 +76,10 @@ def device_of(rehearse: bool) -> str:
 
 
 def kernels_of(rehearse: bool) -> Any:
-    """Return a context in which Triton kernels run without a self-test, which could hide what a check should find."""
+    """Return a context in which Triton kernels run without a self-test.
+
+    After a failed self-test the kernels would not run, and a check could not find their faults.
+    """
     return interpreted() if rehearse else _triton.anywhere()
 
 

@@ -1,6 +1,7 @@
 """Checks of one GPU: the machine, correctness, determinism, boundaries and training. Each runs in a process of its own.
 
-With ``rehearse`` a check runs on the CPU, with Triton's interpreter in place of its compiler. What needs a GPU is skipped.
+With ``rehearse`` a check runs on the CPU, with Triton's interpreter in place of its compiler. A check that needs a GPU is
+skipped then. ``quick`` reduces the work of a check. A check returns its result as plain values, which hold its ``status``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lares_fast import __version__, _dispatch, _native, ops
 from lares_fast.verify import cases, self_test
 from lares_fast.verify.comparison import (
     DTYPES,
+    Result,
     compare_results,
     device_of,
     faults_of,
@@ -35,7 +37,6 @@ from lares_fast.verify.comparison import (
     verdict,
 )
 
-Result = dict[str, Any]
 _PROPERTIES = (
     "name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size", "shared_memory_per_block_optin",
 )  # fmt: skip
@@ -189,7 +190,7 @@ def training(rehearse: bool, quick: bool, autocast: bool) -> Result:
     # Under autocast the two round at different places.
     bound = 0.05 if autocast else 0.01
     facts = {"steps": steps, "first loss": reference[0], "last loss": reference[-1], "worst": worst}
-    # Written so that a NaN is a fault too.
+    # In this form of the comparison a NaN is a fault too.
     faults += [] if worst <= bound else [f"the losses differ by up to {worst:.2g} of their size"]
     return verdict(faults, **facts)
 

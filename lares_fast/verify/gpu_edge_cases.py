@@ -22,10 +22,8 @@ from lares_fast.model import LARES
 from lares_fast.ops.attention import AttentionCall
 from lares_fast.ops.recurrence import build_call
 from lares_fast.verify import cases
-from lares_fast.verify.comparison import device_of, gpu_backends, kernels_of, passed, same_bits, skipped, verdict
+from lares_fast.verify.comparison import Result, device_of, gpu_backends, kernels_of, passed, same_bits, skipped, verdict
 from lares_fast.verify.gpu_large import recurrence_inputs
-
-Result = dict[str, Any]
 
 
 def every_kernel(rehearse: bool, quick: bool) -> Result:
@@ -67,7 +65,7 @@ def streams(rehearse: bool, quick: bool) -> Result:
 
 
 class _ItemsOnTheCPU(Dataset[Tensor]):
-    """What a worker of a DataLoader may do: it works on the CPU."""
+    """A data set that computes its items on the CPU, as the workers of a DataLoader must."""
 
     def __len__(self) -> int:
         return 4
@@ -85,7 +83,7 @@ def fork(rehearse: bool, quick: bool) -> Result:
         first = case.results("triton", torch.float32, device_of(rehearse))
         child = os.fork()
         if not child:
-            # Skip Python's clean-up, which would touch what belongs to the parent.
+            # Skip Python's clean-up, which would touch resources of the parent.
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             faults.append("a forked child that does nothing ended with an error")
@@ -100,7 +98,7 @@ def fork(rehearse: bool, quick: bool) -> Result:
 
 
 def graphs(rehearse: bool, quick: bool) -> Result:
-    """Check that a first launch during a graph capture raises, and that torch.compile takes the op as a whole."""
+    """Check that a first launch during a graph capture raises, and that torch.compile compiles the op without a graph break."""
     if rehearse:
         return skipped("the CPU has no graph capture")
     faults = []

@@ -11,9 +11,8 @@ from torch import Tensor
 from lares_fast import _native, ops, reference
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
-from lares_fast.verify.comparison import device_of, kernels_of, skipped, verdict
+from lares_fast.verify.comparison import Result, device_of, kernels_of, skipped, verdict
 
-Result = dict[str, Any]
 _HALF = torch.bfloat16
 
 
@@ -43,7 +42,7 @@ def _large(check: Callable[[str, int], list[str]], bytes_per_element: int, rehea
 
 
 def large_attention(device: str, elements: int) -> list[str]:
-    """Compare the last of many equal sequences with a call on one sequence, dropout included. Return the faults."""
+    """Compare the last of many equal sequences with a call on one sequence, with dropout. Return the faults."""
     length, H, E = 64, 2, 128
     one = [torch.randn(length, H, E).to(device, _HALF) for _ in range(4)]
 
@@ -76,7 +75,7 @@ def large_recurrence(device: str, elements: int) -> list[str]:
         out = ops.recurrence(h, offsets, weights, pre=h.detach(), backend="triton", **how)
         return [out.detach()[-2:], torch.autograd.grad(out, h, one.repeat(B // 4, 1))[0][-64:]]
 
-    # A tile holds two sequences, and their results may differ in the last bit by their place in it. So compare two sequences.
+    # A tile holds two sequences. The last bit of a result may depend on the place in the tile, so compare two sequences.
     return _differences(("out", "d h"), call(-(-elements // (4 * 32 * width * depth)) * 4), call(4))
 
 

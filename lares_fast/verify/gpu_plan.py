@@ -66,7 +66,7 @@ def plan(*, rehearse: bool, quick: bool) -> dict[str, Step]:
 def _correctness(how: Mapping[str, bool]) -> dict[str, Step]:
     steps = {}
     ops = sorted(ops_with_triton(), key=lambda op: op != "recurrence")
-    # Products in fp32 compile longest. If time runs out, fp16 is the least loss.
+    # Products in fp32 need the longest compilation. fp16 comes last, because it matters least if the time runs out.
     dtypes = sorted(DTYPES, key=("float32", "bfloat16", "float16").index) if not how["rehearse"] else ["float32"]
     cases = [(op, "triton", dtype, variant) for dtype in dtypes for op in ops for variant in _variants(op, how)]
     cases += [("recurrence", "layers", dtype, {"width": 48}) for dtype in ("float32", "bfloat16") if dtype in dtypes]
@@ -88,7 +88,7 @@ def _correctness(how: Mapping[str, bool]) -> dict[str, Step]:
 
 
 def _variants(op: str, how: Mapping[str, bool]) -> list[dict[str, Any]]:
-    """Return the variants of published sizes, without those for inference whose kernels a training variant also runs."""
+    """Return the variants of published sizes, without an inference variant whose kernels a training variant also runs."""
     shipped = cases.shipped(op)
     return [{}] if how["quick"] else [one for one in shipped if one["train"] or {**one, "train": True} not in shipped]
 
@@ -109,21 +109,22 @@ def _sanitizer(how: Mapping[str, bool]) -> dict[str, Step]:
     return steps
 
 
-def chosen(asked: Sequence[str] | None, names: Iterable[str]) -> list[str]:
-    """Return those of ``names`` that ``asked`` lists: names, groups, or ``failed REPORT``. Without ``asked`` return all.
+def chosen(wanted: Sequence[str] | None, names: Iterable[str]) -> list[str]:
+    """Return the elements of ``names`` that ``wanted`` lists: names, groups, or ``failed REPORT``.
 
-    ``failed REPORT`` means every step that neither passed nor was skipped in that report.
+    ``failed REPORT`` means every step that neither passed nor was skipped in that report. Without ``wanted`` return all
+    names. Raises :class:`InputError` for an unknown name and for a file that is not a report.
     """
     names = list(names)
-    if not asked:
+    if not wanted:
         return names
-    if asked[0] == "failed":
-        if len(asked) != 2:
+    if wanted[0] == "failed":
+        if len(wanted) != 2:
             raise InputError("--only failed needs one report: give --only failed REPORT.")
-        before = read(Path(asked[1]))
+        before = read(Path(wanted[1]))
         return [name for name in names if name in before and not is_well(before[name])]
-    found = [name for name in names if any(name == one or name.startswith(f"{one}:") for one in asked)]
-    for one in asked:
+    found = [name for name in names if any(name == one or name.startswith(f"{one}:") for one in wanted)]
+    for one in wanted:
         if not any(name == one or name.startswith(f"{one}:") for name in names):
             groups = ", ".join(dict.fromkeys(name.partition(":")[0] for name in names))
             raise InputError(f"--only {one} is not a step: give failed REPORT, a full name, or a group ({groups}).")

@@ -44,7 +44,7 @@ class Report:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Read a report. Raises :class:`InputError` if the file is none."""
+    """Read a report. Raises :class:`InputError` if the file is not a report."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -63,14 +63,14 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the results as a Markdown table."""
     lines = ["| step | result | seconds | details |", "|---|---|---|---|"]
     for name, result in found.items():
-        cures = [option for option, status in result.get("with", {}).items() if status == "passed"]
+        passing = [option for option, status in result.get("with", {}).items() if status == "passed"]
         accuracy = ""
         if "tensors" in result:
             accuracy = f"largest error {result['worst']:.2f} of its bound, first call {result['first_call_s']} s"
         last = result.get("log", "").strip().splitlines()[-1:]
         details = [*result.get("faults", []), result.get("why", ""), result.get("summary", ""), *last, accuracy]
         text = "; ".join(part[:1000] for part in details if part)
-        if cures:
-            text += f" (passes {', '.join(cures)})"
+        if passing:
+            text += f" (passes {', '.join(passing)})"
         lines.append(f"| {name} | {result['status']} | {result.get('seconds', '')} | {text.replace('|', '/')} |")
     return "\n".join(lines)

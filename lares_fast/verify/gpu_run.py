@@ -21,7 +21,7 @@ _OPTIONS: dict[str, tuple[int | None, dict[str, str]]] = {
     "without fused multiply-add": (None, {"TRITON_DEFAULT_FP_FUSION": "0"}),
     "one launch at a time": (None, {"CUDA_LAUNCH_BLOCKING": "1"}),
 }
-# One fault in a kernel fails many steps, so only this many are diagnosed.
+# One fault in a kernel makes many steps fail, so only this many are diagnosed.
 _MOST_DIAGNOSED = 6
 # A step does not start with fewer seconds left.
 _LEAST_SECONDS = 5
@@ -45,8 +45,8 @@ class Limits:
 def run_steps(steps: Mapping[str, Step], report: Report, limits: Limits, *, rehearse: bool) -> None:
     """Run ``steps`` within ``limits`` and put each result into ``report``.
 
-    The steps ``FIRST`` run first, and nothing else runs if one of them fails. Failed steps of the groups ``DIAGNOSED`` run
-    again with other options of Triton's compiler.
+    The steps ``FIRST`` run first, and nothing else runs if one of them fails. The first few steps of the groups ``DIAGNOSED``
+    that failed or hung run again with other options of Triton's compiler.
     """
 
     def result_of(step: Step, option: Mapping[str, str]) -> dict[str, Any] | None:
@@ -97,6 +97,6 @@ def _in_parallel(jobs: int, call: Callable[..., None], calls: Iterable[tuple[Any
 
 
 def options_for(machine: Mapping[str, Any]) -> list[str]:
-    """Return the compiler options that can matter on the GPUs of ``machine``, the result of the step of this name."""
+    """Return the compiler options that can matter on the GPUs that ``machine``, the result of the step ``machine``, lists."""
     majors = {gpu["major"] for gpu in machine.get("gpus", ())}
     return [option for option, (major, _) in _OPTIONS.items() if major is None or major in majors]

@@ -1,4 +1,4 @@
-"""Search the fastest launch settings of Triton kernels on this GPU, for the sizes of one model."""
+"""Search for the fastest launch settings of Triton kernels on this GPU, for the sizes of one model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Tell = Callable[[str], None]
 
 
 def tune(op: str, dtype: torch.dtype, device: torch.device, model: LARESConfig, batch: int, tell: Tell) -> str:
-    """Measure ``op`` for the sizes of ``model``, store settings that are faster than the shipped ones, and say so in words.
+    """Measure ``op`` for the sizes of ``model``, store settings that are faster than the shipped ones, and return a sentence.
 
     ``batch`` is the number of sequences or rows of the measured call. ``tell`` is called with one line for each candidate.
     """
@@ -40,7 +40,7 @@ def tune(op: str, dtype: torch.dtype, device: torch.device, model: LARESConfig, 
         return f"not measured, because {str(error).partition(': ')[2].rstrip('.')}"
     if not found:
         return f"the shipped settings are the fastest ({before:.3g} ms)"
-    tuning.keep(device, {tuning.call_key(op, dtype, sizes): found})
+    tuning.store(device, {tuning.call_key(op, dtype, sizes): found})
     return f"{before / after:.2f} times as fast ({before:.3g} ms to {after:.3g} ms), stored"
 
 

@@ -1,4 +1,4 @@
-"""Checks of Triton kernels that need no GPU: interpret them, and compile them for GPUs that are not here."""
+"""Checks of Triton kernels that need no GPU: interpret them, and compile them for GPUs that are not in this machine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Run a check in a process of its own.
 
-Triton interprets or compiles for a whole process, and an error that makes the GPU unusable ends its process.
+A process cannot change between Triton's interpreter and its compiler, and some errors make the GPU
+unusable for the process in which they occur.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def run_check(
 ) -> dict[str, Any]:
     """Run the check ``name`` of ``python -m lares_fast.verify`` in a new process, and return its result.
 
-    ``under`` is a command that runs the process, such as compute-sanitizer. The result says how many seconds the process
-    took. If the process failed or took longer than ``seconds``, the result holds the end of its log.
+    ``under`` is a command that runs the process, such as compute-sanitizer. The result has a ``status`` (``passed``,
+    ``skipped``, ``failed`` or ``hung``) and the ``seconds`` that the process took. If the process failed or took longer than
+    ``seconds``, the result holds the end of its log.
     """
     command = [*under, sys.executable, "-P", "-m", "lares_fast.verify", name, json.dumps(arguments)]
     began = time.monotonic()

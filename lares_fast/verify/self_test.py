@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 
 _CACHE = "self_test"
 
-# Relative to the largest number of a result. They allow a few roundings, but not one wrong product of integers.
+# Largest error that passes, relative to the largest number of a result or to 1. It allows a few roundings, but not one wrong
+# product of integers.
 _TOLERANCE = {torch.float32: 2.0**-12, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
 
-# The key of a self-test is (op, device, dtype, variant). _known has the results, _trying the keys of the self-tests that run
-# now, and _own the threads that run them.
+# The key of a self-test is (op, device, dtype, variant). _known holds the results, _trying holds the keys of the self-tests
+# that run now, and _own holds the threads that run them.
 _known: dict[tuple[Any, ...], str | None] = {}
 _trying: set[tuple[Any, ...]] = set()
 _own: set[int] = set()
-# Guards all three, and wakes waiting threads when a self-test ends.
+# Guards _trying, and wakes waiting threads when a self-test ends.
 _changed = threading.Condition()
 
 
@@ -136,7 +137,7 @@ def _difference(case: Case, results: Results, dtype: torch.dtype) -> str | None:
         return next((verdict.fault for verdict in verdicts if verdict.fault), None)
     for name, expected in {**truth.forward, **truth.gradients}.items():
         error = ({**results.forward, **results.gradients}[name].double() - expected).abs().max().item()
-        # Written so that a NaN is an error too.
+        # In this form of the comparison a NaN is an error too.
         if not error <= _TOLERANCE[dtype] * max(1.0, expected.abs().max().item()):
             return f"{name} has an error of {error:.3g}"
     return None

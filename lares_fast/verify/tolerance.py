@@ -11,9 +11,9 @@ A result passes if and only if
     max|result - truth| <= FACTOR[kind] * max|twin - truth| + ROUNDING[dtype] * rms(truth)
     and max|result - truth| <= CEILING[dtype] * max(rms(truth), max|truth| / 16)
 
-The ceiling keeps an inaccurate twin from excusing an inaccurate kernel. ``rms(truth)`` counts as at least a tenth of the rms
-over all tensors of the check, because some gradients are zero by construction (gradients of key biases) and their computed
-values are rounding errors of the other gradients. No caller can loosen these tolerances.
+Because of the ceiling, an inaccurate kernel fails even if the twin is inaccurate too. ``rms(truth)`` counts as at least a tenth
+of the rms over all tensors of the check, because some gradients are zero by construction (gradients of key biases) and their
+computed values are rounding errors of the other gradients. No caller can loosen these tolerances.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Launch settings that ``lares-fast tune`` measured on this GPU, stored beside the results of self-tests under one identity.
+"""Launch settings that ``lares-fast tune`` measured on this GPU. They are stored beside the results of self-tests.
 
-A call uses them only if settings are stored for its exact sizes and are among those that may be tried.
+A call uses stored settings only if they were stored for its exact sizes, GPU, driver and software, and if ``lares-fast tune``
+may try them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lares_fast.verify import cache, self_test
 _CACHE = "launch_settings"
 
 # The kernels of each op, in groups that share their launch settings. The catalog kernels are one group, because they must
-# compute a target's score with the same bits.
+# compute equal bits for a target's score.
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "attention": (("attention_forward",), ("attention_backward_query",), ("attention_backward_key_value",)),
     "linear_cross_entropy": (("target_score", "softmax_forward", "softmax_backward_hidden", "softmax_backward_items"),),
@@ -32,7 +33,7 @@ _WARPS, _STAGES = (1, 2, 4, 8), (1, 2, 3)
 
 # Device -> the stored settings, by call.
 _known: dict[torch.device, dict[str, Any]] = {}
-# (op, choice) that replaces the stored settings. Not a context variable, because a backward may run in another thread.
+# (op, choice) that replaces the stored settings. This is not a context variable, because a backward may run in another thread.
 _forced: tuple[str, Any] | None = None
 
 
@@ -84,7 +85,7 @@ def of_device(device: torch.device) -> dict[str, Any]:
     return _known[device]
 
 
-def keep(device: torch.device, found: Mapping[str, Any]) -> None:
+def store(device: torch.device, found: Mapping[str, Any]) -> None:
     """Store ``found`` (call -> settings as plain values) beside the settings of other calls. Raises OSError."""
     calls = {**_read(device), **found}
     cache.write(_CACHE, self_test.identity(device), {"calls": calls})
@@ -101,7 +102,7 @@ def clear() -> bool:
 
 
 def note(op: str, tensor: Tensor) -> str | None:
-    """Return what ``explain`` adds to a backend that uses stored settings, or ``None``."""
+    """Return the text that ``explain`` adds to a backend that uses stored settings, or ``None``."""
     sizes = [key.partition(" ")[2] for key in of_device(tensor.device) if key.split()[0] == op]
     return f"with launch settings from lares-fast tune for {'; '.join(sizes)}" if sizes else None
 

@@ -35,12 +35,12 @@ def found(sizes=SIZES, dtype=torch.float32, op="attention"):
 
 def test_what_is_found_is_used_for_its_call_alone(gpu):
     assert found() is None
-    tuning.keep(CPU, {KEY: FOUND})
+    tuning.store(CPU, {KEY: FOUND})
     assert found() == _launch.Choice(16, {"attention_forward": (4, 2)})
     assert found({"width": 32, "longest": 51}) is None
     assert found(dtype=torch.bfloat16) is None
     # The settings of another call are stored beside it.
-    tuning.keep(CPU, {"recurrence float32 width=64": FOUND})
+    tuning.store(CPU, {"recurrence float32 width=64": FOUND})
     assert found() is not None
     (file,) = gpu.iterdir()
     assert json.loads(file.read_text())["gpu"] == "none"
@@ -53,13 +53,13 @@ def test_what_is_found_is_used_for_its_call_alone(gpu):
     {"rows": 16}, {"rows": [16], "kernels": {}}, [16], "16",
 ], ids=str)  # fmt: skip
 def test_what_may_not_be_tried_is_not_used(stored, gpu):
-    tuning.keep(CPU, {KEY: stored})
+    tuning.store(CPU, {KEY: stored})
     assert found() is None
 
 
 def test_a_tile_of_the_recurrence_holds_its_longest_sequence(gpu):
     sizes = {"width": 64, "heads": 2, "inner": 256, "longest": 65}
-    tuning.keep(CPU, {tuning.call_key("recurrence", torch.bfloat16, sizes): {"rows": 64, "kernels": {}}})
+    tuning.store(CPU, {tuning.call_key("recurrence", torch.bfloat16, sizes): {"rows": 64, "kernels": {}}})
     assert found(sizes, torch.bfloat16, "recurrence") is None
     assert tuning.rows("recurrence", sizes) == (128,)
 
@@ -75,23 +75,23 @@ def test_blackwell_keeps_to_two_warps_in_half_precision():
     lambda file: file.write_text(file.read_text().replace('"none"', '"another"')),
 ])  # fmt: skip
 def test_a_damaged_file_is_none(damage, gpu):
-    tuning.keep(CPU, {KEY: FOUND})
+    tuning.store(CPU, {KEY: FOUND})
     damage(next(gpu.iterdir()))
     assert found() is None
 
 
 def test_another_driver_has_another_file(gpu, monkeypatch):
-    tuning.keep(CPU, {KEY: FOUND})
+    tuning.store(CPU, {KEY: FOUND})
     monkeypatch.setattr(self_test, "identity", lambda device: {"gpu": "none", "driver": "newer"})
     tuning._known.clear()
     assert found() is None
 
 
 def test_a_write_is_whole_or_not_at_all(gpu, monkeypatch):
-    tuning.keep(CPU, {KEY: FOUND})
+    tuning.store(CPU, {KEY: FOUND})
     monkeypatch.setattr(tuning.cache.json, "dump", lambda value, file, **_: (file.write("{"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
-        tuning.keep(CPU, {KEY: {"rows": 32, "kernels": {}}})
+        tuning.store(CPU, {KEY: {"rows": 32, "kernels": {}}})
     tuning._known.clear()
     assert found().rows == 16
 
@@ -240,7 +240,7 @@ def test_a_command_of_tuning(gpu, monkeypatch, capsys):
 
 
 def test_what_is_found_is_told_and_cleared(gpu, monkeypatch, capsys):
-    tuning.keep(CPU, {KEY: FOUND})
+    tuning.store(CPU, {KEY: FOUND})
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
     query = torch.zeros(50, 2, 32)
     call = (query, query, query, torch.tensor([0, 50]), 50)
