@@ -1,8 +1,8 @@
-"""Baselines without training, popularity and a first-order Markov chain, ranked by the protocol of the model."""
+"""Baselines without training: popularity and a first-order Markov chain. They rank by the protocol of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -10,17 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lares_fast.data import InteractionLog, Rows, Split
-from lares_fast.train.evaluate import MASKED, NOT_MASKED, history_of
-
-Progress = Callable[[int, int], None]
+from lares_fast.train.evaluate import MASKED, NOT_MASKED, Progress, history_of
 
 _BATCH_ROWS, _BATCH_EVENTS = 4096, 1 << 18
 _NOTHING = np.empty(0, np.int64)
 
 
 def popularity_ranks(log: InteractionLog, split: Split, rows: Rows, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Rank items by how often they occur in the training events, ties by id; returns as ``model_ranks``.
+    """Rank items by how often they occur in the training events, ties by id.
 
+    Return the rank of each row's target, [R] int64, under the names ``not masked`` and ``masked``: see ``model_ranks``.
     ``progress`` is called after each batch with the number of finished rows and of all rows.
     """
     return _ranks(log, rows, _Followers(_places(log, split), _NOTHING, _NOTHING), progress)
@@ -29,7 +28,7 @@ def popularity_ranks(log: InteractionLog, split: Split, rows: Rows, progress: Pr
 def markov_ranks(log: InteractionLog, split: Split, rows: Rows, progress: Progress | None = None) -> dict[str, Tensor]:
     """Rank items by how often they followed the row's last item in training, ties by popularity, then by id.
 
-    Returns, and calls ``progress``, as :func:`popularity_ranks`.
+    The result and ``progress`` are as in :func:`popularity_ranks`.
     """
     seen = _in_training(log, split)
     follows = seen & np.roll(seen, 1)
@@ -50,7 +49,7 @@ class _Followers:
         self._pairs, self._times = np.unique(previous.astype(np.int64) * len(place) + place[following], return_counts=True)
         of_pair = self._pairs // len(place)
         order = np.lexsort((-self._times, of_pair))
-        # For each pair: the number of followers of the same item that come before it.
+        # For each pair: the number of better followers of its first item.
         self._before = np.empty(len(order), np.int64)
         self._before[order] = np.arange(len(order)) - np.searchsorted(of_pair, of_pair[order])
 

@@ -37,7 +37,10 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read the file that :func:`save_state` wrote; raises :class:`InputError` if it is missing, damaged or another file."""
+    """Read the file that :func:`save_state` wrote, onto the CPU.
+
+    Raises :class:`InputError` if the file is missing or damaged, or if something else wrote it.
+    """
     _require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -45,9 +48,9 @@ def load_state(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path} is no readable lares_fast state: it is truncated or of another program.") from error
+        raise InputError(f"{path} is not a readable lares_fast state: it is truncated, or another program wrote it.") from error
     if damaged:
-        raise InputError(f"{path} is damaged ({damaged} does not have its checksum): go on from a copy, or train again.")
+        raise InputError(f"{path} is damaged ({damaged} does not have its checksum): continue from a copy, or train again.")
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise InputError(f"{path} is not a state of this version ({_FORMAT}): train again, or use the version that wrote it.")
     return state
@@ -71,20 +74,24 @@ def save_weights(path: Path, weights: Weights, config: LARESConfig, about: dict[
 def load_weights(path: Path) -> tuple[Weights, LARESConfig]:
     """Return the weights and the configuration in a file that :func:`save_weights` wrote.
 
-    Raises :class:`InputError` if the file is missing, damaged or another file, or holds weights that are not finite.
+    Raises :class:`InputError` if the file is missing or damaged, if something else wrote it, or if it holds weights that are
+    not finite.
     """
     return load_weights_about(path)[:2]
 
 
 def load_weights_about(path: Path) -> tuple[Weights, LARESConfig, dict[str, str]]:
-    """Return as :func:`load_weights`, and ``about``, which is empty for files of an earlier version."""
+    """Return the weights, the configuration and ``about``, which is empty for files of an earlier version.
+
+    Raises the errors of :func:`load_weights`.
+    """
     _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:
-        raise InputError(f"{path} is not a readable safetensors file: it is truncated or of another format.") from error
+        raise InputError(f"{path} is not a readable safetensors file: it is truncated or has another format.") from error
     if _FORMAT not in metadata:
         raise InputError(f"{path} was not written by lares_fast ({_FORMAT}): convert official weights with lares_fast.convert.")
     values, about = _verified(path, metadata[_FORMAT], weights)
@@ -100,7 +107,7 @@ def sha256(data: bytes) -> str:
 
 
 def same_form(weights: Weights, other: Weights) -> bool:
-    """Return whether both have tensors of the same names, shapes and dtypes."""
+    """Return whether both have tensors of equal names, shapes and dtypes."""
     return {name: (value.shape, value.dtype) for name, value in weights.items()} == {
         name: (value.shape, value.dtype) for name, value in other.items()
     }
@@ -114,13 +121,13 @@ def weights_of(model: LARES) -> Weights:
 def check_weights(model: LARES, weights: Weights, path: Path, part: str) -> None:
     """Raise :class:`InputError` unless ``weights``, which are ``part`` of the state ``path``, can be weights of ``model``."""
     if not same_form(weights, model.state_dict()):
-        raise InputError(f"{path} holds weights under {part!r} that are not of this model: go on from a copy, or train again.")
+        raise InputError(f"{path} holds weights under {part!r} of another model: continue from a copy, or train again.")
     if not all_finite(weights.values()):
         raise InputError(f"{path} holds weights under {part!r} that are not finite: begin a new run with a lower lr.")
 
 
 def load_into(model: LARES, weights: Weights, path: Path, part: str) -> None:
-    """Give ``model`` the ``weights``; raises as :func:`check_weights`."""
+    """Give ``model`` the ``weights``. Raises the errors of :func:`check_weights`."""
     check_weights(model, weights, path, part)
     model.load_state_dict(weights)
 

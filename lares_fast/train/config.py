@@ -1,4 +1,8 @@
-"""The settings of a training run. The default values are those of the published run on Musical Instruments."""
+"""The settings of a training run. The default values are the settings of the published run on Musical Instruments.
+
+The classes raise :class:`InputError`, which names the setting, for a value of another type and for a value out of range. The
+functions that read, split and draw a log check the ranges in :class:`DataConfig`.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +45,8 @@ def _check_types(settings: Any) -> None:
         else:
             plain = tuple(_plain(kind, item) for item in value) if many else _plain(kind, value)
         if plain is None or (many and None in plain):
-            raise _refusal(settings, each.name, _WORDS[kinds[0]], reprlib.repr(value))
-        # A number of an array library could be saved, but not read again.
+            raise _wrong_value(settings, each.name, _WORDS[kinds[0]], reprlib.repr(value))
+        # A number type of an array library could be saved, but not read again.
         object.__setattr__(settings, each.name, plain)
 
 
@@ -77,16 +81,16 @@ def _positive(settings: object, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if value is not None and value <= 0:
-            raise _refusal(settings, name, "greater than 0", value)
+            raise _wrong_value(settings, name, "greater than 0", value)
 
 
 def _not_negative(settings: object, *names: str) -> None:
     for name in names:
         if (value := getattr(settings, name)) < 0:
-            raise _refusal(settings, name, "0 or greater", value)
+            raise _wrong_value(settings, name, "0 or greater", value)
 
 
-def _refusal(settings: object, name: str, expected: str, value: object) -> InputError:
+def _wrong_value(settings: object, name: str, expected: str, value: object) -> InputError:
     """Return the error for the field ``name`` of ``settings``, which must be ``expected`` but is ``value``."""
     section = next((section for section, kind in SECTIONS.items() if type(settings) is kind), None)
     setting = name if section is None else f"{section}.{name}"
@@ -124,12 +128,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         if self.split not in SPLITS:
-            raise _refusal(self, "split", f"one of {', '.join(SPLITS)}", repr(self.split))
+            raise _wrong_value(self, "split", f"one of {', '.join(SPLITS)}", repr(self.split))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """The settings that both phases have: those of Adam, and when to stop.
+    """The settings that both phases have: the settings of Adam, and when to stop.
 
     ``batch_size``
         B, the number of training rows in a step.
@@ -205,12 +209,12 @@ class RPTConfig(PhaseConfig):
         super().__post_init__()
         _positive(self, "k", "filter_top", "filter_passes")
         if self.group_size < 2:
-            raise _refusal(self, "group_size", "at least 2, because advantages compare trajectories", self.group_size)
+            raise _wrong_value(self, "group_size", "at least 2, because advantages compare trajectories", self.group_size)
         for name, allowed in (("reward", REWARDS), ("scores", SCORES)):
             if (value := getattr(self, name)) not in allowed:
-                raise _refusal(self, name, f"one of {', '.join(allowed)}", repr(value))
+                raise _wrong_value(self, name, f"one of {', '.join(allowed)}", repr(value))
         if not 0 <= self.dropout < 1:
-            raise _refusal(self, "dropout", "in [0, 1)", self.dropout)
+            raise _wrong_value(self, "dropout", "in [0, 1)", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +246,7 @@ class EvalConfig:
         _check_types(self)
         _positive(self, "batch_size")
         if 10 not in self.ks or min(self.ks) < 1:
-            raise _refusal(self, "ks", "positive and hold 10, which early stopping watches", self.ks)
+            raise _wrong_value(self, "ks", "positive and hold 10, which early stopping watches", self.ks)
 
     def depths(self, mean_depth: int) -> list[int]:
         """Return the numbers of steps T of the test, ascending."""
@@ -275,12 +279,12 @@ class RunConfig:
         _check_types(self)
         for name, kind in {**SECTIONS, "model": dict}.items():
             if not isinstance(getattr(self, name), kind):
-                raise _refusal(self, name, f"a {kind.__name__}", reprlib.repr(getattr(self, name)))
+                raise _wrong_value(self, name, f"a {kind.__name__}", reprlib.repr(getattr(self, name)))
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in self.model.items()}
         object.__setattr__(self, "model", plain)
         _not_negative(self, "checkpoint_minutes")
         if not 0 <= self.seed < 2**64:
-            raise _refusal(self, "seed", "in 0..2**64-1", self.seed)
+            raise _wrong_value(self, "seed", "in 0..2**64-1", self.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values, ready for YAML."""

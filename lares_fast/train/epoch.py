@@ -17,7 +17,7 @@ from lares_fast.train.validation import validate
 
 
 def train_epoch(run: Run, phase: Phase, optimizer: torch.optim.Optimizer, key: Key) -> None:
-    """Make the steps that the current epoch has left, then validate and save; all that is random depends on ``key``.
+    """Do the remaining steps of the current epoch, then validate and save. All random numbers depend on ``key``.
 
     Raises :class:`NotFiniteError` if the model diverges, and :class:`Interrupted` if a stop was requested.
     """
@@ -45,13 +45,16 @@ def train_epoch(run: Run, phase: Phase, optimizer: torch.optim.Optimizer, key: K
 
 
 def _loss_and_gradient(run: Run, phase: Phase, optimizer: torch.optim.Optimizer, batch: Any) -> dict[str, float]:
-    """Compute the loss of ``batch`` and its gradient; return the loss and its parts, once both are known to be finite."""
+    """Compute the loss of ``batch`` and its gradient, and return the loss and its parts as numbers.
+
+    Raises :class:`NotFiniteError` if the loss or the gradient is not finite.
+    """
     loss = phase(batch)
     parts = phase.parts
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
-    # All numbers come in one copy, and before the step: what is not finite must not reach the weights.
+    # All numbers come in one copy, before the step: a number that is not finite must not reach the weights.
     numbers = torch.stack([value.detach().to(norm.device, torch.float64) for value in (norm, loss, *parts.values())])
     size, *values = numbers.tolist()
     if not math.isfinite(values[0]) or not math.isfinite(size):
@@ -60,7 +63,7 @@ def _loss_and_gradient(run: Run, phase: Phase, optimizer: torch.optim.Optimizer,
 
 
 class _Clock:
-    """Measures an epoch, the time before a resumed run included, and saves the run at intervals."""
+    """Measures the time of an epoch, including its time before the run was resumed, and saves the run at intervals."""
 
     def __init__(self, run: Run) -> None:
         self._run, self._progress = run, run.state.progress
@@ -75,13 +78,13 @@ class _Clock:
         return batch
 
     def save_if_due(self) -> None:
-        """Save the run if the last time is more than ``checkpoint_minutes`` ago."""
+        """Save the run if the last save was more than ``checkpoint_minutes`` ago."""
         if time.monotonic() - self._saved > 60 * self._run.config.checkpoint_minutes:
             self._run.save()
             self._saved = time.monotonic()
 
     def show_step(self, phase: Phase, last: int) -> None:
-        """Count the time of the step that has just been made, and show the step, one of ``last``."""
+        """Count the time of the step that has just been made, and show the step. The epoch has ``last`` steps."""
         progress, settings = self._progress, phase.settings
         elapsed = time.monotonic() - self._began
         progress.seconds = self._earlier + elapsed

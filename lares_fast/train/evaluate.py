@@ -36,7 +36,7 @@ def model_ranks(
     ``not masked`` ranks all items, ``masked`` leaves out the items of the user's history. PAD is never ranked.
     ``num_steps`` is T (default: the model's). The initial states depend on ``key`` and on each row's index, not on
     ``batch_size``. ``progress`` is called after each batch with the number of finished rows and of all rows.
-    The workspace is that of ``ops.target_ranks``.
+    It needs the workspace of ``ops.target_ranks``.
     Raises :class:`InputError` if weights or scores are not finite, because the ranks would show the order of the ids only.
     """
     ranks = {name: torch.empty(len(rows), dtype=torch.int64) for name in (NOT_MASKED, MASKED)}
@@ -60,7 +60,7 @@ def _queries(
     """Yield (batch, its queries [B, D], all items [N, D]) of an evaluation pass."""
     training, width = model.training, model.config.hidden_size
     require_usable(model, width)
-    # One number for each batch. They are read after the last batch, so that no batch waits for a GPU.
+    # One number for each batch. They are read after the last batch, so that no batch has to wait for a GPU.
     largest_queries, items = list[Tensor](), model.item_table()
     model.eval()
     try:
@@ -77,7 +77,7 @@ def _queries(
 
 
 def _batches(log: InteractionLog, rows: Rows, max_len: int, batch_size: int) -> Iterator[tuple[int, Batch]]:
-    """Yield (number of finished rows, batch). The rows come in order of length, so that rows of a batch cost about the same."""
+    """Yield (number of finished rows, batch). The rows come in order of length, so that a batch has rows of similar length."""
     lengths = np.minimum(rows.ends - log.offsets[rows.users], max_len)
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
@@ -105,8 +105,8 @@ def keep_rankable(
 ) -> Rows:
     """Return the rows whose target is among the first ``top`` items in at least one of ``passes`` passes.
 
-    This is the row filter of the official phase-2 trainer; as there, PAD and the history are ranked too. The key of each
-    pass gives it other initial states. A row that one pass keeps is not ranked again.
+    This is the row filter of the official phase-2 trainer, which also ranks PAD and the history. The key of each pass gives it
+    other initial states. A row that one pass keeps is not ranked again.
     """
     left = np.arange(len(rows))
     for number in range(passes):

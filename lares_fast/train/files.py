@@ -55,13 +55,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace ``path`` with a file that ``write(file)`` fills; raises as :func:`replacing`."""
+    """Replace ``path`` with a file that ``write(file)`` fills. Raises the errors of :func:`replacing`."""
     with replacing(path) as file:
         write(file)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` as UTF-8, atomically; raises as :func:`replacing`."""
+    """Write ``text`` to ``path`` as UTF-8, atomically. Raises the errors of :func:`replacing`."""
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
@@ -111,7 +111,8 @@ def locked(folder: Path, tell: Callable[[str], Any] = lambda _: None) -> Iterato
         yield
     finally:
         if descriptor is not None:
-            # The file goes before the lock: a process that waits for the lock then finds the file gone and makes a new one.
+            # The file is removed before the lock is released. A process that opened the file and now gets the lock finds that
+            # the file is gone, and makes a new one.
             (folder / LOCK).unlink(missing_ok=True)
             os.close(descriptor)
 

@@ -37,7 +37,7 @@ def require_finite_scores(query: float, items: float | None, width: int, what: s
     """Raise :class:`NotFiniteError` unless dot products of vectors of ``width`` numbers are finite in fp32.
 
     ``query`` and ``items`` are the largest magnitudes on the two sides; ``items=None`` stands for the value of ``query``.
-    NaN is refused too. ``what`` begins the message.
+    NaN raises the error too. ``what`` begins the message.
     """
     if not query * (query if items is None else items) * width < _FP32_MAX:
         raise NotFiniteError(f"{what} are not finite, or too large for fp32: the model has diverged; train it with a lower lr.")

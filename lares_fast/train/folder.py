@@ -36,7 +36,7 @@ class RunFolder:
         return self._stamp is not None
 
     def load(self) -> SavedRun:
-        """Return the content of state.pt; raises as :func:`lares_fast.train.state.load_run`."""
+        """Return the content of state.pt. Raises the errors of :func:`lares_fast.train.state.load_run`."""
         return load_run(self.state_file)
 
     @contextmanager

@@ -17,7 +17,7 @@ from lares_fast.train.config import RunConfig
 # The entries that an exported model carries, so that a log can be compared with the training log.
 ABOUT = ("data", "split", "rows", "events")
 
-# How an error calls an entry, where its name would not be clear.
+# The words for an entry in an error, where its name would not be clear.
 _CALLED = {"rows": "split of the same name", "events": "data of the same order"}
 
 
@@ -50,7 +50,7 @@ def log_identity(log: InteractionLog, split: Split) -> dict[str, str]:
 
 
 def events_digest(log: InteractionLog) -> str:
-    """Return the SHA-256 of every user's items in order, by raw ids: the order of the users in the file does not matter."""
+    """Return the SHA-256 of every user's items in order, by raw ids. The order of the users in the file has no effect."""
     users = np.argsort(log.user_ids, kind="stable")
     order = np.argsort(log.item_ids[1:], kind="stable")
     rank = np.empty(log.n_items, np.int64)
@@ -68,7 +68,7 @@ def require_same(theirs: dict[str, Any], ours: dict[str, Any], run: Path, purpos
 
     Entries that an earlier version did not write are not compared. ``purpose`` begins the remedy: "resume with".
     """
-    # An earlier version had fewer settings of the model, and computed what the others give by default.
+    # An earlier version had fewer settings of the model. It computed what the other settings give by default.
     theirs = {**theirs, "model": LARESConfig.from_dict(theirs["model"]).to_dict()}
     for name, value in ours.items():
         if theirs.get(name, value) != value:

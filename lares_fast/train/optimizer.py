@@ -15,7 +15,7 @@ from lares_fast.train.config import PhaseConfig
 
 
 def adam(model: LARES, settings: PhaseConfig, saved: dict[str, Any] | None, path: Path) -> torch.optim.Adam:
-    """Return the optimizer of a phase, with the ``state_dict`` that ``path`` has ``saved`` of it, if any.
+    """Return the optimizer of a phase. It continues from its ``state_dict`` ``saved`` in the file ``path``, if there is one.
 
     Raises :class:`InputError` if ``saved`` is not the state of an optimizer of ``model``.
     """
@@ -32,7 +32,7 @@ def adam(model: LARES, settings: PhaseConfig, saved: dict[str, Any] | None, path
     except (AttributeError, KeyError, TypeError, ValueError):
         fits = False
     if not fits:
-        raise InputError(f"{path} holds an optimizer that is not of this model: go on from a copy, or train again.")
+        raise InputError(f"{path} holds the optimizer of another model: continue from a copy, or train again.")
     # A resumed run may have other settings, but the saved state holds the old ones.
     for group in optimizer.param_groups:
         group.update(lr=settings.lr, weight_decay=settings.weight_decay)

@@ -36,7 +36,7 @@ _MAKERS: dict[str, Callable[[Run], Phase]] = {"spt": _spt, "rpt": _rpt}
 
 
 def _rankable_rows(run: Run) -> Rows:
-    """Return the training rows that the filter keeps; it runs once, and the state of the run holds its result."""
+    """Return the training rows that the filter keeps. The filter runs once, and the state of the run holds its result."""
     progress = run.state.progress
     if progress.kept is None:
         assert run.start is not None

@@ -1,4 +1,4 @@
-"""Result rows, as metrics.csv and the results tables hold them."""
+"""The rows of results that metrics.csv and the results tables hold."""
 
 from __future__ import annotations
 

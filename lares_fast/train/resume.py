@@ -1,4 +1,4 @@
-"""Changed settings of a resumed run: a change is applied and announced, or refused if the saved state depends on it."""
+"""Changed settings of a resumed run. A change is applied and announced, or raises an error if the saved state depends on it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WATCHED = ("evaluation.noise_seed", "evaluation.watch_masked")
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """Return every setting by its dotted name, except the model's settings and the seed: the identity of a run has those."""
+    """Return every setting by its dotted name, except the seed and the model's settings, which are part of the identity."""
     values = config.to_dict()
     del values["model"], values["seed"]
     return {
@@ -29,7 +29,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 
 def changed_settings(old: dict[str, Any], state: RunState, config: RunConfig, run: Path) -> dict[str, tuple[Any, Any]]:
-    """Return (old value, new value) of each setting that ``config`` has another value of than the ``old`` settings.
+    """Return (old value, new value) of each setting whose value in ``config`` differs from its value in ``old``.
 
     The new values hold from the next step on. Raises :class:`InputError` if ``state`` depends on a setting that has changed.
     """
@@ -38,7 +38,7 @@ def changed_settings(old: dict[str, Any], state: RunState, config: RunConfig, ru
     for name, (before, now) in changes.items():
         if reason := _obstacle(name, state, changes, new):
             raise InputError(
-                f"{name} cannot change from {before} to {now} when {run} goes on, because {reason}: "
+                f"{name} cannot change from {before} to {now} when {run} continues, because {reason}: "
                 f"resume with {name}={before}, or begin a new run in another folder.",
                 setting=f"{name}={before}",
             )

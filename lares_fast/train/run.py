@@ -1,4 +1,4 @@
-"""The parts of a run that its epochs, validations and phases share, and how they are saved and resumed."""
+"""The parts of a run that its epochs, validations and phases share. This module also saves and resumes them."""
 
 from __future__ import annotations
 
@@ -40,13 +40,16 @@ class Run:
     ``start``
         The frozen model that phase ``rpt`` started from, or ``None`` in phase ``spt``.
     ``state``
-        Where the run stands.
+        The state of the run: its phase, its progress and its results so far.
     ``news``
         Events that came up before the folder was locked. They are recorded when training begins.
     """
 
     def __init__(self, config: RunConfig, log: InteractionLog, split: Split, out: Path, listener: Listener) -> None:
-        """Set up a new run, or the one whose state is in the folder ``out``; raises as :class:`lares_fast.train.Trainer`."""
+        """Set up a new run, or continue the run whose state is in the folder ``out``.
+
+        Raises the errors of :class:`lares_fast.train.Trainer`.
+        """
         self.config, self.log, self.split = config, log, split
         self.key = root_key(config.seed)
         model_config = LARESConfig.from_dict({**config.model, "n_items": log.n_items})
@@ -72,7 +75,7 @@ class Run:
         return self.state.progress.best or {}
 
     def start_from(self, run: Path) -> None:
-        """Take over the best ``spt`` model of the run in the folder ``run``; raises as ``Trainer.start_from``."""
+        """Take over the best ``spt`` model of the run in the folder ``run``. Raises the errors of ``Trainer.start_from``."""
         if self.folder.has_state() or self.state.progress.steps:
             raise InputError(
                 f"{self.folder.path} holds a run already: a run that starts from another's model needs a new folder."
@@ -102,7 +105,7 @@ class Run:
         return self._optimizer
 
     def save(self) -> None:
-        """Write state.pt and metrics.csv; raises :class:`NotFiniteError` for weights or moments that are not finite."""
+        """Write state.pt and metrics.csv. Raises :class:`NotFiniteError` for weights or moments that are not finite."""
         saved = SavedRun(
             state=self.state,
             optimizer=self._optimizer_state(),
@@ -126,7 +129,7 @@ class Run:
         setting: str | None = f"{phase}.lr"
         if progress.steps:
             decay = f" or {phase}.weight_decay" if getattr(self.config, phase).weight_decay else ""
-            remedy = f"lower {setting}{decay} and resume; {self.folder.state_file} holds an earlier state that is sound"
+            remedy = f"lower {setting}{decay} and resume; {self.folder.state_file} holds an earlier state that is finite"
         elif needs_start(phase) or self.state.restarts:
             setting = None
             remedy = (

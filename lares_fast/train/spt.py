@@ -28,7 +28,7 @@ class SPTBatch:
     ``passes``
         The depths [B] and the random numbers of the cross-entropy pass, the anchor pass and the partner pass.
     ``step_index``
-        Which state of the anchor pass is aligned with its last state, counted from 0.
+        The index, counted from 0, of the step of the anchor pass whose state is aligned with the state of the last step.
     """
 
     inputs: Batch

@@ -18,7 +18,7 @@ from lares_fast.train.config import PHASES, PhaseConfig, needs_start
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far the current phase has come. A new phase begins with the default values.
+    """The progress of the current phase. A new phase begins with the default values.
 
     ``epoch, step, steps``
         Finished epochs, finished steps of the current epoch, and finished steps of the phase.
@@ -75,7 +75,7 @@ class Progress:
 
 @dataclass(kw_only=True)
 class RunState:
-    """Where a run stands.
+    """The state of a run.
 
     ``identity``
         The model, seed, data and split of the run: see :mod:`lares_fast.train.identity`.
@@ -99,7 +99,7 @@ class SavedRun:
     """The content of ``state.pt``.
 
     ``state``
-        Where the run stands.
+        The phase of the run, its progress and its results so far.
     ``optimizer``
         The ``state_dict`` of Adam, or ``None`` before the training of the phase has begun.
     ``model, start``
@@ -117,12 +117,12 @@ class SavedRun:
     environment: dict[str, Any] | None
 
 
-# In the file, all fields of the three classes stand side by side.
+# In the file, the fields of the three classes are entries of one dictionary.
 _NESTED = ("state", "progress")
 _HINTS: dict[str, Any] = {
     name: hint for kind in (RunState, Progress, SavedRun) for name, hint in get_type_hints(kind).items() if name not in _NESTED
 }
-# Files of an earlier version lack these.
+# Files of an earlier version lack these entries.
 _NEWER = ("restarts", "seconds", "waited", "settings", "environment")
 
 
@@ -138,11 +138,11 @@ def load_run(path: Path) -> SavedRun:
     """Read the file that :func:`save_run` wrote.
 
     Raises :class:`InputError` if the file is missing or damaged, lacks an entry or has a wrong one. No entry is replaced
-    by a default value, except those that files of an earlier version lack.
+    by a default value, except the entries that files of an earlier version lack.
     """
     values = load_state(path)
     if fault := _fault(values):
-        raise InputError(f"{path} is no usable state of a run ({fault}): go on from a copy, or train again.")
+        raise InputError(f"{path} is not a usable state of a run ({fault}): continue from a copy, or train again.")
     state = RunState(**_fields_of(RunState, values), progress=Progress(**_fields_of(Progress, values)))
     return SavedRun(state=state, **{"settings": None, "environment": None, **_fields_of(SavedRun, values)})
 
@@ -189,7 +189,7 @@ def _wrong_value(values: dict[str, Any]) -> str | None:
         return f"'start' is empty in phase {values['phase']}"
     numbers = [values["best_value"], *values["sums"].values(), values.get("seconds", 0.0), values.get("waited", 0.0)]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
-        return "its running sums are no finite numbers"
+        return "its running sums are not finite numbers"
     return None
 
 
@@ -198,16 +198,16 @@ def _wrong_structure(values: dict[str, Any]) -> str | None:
         if not _all_are((values[name] or {}).values(), Tensor):
             return f"{name!r} holds something other than tensors"
     if not all(isinstance(row, dict) and {"phase", "split", "history"} <= row.keys() for row in values["history"]):
-        return "'history' is no table of results"
+        return "'history' is not a table of results"
     optimizer, kept, identity = values["optimizer"], values["kept"], values["identity"]
     if optimizer is not None and not (isinstance(optimizer.get("state"), dict) and _all_are(optimizer["state"].values(), dict)):
-        return "'optimizer' is no state of an optimizer"
+        return "'optimizer' is not the state of an optimizer"
     if kept is not None and not (
         kept.keys() == {"users", "ends"}
         and all(isinstance(value, Tensor) and value.dim() == 1 for value in kept.values())
         and len(kept["users"]) == len(kept["ends"])
     ):
-        return "'kept' is no list of rows"
+        return "'kept' is not a list of rows"
     if not all(isinstance(identity.get(name), kind) for name, kind in _IDENTITY.items()):
         return "'identity' does not say whose run it is"
     return None

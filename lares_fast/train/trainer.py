@@ -1,8 +1,8 @@
-"""The trainer: it runs both phases, stops early, saves checkpoints, and resumes without changing a bit.
+"""The trainer: it runs both phases, stops early, saves checkpoints, and resumes interrupted runs.
 
-Everything random is a function of (seed, phase, epoch, step), so a checkpoint holds no generator state. A run that is cut
-after any step continues as if it had not been cut. It gives the same bits for the same versions, thread count, instruction
-set and backend.
+Everything random is a function of (seed, phase, epoch, step), so a checkpoint holds no generator state. A run that is
+interrupted after any step and resumed gives the bits of a run without the interruption, if the versions, the thread count, the
+instruction set and the backend are equal.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Trainer:
 
     @property
     def state(self) -> RunState:
-        """Where the run stands; its ``history`` holds the rows of metrics.csv so far."""
+        """The state of the run. Its ``history`` holds the rows of metrics.csv so far."""
         return self._run.state
 
     def request_stop(self) -> None:
@@ -76,8 +76,8 @@ class Trainer:
     def run(self, phases: Sequence[str]) -> list[dict[str, Any]]:
         """Train ``phases`` (of ``spt``, ``rpt``), test the best model of each, and return the rows of metrics.csv.
 
-        ``rpt`` alone needs a folder with a finished ``spt`` phase, or :meth:`start_from`. Meanwhile no other run can write
-        into the folder.
+        ``rpt`` alone needs a folder with a finished ``spt`` phase, or :meth:`start_from`. While this method runs, no other run
+        can write into the folder.
         Raises :class:`InputError` for another phase, for a folder that is in use, and for a model that diverges; its
         state is not saved then.
         """
@@ -104,7 +104,7 @@ class Trainer:
                 continue
             if PHASES.index(run.state.phase) > PHASES.index(phase):
                 if len(wanted) == 1:
-                    run.events.record("notice", text=f"phase {phase} is over in {self.out}: there is nothing to train.")
+                    run.events.record("notice", text=f"phase {phase} is finished in {self.out}: there is nothing to train.")
                 continue
             if phase != run.state.phase:
                 run.enter(phase)
@@ -120,11 +120,11 @@ def _train_phase(run: Run, phase: Phase) -> None:
     key = phase_key(run.key, phase.name, run.state.restarts)
     optimizer = run.make_optimizer(phase.settings)
     if progress.best_value < 0 and (needs_start(phase.name) or run.best):
-        # The model that the phase starts from is the one to beat.
+        # The model that the phase starts from gives the first best value.
         validate(run, epoch=0, means={})
     if not run.folder.has_state():
         # A run that diverges in its first epoch goes back to this state.
         run.save()
-    # An epoch that was cut ends with its validation even if it has made the last step of the phase.
+    # An interrupted epoch ends with its validation even if it has made the last step of the phase.
     while progress.step or not progress.is_over(phase.settings):
         train_epoch(run, phase, optimizer, epoch_key(key, progress.epoch))

@@ -18,7 +18,7 @@ WATCHED = "ndcg@10"
 
 
 def validate(run: Run, epoch: int, means: dict[str, float]) -> None:
-    """Rank the validation rows after ``epoch`` epochs, and keep the model if it is the best of its phase so far.
+    """Rank the validation rows after ``epoch`` epochs, and store the model if it is the best of its phase so far.
 
     ``means`` join the results in metrics.csv. Raises :class:`NotFiniteError` if scores are not finite.
     """
@@ -60,14 +60,14 @@ def rank_test_rows(run: Run) -> None:
 def rank_baselines(run: Run) -> None:
     """Rank the test rows by each baseline that has no results yet."""
     for name, baseline in BASELINES.items():
-        # A run may have been stopped between two of them.
+        # A run may have been stopped between two baselines.
         if all(row["phase"] != name for row in run.state.history):
             ranks = baseline(run.log, run.split, run.split.test, run.events.progress(name))
             run.state.history += result_rows(ranks, run.config.evaluation.ks, phase=name, split="test")
 
 
 def _drop_tests(run: Run) -> None:
-    """Remove the test results of the current phase: they must not stand beside a newer model."""
+    """Remove the test results of the current phase, because they belong to an older model."""
     phase = run.state.phase
     run.state.history = [row for row in run.state.history if (row["phase"], row["split"]) != (phase, "test")]
 

@@ -215,7 +215,7 @@ def test_phases_in_any_form(tmp_path):
     Trainer(train_run.config(spt_epochs=1, rpt_epochs=1), train_run.log(), train_run.split(), tmp_path / "0", seen.append).run(
         ["spt"]
     )
-    assert any("phase spt is over" in event.get("text", "") for event in seen)
+    assert any("phase spt is finished" in event.get("text", "") for event in seen)
 
 
 def test_a_run_that_has_begun_does_not_start_from_another(tmp_path):
