@@ -33,7 +33,10 @@ class IdColumn:
             self.add_strings(block.strings())
 
     def add_positive(self, block: Block, what: str, path: Path) -> None:
-        """Append as :meth:`add`. If the first id of the column is an integer, all ids must be integers greater than 0."""
+        """Append the fields of ``block``. If the first id of the column is an integer, all ids must be integers greater than 0.
+
+        Raises :class:`InputError` with the line for an id that breaks this rule. ``what`` names the column in its message.
+        """
         if not len(block):
             return
         if self._table is not None or (not self._blocks and not block.is_integer[0]):

@@ -70,7 +70,7 @@ class Block:
 
     @property
     def is_integer(self) -> NDArray[np.bool_]:
-        """Whether each field is an integer whose number prints as the field, [F] bool. ``007`` and ``+7`` are none."""
+        """Whether each field is an integer in its usual form, [F] bool. It is false for ``007`` and ``+7``."""
         return self._parsed[1]
 
     @cached_property
@@ -194,7 +194,8 @@ def decode(path: Path, data: bytes, line: int = 1) -> str:
     except UnicodeDecodeError as error:
         nul = error.start
     line += data.count(b"\n", 0, nul)
-    raise InputError(f"{path}, line {line}: not UTF-8 text; give another format, or unpack the file if it is compressed.")
+    remedy = "give another format, or unpack the file if it is compressed"
+    raise InputError(f"{path}, line {line}: this is not UTF-8 text; {remedy}.")
 
 
 def printable(text: str, most: int = 300) -> str:

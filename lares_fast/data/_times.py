@@ -14,8 +14,9 @@ from lares_fast.data._text import Block
 
 # From 2**53 on, a float64 does not distinguish an integer from its neighbours.
 FLOAT_BITS = 53
-# A number with more digits than a float64 keeps. RE2 must be able to read the pattern, too.
+# A number with at most this many digits does not need a test by the pattern TOO_FINE.
 MAX_FLOAT_DIGITS = 17
+# The pattern matches a number with more digits than a float64 can hold. RE2, which arrow uses, must be able to read it too.
 TOO_FINE = r"^[+-]?[0.]*[1-9](\.?[0-9]){16,}\.?[1-9]"
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")

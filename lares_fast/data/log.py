@@ -71,7 +71,10 @@ class InteractionLog:
         return np.diff(self.offsets)
 
     def history(self, user: int) -> NDArray[np.int32]:
-        """Return a view of the dense items of the user with index ``user`` in 0..U-1: [length] int32, oldest first."""
+        """Return a view of the dense items of the user with index ``user`` in 0..U-1: [length] int32, oldest first.
+
+        Raises :class:`InputError` for another index.
+        """
         if not 0 <= user < self.n_users:
             raise InputError(f"user must be an index in 0..{self.n_users - 1}, but got {user}.")
         return self.items[self.offsets[user] : self.offsets[user + 1]]
@@ -94,7 +97,10 @@ class InteractionLog:
         return self._item_index.find(raw) + 1
 
     def lookup_users(self, raw: Iterable[Any]) -> NDArray[np.int64]:
-        """Return the indices [n] int64 of raw user ids, -1 where the id is unknown. Errors are as in :meth:`lookup_items`."""
+        """Return the indices [n] int64 of raw user ids, -1 where the id is unknown.
+
+        Text and errors are handled as in :meth:`lookup_items`.
+        """
         return self._user_index.find(raw)
 
     @cached_property
@@ -137,7 +143,7 @@ class InteractionLog:
             f"density {100 * s['density']:.4f} %"
         ]
         if self.synthetic:
-            lines.append("This log is synthetic: a seeded generator made it, no real people or products are behind it.")
+            lines.append("This log is synthetic: a seeded generator made it, and it describes no real people or products.")
         if any(self.dropped.values()):
             lines.append("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()))
         return "\n".join(lines)
@@ -204,8 +210,8 @@ def assemble(
     """Group events by user, sort the events of each user by time, and leave out users with fewer than ``min_events``.
 
     ``users`` and ``items`` [E] hold codes into ``user_ids`` [U'] and ``item_ids`` [M']. Events of equal time keep their order.
-    Ids that no kept event uses are left out of the log, and the other ids keep their order. Raises :class:`InputError` if no
-    user is left.
+    Ids that no remaining event uses are left out of the log, and the other ids keep their order. Raises :class:`InputError` if
+    no user is left.
     """
     if min_events < 1:
         raise InputError(f"min_events must be at least 1, but got {min_events}.")

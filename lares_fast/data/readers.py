@@ -60,12 +60,12 @@ def read_log(
     ``progress``
         Called from time to time as ``progress(done_bytes, total_bytes)``.
 
-    Raw ids are kept in ``user_ids`` and ``item_ids``. Integer item ids are numbered in ascending order, so ids 1..m keep their
-    number. Strings are numbered in order of first appearance. Users keep the order of the file in ``sequences`` and ``json``.
-    In other formats they are numbered like items.
+    Raw ids are stored in ``user_ids`` and ``item_ids``. Integer item ids are numbered in ascending order, so ids 1..m keep
+    their number. Strings are numbered in order of first appearance. Users keep the order of the file in ``sequences`` and
+    ``json``. In other formats they are numbered like items.
 
     An id column of a text file is integer if all of its ids are. In ``sequences`` and ``pairs`` the first id decides: if it is
-    an integer, all others must be integers greater than 0. Integers that do not fit 64 bits are kept as strings.
+    an integer, all others must be integers greater than 0. Integers that do not fit 64 bits are stored as strings.
 
     Times are int64 if all are integers, else float64. Times that would lose digits as float64 raise an error. Dates in CSV are
     counted in days if all are dates, in seconds if some have a time of day, and in nanoseconds if some have a fraction of a
@@ -92,9 +92,9 @@ def read_log(
 
 
 def log_from_sequences(sequences: Mapping[Any, Sequence[Any]], *, name: str = "memory", min_events: int = 3) -> InteractionLog:
-    """Return the log of a mapping of user -> items, oldest first. The rules are those of ``json`` files.
+    """Return the log of a mapping of user -> items, oldest first. The rules for ``json`` files apply.
 
-    The items are integers greater than 0, or strings.
+    The items are integers greater than 0, or strings. Raises :class:`InputError` for everything else.
     """
     return assemble(*_from_lists(sequences.items(), name), None, name=name, min_events=min_events)
 
@@ -197,7 +197,8 @@ def _read_json(path: Path, progress: Progress | None) -> Lists:
     try:
         pairs = json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON, {error.msg} at column {error.colno}.") from None
+        problem = f"{error.msg} at column {error.colno}"
+        raise InputError(f"{path}, line {error.lineno}: this is not valid JSON ({problem}).") from None
     except RecursionError:
         raise InputError(f"{path} is not a JSON object of user -> list of items, but nested too deeply.") from None
     except ValueError:
@@ -321,8 +322,8 @@ def _per_line(block: Block) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _check_width(path: Path, block: Block, expected: int, what: str) -> None:
+    """Raise :class:`InputError` unless every line of ``block`` has ``expected`` fields."""
     first, width = _per_line(block)
     if (bad := np.flatnonzero(width != expected)).size:
-        raise InputError(
-            f"{path}, line {block.lines[first[bad[0]]]}: {expected} {what} fields expected, but there are {width[bad[0]]}."
-        )
+        line = block.lines[first[bad[0]]]
+        raise InputError(f"{path}, line {line}: the line must have {expected} {what} fields, but it has {width[bad[0]]}.")

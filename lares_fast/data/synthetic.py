@@ -1,11 +1,11 @@
-"""An invented shop. The distribution of the next purchase is known, so the best possible score is known, too.
+"""The log of an invented shop. The distribution of the next purchase is known, so the best possible score is known, too.
 
 Items are products of ``n_brands`` brands. Each brand makes ``n_types`` types of product. Every user has one favourite brand,
 which the log does not show. All users need the types in one common order: after type j comes ``successor[j]``.
 
 With probability ``loyalty`` the next item is a product of the favourite brand, of the type that follows the type of the last
-item. Otherwise it is a stray purchase: a product drawn from a Zipf distribution over all products. The first item is always
-one.
+item. Otherwise it is a stray purchase: a product drawn from a Zipf distribution over all products. The first item is always a
+stray purchase.
 
 After a stray purchase the last item still determines the next type. It does not show the favourite brand; only the earlier
 history does. So a ranking by popularity is poor, a ranking by the last item alone is better, and a model that reads the
@@ -156,9 +156,9 @@ def synthetic_log(
 def best_possible(log: SyntheticLog, rows: Rows, ks: Sequence[int] = (5, 10, 20)) -> dict[str, float]:
     """Return the scores on ``rows`` of the best possible ranking, under the names ``recall@k`` and ``ndcg@k``.
 
-    That ranking orders all items, also those in the history but not PAD, by their true probability given the whole history,
-    and ties by id. No model has a better score on average. On a finite set of rows a model can be better by luck, within the
-    sampling error. Raises :class:`InputError` if there is no row.
+    That ranking orders all items but PAD, including the items of the history, by their true probability given the whole
+    history, and ties by id. No model has a better score on average. On a finite set of rows a model can be better by luck,
+    within the sampling error. Raises :class:`InputError` if there is no row.
     """
     if not len(rows):
         raise InputError("rows must hold a row to rank, but are empty.")

@@ -160,8 +160,8 @@ TEXT_ERRORS = {
     "text-negative": ("a.txt", "1 5 6 7\n2 5 -3 9\n", r"a\.txt, line 2: item id '-3' is not greater than 0"),
     "text-negative-user": ("a.txt", "1 5 6 7\n-2 5 3 9\n", r"a\.txt, line 2: user id '-2' is not greater than 0"),
     "text-user-twice": ("a.txt", "1 5 6 7\n2 5 6 7\n1 8 9 7\n", r"a\.txt, line 3: user 1 has a line already"),
-    "text-binary": ("a.txt", b"1 5 6 7\n2 5 \x00 9\n", r"a\.txt, line 2: not UTF-8 text"),
-    "text-encoding": ("a.txt", "1 5 6 7\n2 é 5 9\n".encode("latin-1"), r"a\.txt, line 2: not UTF-8 text"),
+    "text-binary": ("a.txt", b"1 5 6 7\n2 5 \x00 9\n", r"a\.txt, line 2: this is not UTF-8 text"),
+    "text-encoding": ("a.txt", "1 5 6 7\n2 é 5 9\n".encode("latin-1"), r"a\.txt, line 2: this is not UTF-8 text"),
     "text-blank": ("a.txt", "\n \n", r"a\.txt: no user has 3 events or more"),
     "text-empty": ("a.txt", "", r"a\.txt is empty"),
     "text-returns": ("a.txt", "1 5 6 7\r2 5 6 7\r", r"a\.txt, line 1: a carriage return is inside the line"),
@@ -169,7 +169,7 @@ TEXT_ERRORS = {
     "text-huge": ("a.txt", "1 5 9223372036854775808 7\n", r"item id '9223372036854775808' is not an integer of 64 bits"),
     "pairs-zero": ("a.txt", "1 5\n1 6\n1 0\n", r"a\.txt, line 3: item id '0' is not greater than 0"),
     "pairs-all-short": ("a.txt", "1 5\n2 6\n", r"a\.txt: no user has 3 events or more"),
-    "json-truncated": ("a.json", '{"1": [5, 6],\n"2": [7,', r"a\.json, line 2: not valid JSON"),
+    "json-truncated": ("a.json", '{"1": [5, 6],\n"2": [7,', r"a\.json, line 2: this is not valid JSON"),
     "json-list": ("a.json", "[1, 2]", r"a\.json must hold one JSON object .* but holds a list"),
     "json-no-list": ("a.json", '{"7": 5}', r"a\.json, user '7': the items must be a list, but are a number"),
     "json-nested": ("a.json", '{"7": {"1": 2}}', r"a\.json, user '7': the items must be a list, but are an object"),
@@ -179,7 +179,7 @@ TEXT_ERRORS = {
     "json-truth": ("a.json", '{"1": [5, true, 6]}', r"a\.json, user '1': item 'True' must be an integer"),
     "json-float": ("a.json", '{"1": [5, 6.5]}', r"a\.json, user '1': item '6.5' must be an integer"),
     "json-user-zero": ("a.json", '{"0": [5, 6, 7]}', r"a\.json, user 0: the user id is not greater than 0"),
-    "json-encoding": ("a.json", '{"é": [5, 6, 7]}'.encode("latin-1"), r"a\.json, line 1: not UTF-8 text"),
+    "json-encoding": ("a.json", '{"é": [5, 6, 7]}'.encode("latin-1"), r"a\.json, line 1: this is not UTF-8 text"),
     "json-surrogate": (
         "a.json",
         '{"1": ["x", "\\ud800", "y"]}',
@@ -194,7 +194,7 @@ TEXT_ERRORS = {
     "inter-width": (
         "a.inter",
         INTER_HEADER + "1\t5\t1\t1\n1\t5\t1\n",
-        r"a\.inter, line 3: 4 tab-separated fields expected, but there are 3",
+        r"a\.inter, line 3: the line must have 4 tab-separated fields, but it has 3",
     ),
     "inter-empty-id": ("a.inter", INTER_HEADER + "1\t\t1\t1\n", r"a\.inter, line 2: item_id is empty"),
     "inter-nan": ("a.inter", INTER_HEADER + "1\t5\t1\tnan\n", r"a\.inter, line 2: timestamp 'nan' is not a finite number"),
@@ -221,7 +221,7 @@ def test_broken_text_is_one_sentence(tmp_path, name, content, sentence):
 
 
 def test_pairs_with_a_third_field_name_the_line(tmp_path):
-    with pytest.raises(InputError, match=r"a\.txt, line 2: 2 user and item fields expected, but there are 3"):
+    with pytest.raises(InputError, match=r"a\.txt, line 2: the line must have 2 user and item fields, but it has 3"):
         read_log(written(tmp_path / "a.txt", "1 5\n1 6 7\n"), format="pairs")
 
 
