@@ -1,4 +1,4 @@
-"""Encoding for serving: the public model, compared with padded and packed PyTorch."""
+"""Time encoding for serving: the public model against padded and packed PyTorch."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ B, L, T = 256, 50, 4
 @pytest.mark.large
 @pytest.mark.parametrize("kind", ["mean 8.75", "full"])
 def test_encode(compare, kind):
-    """The other models get h0 as an argument. lares_fast draws it within the measured time."""
+    """Time one batch. The other models get h0 as an argument. lares_fast draws it within the measured time."""
     torch.manual_seed(0)
     ours = lares_fast.LARES(LARESConfig(n_items=cases.N, max_len=L, n_pre_layers=1, n_core_layers=1)).eval()
     eager, softmax, sdpa = (

@@ -1,6 +1,6 @@
-"""Recommendation with cosine similarity: the normalised item table is kept, against a table normalised for each batch.
+"""Time recommendation by cosine with a stored normalised item table, against a table that is normalised for each batch.
 
-The baselines do what the package did before it kept the table. Expected at N 200,000 and B 256: ``LARES.recommend`` takes
+The baselines work like the package before it stored the table. Expected at N 200,000 and B 256: ``LARES.recommend`` takes
 about a quarter less CPU time, and ``Recommender.recommend`` about 45 % less. Its baseline normalises the table twice:
 once in each call, and once for each batch of queries.
 """
@@ -19,7 +19,7 @@ CHECK = "scores and ids equal the baseline's in every bit"
 CONFIG = LARESConfig(n_items=N + 1, max_len=L, similarity="cos", tau=0.07)
 
 
-class Before(lares_fast.LARES):
+class WithoutStoredTable(lares_fast.LARES):
     """A model that normalises its item table for each batch of queries, and for each catalog."""
 
     def queries(self, hidden):
@@ -31,12 +31,12 @@ class Before(lares_fast.LARES):
 
 
 def models():
-    """(the model, the model before) with equal weights. The item vectors differ in direction, as after training."""
+    """Return (the model, the baseline) with equal weights. The item vectors differ in direction, as after training."""
     torch.manual_seed(0)
-    model, before = (kind(CONFIG).eval() for kind in (lares_fast.LARES, Before))
+    model, baseline = (kind(CONFIG).eval() for kind in (lares_fast.LARES, WithoutStoredTable))
     torch.nn.init.normal_(model.item_embedding.weight)
-    before.load_state_dict(model.state_dict())
-    return model, before
+    baseline.load_state_dict(model.state_dict())
+    return model, baseline
 
 
 @pytest.mark.large
@@ -54,21 +54,21 @@ def test_recommend_by_cosine(compare):
         "normalised for each batch": normalise_each_batch,
         "LARES.recommend": lambda: model.recommend(*batch, k=K),
     }
-    (scores, ids), (kept_scores, kept_ids) = (run() for run in candidates.values())
-    assert torch.equal(scores, kept_scores)
-    assert torch.equal(ids, kept_ids)
+    (expected_scores, expected_ids), (scores, ids) = (run() for run in candidates.values())
+    assert torch.equal(expected_scores, scores)
+    assert torch.equal(expected_ids, ids)
     compare("recommend", SHAPE, candidates, CHECK)
 
 
 @pytest.mark.large
 def test_recommender_by_cosine(compare):
-    """One batch of raw histories, whose items are excluded."""
-    kept, before = (Recommender(model, range(N + 1)) for model in models())
+    """Time one batch of raw histories, whose items are excluded."""
+    ours, baseline = (Recommender(model, range(N + 1)) for model in models())
     item_seq, lengths = cases.sequences("mean 8.75", B, L)
     histories = [items[:length].tolist() for items, length in zip(item_seq, lengths, strict=True)]
     candidates = {
-        "normalised for each batch": lambda: before.recommend(histories, K),
-        "Recommender.recommend": lambda: kept.recommend(histories, K),
+        "normalised for each batch": lambda: baseline.recommend(histories, K),
+        "Recommender.recommend": lambda: ours.recommend(histories, K),
     }
     expected, found = (run() for run in candidates.values())
     assert torch.equal(expected.scores, found.scores)

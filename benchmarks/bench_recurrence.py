@@ -1,4 +1,4 @@
-"""Compare recurrence on the CPU with packed PyTorch: time, share of the CPU's peak, memory kept, and gradient errors."""
+"""Compare recurrence on the CPU with packed PyTorch: time, share of the CPU's peak, stored memory, and gradient errors."""
 
 import time
 
@@ -112,13 +112,13 @@ def test_threads(compare, kind):
     compare("recurrence, wall time", call.shape(kind), runs, check, rounds=7, clock=time.perf_counter)
 
 
-def test_kept_for_the_backward(note):
-    """Count the bytes that the graph keeps besides the inputs, for each token and application of a layer."""
+def test_memory_for_the_backward(note):
+    """Count the bytes that the graph stores besides the inputs, for each token and application of a layer."""
     call = Call(lengths("mean 7"), 0.5)
-    inputs, kept = {x.data_ptr() for x in call.inputs}, []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    inputs, stored = {x.data_ptr() for x in call.inputs}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: stored.append(x) or x, lambda x: x):
         call.forward(output="tokens")
-    size = sum(x.nbytes for x in kept if x.data_ptr() not in inputs)
+    size = sum(x.nbytes for x in stored if x.data_ptr() not in inputs)
     name = "bytes kept a token and layer application"
     note([harness.Fact("recurrence", call.shape("mean 7"), name, size / (call.P * T * LAYERS))])
 

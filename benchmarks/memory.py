@@ -5,9 +5,9 @@ from pathlib import Path
 
 
 def extra_mib(run: Callable[[], object]) -> float:
-    """Return by how many MiB the resident size rose at most while ``run`` ran.
+    """Return the largest growth of the resident size, in MiB, while ``run`` runs.
 
-    Memory that the allocator has kept from earlier calls is not counted, so measure in a new process.
+    Memory that the allocator holds from earlier calls is not counted, so measure in a new process.
     """
     # This sets the recorded peak to the current size.
     Path("/proc/self/clear_refs").write_text("5")

@@ -21,7 +21,7 @@ def buckets(lengths, count=7):
     for group in lengths.argsort().tensor_split(count):
         longest = int(lengths[group].max())
         place = torch.arange(longest)
-        index = starts[group][:, None] + place.clamp(max=longest).minimum(lengths[group][:, None] - 1)
+        index = starts[group][:, None] + place.minimum(lengths[group][:, None] - 1)
         real = place < lengths[group][:, None]
         visible = (place[:, None] >= place) & real[:, None, :]
         result.append((index, real, torch.where(visible, 0.0, -torch.inf)[:, None]))

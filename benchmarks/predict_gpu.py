@@ -212,7 +212,7 @@ def page():
         "A cell has two numbers: eager PyTorch (the padded reference, without dropout) / the kernels. The calculation assumes:",
         "",
         "- Eager PyTorch: every operation that computes is one launch. It reads its operands and writes its results once.",
-        "- Kernels: a launch moves each of its tensors once. What programs read again comes from the L2 cache. "
+        "- Kernels: a launch moves each of its tensors once. Repeated reads come from the L2 cache. "
         "PyTorch's own operations around the launches are not counted.",
         "  The launches of the recurrence are counted at the launch wrapper.",
         f"- A time is the longest of three: launches x {1e6 * LAUNCH:g} us, bytes / bandwidth, and operations / peak. "

@@ -1,4 +1,4 @@
-"""Measure the share of one core's peak that the matrix products of the recurrence reach alone.
+"""Measure the share of one core's peak that the matrix products of the recurrence reach when they run alone.
 
 The shares of the whole recurrence in ``bench_recurrence.py`` cannot be higher. Run ``python -m benchmarks.product_peak``;
 ``LARES_FAST_SIMD=avx2`` chooses the SIMD level.

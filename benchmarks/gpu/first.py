@@ -1,7 +1,7 @@
 """The first run on a GPU as one command, in a bare checkout: build, check and time, within a time limit.
 
     python benchmarks/gpu/first.py --out DIR                              # everything, in 420 s
-    python benchmarks/gpu/first.py --out DIR --only failed REPORT         # what failed or was not reached in REPORT
+    python benchmarks/gpu/first.py --out DIR --only failed REPORT         # steps that failed or were not reached in REPORT
     python benchmarks/gpu/first.py --out DIR --only speed:recurrence      # rows, steps or groups by name
     python benchmarks/gpu/first.py --out DIR --rehearse                   # on the CPU, with the installed package
 
@@ -25,7 +25,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# Kept between calls, so that a second call compiles nothing again.
+# This folder stays between calls, so that a second call compiles nothing again.
 WORK = Path(tempfile.gettempdir()) / "lares_fast-gpu"
 # Seconds after the start at which each phase must end.
 UNTIL = {"build": 100, "checks": 220, "speed": 390}
@@ -150,12 +150,12 @@ def checks(steps, report, built, *, rehearse, jobs, began, ends):
         # A rehearsal has few cores, so the native steps wait.
         at_once.join()
     while not built.wait(0.5):
-        if hopeless(report.found):
+        if machine_failed(report.found):
             break
     if report.found["build"]["status"] != "passed":
         for name in native:
             report.put(name, {"status": "not reached", "why": "the native module was not built: see build.log"})
-    elif not hopeless(report.found):
+    elif not machine_failed(report.found):
         gpu_run.run_steps(native, report, limits, rehearse=rehearse)
     at_once.join()
 
@@ -172,8 +172,8 @@ def start(call, *arguments, **how):
     return thread
 
 
-def hopeless(found):
-    """Return whether the machine itself is broken."""
+def machine_failed(found):
+    """Return whether one of the first steps, which check the machine itself, failed or hung."""
     from lares_fast.verify.gpu_plan import FIRST
 
     return any(found[name]["status"] in ("failed", "hung") for name in FIRST if name in found)
@@ -259,7 +259,7 @@ def main(argv=None):
         checks(chosen, report, built, rehearse=given.rehearse, jobs=jobs, began=began, ends=ends)
         left = began + ends["speed"] - time.monotonic()
         chosen_rows = [name for name in names if name in rows]
-        if chosen_rows and left > 0 and not hopeless(report.found):
+        if chosen_rows and left > 0 and not machine_failed(report.found):
             speed(chosen_rows, given.out, left, given.rehearse)
     found = gpu_report.read(report.path)
     text = f"{heading(found, given.commit or checked_out())}\n\n{gpu_report.table(found)}\n"

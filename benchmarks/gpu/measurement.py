@@ -1,4 +1,4 @@
-"""How the rows of speed.py are checked and timed.
+"""Check and time the rows of speed.py.
 
 The candidates of a row take turns. A turn makes as many calls as fill 20 ms, and is timed with events of the device. The row
 reports the median, the fastest and the slowest turn. Every candidate is first compared with the reference. If one of them is
@@ -15,12 +15,15 @@ TURNS, FILL_MS, MOST_CALLS = 7, 20.0, 200
 FP32, BF16 = torch.float32, torch.bfloat16
 # Largest error that passes, relative to the largest number of a result.
 BOUND = {FP32: 1e-4, BF16: 5e-2}
-# In the name of a candidate that rounds more than the reference. It is shown, but no gain over it is reported.
+# The name of a candidate that rounds more than the reference ends with this. It is timed, but no gain over it is reported.
 NOT_EXACT = "(not exact)"
 
 
 class Machine:
-    """Where rows run, how they are timed, and what the machine can do. Peaks are guesses until speed:peaks measures them."""
+    """The device of the rows, its clock, and its rates of copying and multiplying.
+
+    The rates are guesses until the row speed:peaks has measured them.
+    """
 
     def __init__(self, rehearse):
         self.rehearse = rehearse
@@ -141,8 +144,8 @@ def captured(call):
 def near(truth, bound):
     """Return a check that every tensor of a result is within ``bound`` of ``truth``, relative to its largest number.
 
-    Gradients that are zero by construction, such as those of key biases, hold only rounding errors. So the largest number
-    counts as at least a tenth of the rms over all tensors.
+    Gradients that are zero by construction, such as the gradients of key biases, hold only rounding errors. So the largest
+    number counts as at least a tenth of the rms over all tensors.
     """
     truth = [x.double() for x in truth]
     least = torch.cat([x.flatten() for x in truth]).square().mean().sqrt() / 10
@@ -161,7 +164,7 @@ def near(truth, bound):
 
 
 def upstream(out):
-    """Return a gradient of ``out``: the same numbers in every dtype, not all equal."""
+    """Return a gradient of ``out``. Its numbers are not all equal, and do not depend on the dtype beyond rounding."""
     generator = torch.Generator().manual_seed(6)
     return torch.randn(out.shape, generator=generator).to(out) if out.dim() else torch.ones_like(out)
 

@@ -31,7 +31,7 @@ def attention(m, B, longest, kind):
     padded = [pad(x).requires_grad_() for x in packed]
     grad = pad(upstream(packed[0]))
     sdpa = lambda *x: F.scaled_dot_product_attention(*x, is_causal=True)  # noqa: E731
-    # Compare tokens only: padding is no part of the result.
+    # Compare tokens only, because padding is not part of the result.
     flat = lambda found: [x.transpose(1, 2)[real] for x in found]  # noqa: E731
     exact = [x.detach().double().requires_grad_() for x in padded]
     out = sdpa(*exact)

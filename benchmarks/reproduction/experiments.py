@@ -69,7 +69,7 @@ _OWN_T = {"evaluation.depth_ratios": [1.0]}
 _NOISE = {f"noise-{seed}": ("--steps", "4", "--set", f"evaluation.noise_seed={seed}") for seed in (1, 2, 3, 4)}
 _FINAL = {**_NOISE, "bf16": ("--steps", "4", "--bf16")}
 
-# A causal transformer of 2 + 2 layers, without noise.
+# The model is a causal transformer of 2 + 2 layers, without noise.
 _SASREC = {
     "model.mean_depth": 1,
     "model.depth_sampling": "non-recurrent",

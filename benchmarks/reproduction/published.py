@@ -1,4 +1,7 @@
-"""Published results on the same data. All rank the whole catalog for the last item of each user. Recall is the hit rate."""
+"""Published results on the logs of the experiments.
+
+Every model ranks the whole catalog for the last item of each user. Recall is the hit rate.
+"""
 
 from __future__ import annotations
 

@@ -18,9 +18,10 @@ from benchmarks.reproduction.experiments import DATA, EXPERIMENTS, Experiment
 from benchmarks.reproduction.pictures import draw, picture
 from benchmarks.reproduction.published import PUBLISHED
 from benchmarks.reproduction.runs import MASKED, NOT_MASKED, USUAL, Run, collect
+from lares_fast.cli.console import counted
 
 _ROOT = Path(__file__).parents[2]
-_KEPT = _ROOT / "benchmarks" / "results" / "runs"
+_COPIES = _ROOT / "benchmarks" / "results" / "runs"
 _FINDINGS = Path(__file__).parent / "findings.md"
 
 _HISTORIES = (NOT_MASKED, MASKED)
@@ -145,8 +146,8 @@ def _quality(data: str, runs: Sequence[Run]) -> str:
     ]
     for history in _HISTORIES:
         rows = []
-        for floor, title in (("popularity", "popularity"), ("markov", "first-order Markov")):
-            found = [row for run in main[:1] for row in run.tested(floor, history)]
+        for baseline, title in (("popularity", "popularity"), ("markov", "first-order Markov")):
+            found = [row for run in main[:1] for row in run.tested(baseline, history)]
             rows += [(title, *_cells(row)) for row in found]
         for run in main:
             for phase in run.phases():
@@ -288,7 +289,7 @@ def _made(shown: Sequence[Run]) -> str:
         wall = sum(sitting["seconds"] for sitting in sittings) / 3600
         facts = [
             f"seed {run.setting('seed')}, evaluation noise seed {run.setting('noise_seed')}",
-            f"made in {_count(len(sittings), 'part')}, {wall:.2f} h of wall time"
+            f"made in {counted(len(sittings), 'part')}, {wall:.2f} h of wall time"
             if sittings
             else "not recorded by the runner yet",
             f"data `{run.experiment.data}`, sha256 `{record.get('sha256', DATA.get(run.experiment.data, ''))[:12]}...`",
@@ -308,16 +309,12 @@ def _surroundings(sittings: Sequence[dict[str, Any]]) -> list[str]:
     if not known:
         return []
     commits = dict.fromkeys(sitting["commit"] for sitting in known)
-    machines = dict.fromkeys(f"{sitting['cpu']}, {_count(sitting['threads'], 'thread')}" for sitting in known)
+    machines = dict.fromkeys(f"{sitting['cpu']}, {counted(sitting['threads'], 'thread')}" for sitting in known)
     versions = dict.fromkeys(", ".join(f"{name} {number}" for name, number in sitting["versions"].items()) for sitting in known)
     return [f"commit {', '.join(commits)}", " and ".join(machines), " and ".join(versions)]
 
 
 # Cells
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _number(value: float, digits: int = 4) -> str:
@@ -342,8 +339,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="copy the run folders in this folder first")
     arguments = parser.parse_args()
     if arguments.runs is not None:
-        collect(arguments.runs, _KEPT, EXPERIMENTS)
-    runs = {experiment.name: Run(experiment, _KEPT / experiment.name) for experiment in EXPERIMENTS}
+        collect(arguments.runs, _COPIES, EXPERIMENTS)
+    runs = {experiment.name: Run(experiment, _COPIES / experiment.name) for experiment in EXPERIMENTS}
     findings = _FINDINGS.read_text() if _FINDINGS.is_file() else ""
     (_ROOT / "docs" / "results.md").write_text(document(runs, EXPERIMENTS, findings))
     draw(runs, EXPERIMENTS, _ROOT / "docs" / "results")

@@ -2,10 +2,12 @@
 
 ``python -m benchmarks.reproduction.runner --data DATA --runs RUNS --minutes 150``
 
-Finished runs are skipped, and interrupted runs continue from their checkpoints. So give the same command again until nothing is
-left. When the time is over, or on SIGTERM or SIGINT, the current run saves its state and the runner ends. Two runners may share
-RUNS: a runner skips a run that the other one is making. Stop other programs that train one of the runs first. ``--list`` shows
-the progress of each run.
+Finished runs are skipped, and interrupted runs continue from their checkpoints. So repeat the command until nothing is left.
+When the time is over, or on SIGTERM or SIGINT, the current run saves its state and the runner ends. The record of a run has one
+"sitting" for each process that trained or evaluated the run.
+
+Two runners may share RUNS: a runner skips a run that the other one is making. Stop other programs that train one of the runs
+first. ``--list`` shows the progress of each run.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from benchmarks.reproduction.experiments import DATA, EXPERIMENTS, Experiment
 RECORD = "experiment.json"
 FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
 
-# The process keeps large blocks of memory. To return them to the system would cost a page fault for every page at every step.
+# With these variables a process does not return large blocks of memory to the system. Otherwise every step would cause a page
+# fault for every page of these blocks.
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 _EXIT_STOPPED = 130
 _ROOT = Path(__file__).parents[2]

@@ -23,10 +23,10 @@ USUAL = defaultdict(lambda: NOT_MASKED, {"Beauty.txt": MASKED})
 Row = dict[str, Any]
 
 
-def collect(runs: Path, kept: Path, experiments: Sequence[Experiment]) -> None:
-    """Copy the settings, the metrics and the record of each run from ``runs`` to ``kept``, but no data and no model."""
+def collect(runs: Path, copies: Path, experiments: Sequence[Experiment]) -> None:
+    """Copy the settings, the metrics and the record of each run from ``runs`` to ``copies``, but no data and no model."""
     for experiment in experiments:
-        source, target = runs / experiment.name, kept / experiment.name
+        source, target = runs / experiment.name, copies / experiment.name
         if not (source / "metrics.csv").is_file():
             continue
         target.mkdir(parents=True, exist_ok=True)
