@@ -31,6 +31,8 @@ CUDA_FOLDERS = ("/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda")
 CUDA_ARCHS = ("80", "90", "100", "120")
 # Seconds to wait for the driver. It usually answers in less than one second, but it may hang.
 DRIVER_SECONDS = 20
+# The remedy in errors of the native build.
+WITHOUT_MODULE = "set LARES_FAST_BUILD=none to install without it"
 # Variables that change what the compilers produce. A build folder is reused only if they have not changed.
 COMPILER_SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
@@ -124,7 +126,10 @@ def find_nvcc(environ: Mapping[str, str], folders: Sequence[str] = CUDA_FOLDERS)
 
 
 def tool(name: str, folder: str) -> str:
-    """Return a build program: from the Python package ``name``, whose attribute ``folder`` has its place, or else from PATH."""
+    """Return the path of a build program, from the Python package ``name`` or else from PATH.
+
+    The attribute ``folder`` of the package names the folder of the program.
+    """
     with contextlib.suppress(ImportError, AttributeError):
         module = importlib.import_module(name)
         if found := shutil.which(name, path=getattr(module, folder)):
@@ -194,11 +199,11 @@ class NativeBuild:
                 shutil.rmtree(folder, ignore_errors=True)
                 return self.without_cuda(said)
             if not configured:
-                raise stop("CMake could not configure the native module (see above); LARES_FAST_BUILD=none goes without.")
+                raise stop(f"CMake could not configure the native module (see above); {WITHOUT_MODULE}.")
             if cuda != "0" and not self.compile(folder, "lares_fast_cuda"):
                 return self.without_cuda(f"{nvcc} could not compile csrc/cuda (the build's log says why)")
             if not self.compile(folder, "_C"):
-                raise stop("the native module did not compile (see above); LARES_FAST_BUILD=none goes without.")
+                raise stop(f"the native module did not compile (see above); {WITHOUT_MODULE}.")
             say(f"native module built {'with' if with_cuda else 'without'} CUDA: {said}")
             return next(folder.glob("_C.*.so"))
 

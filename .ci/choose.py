@@ -31,7 +31,7 @@ def pattern_of(path: str) -> str | None:
 
 
 def lanes_of(path: str) -> set[str]:
-    """Return the lanes that a change of ``path`` needs; every lane if no pattern matches."""
+    """Return the lanes that a change of ``path`` needs. If no pattern matches, return every lane."""
     pattern = pattern_of(path)
     return set(LANES) if pattern is None else expand(TABLE["paths"][pattern])
 
@@ -43,7 +43,7 @@ def choose(paths: list[str]) -> dict[str, list[str]]:
 
 
 def changed(base: str) -> list[str]:
-    """Return the paths that changed since ``base``; a renamed file counts under both names."""
+    """Return the paths that changed since ``base``. A renamed file counts under both names."""
     command = ["git", "diff", "--name-only", "--no-renames", "-z", f"{base}...HEAD"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -52,7 +52,7 @@ def changed(base: str) -> list[str]:
 
 
 def explain(chosen: dict[str, list[str]], paths: list[str]) -> str:
-    """Return a table of the lanes that run and of those that are left out, with the reasons."""
+    """Return a table of the lanes that run and the lanes that are left out, with the reasons."""
     lines = [f"{len(paths)} changed paths. Lanes that run:"]
     for lane, why in chosen.items():
         others = f" and {len(why) - 1} more" if len(why) > 1 else ""

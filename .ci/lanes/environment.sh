@@ -1,4 +1,4 @@
-# The environment that every lane uses. The variable `scratch` and the function `step` are those of .ci/run.
+# The environment that every lane uses. The file .ci/run defines the variable `scratch` and the function `step`.
 # shellcheck shell=bash disable=SC2154
 
 # prepare LANE...: install what these lanes need.

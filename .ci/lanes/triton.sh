@@ -1,12 +1,12 @@
 # Lanes that test the Triton kernels and the GPU commands on a machine without a GPU.
 # shellcheck shell=bash disable=SC2154
 
-# The Triton that the newest CUDA build of torch brings.
+# The Triton that the newest CUDA build of torch installs.
 older_triton=3.8.0
 # The Triton of the oldest CUDA builds of torch that are in use on Hopper.
 hopper_triton=3.6.0
 
-# use_triton VERSION: install this Triton into a folder that stands first on the path.
+# use_triton VERSION: install this Triton into a folder that is first on the path.
 use_triton() {
     pip install -q --no-deps --target "$TMPDIR/triton-$1" "triton==$1"
     export PYTHONPATH="$TMPDIR/triton-$1"
@@ -41,7 +41,7 @@ lane_triton_older() {
 
 lane_triton_hopper() {
     use_triton "$hopper_triton"
-    # NumPy 2.5 rejects what older versions only warn about.
+    # NumPy 2.5 raises an error where older versions warn.
     python -m pytest -q -m interpreted -W "error:Conversion of an array:DeprecationWarning" tests/triton/test_interpreter.py
     python -m pytest -q -m "compiled and hopper_triton" --durations=5 tests/triton/test_gate.py
 }
