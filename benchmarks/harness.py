@@ -96,7 +96,7 @@ def share_of_peak(group: str, shape: str, run: Callable[[], object], flops: floa
     """Return the percentage of one core's measured peak that ``run`` reaches when it does ``flops`` operations.
 
     Every round measures both. The facts are the median, the minimum and the maximum over the rounds, and the fastest run as a
-    share of the highest peak. On a busy machine the last one is the most reliable.
+    share of the highest peak. On a busy machine the last fact is the most reliable.
     """
     done = fma_peak.flops()
     shape = f"{shape}, {fma_peak.level()}"

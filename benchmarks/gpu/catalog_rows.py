@@ -9,13 +9,13 @@ from lares_fast import ops
 D = 64
 
 
-def catalog(m, B, N):
+def catalog(machine, B, N):
     """Return queries [B, D], items [N, D], and the least seconds that the machine needs to score them."""
-    B, N = m.small(B, N)
+    B, N = machine.small(B, N)
     generator = torch.Generator().manual_seed(0)
-    query, items = (torch.randn(rows, D, generator=generator).to(m.device) for rows in (B, N))
+    query, items = (torch.randn(rows, D, generator=generator).to(machine.device) for rows in (B, N))
     # Tensor cores need three TF32 products for one product in fp32.
-    floor = max(4 * D * (N + B) / m.copy, 6 * B * N * D / m.peak["tf32"])
+    floor = max(4 * D * (N + B) / machine.copy, 6 * B * N * D / machine.peak["tf32"])
     return query, items, floor
 
 
@@ -29,8 +29,8 @@ def chunked_topk(query, items, k, size=131_072):
     return best.values, torch.cat(ids, 1).gather(1, best.indices)
 
 
-def topk(m, B, N, k):
-    query, items, floor = catalog(m, B, N)
+def topk(machine, B, N, k):
+    query, items, floor = catalog(machine, B, N)
     scores = query.double() @ items.double().T
     truth = torch.topk(scores, k).values
 
@@ -45,9 +45,9 @@ def topk(m, B, N, k):
 
         return run
 
-    exact, row = check(1e-5), Row(m)
+    exact, row = check(1e-5), Row(machine)
     plain = lambda: torch.topk(query @ items.T, k)  # noqa: E731
-    ours = lambda: ops.topk(query, items, k, backend=m.backend("cuda"))  # noqa: E731
+    ours = lambda: ops.topk(query, items, k, backend=machine.backend("cuda"))  # noqa: E731
     row.add("mm + topk", plain, exact)
     row.add("mm + topk, in chunks", lambda: chunked_topk(query, items, k), exact)
     row.add(f"mm in tf32 + topk {NOT_EXACT}", in_tf32(plain), check(1e-2))
@@ -58,9 +58,9 @@ def topk(m, B, N, k):
     return row.result(floor)
 
 
-def target_rank(m, B, N):
-    query, items, floor = catalog(m, B, N)
-    target = torch.arange(len(query), device=m.device) * 7 % len(items)
+def target_rank(machine, B, N):
+    query, items, floor = catalog(machine, B, N)
+    target = torch.arange(len(query), device=machine.device) * 7 % len(items)
 
     def plain(query=query, items=items):
         scores = query @ items.T
@@ -73,7 +73,7 @@ def target_rank(m, B, N):
         off = (found - truth).abs().max().item()
         return [] if off <= 2 + 1e-5 * len(items) else [f"ranks are wrong by up to {off}"]
 
-    ours, row = lambda: ops.target_rank(query, items, target, backend=m.backend("cuda")), Row(m)
+    ours, row = lambda: ops.target_rank(query, items, target, backend=machine.backend("cuda")), Row(machine)
     row.add("mm, gather, count", plain, check)
     row.add_captured("mm, gather, count", check)
     for kind in ("3xtf32", "ffma"):
@@ -81,25 +81,26 @@ def target_rank(m, B, N):
     return row.result(floor)
 
 
-def cross_entropy(m, M, N, dtype, compiled=False):
-    M, N = m.small(M, N)
-    hidden = torch.randn(M, D, device=m.device).to(dtype).requires_grad_()
-    items = (0.3 * torch.randn(N, D, device=m.device)).to(dtype).requires_grad_()
-    target = torch.randint(N, (M,), device=m.device)
+def cross_entropy(machine, M, N, dtype, compiled=False):
+    M, N = machine.small(M, N)
+    hidden = torch.randn(M, D, device=machine.device).to(dtype).requires_grad_()
+    items = (0.3 * torch.randn(N, D, device=machine.device)).to(dtype).requires_grad_()
+    target = torch.randint(N, (M,), device=machine.device)
     eager = lambda h, x: F.cross_entropy(h @ x.T, target)  # noqa: E731
-    leaves, row = (hidden, items), Row(m)
+    leaves, row = (hidden, items), Row(machine)
     check = near(in_fp64(eager, leaves), 1e-3 if dtype == FP32 else 1e-1)
     row.add("eager", with_gradients(eager, leaves), check)
     if dtype == FP32:
         row.add(f"eager in tf32 {NOT_EXACT}", in_tf32(with_gradients(eager, leaves)), near(in_fp64(eager, leaves), 5e-2))
-    for name, backend in (("in chunks", "reference"), ("ours", m.backend("triton"))):
+    for name, backend in (("in chunks", "reference"), ("ours", machine.backend("triton"))):
         call = lambda h, x, backend=backend: ops.linear_cross_entropy(h, x, target, backend=backend)  # noqa: E731
         row.add(name, with_gradients(call, leaves), check)
     row.add_captured("ours", check)
-    if compiled and not m.rehearse:
+    if compiled and not machine.rehearse:
         row.add("torch.compile", with_gradients(torch.compile(eager), leaves), check)
     # Five products of the size of the scores, and three exponentials for each score. A multiprocessor computes 16
     # exponentials in a cycle.
-    exponentials = 0 if m.rehearse else 3 * M * N / (torch.cuda.get_device_properties(0).multi_processor_count * 16 * 1.8e9)
-    products = 10 * M * N * D / m.peak["fp32" if dtype == FP32 else "bf16"]
-    return row.result(max(products, 3 * hidden.element_size() * D * (M + N) / m.copy, exponentials))
+    rate = 0 if machine.rehearse else torch.cuda.get_device_properties(0).multi_processor_count * 16 * 1.8e9
+    exponentials = 3 * M * N / rate if rate else 0
+    products = 10 * M * N * D / machine.peak["fp32" if dtype == FP32 else "bf16"]
+    return row.result(max(products, 3 * hidden.element_size() * D * (M + N) / machine.copy, exponentials))

@@ -5,7 +5,7 @@
     python benchmarks/gpu/first.py --out DIR --only speed:recurrence      # rows, steps or groups by name
     python benchmarks/gpu/first.py --out DIR --rehearse                   # on the CPU, with the installed package
 
-Every result is written to the folder at once: results.json, speed.jsonl, build.log and logs.txt. The end adds table.txt.
+Every result is written to the folder at once, in results.json, speed.jsonl, build.log and logs.txt. The last file is table.txt.
 The exit code is 0 if every chosen step and row passed or was skipped. This process itself does not use the GPU.
 """
 
@@ -139,7 +139,7 @@ def installed():
 
 
 def checks(steps, report, built, *, rehearse, jobs, began, ends):
-    """Run the checks. Steps that need no native module start at once, the others when the event ``built`` is set."""
+    """Run the checks. Steps that need no native module start at once, the other steps when ``built`` is set."""
     from lares_fast.verify import gpu_run
 
     limits = gpu_run.Limits(ends["checks"], jobs, began + ends["checks"])

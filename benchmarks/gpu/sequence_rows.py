@@ -10,18 +10,18 @@ from lares_fast import LARESConfig, ops, reference
 D = 64
 
 
-def sequences(m, B, longest, kind):
+def sequences(machine, B, longest, kind):
     """Return lengths [B] and offsets [B + 1]."""
-    lengths = cases.lengths(kind, *(m.small(B)), longest)
+    lengths = cases.lengths(kind, *(machine.small(B)), longest)
     return lengths, torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
 
 
-def attention(m, B, longest, kind):
-    heads, width, dtype = 2, 32, FP32 if m.rehearse else BF16
-    lengths, offsets = sequences(m, B, longest, kind)
-    P, on_device = int(offsets[-1]), offsets.to(m.device)
-    real = (torch.arange(longest) < lengths[:, None]).to(m.device)
-    packed = [torch.randn(P, heads, width, device=m.device).to(dtype).requires_grad_() for _ in range(3)]
+def attention(machine, B, longest, kind):
+    heads, width, dtype = 2, 32, FP32 if machine.rehearse else BF16
+    lengths, offsets = sequences(machine, B, longest, kind)
+    P, on_device = int(offsets[-1]), offsets.to(machine.device)
+    real = (torch.arange(longest) < lengths[:, None]).to(machine.device)
+    packed = [torch.randn(P, heads, width, device=machine.device).to(dtype).requires_grad_() for _ in range(3)]
 
     def pad(x):
         padded = x.new_zeros(len(lengths), longest, heads, width)
@@ -36,15 +36,15 @@ def attention(m, B, longest, kind):
     exact = [x.detach().double().requires_grad_() for x in padded]
     out = sdpa(*exact)
     check = near(flat([out, *torch.autograd.grad(out, exact, grad.double())]), BOUND[dtype])
-    ours = lambda *x: ops.attention(*x, on_device, longest, backend=m.backend("triton"))  # noqa: E731
-    row = Row(m)
+    ours = lambda *x: ops.attention(*x, on_device, longest, backend=machine.backend("triton"))  # noqa: E731
+    row = Row(machine)
 
     def rival():
         out = sdpa(*padded)
         return out, *torch.autograd.grad(out, padded, grad)
 
     row.add("SDPA, padded before", rival, lambda found: check(flat(found)))
-    if not m.rehearse:
+    if not machine.rehearse:
         try:
             from torch.nn.attention.varlen import varlen_attn
         except ImportError as error:
@@ -56,23 +56,25 @@ def attention(m, B, longest, kind):
     row.add("ours", with_gradients(ours, packed), check)
     row.add_captured("ours", check)
     # The forward reads three tensors and writes one. The backward reads five and writes three.
-    return row.result(12 * P * heads * width * 2 / m.copy)
+    return row.result(12 * P * heads * width * 2 / machine.copy)
 
 
-def recurrence(m, B, longest, kind, dtype, T, gradients):
-    dtype, layers = FP32 if m.rehearse else dtype, 2
+def recurrence(machine, B, longest, kind, dtype, T, gradients):
+    dtype, layers = FP32 if machine.rehearse else dtype, 2
     config = LARESConfig(n_items=2, max_len=longest, n_core_layers=layers)
     torch.manual_seed(0)
-    weights = [w.detach().to(m.device, dtype).requires_grad_(gradients) for w in reference.Recurrence(config).parameters()]
-    lengths, offsets = sequences(m, B, longest, kind)
-    P, offsets, lengths_on_device = int(offsets[-1]), offsets.to(m.device), lengths.to(m.device)
-    h, pre = (torch.randn(P, D, device=m.device).to(dtype).requires_grad_(gradients) for _ in range(2))
+    weights = [
+        w.detach().to(machine.device, dtype).requires_grad_(gradients) for w in reference.Recurrence(config).parameters()
+    ]
+    lengths, offsets = sequences(machine, B, longest, kind)
+    P, offsets, lengths_on_device = int(offsets[-1]), offsets.to(machine.device), lengths.to(machine.device)
+    h, pre = (torch.randn(P, D, device=machine.device).to(dtype).requires_grad_(gradients) for _ in range(2))
     leaves = [h, pre, *weights]
-    plan = [tuple(x.to(m.device) for x in part) for part in packed_torch.buckets(lengths)]
+    plan = [tuple(x.to(machine.device) for x in part) for part in packed_torch.buckets(lengths)]
     plan = [(index, real, mask.to(dtype)) for index, real, mask in plan]
 
     def ours(backend):
-        how = {"n_heads": 2, "depth": T, "longest": longest, "backend": m.backend(backend)}
+        how = {"n_heads": 2, "depth": T, "longest": longest, "backend": machine.backend(backend)}
         return lambda h, pre, *weights: ops.recurrence(h, offsets, list(weights), pre=pre, **how)
 
     def packed(sdpa):
@@ -80,7 +82,7 @@ def recurrence(m, B, longest, kind, dtype, T, gradients):
         return lambda h, pre, *weights: packed_torch.recurrence(h, pre, *given, list(weights), 2, T, 0.0, sdpa=sdpa)
 
     def truth(h, pre, *weights):
-        depth = torch.full((len(lengths),), T, device=m.device)
+        depth = torch.full((len(lengths),), T, device=machine.device)
         return reference.recurrence(h, offsets, list(weights), n_heads=2, pre=pre, depth=depth)
 
     def run(call):
@@ -88,7 +90,7 @@ def recurrence(m, B, longest, kind, dtype, T, gradients):
 
     expected = in_fp64(truth, leaves) if gradients else [truth(*(x.double() for x in leaves))]
     # Gradients of weights are sums over all tokens, so their bound is larger.
-    check, row = near(expected, (1e-3 if dtype == FP32 else 2e-1) if gradients else 2 * BOUND[dtype]), Row(m)
+    check, row = near(expected, (1e-3 if dtype == FP32 else 2e-1) if gradients else 2 * BOUND[dtype]), Row(machine)
     with torch.set_grad_enabled(gradients):
         row.add("packed torch, SDPA", run(packed(True)), check)
         row.add("packed torch, softmax", run(packed(False)), check)
@@ -99,4 +101,4 @@ def recurrence(m, B, longest, kind, dtype, T, gradients):
         times = 4 if gradients else 1
         flops = times * P * T * layers * 2 * (4 * D * D + 2 * D * config.inner_size)
         moved = times * (2 * P + len(lengths)) * D * h.element_size()
-        return row.result(max(flops / m.peak["fp32" if dtype == FP32 else "bf16"], moved / m.copy))
+        return row.result(max(flops / machine.peak["fp32" if dtype == FP32 else "bf16"], moved / machine.copy))

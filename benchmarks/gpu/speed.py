@@ -28,23 +28,23 @@ from lares_fast.verify.gpu_report import Report, read
 LEAST_SECONDS = 12
 
 
-def peaks(m):
+def peaks(machine):
     """Measure the bandwidth of a copy, the rates of matrix products, and the time of a launch."""
-    size, n = (64, 2**14) if m.rehearse else (8192, 2**30)
+    size, n = (64, 2**14) if machine.rehearse else (8192, 2**30)
 
     def median(call):
         call()
-        return 1e-3 * statistics.median(m.milliseconds({"": call})[""])
+        return 1e-3 * statistics.median(machine.milliseconds({"": call})[""])
 
-    a, b = torch.randn(n, device=m.device), torch.empty(n, device=m.device)
-    m.copy = 8 * n / median(functools.partial(b.copy_, a))
+    a, b = torch.randn(n, device=machine.device), torch.empty(n, device=machine.device)
+    machine.copy = 8 * n / median(functools.partial(b.copy_, a))
     del a, b
     for name, dtype in (("fp32", FP32), ("tf32", FP32), ("bf16", BF16)):
-        x, y = (torch.randn(size, size, device=m.device).to(dtype) for _ in range(2))
+        x, y = (torch.randn(size, size, device=machine.device).to(dtype) for _ in range(2))
         product = lambda x=x, y=y: x @ y  # noqa: E731
-        m.peak[name] = 2 * size**3 / median(in_tf32(product) if name == "tf32" else product)
-    one = torch.zeros(1, device=m.device)
-    facts = {"copy TB/s": m.copy / 1e12, **{f"{name} TFLOP/s": rate / 1e12 for name, rate in m.peak.items()}}
+        machine.peak[name] = 2 * size**3 / median(in_tf32(product) if name == "tf32" else product)
+    one = torch.zeros(1, device=machine.device)
+    facts = {"copy TB/s": machine.copy / 1e12, **{f"{name} TFLOP/s": rate / 1e12 for name, rate in machine.peak.items()}}
     facts["launch us"] = 1e6 * median(lambda: one.add_(1))
     return {"status": "passed", "summary": ", ".join(f"{name} {value:.4g}" for name, value in facts.items()), "facts": facts}
 
@@ -52,27 +52,29 @@ def peaks(m):
 # The most valuable rows come first, because the time may end before the list does.
 ROWS: dict[str, Callable[[Machine], dict]] = {
     "speed:peaks": peaks,
-    "speed:topk:B256-N1M": lambda m: topk(m, 256, 1_000_000, 100),
-    "speed:recurrence:fp32-B2048": lambda m: recurrence(m, 2048, 50, "mean 8.75", FP32, 4, False),
-    "speed:recurrence:bf16-B2048": lambda m: recurrence(m, 2048, 50, "mean 8.75", BF16, 4, False),
-    "speed:recurrence:bf16-B1024-gradients": lambda m: recurrence(m, 1024, 20, "instruments", BF16, 5, True),
-    "speed:linear_cross_entropy:fp32-N24588": lambda m: cross_entropy(m, 1024, 24_588, FP32),
-    "speed:linear_cross_entropy:bf16-N24588": lambda m: cross_entropy(m, 1024, 24_588, BF16),
-    "speed:training_step": lambda m: training_step(m, "instruments"),
-    "speed:target_rank:B256-N1M": lambda m: target_rank(m, 256, 1_000_000),
-    "speed:topk:B256-N24588": lambda m: topk(m, 256, 24_588, 10),
-    "speed:topk:B1-N1M": lambda m: topk(m, 1, 1_000_000, 100),
-    "speed:attention:L50-full": lambda m: attention(m, 2048, 50, "full"),
-    "speed:attention:L20-instruments": lambda m: attention(m, 2048, 20, "instruments"),
-    "speed:linear_cross_entropy:bf16-N1M": lambda m: cross_entropy(m, 1024, 1_000_000, BF16),
-    "speed:recurrence:bf16-full": lambda m: recurrence(m, 2048, 50, "full", BF16, 4, False),
-    "speed:recurrence:bf16-B256": lambda m: recurrence(m, 256, 50, "mean 8.75", BF16, 4, False),
-    "speed:recurrence:fp32-B1024-gradients": lambda m: recurrence(m, 1024, 20, "instruments", FP32, 5, True),
-    "speed:target_rank:B4096-N24588": lambda m: target_rank(m, 4096, 24_588),
-    "speed:topk:B4096-N100k": lambda m: topk(m, 4096, 100_000, 10),
-    "speed:linear_cross_entropy:bf16-N24588-compiled": lambda m: cross_entropy(m, 1024, 24_588, BF16, compiled=True),
-    "speed:training_step-compiled": lambda m: training_step(m, "instruments", compiled=True),
-    "speed:training_step-full": lambda m: training_step(m, "full"),
+    "speed:topk:B256-N1M": lambda machine: topk(machine, 256, 1_000_000, 100),
+    "speed:recurrence:fp32-B2048": lambda machine: recurrence(machine, 2048, 50, "mean 8.75", FP32, 4, False),
+    "speed:recurrence:bf16-B2048": lambda machine: recurrence(machine, 2048, 50, "mean 8.75", BF16, 4, False),
+    "speed:recurrence:bf16-B1024-gradients": lambda machine: recurrence(machine, 1024, 20, "instruments", BF16, 5, True),
+    "speed:linear_cross_entropy:fp32-N24588": lambda machine: cross_entropy(machine, 1024, 24_588, FP32),
+    "speed:linear_cross_entropy:bf16-N24588": lambda machine: cross_entropy(machine, 1024, 24_588, BF16),
+    "speed:training_step": lambda machine: training_step(machine, "instruments"),
+    "speed:target_rank:B256-N1M": lambda machine: target_rank(machine, 256, 1_000_000),
+    "speed:topk:B256-N24588": lambda machine: topk(machine, 256, 24_588, 10),
+    "speed:topk:B1-N1M": lambda machine: topk(machine, 1, 1_000_000, 100),
+    "speed:attention:L50-full": lambda machine: attention(machine, 2048, 50, "full"),
+    "speed:attention:L20-instruments": lambda machine: attention(machine, 2048, 20, "instruments"),
+    "speed:linear_cross_entropy:bf16-N1M": lambda machine: cross_entropy(machine, 1024, 1_000_000, BF16),
+    "speed:recurrence:bf16-full": lambda machine: recurrence(machine, 2048, 50, "full", BF16, 4, False),
+    "speed:recurrence:bf16-B256": lambda machine: recurrence(machine, 256, 50, "mean 8.75", BF16, 4, False),
+    "speed:recurrence:fp32-B1024-gradients": lambda machine: recurrence(machine, 1024, 20, "instruments", FP32, 5, True),
+    "speed:target_rank:B4096-N24588": lambda machine: target_rank(machine, 4096, 24_588),
+    "speed:topk:B4096-N100k": lambda machine: topk(machine, 4096, 100_000, 10),
+    "speed:linear_cross_entropy:bf16-N24588-compiled": lambda machine: cross_entropy(
+        machine, 1024, 24_588, BF16, compiled=True
+    ),
+    "speed:training_step-compiled": lambda machine: training_step(machine, "instruments", compiled=True),
+    "speed:training_step-full": lambda machine: training_step(machine, "full"),
 }
 
 

@@ -103,7 +103,7 @@ class Run:
     def epochs(self, phase: str) -> tuple[int, int]:
         """Return (number of epochs, best epoch by the ranking that early stopping watched)."""
         watched = self.validated(phase, MASKED if self.setting("watch_masked", "false") == "true" else NOT_MASKED)
-        # If epochs are equally good, the run keeps the last one.
+        # If epochs are equally good, the run stores the last one.
         best = max(watched, key=lambda row: (row["ndcg@10"], row["epoch"]))
         return int(watched[-1]["epoch"]), int(best["epoch"])
 
