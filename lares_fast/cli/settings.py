@@ -28,7 +28,7 @@ _FEATURE = "reading settings"
 # Training writes this line first. Files that users write, and files of earlier versions, have no such line.
 _MARK = "# The sha256 of the lines below is "
 _MARKED = re.compile(re.escape(_MARK) + r"([0-9a-f]{64}); change settings with --set\n")
-# What may remain of that line in a damaged file.
+# Parts of that line that may remain in a damaged file.
 _REST_OF_MARK = re.compile(r"sha256|#.*[0-9a-f]{16}")
 
 

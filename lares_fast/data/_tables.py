@@ -182,7 +182,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _block(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> Block:
-    """Return the strings of ``column``. Raises :class:`InputError` for an empty one."""
+    """Return the strings of ``column``. Raises :class:`InputError` for an empty string."""
     column = column.cast(arrow.large_string())
     _, offsets, data = column.buffers()
     bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]

@@ -118,7 +118,7 @@ class InteractionLog:
         return digest.hexdigest()
 
     def statistics(self) -> dict[str, Any]:
-        """Return plain numbers: users, items (PAD not counted), interactions, lengths, density, and what was dropped."""
+        """Return plain values: users, items (PAD not counted), interactions, lengths, density and ``dropped``."""
         lengths = self.lengths
         return {
             "name": self.name,

@@ -120,8 +120,7 @@ def _column_names(columns: Mapping[str, str | None] | None) -> dict[str, str | N
     for role, name in names.items():
         if name is not None and (other := roles.setdefault(name, role)) != role:
             raise InputError(
-                f"{name!r} cannot be the {other} column and the {role} column too: name the {role} column in columns, "
-                "each role another one.",
+                f"{name!r} cannot be the {other} column and the {role} column too: name another {role} column in columns.",
                 f"data.{role}=NAME",
             )
     return names

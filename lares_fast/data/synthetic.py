@@ -29,7 +29,7 @@ from lares_fast.data.split import Rows
 
 MIN_LENGTH = 5
 ZIPF_EXPONENT = 1.0
-# In seconds since 1970, as in common logs.
+# The time is in seconds since 1970, as in common logs.
 FIRST_DAY = 1_600_000_000
 BATCH_NUMBERS = 1 << 20
 SECONDS_A_YEAR, MEAN_GAP_SECONDS = 365 * 86400, 7 * 86400

@@ -99,7 +99,7 @@ def _wrong_value(settings: object, name: str, expected: str, value: object) -> I
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the log comes from and how it is split.
+    """The settings of the log and its split.
 
     ``path``
         A log file, or ``None`` for a synthetic log.

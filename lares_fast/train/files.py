@@ -68,7 +68,7 @@ def write_text(path: Path, text: str) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append ``line`` to the file ``path``.
 
-    It begins a new line even if a process was killed while it wrote the last one. Raises :class:`InputError` if the file
+    It begins a new line even if a process was killed while it wrote the last line. Raises :class:`InputError` if the file
     cannot be written.
     """
     try:
@@ -159,7 +159,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _cause(error: BaseException | None) -> OSError | None:
-    """Return the system's error behind ``error``, if any: torch and arrow replace it by an error of their own."""
+    """Return the system's error that caused ``error``, if any. torch and arrow raise other errors in its place."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error

@@ -32,7 +32,7 @@ class RunFolder:
         self._stamp = _stamp(self.state_file)
 
     def has_state(self) -> bool:
-        """Return whether the folder held a state when this object was made, or holds one that it wrote."""
+        """Return whether the folder held a state when this object was made, or this object has written one."""
         return self._stamp is not None
 
     def load(self) -> SavedRun:
@@ -48,9 +48,7 @@ class RunFolder:
         """
         with locked(self.path, tell):
             if _stamp(self.state_file) != self._stamp:
-                raise InputError(
-                    f"{self.path} was changed by another run since this one read it: start again from its new state."
-                )
+                raise InputError(f"another run has changed {self.path} since this run read it: start again from the new state.")
             remove_leftovers(self.path, _FILES)
             yield
 

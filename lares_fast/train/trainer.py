@@ -39,7 +39,7 @@ class Trainer:
         out: str | Path,
         emit: Callable[[Event], None] = lambda _: None,
     ) -> None:
-        """Set up a new run, or continue the one in ``out``.
+        """Set up a new run, or continue the run in ``out``.
 
         ``out`` may hold the state of an earlier run of the same model, data and seed that was interrupted or was shorter.
         :meth:`run` then continues it, and emits a ``changed`` event for every setting that has another value now.

@@ -54,7 +54,7 @@ def machine(rehearse: bool, quick: bool) -> Result:
         "date": time.strftime("%Y-%m-%d"),
         "build": {key: value for key, value in _native.build_info().items() if key != "file"},
         "compiler": next((name for name in ("gcc", "cc", "clang") if shutil.which(name)), "none"),
-        # Only names: the values may hold private paths.
+        # The report has the names only, because the values may hold private paths.
         "environment": sorted(name for name in os.environ if re.match("TRITON|TORCH|CUDA|PYTORCH|LARES_FAST|NVIDIA", name)),
     }
     if rehearse:

@@ -18,7 +18,7 @@ from lares_fast.verify.comparison import CUDA_OPS, DTYPES, ops_with_triton
 from lares_fast.verify.gpu_large import CHECKS as LARGE
 from lares_fast.verify.gpu_report import is_well, read
 
-# If one of these fails, the results of the others would mean nothing.
+# If one of these steps fails, the results of the other steps have no meaning.
 FIRST = ("machine", "matmul")
 # Groups whose failures are diagnosed with options of Triton's compiler.
 DIAGNOSED = ("correctness", "determinism")
@@ -56,7 +56,7 @@ def plan(*, rehearse: bool, quick: bool) -> dict[str, Step]:
     steps["determinism"] = Step("determinism", how, native=True)
     for name, autocast in {"training:fp32": False, "training:autocast": True}.items():
         steps[name] = Step("training", {**how, "autocast": autocast})
-    # In one lane, because together they may need more memory than the GPU has.
+    # These steps share a lane, because together they may need more memory than the GPU has.
     steps |= {name: Step(name, how, lane="large", native=name == "large_catalog") for name in LARGE}
     steps |= _sanitizer(how)
     steps["self_tests"] = Step("self_tests", how)

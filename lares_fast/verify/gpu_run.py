@@ -29,7 +29,7 @@ _LEAST_SECONDS = 5
 
 @dataclass(frozen=True)
 class Limits:
-    """How many steps run at a time, the seconds for each, and the time on ``clock`` at which all must have ended."""
+    """The number of steps that run at a time, the seconds for each step, and the time on ``clock`` at which all must end."""
 
     seconds: float
     jobs: int = 1

@@ -199,7 +199,7 @@ def test_two_trainers_of_one_folder(tmp_path):
     assert len(refused) == 3
     assert load_state(tmp_path / "state.pt")["settings"]["spt.lr"] == 0.001
     # It was made before the first trainer wrote its state, so its own state is out of date.
-    with pytest.raises(InputError, match="was changed by another run"):
+    with pytest.raises(InputError, match="another run has changed"):
         second.run(("spt",))
     # The first trainer wrote that state itself and can continue.
     first.run(train_run.BOTH)
