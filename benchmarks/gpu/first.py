@@ -198,7 +198,7 @@ def heading(found, commit):
 
 
 def checked_out():
-    """Return the commit of the sources, if git knows it."""
+    """Return the commit of the sources, or ``unknown`` if git cannot tell it."""
     try:
         command = ["git", "rev-parse", "--short", "HEAD"]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

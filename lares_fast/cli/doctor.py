@@ -66,7 +66,7 @@ def diagnose() -> dict[str, Any]:
 
 def _gpu() -> str:
     if not torch.cuda.is_available():
-        return "torch sees none" + ("" if torch.version.cuda else " (this torch was built without CUDA)")
+        return "no GPU is visible to torch" + ("" if torch.version.cuda else " (this torch was built without CUDA)")
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     return f"{name}, compute capability {major}.{minor}, torch built for CUDA {torch.version.cuda}"
 

@@ -43,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def command(arguments: Namespace) -> int:
     """Run ``gpu-day``. Return 0 if every step passed or was skipped, else 1."""
     if not torch.cuda.is_available() and not arguments.rehearse:
-        raise InputError("gpu-day needs a GPU, and torch sees none: give --rehearse to run it on the CPU.")
+        raise InputError("gpu-day needs a GPU, but no GPU is visible to torch: give --rehearse to run it on the CPU.")
     if not arguments.out.is_dir():
         raise InputError(f"--out {arguments.out} is not a folder: create it first.")
     for name in ("jobs", "seconds", "total"):

@@ -65,7 +65,7 @@ def _name(row: Row) -> str:
 
 
 def _columns(ks: Sequence[int], room: int) -> list[str]:
-    """Return as many columns as fit in ``room``. Metrics at 10 come first, then recall and NDCG, then MRR."""
+    """Return as many columns as fit in ``room``. Metrics at 10 are chosen first, then recall and NDCG, then MRR."""
     everything = [f"{metric}@{k}" for metric in _SHORT for k in ks]
     rank = {"recall": 0, "ndcg": 0, "mrr": 1}
     wanted = sorted(everything, key=lambda name: (not name.endswith("@10"), rank[name.split("@")[0]]))[:room]

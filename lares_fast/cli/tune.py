@@ -34,7 +34,7 @@ def command(arguments: Namespace) -> int:
         print("removed the stored launch settings" if tuning.clear() else "no launch settings were stored")
         return 0
     if not torch.cuda.is_available():
-        raise InputError("tune needs a GPU, and torch sees none: run it on the machine that has the GPU.")
+        raise InputError("tune needs a GPU, but no GPU is visible to torch: run it on the machine that has the GPU.")
     config = RunConfig() if arguments.config is None else build(arguments.config)
     flags = {"hidden_size": arguments.hidden_size, "n_heads": arguments.heads, "max_len": arguments.longest}
     given = {name: value for name, value in flags.items() if value is not None}

@@ -43,7 +43,7 @@ def command(arguments: Namespace) -> int:
     if arguments.architectures:
         return _compile(ops, dtypes, arguments.architectures)
     if not torch.cuda.is_available():
-        raise InputError("warmup needs a GPU, and torch sees none: give --for SM to compile for a GPU of another machine.")
+        raise InputError("warmup needs a GPU, but no GPU is visible to torch: give --for SM to compile for another machine.")
     return _self_test(ops, dtypes)
 
 

@@ -56,7 +56,7 @@ def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
     with _one_sentence(path, arrow):
         present = csv.open_csv(_opened(path, arrow), reading, parsing).schema.names
     wanted = check_columns(path, names, present)
-    # All columns are read as text: arrow guesses types from the first block, but here the whole file decides.
+    # All columns are read as text: arrow guesses a type from the first block, but here it depends on the whole file.
     converting = csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, arrow.string()))
     total = path.stat().st_size
 

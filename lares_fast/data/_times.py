@@ -1,4 +1,4 @@
-"""The time column of an event log. The whole file decides the kind of the column, not only its first block."""
+"""The time column of an event log. The values of the whole file determine its kind, not only the first block."""
 
 from __future__ import annotations
 

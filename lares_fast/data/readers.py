@@ -50,7 +50,8 @@ def read_log(
         - ``inter``: a RecBole atomic file.
         - ``csv``: one row for each event. A ``.tsv`` file is separated by tabs and has no quotes.
         - ``parquet``: one row for each event.
-        - ``auto``: the ending of the file's name decides. For text its first lines decide: two fields in each are ``pairs``.
+        - ``auto``: the format follows from the ending of the file's name. For text it follows from the first lines: two
+          fields in each are ``pairs``.
     ``columns``
         For ``inter``, ``csv`` and ``parquet``: the names of the columns under ``user``, ``item`` and ``time``. The defaults
         are user_id, item_id and timestamp. Rows are sorted by time, and rows of equal time keep the order of the file. With
@@ -64,8 +65,8 @@ def read_log(
     their number. Strings are numbered in order of first appearance. Users keep the order of the file in ``sequences`` and
     ``json``. In other formats they are numbered like items.
 
-    An id column of a text file is integer if all of its ids are. In ``sequences`` and ``pairs`` the first id decides: if it is
-    an integer, all others must be integers greater than 0. Integers that do not fit 64 bits are stored as strings.
+    An id column of a text file is integer if all of its ids are. In ``sequences`` and ``pairs`` all ids must be integers
+    greater than 0 if the first id is an integer. Integers that do not fit 64 bits are stored as strings.
 
     Times are int64 if all are integers, else float64. Times that would lose digits as float64 raise an error. Dates in CSV are
     counted in days if all are dates, in seconds if some have a time of day, and in nanoseconds if some have a fraction of a

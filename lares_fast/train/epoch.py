@@ -36,7 +36,7 @@ def train_epoch(run: Run, phase: Phase, optimizer: torch.optim.Optimizer, key: K
         optimizer.step()
         progress.add_step(parts)
         clock.show_step(phase, last)
-        run.events.obey_stop()
+        run.events.raise_if_stopping()
     cost = {"seconds": progress.seconds, "data_wait": progress.data_wait()}
     # A stop during validation leaves the state at the epoch's last step. A resumed run validates again from there.
     validate(run, progress.epoch + 1, {**progress.means(), **cost})

@@ -17,7 +17,7 @@ class Interrupted(LaresFastError):
 
 
 class Events:
-    """Reports what happens to ``listener`` and to events.jsonl in ``folder``."""
+    """Sends events to ``listener``, and writes them to events.jsonl in ``folder``."""
 
     def __init__(self, listener: Listener, folder: RunFolder) -> None:
         self._listener, self._folder = listener, folder
@@ -33,19 +33,22 @@ class Events:
         self._folder.add_event({"event": event, **values})
 
     def progress(self, what: str) -> Callable[[int, int], None]:
-        """Return a function ``report(done, total)`` that shows the progress of ``what`` and obeys a request to stop."""
+        """Return a function ``report(done, total)`` that shows the progress of ``what``.
+
+        It raises :class:`Interrupted` if a stop was requested.
+        """
 
         def report(done: int, total: int) -> None:
             self.show("progress", what=what, done=done, total=total)
-            self.obey_stop()
+            self.raise_if_stopping()
 
         return report
 
     def request_stop(self) -> None:
-        """Make the next :meth:`obey_stop` raise."""
+        """Make the next :meth:`raise_if_stopping` raise."""
         self._stop_requested = True
 
-    def obey_stop(self) -> None:
+    def raise_if_stopping(self) -> None:
         """Raise :class:`Interrupted` if a stop was requested."""
         if self._stop_requested:
             raise Interrupted(f"stopped and saved: resume with lares-fast train --resume {self._folder.path}")

@@ -149,7 +149,7 @@ def _is_open_at(descriptor: int, path: Path) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new name in ``folder`` survive a loss of power, where the system can sync a folder."""
+    """Write the names of the files in ``folder`` to the disk, where the system can sync a folder."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -209,7 +209,7 @@ def _wrong_structure(values: dict[str, Any]) -> str | None:
     ):
         return "'kept' is not a list of rows"
     if not all(isinstance(identity.get(name), kind) for name, kind in _IDENTITY.items()):
-        return "'identity' does not say whose run it is"
+        return "'identity' does not describe the run"
     return None
 
 

@@ -80,8 +80,8 @@ class Case:
 def case(op: str, *, integers: bool, **variant: Any) -> Case:
     """Return the test case of ``op``.
 
-    With ``integers`` the inputs are small integers, else normal random numbers. ``variant`` chooses among the kernels of the
-    op, with the names that its self-test uses.
+    With ``integers`` the inputs are small integers, else normal random numbers; ``topk`` and ``target_rank`` always get
+    integers. ``variant`` chooses among the kernels of the op, with the names that its self-test uses.
     """
     return _CASES[op](integers, **variant)
 

@@ -61,7 +61,7 @@ def machine(rehearse: bool, quick: bool) -> Result:
         return passed(**facts, gpu="none: a rehearsal on the CPU")
     if not torch.cuda.is_available():
         why = "it was built without CUDA" if torch.version.cuda is None else "check the driver"
-        return verdict([f"torch sees no GPU: {why}"])
+        return verdict([f"no GPU is visible to torch: {why}"])
     gpus = []
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)

@@ -83,7 +83,7 @@ def fork(rehearse: bool, quick: bool) -> Result:
         first = case.results("triton", torch.float32, device_of(rehearse))
         child = os.fork()
         if not child:
-            # Skip Python's clean-up, which would touch resources of the parent.
+            # Skip Python's clean-up, which would release resources of the parent.
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             faults.append("a forked child that does nothing ended with an error")
