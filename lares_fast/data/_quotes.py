@@ -22,7 +22,7 @@ def spans_lines(path: Path, delimiter: str, time: str | None) -> bool:
     """Return whether a quoted value of the CSV file ``path`` contains a line end.
 
     A quote at the beginning of a field opens a value. The quote that closes the value must end the field. Quotes inside are
-    doubled. Quotes elsewhere are plain characters. ``time`` names the time column, which shows whether a line is a row or prose.
+    doubled. Quotes elsewhere are plain characters. ``time`` names the time column, which helps to tell a row from prose.
 
     Raises :class:`InputError` where these rules are broken. It is also raised where a line inside a quoted value looks like a
     row: two stray quotes would hide the rows between them.
