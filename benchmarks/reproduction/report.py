@@ -17,8 +17,9 @@ from typing import Any
 from benchmarks.reproduction.experiments import DATA, EXPERIMENTS, Experiment
 from benchmarks.reproduction.pictures import draw, picture
 from benchmarks.reproduction.published import PUBLISHED
-from benchmarks.reproduction.runs import MASKED, NOT_MASKED, USUAL, Run, collect
+from benchmarks.reproduction.runs import USUAL, Run, collect
 from lares_fast.cli.console import counted
+from lares_fast.train.evaluate import MASKED, NOT_MASKED
 
 _ROOT = Path(__file__).parents[2]
 _COPIES = _ROOT / "benchmarks" / "results" / "runs"

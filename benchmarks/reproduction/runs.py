@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.reproduction.experiments import Experiment
 from benchmarks.reproduction.runner import FINISHED, RECORD, RUNNING, is_finished, is_trained, read_record
+from lares_fast.train.evaluate import MASKED, NOT_MASKED
 
-MASKED, NOT_MASKED = "masked", "not masked"
 _PHASES = ("spt", "rpt")
 
 # The ranking that publications report for a log. For logs that are not listed, items of the history are not masked.

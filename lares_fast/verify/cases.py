@@ -287,8 +287,8 @@ def shipped(op: str) -> list[dict[str, Any]]:
         return [{"width": width, "drop": drop, "short": False, "train": train} for width, drop, train in sizes]
     if op == "linear_cross_entropy":
         return [{"width": width, "train": train} for width, train in product((64, 128), (False, True))]
-    # In inference: the pre-block, and the core. In training: the pre-block, the core that returns its last states, and the core
-    # that returns the states of every step.
+    # Inference calls the pre-block, and the core with its last states. Training calls the pre-block, the core with its last
+    # states, and the core with the states of every step.
     calls = [("none", "tokens", False), ("add", "last", False)]
     calls += [("none", "tokens", True), ("add", "last", True), ("add", "steps", True)]
     return [
