@@ -1,4 +1,4 @@
-"""Encodes raw ids as integers 0..n-1, one block at a time."""
+"""Encode raw ids as integers 0..n-1, one block at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks the quotes of a CSV file before it is parsed: a stray quote joins rows, and CSV parsers do not report that."""
+"""Check the quotes of a CSV file before it is parsed: a stray quote joins rows, and CSV parsers do not report that."""
 
 from __future__ import annotations
 

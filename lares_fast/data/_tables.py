@@ -1,4 +1,4 @@
-"""Reads CSV and parquet event logs with pyarrow, in pieces of bounded size."""
+"""Read CSV and parquet event logs with pyarrow, in pieces of bounded size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the fields of text files and turns them into numbers, one block at a time, without a loop over lines."""
+"""Find the fields of text files and turn them into numbers, one block at a time, without a loop over lines."""
 
 from __future__ import annotations
 

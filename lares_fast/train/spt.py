@@ -67,7 +67,7 @@ class SPT(nn.Module):
     name: ClassVar[str] = "spt"
 
     def __init__(self, model: reference.LARES, log: InteractionLog, rows: Rows, settings: SPTConfig | None = None) -> None:
-        """Raises :class:`InputError` if there is no row."""
+        """Group the rows by target. Raises :class:`InputError` if there is no row."""
         super().__init__()
         self.model, self.log, self.rows = model, log, rows
         self.settings = settings or SPTConfig()

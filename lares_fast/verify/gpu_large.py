@@ -85,7 +85,7 @@ def _differences(names: tuple[str, ...], found: list[Tensor], expected: list[Ten
 
 
 def large_linear_cross_entropy(device: str, elements: int) -> list[str]:
-    """Use an item table whose rows are 0 except the last, so that all results are known. Return the faults."""
+    """Check the op on items that are 0 except the last, so that all results are known. Return the faults."""
     D, scale = 64, 0.125
     N = -(-elements // D)
     hidden = torch.randn(2, D).to(device, _HALF).requires_grad_()
@@ -122,7 +122,10 @@ def _large_catalog(rehearse: bool, quick: bool) -> Result:
 
 
 def large_catalog(device: str, elements: int, backend: str = "cuda") -> list[str]:
-    """Use items that all score 0 except the last, which is best for one query and worst for the other. Return the faults."""
+    """Check both ops on items with score 0 except the last, which is best for one query and worst for the other.
+
+    Return the faults.
+    """
     D = 64
     N = -(-elements // D)
     query = torch.ones(2, D, device=device)
