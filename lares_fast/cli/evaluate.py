@@ -113,7 +113,7 @@ def _require_order(log: InteractionLog, recommender: Recommender, run: Path) -> 
     if sorted(map(str, items)) == sorted(map(str, recommender.item_ids)):
         raise InputError(
             f"{log.name} has the items of the run in {run} in another order, and string ids are numbered as they occur: "
-            "bring its rows back into their earlier order."
+            "sort its rows into their earlier order."
         )
     raise InputError(f"{log.name} has other items than the run in {run}: give --data with the log it was trained on.")
 

@@ -145,7 +145,7 @@ class InteractionLog:
         if self.synthetic:
             lines.append("This log is synthetic: a seeded generator made it, and it describes no real people or products.")
         if any(self.dropped.values()):
-            lines.append("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()))
+            lines.append("left out: " + ", ".join(f"{reason} ({count:,})" for reason, count in self.dropped.items()))
         return "\n".join(lines)
 
 

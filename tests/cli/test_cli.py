@@ -40,7 +40,7 @@ def test_train_without_data_says_that_it_makes_some(cli, small_settings):
 
 def test_train_names_and_counts_the_users_it_drops(cli, small_settings, log_file):
     result = cli("train", *small_settings, "--data", log_file, "--phase", "spt", "--set", "spt.max_steps=1")
-    assert result.code == 0 and "1 users with fewer than 3 events" in result.out
+    assert result.code == 0 and "users with fewer than 3 events (1)" in result.out
     assert result.written == ["runs"]
 
 

@@ -104,7 +104,7 @@ def test_short_users_are_dropped_and_counted_with_their_items(tmp_path):
     assert contents(log) == {2: [9, 7, 9]}
     assert log.item_ids.tolist() == [0, 7, 9]
     assert log.dropped == {"users with fewer than 3 events": 3, "events of those users": 3}
-    assert "3 users with fewer than 3 events" in log.summary()
+    assert "users with fewer than 3 events (3)" in log.summary()
     assert read_log(tmp_path / "a.txt", min_events=2).n_users == 2
 
 
