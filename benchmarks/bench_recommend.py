@@ -1,8 +1,7 @@
 """Time recommendation by cosine with a stored normalised item table, against a table that is normalised for each batch.
 
-The baselines work like the package before it stored the table. Expected at N 200,000 and B 256: ``LARES.recommend`` takes
-about a quarter less CPU time, and ``Recommender.recommend`` about 45 % less. Its baseline normalises the table twice:
-once in each call, and once for each batch of queries.
+The baselines work like the package before it stored the table. The baseline of ``Recommender.recommend`` normalises the table
+twice: once in each call, and once for each batch of queries. docs/performance.md has the results.
 """
 
 import pytest
