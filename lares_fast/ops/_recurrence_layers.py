@@ -19,9 +19,9 @@ def obstacle(call: RecurrenceCall, *_: object) -> str | None:
     return "it multiplies in the dtype of h: for bf16 give it bfloat16 tensors" if call.bf16 else None
 
 
-def unasked(call: RecurrenceCall, *_: object) -> str | None:
-    """Return why ``auto`` passes over a call, or ``None``."""
-    return None if _is_gpu(call.h) else f"it is there for GPUs, and h is on {call.h.device}"
+def not_automatic(call: RecurrenceCall, *_: object) -> str | None:
+    """Return why ``auto`` does not choose this backend for ``call``, as a clause, or ``None``."""
+    return None if _is_gpu(call.h) else f"it is meant for GPUs, and h is on {call.h.device}"
 
 
 def _is_gpu(tensor: Tensor) -> bool:

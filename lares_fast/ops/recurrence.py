@@ -239,7 +239,7 @@ def _backends(triton: Any, native: Any, layers: Any, reference: Any) -> tuple[Ba
     return (
         Backend("triton", triton, _recurrence_triton.obstacle, note=lambda call, *_: _triton.note("recurrence", call.h)),
         Backend("native", native, _recurrence_native.obstacle),
-        Backend("layers", layers, _recurrence_layers.obstacle, _recurrence_layers.unasked),
+        Backend("layers", layers, _recurrence_layers.obstacle, _recurrence_layers.not_automatic),
         Backend("reference", reference, lambda *_: None),
     )
 
