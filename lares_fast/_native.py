@@ -72,9 +72,9 @@ def available() -> tuple[bool, str]:
 def build_info() -> dict[str, Any]:
     """Describe the native module of this installation. The driver of the GPU is not queried.
 
-    The keys ``native`` (bool), ``reason`` (why there is no module, else empty), ``cuda_built`` (bool) and ``cuda_reason`` always
-    exist. If there is a module, other keys give its file, SIMD level, bf16 products (bool), version, compiler, flags, build
-    type, CPU architecture, CUDA architectures and nvcc version.
+    The keys ``native`` (bool), ``reason`` (why there is no module, else empty), ``cuda_built`` (bool) and ``cuda_reason`` are
+    always there. A module adds keys for its file, SIMD level, bf16 products (bool), version, compiler, flags, build type, CPU
+    architecture, CUDA architectures and nvcc version.
 
     Raises :class:`InputError` only if ``LARES_FAST_SIMD`` is not valid.
     """
