@@ -189,7 +189,7 @@ def _plan(call):
     S = chosen.rows or tile_size(call.longest, E * call.query.element_size())
     tiles = triton.cdiv(call.longest, S)
     if P and len(call.offsets) == 1:
-        raise ValueError(f"offsets must rise from 0 to {P}, the rows of query, but there is only one.")
+        raise ValueError(f"offsets must rise from 0 to {P}, the rows of query, but there is only one offset.")
     programs = (len(call.offsets) - 1) * H * tiles if P else 0
     kept = 1 / (1 - call.threshold / 65536)
     inputs = (*map(ready, (call.query, call.key, call.value, rising(call.offsets))), _optional(call.rows), _optional(call.seed))

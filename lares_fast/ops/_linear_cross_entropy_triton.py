@@ -24,7 +24,7 @@ def obstacle(call: SoftmaxCall) -> str | None:
 
 
 def note(call: SoftmaxCall) -> str | None:
-    """Return the text that ``explain`` adds: which launch settings are tuned."""
+    """Return the text that ``explain`` adds, which names the tuned launch settings, or ``None``."""
     return _triton.note(_STEM, call.hidden)
 
 
@@ -35,6 +35,6 @@ def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def backward(call: LogprobBackwardCall) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of ``hidden`` and ``items``, ``None`` for one that is not needed."""
+    """Return the gradients of ``hidden`` and ``items``, or ``None`` for a gradient that is not needed."""
     d_hidden, d_items = _triton.kernels(_STEM).backward(call)
     return d_hidden, d_items
