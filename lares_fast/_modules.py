@@ -69,7 +69,7 @@ def _changed(module: nn.Module, expected: _Expected) -> str | None:
         return f"is a {type(module).__name__} instead of a {expected.kind.__name__}"
     held = vars(module)
     if (modules := list(held["_modules"])) != expected.modules:
-        return f"holds {', '.join(modules)} where the configuration says {', '.join(expected.modules)}"
+        return f"has the modules {', '.join(modules)} where the configuration says {', '.join(expected.modules)}"
     for hooks, what in _HOOKS.items():
         if held.get(hooks):
             return f"has {what}"

@@ -14,7 +14,7 @@ from lares_fast.ops._catalog_checks import check_dense
 
 
 class CatalogIndex:
-    """``items`` [N, D] laid out for the native kernel: ``topk(query, items, k, index=index)`` gives the same answer faster.
+    """An index of ``items`` [N, D] for the native kernel: ``topk(query, items, k, index=index)`` gives the same answer faster.
 
     The index holds a transposed copy. It also holds int8 tables if the SIMD level is AVX2 or higher, N >= 32,768 and D <= 512.
     For most items these tables prove that the item cannot be among the best. The index takes about 1.3 times the memory of

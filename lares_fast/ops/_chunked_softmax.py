@@ -18,7 +18,7 @@ _SCORES = 2**22
 
 
 def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities [M], the ranks [M] if ``call.ties`` asks for them, and the log-sum-exp [M] in fp64.
+    """Return the log-probabilities [M], the ranks [M] or ``None`` without ``call.ties``, and the log-sum-exp [M] in fp64.
 
     The log-probability and the log-sum-exp are NaN for a target that is no item of the softmax.
     """

@@ -17,7 +17,7 @@ def obstacle(call: SoftmaxCall) -> str | None:
 
 
 def forward(call: LogprobCall, threads: int | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities [M], the ranks [M] if ``call.ties`` asks for them, and the log-sum-exp [M] in fp64.
+    """Return the log-probabilities [M], the ranks [M] or ``None`` without ``call.ties``, and the log-sum-exp [M] in fp64.
 
     The number of threads changes no bit.
     """

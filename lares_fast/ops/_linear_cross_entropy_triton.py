@@ -29,7 +29,7 @@ def note(call: SoftmaxCall) -> str | None:
 
 
 def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities [M], the ranks [M] if ``call.ties`` asks for them, and the log-sum-exp [M] in fp64."""
+    """Return the log-probabilities [M], the ranks [M] or ``None`` without ``call.ties``, and the log-sum-exp [M] in fp64."""
     logprob, rank, lse = _triton.kernels(_STEM).forward(call)
     return logprob, rank, lse
 

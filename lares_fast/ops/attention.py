@@ -47,7 +47,7 @@ def attention(
         key: [P, H, D/H], with the dtype and device of ``query``.
         value: [P, H, D/H], with the dtype and device of ``query``.
         offsets: [B + 1] int64 on the same device, rising from 0 to P.
-        longest: at least the length of every sequence; an integer, so that nothing waits for a GPU.
+        longest: at least the length of every sequence; an integer, so that the CPU does not wait for a GPU.
         draw: the addresses of the dropout masks; ``None`` drops nothing. Its ``rows`` [B] are on the same device.
         dropout: the probability of a drop, in [0, 1).
         step: part of the address, in 0..65,535.

@@ -62,8 +62,8 @@ def recurrence(
         dropout: the probability that a hidden activation is dropped, in [0, 1).
         attention_dropout: the probability that an attention probability is dropped, in [0, 1); ``None`` means ``dropout``.
         eps: the epsilon of the layer norms.
-        longest: at least the length of every sequence. It is an integer, so that nothing waits for a GPU. Only ``triton``
-            needs it.
+        longest: at least the length of every sequence. It is an integer, so that the CPU does not wait for a GPU. Only
+            ``triton`` needs it.
         bf16: round the operands of products with weights to bf16; sums and everything else stay in the dtype of ``h``. Only
             ``native`` and ``reference`` can do this, and only without gradients. ``native`` multiplies in bf16 if the CPU has
             AMX or AVX512_BF16.

@@ -86,7 +86,7 @@ class LARES(nn.Module):
             generator. The default in evaluation is one fixed h0 for every sequence, so that equal histories give equal
             answers in any batch.
 
-        Lengths, offsets and depths may be on the CPU while the items are on a GPU. Then nothing waits for the GPU.
+        Lengths, offsets and depths may be on the CPU while the items are on a GPU. Then the CPU does not wait for the GPU.
 
         Raises :class:`InputError` for arguments that do not fit, and for a PAD inside a sequence. The values of items on a
         GPU are not checked: there ``lares_fast.LARES`` returns NaN for a sequence with a PAD inside.

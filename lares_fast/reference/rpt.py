@@ -80,7 +80,7 @@ def rpt_loss(
     for name, value, allowed in (("reward", reward, REWARDS), ("scores", scores, SCORES)):
         if value not in allowed:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
-    # All sizes follow from the depths. They are on the CPU, so that nothing waits for a GPU.
+    # All sizes follow from the depths. The depths are on the CPU, so that the CPU does not wait for a GPU.
     num_steps = torch.as_tensor(policy_pass.num_steps).cpu()
     if num_steps.dim() != 2 or len(num_steps) < 2:
         raise InputError(
