@@ -109,8 +109,8 @@ def choose(op: str, argument: str | None, *args: Any) -> Backend:
 def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> str:
     """Return which backend runs ``op`` on these arguments and why the others do not, one line for each backend.
 
-    ``args`` and ``options`` are the arguments of the op's public function. Raises :class:`InputError` for an unknown ``op``, an
-    unknown ``backend`` and for arguments that the public function does not accept.
+    ``args`` and ``options`` are the arguments of the op's public function. Raises :class:`InputError` for an unknown ``op`` or
+    ``backend``, and the errors of the public function for its arguments.
 
     >>> print(explain("topk", query, items, 10))  # doctest: +SKIP
     topk: native

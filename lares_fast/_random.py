@@ -218,5 +218,5 @@ class Draw:
 
 
 def apply_dropout(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
-    """Return ``x`` divided by 1 - threshold / 65536 where ``keep`` is true, and 0 elsewhere."""
+    """Return ``x`` times 1 / (1 - threshold / 65536) where ``keep`` is true, and 0 elsewhere."""
     return x * keep.to(x).mul_(1 / (1 - threshold / 65536))

@@ -40,7 +40,7 @@ class LARESConfig:
         The epsilon of the layer norms, and the standard deviation of the initial weights.
     ``mean_depth, depth_sampling, per_sequence_depth, eval_depth``
         ``mean_depth`` is m, and ``depth_sampling`` names the distribution around m from which training draws the number of
-        steps T. T is always at least 1. (The plain Poisson distributions of the official code can draw T = 0. Such a model
+        steps T. T is always at least 1. (The plain Poisson distributions of the official code can draw T = 0. Then the model
         scores noise.) ``per_sequence_depth`` draws one T for each sequence instead of one for each batch; this is not
         official. ``eval_depth`` is T at evaluation, and ``None`` means m.
     ``state_init, state_std, state_scale``

@@ -62,7 +62,9 @@ class Recommender:
         :class:`InputError` for anything else, for ids that occur twice, and for a model with weights that are not finite.
         """
         if len(item_ids) != model.config.n_items:
-            raise InputError(f"item_ids must have {model.config.n_items} ids with PAD's placeholder, but has {len(item_ids)}.")
+            raise InputError(
+                f"item_ids must have {model.config.n_items} entries, one for each item row, but has {len(item_ids)}."
+            )
         self.model = model.eval()
         # Item id -> raw id. PAD has none.
         self._raw = {row: _raw_id(raw, f"item_ids[{row}]") for row, raw in enumerate(item_ids) if row != PAD}

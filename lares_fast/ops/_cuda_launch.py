@@ -139,7 +139,10 @@ def device_index(device: torch.device) -> int:
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` current within the ``with`` block, as the native module requires. PyTorch switches back afterwards."""
+    """Make ``device`` current within the ``with`` block, as the native module requires.
+
+    PyTorch switches back afterwards and creates no context on another device.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
