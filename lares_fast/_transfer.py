@@ -1,4 +1,4 @@
-"""Copy tensors from the CPU to a GPU without making the CPU wait."""
+"""Copy tensors from the CPU to a GPU without making the CPU wait, and recognise a graph capture."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device == device:
         return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":
-        if torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             raise RuntimeError(
                 "A tensor on the CPU cannot be copied within a graph capture: move it to the GPU before the capture begins."
             )
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def capturing(device: torch.device) -> bool:
+    """Return whether ``device`` is a GPU whose current stream captures a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

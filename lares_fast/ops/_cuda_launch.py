@@ -16,6 +16,7 @@ from torch import Tensor
 from lares_fast import _native, _settings
 from lares_fast._errors import BackendError
 from lares_fast._native_call import addresses
+from lares_fast._transfer import capturing
 from lares_fast.ops._catalog_calls import CatalogCall
 
 # Number of a device that can run the kernels -> its answer. Any other answer may change, so it is not kept.
@@ -64,7 +65,7 @@ def enqueue(op: str, device: torch.device, **arguments: object) -> None:
     """Call the function ``<op>_cuda`` of the native module. Raises the errors of :func:`launch`."""
     index, plain = device_index(device), _settings.cuda_products() == "ffma"
     with _current(device):
-        if (index, op, plain) not in _ran and _capturing(device):
+        if (index, op, plain) not in _ran and capturing(device):
             raise RuntimeError(f"{op} was not run on {device} before the graph capture: call it once outside of one first.")
         stream = torch.cuda.current_stream(device).cuda_stream
         # A RuntimeError means that the device is unusable. Nothing may catch it and continue with another backend.
@@ -116,7 +117,7 @@ def capability(device: torch.device) -> str:
     index = device_index(device)
     if index not in _able:
         with _current(device):
-            if _capturing(device):
+            if capturing(device):
                 raise RuntimeError(
                     f"{device} was not tested for the CUDA kernels before the graph capture: call the op once before."
                 )
@@ -144,7 +145,3 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     PyTorch switches back afterwards and creates no context on another device.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
