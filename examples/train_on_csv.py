@@ -1,6 +1,6 @@
 """Train LARES on a CSV log, print its results next to two baselines, and recommend items to three users.
 
-Without ``--csv`` the script writes a small synthetic log first. A log needs a column for the user, the item and the time.
+Without ``--csv`` the script first writes a small synthetic log. A log needs a column each for the user, the item and the time.
 """
 
 from __future__ import annotations
@@ -44,13 +44,19 @@ def main() -> None:
     """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, help="a CSV file of your own")
-    parser.add_argument("--columns", nargs=3, metavar=("USER", "ITEM", "TIME"), default=["user", "product", "when"])
-    parser.add_argument("--users", type=int, default=400, help="users of the synthetic log (default: 400)")
-    parser.add_argument("--items", type=int, default=100, help="items of the synthetic log, a multiple of 10 (default: 100)")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs of phase 1 (default: 4)")
+    parser.add_argument(
+        "--columns",
+        nargs=3,
+        metavar=("USER", "ITEM", "TIME"),
+        default=["user", "product", "when"],
+        help="names of the columns (default: user product when)",
+    )
+    parser.add_argument("--users", type=int, default=400, help="number of users in the synthetic log (default: 400)")
+    parser.add_argument("--items", type=int, default=100, help="number of items in it, a multiple of 10 (default: 100)")
+    parser.add_argument("--epochs", type=int, default=4, help="number of epochs of phase 1 (default: 4)")
     parser.add_argument("--out", type=Path, help="folder of the run (default: a temporary folder)")
     arguments = parser.parse_args()
-    # This model is too small for a second thread to pay off. Leave this line out for a larger one.
+    # For such a small model a second thread costs more than it gains. Leave this line out for a larger model.
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,12 +65,12 @@ def main() -> None:
             write_synthetic_csv(path, arguments.users, arguments.items)
         out = arguments.out or Path(scratch) / "run"
 
-        # 1. Read the log and split it: the last item of each user is tested, the item before it is validated.
+        # 1. Read the log and split it: the last item of each user is for the test, the item before it for validation.
         log = read_log(path, columns=dict(zip(("user", "item", "time"), arguments.columns, strict=True)))
         split = leave_one_out(log)
         print(f"{log.n_users:,} users, {log.n_items - 1:,} items, {log.n_events:,} events\n{split.summary()}")
 
-        # 2. Train both phases. The settings that are not given here are the published ones.
+        # 2. Train both phases. All settings that are not given here have their published values.
         config = RunConfig(
             model=MODEL,
             spt=SPTConfig(batch_size=64, lr=5e-3, epochs=arguments.epochs, alpha=0.02, gamma=0.1),

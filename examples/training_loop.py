@@ -1,7 +1,7 @@
 """Train LARES with your own loop: phase 1 with ``spt_loss``, then phase 2 with ``rpt_loss``.
 
 The script makes a synthetic log, trains both phases and prints NDCG@10 on the validation rows after every epoch. The
-trainer of ``lares_fast.train`` does more: it stops early, resumes, filters rows for phase 2 and tests several T.
+trainer of ``lares_fast.train`` does more: it stops early, resumes, filters rows for phase 2 and evaluates several T.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def ndcg(model: lares_fast.LARES, log: InteractionLog, rows: Rows) -> float:
 def main() -> None:
     """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--users", type=int, default=600, help="users of the synthetic log (default: 600)")
-    parser.add_argument("--items", type=int, default=100, help="items of the synthetic log, a multiple of 10 (default: 100)")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of phase 1 (default: 3)")
-    parser.add_argument("--batch", type=int, default=64, help="rows of a batch (default: 64)")
+    parser.add_argument("--users", type=int, default=600, help="number of users in the synthetic log (default: 600)")
+    parser.add_argument("--items", type=int, default=100, help="number of items in it, a multiple of 10 (default: 100)")
+    parser.add_argument("--epochs", type=int, default=3, help="number of epochs of phase 1 (default: 3)")
+    parser.add_argument("--batch", type=int, default=64, help="number of rows in a batch (default: 64)")
     arguments = parser.parse_args()
-    # This model is too small for a second thread to pay off. Leave this line out for a larger one.
+    # For such a small model a second thread costs more than it gains. Leave this line out for a larger model.
     torch.set_num_threads(1)
 
     log = synthetic_log(n_users=arguments.users, n_items=arguments.items, n_brands=arguments.items // 10)
@@ -72,7 +72,7 @@ def main() -> None:
                 batch.sequences,
                 batch.target,
                 partner.sequences,
-                # The pass for the cross entropy, the anchor and the partner. Each one draws its own dropout and h0.
+                # The passes for the cross entropy, the anchor and the partner. Each pass draws its own dropout and h0.
                 (Pass(first), Pass(second), Pass(second)),
                 step_index=int(torch.randint(second, (), generator=generator)),
                 alpha=0.02,

@@ -1,4 +1,4 @@
-"""Make Triton's interpreter compute bf16 as a GPU does. As it comes, it multiplies the raw bits and truncates casts.
+"""Make Triton's interpreter compute bf16 as a GPU does. Without these patches it multiplies raw bits and truncates casts.
 
 Tests on a machine without a GPU use this. ``TRITON_INTERPRET`` must be 1 before Triton is first imported.
 """
@@ -14,24 +14,24 @@ BF16 = tl.bfloat16
 
 
 def to_bf16(x):
-    """Round fp32 to the nearest bf16, ties to even; bits as uint16."""
+    """Round fp32 to the nearest bf16, ties to even. Return the bits as uint16."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
 def from_bf16(bits):
-    """Undo :func:`to_bf16`, exactly."""
+    """Return the fp32 numbers of bf16 ``bits`` (uint16), which are exact."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def wide(handle):
-    """Return the numbers of a handle."""
+    """Return the NumPy numbers of a handle; bf16 becomes fp32."""
     return from_bf16(handle.data) if handle.dtype.scalar == BF16 else handle.data
 
 
 def cast(self, source, to, *_):
-    """Cast to another type, rounded to the nearest number, ties to even."""
+    """Cast to another type. Casts to bf16 round to the nearest number, ties to even."""
     data = wide(source)
     data = to_bf16(data) if to.scalar == BF16 else data.astype(interpreter._get_np_dtype(to.scalar))
     return TensorHandle(data, to.scalar)
@@ -43,7 +43,7 @@ def dot(self, a, b, c, *_):
 
 
 def arithmetic(self, left, right, op):
-    """Compute as the interpreter does, but not in bf16."""
+    """Compute as the interpreter does. Operands in bf16 raise AssertionError."""
     assert BF16 not in (left.dtype.scalar, right.dtype.scalar), "bf16 may only be loaded, stored, cast and multiplied by tl.dot"
     return stock_arithmetic(self, left, right, op)
 
@@ -65,18 +65,18 @@ def patch_tensor(tensor, *scope):
 
 
 stock_patch_tensor = interpreter._patch_lang_tensor
-# This patch changes no number, so it stays for good.
+# This patch changes no number, so it is never undone.
 interpreter._patch_lang_tensor = patch_tensor
 
 # Method of the interpreter -> its replacement.
-HONEST = {"cast_impl": cast, "create_fp_to_fp": cast, "create_dot": dot, "binary_op": arithmetic}
+AS_ON_GPU = {"cast_impl": cast, "create_fp_to_fp": cast, "create_dot": dot, "binary_op": arithmetic}
 
 
 @contextmanager
-def honest():
-    """Interpret bf16 as a GPU computes it, within the ``with`` block."""
-    before = {name: getattr(InterpreterBuilder, name) for name in HONEST}
-    for name, method in HONEST.items():
+def bf16_as_on_gpu():
+    """Make the interpreter compute bf16 as a GPU does within the ``with`` block."""
+    before = {name: getattr(InterpreterBuilder, name) for name in AS_ON_GPU}
+    for name, method in AS_ON_GPU.items():
         setattr(InterpreterBuilder, name, method)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Launch kernels. All launches go through this module, which checks what hardware and Triton's launcher take for granted."""
+"""Launch kernels. All launches go through this module, which checks the conditions that Triton's launcher does not check."""
 
 import re
 import threading
@@ -10,21 +10,21 @@ import torch
 
 from lares_fast import _settings
 
-# Triton's launcher multiplies the grid's sizes in 32 bits and launches nothing where the product wraps.
+# Triton's launcher multiplies the grid's sizes in 32 bits, and launches nothing if the product overflows.
 MOST_PROGRAMS = 2**31 - 1
 # Vector loads read 16 bytes. A pointer that is not a multiple of 16 would also compile a variant of its own.
 ALIGNMENT = 16
-# Warps of a program. With four warps, products of half precision become WGMMA on Hopper and tcgen05 on Blackwell, which some
-# versions of ptxas and Triton compile wrongly. With two warps they become mma.sync on every GPU. Products in fp32 use no tensor
-# core. For a kernel that needs more warps, :func:`sound_products` keeps the compiler from WGMMA.
+# The warps of a program. With four warps, products of half precision become WGMMA on Hopper and tcgen05 on Blackwell, which
+# some versions of ptxas and Triton compile wrongly. With two warps they become mma.sync on every GPU. Products in fp32 use no
+# tensor core. For a kernel that needs more warps, :func:`avoid_broken_wgmma` keeps the compiler from using WGMMA.
 WARPS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the kernels of an op are launched; a value that is left out is the default."""
+    """The launch settings of the kernels of an op. A setting that is left out has its default."""
 
-    # Rows of a tile.
+    # The rows of a tile.
     rows: int | None = None
     # Kernel -> (warps, stages).
     kernels: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -32,21 +32,22 @@ class Choice:
 
 SHIPPED = Choice()
 # A function that takes (op, tensor, sizes) and returns the :class:`Choice` that was measured for such calls, or None.
+# ``lares_fast.ops._triton`` sets it.
 find = None
 
-# Tools that compile or count launches set a function here. It is called in place of Triton's launch, with (kernel, programs,
-# arguments, options).
+# Tools that compile or count launches set a function here. :func:`launch` calls it instead of the kernel, with (kernel,
+# programs, arguments, options).
 stand_in = ContextVar("stand_in", default=None)
 
-# The compiler reads the process's environment, which must not change meanwhile. Every compilation holds this lock.
+# The compiler reads the environment variables, which must not change meanwhile. Every compilation holds this lock.
 _compiling = threading.Lock()
 
-# Variants that ran in this process. The first launch of a variant compiles and loads it, which a graph capture forbids.
+# The variants that ran in this process. The first launch of a variant compiles and loads it, which a graph capture forbids.
 _ran = set()
 
 
 def ready(tensor):
-    """Return ``tensor`` contiguous and aligned, as :func:`launch` needs it; it is copied only if it is not so already."""
+    """Return ``tensor`` contiguous and aligned, as :func:`launch` requires. It is copied only if that is necessary."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
@@ -54,8 +55,8 @@ def ready(tensor):
 def rising(offsets):
     """Return ``offsets`` [B + 1], or -1 in every place if an offset is below the one before.
 
-    Such sequences would overlap, and two programs would write one row. Kernels take -1 as out of range. Nothing waits for the
-    device.
+    Sequences of falling offsets would overlap, and two programs would write one row. A kernel treats -1 as out of range. The
+    host does not wait for the device.
     """
     return torch.where((offsets[1:] < offsets[:-1]).any(), -1, offsets)
 
@@ -68,8 +69,11 @@ def choice(op, tensor, **sizes):
 def launch(kernel, programs, *arguments, warps, stages=1, choice=SHIPPED, **constants):
     """Run ``programs`` programs of ``kernel`` on the device of its tensors; with 0 programs nothing is launched.
 
-    ``arguments`` are tensors and numbers in the kernel's order, ``constants`` its compile-time parameters. If ``choice`` names
-    the kernel, it replaces ``warps`` and ``stages``.
+    ``arguments`` are tensors and numbers in the kernel's order, and ``constants`` are its compile-time parameters. If
+    ``choice`` has settings for the kernel, they replace ``warps`` and ``stages``.
+
+    Raises ValueError for too many programs, and for tensors on several devices, not contiguous or not aligned. Raises
+    RuntimeError if the first launch of a variant comes within a graph capture.
     """
     warps, stages = choice.kernels.get(_name(kernel), (warps, stages))
     if programs == 0:
@@ -94,24 +98,24 @@ def launch(kernel, programs, *arguments, warps, stages=1, choice=SHIPPED, **cons
             return
         if _capturing(device):
             raise RuntimeError(f"{_name(kernel)} was not run before the graph capture: run it once with such arguments first.")
-        with sound_products(_architecture(device)):
+        with avoid_broken_wgmma(_architecture(device)):
             kernel[(programs,)](*arguments, **options)
         _ran.add(variant)
 
 
 @contextmanager
-def sound_products(architecture):
-    """Compile for ``architecture`` (90 is Hopper) without the products that this ptxas gets wrong; one thread at a time.
+def avoid_broken_wgmma(architecture):
+    """Let one thread at a time compile for ``architecture`` (90 is Hopper), without WGMMA if ptxas compiles it wrongly.
 
-    A ptxas before 13.3 may overwrite registers that a WGMMA still reads. Triton's cache keeps these compilations apart.
+    A ptxas before 13.3 may overwrite registers that a WGMMA still reads. Triton's cache keeps both kinds of compilations apart.
     """
-    sound = architecture != 90 or _ptxas(architecture) >= (13, 3)
-    with _compiling, nullcontext() if sound else _settings.temporarily("DISABLE_MMA_V3", "1"):
+    correct = architecture != 90 or _ptxas(architecture) >= (13, 3)
+    with _compiling, nullcontext() if correct else _settings.temporarily("DISABLE_MMA_V3", "1"):
         yield
 
 
 def _ptxas(architecture):
-    """Return the version of the assembler for ``architecture``, or (0,) if it does not tell."""
+    """Return the version of the assembler ptxas for ``architecture``, or (0,) if it is unknown."""
     from triton.backends.nvidia import compiler
 
     try:
@@ -135,14 +139,14 @@ def _name(kernel):
 
 
 def _kind(argument):
-    """Return the properties of an argument that can lead to a variant."""
+    """Return the properties of an argument for which Triton may compile another variant."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype
     return type(argument), isinstance(argument, int) and not -(2**31) <= argument < 2**31
 
 
 def _on(device):
-    """Make ``device`` current: Triton launches on the current device and its current stream."""
+    """Make ``device`` current within the ``with`` block. Triton launches on the current device and its current stream."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

@@ -1,12 +1,13 @@
 """Transformer layers on a tile of whole sequences, as device functions that the forward and the backward share.
 
-A tile has R = 16 G rows, which are kept as [G, 16, ...]: a product is then G products of 16 rows, one for each warp. One
-product of R rows would become WGMMA on Hopper and tcgen05 on Blackwell, which some versions of ptxas and Triton compile
-wrongly. Sequences begin at tile rows that are multiples of 4, so that one call of the generator serves 4 queries of a sequence.
+A tile has R = 16 G rows in the shape [G, 16, ...]. A product is then G products of 16 rows, one for each warp. One product of
+R rows would become WGMMA on Hopper and tcgen05 on Blackwell, which some versions of ptxas and Triton compile wrongly. Sequences
+begin at tile rows that are multiples of 4, so that one call of the generator covers 4 queries of one sequence.
 
-A layer's weights are those of its attention half and then those of its feed-forward half. Each half has first its matrices,
-then its biases, then its norm: query, key, value, output [D, D] and 4 D + 2 D numbers; up [INNER, D], down [D, INNER] and
-INNER + D + 2 D numbers. lares_fast/reference/weights.py makes this order.
+The weights of a layer are in the order of lares_fast/reference/weights.py. Each half has its matrices, biases and norm:
+
+- the attention half: query, key, value and output [D, D] each, 4 D biases, and 2 D numbers of the norm;
+- the feed-forward half: up [INNER, D] and down [D, INNER], INNER + D biases, and 2 D numbers of the norm.
 """
 
 import triton
@@ -14,19 +15,19 @@ import triton.language as tl
 from lares_fast.kernels._random import keep_attention_pairs, keep_hidden
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Columns of a head or of the inner layer that are computed at a time: more columns would not fit the registers.
+# The columns of a head or of the inner layer that are computed at a time. More columns would not fit into the registers.
 PIECE = tl.constexpr(32)
 SITE_ATTENTION_OUT = tl.constexpr(1)
 SITE_FEED_FORWARD_OUT = tl.constexpr(2)
 
 
 def attention_size(D):
-    """Return how many numbers the attention half of a layer's weights has."""
+    """Return the number of weights in the attention half of a layer."""
     return 4 * D * D + 6 * D
 
 
 def layer_size(D, INNER):
-    """Return how many numbers a layer's weights have."""
+    """Return the number of weights of a layer."""
     return attention_size(D) + 2 * INNER * D + INNER + 3 * D
 
 
@@ -38,7 +39,10 @@ def tile_rows(G: tl.constexpr):
 
 @triton.jit
 def owners(row, ALIGNED, low, high):
-    """Return (sequence, its first row in the tile) for the tile rows ``row``; rows behind the last sequence count to it."""
+    """Return (sequence, its first row in the tile) for the tile rows ``row``.
+
+    The sequences of the tile are ``low`` to ``high - 1``. Rows after the last sequence are counted as rows of it.
+    """
     base = tl.load(ALIGNED + low)
     sequence, begin = row * 0 + low, row * 0
     for b in range(low + 1, high):
@@ -50,8 +54,11 @@ def owners(row, ALIGNED, low, high):
 
 @triton.jit
 def drop_places(ALIGNED, ROWS, low, high, G: tl.constexpr):
-    """Return the addresses of dropout: batch row and position of tile rows [16 G], and for the masks of attention the batch row
-    of quads [4 G], the quad [4 G] and the pair [8 G] within the sequence."""
+    """Return the parts of dropout addresses: for hidden dropout the batch row and the position of each tile row, [16 G].
+
+    For attention dropout they are the batch row of each quad of queries [4 G], the number of the quad within its sequence
+    [4 G], and the number of each pair of keys within its sequence [8 G].
+    """
     flat = tl.arange(0, 16 * G)
     sequence, begin = owners(flat, ALIGNED, low, high)
     four = tl.arange(0, 4 * G) * 4
@@ -68,7 +75,7 @@ def rows_times(x, w, G: tl.constexpr):
     K: tl.constexpr = w.shape[0]
     N: tl.constexpr = w.shape[1]
     if w.dtype == tl.float32:
-        # fp32 uses no tensor cores, so G products gain nothing, and G copies of w would fill the shared memory.
+        # fp32 uses no tensor cores, so G products are not faster, and G copies of w would fill the shared memory.
         return tl.reshape(tl.dot(tl.reshape(x.to(w.dtype), (16 * G, K)), w, input_precision="ieee"), (G, 16, N))
     return tl.dot(x.to(w.dtype), tl.broadcast_to(w[None], (G, K, N)), input_precision="ieee")
 
@@ -87,9 +94,9 @@ def vector(base, size: tl.constexpr):
 
 @triton.jit
 def load_tile(base, source, real, STRIDE: tl.constexpr, C: tl.constexpr = None):
-    """Load the first C numbers of rows ``source`` [G, 16] as [G, 16, C] fp32; zero if not ``real``.
+    """Load the first C numbers of the rows ``source`` [G, 16] as [G, 16, C] fp32, with 0 for rows that are not ``real``.
 
-    Rows are STRIDE apart, and STRIDE is also the default of C.
+    Rows are STRIDE numbers apart, and STRIDE is also the default of C.
     """
     COLUMNS: tl.constexpr = STRIDE if C is None else C
     at = source[:, :, None] * STRIDE + tl.arange(0, COLUMNS)[None, None, :]
@@ -98,14 +105,14 @@ def load_tile(base, source, real, STRIDE: tl.constexpr, C: tl.constexpr = None):
 
 @triton.jit
 def store_tile(base, tile, source, real, STRIDE: tl.constexpr):
-    """Store what :func:`load_tile` loads."""
+    """Store ``tile`` where :func:`load_tile` loads it."""
     at = source[:, :, None] * STRIDE + tl.arange(0, tile.shape[2])[None, None, :]
     tl.store(base + at, tile.to(base.dtype.element_ty), mask=real[:, :, None])
 
 
 @triton.jit
 def standardise(x, eps, D: tl.constexpr):
-    """Return (x with mean 0 and deviation 1, the reciprocal of its deviation)."""
+    """Return x [G, 16, D] scaled to mean 0 and standard deviation 1, and the reciprocal [G, 16] of its standard deviation."""
     x -= (tl.sum(x, 2) / D)[:, :, None]
     inverse = 1 / tl.sqrt(tl.sum(x * x, 2) / D + eps)
     return x * inverse[:, :, None], inverse
@@ -170,7 +177,7 @@ def attend(
 ):  # fmt: skip
     """Return the attention's output projection [G, 16, D].
 
-    Without dropout x is already added, so that registers hold one sum in place of two.
+    Without dropout the result includes x, so that the registers hold one sum instead of two.
     """
     out = tl.zeros((G, 16, D), tl.float32) if DROP else x
     x = x.to(W.dtype.element_ty)
@@ -190,7 +197,10 @@ def attend(
 
 @triton.jit
 def feed(x, W, D: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr):
-    """Return the feed-forward's second product, as :func:`attend`; W is the feed-forward's part of a layer's weights."""
+    """Return the second product [G, 16, D] of the feed-forward half, whose weights are at W.
+
+    Without dropout the result includes x, as in :func:`attend`.
+    """
     DTYPE: tl.constexpr = W.dtype.element_ty
     out = tl.zeros((G, 16, D), tl.float32) if DROP else x
     x = x.to(DTYPE)

@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 
 import triton
-from lares_fast.kernels._launch import sound_products, stand_in
+from lares_fast.kernels._launch import avoid_broken_wgmma, stand_in
 from triton.backends.compiler import GPUTarget
 
 
@@ -18,7 +18,7 @@ class Driver:
         return self.target
 
     def get_current_device(self):
-        """Return the number of the GPU."""
+        """Return the number of the current GPU."""
         return 0
 
     def get_current_stream(self, device):
@@ -30,15 +30,15 @@ class Driver:
 def compiling(architecture):
     """Compile the launches within the ``with`` block for ``architecture``, and do not run them. Tensors are on the CPU.
 
-    Yields the list to which Triton's compiled kernels are added. They are the variants that a launch with these arguments would
-    compile on such a GPU.
+    Yields a list to which every compiled kernel is added. It is the variant that a launch with these arguments would compile on
+    such a GPU.
     """
     compiled, used = [], set()
 
     def compile_only(kernel, programs, arguments, options):
         kernel.device_caches.clear()
         used.add(kernel)
-        with sound_products(architecture):
+        with avoid_broken_wgmma(architecture):
             compiled.append(kernel.warmup(*arguments, grid=(programs,), **options))
 
     drivers = triton.runtime.driver

@@ -1,6 +1,6 @@
-"""Keep-masks in Triton, with the bits of lares_fast/_random.py. docs/numerics.md states the layout and test vectors.
+"""Keep-masks in Triton, with the bits of lares_fast/_random.py. docs/numerics.md states the layout and the test vectors.
 
-``key`` is the folded key as one 64-bit integer, k0 + k1 * 2**32. One call of the generator serves 8 elements.
+``key`` is the folded key as one 64-bit integer, k0 + k1 * 2**32. One call of the generator gives the bits of 8 elements.
 """
 
 import triton
@@ -36,7 +36,7 @@ def keep_hidden(key, threshold, site, step, layer, row, position, column, R: tl.
 
 @triton.jit
 def keep_attention(key, threshold, step, layer, row, head, query, column, Q: tl.constexpr, J: tl.constexpr):
-    """Return the mask [Q, J] of a row, from query ``query`` and key ``column`` on.
+    """Return the mask [Q, J] of batch row ``row``, from query ``query`` and key ``column`` on.
 
     Q and ``query`` are multiples of 4, J and ``column`` multiples of 16.
     """
@@ -53,7 +53,7 @@ def keep_attention(key, threshold, step, layer, row, head, query, column, Q: tl.
 def keep_attention_pairs(key, threshold, step, layer, row, head, quad, pair, Q: tl.constexpr, J: tl.constexpr):
     """Return the mask [Q, J] over several sequences.
 
-    ``row`` and ``quad`` (query // 4) are [Q / 4], ``pair`` (key // 2) is [J / 2].
+    ``row`` and ``quad`` (query // 4) are [Q / 4], and ``pair`` (key // 2) is [J / 2].
     """
     c0 = (pair & 7 | head << 3 | _SITE_ATTENTION << 16)[None, :]
     c1 = quad[:, None] | (pair >> 3 << 16)[None, :]

@@ -1,8 +1,8 @@
-"""The gradients of the recurrence: step by step backwards, with a kernel for each half of a layer.
+"""The gradients of the recurrence, step by step from the last step to the first, with a kernel for each half of a layer.
 
-A step is computed again from its saved state. The kernel of a half stores the factors of the weights' gradients. A gradient is
-a product over all rows, which is split over slots. One program sums an element of a slot, always in one order. There are no
-atomics.
+Every step is computed again from its saved state. The gradient of a weight is a product of two matrices over all rows. The
+kernel of a half stores these matrices. The rows are split into slots, and every slot has a sum of its own. One program computes
+an element of a slot, always in the same order. There are no atomics.
 """
 
 import torch
@@ -31,9 +31,9 @@ from lares_fast.kernels._layers import (
 )
 from lares_fast.kernels.recurrence import Plan, join, places
 
-# The least rows of a slot, and the most slots.
+# The smallest number of rows of a slot, and the largest number of slots.
 SLOT_ROWS, SLOTS = 256, 32
-# Stands for the place of a bias's gradient if there is no bias.
+# The place of the gradient of a bias if there is no bias.
 NO_BIAS = -16
 # The side of a tile of a weight's gradient.
 SIDE = tl.constexpr(64)
@@ -43,11 +43,14 @@ _SIZES = ["P", "step", "layer", "t", "first", "threshold", "attention_threshold"
 
 @triton.jit
 def norm_backward(r, dy, base, PARTIAL, eps, D: tl.constexpr):
-    """Return the gradient of r, the input of a layer norm with weights at ``base``; add their gradients to PARTIAL [2, D]."""
+    """Return the gradient of r, the input of a layer norm with weight and bias at ``base``.
+
+    ``dy`` is the gradient of the output. The gradients of weight and bias are added to PARTIAL [2, D].
+    """
     x, inverse = standardise(r, eps, D)
     column = tl.arange(0, D)
     weight = tl.load(PARTIAL + column) + tl.sum(tl.sum(dy * x, 1), 0)
-    # Another thread may store what this one loads: here, and where the caller stores to the place that ``dy`` was loaded from.
+    # All threads must have loaded before one of them stores: here, and in the caller, which stores to the place of ``dy``.
     tl.debug_barrier()
     tl.store(PARTIAL + column, weight)
     bias = tl.load(PARTIAL + D + column) + tl.sum(tl.sum(dy, 1), 0)
@@ -63,11 +66,11 @@ def attention_half_backward(
     t, step, layer, eps, scale, threshold, kept, attention_threshold, attention_kept,
     D: tl.constexpr, E: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """Run the attention half of a layer backwards.
+    """Run the attention half of a layer backwards, in the rows of step t.
 
     GRAD [P, D] is the gradient of the half's output and becomes the gradient of its residual sum. DSUM [P, D] becomes the
-    gradient of the output projection, DQKV [P, 3 D] the gradient of queries, keys and values, and CONTEXT [P, D] the input of
-    the output projection.
+    gradient of the output projection's result, DQKV [P, 3 D] the gradient of queries, keys and values, and CONTEXT [P, D] the
+    input of the output projection.
     """
     low, high = tl.load(FIRST + tl.program_id(0)), tl.load(FIRST + tl.program_id(0) + 1)
     if low == high:
@@ -86,7 +89,7 @@ def attention_half_backward(
         x, W, begin, scale, SEED, attention_threshold, attention_kept, step, layer, quad_row, quad, pair, D, E, G, DROP,
     )  # fmt: skip
     if DROP:
-        # Its shape differs from the shape of a head's factor, and a loop does not take two shapes by one name.
+        # This factor has a name of its own, because a Triton loop does not allow a variable to change its shape.
         kept_sums = hidden_factor(SEED, threshold, kept, SITE_ATTENTION_OUT, step, layer, flat_row, flat_position, D, G)
         y = x + y * kept_sums
     dy = load_tile(GRAD + origin * D, source, real, D)
@@ -130,9 +133,9 @@ def feed_half_backward(
     t, step, layer, eps, threshold, kept,
     D: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """Run the feed-forward half of a layer backwards, as :func:`attention_half_backward`.
+    """Run the feed-forward half of a layer backwards, like :func:`attention_half_backward`.
 
-    GELU [P, INNER] becomes the input of the second product, and DINNER the gradient of the first product.
+    GELU [P, INNER] becomes the input of the second product, and DINNER [P, INNER] the gradient of the first product's result.
     """
     low, high = tl.load(FIRST + tl.program_id(0)), tl.load(FIRST + tl.program_id(0) + 1)
     if low == high:
@@ -165,7 +168,7 @@ def feed_half_backward(
 
 @triton.jit
 def _rows(P, ROW_DEPTH, t, G: tl.constexpr):
-    """Return (first row of the program, its rows [G, 16] counted from there, whether each takes part in step t)."""
+    """Return (first row of the program, its rows [G, 16] counted from there, whether each row takes step t)."""
     start = tl.program_id(0).to(tl.int64) * 16 * G
     row = tile_rows(G)
     inside = start + row < P
@@ -174,7 +177,7 @@ def _rows(P, ROW_DEPTH, t, G: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def input_gradient(A, W, GRAD, ROW_DEPTH, P, t, add, K: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """Set GRAD [P, D] to ``add`` * GRAD + A [P, K] times the K rows at W, in the rows of step t."""
+    """Set GRAD [P, D] to ``add`` * GRAD + A [P, K] times the K rows at W, in the rows that take step t."""
     start, row, real = _rows(P, ROW_DEPTH, t, G)
     out = load_tile(GRAD + start * D, row, real, D) * add
     for k in range(0, K, PIECE):
@@ -189,9 +192,9 @@ def join_backward(
     STATE, PRE, GRAD, ADAPTER, NORM, ROW_DEPTH, DPRE, DJOIN, GATE, PARTIAL, P, t, eps,
     KIND: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Run norm and adapter backwards: GRAD becomes the gradient of the state, and DPRE grows by the gradient of ``pre``.
+    """Run norm and adapter backwards: GRAD becomes the gradient of the state, and the gradient of ``pre`` is added to DPRE.
 
-    For ``concat`` it only stores DJOIN, which the products after it read.
+    For ``concat`` it stores only DJOIN [P, D], the gradient of the adapter's output. Later products read it.
     """
     start, row, real = _rows(P, ROW_DEPTH, t, G)
     x = load_tile(STATE + start * D, row, real, D)
@@ -220,7 +223,10 @@ def weight_gradient(
     A, B, ROW_DEPTH, SLOTS_GRAD, place, bias, P, t, size, rows,
     M: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Add A' B [M, N] of a slot's rows at ``place`` of the slot, rows STRIDE apart, and the column sums of A at ``bias``."""
+    """Add A' B [M, N] of a slot's rows to the slot at ``place``, and the column sums [M] of A at ``bias``.
+
+    A is [P, M], B is [P, N], and the rows of the sum are STRIDE numbers apart. A negative ``bias`` adds no column sums.
+    """
     tiles: tl.constexpr = (M // SIDE) * (N // SIDE)
     slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     m, n = tile // (N // SIDE) * SIDE, tile % (N // SIDE) * SIDE
@@ -248,9 +254,9 @@ def weight_gradient(
 
 
 def backward(call, grad, states):
-    """Return the gradients of h, pre (empty without it) and the weights.
+    """Return the gradients of ``h``, ``pre`` (empty without ``pre``) and the weights.
 
-    ``grad`` is the gradient of the output, and ``states`` are the states that the forward saved.
+    ``grad`` is the gradient of the output, and ``states`` [T, P, D] are the states that the forward saved.
     """
     return _Backward(Plan(call), ready(grad), states).run()
 
@@ -269,8 +275,8 @@ class _Backward:
         self.slot_rows, self.row_tiles, self.slots = triton.cdiv(triton.cdiv(P, slots), 32) * 32, row_tiles, slots
         self.offsets, self.depth = plan.sequences
         self.row_depth = torch.repeat_interleave(self.depth, self.offsets.diff(), output_size=P)
-        # A gradient is a sum over all sequences, and the output of a sequence that is not sound is NaN.
-        self.poison = torch.where((self.depth > 0).all(), 0.0, torch.nan)
+        # The output of an invalid sequence is NaN, and a gradient is a sum over all sequences. So all gradients become NaN.
+        self.nan_if_invalid = torch.where((self.depth > 0).all(), 0.0, torch.nan)
         self.halves, self.dqkv = h.new_empty(2 * layers, P, D), h.new_empty(P, 3 * D)
         self.multiplied, self.dsum = h.new_empty(P, D), h.new_empty(P, D)
         self.inner, self.dinner = h.new_empty(P, inner), h.new_empty(P, inner)
@@ -297,7 +303,7 @@ class _Backward:
         return self.collect()
 
     def add_output(self, t):
-        """Add the gradient of the states after step t that are part of the output."""
+        """Add the output's gradient for the states after step t."""
         call, grad = self.call, self.grad
         if call.output == "tokens":
             self.dstate = torch.where((self.row_depth == t + 1)[:, None], grad.float(), self.dstate)
@@ -346,7 +352,7 @@ class _Backward:
                 self.back(self.dsum, self.adapter[column:], dx, t, add=float(column > 0), stride=2 * D)
 
     def product(self, a, b, slots, place, bias, t, stride=None):
-        """Add a' b to the weight's gradient at ``place`` of every slot, and the sums of a to the gradient of its bias."""
+        """Add a' b to the gradient of a weight at ``place`` of every slot, and the column sums of a to its bias's gradient."""
         (P, M), N = a.shape, b.shape[1]
         programs = self.slots * (M // SIDE.value) * (N // SIDE.value)
         launch(
@@ -361,7 +367,7 @@ class _Backward:
         )
 
     def collect(self):
-        """Return the sums over slots and tiles, in the shapes of h, pre and the weights."""
+        """Return the gradients of ``h``, ``pre`` and the weights in the dtype of ``h``: sums over slots and tiles."""
         call, D = self.call, self.call.width
         layers = self.dweights.sum(1)
         for half, end in enumerate((attention_size(D), layers.shape[1])):
@@ -374,5 +380,6 @@ class _Backward:
         elif call.adapter == "concat":
             parts.append(self.dadapter.sum(0))
         pre = self.dpre if call.pre is not None else self.dpre.new_empty(0)
-        h_grad, pre_grad, weights_grad = ((x + self.poison).to(call.h.dtype) for x in (self.dstate, pre, torch.cat(parts)))
+        sums = (self.dstate, pre, torch.cat(parts))
+        h_grad, pre_grad, weights_grad = ((x + self.nan_if_invalid).to(call.h.dtype) for x in sums)
         return h_grad, pre_grad, weights_grad

@@ -1,10 +1,10 @@
-"""Causal attention of packed sequences: one pass forward and two passes backward. One program writes each element.
+"""Causal attention of packed sequences: one kernel for the forward, and two for the backward.
 
-Queries, keys and values are [P, H, E]; sequence b is rows OFFSETS[b]..OFFSETS[b + 1]. A program owns one tile of S rows of
-one head of one sequence and goes through the tiles of the other side. There are no atomics, so results do not depend on the
-order of programs.
+Queries, keys and values are [P, H, E]; sequence b is the rows OFFSETS[b]:OFFSETS[b + 1]. A program has a tile of S rows of one
+head of one sequence, queries or keys, and loops over the tiles of the other side. One program writes each element. There are
+no atomics, so results do not depend on the order of programs.
 
-The host does not see OFFSETS. The results of a sequence that leaves the P rows, or is longer than the host was told, are NaN.
+The host does not read OFFSETS. The results of a sequence that leaves the P rows, or is longer than ``longest``, are NaN.
 """
 
 import math
@@ -22,10 +22,10 @@ _SIZES = ["P", "H", "tiles", "longest", "threshold", "step", "layer"]
 
 @triton.jit
 def _place(OFFSETS, P, H, tiles, longest, S: tl.constexpr):
-    """Return (sequence, head, first row of this program's tile, first packed row, length, number of rows from there to spoil).
+    """Return (sequence, head, first row of this program's tile, first packed row, length, number of invalid rows).
 
-    A sequence that is not sound has length 0, and the program of its first tile spoils its rows. These are the rows that no
-    sound sequence has: all sequences together have each of the P rows once.
+    A sequence that is not valid gets the length 0. The program of its first tile stores NaN in the invalid rows, which begin at
+    the first packed row. The valid sequences and the invalid rows together are all P rows, each of them once.
     """
     pid = tl.program_id(0)
     sequence, start = pid // (H * tiles), pid % tiles * S
@@ -34,13 +34,13 @@ def _place(OFFSETS, P, H, tiles, longest, S: tl.constexpr):
     first = tl.where(sequence == 0, 0, tl.minimum(tl.maximum(begin, 0), P))
     after = tl.where(sequence == last, P, tl.minimum(tl.maximum(end, 0), P))
     length = after - first
-    sound = (first == begin) & (after == end) & (length <= longest)
-    spoilt = tl.where(sound | (start > 0), 0, length)
-    return sequence, pid // tiles % H, start, first, tl.where(sound, length, 0).to(tl.int32), spoilt
+    valid = (first == begin) & (after == end) & (length <= longest)
+    invalid = tl.where(valid | (start > 0), 0, length)
+    return sequence, pid // tiles % H, start, first, tl.where(valid, length, 0).to(tl.int32), invalid
 
 
 @triton.jit
-def _spoil(OUT, count, first, head, H, E: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+def _store_nan(OUT, count, first, head, H, E: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
     """Store NaN in ``count`` packed rows of a head, from ``first`` on."""
     row, column = tl.arange(0, S), tl.arange(0, C)
     for begin in range(0, count, S):
@@ -54,9 +54,9 @@ def attention_forward(
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """Fill OUT [P, H, E] and the scores' logsumexp LSE [H, P] for one tile of queries."""
-    sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
+    sequence, head, start, first, length, invalid = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
-        _spoil(OUT, spoilt, first, head, H, E, C, S)
+        _store_nan(OUT, invalid, first, head, H, E, C, S)
         return
     at = (first * H + head) * E
     row, column = start + tl.arange(0, S), tl.arange(0, C)
@@ -69,7 +69,7 @@ def attention_forward(
         k = load_rows(K + at, key, column, H * E, length, E)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(visible(row, key, length), scores, -float("inf"))
-        # It is finite from the first tile on, because every row sees key 0.
+        # The maximum is finite from the first tile on, because every row sees key 0.
         higher = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -90,9 +90,9 @@ def attention_backward_query(
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """Fill DQ for one tile of queries, and DELTA [H, P] = sum(OUT * DOUT) for the other pass."""
-    sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
+    sequence, head, start, first, length, invalid = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
-        _spoil(DQ, spoilt, first, head, H, E, C, S)
+        _store_nan(DQ, invalid, first, head, H, E, C, S)
         return
     at = (first * H + head) * E
     row, column = start + tl.arange(0, S), tl.arange(0, C)
@@ -124,10 +124,10 @@ def attention_backward_key_value(
     E: tl.constexpr, C: tl.constexpr, S: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """Fill DK and DV for one tile of keys."""
-    sequence, head, start, first, length, spoilt = _place(OFFSETS, P, H, tiles, longest, S)
+    sequence, head, start, first, length, invalid = _place(OFFSETS, P, H, tiles, longest, S)
     if start >= length:
-        _spoil(DK, spoilt, first, head, H, E, C, S)
-        _spoil(DV, spoilt, first, head, H, E, C, S)
+        _store_nan(DK, invalid, first, head, H, E, C, S)
+        _store_nan(DV, invalid, first, head, H, E, C, S)
         return
     at = (first * H + head) * E
     key, column = start + tl.arange(0, S), tl.arange(0, C)
@@ -158,7 +158,7 @@ def attention_backward_key_value(
 
 
 def forward(call):
-    """Return (out [P, H, E], lse [H, P] fp32) of ``call``; its ``rows`` and ``seed`` are None if nothing is dropped."""
+    """Return (out [P, H, E], lse [H, P] fp32) of an ``AttentionCall``, whose ``rows`` and ``seed`` are None without dropout."""
     launch_tiles, inputs, numbers = _plan(call)
     P, H, _ = call.query.shape
     out = torch.empty_like(inputs[0])
@@ -168,7 +168,7 @@ def forward(call):
 
 
 def backward(call, out, lse, grad):
-    """Return the gradients of query, key and value."""
+    """Return the gradients of query, key and value, for the results of :func:`forward` and the gradient of ``out``."""
     launch_tiles, inputs, numbers = _plan(call)
     grad = ready(grad)
     dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
@@ -183,13 +183,13 @@ def _optional(tensor):
 
 
 def _plan(call):
-    """Return (the function that launches a kernel on these sizes, the tensors that all kernels read, the numbers they take)."""
+    """Return (a function that launches a kernel with these sizes, the tensors that all kernels read, the numbers they take)."""
     P, H, E = call.query.shape
     chosen = choice("attention", call.query, width=E, longest=call.longest)
     S = chosen.rows or tile_size(call.longest, E * call.query.element_size())
     tiles = triton.cdiv(call.longest, S)
     if P and len(call.offsets) == 1:
-        raise ValueError(f"offsets must rise from 0 to {P}, the rows of query, but there is only one.")
+        raise ValueError(f"offsets must rise from 0 to {P}, the rows of query, but there is only one offset.")
     programs = (len(call.offsets) - 1) * H * tiles if P else 0
     kept = 1 / (1 - call.threshold / 65536)
     inputs = (*map(ready, (call.query, call.key, call.value, rising(call.offsets))), _optional(call.rows), _optional(call.seed))
@@ -203,5 +203,5 @@ def _plan(call):
 
 
 def tile_size(longest, row_bytes):
-    """Return the rows of a tile: few enough that registers hold all tiles, and no more than the longest sequence fills."""
+    """Return the rows of a tile: few enough that the registers hold all tiles, and no more than the longest sequence needs."""
     return min(32 if row_bytes <= 128 else 16, max(16, triton.next_power_of_2(longest)))

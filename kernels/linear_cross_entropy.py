@@ -1,7 +1,7 @@
 """Softmax over the whole catalog without the [M, N] scores: log-sum-exp, the target's rank and both gradients.
 
-HIDDEN is [M, D] and ITEMS is [N, D]. A program owns a tile of S rows and loops over a part of the items, or it owns a tile of
-items and loops over all rows. Sums in a fixed order merge the parts; there are no atomics.
+HIDDEN is [M, D] and ITEMS is [N, D]. A program has a tile of S rows and loops over a part of the items, or it has a tile of S
+items and loops over all rows. The parts are summed in a fixed order. There are no atomics.
 """
 
 import functools
@@ -13,9 +13,9 @@ from lares_fast.kernels._launch import WARPS, choice, launch, ready
 from lares_fast.kernels._tiles import load_rows, store_rows
 from torch.nn import functional as F
 
-# Enough programs to keep any GPU busy. The number of parts follows from this constant, so results do not depend on the GPU.
+# This many programs keep any GPU busy. The number of parts follows from this constant, so results do not depend on the GPU.
 PROGRAMS = 1024
-# The fewest tiles of items in a part, so that loading its rows is a small share of its work.
+# The smallest number of tiles of items in a part. With fewer tiles, loading the rows would be a large share of the work.
 SHORTEST_PART = 8
 RANKS = {None: 0, "order": 1, "strict": 2}
 # Probabilities are multiplied by this factor before they are rounded, because half precision loses digits below 2^-14.
@@ -26,7 +26,7 @@ _SIZES = ["M", "N", "tiles", "first", "part"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def target_score(HIDDEN, ITEMS, TARGET, OWN, M, N, first, D: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
-    """Store the score of the target in OWN [M]. Its product has the shape of all other products, so equal rows of ITEMS tie.
+    """Store the target's score in OWN [M]. Its product has the shape of all other products, so equal items have equal scores.
 
     The score is NaN where the target is not among the items ``first`` .. N - 1 of the softmax.
     """
@@ -45,7 +45,7 @@ def target_score(HIDDEN, ITEMS, TARGET, OWN, M, N, first, D: tl.constexpr, C: tl
 
 @triton.jit
 def _part(tiles, N, first, part, S: tl.constexpr):
-    """Return the number of the part of a program, its first item, the item after its last one, and its first row."""
+    """Return the number of this program's part, the part's first item, the item after its last one, and the first row."""
     pid = tl.program_id(0)
     low = first + pid // tiles * part
     return (pid // tiles).to(tl.int64), low, tl.minimum(low + part, N), (pid % tiles).to(tl.int64) * S
@@ -56,10 +56,10 @@ def softmax_forward(
     HIDDEN, ITEMS, TARGET, OWN, LSE, COUNT, M, N, tiles, first, part, scale,
     D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Store the log-sum-exp over the items of a part, the target left out, and the number of items that outrank the target.
+    """Store the log-sum-exp over the items of a part without the target, and the number of items that outrank the target.
 
-    The number is COUNT [parts, M]. If the target is no item of the softmax, all items outrank it. LSE [parts, 2, M] holds the
-    origin and the logarithm of the sum as two numbers, because a sum of both would lose digits for scores of thousands.
+    COUNT [parts, M] holds the number. If the target is not an item of the softmax, all items outrank it. LSE [parts, 2, M]
+    holds the origin and the logarithm of the sum as two numbers, because their sum would lose digits for scores of thousands.
     """
     number, low, high, start = _part(tiles, N, first, part, S)
     row, column = start + tl.arange(0, S), tl.arange(0, C)
@@ -87,7 +87,7 @@ def softmax_forward(
             count += tl.sum((better & other).to(tl.int32), 1)
         scores = tl.where(other, raw * scale, -float("inf"))
         top = tl.maximum(top, tl.max(scores, 1))
-        # An infinite maximum cannot be the origin. The sum then becomes infinite or NaN without it.
+        # An infinite maximum cannot be the origin. With the origin 0, the sum becomes infinite or NaN as it should.
         moved = tl.where(tl.abs(top) == float("inf"), 0.0, top)
         shrink = tl.where(total > 0, tl.exp(origin - moved), 0.0)
         total = total * shrink
@@ -129,7 +129,7 @@ def softmax_backward_hidden(
     HIDDEN, ITEMS, TARGET, LSE, SLOPE, MISS, DHIDDEN, M, N, tiles, first, part, scale,
     D: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Store in DHIDDEN [parts, M, D] fp32 the sum over the items of a part, times the gradient SLOPE [M] of a row."""
+    """Store the sums over the items of a part, times the gradients SLOPE [M] of the rows, in DHIDDEN [parts, M, D] fp32."""
     number, low, high, start = _part(tiles, N, first, part, S)
     row, column = start + tl.arange(0, S), tl.arange(0, C)
     hidden = load_rows(HIDDEN, row, column, D, M, D)
@@ -151,7 +151,10 @@ def softmax_backward_items(
     HIDDEN, ITEMS, TARGET, LSE, SLOPE, UNIT, MISS, DITEMS, M, N, first, scale,
     D: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Store DITEMS of one tile of items, summed over all rows. The gradient of a row is UNIT [1] times SLOPE [M], at most 1."""
+    """Store DITEMS of one tile of items, summed over all rows. The gradient of a row is UNIT [1] times SLOPE [M].
+
+    SLOPE is at most 1.
+    """
     start = tl.program_id(0).to(tl.int64) * S
     item, column = start + tl.arange(0, S), tl.arange(0, C)
     items = load_rows(ITEMS, item, column, D, N, D)
@@ -172,8 +175,8 @@ def softmax_backward_items(
 def forward(call):
     """Return the log-probability [M], the rank [M] or None, and the log-sum-exp [M] in fp64.
 
-    ``call`` has ``hidden`` [M, D], ``items`` [N, D], ``target`` [M], ``scale``, ``skip_pad`` and ``ties``. A target that is no
-    item of the softmax gets NaN, and a rank behind all items.
+    ``call`` is a ``LogprobCall`` with ``hidden`` [M, D] and ``target`` [M]. A target that is not an item of the softmax gets
+    the log-probability NaN and a rank behind all items.
     """
     hidden, items, target = map(ready, (call.hidden, call.items, call.target))
     M, scale, ties = len(hidden), call.scale, call.ties
@@ -190,10 +193,9 @@ def forward(call):
 
 
 def backward(call):
-    """Return the gradients of ``hidden`` and ``items``, None for one that is not needed.
+    """Return the gradients of ``hidden`` and ``items``, or None for a gradient that is not needed.
 
-    ``call`` also has ``grad`` [M], ``lse`` [M] fp64, ``need_hidden`` and ``need_items``. A row whose log-sum-exp is not finite
-    makes gradients NaN.
+    ``call`` is a ``LogprobBackwardCall``. A row whose log-sum-exp is not finite makes gradients NaN.
     """
     hidden, items, target = map(ready, (call.hidden, call.items, call.target))
     lse, scale = call.lse, call.scale
@@ -216,13 +218,13 @@ def backward(call):
 
 
 def _unit(slope):
-    """Return a power of two, [1], that no value of ``slope`` [M] exceeds; infinities and NaN are ignored."""
+    """Return a power of two, [1], that no absolute value of ``slope`` [M] exceeds. Infinities and NaN are ignored."""
     sizes = F.pad(slope.abs().nan_to_num(0.0, posinf=0.0), (0, 1))
     return torch.ldexp(slope.new_ones(1), sizes.amax(0, keepdim=True).frexp().exponent)
 
 
 def _target_scores(run, tiles, hidden, items, target, numbers):
-    """Return the scores of the targets, [M] fp32. Forward and backward get the same bits."""
+    """Return the scores of the targets, [M] fp32, with equal bits in the forward and the backward."""
     M, N, _, first, *_ = numbers
     own = torch.empty(M, dtype=torch.float32, device=hidden.device)
     run(target_score, tiles, hidden, items, target, own, M, N, first)
@@ -230,7 +232,10 @@ def _target_scores(run, tiles, hidden, items, target, numbers):
 
 
 def _plan(hidden, items, scale, skip_pad):
-    """Return a launch with the constants of these sizes, the tiles of rows, the parts of the catalog and the kernels' sizes."""
+    """Return (a function that launches a kernel with these sizes, the number of tiles of rows, the number of parts, numbers).
+
+    The numbers are the arguments (M, N, tiles, first, part, scale) of the kernels.
+    """
     (M, D), N, first = hidden.shape, len(items), int(skip_pad)
     chosen = choice("linear_cross_entropy", hidden, width=D)
     S = chosen.rows or tile_size(D * hidden.element_size())

@@ -1,7 +1,7 @@
 """T steps of transformer layers over packed sequences, in one launch.
 
-A program owns a tile of whole sequences and keeps their state on the chip through all steps and layers. It reads the weights
-from the cache again for every use. Programs share nothing.
+A program has a tile of whole sequences and keeps their state on the chip through all steps and layers. It reads the weights
+from the cache again for every use. Programs do not exchange data.
 """
 
 import functools
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 # The most steps of a sequence: a dropout address has 16 bits for the step.
 MOST_STEPS = 2**16 - 2
-# A thread can have no more registers. Without this limit ptxas spills registers to fit a third program.
+# A thread cannot have more registers than this. Without the limit, ptxas spills registers to make room for a third program.
 MOST_REGISTERS = 255
 
 _SIZES = ["P", "layers", "first_step", "threshold", "attention_threshold", "zero"]
@@ -40,7 +40,7 @@ _SIZES = ["P", "layers", "first_step", "threshold", "attention_threshold", "zero
 
 @triton.jit
 def join(x, PRE, ADAPTER, hold, source, real, KIND: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """Return what the adapter makes of the state and ``pre``, [G, 16, D]."""
+    """Return the adapter's output [G, 16, D] for the states x and ``pre``. KIND is the adapter."""
     pre = load_tile(PRE, source, real, D)
     if KIND == "add":
         x = (x + pre) * 0.5
@@ -61,8 +61,8 @@ def join(x, PRE, ADAPTER, hold, source, real, KIND: tl.constexpr, D: tl.constexp
 def places(OFFSETS, ALIGNED, low, high, G: tl.constexpr):
     """Return the first packed row of the tile, and five numbers for each tile row [G, 16].
 
-    They are its sequence, the tile row where the sequence begins, the packed row (counted from the tile's first one), the
-    position in the sequence, and the length of the sequence.
+    The five numbers are the row's sequence, the tile row where the sequence begins, the packed row (counted from the tile's
+    first packed row), the position in the sequence, and the length of the sequence.
     """
     row = tile_rows(G)
     sequence, begin = owners(row, ALIGNED, low, high)
@@ -79,7 +79,7 @@ def recurrence_forward(
     D: tl.constexpr, E: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr,
     KIND: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """Fill OUT with the states that OUTPUT names, or for "halves" with the input of every half of a layer, [2 layers, P, D].
+    """Fill OUT with the states that OUTPUT names. For "halves" they are the inputs of the layers' halves, [2 layers, P, D].
 
     With SAVE also fill STATES [T, P, D] with the state before every step.
     """
@@ -88,7 +88,7 @@ def recurrence_forward(
         return
     origin, sequence, begin, source, position, length = places(OFFSETS, ALIGNED, low, high, G)
     depth = tl.load(DEPTH + sequence).to(tl.int32)
-    # A sequence that is not sound may be longer than the tile. It takes no steps.
+    # An invalid sequence may be longer than the tile. It takes no steps.
     real, last = (position < length) & (depth > 0), position == length - 1
     x = load_tile(STATE + origin * D, source, real, D)
     if DROP:
@@ -100,7 +100,7 @@ def recurrence_forward(
     for t in range(0, tl.max(tl.max(depth, 1), 0)):
         if SAVE:
             store_tile(STATES + (origin + t * P.to(tl.int64)) * D, x, source, real, D)
-        # This is always 0, which the compiler does not know. So it keeps nothing that depends on it in registers between steps.
+        # ``hold`` is always 0, but the compiler does not know this. So it does not keep the weights in registers between steps.
         hold = t * zero
         if KIND != "none":
             x = layer_norm(join(x, PRE + origin * D, ADAPTER, hold, source, real, KIND, D, G), NORM, eps, D)
@@ -135,10 +135,10 @@ def recurrence_forward(
 
 
 class Plan:
-    """How the kernels of both directions run a call: its weights in parts, its sequences in tiles, and the launch settings.
+    """The plan of a call for the kernels of both directions: the parts of the weights, tiles of sequences and launch settings.
 
-    ``call`` is a ``lares_fast.ops._recurrence_call.RecurrenceCall`` whose tensors are :func:`ready`, with ``depth``. The host
-    does not see ``offsets`` and ``depth``: where they are wrong, results are NaN.
+    ``call`` is a ``lares_fast.ops._recurrence_call.RecurrenceCall`` with contiguous and aligned tensors and a tensor ``depth``.
+    The host does not read ``offsets`` and ``depth``. If they are wrong, results are NaN.
     """
 
     def __init__(self, call):
@@ -146,12 +146,12 @@ class Plan:
         self.choice = choice(
             "recurrence", call.h, width=call.width, heads=call.n_heads, inner=call.inner_size, longest=call.longest
         )
-        # G of a tile.
+        # The number G of a tile.
         self.groups = self.choice.rows // 16 if self.choice.rows else 4 if call.longest <= 64 else 8
 
     @functools.cached_property
     def weights(self):
-        """(adapter, norm, layers): the parts of the flat tensor as the kernels read them; the first two may be None."""
+        """Return (adapter, norm, layers), the parts of the flat tensor as the kernels read them. The first two may be None."""
         call, D = self.call, self.call.width
         layers, norm = call.n_layers * layer_size(D, call.inner_size), 0 if call.adapter == "none" else 2 * D
         adapter = len(call.weights) - layers - norm
@@ -160,26 +160,31 @@ class Plan:
 
     @functools.cached_property
     def sequences(self):
-        """(offsets that rise from 0 to P, whatever they were; the steps of each sequence [B], 0 for one that is not sound)."""
+        """Return (offsets [B + 1], steps [B]) that are safe to use.
+
+        The offsets rise from 0 to P, even if the given offsets do not. An invalid sequence has 0 steps.
+        """
         P, given, depth = len(self.call.h), self.call.offsets, self.call.depth
         offsets = given.clamp(0, P).cummax(0).values
         offsets[:1] = 0
         offsets[-1:] = P
         lengths = offsets.diff()
-        sound = (given == offsets).all() & (lengths >= 1) & (lengths <= self.call.longest)
-        return offsets, torch.where(sound & (depth >= 1) & (depth <= MOST_STEPS), depth, 0)
+        valid = (given == offsets).all() & (lengths >= 1) & (lengths <= self.call.longest)
+        return offsets, torch.where(valid & (depth >= 1) & (depth <= MOST_STEPS), depth, 0)
 
     @functools.cached_property
     def tiles(self):
-        """(first row of each sequence, counted in rows of tiles [B + 1]; first sequence of each tile and of none).
+        """Return (aligned, first), which divide the sequences into tiles.
 
-        A tile takes sequences as long as they fit. Only the device knows how many tiles that makes: some at the end are empty.
+        ``aligned`` [B + 1] is the first row of each sequence if every sequence takes a multiple of 4 rows, at most a tile.
+        ``first`` holds the first sequence of each tile, and then B. A tile takes sequences as long as they fit. Only the device
+        knows the number of tiles, so there may be empty tiles at the end.
         """
         P, B, R = len(self.call.h), self.call.batch, 16 * self.groups
-        # A sequence that is longer than a tile has a tile of its own.
+        # A sequence that is longer than a tile gets a tile of its own.
         sizes = ((self.sequences[0].diff() + 3) // 4 * 4).clamp(max=R)
         aligned = F.pad(sizes.cumsum(0), (1, 0))
-        # Two neighbouring tiles have more rows than one tile holds.
+        # Two neighbouring tiles together have more rows than one tile holds. This bounds the number of tiles.
         most = min(B, 2 * (P + 3 * B) // R + 1)
         ahead = torch.searchsorted(aligned, aligned + R, right=True) - 1
         first = aligned.new_zeros(1)
@@ -188,7 +193,10 @@ class Plan:
         return aligned, first[: most + 1].contiguous()
 
     def launch(self, kernel, programs, *arguments, **constants):
-        """Launch ``kernel`` with those of the sizes that it takes. A warp has 16 rows; in fp32 more warps hold less each."""
+        """Launch ``kernel`` with the sizes that it takes.
+
+        In half precision a warp has 16 rows. In fp32 there are 8 warps, so that each warp holds less.
+        """
         D, half = self.call.width, self.call.h.dtype != torch.float32
         sizes = {"D": D, "E": D // self.call.n_heads, "INNER": self.call.inner_size, "G": self.groups}
         taken = {name: value for name, value in sizes.items() if name in kernel.arg_names}
@@ -197,13 +205,13 @@ class Plan:
         launch(kernel, programs, *arguments, **options, **taken, **constants)
 
     def numbers(self):
-        """Return eps, the scores' scale, and the thresholds and scales of dropout."""
+        """Return eps, the scale of the scores, and the thresholds and factors of hidden and attention dropout."""
         call = self.call
         kept = [(threshold, 1 / (1 - threshold / 65536)) for threshold in call.thresholds]
         return (call.eps, LOG2E.value * (call.width // call.n_heads) ** -0.5, *kept[0], *kept[1])
 
     def run(self, state, depth, first_step, out, states, output):
-        """Launch the forward kernel, from ``state`` on."""
+        """Launch the forward kernel on the states ``state``. It fills ``out``, and ``states`` unless that is None."""
         call = self.call
         aligned, first = self.tiles
         out_row = call.depth.cumsum(0) - call.depth if output == "steps" else None
@@ -215,9 +223,9 @@ class Plan:
 
 
 def forward(call, out_rows, steps):
-    """Return (out [out_rows, D], the states before every step [steps, P, D] for the backward or None)."""
+    """Return (out [out_rows, D], states [steps, P, D] before every step). With 0 ``steps`` there are no states, but None."""
     plan = Plan(call)
-    # Rows that no sound sequence writes stay NaN.
+    # Rows that no valid sequence writes stay NaN.
     out = call.h.new_full((out_rows, call.width), torch.nan)
     states = call.h.new_empty(steps, *call.h.shape) if steps else None
     plan.run(call.h, plan.sequences[1], call.first_step, out, states, call.output)

@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = "0.2.0"
 
-# Public name -> the module that defines it. It is loaded on first use, so that importing the package is quick.
+# Public name -> the module that defines it. The module is loaded on first use, so that importing the package is quick.
 _PUBLIC = {
     "LARES": "lares_fast.model",
     "LARESConfig": "lares_fast.config",

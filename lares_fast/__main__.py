@@ -1,4 +1,4 @@
-"""``python -m lares_fast`` is ``lares-fast``."""
+"""Run the command ``lares-fast`` as ``python -m lares_fast``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Choose the backend of a call, and explain the choice. No other module does either."""
+"""Choose the backend of a call, and explain the choice. No other module chooses a backend."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ class Backend:
         name: the name that users give as ``backend``.
         run: runs the call and returns its results.
         obstacle: returns why this backend cannot run the call, as a clause, or ``None``.
-        unasked: returns why this backend runs the call only if it is requested by name, or ``None``.
+        not_automatic: returns why this backend runs the call only if it is requested by name, as a clause, or ``None``.
         note: returns text that :func:`explain` adds to a backend that can run the call, or ``None``.
     """
 
     name: str
     run: Callable[..., Any]
     obstacle: Callable[..., str | None] = _nothing
-    unasked: Callable[..., str | None] = _nothing
+    not_automatic: Callable[..., str | None] = _nothing
     note: Callable[..., str | None] = _nothing
 
 
 _TABLE: dict[str, tuple[Backend, ...]] = {}
-# Op -> builds its call from the arguments of the public function. Backwards have none, because only operators call them.
+# Op -> a function that builds its call from the arguments of the public function. The op of a backward pass has no entry,
+# because only operators call it.
 _BUILD: dict[str, Callable[..., Any]] = {}
 _CHOSEN: ContextVar[str | None] = ContextVar("lares_fast_backend", default=None)
 
-# (op, backend) -> number of calls that this backend ran. Tests read it.
+# (op, backend) -> the number of calls that this backend ran. Tests read it.
 calls: Counter[tuple[str, str]] = Counter()
 
 
@@ -53,7 +54,10 @@ def register(op: str, *backends: Backend, build: Callable[..., Any] | None = Non
 
 
 def requested(argument: str | None) -> str:
-    """Return the requested backend: from the argument, else from :func:`backend`, else from the environment, else ``auto``."""
+    """Return the requested backend: from the argument, else from :func:`backend`, else from the environment, else ``auto``.
+
+    Raises :class:`InputError` for an unknown name.
+    """
     name = argument or _CHOSEN.get() or _settings.backend()
     if name not in _settings.BACKENDS:
         raise InputError(f"backend must be one of {', '.join(_settings.BACKENDS)}, but got {name!r}.")
@@ -62,7 +66,11 @@ def requested(argument: str | None) -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Request the backend ``name`` for every op within the ``with`` block; an op that lacks it raises :class:`BackendError`."""
+    """Request the backend ``name`` for every op within the ``with`` block.
+
+    An op raises :class:`BackendError` if it does not have this backend, or if the backend cannot run the call. An unknown
+    ``name`` raises :class:`InputError`.
+    """
     token = _CHOSEN.set(requested(name))
     try:
         yield
@@ -74,6 +82,7 @@ def run(op: str, argument: str | None, *args: Any) -> Any:
     """Run a call of ``op`` on the requested backend; with ``auto``, on the first backend that can run it.
 
     Operators call this when they run. If the public function chose the backend, a compiler would trace the choice and keep it.
+    Raises the errors of :func:`choose`.
     """
     chosen = choose(op, argument, *args)
     calls[op, chosen.name] += 1
@@ -81,13 +90,16 @@ def run(op: str, argument: str | None, *args: Any) -> Any:
 
 
 def choose(op: str, argument: str | None, *args: Any) -> Backend:
-    """Return the backend that :func:`run` uses."""
+    """Return the backend that :func:`run` uses.
+
+    Raises :class:`BackendError` if the requested backend does not exist for ``op`` or cannot run the call.
+    """
     name = requested(argument)
     for candidate in _TABLE[op]:
         if name not in ("auto", candidate.name):
             continue
         obstacle = candidate.obstacle(*args)
-        if obstacle is None and (name != "auto" or candidate.unasked(*args) is None):
+        if obstacle is None and (name != "auto" or candidate.not_automatic(*args) is None):
             return candidate
         if name == candidate.name:
             raise BackendError(f"{op} cannot run on the backend {name!r}: {obstacle}.")
@@ -97,7 +109,8 @@ def choose(op: str, argument: str | None, *args: Any) -> Backend:
 def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> str:
     """Return which backend runs ``op`` on these arguments and why the others do not, one line for each backend.
 
-    The arguments are those of the op's public function.
+    ``args`` and ``options`` are the arguments of the op's public function. Raises :class:`InputError` for an unknown ``op`` or
+    ``backend``, and the errors of the public function for its arguments.
 
     >>> print(explain("topk", query, items, 10))  # doctest: +SKIP
     topk: native
@@ -110,11 +123,11 @@ def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> 
     name, chosen, lines = requested(backend), None, []
     for candidate in _TABLE[op]:
         obstacle = candidate.obstacle(call)
-        unasked = candidate.unasked(call) if obstacle is None and name == "auto" else None
+        not_automatic = candidate.not_automatic(call) if obstacle is None and name == "auto" else None
         if obstacle is not None:
             verdict = f"cannot run: {obstacle}"
-        elif unasked is not None:
-            verdict = f"can run if it is requested: {unasked}"
+        elif not_automatic is not None:
+            verdict = f"can run if it is requested: {not_automatic}"
         elif chosen is None and name in ("auto", candidate.name):
             chosen, verdict = candidate.name, "would run"
         else:

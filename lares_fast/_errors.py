@@ -1,4 +1,4 @@
-"""Errors that a user can act on. Every message is one sentence with the argument, setting or file, and the remedy."""
+"""Errors that a user can act on. Every message is one sentence that names the argument, setting or file, and the remedy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class InputError(LaresFastError, ValueError):
 
 
 class BackendError(LaresFastError, RuntimeError):
-    """A backend that was requested by name cannot run this call."""
+    """The backend that was requested or chosen cannot run this call."""
 
 
 class NotBuiltError(BackendError):

@@ -1,4 +1,4 @@
-"""Register ops with torch.library: a compiler does not look inside them, and fake tensors know the shapes of their results."""
+"""Register ops with torch.library, so that a compiler does not trace into them and knows the shapes of their results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def register_op(
         run: the implementation.
         fake: returns empty results of the right shapes, for compilers.
         backward: ``backward(ctx, *grads)`` returns one gradient for each argument. An op without a gradient gives
-            :func:`no_gradient` here; an op that is itself a backward may give nothing.
+            :func:`no_gradient` here. An op that is itself a backward may give ``None``.
         save: ``save(ctx, inputs, output)`` keeps the values that ``backward`` needs.
     """
     name = schema.split("(")[0]
@@ -62,7 +62,7 @@ def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_gradient(op: str, instead: str) -> Callable[..., Any]:
-    """Return a backward that raises NotImplementedError and names the op to use instead."""
+    """Return a backward that raises NotImplementedError. ``instead`` is a clause that says what to do."""
 
     def backward(*_: Any) -> Any:
         raise NotImplementedError(f"{op} has no gradient: {instead}.")
@@ -71,9 +71,10 @@ def no_gradient(op: str, instead: str) -> Callable[..., Any]:
 
 
 class Once(torch.autograd.Function):
-    """``Once.apply(op, count, *inputs, *gradients)`` returns the last ``count`` tensors; differentiating them raises an error.
+    """Raise an error for a second derivative: ``Once.apply(op, count, *inputs, *gradients)`` returns the ``count`` gradients.
 
-    It is for a backward that is not an op with :func:`no_gradient`. Without it a second derivative would silently be wrong.
+    A backward op that is registered without :func:`no_gradient` needs this. Otherwise a second derivative would silently be
+    wrong.
     """
 
     @staticmethod
@@ -85,4 +86,4 @@ class Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         """Raise NotImplementedError."""
-        raise NotImplementedError(f"{ctx.op} can be differentiated once, and not twice.")
+        raise NotImplementedError(f"{ctx.op} can be differentiated only once.")

@@ -1,7 +1,7 @@
-"""Checks that the modules of a model are as its configuration says.
+"""Check that the modules of a model are as its configuration says.
 
-The packed encoder computes from the parameters and does not call the modules. It would miss everything that a changed module
-does in addition.
+The packed encoder computes from the parameters and does not call the modules. So its result would be wrong for a module that
+was changed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _METHODS = ("initial_state", "_initial_state", "_states")
 class _Expected(NamedTuple):
     """A module of an unchanged model.
 
-    ``parent`` is the index of its parent in the list of all modules, and ``name`` is its name in the parent. ``settings``,
-    ``parameters`` and ``modules`` are its own.
+    ``parent`` is the index of its parent in the list of all modules, and ``name`` is its name in the parent. ``settings`` holds
+    its plain attributes. ``parameters`` and ``modules`` are the names of its own parameters and of its direct children.
     """
 
     path: str
@@ -44,9 +44,9 @@ class _Expected(NamedTuple):
 
 
 def changed(model: reference.LARES) -> str | None:
-    """Return, as a clause, the first thing about ``model`` that a computation from its parameters would miss, or ``None``.
+    """Return, as a clause, the first change of ``model`` that a computation from its parameters would miss, or ``None``.
 
-    Such things are a hook, a module of another class or with other settings, a parametrised weight, and a replaced method.
+    Such a change is a hook, a module of another class or with other settings, a parametrised weight, or a replaced method.
     """
     for name in _METHODS:
         if name in vars(model) or getattr(type(model), name) is not getattr(reference.LARES, name):
@@ -69,7 +69,7 @@ def _changed(module: nn.Module, expected: _Expected) -> str | None:
         return f"is a {type(module).__name__} instead of a {expected.kind.__name__}"
     held = vars(module)
     if (modules := list(held["_modules"])) != expected.modules:
-        return f"holds {', '.join(modules)} where the configuration says {', '.join(expected.modules)}"
+        return f"has the modules {', '.join(modules)} where the configuration says {', '.join(expected.modules)}"
     for hooks, what in _HOOKS.items():
         if held.get(hooks):
             return f"has {what}"

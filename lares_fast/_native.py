@@ -1,4 +1,4 @@
-"""Load the native module ``lares_fast._C`` on first use, and report what it is."""
+"""Load the native module ``lares_fast._C`` on first use, and describe it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 from lares_fast import _settings
 from lares_fast._errors import InputError, NotBuiltError
 
-# Equal to ABI in csrc/bindings.cpp. Python passes addresses to the module, so a module of other sources must not be called.
+# This must equal ABI in csrc/bindings.cpp. Python passes addresses to the module, so it must not call a module that was built
+# from other sources.
 ABI = 10
 
-_REMEDY = "run pip install . in the sources' folder"
+_REMEDY = "run pip install . in the source folder"
 
 
 @functools.cache
@@ -23,7 +24,8 @@ def _attempt() -> tuple[ModuleType | None, str]:
     """Return the module, or ``None`` and why it cannot be loaded, as a clause without a full stop."""
     try:
         module = importlib.import_module("lares_fast._C")
-    except Exception as error:  # A foreign or damaged file may raise anything, and must not stop the pure-Python package.
+    # A foreign or damaged file may raise any error. The package must work without it.
+    except Exception as error:
         return None, _why_missing(error)
     if getattr(module, "ABI", None) != ABI:
         return None, f"the native module {module.__file__} was built from other sources: {_REMEDY} again"
@@ -46,7 +48,7 @@ def _why_missing(error: Exception) -> str:
         note = json.loads((folder / "_build.json").read_text())
         reason = str(note["reason"])
     except (OSError, ValueError, KeyError, TypeError):
-        return f"the native module is not built, because these are bare sources: {_REMEDY}"
+        return f"the native module is not built, because the package was not installed: {_REMEDY}"
     if not reason:
         return f"the native module was built, but its file is no longer in {folder}: {_REMEDY} again"
     remedy = f": {_REMEDY} without LARES_FAST_BUILD" if "LARES_FAST_BUILD" in reason else ""
@@ -54,7 +56,7 @@ def _why_missing(error: Exception) -> str:
 
 
 def load() -> ModuleType:
-    """Return the native module; :class:`NotBuiltError` says why it is missing and how to build it."""
+    """Return the native module. Raises :class:`NotBuiltError`, which says why it is missing and how to build it."""
     module, reason = _attempt()
     if module is None:
         raise NotBuiltError(reason[0].upper() + reason[1:] + ".")
@@ -62,17 +64,19 @@ def load() -> ModuleType:
 
 
 def available() -> tuple[bool, str]:
-    """Return whether the native module can be called, and if not, why."""
+    """Return whether the native module can be called, and if not, the reason as a clause."""
     module, reason = _attempt()
     return module is not None, reason
 
 
 def build_info() -> dict[str, Any]:
-    """Describe the native module of this installation. Never raises, and never queries the driver.
+    """Describe the native module of this installation. The driver of the GPU is not queried.
 
-    ``native`` (bool) and ``reason`` (why there is no module, else empty) are always there, and so are ``cuda_built`` and
-    ``cuda_reason``. If there is a module, its file, SIMD level, bf16 products (bool), version, compiler, flags, build type, CPU
-    architecture, CUDA architectures and nvcc version are there too.
+    The keys ``native`` (bool), ``reason`` (why there is no module, else empty), ``cuda_built`` (bool) and ``cuda_reason`` are
+    always there. A module adds keys for its file, SIMD level, bf16 products (bool), version, compiler, flags, build type, CPU
+    architecture, CUDA architectures and nvcc version.
+
+    Raises :class:`InputError` only if ``LARES_FAST_SIMD`` is not valid.
     """
     module, reason = _attempt()
     if module is None:
@@ -82,6 +86,9 @@ def build_info() -> dict[str, Any]:
 
 
 def capability(device: int = -1) -> str:
-    """Query the driver whether the CUDA code can run on ``device`` (-1 is the current device): ``ok: ...``, or why not."""
+    """Return the driver's answer whether the CUDA code can run on ``device``: ``ok: ...``, or the reason why it cannot.
+
+    -1 is the current device.
+    """
     module, reason = _attempt()
     return str(module.capability(device=device)) if module is not None else reason

@@ -1,4 +1,4 @@
-"""Call functions of the native module: by keyword, with addresses for tensors, and with errors in words."""
+"""Call functions of the native module by keyword, and raise ``InputError`` for values that it cannot take."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lares_fast._errors import InputError
 
 
 def call_native(function: str, **arguments: object) -> None:
-    """Call ``function`` of the native module with :func:`addresses` for tensors.
+    """Call ``function`` of the native module with the :func:`addresses` of ``arguments``.
 
-    The caller keeps the tensors alive, and it has checked their dtypes, devices and shapes: the native code trusts them.
+    The caller must keep the tensors alive and must have checked their dtypes, devices and shapes, because the native code does
+    not check them.
 
     Raises:
         InputError: the native code found a value out of range, or a number too large for its type.
@@ -47,7 +48,7 @@ def contiguous(name: str, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def allocation(what: str) -> Iterator[None]:
-    """Turn an error of PyTorch within the ``with`` block, which has run out of memory, into an :class:`InputError`."""
+    """Raise :class:`InputError` if PyTorch runs out of memory within the ``with`` block; ``what`` describes the tensor."""
     try:
         yield
     except RuntimeError as error:

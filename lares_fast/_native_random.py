@@ -15,7 +15,8 @@ def keep_hidden(
 ) -> Tensor:
     """Return the keep-mask [P, D] (bool) of tokens at ``rows`` [P] and ``positions`` [P], both int64 on the CPU.
 
-    Each token's mask has the bits of :func:`lares_fast._random.keep_hidden` at its row and position.
+    The mask of a token has the bits of :func:`lares_fast._random.keep_hidden` at its row and position. Raises
+    :class:`InputError` for tensors of another form.
     """
     rows, positions = _tokens(rows, positions)
     keep = _mask(len(rows), width)
@@ -25,7 +26,7 @@ def keep_hidden(
 
 
 def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Tensor:
-    """Return :func:`lares_fast._random.state_uniforms`, fp64 [P, D], for ``rows`` [P] and ``positions`` [P] (int64)."""
+    """Return :func:`lares_fast._random.state_uniforms`, fp64 [P, D], for ``rows`` and ``positions`` [P] (int64 on the CPU)."""
     rows, positions = _tokens(rows, positions)
     if width < 0:
         raise InputError(f"width must not be negative, but got {width}.")
@@ -35,7 +36,7 @@ def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Ten
 
 
 def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:
-    """Return :func:`lares_fast._random.keep_attention`, bool [B, H, L, L], for ``rows`` [B] (int64)."""
+    """Return :func:`lares_fast._random.keep_attention`, bool [B, H, L, L], for ``rows`` [B] (int64 on the CPU)."""
     rows = _integers("rows", rows, None)
     keep = _mask(len(rows), heads, length, length)
     address = {"key": key, "threshold": threshold, "step": step, "layer": layer, "rows": rows}

@@ -14,7 +14,7 @@ from lares_fast._errors import InputError
 def whole(name: str, value: Any) -> int:
     """Return ``value`` as an integer. Raises :class:`InputError` for anything else, such as 2.7, ``"2"`` or ``True``."""
     if isinstance(value, torch.SymInt):
-        # A compiler traces with symbols in the place of numbers.
+        # A compiler traces with symbols instead of numbers.
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
         raise InputError(f"{name} must be an integer, but got {_shown(value)}.")

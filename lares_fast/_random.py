@@ -1,7 +1,7 @@
-"""Counter-based random numbers: a draw depends on its address alone, and never on the order in which a program draws.
+"""Counter-based random numbers: a draw depends on its address only, never on the order in which a program draws.
 
 The generator is Philox4x32-10 (Salmon et al., SC'11). The C++ and the Triton code use the same layout of addresses.
-docs/numerics.md states the layout and test vectors; they never change.
+docs/numerics.md states the layout and the test vectors, which never change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 Key = tuple[int, int]
 
-# The site field of an address says what is drawn.
+# The kinds of draws. The site field of an address holds one of them.
 SITE_INPUT, SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, SITE_ATTENTION, SITE_STATE = range(5)
 
 # Steps and layers have 16 bits each in an address. The recurrence counts steps from 1, the pre-block from 0.
@@ -34,7 +34,7 @@ _CALLS_IN_CACHE = 16384
 class RoundKeys:
     """The keys of Philox's ten rounds, as pairs of integers or of int64 tensors [].
 
-    They stand in the place of a key that only a GPU knows, so that the host need not wait for it.
+    They replace a key whose value is on a GPU, so that the host need not wait for it.
     """
 
     pairs: tuple[tuple[Any, Any], ...]
@@ -54,7 +54,10 @@ class RoundKeys:
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: Key | RoundKeys) -> tuple[Any, Any, Any, Any]:
-    """Return four words of ten rounds of Philox4x32. Words have 32 bits, in integers or broadcastable int64 tensors."""
+    """Return the four words of Philox4x32 after ten rounds. A word has 32 bits, in an integer or in an int64 tensor.
+
+    The tensors of ``counter`` broadcast with each other.
+    """
     c0, c1, c2, c3 = counter
     for k0, k1 in (key if isinstance(key, RoundKeys) else RoundKeys.of_key(key)).pairs:
         # int64 multiplication wraps modulo 2**64, so the high word survives the arithmetic shift and the mask.
@@ -73,7 +76,7 @@ def seed_of(key: Key, device: torch.device) -> Tensor:
 
 
 def key_of(seed: Tensor) -> Key:
-    """Return the key in ``seed``, the result of :func:`seed_of`; this waits for a GPU."""
+    """Return the key in ``seed``, the result of :func:`seed_of`. If ``seed`` is on a GPU, the host waits for it."""
     packed = int(seed)
     return packed & _WORD, packed >> 32 & _WORD
 
@@ -102,13 +105,16 @@ def drop_threshold(p: float) -> int:
 
 
 def _sixteen_bit(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """Return the draws of 16 bits [..., 4, 16] in four words [..., 8]: column 2 * call + half of row ``word``."""
+    """Split four ``words`` [..., 8] of eight calls into draws of 16 bits [..., 4, 16].
+
+    Row w holds the draws of word w, and column 2 c + h is the half h of call c. The low half is half 0.
+    """
     stacked = torch.stack(words, dim=-2)
     return torch.stack((stacked & 0xFFFF, stacked >> 16), dim=-1).flatten(-2)
 
 
 def _by_rows(mask: Callable[[Tensor], Tensor], rows: Tensor, calls_per_row: int) -> Tensor:
-    """Return ``mask(rows)``. On the CPU it works in slices, whose int64 temporaries stay in the cache: twice as fast."""
+    """Return ``mask(rows)``, on the CPU slice by slice: this is twice as fast, because int64 temporaries stay in the cache."""
     size = max(1, _CALLS_IN_CACHE // max(1, calls_per_row))
     if rows.device.type != "cpu" or len(rows) <= size:
         return mask(rows)
@@ -147,7 +153,8 @@ def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Ten
     c3 = step << 16 | layer
 
     def some(rows: Tensor) -> Tensor:
-        draws = _sixteen_bit(philox((c0, c1, rows[:, None, None, None, None], c3), key))  # [R, H, quads, tiles, 4, 16]
+        # [R, H, quads, tiles, 4, 16]
+        draws = _sixteen_bit(philox((c0, c1, rows[:, None, None, None, None], c3), key))
         keep = (draws >= threshold).transpose(3, 4).reshape(len(rows), heads, quads * 4, tiles * 16)
         return keep[:, :, :length, :length]
 
@@ -155,12 +162,12 @@ def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Ten
 
 
 def truncated_normal(key: Key, rows: Tensor, positions: Tensor, width: int, bound: float = 3.0) -> Tensor:
-    """Return standard normal draws [..., D] (fp32) truncated to [-bound, bound], by inversion of :func:`state_uniforms`."""
+    """Return standard normal draws [..., D] (fp32), truncated to [-bound, bound], at the quantiles :func:`state_uniforms`."""
     return normal_of(state_uniforms(key, rows, positions, width), bound)
 
 
 def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Tensor:
-    """Return uniform draws [..., D] (fp64) in (0, 1), of 32 bits.
+    """Return uniform draws [..., D] (fp64) in (0, 1), with 32 random bits each.
 
     ``rows`` and ``positions`` are int64 of shapes that broadcast to [...].
     """
@@ -211,5 +218,5 @@ class Draw:
 
 
 def apply_dropout(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
-    """Return ``x`` scaled by the realised rate where ``keep`` is true, and 0 elsewhere."""
+    """Return ``x`` times 1 / (1 - threshold / 65536) where ``keep`` is true, and 0 elsewhere."""
     return x * keep.to(x).mul_(1 / (1 - threshold / 65536))

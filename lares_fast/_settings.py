@@ -1,4 +1,4 @@
-"""All environment variables that the package reads at run time. docs/env.md describes them."""
+"""Read the environment variables that change how the package runs. docs/env.md describes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def backend() -> str:
 
 
 def simd() -> str:
-    """Return ``LARES_FAST_SIMD``: the instruction set of the native CPU kernels, or ``auto`` for the best of this CPU."""
+    """Return ``LARES_FAST_SIMD``: the instruction set of the native CPU kernels, or ``auto`` for the best one of this CPU."""
     value = os.environ.get("LARES_FAST_SIMD") or "auto"
     if value not in SIMD_LEVELS:
         raise InputError(f"LARES_FAST_SIMD must be one of {', '.join(SIMD_LEVELS)}, but got {value!r}.")
@@ -31,7 +31,7 @@ def simd() -> str:
 
 
 def cuda_products() -> str:
-    """Return ``LARES_FAST_CUDA_PRODUCTS``: whether the CUDA kernels multiply fp32 on tensor cores or in plain order."""
+    """Return ``LARES_FAST_CUDA_PRODUCTS``: how the CUDA kernels multiply fp32, on tensor cores or one term after the other."""
     value = os.environ.get("LARES_FAST_CUDA_PRODUCTS") or "3xtf32"
     if value not in CUDA_PRODUCTS:
         raise InputError(f"LARES_FAST_CUDA_PRODUCTS must be one of {', '.join(CUDA_PRODUCTS)}, but got {value!r}.")
@@ -39,7 +39,7 @@ def cuda_products() -> str:
 
 
 def cache_folder() -> Path:
-    """Return ``LARES_FAST_CACHE``: the folder that keeps the results of kernel self-tests."""
+    """Return ``LARES_FAST_CACHE``: the folder that keeps the results of kernel self-tests and the tuned launch settings."""
     if value := os.environ.get("LARES_FAST_CACHE"):
         return Path(value)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lares_fast"
@@ -48,8 +48,8 @@ def cache_folder() -> Path:
 def set_passive_omp() -> None:
     """Let OpenMP threads sleep while they wait for each other, unless ``OMP_WAIT_POLICY`` is set.
 
-    This has an effect only before torch is imported. Threads that spin make small models ten times slower on a machine with
-    other work.
+    This has an effect only before torch is imported. Threads that do not sleep make small models ten times slower on a machine
+    with other work.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

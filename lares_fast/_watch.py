@@ -1,4 +1,4 @@
-"""Notice that the values of a tensor have changed."""
+"""Detect that the values of a tensor have changed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 
 class Watch:
-    """Remember the values that ``tensor`` has now, and tell later whether they have changed.
+    """Remember the values that ``tensor`` has now, and report later whether they have changed.
 
-    A cache of something computed from a tensor builds a watch first and computes second, so that a change in between is
-    noticed. Before each use it calls :meth:`changed`; if that returns a reason, it builds the watch and the value again.
+    A cache of a value that is computed from a tensor must build the watch first and compute the value second, so that a change
+    in between is noticed. Before each use it must call :meth:`changed`. If that returns a reason, it must build the watch and
+    the value again.
 
     A watch notices three kinds of change:
 
@@ -48,7 +49,7 @@ class Watch:
         _watches.add(self)
 
     def changed(self) -> str | None:
-        """Return what has changed the tensor since this watch was built, as a clause, or ``None``."""
+        """Return how the tensor has changed since this watch was built, as a clause, or ``None``."""
         if _version(self._tensor) != self._version:
             return "an in-place operation changed it"
         if self._stepped:

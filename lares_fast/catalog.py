@@ -19,15 +19,15 @@ _SHIFT = PAD + 1
 class Catalog:
     """A view of an item table whose row 0 is PAD. Item id i has row i - 1 of :attr:`items`.
 
-    All arguments and results are item ids, so the shift is nowhere else.
+    The methods take and return item ids, so a caller never shifts them.
     """
 
     def __init__(self, table: Tensor) -> None:
-        """``table`` is [N, D], as it is scored, PAD's row included."""
+        """Build the view of ``table`` [N, D], which holds the items as they are scored, with PAD's row."""
         self.items = table[_SHIFT:]
 
     def __len__(self) -> int:
-        """The number of items, PAD not counted."""
+        """Return the number of items, without PAD."""
         return len(self.items)
 
     def topk(
@@ -41,15 +41,15 @@ class Catalog:
     ) -> tuple[Tensor, Tensor]:
         """Return the scores [B, k] and the ids [B, k] (int64) of the best items for ``queries`` [B, D].
 
-        The arguments and the errors are as in :func:`lares_fast.ops.topk`, and an ``index`` is of :attr:`items`. Where fewer
-        than ``k`` items are left, the id is -1. ``exclude`` may hold PAD, as padded histories do.
+        The arguments and the errors are as in :func:`lares_fast.ops.topk`. An ``index`` must be built from :attr:`items`. Where
+        fewer than ``k`` items are left, the id is -1. ``exclude`` holds item ids and may hold PAD, because padded histories do.
         """
         excluded_rows = None if exclude is None else self._excluded_rows(exclude, queries)
         scores, rows = ops.topk(queries, self.items, k, exclude=excluded_rows, index=index, backend=backend)
         return scores, torch.where(rows < 0, rows, rows + _SHIFT)
 
     def target_ranks(self, queries: Tensor, target: Tensor, exclude: Exclude) -> tuple[Tensor, Tensor]:
-        """Return the ranks [B] of the items ``target`` [B] for ``queries`` [B, D], without and with ``exclude``.
+        """Return the ranks [B] (int64) of the items ``target`` [B] for ``queries`` [B, D], without and with ``exclude``.
 
         The arguments and the errors are as in :func:`lares_fast.ops.target_ranks`.
         """
@@ -67,10 +67,10 @@ class Catalog:
 class KeptTable:
     """A table that is computed from a weight, and kept while the weight is unchanged.
 
-    On the CPU every call looks for changes in two ways. A :class:`Watch` notices what PyTorch does to the weight. A product of
-    every row with one random vector notices a write past PyTorch (``.data``, NumPy) to any row. A change so small that this
-    product rounds to the number that it was before can go unnoticed if it was written past PyTorch. On other devices the table
-    is computed at every call: a comparison there would wait for the device, and the computation is cheap.
+    On the CPU every call looks for changes in two ways. A :class:`Watch` notices changes that PyTorch makes. The product of
+    every row with one random vector notices a write that bypasses PyTorch (``.data``, NumPy) to any row. Such a write goes
+    unnoticed only if it is so small that the product rounds to its old value. On other devices the table is computed at every
+    call: a comparison there would wait for the device, and the computation is cheap.
     """
 
     def __init__(self) -> None:
@@ -89,17 +89,17 @@ class KeptTable:
 
 
 class _Kept:
-    """A table and what tells whether its weight changed."""
+    """A table, and the data that show whether its weight has changed."""
 
     def __init__(self, weight: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
         self._weight = weight
         self._vector = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(1)).to(weight) + 1
-        # The table comes last, so that a change during the computation is noticed.
+        # The table is computed last, so that a change during the computation is noticed.
         self._watch, self._products = Watch(weight), self._products_of(weight)
         self.table = compute(weight)
 
     def is_of(self, weight: Tensor) -> bool:
-        """Return whether the table was computed from ``weight`` with the values that it has now."""
+        """Return whether the table was computed from the present values of ``weight``."""
         return (
             _place(weight) == _place(self._weight)
             and self._watch.changed() is None
@@ -107,7 +107,7 @@ class _Kept:
         )
 
     def _products_of(self, weight: Tensor) -> Tensor:
-        # mv, because autocast would round the operands of matmul. Bytes, because a NaN does not equal itself.
+        # Autocast would round the operands of matmul, but not of mv. Bytes are compared, because a NaN does not equal itself.
         return torch.mv(weight, self._vector).view(torch.uint8)
 
 

@@ -17,36 +17,43 @@ SIMILARITIES = ("dot", "cos")
 
 @dataclass(frozen=True, kw_only=True)
 class LARESConfig:
-    """Configuration of one LARES model. The defaults are those of the published Musical Instruments run.
+    """Configuration of one LARES model. The defaults are the settings of the published Musical Instruments run.
+
+    Raises :class:`InputError` for a value of the wrong type or out of range.
 
     ``n_items``
-        N: the number of rows of the item table, with the PAD row 0 (RecBole's ``item_num``). Item ids are 1..n_items-1.
+        N, the number of rows of the item table, which includes the PAD row 0 (RecBole's ``item_num``). Item ids are
+        1..``n_items`` - 1.
     ``max_len``
-        L: the model reads the last ``max_len`` items of a history.
+        L, the largest length of a sequence: the model reads the last ``max_len`` items of a history.
     ``hidden_size, n_heads, inner_size, n_pre_layers, n_core_layers``
         D, H, the width of the feed-forward layers, and the number of layers of the pre-block and of the core-block.
     ``backbone``
-        The name of a registered kind of blocks, see ``lares_fast.reference.register_backbone``.
+        The name of a registered kind of blocks. ``lares_fast.reference.register_backbone`` adds one.
     ``adapter``
         How a step joins the state h and the output of the pre-block: ``add`` is (h + pre) / 2, ``concat`` is
         Linear(2D -> D), and ``linear`` is a gate, the sigmoid of one learned number.
     ``dropout, attention_dropout``
-        Hidden dropout and attention dropout. ``None`` uses the hidden dropout for attention, too. The official code always
-        does that and ignores its own setting.
+        The probabilities of hidden dropout and of attention dropout. ``attention_dropout=None`` uses the hidden dropout for
+        attention, too. The official code always does so and ignores its own setting of attention dropout.
+    ``layer_norm_eps, initializer_range``
+        The epsilon of the layer norms, and the standard deviation of the initial weights.
     ``mean_depth, depth_sampling, per_sequence_depth, eval_depth``
-        m, and the distribution around m of the number of steps T in training. T is always at least 1. (The plain Poisson
-        distributions of the official code can draw T = 0, which scores noise.) ``per_sequence_depth`` draws one T for each
-        sequence instead of one for each batch; this is not official. ``eval_depth`` is T at evaluation, and ``None`` means m.
+        ``mean_depth`` is m, and ``depth_sampling`` names the distribution around m from which training draws the number of
+        steps T. T is always at least 1. (The plain Poisson distributions of the official code can draw T = 0. Then the model
+        scores noise.) ``per_sequence_depth`` draws one T for each sequence instead of one for each batch; this is not
+        official. ``eval_depth`` is T at evaluation, and ``None`` means m.
     ``state_init, state_std, state_scale``
-        h0 is scale * truncated normal(std, cut at 3 std), or zero. ``normal``: always the normal distribution. ``normal_zero``:
-        the normal distribution in training, and zero at evaluation. ``zero``: always zero.
+        h0 is ``state_scale`` times a normal draw with the standard deviation ``state_std``, truncated at 3 ``state_std``, or
+        it is zero. ``normal`` always draws. ``normal_zero`` draws in training and is zero at evaluation. ``zero`` is always
+        zero.
     ``share_reference_noise``
-        In reinforcement post-training, the frozen reference starts from the h0 of the policy. This is not official: the
-        official reference draws its own h0, so the KL term cannot fall to 0.
+        Whether the frozen reference of reinforcement post-training starts from the h0 of the policy. This is not official:
+        the official reference draws its own h0, so the KL term cannot fall to 0.
     ``similarity, tau``
         ``dot`` scores by dot products. ``cos`` scores by cosines, divided by ``tau``.
     ``pad_in_softmax``
-        Whether the PAD row is part of the training softmax. It is in the official code.
+        Whether the PAD row is part of the training softmax. In the official code it is.
     """
 
     n_items: int
@@ -146,10 +153,10 @@ class LARESConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LARESConfig:
-        """Return the configuration of the plain values of :meth:`to_dict`. Raises :class:`InputError` for an unknown key."""
+        """Return the configuration from the plain values of :meth:`to_dict`. Raises :class:`InputError` for an unknown key."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise InputError(f"unknown model setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
+            raise InputError(f"unknown model setting {unknown[0]!r}; the known settings are {', '.join(sorted(known))}.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

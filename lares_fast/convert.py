@@ -1,4 +1,4 @@
-"""Converts checkpoints of the official code (BishopLiu/LARES): parameter names both ways, and the configuration."""
+"""Convert checkpoints of the official code (BishopLiu/LARES): parameter names both ways, and the configuration."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ _SETTINGS = {
     "similarity": "sem_func",
     "tau": "tau",
 }
-# The depth at evaluation is optional in both. The official code ignores its own setting of attention dropout.
+# The depth at evaluation is optional in both configurations. The setting of attention dropout is left out, because the official
+# code ignores it.
 _OPTIONAL_SETTINGS = {"eval_depth": "test_recurrence"}
 
 
@@ -82,7 +83,7 @@ def _backbone(state_dict: dict[str, Tensor]) -> str:
     for backbone, mark in _BACKBONE_MARKS.items():
         if any(mark in name for name in state_dict):
             if backbone not in BACKBONES:
-                raise InputError(f"the backbone {backbone!r} is not supported; the supported ones are {', '.join(BACKBONES)}.")
+                raise InputError(f"the backbone {backbone!r} is not supported; it must be one of {', '.join(BACKBONES)}.")
             return backbone
     raise InputError("the official state_dict has no layer of a known backbone: check that it is a LARES checkpoint.")
 
@@ -96,12 +97,15 @@ def from_official(state_dict: dict[str, Tensor], config: LARESConfig) -> dict[st
 
 
 def to_official(state_dict: dict[str, Tensor], config: LARESConfig) -> dict[str, Tensor]:
-    """Return a ``state_dict`` of this package with the official parameter names: the inverse of :func:`from_official`."""
+    """Return a ``state_dict`` of this package with the official parameter names: the inverse of :func:`from_official`.
+
+    Raises :class:`InputError` if an entry is missing or unknown.
+    """
     return _rename(state_dict, _names(config), "lares_fast")
 
 
 def _names(config: LARESConfig) -> dict[str, str]:
-    """Return our parameter name -> the official name, for every parameter of ``config``."""
+    """Return a dict from our name to the official name, for every parameter of a model with ``config``."""
     modules = {ours: official for ours, official in _TOP.items() if config.adapter == "concat" or official != "adapter"}
     for (ours, official), n_layers in zip(_BLOCK.items(), (config.n_pre_layers, config.n_core_layers), strict=True):
         for layer in range(n_layers):

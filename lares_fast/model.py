@@ -1,4 +1,4 @@
-"""The model that users build: the parameters of the reference, computed by the public ops."""
+"""The model that users build: it has the parameters of the reference, and it computes with the public ops."""
 
 from __future__ import annotations
 
@@ -29,9 +29,13 @@ class LARES(reference.LARES):
     """LARES with the parameters of :class:`lares_fast.reference.LARES`, fast ops, and exact recommendation.
 
     ``backend``
-        The backend of every op. ``None`` leaves the choice to the context, the environment and the arguments.
+        The backend of every op. ``None`` leaves the choice to :func:`lares_fast.ops.backend`, then to the environment
+        variable, then to the arguments of the op.
     ``bf16``
-        Encode in bf16 in evaluation mode, see :func:`lares_fast.ops.recurrence`. Then encoding has no gradient.
+        Round the operands of products with weights to bf16 in evaluation mode, see :func:`lares_fast.ops.recurrence`. Then
+        encoding has no gradient.
+
+    Raises :class:`InputError` for an unknown backend.
 
     >>> model = LARES(LARESConfig(n_items=1000))  # doctest: +SKIP
     >>> scores, ids = model.eval().recommend(item_seq, item_seq_len, k=10)  # doctest: +SKIP
@@ -50,12 +54,12 @@ class LARES(reference.LARES):
         self.backend, self.bf16 = backend, bf16
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the kept table out of copies and pickles: it is large, and it watches the weight of this model."""
+        """Return the attributes for copies and pickles, without the kept table: it is large and watches this model's weight."""
         return {name: value for name, value in vars(self).items() if name != "_kept_table"}
 
     @property
     def head(self) -> Head:
-        """The ops with which the losses score targets against the item table, on this model's backend."""
+        """Return the ops with which the losses score targets against the item table, on this model's backend."""
         return Head(
             partial(ops.linear_cross_entropy, backend=self.backend),
             partial(ops.target_logprob, backend=self.backend),
@@ -65,9 +69,15 @@ class LARES(reference.LARES):
     def _encode(
         self, sequences: Sequences, passes: int, depth: Tensor, state: Tensor | None, draw: Draw, every_step: bool
     ) -> Tensor:
-        """Encode packed sequences. This is exact for a causal block, whose positions never see a later one."""
+        """Encode packed sequences without padding. A causal block gives the same states, because no position sees a later one.
+
+        The arguments and results are as in the reference. Raises :class:`InputError` if ``bf16`` is set and the model must run
+        padded.
+        """
         if (why := self._padded_because()) is not None and self.bf16:
-            raise InputError(f"bf16 needs the packed encoder, and the model runs padded, because {why}: leave bf16 out.")
+            raise InputError(
+                f"bf16 needs the packed encoder, but the model runs on padded sequences, because {why}: leave bf16 out."
+            )
         if why is not None or not len(depth):
             return super()._encode(sequences, passes, depth, state, draw, every_step)
         repeated = sequences.repeat(passes)
@@ -92,7 +102,7 @@ class LARES(reference.LARES):
     def _initial_rows(self, draw: Draw, sequence: Tensor, position: Tensor) -> Tensor:
         """Return h0 [P, D] for rows with ``sequence`` [P] and ``position`` [P], all on the CPU."""
         if bool((draw.rows == draw.rows[0]).all()):
-            # In evaluation without a draw, every sequence has the same h0.
+            # All sequences have one h0, as in evaluation without a draw.
             return self._initial_state(draw, draw.rows[:1], torch.arange(int(position.max()) + 1))[position]
         return self._initial_state(
             _NativeDraw(draw.key, draw.rows) if _native.available()[0] else draw, draw.rows[sequence], position
@@ -108,7 +118,7 @@ class LARES(reference.LARES):
         items, (sequence, position) = sequences.items, sequences.row_positions()
         x = self.input_norm(self.item_embedding(items) + self.position_embedding(to_device(position, items.device)))
         if items.device.type != "cpu":
-            # A PAD inside a sequence raises an error on the CPU. Elsewhere the check would wait, so the answer is NaN.
+            # A PAD inside a sequence raises an error on the CPU. On a GPU the check would wait for it, so the result is NaN.
             x = x.masked_fill((items == PAD)[:, None], torch.nan)
         if draw is None or not self.config.dropout:
             return x
@@ -123,6 +133,7 @@ class LARES(reference.LARES):
         return apply_dropout(x, to_device(keep, x.device), threshold)
 
     def _steps(self, block: nn.Module, h: Tensor, offsets: Tensor, draw: Draw | None, **arguments: Any) -> Tensor:
+        """Run :func:`lares_fast.ops.recurrence` with the parameters of ``block`` and the settings of this model."""
         config = self.config
         return ops.recurrence(
             h,
@@ -179,16 +190,18 @@ class LARES(reference.LARES):
 
 
 def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
-    """Put the fast encoder under ``model``, an object that other code may hold, and return a report of what was replaced.
+    """Make ``model`` use the fast encoder and the fast ops. Return a report: how it encodes, and which backend runs each op.
 
-    ``model`` is a :class:`lares_fast.reference.LARES` and becomes a :class:`LARES` in place. Parameters, their names,
-    optimizer state and hooks stay as they are. ``backend`` is as in :class:`LARES`.
+    ``model`` is a :class:`lares_fast.reference.LARES` and becomes a :class:`LARES` in place, so code that already holds the
+    object uses the fast encoder, too. Parameters, their names, optimizer state and hooks stay as they are. ``backend`` is as
+    in :class:`LARES`.
 
     The fast encoder computes from the parameters and does not call the modules. If a module does more than the configuration
     says (a hook, a module of another class, a parametrised weight), the model still runs its modules, and the report names
     the module and the reason.
 
-    Raises :class:`InputError` for every other class, because a subclass may have changed the replaced methods.
+    Raises :class:`InputError` for a model of any other class, because a subclass may have changed the replaced methods, and for
+    an unknown backend.
     """
     if type(model) not in (reference.LARES, LARES):
         raise InputError(f"model must be a reference.LARES, but is a {type(model).__name__}: build lares_fast.LARES instead.")
@@ -209,8 +222,8 @@ def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
 
 
 class _NativeDraw(Draw):
-    """A draw whose h0 the native module computes, with equal numbers."""
+    """A draw whose h0 the native module computes, with the same bits."""
 
     def initial_state(self, rows: Tensor, positions: Tensor, width: int) -> Tensor:
-        """Return the h0 [P, D] for ``rows`` and ``positions`` [P]."""
+        """Return h0 [P, D] (fp32) for ``rows`` [P] and ``positions`` [P], int64 on the CPU."""
         return normal_of(_native_random.state_uniforms(self.key, rows, positions, width))

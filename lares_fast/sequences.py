@@ -1,7 +1,7 @@
 """Item sequences in packed form, and the conversion of padded sequences to it.
 
-Packed means that one sequence stands behind the other in one tensor, without padding. The model works on packed sequences
-only. Padded sequences of a caller are checked and converted once, by :meth:`Sequences.from_input`.
+Packed means that one sequence follows the other in one tensor, without padding. :meth:`Sequences.from_input` checks the
+sequences of a caller and packs padded ones, once for each call. All later steps get packed sequences.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from lares_fast._errors import InputError
 from lares_fast._numbers import is_integer
 from lares_fast._transfer import to_device
 
-# The item id that padding has. Row 0 of the item table belongs to it.
+# The item id of padding. Its row in the item table is row 0.
 PAD = 0
 
 
 class Sequences(NamedTuple):
-    """B packed item sequences with P items in total. They unpack as the pair ``(items, offsets)``.
+    """B packed item sequences with P items in total, as the pair ``(items, offsets)``.
 
     ``items``
         [P] int64 item ids, each sequence oldest first.
@@ -44,10 +44,10 @@ class Sequences(NamedTuple):
         """Check sequences that a caller gave, padded or packed, and return them packed.
 
         ``item_seq`` is [B, L] and ``item_seq_len`` holds the lengths [B], or ``item_seq`` is packed [P] and
-        ``item_seq_len`` holds the offsets [B + 1]. Every sequence has 1 to ``max_len`` items, and every item is in
-        1..``n_items`` - 1. Items on a GPU are not checked, because the check would wait for the GPU.
+        ``item_seq_len`` holds the offsets [B + 1]. Every sequence must have 1 to ``max_len`` items, and every item must be in
+        1..``n_items`` - 1. The values of items on a GPU are not checked, because the check would wait for the GPU.
 
-        Raises :class:`InputError` for everything else.
+        Raises :class:`InputError` for sequences that are not like this.
         """
         for name, value in (("item_seq", item_seq), ("item_seq_len", item_seq_len)):
             if not isinstance(value, Tensor) or not is_integer(value):
@@ -68,11 +68,11 @@ class Sequences(NamedTuple):
         return sequences
 
     def padded(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return ``(item_seq [B, length], item_seq_len [B])``, padded with 0 on the right, both where the items are."""
+        """Return ``(item_seq [B, length], item_seq_len [B])``, padded with 0 on the right, on the device of the items."""
         return pad(self.items, self.offsets, length), to_device(self.lengths, self.items.device)
 
     def repeat(self, passes: int) -> Sequences:
-        """Return all sequences ``passes`` times: first all of them once, then all of them again."""
+        """Return all sequences ``passes`` times: all of them once, then all of them again, and so on."""
         first = len(self.items) * torch.arange(passes, device=self.offsets.device)
         offsets = torch.cat((self.offsets[:1], (first[:, None] + self.offsets[1:]).flatten()))
         return Sequences(self.items.repeat(passes), offsets)
@@ -103,7 +103,7 @@ def row_positions(offsets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pad(rows: Tensor, offsets: Tensor, length: int, fill: Tensor | None = None) -> Tensor:
-    """Return packed ``rows`` [P, ...] as [B, length, ...], with ``fill`` behind each sequence.
+    """Return packed ``rows`` [P, ...] as [B, length, ...], with ``fill`` after the end of each sequence.
 
     ``fill`` broadcasts to [B, length, ...]. The default is 0.
     """
@@ -145,6 +145,6 @@ def _check_pads(sequences: Sequences) -> None:
     if len(pads):
         sequence, position = (int(place.to(pads.device)[pads[0]]) for place in sequences.row_positions())
         raise InputError(
-            f"item_seq holds PAD (0) inside a sequence, at position {position} of sequence {sequence}: padding belongs behind "
-            "the last item, so move left padding there and drop PADs between items."
+            f"item_seq holds PAD (0) inside a sequence, at position {position} of sequence {sequence}: padding must follow "
+            "the last item, so move padding on the left to the right and remove PADs between items."
         )

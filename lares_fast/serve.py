@@ -30,16 +30,16 @@ History = Iterable[Any]
 
 @dataclass(frozen=True, eq=False)
 class Recommendations:
-    """Answers to U histories.
+    """The answers to U histories.
 
     ``ids``
-        The raw item ids for each history, best first. There are fewer than k where fewer items are left.
+        The raw item ids for each history, best first. A list has fewer than k ids if fewer items are left.
     ``scores``
         [U, k] fp32. The score is -inf where there is no item.
     ``unknown``
-        The number of items in the histories that the model does not know. They were left out.
+        The number of unknown items in all histories. The model does not know them, so they were left out.
     ``empty``
-        The indices of histories without a known item. They get no recommendation.
+        The indices of the histories without a known item. Such a history gets no recommendations.
     """
 
     ids: list[list[Any]]
@@ -51,19 +51,22 @@ class Recommendations:
 class Recommender:
     """A model in evaluation mode, with the raw ids of its items.
 
-    An answer depends neither on the batch size nor on the other histories, because every sequence starts from one fixed h0.
+    The answer to a history depends neither on the batch size nor on the other histories, because every sequence starts from one
+    fixed h0.
     """
 
     def __init__(self, model: LARES, item_ids: Sequence[Any]) -> None:
-        """``item_ids`` holds a placeholder for PAD and then the raw id of each item row. :attr:`item_ids` leaves PAD out.
+        """Put ``model`` into evaluation mode, and take ``item_ids``: a placeholder for PAD, then the raw id of each item row.
 
-        The ids are texts or integers, from any array library. Raises :class:`InputError` for anything else, for ids that
-        occur twice, and for a model with weights that are not finite.
+        The ids are texts or integers, from any array library. The attribute :attr:`item_ids` leaves PAD out. Raises
+        :class:`InputError` for anything else, for ids that occur twice, and for a model with weights that are not finite.
         """
         if len(item_ids) != model.config.n_items:
-            raise InputError(f"item_ids must be {model.config.n_items} ids, PAD's included, but are {len(item_ids)}.")
+            raise InputError(
+                f"item_ids must have {model.config.n_items} entries, one for each item row, but has {len(item_ids)}."
+            )
         self.model = model.eval()
-        # By item id: PAD's 0 has no raw id.
+        # Item id -> raw id. PAD has none.
         self._raw = {row: _raw_id(raw, f"item_ids[{row}]") for row, raw in enumerate(item_ids) if row != PAD}
         self.item_ids: list[Any] = list(self._raw.values())
         self._rows = {str(raw): row for row, raw in self._raw.items()}
@@ -76,7 +79,7 @@ class Recommender:
     def knows(self, item: Any) -> bool:
         """Return whether the raw id ``item`` is in the catalog. ``"42"``, 42 and 42.0 are one id.
 
-        Raises the errors of :meth:`recommend`.
+        Raises :class:`InputError` for anything that cannot be a raw id.
         """
         return str(_raw_id(item, "item")) in self._rows
 
@@ -94,7 +97,8 @@ class Recommender:
 
         A history holds raw ids, oldest first. It is a sequence of texts and whole numbers, or a 1-D array or tensor of them.
         The model reads its last ``max_len`` known items. Unknown ids are left out and counted. ``exclude_seen`` leaves every
-        item of the history out of the answer. ``num_steps`` is T.
+        item of the history out of the answer. ``num_steps`` is T; the default is the T of the configuration. The model
+        encodes ``batch_size`` histories at a time.
 
         Raises :class:`InputError` for a ``k`` beyond the catalog, for anything that cannot be a raw id, and for scores that
         are not finite.
@@ -113,7 +117,7 @@ class Recommender:
             found, best = catalog.topk(self._queries(sequences, num_steps), k, exclude=exclude, index=catalog_index)
             if not found[best >= 0].isfinite().all():
                 raise NotFiniteError(
-                    "the scores of the model are not finite: its weights were changed; build the Recommender anew."
+                    "the scores of the model are not finite: its weights were changed, so build the Recommender again."
                 )
             scores[index] = found
             for i, row in zip(index, best.tolist(), strict=True):
@@ -122,7 +126,9 @@ class Recommender:
 
     @torch.no_grad()
     def encode(self, histories: Iterable[History], *, num_steps: int | None = None, batch_size: int = 256) -> Tensor:
-        """Return queries [U, D]. Their dot products with :meth:`item_vectors` are the scores.
+        """Return the queries [U, D] (fp32) of U histories. Their dot products with :meth:`item_vectors` are the scores.
+
+        The arguments are as in :meth:`recommend`.
 
         Raises :class:`InputError` if a history has no known item, and the errors of :meth:`recommend`.
         """
@@ -172,7 +178,7 @@ def _packed(lists: list[list[int]]) -> Sequences:
 
 
 def _index(items: Tensor) -> ops.CatalogIndex | None:
-    """Return an index of a catalog that is scored more than once, or ``None`` where no kernel reads one."""
+    """Return an index for a catalog that is scored more than once, or ``None`` if no kernel can read one."""
     return None if native_obstacle(items, items) or items.is_inference() else ops.CatalogIndex(items)
 
 
@@ -187,7 +193,8 @@ def load(run: str | Path) -> Recommender:
 def load_about(run: str | Path) -> tuple[Recommender, dict[str, str]]:
     """Return the recommender of :func:`load`, and the metadata of the log that the model was trained on.
 
-    ``lares_fast.train.identity`` describes the metadata. They are empty for a file of an older version.
+    ``lares_fast.train.identity`` describes the metadata, which are empty for a file of an older version. Raises the errors of
+    :func:`load`.
     """
     run = Path(run)
     weights, config, about = load_weights_about(run / "model.safetensors")
@@ -234,7 +241,7 @@ def _item_ids(path: Path, checksum: str | None) -> list[Any]:
 
 
 def _can_be_read(values: Any) -> bool:
-    """Return whether ``values`` can be iterated. The iterator of an array without dimensions raises."""
+    """Return whether ``values`` can be iterated. An array without dimensions looks iterable, but raises an error."""
     return isinstance(values, Iterable) and getattr(values, "ndim", 1) != 0
 
 
@@ -253,7 +260,7 @@ def _raw_id(raw: Any, where: str) -> int | str:
     value = raw
     if hasattr(raw, "ndim"):
         try:
-            # item() would turn times of NumPy into integers.
+            # item() would turn a time of NumPy into an integer.
             value = None if raw.ndim or isinstance(raw, np.datetime64 | np.timedelta64) else raw.item()
         except (RuntimeError, ValueError):
             value = None
@@ -270,7 +277,7 @@ def _raw_id(raw: Any, where: str) -> int | str:
 
 
 def _exact_below(number: Any) -> float:
-    """Return the bound up to which the floating-point type of ``number`` holds every integer. Larger ones may be rounded."""
+    """Return the bound up to which the floating-point type of ``number`` holds every integer. Beyond it, ids may be rounded."""
     if isinstance(number, Tensor):
         return 2 / torch.finfo(number.dtype).eps
     return 2 / float(np.finfo(getattr(number, "dtype", np.float64)).eps)

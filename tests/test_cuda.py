@@ -108,7 +108,7 @@ def test_why_the_kernels_cannot_run_is_said_in_words(monkeypatch):
     call = SimpleNamespace(query=on_device, items=items)
     monkeypatch.setattr(_cuda_launch, "_able", {})
     monkeypatch.setattr(_cuda_launch, "_current", lambda device: nullcontext())
-    monkeypatch.setattr(_cuda_launch, "_capturing", lambda device: False)
+    monkeypatch.setattr(_cuda_launch, "capturing", lambda device: False)
     monkeypatch.setattr(_native, "available", lambda: (True, ""))
     # A fault may pass, so it is asked for again. A device that could run the kernels still can.
     answers = iter(("the driver does not answer: all in use", "no kernel image: capturing", "ok: a device"))

@@ -57,8 +57,8 @@ def test_a_file_that_does_not_load_is_said_in_the_systems_words(module_raises, m
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({}, "bare sources: run pip install"),
-        ({"_build.json": "not json"}, "bare sources"),
+        ({}, "the package was not installed: run pip install"),
+        ({"_build.json": "not json"}, "the package was not installed"),
         (
             {"_build.json": '{"native": false, "reason": "LARES_FAST_BUILD=none when it was installed"}'},
             "without LARES_FAST_BUILD",

@@ -82,7 +82,7 @@ def test_a_batch_gives_its_sequences():
     (ITEMS, [0, 3, 2, 7], r"packed sequences must have 1\.\.6 items, but they have -1\.\.5"),
     (ITEMS + 1, [0, 2, 3, 7], r"item_seq must hold ids in 0\.\.9, but it spans 4\.\.10"),
     (ITEMS - 4, [0, 2, 3, 7], r"item_seq must hold ids in 0\.\.9, but it spans -1\.\.5"),
-    (ITEMS - 3, [0, 2, 3, 7], r"item_seq holds PAD \(0\) inside a sequence, at position 0 of sequence 0: padding belongs"),
+    (ITEMS - 3, [0, 2, 3, 7], r"item_seq holds PAD \(0\) inside a sequence, at position 0 of sequence 0: padding must follow"),
     (torch.ones(2, 3, 4).long(), [1, 1], r"item_seq must be \[B, L\] with L <= 6"),
     (torch.tensor(3), [1], r"item_seq must be \[B, L\] with L <= 6, but got \[\]"),
 ])  # fmt: skip

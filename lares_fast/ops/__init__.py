@@ -1,4 +1,4 @@
-"""Public ops: each chooses its backend by the call's arguments, and :func:`lares_fast.explain` tells which and why."""
+"""Public ops. Each op chooses a backend from the arguments of the call; :func:`lares_fast.explain` reports the choice."""
 
 from lares_fast._dispatch import backend, explain
 from lares_fast.ops._catalog_index import CatalogIndex

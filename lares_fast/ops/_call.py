@@ -21,7 +21,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
 
 
 class Field(NamedTuple):
-    """A field of a call: its name and type, and for a group of tensors its class and the names of its members."""
+    """A field of a call: its name and type. A group of tensors also has its class and the names of its members."""
 
     name: str
     type: Any
@@ -33,8 +33,9 @@ class Field(NamedTuple):
 class Call:
     """The arguments of one call. Every step from the public function to a backend passes this object on.
 
-    The public function builds the call. The operator takes :meth:`arguments` and builds the call again by :meth:`of`. A
-    backend reads the fields. A subclass checks its fields in ``__post_init__``, so that no invalid call exists.
+    The public function builds and checks the call. The operator takes :meth:`arguments` and builds the call again from them. A
+    backend reads the fields. The calls of the catalog ops check their fields in ``__post_init__``, so that no invalid call
+    exists.
 
     A subclass lists the arguments as fields, with the names and the order of the public function, and ``backend`` is among
     them. A field has one of the types in ``_SCHEMA_TYPES``, or it is a group: a named tuple of tensors, or ``None``. A group
@@ -45,8 +46,8 @@ class Call:
     # The name of the op in the table of backends.
     op: ClassVar[str]
     layout: ClassVar[tuple[Field, ...]]
-    # Name of each field, and how many members it has if it is a group: :meth:`arguments` reads plain constants alone, which
-    # a compiler can trace.
+    # The name of each field and the number of its members, which is 0 unless it is a group. :meth:`arguments` reads only these
+    # constants, so that a compiler can trace it.
     _sizes: ClassVar[tuple[tuple[str, int], ...]]
 
     def __init_subclass__(cls) -> None:
@@ -57,12 +58,12 @@ class Call:
 
     @classmethod
     def build(cls, *arguments: Any, **options: Any) -> Self:
-        """Return the call for the arguments of the public function; ``__post_init__`` converts those that differ."""
+        """Return the call for the arguments of the public function; ``__post_init__`` converts them to the fields' types."""
         return cls(*arguments, **options)
 
     @classmethod
     def schema(cls, *, after: str = "") -> str:
-        """Return the arguments in a schema, such as ``Tensor query, Tensor items, int k``, followed by ``after``."""
+        """Return the arguments as a schema lists them, such as ``Tensor query, Tensor items, int k``, and then ``after``."""
         listed = []
         for field in cls.layout:
             if field.group is None:

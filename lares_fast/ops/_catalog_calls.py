@@ -1,8 +1,8 @@
 """The calls of the ops that score a whole catalog: their arguments, checked when a call is built.
 
-A call checks shapes, dtypes and devices, which compilers know too. It does not read values. ``check_values`` reads them, on the
-CPU only. The reference backends call it first. The native kernels check each value when they read it, so the native backends
-call it only after an error, for the message.
+A call checks shapes, dtypes and devices, which compilers know too. It does not read the values of index tensors. The method
+``check_values`` reads them, on the CPU only. The reference backends call it first. The native kernels check each value when
+they read it, so the native backends call ``check_values`` only after an error, to get its message.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _LOWEST_SCALE, _HIGHEST_SCALE = 2.0**-100, 2.0**100
 
 
 class IndexTables(NamedTuple):
-    """The tables of a :class:`lares_fast.ops.CatalogIndex`. Without int8 screening the last three are empty."""
+    """The tables of a :class:`lares_fast.ops.CatalogIndex`. Without int8 screening the last three tables are empty."""
 
-    # [D], a finite value near the mean of the items.
+    # [D], finite numbers near the mean of the items.
     centre: Tensor
     # [D], powers of two.
     scale: Tensor
@@ -66,7 +66,7 @@ class CatalogCall(Call):
             object.__setattr__(self, "exclude", check_exclude(self.exclude, query))
 
     def check_values(self) -> None:
-        """Raise :class:`InputError` unless the lists of exclusions are right; lists on a GPU are not read."""
+        """Raise :class:`InputError` for a wrong value in the lists of exclusions; lists on a GPU are not read."""
         if self.exclude is not None:
             checked_exclude(*self.exclude, self.items.shape[0])
 
@@ -109,7 +109,7 @@ class TargetRankCall(CatalogCall):
         check_ties(self.ties)
 
     def check_values(self) -> None:
-        """Raise :class:`InputError` unless targets and lists of exclusions are right; values on a GPU are not read."""
+        """Raise :class:`InputError` for a wrong value in the targets or the lists; values on a GPU are not read."""
         check_ids("target", self.target, 0, self.items.shape[0])
         super().check_values()
 

@@ -1,4 +1,4 @@
-"""Checks that several ops share. None of them reads values on a GPU, because it would wait for all work given before."""
+"""Checks that several ops share. No check reads values on a GPU, because the CPU would have to wait for the GPU."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lares_fast._errors import InputError
 
 
 class ExcludeLists(NamedTuple):
-    """Items to leave out: ``ids[offsets[b]:offsets[b + 1]]`` for query b, int64, in any order, with repeats."""
+    """The items to leave out: ``ids[offsets[b]:offsets[b + 1]]`` for query b, int64. Ids may be in any order and repeat."""
 
     offsets: Tensor
     ids: Tensor
 
 
 def check_dense(name: str, value: object) -> None:
-    """Raise :class:`InputError` unless ``value`` is a tensor with strides."""
+    """Raise :class:`InputError` unless ``value`` is a dense tensor, which means that its layout has strides."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         got = value.layout if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"{name} must be a dense tensor, but got {got}.")
@@ -45,7 +45,7 @@ def check_ids(name: str, ids: Tensor, first: int, count: int) -> None:
 
 
 def check_exclude(exclude: object, query: Tensor) -> ExcludeLists:
-    """Return ``exclude`` as lists for ``query`` [B, D]; :class:`InputError` if a shape, dtype or device is wrong."""
+    """Return ``exclude`` as lists for ``query`` [B, D]. Raises :class:`InputError` if a shape, dtype or device is wrong."""
     if not (isinstance(exclude, tuple | list) and len(exclude) == 2):
         raise InputError(f"exclude must be a pair (offsets [B + 1], ids [E]), but got {type(exclude).__name__}.")
     offsets, ids = exclude
@@ -57,7 +57,7 @@ def check_exclude(exclude: object, query: Tensor) -> ExcludeLists:
 
 
 def checked_exclude(offsets: Tensor, ids: Tensor, count: int) -> ExcludeLists:
-    """Return the lists; :class:`InputError` if their values are wrong for ``count`` items. Lists on a GPU are not read."""
+    """Return the lists. Raises :class:`InputError` if values are wrong for ``count`` items; lists on a GPU are not read."""
     on_cpu = offsets.device.type == "cpu"
     if on_cpu and (int(offsets[0]) != 0 or int(offsets[-1]) != ids.shape[0] or bool((offsets.diff() < 0).any())):
         raise InputError(f"exclude offsets must rise from 0 to the number of ids, {ids.shape[0]}.")

@@ -14,10 +14,11 @@ from lares_fast.ops._catalog_checks import check_dense
 
 
 class CatalogIndex:
-    """``items`` [N, D] laid out for the native kernel: ``topk(query, items, k, index=index)`` gives the same answer faster.
+    """An index of ``items`` [N, D] for the native kernel: ``topk(query, items, k, index=index)`` gives the same answer faster.
 
-    The index holds a transposed copy. It also holds int8 tables if the SIMD level is AVX2 or higher, N >= 32,768 and D <= 512;
-    they prove for most items that they cannot be among the best. The index takes about 1.3 times the memory of ``items``.
+    The index holds a transposed copy. It also holds int8 tables if the SIMD level is AVX2 or higher, N >= 32,768 and D <= 512.
+    For most items these tables prove that the item cannot be among the best. The index takes about 1.3 times the memory of
+    ``items``.
 
     An index belongs to the values that ``items`` had when it was built, and ``topk`` raises an error for a stale index. It
     notices an in-place operation of PyTorch, a step of a ``torch.optim`` optimizer that holds ``items``, and any other change
@@ -36,7 +37,7 @@ class CatalogIndex:
         if not fits or items.is_inference():
             kind = "an inference tensor" if items.is_inference() else f"{items.dtype} {list(items.shape)} on {items.device}"
             raise InputError(f"items must be a contiguous torch.float32 [N, D] on the CPU that tracks changes, but got {kind}.")
-        # Kept, so that no other tensor can be allocated at its address.
+        # The index keeps the tensor, so that no other tensor can be allocated at its address.
         self._items = items.detach()
         self.refresh()
 
@@ -52,23 +53,26 @@ class CatalogIndex:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the tables, without ``items`` itself."""
+        """The size of the tables in bytes, without ``items`` itself."""
         return sum(table.nbytes for table in self._tables)
 
     def tables(self, items: Tensor) -> IndexTables:
-        """Return the tables that the kernel reads; :class:`InputError` if ``items`` is not the tensor they were built from."""
+        """Return the tables that the kernel reads.
+
+        Raises :class:`InputError` if ``items`` is not the tensor from which the index was built, or if it has changed since.
+        """
         ours = self._items
         same = (items.data_ptr(), items.shape, items.stride()) == (ours.data_ptr(), ours.shape, ours.stride())
         if items.is_inference() or not same:
             raise InputError("index was built from another tensor than items: build CatalogIndex(items) again.")
-        # An alias made by .data counts its own changes.
+        # An alias made by .data has a version counter of its own.
         if items._version != ours._version or self._watch.changed():
             raise InputError("index is stale, because items changed after it was built: call index.refresh().")
         return self._tables
 
 
 def build_index(items: Tensor, threads: int | None = None) -> IndexTables:
-    """Return the tables of ``items``, a contiguous fp32 [N, D] on the CPU. Their layout: csrc/topk/index.h."""
+    """Return the tables of ``items``, a contiguous fp32 [N, D] on the CPU. csrc/topk/index.h describes them."""
     count, width = items.shape
     panel, panels, coded_panel, coded_panels, code_bytes, lane_bytes = _native.load().index_shape(N=count, D=width)
     centre, scale = _centre_and_scale(items) if coded_panels else (items.new_zeros(width), items.new_ones(width))
@@ -87,8 +91,8 @@ def build_index(items: Tensor, threads: int | None = None) -> IndexTables:
 def _centre_and_scale(items: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean [D], and for each dimension a power of two [D] near the spread around the mean.
 
-    Every finite centre and every power of two give the same answers. These make the bounds tight, because each dimension then
-    uses the whole range of the codes.
+    The answers of ``topk`` are equal for every finite centre and every power of two. These values make the bounds tight,
+    because each dimension then uses the whole range of the codes.
     """
     centre = items.mean(dim=0)
     centre = torch.where(centre.isfinite(), centre, 0.0)

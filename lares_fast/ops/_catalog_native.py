@@ -14,7 +14,7 @@ def obstacle(call: CatalogCall) -> str | None:
 
 
 def run(call: CatalogCall, threads: int | None, **arguments: object) -> None:
-    """Call the function ``call.op`` of the native module, with ``arguments`` besides those that all calls have.
+    """Call the function ``call.op`` of the native module, with ``arguments`` in addition to the arguments of every call.
 
     Raises:
         InputError: a value of an index tensor is wrong, or a copy does not fit into memory.

@@ -1,7 +1,7 @@
 """The ``reference`` backend of ``linear_cross_entropy``: PyTorch on one part of the catalog at a time, any dtype and device.
 
-Products have the dtype of the tensors, but the products of a float16 backward are float32. Everything computed from a score is
-fp64: in a narrower dtype the rounding of the log-sum-exp would hide a log-probability near 0, and with it the gradient.
+Products have the dtype of the tensors, but the products of a float16 backward are float32. A value that is computed from a
+score is fp64: in a narrower dtype the rounding of the log-sum-exp would hide a log-probability near 0 and its gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SCORES = 2**22
 
 
 def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities [M], the ranks [M] if ``call.ties`` asks for them, and the log-sum-exp [M] in fp64.
+    """Return the log-probabilities [M], the ranks [M] or ``None`` without ``call.ties``, and the log-sum-exp [M] in fp64.
 
     The log-probability and the log-sum-exp are NaN for a target that is no item of the softmax.
     """
@@ -41,7 +41,7 @@ def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def backward(call: LogprobBackwardCall) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of ``hidden`` and ``items``, ``None`` for one that is not needed.
+    """Return the gradients of ``hidden`` and ``items``, or ``None`` for a gradient that is not needed.
 
     The probabilities are computed again.
     """
@@ -66,10 +66,10 @@ def backward(call: LogprobBackwardCall) -> tuple[Tensor | None, Tensor | None]:
 def _chunks(call: SoftmaxCall) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (first row, rows [n, D], scores [M, n] in fp64) of consecutive parts of the softmax's items.
 
-    A part has about 4 million scores, but at least 1024 items.
+    A part has about 4 million scores, but at least 1024 and at most 8192 items.
     """
     hidden, items = call.hidden, call.items
-    # Long parts of few rows would be long fp32 sums.
+    # The gradient of hidden is an fp32 sum over a part, which loses digits in longer parts.
     size = min(8192, max(1024, _SCORES // max(1, len(hidden))))
     for start in range(int(call.skip_pad), len(items), size):
         chunk = items[start : start + size]

@@ -1,7 +1,7 @@
 """Launch the CUDA kernels of the native module for ``topk`` and ``target_rank``.
 
-PyTorch allocates results and workspace and owns the stream. A launch is enqueued on the device's current stream and waits for
-nothing. The kernels were compiled and run in an emulator (docs/kernels/topk.md), never on a GPU.
+PyTorch allocates results and workspace and owns the stream. A launch is enqueued on the device's current stream, and the CPU
+does not wait for it. The kernels were compiled and run in an emulator (docs/kernels/topk.md), never on a GPU.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor
 from lares_fast import _native, _settings
 from lares_fast._errors import BackendError
 from lares_fast._native_call import addresses
+from lares_fast._transfer import capturing
 from lares_fast.ops._catalog_calls import CatalogCall
 
-# Device -> its answer when it could run the kernels. Any other answer may change, so it is not kept.
+# Number of a device that can run the kernels -> its answer. Any other answer may change, so it is not kept.
 _able: dict[int, str] = {}
-# (device, op, products) that ran. The first call loads the kernels, which a graph capture forbids.
+# Every (device, op, whether products are ``ffma``) that ran. The first call loads the kernels, which a graph capture forbids.
 _ran: set[tuple[int, str, bool]] = set()
 
 
@@ -41,10 +42,10 @@ def obstacle(call: CatalogCall) -> str | None:
 
 
 def launch(call: CatalogCall, **arguments: object) -> None:
-    """Enqueue the kernel of ``call.op``, with ``arguments`` besides those that all calls have.
+    """Enqueue the kernel of ``call.op``, with ``arguments`` in addition to the arguments of every call.
 
-    The CPU does not see the values of index tensors. The kernels give a query with a wrong value an answer of its own, which
-    the backends describe; the other queries get their answers.
+    The CPU does not see the values of index tensors. A query with a wrong value gets a result that the backend describes, and
+    the other queries get their correct results.
 
     Raises:
         BackendError: the device did not accept the launch.
@@ -61,10 +62,10 @@ def launch(call: CatalogCall, **arguments: object) -> None:
 
 
 def enqueue(op: str, device: torch.device, **arguments: object) -> None:
-    """Call the function ``<op>_cuda`` of the native module."""
+    """Call the function ``<op>_cuda`` of the native module. Raises the errors of :func:`launch`."""
     index, plain = device_index(device), _settings.cuda_products() == "ffma"
     with _current(device):
-        if (index, op, plain) not in _ran and _capturing(device):
+        if (index, op, plain) not in _ran and capturing(device):
             raise RuntimeError(f"{op} was not run on {device} before the graph capture: call it once outside of one first.")
         stream = torch.cuda.current_stream(device).cuda_stream
         # A RuntimeError means that the device is unusable. Nothing may catch it and continue with another backend.
@@ -76,7 +77,10 @@ def enqueue(op: str, device: torch.device, **arguments: object) -> None:
 
 
 def plan(function: str, **sizes: Any) -> dict[str, Any]:
-    """Return the launch plan from ``function`` of the native module; :class:`BackendError` if the kernels cannot take it."""
+    """Return the launch plan from ``function`` of the native module.
+
+    Raises :class:`BackendError` if the kernels cannot take these sizes.
+    """
     try:
         return dict(getattr(_native.load(), function)(**sizes))
     except ValueError as error:
@@ -89,27 +93,31 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 
 def sorted_lists(offsets: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return lists of exclusions as the kernels read them: ids ascending within each list. Waits for nothing.
+    """Return lists of exclusions as the kernels read them: ids ascending within each list. The CPU does not wait.
 
-    Where the offsets fall, the lists on both sides are wrong. Their common offset becomes -1, so that the kernels notice both.
+    If an offset is below an earlier one, the lists on both of its sides are wrong. The offset becomes -1, so that the kernels
+    notice both lists.
     """
     rising = offsets.cummax(0).values
     return torch.where(offsets == rising, offsets, -1), sort_ids(rising, ids, count)
 
 
 def sort_ids(offsets: Tensor, ids: Tensor, count: int) -> Tensor:
-    """Return ``ids`` ascending within each list; those outside of 0..count - 1 become -1 or ``count``. Waits for nothing."""
+    """Return ``ids`` ascending within each list. Ids outside of 0..count - 1 become -1 or ``count``. The CPU does not wait."""
     lists = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets, right=True)
     first = lists * (count + 2)
     return (first + ids.clamp(-1, count)).sort().values - first
 
 
 def capability(device: torch.device) -> str:
-    """Return the native module's answer whether its kernels can run on ``device``: ``ok: ...``, or why not."""
+    """Return the native module's answer whether its kernels can run on ``device``: ``ok: ...``, or the reason why they cannot.
+
+    Raises RuntimeError if the first question for a device comes within a graph capture.
+    """
     index = device_index(device)
     if index not in _able:
         with _current(device):
-            if _capturing(device):
+            if capturing(device):
                 raise RuntimeError(
                     f"{device} was not tested for the CUDA kernels before the graph capture: call the op once before."
                 )
@@ -122,7 +130,7 @@ def capability(device: torch.device) -> str:
 
 @functools.cache
 def limits(index: int) -> list[int]:
-    """Return multiprocessors, bytes of shared memory of a block, and bytes of shared memory of a multiprocessor."""
+    """Return the number of multiprocessors, and the bytes of shared memory of a block and of a multiprocessor."""
     return list(_native.load().device_limits(device=index))
 
 
@@ -132,9 +140,8 @@ def device_index(device: torch.device) -> int:
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` current, which the native module requires; PyTorch leaves no context on another device."""
+    """Make ``device`` current within the ``with`` block, as the native module requires.
+
+    PyTorch switches back afterwards and creates no context on another device.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""The ``native`` backend of ``linear_cross_entropy``: fp32 on the CPU. Workspace: csrc/linear_cross_entropy."""
+"""The ``native`` backend of ``linear_cross_entropy``: fp32 on the CPU. csrc/linear_cross_entropy states the workspace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def obstacle(call: SoftmaxCall) -> str | None:
 
 
 def forward(call: LogprobCall, threads: int | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities [M], the ranks [M] if ``call.ties`` asks for them, and the log-sum-exp [M] in fp64.
+    """Return the log-probabilities [M], the ranks [M] or ``None`` without ``call.ties``, and the log-sum-exp [M] in fp64.
 
     The number of threads changes no bit.
     """
@@ -29,7 +29,10 @@ def forward(call: LogprobCall, threads: int | None = None) -> tuple[Tensor, Tens
 
 
 def backward(call: LogprobBackwardCall, threads: int | None = None) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of ``hidden`` and ``items``, ``None`` for one that is not needed; the same for any ``threads``."""
+    """Return the gradients of ``hidden`` and ``items``, or ``None`` for a gradient that is not needed.
+
+    The number of threads changes no bit.
+    """
     d_hidden = call.hidden.new_empty(call.hidden.shape) if call.need_hidden else None
     d_items = call.items.new_empty(call.items.shape) if call.need_items else None
     grad, lse = contiguous("grad", call.grad), contiguous("lse", call.lse)

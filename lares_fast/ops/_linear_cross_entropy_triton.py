@@ -24,17 +24,17 @@ def obstacle(call: SoftmaxCall) -> str | None:
 
 
 def note(call: SoftmaxCall) -> str | None:
-    """Return the text that ``explain`` adds: which launch settings are tuned."""
+    """Return the text that ``explain`` adds, which names the tuned launch settings, or ``None``."""
     return _triton.note(_STEM, call.hidden)
 
 
 def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities [M], the ranks [M] if ``call.ties`` asks for them, and the log-sum-exp [M] in fp64."""
+    """Return the log-probabilities [M], the ranks [M] or ``None`` without ``call.ties``, and the log-sum-exp [M] in fp64."""
     logprob, rank, lse = _triton.kernels(_STEM).forward(call)
     return logprob, rank, lse
 
 
 def backward(call: LogprobBackwardCall) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of ``hidden`` and ``items``, ``None`` for one that is not needed."""
+    """Return the gradients of ``hidden`` and ``items``, or ``None`` for a gradient that is not needed."""
     d_hidden, d_items = _triton.kernels(_STEM).backward(call)
     return d_hidden, d_items

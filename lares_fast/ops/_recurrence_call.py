@@ -1,4 +1,4 @@
-"""The call of ``recurrence``: its arguments, and the checks of them."""
+"""The call of ``recurrence``: its arguments, and their checks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lares_fast.ops._call import Call
 from lares_fast.reference.weights import WeightLayout, layout_of
 
 OUTPUTS = ("last", "steps", "tokens")
-# The backends, most preferred first. The operator returns the position of the one that ran.
+# The backends, the preferred one first. The operator returns the position of the backend that ran.
 BACKENDS = ("triton", "native", "layers", "reference")
 
-# In a compiler's trace some numbers of rows are symbols.
+# A number of rows; in a compiler's trace it may be a symbol.
 Rows = int | torch.SymInt
 _CPU = torch.device("cpu")
 
@@ -29,17 +29,17 @@ class RecurrenceCall(Call):
 
     op: ClassVar[str] = "recurrence"
 
-    # [P, D] each; no ``pre`` means no adapter.
+    # [P, D] each. Without ``pre`` there is no adapter.
     h: Tensor
     pre: Tensor | None
     # [B + 1] int64.
     offsets: Tensor
-    # T of each sequence [B] int64; without it every sequence takes ``steps`` steps.
+    # T of each sequence, [B] int64. Without it every sequence takes ``steps`` steps.
     depth: Tensor | None
-    # Rows [B] int64 of the global batch, and the seed [1] int64 of the dropout masks; nothing is dropped without a seed.
+    # The rows [B] int64 of the global batch, and the seed [1] int64 of the dropout masks. Nothing is dropped without a seed.
     rows: Tensor | None
     seed: Tensor | None
-    # All weights in the order of WeightLayout.
+    # All weights in one flat tensor, in the order of WeightLayout.
     weights: Tensor
     steps: int
     n_layers: int
@@ -59,46 +59,46 @@ class RecurrenceCall(Call):
 
     @property
     def width(self) -> int:
-        """D."""
+        """Return the width D."""
         return self.h.shape[1]
 
     @property
     def batch(self) -> int:
-        """B."""
+        """Return the number of sequences B."""
         return len(self.offsets) - 1
 
     @property
     def first_step(self) -> int:
-        """The number of the first step in a dropout address: the pre-block has 0, the recurrence counts from 1."""
+        """Return the number of the first step in a dropout address: 0 for the pre-block, and 1 for the recurrence."""
         return 0 if self.pre is None else 1
 
     @functools.cached_property
     def weight_layout(self) -> WeightLayout:
-        """Where each weight stands in ``weights``."""
+        """Return the layout, which says where each weight is in ``weights``."""
         return layout_of(self.adapter, self.width, self.inner_size, self.n_layers)
 
     @property
     def thresholds(self) -> tuple[int, int]:
-        """The dropout thresholds of hidden activations and of attention; both are 0 without a seed."""
+        """Return the dropout thresholds of hidden activations and of attention; both are 0 without a seed."""
         if self.rows is None or self.seed is None:
             return 0, 0
         return drop_threshold(self.dropout), drop_threshold(self.attention_dropout)
 
     def depths(self) -> Tensor:
-        """T of every sequence, [B]."""
+        """Return T of every sequence, int64 [B]."""
         return self.depth if self.depth is not None else self.offsets.new_full((self.batch,), self.steps)
 
     def draw(self) -> Draw | None:
-        """The addresses of the dropout masks; on a GPU this waits for the seed."""
+        """Return the addresses of the dropout masks, or ``None``. The host waits for a seed on a GPU."""
         return None if self.rows is None or self.seed is None else Draw(key_of(self.seed), self.rows)
 
     def output_rows(self, total_depth: Rows) -> Rows:
-        """How many rows the output has, where all depths sum to ``total_depth``."""
+        """Return the number of rows of the output if the sum of all depths is ``total_depth``."""
         rows: dict[str, Rows] = {"last": self.batch, "steps": total_depth, "tokens": len(self.h)}
         return rows[self.output]
 
     def empty_gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """New tensors for the gradients of ``h``, ``pre`` and ``weights``; without ``pre`` the second one is empty."""
+        """Return new tensors for the gradients of ``h``, ``pre`` and ``weights``; without ``pre`` the second one is empty."""
         like_pre = self.h.new_empty(0) if self.pre is None else _dense_like(self.pre)
         return _dense_like(self.h), like_pre, _dense_like(self.weights)
 
@@ -108,7 +108,10 @@ def _dense_like(x: Tensor) -> Tensor:
 
 
 def check(call: RecurrenceCall) -> None:
-    """Check shapes, dtypes, devices and ranges, which compilers know too; the public function has checked ``h`` and weights."""
+    """Raise :class:`InputError` for a wrong shape, dtype, device or range, all of which compilers know, too.
+
+    The public function has checked ``h`` and the weights before.
+    """
     h, offsets = call.h, call.offsets
     if call.output not in OUTPUTS:
         raise InputError(f"output must be one of {', '.join(OUTPUTS)}, but got {call.output!r}.")
@@ -133,7 +136,10 @@ def check(call: RecurrenceCall) -> None:
 
 
 def check_integers(name: str, vector: Tensor, call: RecurrenceCall | None) -> None:
-    """Raise :class:`InputError` unless ``vector`` is int64 with an entry for each sequence of ``call``, where it may be."""
+    """Raise :class:`InputError` unless ``vector`` is int64 with an entry for each sequence of ``call``, on an allowed device.
+
+    Without ``call`` neither the number of entries nor the device is checked.
+    """
     wanted = "[B + 1]" if call is None else f"[{call.batch}] as offsets say"
     if not isinstance(vector, Tensor):
         raise InputError(f"{name} must be int64 {wanted}, but got {type(vector).__name__}.")
@@ -153,7 +159,7 @@ def check_like_h(name: str, value: Tensor, shape: tuple[int, ...], h: Tensor) ->
 
 
 def check_values(call: RecurrenceCall) -> None:
-    """Check the size of ``weights``, and the values of ``depth`` and ``offsets`` if they are on the CPU."""
+    """Raise :class:`InputError` for a wrong size of ``weights``, and for wrong ``depth`` and ``offsets`` on the CPU."""
     if len(call.weights) != call.weight_layout.size:
         raise InputError(f"weights must have {call.weight_layout.size} numbers in all, but have {len(call.weights)}.")
     if call.depth is not None and call.depth.device == _CPU and len(call.depth):

@@ -1,4 +1,4 @@
-"""The ``layers`` backend of ``recurrence``: PyTorch's layers on packed rows around ``ops.attention``, for any size."""
+"""The ``layers`` backend of ``recurrence``: PyTorch's layers and ``ops.attention`` on packed rows, for any size."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def obstacle(call: RecurrenceCall, *_: object) -> str | None:
     return "it multiplies in the dtype of h: for bf16 give it bfloat16 tensors" if call.bf16 else None
 
 
-def unasked(call: RecurrenceCall, *_: object) -> str | None:
-    """Return why ``auto`` passes over a call, or ``None``."""
-    return None if _is_gpu(call.h) else f"it is there for GPUs, and h is on {call.h.device}"
+def not_automatic(call: RecurrenceCall, *_: object) -> str | None:
+    """Return why ``auto`` does not choose this backend for ``call``, as a clause, or ``None``."""
+    return None if _is_gpu(call.h) else f"it is meant for GPUs, and h is on {call.h.device}"
 
 
 def _is_gpu(tensor: Tensor) -> bool:
@@ -90,7 +90,7 @@ def _states(tape: Tensor, steps: _Steps) -> Tensor:
 
 
 class _Steps:
-    """The steps of ``call``, and the index tensors that they share, on the device of ``h``."""
+    """The steps of ``call``, and the index tensors on the device of ``h`` that all steps share."""
 
     def __init__(self, call: RecurrenceCall) -> None:
         self.call = call
@@ -105,9 +105,9 @@ class _Steps:
         if any(self.thresholds) and call.rows is not None and call.seed is not None:
             self.rows, self.seed, self.keys = to_device(call.rows, device), call.seed, RoundKeys.of_seed(call.seed)
         self.count, depth = call.steps, call.depth
-        # The output takes these of every sequence's T steps, sequence by sequence.
+        # The output has these of all states, which are ordered sequence by sequence, then step by step.
         self.taken: Any = slice(None)
-        # [P, 1]: a row takes part in the steps before this one.
+        # [P, 1]: the number of steps of each row's sequence.
         self.until: Tensor | None = None
         if depth is not None:
             self.count = int(depth.max()) if B else 1
@@ -161,7 +161,7 @@ class _Steps:
         return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], self.call.eps)
 
     def dropped(self, x: Tensor, site: int, **address: int) -> Tensor:
-        """Return ``x`` after the dropout of a hidden activation."""
+        """Return ``x`` [P, D] after hidden dropout."""
         threshold = self.thresholds[0]
         if not threshold or self.rows is None or self.keys is None:
             return x

@@ -32,7 +32,7 @@ def obstacle(call: RecurrenceCall, *_: object) -> str | None:
 
 
 def forward(call: RecurrenceCall) -> tuple[Tensor, Tensor | None]:
-    """Return (output, tape); the bits do not depend on the number of threads."""
+    """Return (output, tape). The number of threads changes no bit."""
     depth = call.depths()
     out = call.h.new_empty(call.output_rows(int(depth.sum())), call.width)
     tape = None
@@ -43,7 +43,7 @@ def forward(call: RecurrenceCall) -> tuple[Tensor, Tensor | None]:
 
 
 def backward(call: RecurrenceCall, grad: Tensor, tape: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of ``h``, ``pre`` and the weights; the bits do not depend on the number of threads."""
+    """Return the gradients of ``h``, ``pre`` and the weights. The number of threads changes no bit."""
     h_grad, pre_grad, weights_grad = call.empty_gradients()
     _run(
         "recurrence_backward",
@@ -59,7 +59,7 @@ def backward(call: RecurrenceCall, grad: Tensor, tape: Tensor) -> tuple[Tensor, 
 
 
 def _rows_of_tape(call: RecurrenceCall, depth: Tensor) -> int:
-    """Return how many rows the tape has: one for each token, step and layer that is computed."""
+    """Return the number of rows of the tape: one for each token, step and layer that is computed."""
     unread = 0 if call.output == "tokens" else len(call.h) - call.batch
     return int((call.offsets.diff() * depth).sum()) * call.n_layers - unread
 
@@ -71,7 +71,7 @@ def _addresses(call: RecurrenceCall, weights: Tensor) -> list[int]:
 
 
 def _run(function: str, call: RecurrenceCall, depth: Tensor, **arguments: object) -> None:
-    """Call ``function`` of the native module, with ``arguments`` besides the arguments that both directions have."""
+    """Call ``function`` of the native module, with ``arguments`` in addition to the arguments of both directions."""
     weights = contiguous("weights", call.weights)
     hidden, attention = call.thresholds
     call_native(

@@ -40,7 +40,7 @@ def obstacle(call: RecurrenceCall, *_: object) -> str | None:
 
 
 def _variant(call: RecurrenceCall, longest: int) -> dict[str, Any]:
-    """Return the properties of a call that lead to kernels of its own."""
+    """Return the properties of a call that decide which kernels it compiles."""
     return {
         "width": call.width,
         "inner": call.inner_size,
@@ -54,13 +54,14 @@ def _variant(call: RecurrenceCall, longest: int) -> dict[str, Any]:
 
 
 def forward(call: RecurrenceCall) -> tuple[Tensor, Tensor | None]:
-    """Return (output, tape); the tape has a row for each token and step, the state before it.
+    """Return (output, tape); the tape holds the state of each token before each step.
 
-    A tensor ``depth`` on a GPU makes the host wait if the size of one of the results follows from it.
+    The host waits for a tensor ``depth`` on a GPU if the size of one of the results depends on it. Raises :class:`InputError`
+    for a wrong value in a ``depth`` that the host reads.
     """
     h, B, depth = call.h, call.batch, call.depth
     if len(h) and not B:
-        raise InputError(f"offsets must rise from 0 to the number of tokens, {len(h)}, but there is only one.")
+        raise InputError(f"offsets must rise from 0 to the number of tokens, {len(h)}, but there is only one offset.")
     deepest, total = call.steps, B * call.steps
     keep, by_step = call.keep and len(h) > 0, call.output == "steps"
     if depth is not None and B and (keep or by_step or _on_host(depth)):
@@ -87,9 +88,9 @@ def backward(call: RecurrenceCall, grad: Tensor, tape: Tensor) -> tuple[Tensor, 
 
 
 def ready(call: RecurrenceCall) -> RecurrenceCall:
-    """Return ``call`` as the kernels take it: tensors contiguous, aligned and on the device of ``h``, with ``depth``.
+    """Return ``call`` as the kernels take it: tensors contiguous, aligned and on the device of ``h``, with a tensor ``depth``.
 
-    ``rows`` and ``seed`` are there only if something is dropped.
+    ``rows`` and ``seed`` are ``None`` if nothing is dropped.
     """
     aligned, device = _triton.kernels("_launch").ready, call.h.device
     drops = any(call.thresholds)

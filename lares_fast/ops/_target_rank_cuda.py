@@ -11,10 +11,10 @@ obstacle = _cuda_launch.obstacle
 
 
 def run(call: TargetRankCall) -> tuple[Tensor, Tensor]:
-    """Return the ranks [B] among all items and among those that are not excluded.
+    """Return the ranks [B] among all items, and the ranks [B] among the items that are not excluded.
 
-    A target that is no item has the rank N, behind all items. Among the items that are not excluded, so has the target of a
-    query whose list has offsets that fall or leave 0..E, or ids that are no items.
+    A target that is not an item gets the rank N, behind all items. A query with a wrong list gets the rank N among the items
+    that are not excluded. A list is wrong if its offsets fall or leave 0..E, or if it holds an id that is not an item.
     """
     target = _cuda_launch.contiguous(call.target)
     of_all, of_kept = target.new_zeros(2, len(target))

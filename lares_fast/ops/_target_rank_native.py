@@ -12,9 +12,9 @@ obstacle = _catalog_native.obstacle
 
 
 def run(call: TargetRankCall, threads: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the ranks [B] among all items and among those that are not excluded; the number of threads changes no bit.
+    """Return the ranks [B] among all items, and the ranks [B] among the items that are not excluded.
 
-    Workspace: a panel of items and B counters for each thread.
+    The number of threads changes no bit. The workspace is a panel of items and B counters for each thread.
     """
     target = contiguous("target", call.target)
     of_all, of_kept = target.new_empty(target.shape), target.new_empty(target.shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lares_fast.ops import _cuda_launch
 from lares_fast.ops._catalog_calls import TopkCall
 
-# TOPK_LIMIT in csrc.
+# This must equal TOPK_LIMIT in csrc.
 MAX_K = 1024
 
 
@@ -20,9 +20,10 @@ def obstacle(call: TopkCall) -> str | None:
 
 
 def run(call: TopkCall) -> tuple[Tensor, Tensor]:
-    """Return scores [B, k] and ids [B, k]. Workspace: 8 B (1 + splits (k + 63)) bytes.
+    """Return scores [B, k] and ids [B, k]. The workspace has 8 B (1 + splits (k + 63)) bytes.
 
-    A query whose list has offsets that fall or leave 0..E, or ids that are no items, gets scores of NaN and ids of -1.
+    A query with a wrong list gets scores of NaN and ids of -1. A list is wrong if its offsets fall or leave 0..E, or if it
+    holds an id that is not an item.
     """
     query, (batch, width), count = call.query, call.query.shape, call.items.shape[0]
     scores, ids = query.new_empty(batch, call.k), query.new_empty((batch, call.k), dtype=torch.int64)

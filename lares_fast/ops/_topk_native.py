@@ -17,7 +17,7 @@ obstacle = _catalog_native.obstacle
 
 
 def run(call: TopkCall, threads: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return scores [B, k] and ids [B, k]; the number of threads changes no bit. Workspace: csrc/topk/topk.h."""
+    """Return scores [B, k] and ids [B, k]. The number of threads changes no bit. csrc/topk/topk.h states the workspace."""
     shape = (call.query.shape[0], call.k)
     with allocation(f"the result {list(shape)}"):
         scores, ids = call.query.new_empty(shape), call.query.new_empty(shape, dtype=torch.int64)

@@ -1,7 +1,7 @@
 """Load Triton kernels on first use, and say why a kernel cannot run a call.
 
 :mod:`lares_fast.verify` tests each kernel before its first use on a GPU and finds tuned launch settings. It calls the ops, so
-the ops must not import it. They know only its name, and load it when they need the first kernel.
+the ops must not import it. The ops know only its name, and load it when they need the first kernel.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def kernels(stem: str) -> ModuleType:
 
 
 def refusal(op: str, tensor: Tensor, **variant: Any) -> str | None:
-    """Return :func:`obstacle`, or on a GPU the fault that the self-test of the kernels found, or ``None``.
+    """Return why the kernels of ``op`` cannot run on the device of ``tensor``, as a clause, or ``None``.
 
-    ``variant`` selects the kernels of ``op``.
+    The reason is an :func:`obstacle`, or on a GPU a fault that the self-test of the kernels found. ``variant`` selects the
+    kernels of ``op``.
     """
     said = obstacle(tensor)
     if said is None and _is_gpu(tensor) and not _anywhere:
@@ -58,7 +59,7 @@ def _is_gpu(tensor: Tensor) -> bool:
 
 @contextmanager
 def anywhere() -> Iterator[None]:
-    """Allow kernels to take tensors on any device, for tools that interpret, compile or count them."""
+    """Allow kernels to take tensors on any device, for tools that interpret, compile or count the kernels."""
     global _anywhere
     before, _anywhere = _anywhere, True
     try:

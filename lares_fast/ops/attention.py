@@ -39,29 +39,31 @@ def attention(
 ) -> Tensor:
     """Run ``F.scaled_dot_product_attention(query, key, value, is_causal=True)`` on each packed sequence, heads in dimension 1.
 
-    Sequence b is rows ``offsets[b]`` .. ``offsets[b + 1]`` of all three inputs. Dropout of the probabilities is addressed by
-    (``draw``, ``step``, ``layer``), so every backend and the backward drop the same probabilities.
+    Sequence b is the rows ``offsets[b]:offsets[b + 1]`` of all three inputs. The address (``draw``, ``step``, ``layer``)
+    decides which probabilities dropout drops, so every backend and the backward drop the same ones.
 
     Args:
         query: [P, H, D/H] float; P rows of all sequences, one sequence after the other.
-        key: as ``query``.
-        value: as ``query``.
+        key: [P, H, D/H], with the dtype and device of ``query``.
+        value: [P, H, D/H], with the dtype and device of ``query``.
         offsets: [B + 1] int64 on the same device, rising from 0 to P.
-        longest: at least the length of every sequence; an integer, so that nothing waits for a GPU.
+        longest: at least the length of every sequence; an integer, so that the CPU does not wait for a GPU.
         draw: the addresses of the dropout masks; ``None`` drops nothing. Its ``rows`` [B] are on the same device.
-        dropout: the probability of a drop.
-        step: part of the address.
-        layer: part of the address.
-        backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU) or ``reference``.
+        dropout: the probability of a drop, in [0, 1).
+        step: part of the address, in 0..65,535.
+        layer: part of the address, in 0..65,535.
+        backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D/H a multiple of 8 in 16..128, ``longest`` up to
+            512) or ``reference``.
 
     Returns:
         [P, H, D/H] in the dtype of ``query``; it can be differentiated once.
 
     Raises:
         InputError: an argument has the wrong shape, dtype, device or range. The values of ``offsets`` are checked on the
-            CPU only, because a check on a GPU would wait for it. On a GPU ``triton`` returns NaN instead, and so are the
-            gradients: in the rows of a sequence that is longer than ``longest`` or leaves the P rows, and in all rows if an
-            offset is below the one before. ``reference`` ends in an error of PyTorch, after which the process must start again.
+            CPU only, because a check on a GPU would wait for it. On a GPU the results and gradients of ``triton`` are NaN
+            instead: in the rows of a sequence that is longer than ``longest`` or leaves the P rows, and in all rows if an
+            offset is below the one before. ``reference`` ends in an error of PyTorch, after which the process must be
+            restarted.
         BackendError: the requested backend cannot take these arguments.
     """
     options = {"draw": draw, "dropout": dropout, "step": step, "layer": layer, "backend": backend}
@@ -80,7 +82,7 @@ class AttentionCall(Call):
     value: Tensor
     # [B + 1] int64.
     offsets: Tensor
-    # Rows [B] int64 of the global batch and the seed [1] int64 of the dropout masks; nothing is dropped without them.
+    # The rows [B] int64 of the global batch, and the seed [1] int64 of the dropout masks. Nothing is dropped without them.
     rows: Tensor | None
     seed: Tensor | None
     longest: int
@@ -91,7 +93,7 @@ class AttentionCall(Call):
 
     @property
     def threshold(self) -> int:
-        """The dropout threshold; 0 without a seed."""
+        """Return the dropout threshold, or 0 without a seed."""
         return 0 if self.rows is None or self.seed is None else drop_threshold(self.dropout)
 
 
@@ -124,7 +126,7 @@ def _call(
         return call
     if draw.rows.shape != (len(offsets) - 1,) or draw.rows.device != query.device:
         raise InputError(
-            f"draw.rows must be [{len(offsets) - 1}] on {query.device}, one of each sequence, "
+            f"draw.rows must be [{len(offsets) - 1}] on {query.device}, one for each sequence, "
             f"but got {list(draw.rows.shape)} on {draw.rows.device}."
         )
     return replace(call, rows=draw.rows, seed=seed_of(draw.key, query.device)) if drop_threshold(call.dropout) else call
@@ -153,7 +155,7 @@ def _check(call: AttentionCall) -> None:
             f"but got {offsets.dtype} {list(offsets.shape)} on {offsets.device}."
         )
     if len(query) and len(offsets) < 2:
-        raise InputError(f"offsets must rise from 0 to {len(query)}, the rows of query, but there is only one.")
+        raise InputError(f"offsets must rise from 0 to {len(query)}, the rows of query, but there is only one offset.")
     if call.longest < 1:
         raise InputError(f"longest must be at least 1, but got {call.longest}.")
     if not 0 <= call.dropout < 1:
@@ -210,7 +212,7 @@ def _fake_backward(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
 
 
-# The backward has these besides the call: both results of the forward, and the gradient of the first one.
+# The tensors that the backward takes in addition to the call: both results of the forward, and the gradient of the first one.
 _Saved = tuple[Tensor, Tensor, Tensor]
 
 
@@ -219,7 +221,7 @@ def _reference(call: AttentionCall, saved: _Saved | None = None) -> tuple[Tensor
     how: dict[str, Any] = {"draw": draw, "dropout": call.dropout, "step": call.step, "layer": call.layer}
     query, offsets, longest = call.query, call.offsets, call.longest
     if offsets.device.type == "cpu":
-        # The scores are [B, H, longest, longest].
+        # The actual longest length keeps the scores [B, H, longest, longest] small.
         longest = max(1, int(offsets.diff().max()) if len(offsets) > 1 else 1)
     if saved is not None:
         return packed_attention_backward(query, call.key, call.value, offsets, longest, saved[2], **how)

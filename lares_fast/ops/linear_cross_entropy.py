@@ -33,10 +33,10 @@ def target_logprob(
 
     Args:
         hidden: [..., D] float.
-        items: [N, D], with the dtype and device of ``hidden``; N is at least 1, with ``skip_pad`` at least 2.
-        target: [...] int64, ids in 0..N - 1, with ``skip_pad`` in 1..N - 1.
+        items: [N, D], with the dtype and device of ``hidden``; N is at least 1, or with ``skip_pad`` at least 2.
+        target: [...] int64, ids in 0..N - 1, or with ``skip_pad`` in 1..N - 1.
         scale: a positive number, such as 1 / temperature. It gets no gradient, so a tensor that requires one raises an error.
-            For a learned temperature, multiply ``hidden`` by it.
+            To learn the temperature, divide ``hidden`` by it.
         skip_pad: leave row 0 of ``items``, the PAD row, out of the softmax.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU), ``native`` (fp32 on the CPU) or
             ``reference`` (PyTorch, 4 million scores at a time).
@@ -46,7 +46,7 @@ def target_logprob(
 
     Raises:
         InputError: an argument has a wrong shape, dtype, device or range. The values of ``target`` are checked on the CPU
-            only, because a check on a GPU would wait for it. On a GPU a wrong target gives NaN, and NaN gradients.
+            only, because a check on a GPU would wait for it. On a GPU a wrong target gives NaN in the result and the gradients.
         BackendError: the requested backend cannot run this call.
     """
     call = LogprobCall.build(hidden, items, target, scale=scale, skip_pad=skip_pad, backend=backend)
@@ -65,8 +65,8 @@ def target_logprob_and_rank(
 ) -> tuple[Tensor, Tensor]:
     """Return :func:`target_logprob`, and the rank of the target among the softmax's items as in :func:`target_rank`.
 
-    The native backend counts ranks in the same pass over the catalog. The rank is int64 [...], the best rank is 0, and it has
-    no gradient. The arguments and errors are those of the two functions.
+    The native backend counts ranks in the same pass over the catalog. The rank is int64 [...] and has no gradient; the best
+    rank is 0. The arguments and errors are as in the two functions.
     """
     check_ties(ties)
     call = LogprobCall.build(hidden, items, target, scale=scale, skip_pad=skip_pad, ties=ties, backend=backend)
@@ -85,8 +85,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return ``torch.nn.functional.cross_entropy(scale * hidden @ items.T, target)``, without the [M, N] scores.
 
-    It is ``-target_logprob``, reduced by ``reduction``: ``none``, ``mean`` (NaN if there are no rows) or ``sum``. The other
-    arguments and the errors are those of :func:`target_logprob`.
+    It is ``-target_logprob``, reduced by ``reduction``: ``none`` gives [...], ``mean`` (NaN if there are no rows) and ``sum``
+    give a scalar. The other arguments and the errors are as in :func:`target_logprob`.
     """
     loss = -target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad, backend=backend)
     return reduced(loss, reduction)

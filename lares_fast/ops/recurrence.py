@@ -40,10 +40,10 @@ def recurrence(
     bf16: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Run ``for _ in range(depth): h = layers(norm(adapter(h, pre)))`` over sequences that stand one behind the other.
+    """Run ``for _ in range(depth): h = layers(norm(adapter(h, pre)))`` over packed sequences.
 
-    The layers are the layers of ``reference.Recurrence``: post-LN, causal within each sequence, exact GELU. Without ``pre`` a
-    step is ``h = layers(h)``, as in the pre-block. Only the states that the output depends on are computed.
+    The layers are the layers of ``reference.Recurrence``: post-LN, causal within each sequence, with the exact GELU. Without
+    ``pre`` a step is ``h = layers(h)``, as in the pre-block. ``native`` computes only the states on which the output depends.
 
     Args:
         h: [P, D] float, the state before the first step.
@@ -52,24 +52,26 @@ def recurrence(
         n_heads: H, a divisor of D.
         pre: [P, D]; the adapter joins it with each state.
         adapter: ``add``, ``concat`` or ``linear``; it is only read if ``pre`` is given.
-        depth: T in 1..65,534, one int or int64 [B], on the CPU or on the device of ``h``. If it is on a GPU, then the output
-            ``steps``, gradients and the backend ``layers`` wait for it.
+        depth: T in 1..65,534, one int or int64 [B], on the CPU or on the device of ``h``. The CPU waits for a ``depth`` on a
+            GPU if the output is ``steps``, if a gradient is needed, or on the backend ``layers``.
         output: ``last``: the state of each sequence's last token after its last step, [B, D]; ``steps``: the state of each
-            sequence's last token after every step, one sequence behind the other, [sum of depth, D]; ``tokens``: all states
-            after the last step, [P, D].
+            sequence's last token after every step, one sequence after the other, [sum of depth, D]; ``tokens``: the state of
+            every token after its sequence's last step, [P, D].
         draw: the addresses of the dropout masks. Its ``rows`` [B] are rows of the global batch, on the CPU or on the device of
-            ``h``. ``None`` drops nothing. Steps count from 1, and without ``pre`` from 0.
+            ``h``. ``None`` drops nothing. In an address steps count from 1, or without ``pre`` from 0.
         dropout: the probability that a hidden activation is dropped, in [0, 1).
         attention_dropout: the probability that an attention probability is dropped, in [0, 1); ``None`` means ``dropout``.
         eps: the epsilon of the layer norms.
-        longest: at least the length of every sequence. It is an integer, so that nothing waits for a GPU. Only ``triton``
-            needs it.
-        bf16: round the operands of products with weights to bf16; sums and everything else stay in the dtype of ``h``. It works
-            without gradients, on ``native`` and ``reference``; ``native`` multiplies in bf16 if the CPU has AMX or AVX512_BF16.
+        longest: at least the length of every sequence. It is an integer, so that the CPU does not wait for a GPU. Only
+            ``triton`` needs it.
+        bf16: round the operands of products with weights to bf16; sums and everything else stay in the dtype of ``h``. Only
+            ``native`` and ``reference`` can do this, and only without gradients. ``native`` multiplies in bf16 if the CPU has
+            AMX or AVX512_BF16.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
-            ``longest`` up to 128, in fp32 64), ``native`` (fp32 on the CPU, D a multiple of 16 up to 256, the inner size
-            a multiple of 16, sequences of up to 512 tokens), ``layers`` (anything, packed, by PyTorch's layers and
-            :func:`~lares_fast.ops.attention`; ``auto`` takes it on GPUs only) or ``reference`` (anything, padded).
+            D/H 16, 32, 64 or 128, ``longest`` up to 128, or up to 64 in fp32), ``native`` (fp32 on the CPU, D a multiple of 16
+            up to 256, the inner size a multiple of 16 up to 65,536, sequences of up to 512 tokens), ``layers`` (all sizes and
+            dtypes, with PyTorch's layers and :func:`~lares_fast.ops.attention` on packed sequences; ``auto`` chooses it on GPUs
+            only) or ``reference`` (all sizes and dtypes, on padded sequences).
 
     Returns:
         The states that ``output`` names, in the dtype of ``h``. ``h``, ``pre`` and all weights have gradients through every
@@ -80,7 +82,7 @@ def recurrence(
             are checked on the CPU only, because a check on a GPU would wait for it. On a GPU ``triton`` returns NaN instead:
             for a sequence that is empty, is longer than ``longest`` or has a depth outside of 1..65534, and for all sequences
             if offsets do not rise from 0 to P. Then all gradients are NaN. ``layers`` and ``reference`` end in an error of
-            PyTorch, after which the process must start again.
+            PyTorch, after which the process must be restarted.
         BackendError: the requested backend cannot take these arguments.
     """
     options = {
@@ -131,14 +133,14 @@ def _call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], options: Mappin
 
 
 def _checked_layout(h: Tensor, pre: Tensor | None, weights: Sequence[Tensor], adapter: str) -> WeightLayout:
-    """Check ``h`` and the weights; return the layout of the weights."""
+    """Check ``h``, ``pre`` and the weights. Return the layout of the weights."""
     for name, value in (("h", h), *(("pre", x) for x in (pre,) if x is not None)):
         check_dense(name, value)
     if h.dim() != 2 or not h.dtype.is_floating_point:
         raise InputError(f"h must be a floating-point [P, D], but got {h.dtype} {list(h.shape)}.")
     if pre is not None and adapter not in ADAPTERS:
         raise InputError(f"adapter must be one of {', '.join(ADAPTERS)}, but got {adapter!r}.")
-    # There are many weights, so each is checked in full only if a quick look finds something.
+    # There are many weights, so a weight is checked in full only if a quick check fails.
     for weight in weights:
         if not isinstance(weight, Tensor) or weight.layout != torch.strided:
             check_dense("weights", weight)
@@ -156,7 +158,7 @@ def build_call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], **options:
 
 
 def _explained(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], **options: Any) -> RecurrenceCall:
-    """Build the call for ``explain``. Without ``n_heads``, ``pre`` or ``longest`` it gets a value that every backend takes."""
+    """Build the call for ``explain``. A missing ``n_heads``, ``pre`` or ``longest`` gets a value that every backend accepts."""
     adapter = WeightLayout.guess_adapter(weights)
     heads = 2 if h.shape[-1] % 2 == 0 else 1
     assumed = {"n_heads": heads, "longest": 1, "pre": None if adapter == "none" else h, "adapter": adapter}
@@ -175,20 +177,20 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     new_size = torch.library.get_ctx().new_dynamic_size
     unknown = call.output == "steps" and call.depth is not None
     rows = call.output_rows(new_size() if unknown else call.batch * call.steps)
-    # The backend is chosen when the op runs, and each has a tape of its own.
+    # The backend is chosen when the op runs, and every backend has another form of tape.
     tape = call.h.new_empty((new_size(), new_size()), dtype=torch.int32) if call.keep else _no_tape(call)
     return call.h.new_empty(rows, call.width), tape, call.h.new_empty((new_size(), 0), dtype=torch.int32)
 
 
 def _no_tape(call: RecurrenceCall) -> Tensor:
-    # The tape is opaque int32: a tensor of floating-point numbers would be taken for a result that has a gradient.
+    # The tape is int32, because PyTorch would expect a gradient for a floating-point result.
     return call.h.new_empty((0, 0), dtype=torch.int32)
 
 
 def _tag_of(backend: str) -> tuple[int, int]:
-    """The shape of the operator's third result, which tells the backward where the forward ran.
+    """Return the shape of the operator's third result, from which the backward knows the backend of the forward.
 
-    The host knows a shape; it would have to wait for a number that is stored on a GPU.
+    The host knows a shape without waiting. It would have to wait for a number that is stored on a GPU.
     """
     return BACKENDS.index(backend), 0
 
@@ -239,8 +241,8 @@ def _backends(triton: Any, native: Any, layers: Any, reference: Any) -> tuple[Ba
     return (
         Backend("triton", triton, _recurrence_triton.obstacle, note=lambda call, *_: _triton.note("recurrence", call.h)),
         Backend("native", native, _recurrence_native.obstacle),
-        Backend("layers", layers, _recurrence_layers.obstacle, _recurrence_layers.unasked),
-        Backend("reference", reference, lambda *_: None),
+        Backend("layers", layers, _recurrence_layers.obstacle, _recurrence_layers.not_automatic),
+        Backend("reference", reference),
     )
 
 
@@ -258,7 +260,7 @@ _TENSORS = 7
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:], *inputs[:_TENSORS])
     ctx.rest = inputs[_TENSORS:]
-    # PyTorch would make zeros as large as the tape, as the gradient of a result that has none.
+    # Otherwise PyTorch would allocate zeros for the gradients of the tape and the tag, which have none.
     ctx.set_materialize_grads(False)
 
 
@@ -266,7 +268,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     tape, tag, *tensors = ctx.saved_tensors
     call = RecurrenceCall(*tensors, *ctx.rest)
     if not call.keep:
-        raise InputError("recurrence was called without keep, so it has no gradient.")
+        raise InputError("this call of recurrence kept nothing for a gradient: call it with gradients enabled.")
     if grad is None:
         return (None,) * RecurrenceCall.count()
     grads = _BACKWARD_OP(*call.arguments(), grad, tape, tag)
@@ -278,7 +280,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 
 def _run_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, grad, tape, tag = arguments
-    # The backend that ran the forward, whichever one is requested now.
+    # The backend that ran the forward must run the backward, even if another backend is requested now.
     h_grad, pre_grad, weights_grad = run("recurrence_backward", BACKENDS[len(tag)], RecurrenceCall(*inputs), grad, tape)
     return h_grad, pre_grad, weights_grad
 
@@ -288,7 +290,8 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _OP = register_op(f"recurrence({RecurrenceCall.schema()}) -> (Tensor, Tensor, Tensor)", _run, _fake, _backward, _setup_context)
-# It is registered without a gradient of its own, because two backends differentiate inside it; Once refuses the second one.
+# The op is registered without no_gradient, because two backends differentiate inside it. Once raises the error for a second
+# derivative.
 _BACKWARD_OP = register_op(
     f"recurrence_backward({RecurrenceCall.schema(after='Tensor grad, Tensor tape, Tensor tag')}) -> (Tensor, Tensor, Tensor)",
     _run_backward,

@@ -26,12 +26,12 @@ def target_rank(
 ) -> Tensor:
     """Return the number of items that outrank each query's target, without the [B, N] scores.
 
-    It is ``(s > s.gather(1, target[:, None])).sum(1)`` for ``s = query @ items.T + bias``, and ties count as ``ties`` says. The
-    best rank is 0, and :func:`topk` has the target at the place of its rank.
+    It is ``(s > s.gather(1, target[:, None])).sum(1)`` for ``s = query @ items.T + bias``, and ``ties`` says how equal scores
+    count. The best rank is 0. With ``order``, a target of rank r that is not excluded is in column r of :func:`topk`.
 
-    Item j outranks target t if s_j > s_t, or if s_j == s_t and j < t. So a model whose scores are all equal earns no credit. A
-    NaN score counts as -inf. The target's score is summed in the same way as every other score, so that the target cannot
-    outrank itself by rounding.
+    Item j outranks target t if s_j > s_t, or if s_j == s_t and j < t. So a model whose scores are all equal does not get good
+    ranks. A NaN score counts as -inf. The target's score is summed in the same way as every other score, so that the target
+    cannot outrank itself by rounding.
 
     Args:
         query: [B, D] float. All tensors may have any strides; the native backend copies a tensor that is not contiguous.
@@ -39,7 +39,7 @@ def target_rank(
         target: [B] int64, ids in 0..N - 1.
         bias: [N], added to the scores of every query.
         exclude: lists of items as in :func:`topk`. An excluded item outranks nothing. A list never excludes the target.
-        ties: ``order``, or ``strict``, where item j outranks t only if s_j > s_t (the official reward of phase 2).
+        ties: ``order`` (default), or ``strict``, where item j outranks t only if s_j > s_t (the official reward of phase 2).
         backend: ``auto`` (default), ``cuda`` (fp32), ``native`` (fp32 on the CPU) or ``reference``.
 
     Returns:
@@ -48,7 +48,7 @@ def target_rank(
     Raises:
         InputError: an argument has a wrong shape, dtype, device or range. The values of ``target`` and ``exclude`` are
             checked on the CPU only. On a GPU the backend ``cuda`` gives the rank N, behind all items, to a target that is no
-            item and to a query with a wrong list. The backend ``reference`` on a GPU ends in an error of PyTorch, after
+            item, and to a query with a wrong list. The backend ``reference`` on a GPU ends in an error of PyTorch, after
             which the process must be restarted.
         BackendError: the requested backend cannot run this call.
     """
@@ -69,7 +69,7 @@ def target_ranks(
 ) -> tuple[Tensor, Tensor]:
     """Return ``target_rank(query, items, target)`` and ``target_rank(query, items, target, exclude=exclude)`` from one pass.
 
-    The arguments and errors are those of :func:`target_rank`.
+    Both are int64 [B]. The arguments and errors are as in :func:`target_rank`.
     """
     call = TargetRankCall.build(query, items, target, bias=bias, exclude=exclude, ties=ties, backend=backend)
     of_all, of_kept = _OP(*call.arguments())

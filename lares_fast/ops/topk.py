@@ -37,7 +37,7 @@ def topk(
         k: 1..N.
         bias: [N], added to the scores of every query.
         exclude: ``(offsets [B + 1], ids [E])``, int64: query b never gets ``ids[offsets[b]:offsets[b + 1]]``. The ids may
-            stand in any order and repeat.
+            be in any order and repeat.
         index: a :class:`CatalogIndex` of the tensor ``items``. It changes the speed, not the answer. Only the native backend
             reads it.
         backend: ``auto`` (default), ``cuda`` (fp32, k up to 1024), ``native`` (fp32 on the CPU) or ``reference``.

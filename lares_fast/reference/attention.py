@@ -14,12 +14,12 @@ from lares_fast.sequences import pad, unpad
 def attention_mask(item_seq: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the additive mask [B, 1, L, L] of ``item_seq`` [B, L]: 0 where a query sees a key, else -inf.
 
-    A query sees itself and earlier keys that are not PAD. The official code has -10000 in place of -inf. Both give the same
-    result unless scores lie that far apart; then -10000 lets a query see the future.
+    A query sees itself and earlier keys that are not PAD. The official code uses -10000 instead of -inf. Both give the same
+    result, except for scores that differ by 10000 or more: then -10000 lets a query see later keys.
     """
     length = item_seq.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=item_seq.device).tril()
-    # PAD sees itself, so that no row of a softmax is empty. Nothing reads the result of such a row.
+    # PAD sees itself, so that no row of a softmax is empty. The result of such a row is never read.
     oneself = torch.eye(length, dtype=torch.bool, device=item_seq.device)
     visible = causal & ((item_seq != 0)[:, None, None, :] | oneself)
     return torch.where(visible, 0.0, -torch.inf).to(dtype)
@@ -30,7 +30,8 @@ def attention(
 ) -> Tensor:
     """Return ``softmax(query @ key^T / sqrt(D/H) + mask) @ value`` for [B, H, L, D/H] inputs.
 
-    ``draw`` drops probabilities at address (``step``, ``layer``); ``None`` drops nothing.
+    ``mask`` broadcasts to [B, H, L, L]. ``draw`` drops probabilities at the address (``step``, ``layer``); ``None`` drops
+    nothing.
     """
     probabilities = _scores(query, key, mask).softmax(dim=-1)
     if draw is not None:
@@ -39,7 +40,7 @@ def attention(
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-    """Return scaled and masked scores; for half precision they are fp32, because fp16 ends at 65,504."""
+    """Return scaled and masked scores. For half precision they are fp32, because the largest number of fp16 is 65,504."""
     precise = torch.promote_types(query.dtype, torch.float32)
     return query.to(precise) @ key.to(precise).transpose(-1, -2) / math.sqrt(query.shape[-1]) + mask
 
@@ -56,10 +57,10 @@ def packed_attention(
     step: int,
     layer: int,
 ) -> Tensor:
-    """Compute :func:`attention` of sequences without padding.
+    """Return :func:`attention` of packed sequences, [P, H, D/H].
 
-    ``query``, ``key`` and ``value`` [P, H, D/H] hold sequence b in rows ``offsets[b]`` .. ``offsets[b + 1]``, at most
-    ``longest`` rows. Returns [P, H, D/H].
+    ``query``, ``key`` and ``value`` [P, H, D/H] hold sequence b in the rows ``offsets[b]:offsets[b + 1]``, at most ``longest``
+    rows.
     """
     padded = _Padded(offsets, longest)
     q, k, v = (padded.heads(x) for x in (query, key, value))
@@ -67,7 +68,7 @@ def packed_attention(
 
 
 def packed_logsumexp(query: Tensor, key: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """Return the logarithm [H, P] of each softmax's denominator in :func:`packed_attention`."""
+    """Return the logarithm [H, P] of the denominator of each softmax in :func:`packed_attention`."""
     padded = _Padded(offsets, longest)
     scores = _scores(padded.heads(query), padded.heads(key), padded.mask(query.dtype))
     return padded.rows(scores.logsumexp(dim=-1)).T.contiguous()
@@ -86,7 +87,10 @@ def packed_attention_backward(
     step: int,
     layer: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of ``query``, ``key`` and ``value``. They are written out, because autograd does not record ops."""
+    """Return the gradients of ``query``, ``key`` and ``value`` for ``grad``, the gradient of :func:`packed_attention`.
+
+    The formulas are written out, because autograd does not record the operations within an op.
+    """
     padded = _Padded(offsets, longest)
     q, k, v, dout = (padded.heads(x) for x in (query, key, value, grad))
     p = _scores(q, k, padded.mask(query.dtype)).softmax(dim=-1)
@@ -101,19 +105,19 @@ def packed_attention_backward(
 
 
 class _Padded:
-    """Packed sequences as a rectangle [B, longest]."""
+    """Convert packed rows to padded tensors [B, ``longest``, ...], and back."""
 
     def __init__(self, offsets: Tensor, longest: int) -> None:
         self.offsets = offsets
         self.longest = longest
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Return the :func:`attention_mask` of the rectangle."""
+        """Return the :func:`attention_mask` of the padded sequences."""
         real = torch.arange(self.longest, device=self.offsets.device) < self.offsets.diff()[:, None]
         return attention_mask(real, dtype)
 
     def heads(self, packed: Tensor) -> Tensor:
-        """Return ``packed`` [P, H, ...] as [B, H, L, ...], zero where there is no row."""
+        """Return ``packed`` [P, H, ...] as [B, H, L, ...], with 0 as padding."""
         return pad(packed, self.offsets, self.longest).transpose(1, 2)
 
     def rows(self, padded: Tensor) -> Tensor:

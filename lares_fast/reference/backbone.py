@@ -19,13 +19,13 @@ BACKBONES: dict[str, Callable[[LARESConfig, int], nn.Module]] = {}
 def register_backbone(name: str, build: Callable[[LARESConfig, int], nn.Module]) -> None:
     """Make ``backbone=name`` build its blocks with ``build(config, n_layers)``.
 
-    The model calls a block as ``block(x [B, L, D], mask [B, 1, L, L], draw=..., step=...)``, and it returns [B, L, D].
+    The model calls a block as ``block(x [B, L, D], mask [B, 1, L, L], draw=..., step=...)``. The block must return [B, L, D].
     """
     BACKBONES[name] = build
 
 
 def build_block(config: LARESConfig, n_layers: int) -> nn.Module:
-    """Return a new block of ``config.backbone`` with ``n_layers`` layers."""
+    """Return a new block of ``config.backbone`` with ``n_layers`` layers. An unknown backbone raises :class:`InputError`."""
     if config.backbone not in BACKBONES:
         raise InputError(f"backbone must be one of {', '.join(sorted(BACKBONES))}, but got {config.backbone!r}.")
     return BACKBONES[config.backbone](config, n_layers)

@@ -1,4 +1,4 @@
-"""Random numbers of reasoning steps T for training."""
+"""Draw the number of reasoning steps T for training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def sample_batch_depth(config: LARESConfig, batch: int, generator: torch.Generat
 def sample_depth(config: LARESConfig, size: int, generator: torch.Generator) -> Tensor:
     """Return ``size`` depths, int64 [size], each at least 1.
 
-    ``config.depth_sampling`` names the distribution. All are from the official code, around m = ``config.mean_depth``.
+    ``config.depth_sampling`` names the distribution around m = ``config.mean_depth``. All distributions are from the official
+    code.
     """
     m = config.mean_depth
     match config.depth_sampling:
@@ -33,7 +34,7 @@ def sample_depth(config: LARESConfig, size: int, generator: torch.Generator) -> 
         case "poisson-bounded":
             depth = _poisson(torch.full((size,), float(m)), generator).clamp(max=2 * m)
         case _:
-            # sigma is 0.5. The shift by sigma^2 / 2 gives the rates the mean m.
+            # This is poisson-lognormal with sigma 0.5. The shift by sigma^2 / 2 = 0.125 makes m the mean of the rates.
             rate = torch.exp(torch.randn(size, generator=generator) * 0.5 + math.log(m) - 0.125)
             depth = (_poisson(rate, generator) + 1).clamp(max=3 * m)
     return depth.clamp(min=1)

@@ -11,9 +11,9 @@ from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, targ
 
 
 class Head(NamedTuple):
-    """Three functions with the arguments of their namesakes in :mod:`lares_fast.reference.linear_cross_entropy`.
+    """Three functions, which take the arguments of the functions of these names in ``lares_fast.reference``.
 
-    A model gives its head to the losses, so that a loss uses the kernels of the model that it is computed for.
+    A loss takes them from the model, so that it runs on the backend of the model.
     """
 
     linear_cross_entropy: Callable[..., Tensor]

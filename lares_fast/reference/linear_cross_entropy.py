@@ -14,8 +14,8 @@ REDUCTIONS = ("none", "mean", "sum")
 def target_logprob(hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False) -> Tensor:
     """Return ``log_softmax(scale * hidden @ items.T)[..., target]``: the log-probability of each target.
 
-    ``hidden`` is [..., D], ``items`` [N, D] and ``target`` [...] int64. ``skip_pad`` leaves row 0 out of the softmax; then no
-    target may be 0. The scores [..., N] are in memory.
+    ``hidden`` is [..., D], ``items`` [N, D] and ``target`` [...] int64. The result is [...]. ``skip_pad`` leaves row 0 out of
+    the softmax; then no target may be 0. The scores [..., N] are stored in memory.
     """
     scores = hidden @ items.T * scale
     own = scores.gather(-1, target.unsqueeze(-1)).squeeze(-1)
@@ -25,9 +25,9 @@ def target_logprob(hidden: Tensor, items: Tensor, target: Tensor, *, scale: floa
 def target_logprob_and_rank(
     hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False, ties: str = "order"
 ) -> tuple[Tensor, Tensor]:
-    """Return :func:`target_logprob`, and the number of the softmax's items that outrank the target, as in :func:`target_rank`.
+    """Return :func:`target_logprob`, and the rank of the target among the softmax's items as in :func:`target_rank`.
 
-    The numbers are int64 [...].
+    The rank is int64 [...].
     """
     first = PAD + 1 if skip_pad else PAD
     scores = (hidden.detach().flatten(0, -2) @ items.detach()[first:].T).nan_to_num(
@@ -41,12 +41,12 @@ def target_logprob_and_rank(
 def linear_cross_entropy(
     hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False, reduction: str = "mean"
 ) -> Tensor:
-    """Return ``-target_logprob``, reduced by ``reduction``: ``none``, ``mean`` or ``sum``."""
+    """Return ``-target_logprob``, reduced by ``reduction``: ``none``, ``mean`` or ``sum``. Others raise :class:`InputError`."""
     return reduced(-target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad), reduction)
 
 
 def reduced(loss: Tensor, reduction: str) -> Tensor:
-    """Return ``loss`` itself, its mean or its sum."""
+    """Return ``loss`` itself, its mean or its sum, as ``reduction`` says."""
     check_reduction(reduction)
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 

@@ -38,7 +38,7 @@ class LARES(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The functions with which the losses score targets against the item table."""
+        """Return the functions with which the losses score targets against the item table."""
         return REFERENCE_HEAD
 
     def _initialise(self, module: nn.Module) -> None:
@@ -71,12 +71,13 @@ class LARES(nn.Module):
 
         ``item_seq``, ``item_seq_len``
             Padded: int64 item ids [B, L], filled with 0 on the right, where L is at most ``max_len``, and int64 lengths [B],
-            each at least 1. Packed: the items [P] of all sequences one behind the other, and int64 offsets [B + 1]. A
-            :class:`lares_fast.reference.Sequences` unpacks as the packed pair: ``encode(*batch.sequences)``.
+            each at least 1. Packed: the items [P] of all sequences one after the other, and int64 offsets [B + 1]. A
+            :class:`lares_fast.reference.Sequences` is the packed pair: ``encode(*batch.sequences)``.
         ``num_steps``
-            T, one integer or int64 [B]. The default is ``config.steps`` in evaluation. In training it is drawn at random.
+            T, one integer or int64 [B]. The default is ``config.steps`` in evaluation. In training the default is drawn at
+            random.
         ``state``
-            h0 [B, L, D], or [P, D] for packed sequences. The default follows ``config.state_init``.
+            h0 [B, L, D], or [P, D] for packed sequences. The default is as ``config.state_init`` says.
         ``return_all_steps``
             Return the states after every step, [B, T, D] with the largest T. A sequence that stopped earlier repeats its
             last state.
@@ -85,7 +86,7 @@ class LARES(nn.Module):
             generator. The default in evaluation is one fixed h0 for every sequence, so that equal histories give equal
             answers in any batch.
 
-        Lengths, offsets and depths may be on the CPU while the items are on a GPU. Then nothing waits for the GPU.
+        Lengths, offsets and depths may be on the CPU while the items are on a GPU. Then the CPU does not wait for the GPU.
 
         Raises :class:`InputError` for arguments that do not fit, and for a PAD inside a sequence. The values of items on a
         GPU are not checked: there ``lares_fast.LARES`` returns NaN for a sequence with a PAD inside.
@@ -131,7 +132,9 @@ class LARES(nn.Module):
         state: Tensor | None,
         draw: Draw | None,
     ) -> tuple[Tensor, Tensor | None, Draw]:
-        """Check and complete the choices of ``passes`` passes over ``sequences``, which the caller gave as ``item_seq``.
+        """Check the choices of ``passes`` passes over ``sequences``, and fill in the missing ones.
+
+        The caller gave the sequences as ``item_seq``, which decides the shape of ``state``.
 
         Returns ``(depth [passes * B] int64 on the CPU, state [passes * P, D] or None, draw)``.
         """
@@ -152,7 +155,7 @@ class LARES(nn.Module):
     def _encode(
         self, sequences: Sequences, passes: int, depth: Tensor, state: Tensor | None, draw: Draw, every_step: bool
     ) -> Tensor:
-        """Run ``passes`` passes over B sequences with every choice made, as :meth:`_choices` returns them.
+        """Run ``passes`` passes over B sequences with the choices that :meth:`_choices` returns.
 
         Returns the last states [passes * B, D], or the states of every step in the order of :meth:`trajectories`.
         """
@@ -208,15 +211,15 @@ class LARES(nn.Module):
         return depth
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Return ``x`` [..., D] as similarities compare it: scaled to length 1 with ``cos``, unchanged with ``dot``."""
+        """Return ``x`` [..., D] scaled to length 1 for the similarity ``cos``, or unchanged for ``dot``."""
         return F.normalize(x, dim=-1) if self.config.similarity == "cos" else x
 
     def queries(self, hidden: Tensor) -> Tensor:
-        """Return the queries of the states ``hidden`` [..., D]. Their dot products with :meth:`item_table` are the scores."""
+        """Return the queries [..., D] of the states ``hidden``. Their dot products with :meth:`item_table` are the scores."""
         return self.normalise(hidden) / self.config.tau if self.config.similarity == "cos" else hidden
 
     def item_table(self) -> Tensor:
-        """Return the item table [N, D] as it is scored, PAD's row 0 included. Gradients reach the embedding."""
+        """Return the item table [N, D] as it is scored, with PAD's row 0. Gradients reach the embedding."""
         return self.normalise(self.item_embedding.weight)
 
     def query_and_items(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The recurrence: T steps of the core-block over a latent state, which each step first joins with the pre-block's output."""
+"""The recurrence: T steps of the core-block over a latent state. A step first joins the state with the pre-block's output."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class Recurrence(FlatModule):
     def forward(self, h: Tensor, pre: Tensor, mask: Tensor, depth: Tensor, *, draw: Draw | None) -> Iterator[Tensor]:
         """Yield the state [B, L, D] after step 1, 2, ..., max(depth).
 
-        ``depth`` [B] int: a sequence that has taken its own number of steps keeps its state. Dropout addresses
-        count steps from 1; step 0 is the pre-block.
+        ``h`` and ``pre`` are [B, L, D], ``mask`` is [B, 1, L, L], and ``depth`` is int64 [B]. A sequence that has taken its own
+        number of steps keeps its state. Dropout addresses count steps from 1; step 0 is the pre-block.
         """
         steps = int(depth.max()) if len(depth) else 1
         for step in range(1, steps + 1):
@@ -98,11 +98,11 @@ def recurrence(
     eps: float = 1e-12,
     bf16: bool = False,
 ) -> Tensor:
-    """Compute :func:`lares_fast.ops.recurrence` on padded sequences; ``depth`` is [B] int64."""
+    """Return :func:`lares_fast.ops.recurrence`, computed on padded sequences. ``depth`` must be int64 [B]."""
     lengths = offsets.diff()
     longest = int(lengths.max()) if len(lengths) else 0
     real = torch.arange(longest, device=h.device) < lengths[:, None]
-    # Padding is 1, -1, 1, ...: the layer norm of equal numbers has a slope that fp16 cannot hold.
+    # Padded rows are 1, -1, 1, ..., because the layer norm of equal numbers has a slope that is too large for fp16.
     fill = 1 - torch.arange(h.shape[1], device=h.device) % 2 * 2
     layout = WeightLayout.of(weights, "none" if pre is None else adapter, h.shape[1])
     config = LARESConfig.preview(
@@ -141,7 +141,7 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 class _Steps(nn.Module):
-    """A recurrence, or a block that is applied to its own output; it returns the states after all steps."""
+    """A recurrence, or a block that is applied to its own output. It returns the list of the states after every step."""
 
     def __init__(self, config: LARESConfig, *, with_adapter: bool) -> None:
         super().__init__()

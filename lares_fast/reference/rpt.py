@@ -19,7 +19,8 @@ SCORES = ("dot", "model")
 class RPTLoss(NamedTuple):
     """The loss of phase 2.
 
-    ``total`` is a scalar. ``rewards`` and ``advantages`` are [G, B]. ``kl`` is a scalar, the mean of k3 without ``beta``.
+    ``total`` is a scalar. ``rewards`` and ``advantages`` are [G, B]. ``kl`` is a scalar: the mean of k3, without the factor
+    ``beta``.
     """
 
     total: Tensor
@@ -29,7 +30,10 @@ class RPTLoss(NamedTuple):
 
 
 def ranking_reward(rank: Tensor, k: int, kind: str) -> Tensor:
-    """Return the rewards of 0-based ranks: for ``rank < k`` 1 (``recall``) or 1 / log2(rank + 2) (``ndcg``), else 0."""
+    """Return the rewards [...] (fp32) of ranks [...] that count from 0.
+
+    A rank below ``k`` gets 1 if ``kind`` is ``recall``, and 1 / log2(rank + 2) if it is ``ndcg``. Any other rank gets 0.
+    """
     gain = 1 / torch.log2(rank + 2.0) if kind == "ndcg" else torch.ones_like(rank, dtype=torch.float32)
     return torch.where(rank < k, gain, 0.0)
 
@@ -62,21 +66,21 @@ def rpt_loss(
       item table, PAD included, and ties count in the target's favour.
 
     ``sequences``, ``target``
-        B sequences in a form that :meth:`LARES.encode` takes, and the item that came next after each, int64 [B].
+        B sequences in a form that :meth:`LARES.encode` takes, and the next item of each sequence, int64 [B].
     ``policy_pass``, ``reference_pass``
         G passes each, with equal ``num_steps`` [G, B].
     ``k``, ``reward``
         The reward is ``recall`` or ``ndcg`` of the first ``k``, see :func:`ranking_reward`.
     ``scores``
-        ``dot`` (official): lp and the ranks come from plain dot products, whatever the model's similarity is. ``model``: they
-        come from the scores that the model ranks by.
+        ``dot`` (official): lp and the ranks come from plain dot products, even if the model uses cosine similarity. ``model``:
+        lp and the ranks come from the scores by which the model ranks.
 
     No gradient flows into ``reference`` or A. Raises :class:`InputError` for unknown names and for fewer than two passes.
     """
     for name, value, allowed in (("reward", reward, REWARDS), ("scores", scores, SCORES)):
         if value not in allowed:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
-    # All sizes follow from the depths, which are on the CPU as in trajectories. So nothing waits for a GPU.
+    # All sizes follow from the depths. The depths are on the CPU, so that the CPU does not wait for a GPU.
     num_steps = torch.as_tensor(policy_pass.num_steps).cpu()
     if num_steps.dim() != 2 or len(num_steps) < 2:
         raise InputError(
@@ -111,10 +115,10 @@ def rpt_loss(
 
 
 def _last_steps_behind(depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return an order of the states of trajectories with ``depth`` [G * B] that has all last steps at the end.
+    """Return an order of the states of trajectories with ``depth`` [G * B] that puts all last steps at the end.
 
-    Ranks are counted for the last steps only, which the order makes one slice. Returns ``(order, owner, steps)``: in that
-    order the index of each state, its trajectory, and the depth of that trajectory.
+    Ranks are counted for the last steps only, and in this order they are one slice. Returns ``(order, owner, steps)``, each
+    [sum of depth]: in this order the index of each state, its trajectory, and the depth of that trajectory.
     """
     member = torch.repeat_interleave(torch.arange(len(depth)), depth)
     last = depth.cumsum(0) - 1

@@ -72,17 +72,17 @@ def spt_loss(
     """Return ``CE + alpha/2 [NCE(a, p) + NCE(p, a)] + gamma/2 [NCE(a, s) + NCE(s, a)]`` (official ``calculate_loss``).
 
     ``sequences``, ``target``
-        B sequences in a form that :meth:`LARES.encode` takes, and the item that came next after each, int64 [B].
+        B sequences in a form that :meth:`LARES.encode` takes, and the next item of each sequence, int64 [B].
     ``partners``
         B other sequences with the same ``target``.
     ``passes``
-        The pass of the cross entropy, the pass of the anchor a over the same sequences again, and the pass of the partner p.
-        The official code gives the last two passes the same depth.
+        Three passes: for the cross entropy, for the anchor a (over the same sequences again) and for the partner p. The
+        official code gives the last two passes the same depth.
     ``step_index``
-        s is the anchor's state after step ``step_index`` + 1. The last step is allowed. An anchor with a single step has no
-        step-level term.
+        s is the anchor's state after step ``step_index`` + 1. The last step is allowed. For an anchor with a single step the
+        step-level term is 0.
     ``alpha``, ``gamma``
-        The weights. A term with weight 0 is 0, and a pass that only such terms need is left out.
+        The weights of the terms. A term with weight 0 is 0, and a pass that only such terms need is not run.
     """
     ce_pass, anchor_pass, partner_pass = passes
     queries = model.queries(ce_pass.encode(model, sequences))

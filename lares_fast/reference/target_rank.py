@@ -25,9 +25,9 @@ def target_rank(
     """Return the number of items that outrank the target, int64 [B]. The best rank is 0.
 
     ``query`` is [B, D], ``items`` [N, D], ``target`` [B] int64 and ``bias`` [N]. Item j outranks target t if ``s_j > s_t``.
-    With ``ties="order"`` it also does if ``s_j == s_t and j < t``, so a model whose scores are all equal earns nothing;
-    ``ties="strict"`` is the official reward. ``exclude`` takes items out of the ranking, but never the target itself. A NaN
-    score counts as -inf. Workspace: B x 32768 scores.
+    With ``ties="order"`` it also outranks t if ``s_j == s_t and j < t``, so a model whose scores are all equal does not get
+    good ranks. ``ties="strict"`` is the official reward. ``exclude`` takes items out of the ranking, but never the target
+    itself. A NaN score counts as -inf. The workspace is B x 32768 scores.
     """
     return target_ranks(query, items, target, [exclude], bias=bias, ties=ties)[0]
 
@@ -41,10 +41,10 @@ def target_ranks(
     bias: Tensor | None = None,
     ties: str = "order",
 ) -> list[Tensor]:
-    """Return :func:`target_rank` for each of several ``excludes``, from the same scores.
+    """Return :func:`target_rank` for each entry of ``excludes``, from the same scores.
 
     The scores of the target and of the other items come from products of the same shape. So an item with the embedding of the
-    target ties with it exactly, and the target cannot outrank itself by rounding.
+    target has exactly the target's score, and the target cannot outrank itself by rounding.
     """
     target_score = query.new_zeros(len(query))
     for start, scores in _score_chunks(query, items, bias):
@@ -62,7 +62,10 @@ def target_ranks(
 
 
 def outranking(scores: Tensor, start: int, target: Tensor, target_score: Tensor, *, ties: str = "order") -> Tensor:
-    """Return bool [B, n]: which of the items ``start``, ``start + 1``, ..., with ``scores`` [B, n], outrank the target."""
+    """Return whether each of the items ``start``, ``start + 1``, ..., with ``scores`` [B, n], outranks the target: bool [B, n].
+
+    ``target`` holds ids [B], and ``target_score`` [B] their scores.
+    """
     better = scores > target_score[:, None]
     if ties == "order":
         ids = torch.arange(start, start + scores.shape[1], device=scores.device)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# (offsets, ids): items to leave out, ids[offsets[b]:offsets[b + 1]] for query b. int64, in any order, with repeats.
+# (offsets, ids): the items to leave out, ids[offsets[b]:offsets[b + 1]] for query b, int64. Ids may be in any order and repeat.
 Exclude = tuple[Tensor, Tensor]
 
 _CHUNK = 32768
@@ -19,7 +19,7 @@ def topk(
     """Return the scores [B, k] and ids [B, k] (int64) of the best items by ``query @ items.T + bias``.
 
     ``query`` is [B, D], ``items`` [N, D] and ``bias`` [N]. A NaN score counts as -inf. Where fewer than ``k`` items are left,
-    the remaining places have the id -1 and the score -inf. Workspace: B x (k + 32768) scores and ids.
+    the remaining places have the id -1 and the score -inf. The workspace is B x (k + 32768) scores and ids.
     """
     batch = len(query)
     scores = query.new_empty(batch, 0)
@@ -32,7 +32,7 @@ def topk(
         new_ids = torch.arange(start, start + len(chunk), device=query.device).expand(batch, -1)
         if exclude is not None:
             gone = mask_excluded(exclude, batch, start, len(chunk))
-            # An excluded item must lose even against an item with the score -inf. Its id -1 says that it is no item.
+            # An excluded item must come after an item with the score -inf. The id -1 says that it is not an item.
             new, new_ids = new.masked_fill(gone, -torch.inf), new_ids.masked_fill(gone, -1)
         scores, ids = _best(torch.cat((scores, new), 1), torch.cat((ids, new_ids), 1), k)
     missing = k - scores.shape[1]

@@ -1,4 +1,4 @@
-"""The weights of a recurrence: their names and shapes, and their order in one flat tensor."""
+"""The weights of a recurrence or block: their names, their shapes, and their order in one flat tensor."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _FLAT_LAYER = sorted(_LAYER, key=lambda name: (name.startswith("feed"), ".norm."
 
 
 class WeightLayout:
-    """Names, shapes and places of the weights of ``n_layers`` layers, with the adapter and its norm.
+    """The names, shapes and places of the weights of ``n_layers`` layers, with the adapter and its norm.
 
-    Lists are in the order of the modules' parameters. The flat tensor holds the layers, then the norm, then the adapter; this
-    is the order in which the Triton kernels read it. The gate of ``linear`` comes last, because it is a single number, and
-    all other parts begin at a multiple of 16 bytes for the sizes that kernels take.
+    Lists are in the order of the modules' parameters. The flat tensor holds the layers, then the norm, then the adapter. This
+    is the order in which the Triton kernels read it. The gate of ``linear`` comes last, because it is a single number. So all
+    other parts begin at a multiple of 16 bytes for the sizes that kernels take.
     """
 
     def __init__(self, adapter: str, width: int, inner_size: int, n_layers: int) -> None:
@@ -64,21 +64,21 @@ class WeightLayout:
         for name in flat:
             begin[name] = end
             end += prod(self.shapes[name])
-        # Where each weight begins in the flat tensor, and how many numbers that has.
+        # The place in the flat tensor where each weight begins, and the number of elements of the flat tensor.
         self.places = [begin[name] for name in self.shapes]
         self.size = end
 
     @staticmethod
     def of(weights: Sequence[Tensor], adapter: str, width: int) -> WeightLayout:
-        """Return the layout of ``weights``; raise :class:`InputError` if their number does not fit the adapter."""
+        """Return the layout of ``weights``. Raises :class:`InputError` if their number does not fit the adapter."""
         if adapter not in _AHEAD:
             raise InputError(f"adapter must be one of {', '.join(_AHEAD)}, but got {adapter!r}.")
         ahead = len(_AHEAD[adapter])
         n_layers, rest = divmod(len(weights) - ahead, len(_LAYER))
         if n_layers < 1 or rest:
             raise InputError(
-                f"weights must be the {ahead} of the adapter and its norm and {len(_LAYER)} of each layer, "
-                f"but there are {len(weights)}."
+                f"weights must have {ahead} tensors of the adapter and its norm and {len(_LAYER)} tensors of each layer, "
+                f"but there are {len(weights)} tensors."
             )
         up = weights[ahead + _UP]
         return layout_of(adapter, width, up.shape[0] if up.dim() else 0, n_layers)
@@ -90,17 +90,17 @@ class WeightLayout:
         return counts.get(len(weights) % len(_LAYER), "none")
 
     def flatten(self, weights: Sequence[Tensor]) -> Tensor:
-        """Return all ``weights`` as one flat tensor, through which gradients reach each of them."""
+        """Return all ``weights`` as one flat tensor. Gradients of the flat tensor reach every weight."""
         flat: Tensor = _flatten_dense_tensors([weights[i] for i in self.order])
         return flat
 
     def flatten_detached(self, weights: Sequence[Tensor]) -> Tensor:
-        """Return all ``weights`` as one flat tensor without gradients; it is a view if they are in one :class:`FlatModule`."""
+        """Return all ``weights`` as one flat tensor without gradients, as a view if they are in one :class:`FlatModule`."""
         flat = None if torch.compiler.is_compiling() else self._view(weights)
         return self.flatten([weight.detach() for weight in weights]) if flat is None else flat
 
     def _view(self, weights: Sequence[Tensor]) -> Tensor | None:
-        # A subclass may have no memory of its own.
+        # A subclass of Tensor may have no memory of its own.
         if not {type(weight) for weight in weights} <= {nn.Parameter, Tensor}:
             return None
         first = weights[self.order[0]]
@@ -121,7 +121,7 @@ class WeightLayout:
 
 
 def layout_of(adapter: str, width: int, inner_size: int, n_layers: int) -> WeightLayout:
-    """Return the layout of these sizes. Outside of a compiler's trace it is made once, because a call needs it twice."""
+    """Return the layout of these sizes, kept from an earlier call unless a compiler traces. A call needs its layout twice."""
     if torch.compiler.is_compiling():
         return WeightLayout(adapter, width, inner_size, n_layers)
     return _kept_layout(adapter, width, inner_size, n_layers)
@@ -131,10 +131,10 @@ _kept_layout = functools.lru_cache(WeightLayout)
 
 
 class FlatModule(nn.Module):
-    """A module that keeps its parameters one behind the other in memory, in the order of :class:`WeightLayout`.
+    """A module that keeps its parameters one after the other in memory, in the order of :class:`WeightLayout`.
 
-    A call without gradients then reads them without a copy. If a parameter stands elsewhere, because the module was copied or
-    ``load_state_dict(assign=True)`` replaced it, calls copy the weights, and results are the same.
+    A call without gradients then reads them without a copy. A parameter may be elsewhere, because the module was copied or
+    ``load_state_dict(assign=True)`` replaced the parameter. Then calls copy the weights, and the results do not change.
     """
 
     # The adapter of the module's weights, as in WeightLayout.
@@ -143,7 +143,8 @@ class FlatModule(nn.Module):
     def flatten_parameters(self) -> None:
         """Move the parameters into one piece of memory, if they are the parameters that a layout has.
 
-        Parameters stay as they are if other processes share them, or if they are no plain tensors of one dtype and device.
+        Parameters stay where they are if other processes share them, or if they are not plain parameters of one dtype and
+        device.
         """
         named = {name.removeprefix("core."): p for name, p in self.named_parameters(remove_duplicate=False)}
         up = [p for name, p in named.items() if name.endswith("feed_forward.up.weight")]

@@ -92,6 +92,6 @@ def gpu_backends(rehearse: bool) -> list[tuple[str, str]]:
 def interpreted() -> Any:
     """Return a context in which Triton's interpreter runs the kernels on CPU tensors."""
     context = ExitStack()
-    context.enter_context(import_module("lares_fast.kernels._interpreted").honest())
+    context.enter_context(import_module("lares_fast.kernels._interpreted").bf16_as_on_gpu())
     context.enter_context(_triton.anywhere())
     return context

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lares_fast._transfer import capturing
 from lares_fast.verify import cache
 from lares_fast.verify.tolerance import judge
 
@@ -53,7 +54,7 @@ def refusal(op: str, device: torch.device, dtype: torch.dtype, **variant: Any) -
         return None
     with _changed:
         while key in _trying:
-            if _capturing(device):
+            if capturing(device):
                 raise _untested(op)
             _changed.wait()
         if key in _known:
@@ -81,7 +82,7 @@ def _result(op: str, device: torch.device, dtype: torch.dtype, variant: dict[str
     stored = (cache.read(_CACHE, key) or {}).get("fault", 0)
     if stored is None or isinstance(stored, str):
         return stored
-    if _capturing(device):
+    if capturing(device):
         raise _untested(op)
     try:
         # A new thread does not inherit the caller's fake tensors, autocast or graph.
@@ -170,10 +171,6 @@ def _sources() -> str:
     package = importlib.import_module("lares_fast.kernels")
     files = sorted(Path(next(iter(package.__path__))).glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def can_fall_back(error: Exception) -> bool:

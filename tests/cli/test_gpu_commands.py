@@ -236,8 +236,8 @@ def test_a_rehearsal_finds_a_wrong_kernel(monkeypatch, tmp_path):
      "CUDA code    not built: no GPU was seen (nvidia-smi -L)"),
     ({"native": True, "reason": "", "cuda_built": True, "cuda_reason": "built by nvcc 13.0.88", "cuda_archs": ["90-real"]},
      "CUDA code    built by nvcc 13.0.88 for 90-real; no device"),
-    ({"native": False, "reason": "these are bare sources", "cuda_built": False, "cuda_reason": "there is no native module"},
-     "native       these are bare sources"),
+    ({"native": False, "reason": "it was not built", "cuda_built": False, "cuda_reason": "there is no native module"},
+     "native       it was not built"),
 ])  # fmt: skip
 def test_doctor_tells_what_was_built_and_why(build, line, monkeypatch, capsys):
     from lares_fast import _native

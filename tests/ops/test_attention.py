@@ -151,7 +151,7 @@ def test_the_saved_statistics_are_shared_by_backends(monkeypatch):
 PLANTED = {
     "wrong mask column": ("_tiles", "key[None, :] <= query[:, None]", "key[None, :] <= query[:, None] + 1"),
     "unwritten tile": ("attention", "* H * tiles if P else 0", "* H * tiles - 1 if P else 0"),
-    "off-by-one offset": ("attention", "start, first, tl.where(sound", "start, first + 1, tl.where(sound"),
+    "off-by-one offset": ("attention", "start, first, tl.where(valid", "start, first + 1, tl.where(valid"),
     "off-by-one length": ("attention", "lse, mask=row < length", "lse, mask=row <= length"),
     "wrong dropout site": ("_random", "_SITE_ATTENTION = tl.constexpr(3)", "_SITE_ATTENTION = tl.constexpr(2)"),
     "wrong dropout place": ("attention", "head, begin, start, S)", "head, start, begin, S)"),

@@ -200,7 +200,7 @@ def test_dispatch_takes_them_for_gpus_only():
     said = explain("recurrence", h, case.offsets, weights).splitlines()
     assert [line.split()[0] for line in said[1:]] == ["triton", "native", "layers", "reference"]
     assert said[0] == "recurrence: reference"
-    assert said[3] == "  layers     can run if it is requested: it is there for GPUs, and h is on cpu"
+    assert said[3] == "  layers     can run if it is requested: it is meant for GPUs, and h is on cpu"
     assert explain("recurrence", h, case.offsets, weights, backend="layers").startswith("recurrence: layers")
 
 

@@ -91,10 +91,11 @@ def test_editable_install(sources, user, tmp_path):
 def test_bare_checkout_says_what_is_missing(runner, sources, tmp_path):
     copy = shutil.copytree(sources, tmp_path / "bare", ignore=shutil.ignore_patterns("build", "_build.json", "*.so"))
     info = runner.info(copy)
-    assert info["native"] is False and "bare sources" in info["reason"]
+    assert info["native"] is False and "the package was not installed" in info["reason"]
     code = "from lares_fast._native import load; load()"
     result = runner("-c", code, cwd=tmp_path, PYTHONPATH=copy)
     assert result.code != 0
-    assert "NotBuiltError: The native module is not built, because these are bare sources: run pip install ." in result.output
+    message = "NotBuiltError: The native module is not built, because the package was not installed: run pip install ."
+    assert message in result.output
     auto = runner.ok("-c", TOPK.replace("'native'", "None"), cwd=tmp_path, PYTHONPATH=copy)
     assert "[[0, 1]]" in auto

@@ -12,7 +12,7 @@ from pathlib import Path
 import lares_fast.kernels
 import numpy as np
 import torch
-from lares_fast.kernels._interpreted import HONEST
+from lares_fast.kernels._interpreted import AS_ON_GPU
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from lares_fast.ops import _triton
@@ -76,7 +76,7 @@ def interpreted(monkeypatch, order=None):
 
     with monkeypatch.context() as patch:
         for name, function in {
-            **HONEST,
+            **AS_ON_GPU,
             "create_masked_load": checked_load,
             "create_masked_store": checked_store,
             "set_grid_idx": place,

@@ -128,10 +128,10 @@ def test_steps_that_are_none_or_without_end(depth, output, memory, monkeypatch):
 
 
 def test_what_the_host_knows_is_refused(memory):
-    with pytest.raises(InputError, match="offsets must rise from 0 to the number of tokens, 115, but there is only one"):
+    with pytest.raises(InputError, match="offsets must rise from 0 to the number of tokens, 115, but there is only one offset"):
         _dispatch.run("recurrence", "triton", call_of([0], 64, 1))
     query = torch.randn(5, 2, 16)
-    with pytest.raises(ValueError, match="offsets must rise from 0 to 5, the rows of query, but there is only one"):
+    with pytest.raises(ValueError, match="offsets must rise from 0 to 5, the rows of query, but there is only one offset"):
         _triton.kernels("attention").forward(
             AttentionCall(query, query, query, torch.tensor([0]), None, None, 5, 0.0, 0, 0, "triton")
         )

@@ -130,7 +130,7 @@ def test_wgmma_is_off_where_the_assembler_gets_it_wrong(architecture, ptxas, for
             monkeypatch.delenv("DISABLE_MMA_V3", raising=False)
         else:
             monkeypatch.setenv("DISABLE_MMA_V3", before)
-        with _launch.sound_products(architecture):
+        with _launch.avoid_broken_wgmma(architecture):
             assert (os.environ.get("DISABLE_MMA_V3") == "1") == forbidden
         assert os.environ.get("DISABLE_MMA_V3") == before
 
@@ -148,6 +148,6 @@ def test_one_thread_compiles_at_a_time(kernel, monkeypatch):
     _launch.launch(kernel, 1, x, warps=2)
     assert held == [True, False]
     for architecture in (80, 90, 100):
-        with _launch.sound_products(architecture):
+        with _launch.avoid_broken_wgmma(architecture):
             assert _launch._compiling.locked()
     assert not _launch._compiling.locked()

@@ -166,7 +166,7 @@ def test_kernels_that_do_not_fit_or_compile_give_way(gpu, monkeypatch):
 
 
 def test_no_canary_within_a_capture(gpu, monkeypatch):
-    monkeypatch.setattr(self_test, "_capturing", lambda device: True)
+    monkeypatch.setattr(self_test, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="run lares-fast warmup"):
         ops.target_logprob(*softmax())
 
@@ -283,7 +283,7 @@ def test_who_waited_tries_for_himself_where_the_first_one_failed(gpu, monkeypatc
 
 
 def test_a_capture_does_not_wait_for_another_thread(gpu, monkeypatch):
-    monkeypatch.setattr(self_test, "_capturing", lambda device: True)
+    monkeypatch.setattr(self_test, "capturing", lambda device: True)
     monkeypatch.setattr(self_test, "_trying", {("attention", CPU, torch.float32)})
     with pytest.raises(RuntimeError, match="were not tested on this GPU before the graph capture"):
         self_test.refusal("attention", CPU, torch.float32)
