@@ -16,7 +16,7 @@ CUDA_PRODUCTS = ("3xtf32", "ffma")
 
 def backend() -> str:
     """Return ``LARES_FAST_BACKEND``: the backend that every op must use, or ``auto``."""
-    value = os.environ.get("LARES_FAST_BACKEND", "auto")
+    value = os.environ.get("LARES_FAST_BACKEND") or "auto"
     if value not in BACKENDS:
         raise InputError(f"LARES_FAST_BACKEND must be one of {', '.join(BACKENDS)}, but got {value!r}.")
     return value

@@ -227,6 +227,12 @@ class TestDispatch:
         with pytest.raises(InputError, match="LARES_FAST_BACKEND must be one of"):
             ops.topk(self.query, self.items, 2)
 
+    def test_an_empty_variable_is_as_none(self, monkeypatch):
+        monkeypatch.setenv("LARES_FAST_BACKEND", "")
+        before = _dispatch.calls["topk", "native"] + _dispatch.calls["topk", "reference"]
+        ops.topk(self.query, self.items, 2)
+        assert _dispatch.calls["topk", "native"] + _dispatch.calls["topk", "reference"] == before + 1
+
     def test_a_backend_asked_for_by_name_does_not_fall_back(self):
         with pytest.raises(BackendError, match="cannot run on the backend 'native': it takes float32"):
             ops.topk(self.query.double(), self.items.double(), 2, backend="native")
