@@ -27,7 +27,7 @@ constexpr double NaN = std::numeric_limits<double>::quiet_NaN(), INFINITE = std:
 // - logprob. The bound above times 1 - p, u for itself, and u times the entropy of its row for the rounding of the base.
 //   The last error is within the first bound.
 // - A sum of the gradients. The error of p, and an addition for each item of a tile, row of a block, tile and part. The
-//   bound is 1e-4 (the ceiling of tests/oracle.py) of the sum of the absolute terms.
+//   bound is 1e-4 (the ceiling of lares_fast/verify/tolerance.py) of the sum of the absolute terms.
 constexpr double SUM = 512 * 0x1p-24, LOGPROB = 0x1p-23, GRADIENT = 1e-4;
 // In fp64: lse is the difference of two numbers up to the size of the scores times scale.
 constexpr double WIDE = 0x1p-50;

@@ -7,7 +7,7 @@
 namespace op_test {
 namespace {
 
-// The ceiling of tests/oracle.py. It is relative to the larger of the rms and a sixteenth of the largest value.
+// The ceiling of lares_fast/verify/tolerance.py. It is relative to the larger of the rms and a sixteenth of the largest value.
 constexpr double CEILING = 1e-4;
 
 // The sum of squares and the number of the values of some tensors.

@@ -55,7 +55,7 @@ def build(name, *options, compiler="g++"):
 
 
 def run(program, level, calls, *, large, callers=1, bug=()):
-    """(exit code, output). A sanitizer reports on stderr and ends the process."""
+    """Return (exit code, output) of the program. A sanitizer reports on stderr and ends the process."""
     command = [*program, level, calls, large, callers, 1, *bug]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr

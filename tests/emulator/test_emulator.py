@@ -172,7 +172,7 @@ PLANTS = {
     "one of three products left out": (
         "catalog/scores.cuh", "                mma_tf32(step, q_low[m], x_high);\n", "", "plain",
         ("WRONG: Gaussian",), "Gaussian"),
-    "a queue that massed ties overrun": (
+    "a queue that overflows with many ties": (
         "topk/topk_cuda.cuh", "waiting()[lane.lane] > QUEUE - 4)", "waiting()[lane.lane] > QUEUE)",
         "asan", ("heap-buffer-overflow", "Warp::offer")),
     "a tie with the threshold dropped": (
