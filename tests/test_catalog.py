@@ -24,7 +24,7 @@ def model():
 
 
 def fresh(model):
-    """The items as they must be scored now."""
+    """Return the items as they must be scored now."""
     return torch.nn.functional.normalize(model.item_embedding.weight.detach(), dim=-1)[1:]
 
 

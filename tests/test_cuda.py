@@ -128,7 +128,7 @@ def test_capability_names_a_reason():
 
 
 @needs_native
-@pytest.mark.skipif(_native.capability().startswith("ok"), reason="there is a device, and these are no addresses of it")
+@pytest.mark.skipif(_native.capability().startswith("ok"), reason="there is a device, and this test uses invalid addresses")
 def test_a_refused_launch_is_an_error_in_words(monkeypatch):
     monkeypatch.setattr(_cuda_launch, "device_index", lambda device: 0)
     monkeypatch.setattr(_cuda_launch, "limits", lambda index: DEVICES["sm_90"])

@@ -273,7 +273,7 @@ def test_only_switches_of_this_gpu_are_tried():
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """``first.main`` with fake steps and rows, whose statuses a test sets. It returns the exit code and the report."""
+    """Return a function that calls ``first.main`` with fake steps and rows, and returns the exit code and the report."""
     answers = {}
 
     def run(plan, report, limits, **_):

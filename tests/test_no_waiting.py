@@ -19,7 +19,7 @@ LENGTHS = [4, 0, 5]
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of the launched kernels. None of them runs."""
+    """Return the names of the launched kernels. None of them runs."""
     from lares_fast.kernels import _launch
 
     names = []

@@ -46,7 +46,7 @@ ALL = (BOTH, NDCG, TRIAL, LATER, ENDLESS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """``data`` with the log, and ``runs`` with both phases, phase 2 from it and a trial, made in one stretch."""
+    """Return a folder with ``data`` and ``runs``: both phases, phase 2 from that run, and a trial, made in one stretch."""
     root = tmp_path_factory.mktemp("reproduction")
     (root / "data").mkdir()
     draw = random.Random(0)
@@ -173,7 +173,7 @@ def test_the_interval_of_a_gain():
 
 @pytest.fixture(scope="module")
 def written(folder, tmp_path_factory):
-    """(kept folder, text of the document, folder of the pictures)."""
+    """Return (kept folder, text of the document, folder of the pictures)."""
     kept, pictures = (tmp_path_factory.mktemp(name) for name in ("kept", "pictures"))
     runs.collect(folder / "runs", kept, ALL)
     found = {experiment.name: runs.Run(experiment, kept / experiment.name) for experiment in ALL}

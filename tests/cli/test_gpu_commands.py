@@ -115,7 +115,7 @@ def planned(*names):
 
 @pytest.fixture
 def day(tmp_path):
-    """``day(*names)`` runs these steps and returns the report."""
+    """Return a function ``day(*names)`` that runs these steps and returns the report."""
 
     def run(*names, **how):
         report = gpu_report.Report(tmp_path / "report.json", names)

@@ -88,7 +88,7 @@ def test_failed_calls_are_told_from_an_unusable_device(tmp_path):
 
 
 def slow_paths(program):
-    """(case, op) -> (rounds, scores computed again), for each tile of items and each warp that has queries."""
+    """Return (case, op) -> (rounds, scores computed again), for each tile of items and each warp that has queries."""
     code, output = run(program, "counts")
     assert code == 0, output[-3000:]
     lines = re.findall(r"^(.*), (top|ranks): ([\d.]+) rounds, ([\d.]+) scores computed again$", output, re.MULTILINE)

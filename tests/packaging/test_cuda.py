@@ -18,14 +18,14 @@ REPORT = "import json, lares_fast._native as n; print(json.dumps([n.build_info()
 
 @pytest.fixture
 def environ():
-    """The variables that make the build compile CUDA code and name the folder of CUDA."""
+    """Return the variables that make the build compile CUDA code and name the folder of CUDA."""
     places = {name: os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH", "CUDACXX") if name in os.environ}
     return {"LARES_FAST_CUDA": "1", **places}
 
 
 @pytest.fixture
 def nvcc(sources, builder, environ):
-    """The nvcc that the build uses."""
+    """Return the nvcc that the build uses."""
     found = builder.ok("-c", "import os, setup; print(setup.find_nvcc(os.environ) or '')", cwd=sources, **environ).strip()
     return found or pytest.skip("no nvcc in CUDACXX, CUDA_HOME, CUDA_PATH, PATH or the usual folders")
 
