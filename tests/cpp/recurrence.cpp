@@ -87,7 +87,7 @@ std::string fault(const Case& c, const Results& found, const Truth& truth) {
     return text;
 }
 
-// The number of cases that were compared, and of those that were excused as ill-conditioned.
+// The number of cases that were compared, and the number of cases that were excused as ill-conditioned.
 std::atomic<std::int64_t> compared{0}, excused{0};
 
 void compare(const Case& c, const Results& found) {
