@@ -193,7 +193,7 @@ def test_what_the_native_backend_leaves_to_the_reference():
 
 
 class Revealed:
-    """A model that shows a mask of its last layer in the signs of its states. Its weights are 0, except for the ones set here."""
+    """A model that shows a mask of its last layer in the signs of its states. Only the weights that are set here are not 0."""
 
     def __init__(self, D, H, layers, lengths):
         config = LARESConfig(n_items=2, hidden_size=D, n_heads=H, inner_size=32, n_core_layers=layers, adapter="concat")
