@@ -19,7 +19,7 @@ _COMMANDS = {
     "train": ("train", "train a model: phase 1 (SPT), phase 2 (RPT) or both"),
     "eval": ("evaluate", "evaluate a trained run by ranking all items, and print the results table"),
     "recommend": ("recommend", "recommend items for one user, one history or all users of a file"),
-    "demo": ("demo", "train on a synthetic log in a few minutes and show the results"),
+    "demo": ("demo", "train on a synthetic log in about a minute and show the results"),
     "report": ("report", "check every op on every backend against the tolerances"),
     "warmup": ("warmup", "compile the GPU kernels of published model sizes and self-test them"),
     "tune": ("tune", "benchmark launch settings on this GPU and store the fastest"),

@@ -1,4 +1,4 @@
-"""``lares-fast demo``: train, evaluate and recommend on a synthetic log in a few minutes."""
+"""``lares-fast demo``: train, evaluate and recommend on a synthetic log, in about a minute."""
 
 from __future__ import annotations
 

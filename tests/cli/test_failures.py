@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(damaged):
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
-    running = python("-m", "lares_fast", "train", "--resume", damaged, "--set", "rpt.epochs=2", preexec_fn=little_room)
+    running = python("-m", "lares_fast", "train", "--resume", damaged, "--set", "rpt.epochs=2", prepare=little_room)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 2 and is_one_sentence(err), err
     assert "state.pt could not be written" in err

@@ -100,3 +100,10 @@ def test_the_registered_operator_checks_its_arguments_too(change):
     named = dict(zip((part.split()[-1] for part in good.schema().split(", ")), good.arguments(), strict=True))
     with pytest.raises(InputError):
         torch.ops.lares_fast.topk(*{**named, **change}.values())
+
+
+def test_no_operator_takes_a_list_of_tensors():
+    """An exported package cannot pass one."""
+    schemas = [str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("lares_fast::")]
+    assert len(schemas) >= 8
+    assert not [schema for schema in schemas if "Tensor[]" in schema or "Tensor?[]" in schema]

@@ -42,18 +42,22 @@ def events(ids, seed=0):
     return rows
 
 
-def python(*arguments, **options):
-    """Start Python in a process of its own, on one thread, which Ctrl-C ends even if the tests run in the background."""
+def python(*arguments, prepare=lambda: None):
+    """Start Python in a process of its own, on one thread. The process runs ``prepare()`` first."""
     root = Path(lares_fast.__file__).parents[1]
+
+    def begin():
+        # A shell lets a command in the background ignore SIGINT, and its children inherit this.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        prepare()
+
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        # A shell lets a command in the background ignore SIGINT, and its children inherit this.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
+        preexec_fn=begin,
     )
 
 
