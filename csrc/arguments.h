@@ -66,9 +66,9 @@ public:
         return *this;
     }
 
-    // To be called before the work begins: throws if an argument is left.
+    // Must be called before the work begins. Throws if an argument is left.
     void end() const {
-        if (left_) throw pybind11::type_error("there is an argument that it does not take");
+        if (left_) throw pybind11::type_error("an unknown argument was given");
     }
 
 private:
@@ -76,7 +76,7 @@ private:
     std::size_t left_;
 };
 
-// Calls `work` without the interpreter's lock, so that other Python threads go on.
+// Calls `work` without the interpreter's lock, so that other Python threads can run.
 template <class Work>
 auto unlocked(const Arguments& arguments, const Work& work) {
     arguments.end();

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LEAVES = {"_errors", "_numbers", "_settings", "_random", "_transfer", "_watch", "config"}
 LEAVES |= {"_native", "_native_call", "_native_random"}
 
-# Room -> rooms of lares_fast that it may import, besides itself. A room is a module or a package right below lares_fast.
+# Part -> parts of lares_fast that it may import, besides itself. A part is a module or a package right below lares_fast.
 MAY_IMPORT = {
     "_errors": set(),
     "_settings": {"_errors"},
@@ -43,10 +43,10 @@ MAY_IMPORT = {
 }
 # The package itself loads every public module on first use, and its __main__ calls the command line.
 ROOTS = {"__init__", "__main__"}
-# Third-party packages that a room may import at module level. The rest is imported where it is used.
+# Third-party packages that a part may import at module level. Other packages are imported where they are used.
 CORE = {"torch", "numpy", "safetensors"}
 PACKAGES = {"reference": {"torch"}, "kernels": {"numpy", "torch", "triton"}, "_random": {"torch"}}
-# ops/_triton.py loads this module by its name: it calls the ops, and each kernel waits for its verdict.
+# ops/_triton.py imports the package `verify` by its name, because `verify` itself calls the ops for the self-tests of kernels.
 PLUG_IN = ("lares_fast.ops._triton", "lares_fast.verify")
 
 
@@ -54,8 +54,8 @@ def sources():
     for folder in ("lares_fast", "kernels"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
-            room = parts[1] if parts[0] == "lares_fast" else "kernels"
-            yield path, room
+            part = parts[1] if parts[0] == "lares_fast" else "kernels"
+            yield path, part
 
 
 def module_of(path):
@@ -81,7 +81,7 @@ def imports(path):
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name in MODULES else node.module for name in inner]
             if node.module == "lares_fast":
-                # ``from lares_fast import ops`` names a room, and no name that the package defines.
+                # ``from lares_fast import ops`` names a module. Other names that the package defines are no modules.
                 names = [name for name in inner if name in MODULES]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MODULES.keys() - {"lares_fast"}:
             names = [node.value]
@@ -91,19 +91,19 @@ def imports(path):
             yield name, id(node) in top
 
 
-@pytest.mark.parametrize(("path", "room"), SOURCES, ids=[str(path.relative_to(ROOT)) for path, _ in SOURCES])
-def test_imports_flow_one_way(path, room):
-    if room in ROOTS:
+@pytest.mark.parametrize(("path", "part"), SOURCES, ids=[str(path.relative_to(ROOT)) for path, _ in SOURCES])
+def test_imports_flow_one_way(path, part):
+    if part in ROOTS:
         return
-    assert room in MAY_IMPORT, f"{path} is in no room of the architecture: add it to docs/architecture.md and to MAY_IMPORT"
+    assert part in MAY_IMPORT, f"{path} is in no part of the architecture: add it to docs/architecture.md and to MAY_IMPORT"
     for module, at_top in imports(path):
         package, *rest = module.split(".")
         if package == "lares_fast":
             target = rest[0] if rest else "__init__"
-            allowed = target == room or target in MAY_IMPORT[room] or (module_of(path), module) == PLUG_IN
-            assert allowed or (room == "cli" and target == "__init__"), f"{room} must not import {module}"
+            allowed = target == part or target in MAY_IMPORT[part] or (module_of(path), module) == PLUG_IN
+            assert allowed or (part == "cli" and target == "__init__"), f"{part} must not import {module}"
         elif at_top and package not in sys.stdlib_module_names:
-            assert package in PACKAGES.get(room, CORE if room != "cli" else {package}), f"{path.name} imports {package}"
+            assert package in PACKAGES.get(part, CORE if part != "cli" else {package}), f"{path.name} imports {package}"
 
 
 def test_no_import_goes_in_circles():
@@ -128,13 +128,13 @@ def test_no_import_goes_in_circles():
         visit(name)
 
 
-def test_rooms_have_an_order():
+def test_parts_have_an_order():
     """The table MAY_IMPORT has no circle."""
-    left = {room: set(allowed) for room, allowed in MAY_IMPORT.items()}
+    left = {part: set(allowed) for part, allowed in MAY_IMPORT.items()}
     while left:
-        free = {room for room, allowed in left.items() if not allowed & left.keys()}
-        assert free, f"the rooms {sorted(left)} import each other"
-        left = {room: allowed for room, allowed in left.items() if room not in free}
+        free = {part for part, allowed in left.items() if not allowed & left.keys()}
+        assert free, f"the parts {sorted(left)} import each other"
+        left = {part: allowed for part, allowed in left.items() if part not in free}
 
 
 def test_importing_the_package_is_light():
@@ -186,8 +186,8 @@ def test_environment_variables_are_documented():
     for path in [*(path for path, _ in SOURCES), ROOT / "setup.py"]:
         used |= set(re.findall(r"LARES_FAST_\w+", path.read_text()))
     assert used == documented
-    for path, room in SOURCES:
-        if room not in ("_settings", "cli", "verify"):
+    for path, part in SOURCES:
+        if part not in ("_settings", "cli", "verify"):
             assert "os.environ" not in path.read_text(), f"{path} reads the environment outside _settings.py"
 
 

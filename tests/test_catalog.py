@@ -24,7 +24,7 @@ def model():
 
 
 def fresh(model):
-    """The items as they must be scored now."""
+    """Return the items as they must be scored now."""
     return torch.nn.functional.normalize(model.item_embedding.weight.detach(), dim=-1)[1:]
 
 
@@ -138,7 +138,7 @@ def test_every_change_is_noticed(name, model):
 
 
 def test_without_the_products_a_write_past_pytorch_is_missed(model, monkeypatch):
-    """The test above can fail."""
+    """This shows that the test above can fail."""
     monkeypatch.setattr("lares_fast.catalog._Kept._products_of", lambda self, weight: torch.zeros(1))
     before = model.catalog().items
     CHANGES[".data of one row"](model)

@@ -84,7 +84,7 @@ lanes = ["good"]
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A git repository whose lanes take no time."""
+    """Return a git repository whose lanes take no time."""
     folder = tmp_path / "checkout"
     (folder / ".ci" / "lanes").mkdir(parents=True)
     for name in ("run", "choose.py"):

@@ -27,7 +27,7 @@ FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp",
 
 
 def includes(path):
-    """The folder and the path of each include in quotation marks."""
+    """Yield the folder and the path of each include in quotation marks."""
     for name in re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(), re.MULTILINE):
         yield str(Path(name).parent), name
 

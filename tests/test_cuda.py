@@ -110,7 +110,7 @@ def test_why_the_kernels_cannot_run_is_said_in_words(monkeypatch):
     monkeypatch.setattr(_cuda_launch, "_current", lambda device: nullcontext())
     monkeypatch.setattr(_cuda_launch, "capturing", lambda device: False)
     monkeypatch.setattr(_native, "available", lambda: (True, ""))
-    # A fault may pass, so it is asked for again. A device that could run the kernels still can.
+    # A fault may be temporary, so the driver is queried again after one. After a success it is not queried again.
     answers = iter(("the driver does not answer: all in use", "no kernel image: capturing", "ok: a device"))
     monkeypatch.setattr(_native, "capability", lambda device: next(answers))
     assert "all in use" in _cuda_launch.obstacle(call)
@@ -128,7 +128,7 @@ def test_capability_names_a_reason():
 
 
 @needs_native
-@pytest.mark.skipif(_native.capability().startswith("ok"), reason="there is a device, and these are no addresses of it")
+@pytest.mark.skipif(_native.capability().startswith("ok"), reason="there is a device, and this test uses invalid addresses")
 def test_a_refused_launch_is_an_error_in_words(monkeypatch):
     monkeypatch.setattr(_cuda_launch, "device_index", lambda device: 0)
     monkeypatch.setattr(_cuda_launch, "limits", lambda index: DEVICES["sm_90"])

@@ -49,7 +49,7 @@ def spt(model, step, B=24):
 
 @needs_native
 def test_fifty_training_steps_follow_the_reference():
-    """Rounding errors grow step by step. The difference they make is far smaller than that of a wrong gradient."""
+    """Rounding errors grow step by step. They change the loss far less than a wrong gradient does."""
     losses = []
     for model in twins():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -116,7 +116,7 @@ def test_gradient_accumulation_is_a_sum():
 
 
 class _Rows(torch.utils.data.Dataset):
-    """The rows of a log as a data set of their numbers."""
+    """A data set of the numbers of the training rows of a log."""
 
     def __init__(self):
         self.log = synthetic_log(n_users=100, n_items=40)

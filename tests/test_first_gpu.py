@@ -273,7 +273,7 @@ def test_only_switches_of_this_gpu_are_tried():
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """``first.main`` with fake steps and rows, whose statuses a test sets. It returns the exit code and the report."""
+    """Return a function that calls ``first.main`` with fake steps and rows, and returns the exit code and the report."""
     answers = {}
 
     def run(plan, report, limits, **_):
@@ -376,6 +376,6 @@ def test_no_step_checks_again_what_another_does():
         for step in gpu_plan.plan(rehearse=False, quick=False).values()
         if step.check == "correctness"
     ]
-    assert any(not case.get("train", True) for case in cases), "nothing that only answers is left, so nothing was compared"
+    assert any(not case.get("train", True) for case in cases), "no step without gradients is left, so nothing was compared"
     for case in cases:
         assert case.get("train", True) or {**case, "train": True} not in cases

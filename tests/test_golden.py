@@ -29,7 +29,7 @@ def file(request):
 
 @pytest.fixture(params=["plain", "reference", "native"])
 def golden(request, file, monkeypatch):
-    """A file, for ``reference.LARES`` and for ``lares_fast.LARES`` on each backend of this machine."""
+    """Yield a file, for ``reference.LARES`` and for ``lares_fast.LARES`` on each backend of this machine."""
     if request.param == "plain":
         monkeypatch.setattr(file, "model_class", reference.LARES)
         yield file

@@ -6,7 +6,7 @@ import torch
 from lares_fast.verify.gpu_plan import plan
 from lares_fast.verify.process import run_check
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")]
 STEPS = plan(rehearse=False, quick=True)
 
 

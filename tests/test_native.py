@@ -106,7 +106,7 @@ def test_the_module_takes_exactly_its_arguments(arguments):
     ({"key": None}, "key has a wrong type"),
     ({"D": 2**63}, "D has a wrong type or is out of range"),
     ({"D": "3"}, "D has a wrong type"),
-    ({"seed": 3}, "there is an argument that it does not take"),
+    ({"seed": 3}, "an unknown argument was given"),
 ])  # fmt: skip
 def test_a_wrong_argument_is_named(change, message):
     arguments = {"key": (1, 2), "rows": None, "positions": None, "P": 0, "D": 3, "uniforms": None, **change}

@@ -19,7 +19,7 @@ LENGTHS = [4, 0, 5]
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of the launched kernels. None of them runs."""
+    """Return the names of the launched kernels. None of them runs."""
     from lares_fast.kernels import _launch
 
     names = []
@@ -108,7 +108,10 @@ def test_a_depth_on_the_cpu_is_not_waited_for(output, launched):
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
 @pytest.mark.parametrize("depth", [2, torch.tensor([3, 1])], ids=str)
 def test_layers_of_other_sizes_wait_for_nothing(depth, output, launched):
-    """Autograd does not reach below FakeDevice: tests/ops/test_recurrence_layers.py checks the backward."""
+    """This test checks the forward alone, because autograd does not work under FakeDevice.
+
+    tests/ops/test_recurrence_layers.py checks the backward.
+    """
     with FakeDevice(), torch.no_grad():
         out = recurrence("layers", depth, output)
         assert len(out) == {"last": 2, "steps": 4, "tokens": P}[output]
@@ -174,7 +177,7 @@ def test_a_step_of_the_second_phase_waits_for_nothing(reward, scores, each, laun
 @pytest.mark.parametrize("similarity", ["dot", "cos"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_recommendation_waits_for_nothing(packed, similarity, launched, monkeypatch):
-    """Also where the item table is normalised: the second call does not compare weights on a device."""
+    """This also holds if the item table is normalised: the second call does not compare weights on a device."""
     monkeypatch.setattr(_native, "available", lambda: (False, "its loader is a stand-in here"))
     config = LARESConfig(n_items=N, hidden_size=64, n_heads=H, inner_size=64, max_len=6, similarity=similarity)
     model = moved(LARES(config)).eval()
@@ -201,7 +204,7 @@ def test_a_pad_within_a_sequence_on_a_device_gives_nan_and_waits_for_nothing():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_references_run_on_one_device(name):
-    """They may wait, but they must not mix devices."""
+    """The references may wait, but they must not mix devices."""
     with FakeDevice(allowed=True):
         out = CALLS[name]("reference")
         # The backward of this one reference calls autograd again, and autograd does not reach below a dispatch mode.

@@ -46,7 +46,7 @@ ALL = (BOTH, NDCG, TRIAL, LATER, ENDLESS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """``data`` with the log, and ``runs`` with both phases, phase 2 from it and a trial, made in one stretch."""
+    """Return a folder with ``data`` and ``runs``: both phases, phase 2 from that run, and a trial, made in one stretch."""
     root = tmp_path_factory.mktemp("reproduction")
     (root / "data").mkdir()
     draw = random.Random(0)
@@ -72,7 +72,7 @@ def test_a_run_leaves_its_record(folder):
 
 
 def test_a_run_waits_for_the_one_it_starts_from(folder):
-    """It was asked for before and after its parent, and was made once."""
+    """The list has the run before and after its parent, and the run was made once."""
     child = runs.Run(NDCG, folder / "runs" / NDCG.name)
     assert len(child.record["sittings"]) == 1 and child.state == "finished"
     assert child.phases() == ["rpt"]
@@ -93,7 +93,7 @@ def test_a_stretch_ends_and_the_next_resumes(folder):
     target = folder / "runs" / ENDLESS.name
 
     def stop_after_an_epoch(number):
-        # A stop before the sitting has begun would begin none.
+        # If the stop came before the sitting began, no sitting would begin.
         while len(runner.read_record(target).get("sittings", [])) < number or not (target / "metrics.csv").is_file():
             time.sleep(0.05)
         work.request_stop()
@@ -160,9 +160,9 @@ def test_the_interval_of_a_gain():
     theirs = draw.random(400)
     assert gain.interval(theirs, theirs) == (0, 0, 0)
     value, low, high = gain.interval(theirs + 0.1, theirs)
-    assert low < value < high and high - low < 4  # users of the same gain: only the share of it varies
+    assert low < value < high and high - low < 4  # all users gain equally; only its share of their score varies
     apart = gain.interval(draw.permutation(theirs) + 0.1, theirs)
-    # Without pairs, the spread is that of a ratio of two independent means.
+    # Without pairs, the result spreads like a ratio of two independent means.
     error = theirs.std() / np.sqrt(400)
     wide = 100 * 2 * 1.96 * np.hypot(error / theirs.mean(), error * (theirs.mean() + 0.1) / theirs.mean() ** 2)
     assert apart[2] - apart[1] == pytest.approx(wide, rel=0.2)
@@ -173,7 +173,7 @@ def test_the_interval_of_a_gain():
 
 @pytest.fixture(scope="module")
 def written(folder, tmp_path_factory):
-    """(kept folder, text of the document, folder of the pictures)."""
+    """Return (kept folder, text of the document, folder of the pictures)."""
     kept, pictures = (tmp_path_factory.mktemp(name) for name in ("kept", "pictures"))
     runs.collect(folder / "runs", kept, ALL)
     found = {experiment.name: runs.Run(experiment, kept / experiment.name) for experiment in ALL}

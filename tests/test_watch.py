@@ -52,7 +52,7 @@ def test_a_write_past_pytorch_to_every_row_is_noticed(dtype, count):
 
 
 def test_a_write_past_pytorch_to_a_row_that_is_not_sampled_is_not_noticed():
-    """The docstring says so, and callers must know it."""
+    """The docstring of ``Watch`` states this limit."""
     tensor = torch.zeros(5000, 3)
     watch = Watch(tensor)
     tensor.data[1] = 1

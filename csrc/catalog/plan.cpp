@@ -23,7 +23,8 @@ std::int64_t blocks_a_multiprocessor(std::int64_t bytes, const DeviceLimits& lim
     return bytes > limits.shared_a_block ? 0 : limits.shared_a_multiprocessor / (bytes + RESERVED);
 }
 
-// Coprime with `tiles` and near its golden section, so that ascending scores reach the kernel in a mixed order.
+// Returns a stride that is coprime with `tiles` and near its golden section, so that ascending scores reach the kernel in a
+// mixed order.
 std::int64_t mixing_stride(std::int64_t tiles) {
     std::int64_t stride = std::max<std::int64_t>(tiles * 618 / 1000, 1);
     while (std::gcd(stride, tiles) > 1) ++stride;
@@ -32,7 +33,7 @@ std::int64_t mixing_stride(std::int64_t tiles) {
 
 ScanPlan plan_scan(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t tiles_a_split, const DeviceLimits& limits) {
     require(B >= 1 && N >= 0 && D >= 0, "B must be at least 1, and N and D must not be negative");
-    require(limits.multiprocessors >= 1, "a device has at least one multiprocessor");
+    require(limits.multiprocessors >= 1, "the number of multiprocessors must be at least 1");
     // Keys keep the inverted id in their lower half, and all zeros there mean "no item".
     require(N < std::numeric_limits<std::uint32_t>::max(), "N must stay below 2^32 - 1");
     const std::int64_t width = std::max<std::int64_t>(D, 1);
@@ -51,7 +52,7 @@ ScanPlan plan_scan(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t 
         throw std::invalid_argument("the kernel needs " + std::to_string(plan.shared_bytes) +
                                     " bytes of shared memory a block, and the device has " + std::to_string(limits.shared_a_block));
     }
-    // As many blocks as run at once. One more block would start only after another one has ended.
+    // This is the number of blocks that run at once. One more block would start only after another one has ended.
     const std::int64_t places = limits.multiprocessors * std::min<std::int64_t>(blocks, BLOCKS_A_MULTIPROCESSOR);
     // 65535 is the limit of a grid's second dimension.
     plan.splits = std::clamp<std::int64_t>(std::min(places / plan.query_tiles, plan.item_tiles / tiles_a_split), 1, 65535);

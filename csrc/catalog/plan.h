@@ -33,7 +33,9 @@ struct ScanPlan {
 
 struct TopkPlan {
     ScanPlan scan;
-    std::int64_t stride;       // from the first tile of a split to that of the next one, modulo the number of tiles and coprime with it
+    // The distance from the first tile of a split to the first tile of the next split, modulo the number of tiles and coprime
+    // with it.
+    std::int64_t stride;
     std::int64_t step;         // from one tile of a split to its next one: splits * stride, modulo the number of tiles
     std::int64_t sorted;       // k rounded up to a multiple of WARP
     std::int64_t merge_warps;  // a power of two

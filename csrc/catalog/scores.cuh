@@ -36,7 +36,7 @@ Scores make_scores(const Call& call, const ScanPlan& plan) {
             static_cast<int>(plan.chunks), plan.resident, vectors};
 }
 
-// Where a lane's sums are in its warp's part of the score matrix. The layout is that of the accumulators of mma.m16n8k8.
+// Where a lane's sums are in its warp's part of the score matrix. The accumulators of mma.m16n8k8 have this layout.
 struct Lane {
     int lane, group, member;
     __device__ __forceinline__ Lane() : lane(static_cast<int>(threadIdx.x) % WARP), group(lane / 4), member(lane % 4) {}
@@ -98,8 +98,8 @@ __device__ __forceinline__ unsigned lowest_columns(const Scores& s, const Tile& 
     return columns;
 }
 
-// Returns `sums`, bits over a lane's sums, without the sums that need no second look. Those belong to queries that do not
-// exist, or to items with a bias of -inf where that score loses. Lane i knows the `least` score that counts for query i.
+// Returns `sums`, bits over a lane's sums, without the sums that need not be computed again. Such sums belong to queries that
+// do not exist, or to items with a bias of -inf where that score loses. Lane i has the `least` score that counts for query i.
 __device__ __forceinline__ unsigned long long worth_a_look(unsigned long long sums, const Scores& s, const Tile& tile, const Lane& lane,
                                                            int first_query, float least) {
     if (!__any_sync(ALL_LANES, sums != 0)) return 0;

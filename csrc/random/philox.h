@@ -65,7 +65,7 @@ struct MaskAddress {
 void keep_hidden(const MaskAddress& address, const std::int64_t* positions, std::int64_t site, std::int64_t P, std::int64_t D,
                  std::uint8_t* keep);
 
-// Writes the uniform numbers in (0, 1) behind h0, [P, D], for tokens at `rows` [P] and `positions` [P].
+// Writes the uniform numbers in (0, 1) from which h0 is computed, [P, D], for tokens at `rows` [P] and `positions` [P].
 void state_uniforms(Key key, const std::int64_t* rows, const std::int64_t* positions, std::int64_t P, std::int64_t D, double* out);
 
 // Writes keep [B, H, L, L], one byte an element, indexed (row, head, query, key).

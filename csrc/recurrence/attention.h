@@ -91,7 +91,7 @@ LARES_INLINE void times_tile(Matrix x, std::int64_t panel, std::int64_t row, con
     }
 }
 
-// Does the same for all tiles of the first `keys` keys.
+// Calls times_tile for all tiles of the first `keys` keys.
 template <int N>
 LARES_INLINE void times_tiles(Matrix x, std::int64_t panel, std::int64_t row, const float* tiles, std::int64_t head_panels, std::int64_t keys,
                               float* out, std::int64_t stride) {
@@ -238,7 +238,7 @@ LARES_INLINE void attend_quad_backward(const Attention& a, const AttendedSequenc
     for (int r = 0; r < N; ++r) along[r] = broadcast(0.0f);
     float total[N];
     const Vec scale = broadcast(a.dropout.scale);
-    // These are not yet probabilities: their sums are not known.
+    // The exponentials are not yet probabilities, because their sums are not known.
     for_exponentials<N>(a, s, h, query, tiles, p, w.stride, LOG2_E * a.scale, total, [&](int r, std::int64_t place, Vec e, const Keep* kept) {
         // A gradient beyond the visible keys belongs to another sequence or to no token.
         Vec g = select(first_lanes(query + r + 1 - (place - r * w.stride)), load(grad + place)), d = e;

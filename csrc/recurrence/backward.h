@@ -20,7 +20,7 @@ struct Backward : BlockWorker {
     }
 
     // `grad` holds the gradient of the layer's output and receives the gradient of its input. `recompute` computes x again.
-    // `before` is the tape's entry before, which is read next.
+    // `before` is the previous entry of the tape, which is read next.
     template <class Recompute>
     void layer_backward(std::int64_t step, std::int64_t layer, const Extent& e, const KeptNorms& kept, const KeptNorms& before,
                         const LayerGradients& sums, const Recompute& recompute) {
@@ -144,7 +144,7 @@ void backward(const Model& model, const Block& block, const float* h, const floa
             const KeptNorms kept = tape.previous(e.rows);
             const bool first = step == 0 && layer == 0;
             const std::int64_t layer_before = layer > 0 ? layer - 1 : layers - 1;
-            // There is no entry before the first one. The rows that are fetched then are not read.
+            // The first entry has no previous one. In its place the rows of the first entry are fetched, and they are not used.
             const KeptNorms before = first ? kept : tape.before(extent(model, block, layer > 0 ? step : step - 1, layer_before).rows);
             worker.layer_backward(step, layer, e, kept, before, sums.layers[layer], [&] {
                 if (first) {

@@ -142,7 +142,7 @@ LARES_INLINE void draw(const DropoutSite& at, std::uint32_t c0, const std::uint3
 
 #endif
 
-// Draws the decisions of DRAWN rows of a hidden activation. Those of row i and panel p are written to out[p * apart + i].
+// Draws the decisions of DRAWN rows of a hidden activation. The decisions of row i and panel p go to out[p * apart + i].
 LARES_INLINE void draw_hidden(const DropoutSite& at, const std::uint32_t* row, const std::uint32_t* position, std::int64_t panels, std::int64_t apart,
                               Keep (*out)[DRAWS]) {
     for (std::int64_t p = 0; p < panels; p += 4) {

@@ -71,7 +71,7 @@ LARES_INLINE void multiply_panel(const float* x, const float* b, std::int64_t ap
     }
 }
 
-// Does the same with x rounded to bf16. `PAIRS` says how the matrices are stored.
+// Like multiply_panel, but with x rounded to bf16. The constant PAIRS above says how the matrices are stored.
 template <int N>
 LARES_INLINE void multiply_panel_bf16(const float* x, const float* b, std::int64_t apart, Vec (&sums)[R][N * V]) {
 #if defined(__AVX512BF16__)

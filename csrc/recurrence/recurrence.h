@@ -22,7 +22,7 @@ struct Recurrence {
     bool bf16;                    // operands of products with weights are rounded to bf16; forward only
 };
 
-// The tensors of the adapter and its norm, and then those of each layer.
+// The number of weights: the tensors of the adapter and its norm, and the tensors of each layer.
 inline std::int64_t weight_count(const Shape& s) {
     const std::int64_t adapter = s.adapter == Adapter::none ? 0 : s.adapter == Adapter::add ? 2 : s.adapter == Adapter::linear ? 3 : 4;
     return adapter + 16 * s.layers;

@@ -9,7 +9,7 @@
 //   load, store              memory need not be aligned
 //   broadcast, add, sub, mul
 //   fma(a, b, c)             a * b + c, rounded once if the instruction set can do that
-//   fma_lane(a, b, c)        the same for one float, with the same rounding
+//   fma_lane(a, b, c)        fma for one float, with the same rounding
 //   sum, largest             over the lanes of a register
 //   max(a, b), min(a, b)     the second operand where either is NaN
 //   abs, with_sign(v, like)  with_sign negates v where `like` is negative

@@ -28,7 +28,7 @@ inline Vec score_ids(const RankScan& s, std::int64_t b, const std::int64_t (&ids
     return max(score, broadcast(-INFINITE));
 }
 
-// Counts the items in [first, target) whose score equals that of the target of query b.
+// Counts the items in [first, target) whose score equals the score of the target of query b.
 inline std::int64_t ties_before(const RankScan& s, std::int64_t b, std::int64_t first) {
     std::int64_t found = 0;
     const std::int64_t target = s.target[b];
@@ -42,7 +42,7 @@ inline std::int64_t ties_before(const RankScan& s, std::int64_t b, std::int64_t 
 }
 
 // An item before the target outranks it also with an equal score, so it must only beat the next float below the target's
-// score. One comparison an item is therefore enough. Only the panel that holds the target needs a second look.
+// score. One comparison an item is therefore enough. Only the panel that holds the target is visited a second time.
 struct RankCounter {
     const RankScan& s;
     const std::int64_t* crossing;  // the first query, by ascending target, whose target is still to come

@@ -8,7 +8,7 @@
 
 namespace lares_fast {
 
-// All pointers are device pointers. Scores are those of topk_cuda, for the target too. A target that is not an item has
+// All pointers are device pointers. Scores have the bits of topk_cuda, for the target too. A target that is not an item has
 // rank N, behind all items. `of_kept` is also N for a query whose exclusion list is not valid (see topk_cuda).
 struct TargetRankCuda {
     const float* query;                   // [B, D]

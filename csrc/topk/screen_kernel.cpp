@@ -118,7 +118,7 @@ void build(const float* items, std::int64_t N, std::int64_t D, const IndexTables
     }
 }
 
-// Scores up to W survivors of query b in fp32, and appends those that beat the threshold.
+// Scores up to W survivors of query b in fp32, and appends the survivors that beat the threshold.
 void rescore(const Screen& s, std::int64_t b, std::int32_t* ids, int n) {
     const TopkScan& scan = s.scan;
     const std::int64_t D = scan.catalog.D;

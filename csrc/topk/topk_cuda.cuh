@@ -16,7 +16,8 @@ struct TopkDeviceScan {
     Rank* reached;
     Rank* lists;  // [splits, B, sorted + QUEUE]
     int k, sorted, splits, item_tiles;
-    // From the first tile of a split to that of the next one, and from a tile of a split to its next one, modulo their number.
+    // The distances from the first tile of a split to the first tile of the next split, and from a tile of a split to its next
+    // one, modulo the number of tiles.
     int stride, step;
 };
 

@@ -8,7 +8,7 @@
 
 namespace lares_fast {
 
-// The candidates of a block of queries. Those of query b begin at b * stride, in ascending order of their ids.
+// The candidates of a block of queries. The candidates of query b begin at b * stride, in ascending order of their ids.
 struct Candidates {
     float* scores;
     std::int32_t* ids;

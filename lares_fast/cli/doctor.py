@@ -111,9 +111,9 @@ def _text(report: dict[str, Any]) -> str:
         else f"not built: {build['cuda_reason']}"
     )
     lines.append(f"{'CUDA code':<12} {cuda}")
-    lines.append(f"{'tuned':<12} {'; '.join(report['tuned']) or 'nothing; run lares-fast tune on a GPU'}")
     known = ("native", "reason", "cuda_built", "cuda_reason", "cuda_archs")
     lines += [f"  {name:<10} {value}" for name, value in build.items() if value != "" and name not in known]
+    lines.append(f"{'tuned':<12} {'; '.join(report['tuned']) or 'nothing; run lares-fast tune on a GPU'}")
     for extra, modules in report["extras"].items():
         missing = [name for name, there in modules.items() if not there]
         state = f'missing {", ".join(missing)}: pip install "lares_fast[{extra}]"' if missing else "installed"

@@ -33,7 +33,7 @@ def small_settings():
 
 @pytest.fixture(scope="session")
 def log_file(tmp_path_factory):
-    """A log of 80 users u1.. with 4 to 20 of 40 items i1.. each, and of one user with too few items to keep."""
+    """Return a log of 80 users u1.. with 4 to 20 of 40 items i1.. each, and of one user with too few items to keep."""
     draw = random.Random(0)
     path = tmp_path_factory.mktemp("log") / "shop.txt"
     items = [f"i{n}" for n in range(1, 41)]
@@ -44,7 +44,7 @@ def log_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, log_file):
-    """The folder of a finished run of both phases."""
+    """Return the folder of a finished run of both phases."""
     out = tmp_path_factory.mktemp("runs") / "small"
     assert main(["train", *SMALL, "--data", str(log_file), "--out", str(out)]) == 0
     return out
@@ -52,7 +52,7 @@ def trained(tmp_path_factory, log_file):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, small_settings):
-    """Name -> (run folder, log file): a run on integer ids, one on string ids, and one with a temporal split."""
+    """Return name -> (run folder, log file): a run on integer ids, one on string ids, and one with a temporal split."""
     folder = tmp_path_factory.mktemp("identity")
     found = {}
     for name, ids, more in (
@@ -69,7 +69,7 @@ def runs(tmp_path_factory, small_settings):
 
 @pytest.fixture
 def damaged(trained, tmp_path):
-    """A copy of a finished run, for a test to damage."""
+    """Return a copy of a finished run, for a test to damage."""
     return shutil.copytree(trained, tmp_path / "damaged")
 
 

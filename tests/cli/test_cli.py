@@ -160,7 +160,7 @@ def test_doctor(cli):
 
 
 def test_doctor_in_a_process_of_its_own():
-    """There, no other test has imported the ops."""
+    """In a new process no other test has imported the ops."""
     out, err = python("-m", "lares_fast", "doctor").communicate(timeout=60)
     assert "\ntopk, fp32 on cpu\n" in out, err
 

@@ -115,7 +115,7 @@ def planned(*names):
 
 @pytest.fixture
 def day(tmp_path):
-    """``day(*names)`` runs these steps and returns the report."""
+    """Return a function ``day(*names)`` that runs these steps and returns the report."""
 
     def run(*names, **how):
         report = gpu_report.Report(tmp_path / "report.json", names)
@@ -259,11 +259,11 @@ def test_doctor_shows_every_op_and_only_extras_that_something_imports(capsys):
     assert main(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     shown = {name.partition(",")[0] for name in told["ops"] if name.endswith("on cpu")}
-    # The other ops are parts of these.
+    # The other entries of the table are parts of these ops.
     assert shown == set(cases.ops()) <= set(_dispatch._TABLE)
     root = Path(__file__).parents[2]
     declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    # Users of the package need neither of these two.
+    # Users of the package do not need the extras `dev` and `docs`.
     assert set(doctor._EXTRAS) == set(declared) - {"dev", "docs"}
     folders = ("lares_fast", "kernels", "benchmarks")
     sources = "".join(path.read_text() for folder in folders for path in (root / folder).rglob("*.py"))

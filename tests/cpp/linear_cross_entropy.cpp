@@ -22,14 +22,14 @@ constexpr double NaN = std::numeric_limits<double>::quiet_NaN(), INFINITE = std:
 
 // Results are compared with fp64. The fp64 computation starts from scores with the bits of topk. u = 2^-24 is half a unit
 // in the last place of fp32. The bounds are:
-// - Sum of a row's terms, and 1 - p, where p is the target's probability. A lane of fp32 has 192 additions. A term e^-x has
-//   an error of 3 u x, with x <= 87 where it counts. Together that is 290 u, which is rounded up.
-// - logprob. The bound above times 1 - p, u for itself, and u times the entropy of its row for the rounding of the base.
-//   The last error is within the first bound.
-// - A sum of the gradients. The error of p, and an addition for each item of a tile, row of a block, tile and part. The
-//   bound is 1e-4 (the ceiling of tests/oracle.py) of the sum of the absolute terms.
+// - SUM is for the sum of a row's terms, and for 1 - p, where p is the target's probability. A lane of fp32 has 192 additions.
+//   A term e^-x has an error of 3 u x, with x <= 87 where it counts. Together that is 290 u, which is rounded up.
+// - LOGPROB is for logprob. Its error is the bound above times 1 - p, plus u for itself, plus u times the entropy of its row
+//   for the rounding of the base. The last error is within the first bound.
+// - GRADIENT is for a sum of the gradients. It covers the error of p, and an addition for each item of a tile, row of a block,
+//   tile and part. It is 1e-4 (the ceiling of lares_fast/verify/tolerance.py) of the sum of the absolute terms.
 constexpr double SUM = 512 * 0x1p-24, LOGPROB = 0x1p-23, GRADIENT = 1e-4;
-// In fp64: lse is the difference of two numbers up to the size of the scores times scale.
+// The bound in fp64, where lse is the difference of two numbers up to the size of the scores times scale.
 constexpr double WIDE = 0x1p-50;
 // A term of the backward pass has an error of 2^-125, and its products have an error of 2^-149. Both are multiplied by
 // exp(scale r - lse), where r is the fp32 number next to lse / scale. That factor is below 2^12 up to MOST. Beyond MOST a

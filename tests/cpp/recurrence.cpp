@@ -7,7 +7,7 @@
 namespace op_test {
 namespace {
 
-// The ceiling of tests/oracle.py. It is relative to the larger of the rms and a sixteenth of the largest value.
+// The ceiling of lares_fast/verify/tolerance.py. It is relative to the larger of the rms and a sixteenth of the largest value.
 constexpr double CEILING = 1e-4;
 
 // The sum of squares and the number of the values of some tensors.
@@ -87,7 +87,7 @@ std::string fault(const Case& c, const Results& found, const Truth& truth) {
     return text;
 }
 
-// The number of cases that were compared, and of those that were excused as ill-conditioned.
+// The number of cases that were compared, and the number of cases that were excused as ill-conditioned.
 std::atomic<std::int64_t> compared{0}, excused{0};
 
 void compare(const Case& c, const Results& found) {

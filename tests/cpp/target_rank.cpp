@@ -41,7 +41,7 @@ void valid(Random& random, bool large, std::int64_t threads) {
         if (test.rank[at] == rank && test.rank_of_all[at] == of_all) continue;
         std::ostringstream text;
         text << "target_rank, " << test.catalog.describe() << ": target " << target << " of query " << b << " is at "
-             << test.rank_of_all[at] << " of all and " << test.rank[at] << " of those left, and should be at " << of_all << " and " << rank;
+             << test.rank_of_all[at] << " of all and " << test.rank[at] << " of the items that are not excluded, and should be at " << of_all << " and " << rank;
         fail(text.str());
     }
 }

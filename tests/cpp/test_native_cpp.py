@@ -32,7 +32,7 @@ def need(*programs):
 
 @contextlib.contextmanager
 def locked(folder):
-    """One process at a time works in ``folder``: workers of pytest-xdist share the builds."""
+    """Let one process at a time work in ``folder``, because workers of pytest-xdist share the builds."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -40,7 +40,7 @@ def locked(folder):
 
 
 def build(name, *options, compiler="g++"):
-    """The command of the program of tests/cpp, which is built once in build/native_tests-<name>."""
+    """Return the command of the program of tests/cpp, which is built once in build/native_tests-<name>."""
     need("cmake", "ninja", compiler)
     folder = ROOT / "build" / f"native_tests-{name}"
     configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DNATIVE_TESTS=ON", "-DLARES_FAST_CUDA=0"]
@@ -55,7 +55,7 @@ def build(name, *options, compiler="g++"):
 
 
 def run(program, level, calls, *, large, callers=1, bug=()):
-    """(exit code, output). A sanitizer reports on stderr and ends the process."""
+    """Return (exit code, output) of the program. A sanitizer reports on stderr and ends the process."""
     command = [*program, level, calls, large, callers, 1, *bug]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
@@ -73,7 +73,7 @@ def check(result, level, calls, callers=1):
 
 
 def levels():
-    """The levels that this CPU has, and AVX-512 if it can be emulated on AVX2."""
+    """Return the levels that this CPU has, and AVX-512 if it can be emulated on AVX2."""
     if not {"avx2", "fma"} <= FLAGS:
         return ["generic"]
     return ["generic", "avx2", *(["avx512", "avx512vnni", "amx"] if HAS_AVX512 or SIMDE.exists() else [])]
@@ -171,7 +171,7 @@ PLANTS = {
 
 
 def run_with_plant(bug, checked, folder):
-    """:func:`run` the program with ``bug`` in it."""
+    """Build the program with ``bug`` in it, and :func:`run` it."""
     name, text, instead = PLANTS[bug]
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     file = folder / "csrc" / "recurrence" / name

@@ -94,7 +94,7 @@ struct Data {
             std::vector<std::int64_t> list(c.longest < 0 || c.N == 0 ? 0 : integer(0, c.longest));
             for (std::int64_t& id : list) id = integer(0, c.N - 1);
             target[b] = c.N ? integer(0, c.N - 1) : 0;
-            // If there are several queries, the last one has a target that is not an item, and so has the third one.
+            // If there are several queries, the targets of the last one and of the third one are not items.
             if (c.B > 1 && b == c.B - 1) target[b] = c.N + 1000;
             if (c.B > 3 && b == 2) target[b] = -1 - (std::int64_t{1} << 40);
             if (!list.empty() && b % 3 == 0 && target[b] >= 0 && target[b] < c.N) list.push_back(target[b]);

@@ -33,7 +33,7 @@ OTHERS = {"device": CSRC / "emulator/device.cpp", "plan": CSRC / "catalog/plan.c
 
 @contextlib.contextmanager
 def locked(folder):
-    """One process at a time works in ``folder``."""
+    """Let one process at a time work in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -57,7 +57,7 @@ def compile(source, kind, to, spoilt=None):
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    """``program(kind, to, spoilt, kernels)`` links the test program of a sanitizer and returns its path.
+    """Return a function ``program(kind, to, spoilt, kernels)`` that links the test program of a sanitizer and returns its path.
 
     ``kernels`` are compiled with the headers in the folder ``spoilt``. All other objects are shared.
     """

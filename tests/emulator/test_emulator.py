@@ -88,7 +88,7 @@ def test_failed_calls_are_told_from_an_unusable_device(tmp_path):
 
 
 def slow_paths(program):
-    """(case, op) -> (rounds, scores computed again), for each tile of items and each warp that has queries."""
+    """Return (case, op) -> (rounds, scores computed again), for each tile of items and each warp that has queries."""
     code, output = run(program, "counts")
     assert code == 0, output[-3000:]
     lines = re.findall(r"^(.*), (top|ranks): ([\d.]+) rounds, ([\d.]+) scores computed again$", output, re.MULTILINE)
@@ -172,7 +172,7 @@ PLANTS = {
     "one of three products left out": (
         "catalog/scores.cuh", "                mma_tf32(step, q_low[m], x_high);\n", "", "plain",
         ("WRONG: Gaussian",), "Gaussian"),
-    "a queue that massed ties overrun": (
+    "a queue that overflows with many ties": (
         "topk/topk_cuda.cuh", "waiting()[lane.lane] > QUEUE - 4)", "waiting()[lane.lane] > QUEUE)",
         "asan", ("heap-buffer-overflow", "Warp::offer")),
     "a tie with the threshold dropped": (

@@ -19,7 +19,7 @@ REGISTERS, THREADS = 65_536, {"topk_merge": 512}
 
 
 def planned(name):
-    """Blocks on one multiprocessor that the launch plan assumes."""
+    """Return the number of blocks on one multiprocessor that the launch plan assumes."""
     if name == "topk_merge":
         return 2
     (blocks,) = re.findall(r"BLOCKS_A_MULTIPROCESSOR = (\d+);", (ROOT / "csrc/catalog/plan.h").read_text())
@@ -56,7 +56,7 @@ def kernel(symbol):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """(log of ptxas, files with the images) of the kernels' sources.
+    """Return (log of ptxas, files with the images) of the kernels' sources.
 
     LARES_FAST_CUDA_BUILD may name a folder that tests/packaging/test_cuda.py has filled: the log and the objects of the wheel.
     Otherwise the sources are compiled here with the options of CMakeLists.txt.

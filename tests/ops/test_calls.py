@@ -38,7 +38,7 @@ def test_an_operator_gives_the_same_call_back(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_schema_has_no_list_of_tensors(name):
-    """An exported package cannot pass one."""
+    """An exported package cannot pass a list of tensors."""
     assert "[]" not in CALLS[name]().schema()
 
 
@@ -95,7 +95,7 @@ def test_explain_checks_its_arguments(op, arguments, options, message):
     ids=["items", "query", "k"],
 )
 def test_the_registered_operator_checks_its_arguments_too(change):
-    """A graph or an exported package calls it without the public function."""
+    """A graph or an exported package calls the operator without the public function."""
     good = CALLS["topk without options"]()
     named = dict(zip((part.split()[-1] for part in good.schema().split(", ")), good.arguments(), strict=True))
     with pytest.raises(InputError):

@@ -172,7 +172,7 @@ def gradients(function, hidden, items, target, upstream, **options):
 
 
 def tiny(backend, dtype):
-    """Check the mean over many rows: half precision cannot hold a probability times its gradient, but their sum."""
+    """Check the mean over many rows: half precision holds the sum of (probability times gradient), but not a single term."""
     M, N, D = 256, 1000, 16
     hidden, items = (torch.randn(M, D) * 0.05 + 0.1).to(dtype), (torch.randn(N, D) + 0.5).to(dtype)
     target, upstream = torch.arange(M) % 3, torch.full((M,), 2.0**-16)
@@ -183,7 +183,7 @@ def tiny(backend, dtype):
     twin = gradients(reference.target_logprob, **how)
     truth = gradients(reference.target_logprob, **{**how, "hidden": hidden.double(), "items": items.double()})
     oracle.check("gradient", result, twin, truth)
-    # The tolerances see little of the rows that are no targets. A lost product would leave an error of their whole size.
+    # The tolerances hardly depend on the items that are no targets. A lost product would leave an error of their whole size.
     rest, wanted = result["items"][3:].double(), truth["items"][3:]
     assert (rest - wanted).abs().max() <= 2.0**-24 + 0.05 * wanted.abs().max() < 0.5 * wanted.abs().max()
 
@@ -241,7 +241,7 @@ def wrong_targets(backend, dtype):
 
 
 def test_a_target_that_is_no_item_gives_nan(monkeypatch):
-    # As on a GPU, where values are not checked.
+    # On a GPU, values are not checked.
     monkeypatch.setattr(LogprobCall, "check_values", lambda call: None)
     wrong_targets("reference", torch.float32)
 

@@ -134,7 +134,7 @@ def test_a_sequence_does_not_depend_on_its_batch():
 
 
 def leaves_of(call):
-    """Return the arguments of the operator. The flat tensor of weights is a leaf, because opcheck differentiates by it."""
+    """Return the arguments of the operator. The flat tensor of weights is a leaf, because opcheck needs its gradient."""
     return replace(call, weights=call.weights.detach().requires_grad_()).arguments()
 
 
@@ -193,7 +193,7 @@ def test_what_the_native_backend_leaves_to_the_reference():
 
 
 class Revealed:
-    """A model that shows a mask of its last layer in the signs of its states. Its weights are 0, but for those set here."""
+    """A model that shows a mask of its last layer in the signs of its states. Only the weights that are set here are not 0."""
 
     def __init__(self, D, H, layers, lengths):
         config = LARESConfig(n_items=2, hidden_size=D, n_heads=H, inner_size=32, n_core_layers=layers, adapter="concat")
@@ -386,7 +386,7 @@ def test_padding_of_the_reference_has_no_gradient_of_its_own(dtype):
     ({"hidden_threshold": -1}, "hidden_threshold has a wrong type or is out of range"),
     ({"adapter": "sum"}, "adapter has an unknown value"),
     ({"weights": [0]}, "the number of weights is wrong"),
-    ({"speed": 3}, "there is an argument that it does not take"),
+    ({"speed": 3}, "an unknown argument was given"),
 ])  # fmt: skip
 def test_the_native_function_takes_each_argument_by_its_name(change, message):
     numbers = {"batch": 0, "width": 16, "n_heads": 1, "inner_size": 16, "n_layers": 1, "eps": 1e-12, "threads": 1}

@@ -187,7 +187,7 @@ def test_asked_for_by_the_environment_attention_still_chooses(monkeypatch):
 
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
 def test_the_backward_waits_for_no_gpu(output):
-    """tests/test_no_waiting.py checks the forward."""
+    """This test checks the backward alone: tests/test_no_waiting.py checks the forward."""
     call = small(lengths=[20, 3]).operator_call(output=output, longest=20)
     with NoScalarReads():
         _, out, tape = _dispatch.run("recurrence", "layers", call)

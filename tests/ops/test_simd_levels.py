@@ -15,7 +15,7 @@ from tests.support.catalog_cases import needs_native
 STEMS = sorted(
     {op.removesuffix("_backward") for op, row in _dispatch._TABLE.items() if any(backend.name == "native" for backend in row)}
 )
-# Of the files of an op, these run its native backend.
+# The ends of the names of the test files that run the native backend of an op.
 PARTS = ("", "_index", "_native", "_losses")
 RUN = """
 import sys

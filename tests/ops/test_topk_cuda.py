@@ -6,7 +6,7 @@ import torch
 from lares_fast import _dispatch, ops, reference
 from tests.support import oracle
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 DEVICE = "cuda"
 
 
@@ -76,7 +76,7 @@ def test_capture_and_another_stream():
     assert torch.equal(captured[1], reference.topk(query, items, 20)[1])
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is only one CUDA device")
 def test_the_current_device_stays():
     query, items = integers(3, 4).to("cuda:1"), integers(50, 4).to("cuda:1")
     ids = ops.topk(query, items, 5, backend="cuda")[1]

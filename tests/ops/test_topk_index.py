@@ -64,7 +64,7 @@ class TestCatalogIndex:
         tables = ops.CatalogIndex(items).tables(items)
         bounds = tables.bounds
         if not bounds.numel():
-            pytest.skip("this CPU screens nothing")
+            pytest.skip("there is no screening on this CPU")
         expected = native_topk(query, items, 100)
         bounds[:, 1:] = -1.0
         assert not torch.equal(native_topk(query, items, 100, index=tables)[1], expected[1])

@@ -98,13 +98,13 @@ def link(folder: Path, origin: Path, leave: tuple[str, ...] = ()) -> None:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory):
-    """The copy of the sources that the builds share. A test that changes files makes its own copy."""
+    """Return the copy of the sources that the builds share. A test that changes files makes its own copy."""
     return copy_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="session")
 def builder(tmp_path_factory):
-    """An environment with the build requirements only, so without torch."""
+    """Return an environment with the build requirements only, so without torch."""
     python = create(tmp_path_factory.mktemp("builder"))
     requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     python.ok("-m", "pip", "install", "-q", *requirements, cwd=ROOT.parent)
@@ -134,7 +134,7 @@ def user(builder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runner(user):
-    """An environment that runs packages which are unpacked in a folder."""
+    """Return an environment that runs packages which are unpacked in a folder."""
     return user(with_pip=False)
 
 
@@ -148,13 +148,13 @@ def sdist(sources, builder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wheel(sources, builder, tmp_path_factory):
-    """The CPU wheel of the sources."""
+    """Return the CPU wheel of the sources."""
     return builder.wheel(sources, tmp_path_factory.mktemp("wheel"))[0]
 
 
 @pytest.fixture
 def needed():
-    """``needed(library)`` returns the libraries and search paths that a shared object asks the loader for."""
+    """Return a function that returns the libraries and search paths that a shared object needs."""
 
     def read(library: Path) -> str:
         listing = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
@@ -167,7 +167,7 @@ def needed():
 
 @pytest.fixture
 def broken_nvcc(tmp_path):
-    """A PATH whose first nvcc fails, and whose nvidia-smi lists a GPU."""
+    """Return a PATH whose first nvcc fails, and whose nvidia-smi lists a GPU."""
     folder = broken(tmp_path)
     nvidia_smi(folder, ONE_GPU)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"

@@ -1,4 +1,4 @@
-"""The one build with CUDA; it compiles for GPUs and asks for none."""
+"""Build the package with CUDA. The build compiles for GPUs that the machine need not have."""
 
 import json
 import os
@@ -18,23 +18,23 @@ REPORT = "import json, lares_fast._native as n; print(json.dumps([n.build_info()
 
 @pytest.fixture
 def environ():
-    """What asks for CUDA and says where it is."""
+    """Return the variables that make the build compile CUDA code and name the folder of CUDA."""
     places = {name: os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH", "CUDACXX") if name in os.environ}
     return {"LARES_FAST_CUDA": "1", **places}
 
 
 @pytest.fixture
 def nvcc(sources, builder, environ):
-    """The nvcc that the build takes."""
+    """Return the nvcc that the build uses."""
     found = builder.ok("-c", "import os, setup; print(setup.find_nvcc(os.environ) or '')", cwd=sources, **environ).strip()
     return found or pytest.skip("no nvcc in CUDACXX, CUDA_HOME, CUDA_PATH, PATH or the usual folders")
 
 
 @pytest.mark.parametrize("version", ["==3.24.*", "==3.25.*", "==3.28.*", ">=4"])
 def test_every_cmake_finds_that_nvcc_compiles(version, sources, builder, nvcc, tmp_path):
-    """The oldest that is allowed, those of Debian 12 and Ubuntu 24.04, and the newest."""
+    """The versions are the oldest that is allowed, the ones in Debian 12 and Ubuntu 24.04, and the newest."""
     builder.ok("-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "tools", f"cmake{version}", cwd=tmp_path)
-    # The program itself: the script beside it takes the package of whatever environment runs it.
+    # This is the program itself. The script of the same name would use the package of the environment that runs it.
     cmake = tmp_path / "tools" / "cmake" / "data" / "bin" / "cmake"
     settings = (
         f"-DCMAKE_MAKE_PROGRAM={builder.path.parent / 'ninja'}",
@@ -62,7 +62,7 @@ def test_cuda_build(sources, builder, runner, needed, nvcc, environ, tmp_path):
     info, capability = json.loads(runner.ok("-c", REPORT, cwd=tmp_path / "unpacked").splitlines()[-1])
     assert info["native"] and info["cuda_built"] and info["nvcc_version"]
     assert info["cuda_archs"][0].endswith("-real")
-    # The oldest architecture's PTX, for devices between the listed ones.
+    # The last entry is PTX of the oldest architecture, for devices between the listed ones.
     assert info["cuda_archs"][-1] == info["cuda_archs"][0].replace("real", "virtual")
     assert capability.startswith(("ok: ", "no driver", "no device", "driver older", "no kernel image"))
 
@@ -84,11 +84,11 @@ def test_cuda_build(sources, builder, runner, needed, nvcc, environ, tmp_path):
     assert "libcuda" not in needed(module)
 
     if (cuobjdump := find_cuobjdump()) is None:
-        pytest.skip("the images were not looked at: pip install nvidia-cuda-cuobjdump")
+        pytest.skip("the images were not checked: pip install nvidia-cuda-cuobjdump")
     listed, used = (subprocess.check_output([cuobjdump, *what, module], text=True) for what in (IMAGES, ["-res-usage"]))
     archs = sorted(arch.removesuffix("-real") for arch in info["cuda_archs"][:-1])
     images = re.findall(r"sm_(\d+)\.cubin", listed)
-    # Each source has an image of each architecture, and PTX of the oldest.
+    # Each source has an image for each architecture, and PTX of the oldest one.
     assert sorted(images) == sorted(archs * (len(images) // len(archs))) and len(images) >= len(archs)
     assert set(re.findall(r"sm_(\d+)\.ptx", listed)) == {info["cuda_archs"][-1].removesuffix("-virtual")}
     assert all(kernel in used for kernel in ("topk_scan", "topk_merge", "rank_count"))
@@ -98,6 +98,6 @@ IMAGES = ["-lelf", "-lptx"]
 
 
 def find_cuobjdump():
-    """On PATH, in the usual folder, or from its package."""
+    """Return the path of cuobjdump: from PATH, the usual folder or its package; or None."""
     folders = [None, "/usr/local/cuda/bin", *map(str, (Path(sysconfig.get_path("purelib")) / "nvidia").glob("*/bin"))]
     return next((found for folder in folders if (found := shutil.which("cuobjdump", path=folder))), None)

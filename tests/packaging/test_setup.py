@@ -56,7 +56,7 @@ def test_other_platforms_are_pure_python_and_told_so(script, monkeypatch, system
 
 @pytest.fixture
 def driver(script, tmp_path, monkeypatch):
-    """``driver(lines)`` returns ``no_gpu()`` on a machine whose nvidia-smi is this script."""
+    """Return a function that returns ``no_gpu()`` on a machine whose nvidia-smi is the given script."""
 
     def ask(lines):
         if lines is not None:

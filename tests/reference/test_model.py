@@ -54,7 +54,8 @@ def test_the_public_model_obeys_the_law(training, every_step, adapter):
     fast.load_state_dict(twin.state_dict())
     truth = copy.deepcopy(twin).double()
     seq, lengths = sequences(300)
-    # Several, because the error of the twin in a single number, the gate of the linear adapter, may be small by luck.
+    # There are several upstream gradients, because the error of the twin in one number, the gate of the linear adapter, may be
+    # small by chance.
     upstreams = torch.randn(8, 300, 1, 16) if every_step else torch.randn(8, 300, 16)
 
     def results(model):
@@ -234,7 +235,7 @@ PAD_INSIDE = {
 @pytest.mark.parametrize("name", PAD_INSIDE)
 @pytest.mark.parametrize("kind", [reference.LARES, lares_fast.LARES])
 def test_a_pad_within_a_sequence_is_refused(kind, name):
-    """The reference would hide it from attention. Packed tokens cannot hide it."""
+    """The reference would hide the PAD from attention. Packed sequences cannot hide it."""
     *sequences, place = PAD_INSIDE[name]
     model, sequences = kind(config()).eval(), tuple(map(torch.tensor, sequences))
     for call in (model.encode, model, lambda *x: model.trajectories(*x, torch.ones(2, len(x[1]) - (x[0].dim() == 1)).long())):

@@ -21,7 +21,7 @@ def module_of(adapter, **changes):
 
 
 def in_one_piece(module, adapter):
-    """Whether the flat tensor of the parameters is a view of them."""
+    """Return whether the flat tensor of the parameters is a view of them."""
     parameters = list(module.parameters())
     flat = WeightLayout.of(parameters, adapter, 16).flatten_detached(parameters)
     memory = {parameter.untyped_storage().data_ptr() for parameter in parameters}

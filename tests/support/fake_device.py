@@ -33,7 +33,7 @@ def implementations():
 
 
 class DeviceTensor(Tensor):
-    """``inner``, a tensor on the CPU, as if it were on another device."""
+    """A tensor that holds ``inner`` on the CPU and claims to be on another device."""
 
     @staticmethod
     def __new__(cls, inner):

@@ -35,14 +35,14 @@ def check(function, hidden, items, target, grad, **options):
 
 
 def check_large_logits(sign, backend):
-    """The scores are exact and reach several hundred. The target has the highest or the lowest one."""
+    """Check scores that are exact and reach several hundred. The target has the highest or the lowest one."""
     hidden, items = integers(40, 16) * 4, integers(700, 16) * 8
     scores = sign * (hidden @ items.T)
     check("target_logprob", hidden, items, scores.argmax(1), torch.randn(40), backend=backend)
 
 
 def check_saturated(gap, backend):
-    """1 - p(target) is exp(-gap). Neither log p nor the gradient of the target may round it to 0."""
+    """Check targets with 1 - p(target) = exp(-gap). Neither log p nor the gradient of the target may round it to 0."""
     items = torch.zeros(50, 3)
     items[7, 0] = gap
     hidden = torch.tensor([[1.0, 0.5, 0.0]]).repeat(5, 1)
@@ -53,7 +53,7 @@ def check_saturated(gap, backend):
 
 
 def check_ascending_scores(backend):
-    """The scores of each panel are far above the scores of the panel before it."""
+    """Check catalogs in which the scores of each panel are far above the scores of the panel before it."""
     items = torch.arange(2000.0)[:, None] * 4
     check("target_logprob", torch.ones(5, 1), items, torch.tensor([0, 3, 1000, 1998, 1999]), torch.randn(5), backend=backend)
 

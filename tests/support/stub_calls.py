@@ -133,7 +133,7 @@ for B, longest in ((1, 1), (1, 20), (1, 64), (7, 50), (2048, 3), (70_000, 1)):
 
 
 def tuned(op, choice, expected, call):
-    """Check that ``call`` launches each kernel with the threads in ``choice``, and other kernels with the threads of before."""
+    """Check that ``call`` launches each kernel with the threads in ``choice``, and other kernels with their usual threads."""
     before = [int(x[4]) for x in call()]
     with tuning.forced(op, choice):
         launches = call()

@@ -35,7 +35,7 @@ class Compiled:
 
     @property
     def products(self):
-        """The number of tensor-core instructions."""
+        """Return the number of tensor-core instructions."""
         return sum(n for name, n in self.opcodes.items() if re.match("HMMA|HGMMA|QGMMA|UTC.*MMA", name))
 
     def resident_warps(self, architecture):

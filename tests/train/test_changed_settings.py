@@ -1,4 +1,4 @@
-"""A setting that has another value when a run is resumed is applied and announced, or refused."""
+"""A setting that has another value when a run is resumed is applied and announced, or rejected."""
 
 import json
 from dataclasses import fields, replace
@@ -138,7 +138,7 @@ def test_the_settings_of_a_filter_that_is_off_may_change(tmp_path):
 
 
 def test_an_epoch_trains_on_every_row_once_in_spite_of_stops(tmp_path, monkeypatch):
-    """Another batch size is refused in the middle of an epoch, and applied between two epochs."""
+    """Another batch size is rejected in the middle of an epoch, and applied between two epochs."""
     from lares_fast.train.spt import SPT
 
     seen, whole = [], SPT.batch

@@ -142,7 +142,7 @@ def test_tampered_parts_of_a_state_are_refused(run, copy):
 
 
 def test_files_of_an_earlier_version_are_read(run, copy):
-    """Their metadata holds only the configuration, and no checksum."""
+    """The metadata of such files holds only the configuration, and no checksum."""
     from safetensors.torch import save_file
 
     weights, config = load_weights(run / "model.safetensors")

@@ -135,7 +135,7 @@ def model(request):
     ],
 )
 def test_ranks_of_a_broken_model_are_refused(model, name, value):
-    """One broken number is enough, and even scores that are finite by accident do not count."""
+    """One broken number is enough, even if all scores are finite by chance."""
     log, rows = train_run.log(), train_run.split().valid
     with torch.no_grad():
         model.get_parameter(name).view(-1)[-1] = value

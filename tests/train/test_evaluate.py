@@ -64,7 +64,7 @@ def test_the_batch_size_does_not_change_the_metrics(batch_size, model):
 
 
 def history_without_target(log, rows, batch):
-    """Return the history without the target: a user may have bought it before, and evaluation ranks it all the same."""
+    """Return the history without the target: a user may have bought it before, and evaluation ranks it even then."""
     offsets, ids = history_of(log, rows, batch.rows)
     owner = torch.repeat_interleave(torch.arange(len(batch)), offsets.diff())
     kept = ids != batch.target[owner]

@@ -30,7 +30,7 @@ def phase_of(name, model):
 
 @pytest.mark.parametrize("name", ["spt", "rpt"])
 def test_a_plain_loop_gives_the_bits_of_the_trainer(name, tmp_path):
-    """It uses the keys, the order of rows and the optimizer of the trainer, and none of its code."""
+    """The loop uses the keys, the order of rows and the optimizer of the trainer, but not its code."""
     settings = {"spt_epochs": 1, "rpt_epochs": 1}
     train_run.train(tmp_path, ("spt",) if name == "spt" else train_run.BOTH, **settings)
     state, config = load_state(tmp_path / "state.pt"), train_run.config(**settings)

@@ -72,7 +72,7 @@ def page(found):
     text = [
         "# The compile gate on older Tritons",
         "",
-        "This page shows what each version of Triton makes of the kernels in bf16, for each GPU. A cell has four numbers: "
+        "This page shows how each version of Triton compiles the kernels in bf16, for each GPU. A cell has four numbers: "
         "registers a thread, bytes of stack, KB of shared memory, and products of tensor cores.",
         "All products are `HMMA`. The command fails if WGMMA or tcgen05 occurs. The kernels were compiled on a machine "
         "without a GPU. None of them ran on one.",

@@ -1,5 +1,5 @@
-/* A libcuda.so.1 without a GPU: what Triton's launcher links, with attributes from the environment. Launches are written to
-   the file STUB_LOG, and refused where the hardware would refuse them. */
+/* A libcuda.so.1 that needs no GPU. It has the functions that Triton's launcher calls, and reads the attributes of the device
+   from the environment. It writes launches to the file STUB_LOG, and returns an error where the hardware would. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -36,7 +36,7 @@ int cuDevicePrimaryCtxRetain(void** retained, int device) { *retained = &context
 
 int cuModuleLoadData(void** module, const void* image) { *module = &context; return 0; }
 int cuModuleUnload(void* module) { return 0; }
-/* A function is its name. */
+/* The handle of a function is its name. */
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     char* copy = malloc(256);
     snprintf(copy, 256, "%s", name);

@@ -102,7 +102,7 @@ def test_recurrence(offsets, longest, right, output, memory):
 
 
 def test_a_sequence_that_is_longer_than_its_tile_does_not_hide_its_neighbours(memory):
-    """Their results equal the results of a call without it."""
+    """The results of its neighbours equal the results of a call without the long sequence."""
     offsets = [0, 5, 105, 110, 115]
     call = replace(call_of(offsets, 20, 2), keep=False)
     _, out, _ = _dispatch.run("recurrence", "triton", call)

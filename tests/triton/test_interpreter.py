@@ -93,7 +93,7 @@ def test_arithmetic_in_bf16_is_refused(kernels, memory, error):
 
 
 def calls():
-    """A small call of each op, of rows [8, 64] on a backend."""
+    """Return a small call of each op, of rows [8, 64] on a backend."""
     from lares_fast import LARESConfig, ops, reference
 
     offsets, items, config = torch.tensor([0, 8]), torch.randn(40, 64), LARESConfig(n_items=2, inner_size=64, n_core_layers=1)

@@ -1,4 +1,4 @@
-"""The launch wrapper: which launches it refuses, and what it checks. A recorder replaces the kernel; nothing is compiled."""
+"""The launch wrapper: which launches it rejects, and what it checks. A recorder replaces the kernel; nothing is compiled."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The self-test of kernels (canary): which faults it finds, what follows, and which errors must not lead to another backend."""
+"""The self-test of kernels: which faults it finds, which backend runs then, and which errors lead to no other backend."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ WITH_KERNELS = ["attention", "linear_cross_entropy", "recurrence"]
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """Treat the CPU as a GPU; return the folder of verdicts."""
+    """Treat the CPU as a GPU; return the folder of stored results."""
     monkeypatch.setenv("LARES_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
     monkeypatch.setattr(_triton, "_is_gpu", lambda tensor: True)
@@ -122,7 +122,7 @@ def test_a_wrong_kernel_gives_way_and_a_right_one_is_tried_once(wrong, gpu, monk
         assert used[-1] != "triton" if wrong else used[-1] == "triton"
         (stored,) = gpu.iterdir()
         assert bool(json.loads(stored.read_text())["fault"]) == wrong
-        # Another process finds the verdict.
+        # Another process would find the stored result.
         self_test._known.clear()
         launches = memory.launches
         assert ("its self-test failed" in explain("linear_cross_entropy", *softmax())) == wrong
@@ -165,7 +165,7 @@ def test_kernels_that_do_not_fit_or_compile_give_way(gpu, monkeypatch):
     assert not gpu.exists()
 
 
-def test_no_canary_within_a_capture(gpu, monkeypatch):
+def test_no_self_test_within_a_capture(gpu, monkeypatch):
     monkeypatch.setattr(self_test, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="run lares-fast warmup"):
         ops.target_logprob(*softmax())
@@ -289,8 +289,8 @@ def test_a_capture_does_not_wait_for_another_thread(gpu, monkeypatch):
         self_test.refusal("attention", CPU, torch.float32)
 
 
-def test_a_backward_of_a_canary_needs_no_other_thread(gpu, monkeypatch):
-    """On a GPU the backward would run in the only thread of the device, which may be waiting for the verdict."""
+def test_a_backward_of_a_self_test_needs_no_other_thread(gpu, monkeypatch):
+    """On a GPU the backward would run in the only thread of the device, which may be waiting for the self-test."""
     seen = []
 
     def note(*_, **__):
@@ -311,7 +311,7 @@ def variants(call):
     return asked
 
 
-def test_the_canary_tries_what_is_launched():
+def test_the_self_test_tries_what_is_launched():
     """A call of the published model without gradients has its own kernels, and no kernel of a backward."""
     from tests.support.recurrence_case import Case
 
@@ -342,7 +342,7 @@ def test_the_canary_tries_what_is_launched():
 
 
 @pytest.mark.interpreted
-def test_the_canary_of_an_answer_launches_no_backward(monkeypatch):
+def test_the_self_test_of_an_answer_launches_no_backward(monkeypatch):
     from lares_fast.kernels import _launch
 
     from tests.support import triton_interpreter
