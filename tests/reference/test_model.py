@@ -43,7 +43,7 @@ def test_what_lies_behind_a_sequence_changes_nothing():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("every_step", [True, False])
 @pytest.mark.parametrize("adapter", ["add", "concat", "linear"])
-def test_the_public_model_obeys_the_law(training, every_step, adapter):
+def test_the_public_model_stays_within_the_tolerances(training, every_step, adapter):
     """States and every gradient of packed encoding, compared with the reference in fp64. The reference in fp32 is the twin."""
     twin = reference.LARES(config(adapter=adapter, per_sequence_depth=True)).train(training)
     with torch.no_grad():

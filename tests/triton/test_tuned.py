@@ -156,7 +156,7 @@ def test_the_fastest_is_found(calls, monkeypatch):
     assert len(measured) == 1 + 3 + 3 * 12
 
 
-def test_what_breaks_the_law_is_never_measured(calls, monkeypatch):
+def test_a_candidate_beyond_the_tolerances_is_never_measured(calls, monkeypatch):
     right = cases.Case.results
 
     def results(self, backend, dtype, device):
@@ -205,7 +205,7 @@ def test_errors_of_a_broken_gpu_are_raised(calls, monkeypatch):
     ("attention", 16, {}), ("attention", 64, {}), ("linear_cross_entropy", 16, {}), ("linear_cross_entropy", 64, {}),
     ("recurrence", 128, {"heads": 4, "inner": 64, "adapter": "linear"}),
 ])  # fmt: skip
-def test_kernels_obey_the_law_in_tiles_that_are_not_shipped(op, rows, sizes):
+def test_kernels_stay_within_the_tolerances_in_tiles_that_are_not_shipped(op, rows, sizes):
     """Run the kernels interpreted. The interpreter has no warps and stages."""
     with comparison.interpreted(), tuning.forced(op, _launch.Choice(rows)):
         assert comparison.faults_of(*comparison.compare_case(op, "triton", torch.float32, **sizes)) == []
