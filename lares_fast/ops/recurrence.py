@@ -112,7 +112,7 @@ def _call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], options: Mappin
         depth=each,
         rows=rows,
         seed=None,
-        weights=layout.flatten(weights) if keep else layout.flatten_detached(weights),
+        weights=layout.flatten(weights if keep else [weight.detach() for weight in weights]),
         steps=steps,
         n_layers=layout.n_layers,
         inner_size=layout.inner_size,

@@ -11,7 +11,6 @@ from lares_fast._errors import InputError
 from lares_fast._random import SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, Draw
 from lares_fast.config import LARESConfig
 from lares_fast.reference.attention import attention
-from lares_fast.reference.weights import FlatModule
 
 BACKBONES: dict[str, Callable[[LARESConfig, int], nn.Module]] = {}
 
@@ -97,13 +96,12 @@ class TransformerLayer(nn.Module):
         return self.feed_forward(x, draw=draw, step=step, layer=layer)
 
 
-class TransformerBlock(FlatModule):
+class TransformerBlock(nn.Module):
     """A stack of ``n_layers`` post-LN transformer layers."""
 
     def __init__(self, config: LARESConfig, n_layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(n_layers))
-        self.flatten_parameters()
 
     def forward(self, x: Tensor, mask: Tensor, *, draw: Draw | None, step: int) -> Tensor:
         """Map ``x`` [B, L, D] to [B, L, D]. If ``draw`` is given, dropout has the address (``step``, layer)."""

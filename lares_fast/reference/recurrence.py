@@ -11,7 +11,7 @@ from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
 from lares_fast.reference.attention import attention_mask
 from lares_fast.reference.backbone import build_block
-from lares_fast.reference.weights import FlatModule, WeightLayout
+from lares_fast.reference.weights import WeightLayout
 from lares_fast.sequences import pad, unpad
 
 
@@ -57,7 +57,7 @@ def build_adapter(config: LARESConfig) -> nn.Module:
     return LinearAdapter()
 
 
-class Recurrence(FlatModule):
+class Recurrence(nn.Module):
     """``h = core(LN(adapter(h, pre)))``, T times with shared weights."""
 
     def __init__(self, config: LARESConfig) -> None:
@@ -65,8 +65,6 @@ class Recurrence(FlatModule):
         self.adapter = build_adapter(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.core = build_block(config, config.n_core_layers)
-        self.adapter_name = config.adapter
-        self.flatten_parameters()
 
     def forward(self, h: Tensor, pre: Tensor, mask: Tensor, depth: Tensor, *, draw: Draw | None) -> Iterator[Tensor]:
         """Yield the state [B, L, D] after step 1, 2, ..., max(depth).

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from lares_fast._errors import InputError
@@ -94,25 +93,6 @@ class WeightLayout:
         flat: Tensor = _flatten_dense_tensors([weights[i] for i in self.order])
         return flat
 
-    def flatten_detached(self, weights: Sequence[Tensor]) -> Tensor:
-        """Return all ``weights`` as one flat tensor without gradients, as a view if they are in one :class:`FlatModule`."""
-        flat = None if torch.compiler.is_compiling() else self._view(weights)
-        return self.flatten([weight.detach() for weight in weights]) if flat is None else flat
-
-    def _view(self, weights: Sequence[Tensor]) -> Tensor | None:
-        # A subclass of Tensor may have no memory of its own.
-        if not {type(weight) for weight in weights} <= {nn.Parameter, Tensor}:
-            return None
-        first = weights[self.order[0]]
-        begin, step, memory = first.data_ptr(), first.element_size(), first.untyped_storage()
-        if begin + step * self.size > memory.data_ptr() + memory.nbytes():
-            return None
-        if [weight.data_ptr() for weight in weights] != [begin + step * place for place in self.places]:
-            return None
-        if not all([weight.is_contiguous() for weight in weights]):
-            return None
-        return first.detach().as_strided((self.size,), (1,), first.storage_offset())
-
     def cut(self, flat: Tensor) -> dict[str, Tensor]:
         """Return views of ``flat``, the result of :meth:`flatten`, by name."""
         shapes = list(self.shapes.values())
@@ -128,41 +108,3 @@ def layout_of(adapter: str, width: int, inner_size: int, n_layers: int) -> Weigh
 
 
 _kept_layout = functools.lru_cache(WeightLayout)
-
-
-class FlatModule(nn.Module):
-    """A module that keeps its parameters one after the other in memory, in the order of :class:`WeightLayout`.
-
-    A call without gradients then reads them without a copy. A parameter may be elsewhere, because the module was copied or
-    ``load_state_dict(assign=True)`` replaced the parameter. Then calls copy the weights, and the results do not change.
-    """
-
-    # The adapter of the module's weights, as in WeightLayout.
-    adapter_name = "none"
-
-    def flatten_parameters(self) -> None:
-        """Move the parameters into one piece of memory, if they are the parameters that a layout has.
-
-        Parameters stay where they are if other processes share them, or if they are not plain parameters of one dtype and
-        device.
-        """
-        named = {name.removeprefix("core."): p for name, p in self.named_parameters(remove_duplicate=False)}
-        up = [p for name, p in named.items() if name.endswith("feed_forward.up.weight")]
-        if not up or up[0].dim() != 2:
-            return
-        layout, parameters = layout_of(self.adapter_name, up[0].shape[1], up[0].shape[0], len(up)), list(named.values())
-        if {name: tuple(p.shape) for name, p in named.items()} != layout.shapes:
-            return
-        for p in parameters:
-            shared = p.device.type == "cpu" and p.is_shared()
-            alike = p.dtype == up[0].dtype and p.device == up[0].device
-            if type(p) is not nn.Parameter or p.is_meta or shared or not alike:
-                return
-        flat = layout.flatten_detached(parameters)
-        for p, view in zip(parameters, layout.cut(flat).values(), strict=True):
-            p.data = view
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self.flatten_parameters()
-        return self
