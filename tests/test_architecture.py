@@ -35,10 +35,12 @@ MAY_IMPORT = {
     "model": LEAVES | {"reference", "sequences", "catalog", "ops", "_dispatch", "_modules"},
     "verify": LEAVES | {"reference", "sequences", "ops", "model", "_dispatch", "kernels"},
     "data": LEAVES | {"sequences"},
-    "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data"},
-    "serve": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "train"},
+    "_device": LEAVES | {"ops", "_dispatch"},
+    "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "_device"},
+    "serve": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "_device"},
     "cli": LEAVES
-    | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "serve", "verify", "_dispatch", "convert"},
+    | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "serve", "verify", "_dispatch", "_device"}
+    | {"convert"},
     "kernels": {"_settings"},
 }
 # The package itself loads every public module on first use, and its __main__ calls the command line.
