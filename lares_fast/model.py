@@ -67,7 +67,14 @@ class LARES(reference.LARES):
         )
 
     def _encode(
-        self, sequences: Sequences, passes: int, depth: Tensor, state: Tensor | None, draw: Draw, every_step: bool
+        self,
+        sequences: Sequences,
+        passes: int,
+        depth: Tensor,
+        state: Tensor | None,
+        draw: Draw,
+        every_step: bool,
+        deepest: int | None = None,
     ) -> Tensor:
         """Encode packed sequences without padding. A causal block gives the same states, because no position sees a later one.
 
@@ -79,16 +86,21 @@ class LARES(reference.LARES):
                 f"bf16 needs the packed encoder, but the model runs on padded sequences, because {why}: leave bf16 out."
             )
         if why is not None or not len(depth):
-            return super()._encode(sequences, passes, depth, state, draw, every_step)
-        repeated = sequences.repeat(passes)
+            return super()._encode(sequences, passes, depth, state, draw, every_step, deepest)
+        repeated = sequences if passes == 1 else sequences.repeat(passes)
         if state is None:
             state = self._initial_rows(draw, *(place.cpu() for place in repeated.row_positions()))
         masks = draw if self.training and (self.config.dropout or self.config.attention_dropout) else None
         # Without masks all passes have the same input to the first step.
-        pre = self._before(sequences, None).repeat(passes, 1) if masks is None else self._before(repeated, masks)
+        pre = (
+            self._before(repeated, masks)
+            if masks is not None or passes == 1
+            else self._before(sequences, None).repeat(passes, 1)
+        )
         output = "steps" if every_step else "last"
         state = to_device(state, pre.device).to(pre)
-        return self._steps(self.recurrence, state, repeated.offsets, masks, pre=pre, depth=depth, output=output)
+        how: dict[str, Any] = {"depth": depth, "output": output, **({} if deepest is None else {"deepest": deepest})}
+        return self._steps(self.recurrence, state, repeated.offsets, masks, pre=pre, **how)
 
     def _padded_because(self) -> str | None:
         """Return why the model must run its modules on padded sequences, as the reference does, or ``None``."""

@@ -6,8 +6,8 @@ from lares_fast.reference.depth import sample_depth
 from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, target_logprob, target_logprob_and_rank
 from lares_fast.reference.model import LARES
 from lares_fast.reference.recurrence import Recurrence, recurrence
-from lares_fast.reference.rpt import RPTLoss, group_advantage, ranking_reward, rpt_loss
-from lares_fast.reference.spt import Pass, SPTLoss, info_nce, spt_loss
+from lares_fast.reference.rpt import RPTLoss, RPTRows, group_advantage, ranking_reward, rpt_loss, rpt_rows
+from lares_fast.reference.spt import Pass, SPTLoss, info_nce, spt_loss, spt_terms
 from lares_fast.reference.target_rank import target_rank
 from lares_fast.reference.topk import topk
 from lares_fast.sequences import Sequences
@@ -16,6 +16,7 @@ __all__ = [
     "LARES",
     "Pass",
     "RPTLoss",
+    "RPTRows",
     "Recurrence",
     "SPTLoss",
     "Sequences",
@@ -29,8 +30,10 @@ __all__ = [
     "recurrence",
     "register_backbone",
     "rpt_loss",
+    "rpt_rows",
     "sample_depth",
     "spt_loss",
+    "spt_terms",
     "target_logprob",
     "target_logprob_and_rank",
     "target_rank",

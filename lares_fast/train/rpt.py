@@ -26,18 +26,22 @@ class RPTBatch:
     ``policy_pass, start_pass``
         The depths [G, B] and the random numbers of G trajectories a row, for the model in training and for the frozen
         model. The depths are equal in both.
+    ``rows``
+        The states that the loss reads.
     """
 
     inputs: Batch
     policy_pass: reference.Pass
     start_pass: reference.Pass
+    rows: reference.RPTRows
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def to(self, device: torch.device | str) -> RPTBatch:
-        """Return a copy with the rows on ``device``; depths and random numbers stay on the CPU."""
-        return replace(self, inputs=self.inputs.to(device))
+        """Return a copy with the rows and the tables on ``device``; depths and random numbers stay on the CPU."""
+        tables = reference.RPTRows(*(table.to(device, non_blocking=True) for table in self.rows))
+        return replace(self, inputs=self.inputs.to(device), rows=tables)
 
 
 class RPT(nn.Module):
@@ -96,12 +100,12 @@ class RPT(nn.Module):
         config, group = self.model.config, self.settings.group_size
         inputs = make_batch(self.log, self.rows, index, config.max_len)
         size, choices = len(inputs), generator(fold(key, _DEPTHS))
-        depths = [sample_batch_depth(config, size, choices) for _ in range(group)]
-        rows = torch.arange(group * size)
-        policy = reference.Pass(torch.stack(depths), Draw(fold(key, _POLICY), rows))
+        depth = torch.stack([sample_batch_depth(config, size, choices) for _ in range(group)])
+        policy = reference.Pass(depth, Draw(fold(key, _POLICY), torch.arange(group * size)))
         # With shared noise, the frozen model starts from the initial states of the model in training.
         noise = _POLICY if config.share_reference_noise else _REFERENCE
-        return RPTBatch(inputs, policy, replace(policy, draw=Draw(fold(key, noise), rows)))
+        start = replace(policy, draw=Draw(fold(key, noise), torch.arange(group * size)))
+        return RPTBatch(inputs, policy, start, reference.rpt_rows(depth))
 
     def forward(self, batch: RPTBatch) -> Tensor:
         """Return the loss, a scalar with a gradient, and set :attr:`parts`. It is :func:`lares_fast.reference.rpt_loss`."""
@@ -116,6 +120,7 @@ class RPT(nn.Module):
             beta=self.settings.beta,
             reward=self.settings.reward,
             scores=self.settings.scores,
+            rows=batch.rows,
         )
         self.parts = {
             "reward": loss.rewards.mean(),
