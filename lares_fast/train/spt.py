@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lares_fast import reference
-from lares_fast._random import Draw, Key, fold, generator
-from lares_fast.data import Batch, InteractionLog, Rows, SameTargetIndex, make_batch
+from lares_fast._random import Key, fold, generator
+from lares_fast.data import InteractionLog, Rows, SameTargetIndex, make_batch
+from lares_fast.data.batch import Inputs, Places, input_lengths
 from lares_fast.reference.depth import sample_batch_depth
 from lares_fast.train.config import SPTConfig
+from lares_fast.train.padding import Padding, padded_pass
 
 _CHOICES, _PASSES = range(2)
+
+Held = TypeVar("Held", bound=Inputs | Places)
 
 
 class SPTRows(NamedTuple):
@@ -46,7 +50,7 @@ def spt_rows(num_steps: Tensor, step_index: int) -> SPTRows:
 
 
 @dataclass(frozen=True, eq=False)
-class SPTBatch:
+class SPTBatch(Generic[Held]):
     """B training rows with all random choices of one step, as one packed batch of up to three passes.
 
     ``inputs``
@@ -56,19 +60,22 @@ class SPTBatch:
         The depths [1, S] and the random numbers of the S sequences.
     ``rows``
         The states that the loss reads.
+    ``mean_depth``
+        The mean of the depths, an fp64 scalar.
     ``batch``
         B.
     """
 
-    inputs: Batch
+    inputs: Held
     choices: reference.Pass
     rows: SPTRows
+    mean_depth: Tensor
     batch: int
 
     def __len__(self) -> int:
         return self.batch
 
-    def to(self, device: torch.device | str) -> SPTBatch:
+    def to(self: SPTBatch[Inputs], device: torch.device | str) -> SPTBatch[Inputs]:
         """Return a copy with the rows and the tables on ``device``; depths and random numbers stay on the CPU."""
         tables = SPTRows(*(table.to(device, non_blocking=True) for table in self.rows))
         return replace(self, inputs=self.inputs.to(device), rows=tables)
@@ -104,26 +111,48 @@ class SPT(nn.Module):
         self._partners = SameTargetIndex(log, rows)
         self.parts: dict[str, Tensor] = {}
 
-    def batch(self, index: Tensor, key: Key) -> SPTBatch:
+    def batch(self, index: Tensor, key: Key) -> SPTBatch[Inputs]:
         """Prepare the rows ``index`` ([B] int64, each in 0..R-1) on the CPU.
 
         All that is random is a function of ``key``, a pair of integers in [0, 2**32): partners, depths, initial states and
         dropout masks. Give every step its own key.
         """
+        rows, chosen = self._choices(index, key, None)
+        return SPTBatch(make_batch(self.log, self.rows, rows, self.model.config.max_len), **chosen)
+
+    def places(self, index: Tensor, key: Key, padding: Padding) -> SPTBatch[Places]:
+        """Prepare the same batch for a device that has the log, with the sizes of ``padding``."""
+        rows, chosen = self._choices(index, key, padding)
+        places = padding.places(self.log, self.rows, rows, self.model.config.max_len, len(index))
+        return SPTBatch(places, **chosen)
+
+    def padding(self) -> Padding:
+        """Return the padding of a full batch."""
+        lengths, batch = input_lengths(self.log, self.rows, self.model.config.max_len), self.settings.batch_size
+        return Padding.of(lengths.mean() * batch * self._passes, self.model.config.max_len, depth=self.model.config.mean_depth)
+
+    @property
+    def _passes(self) -> int:
+        # A pass that only terms of weight 0 need is left out.
+        return 3 if self.settings.alpha else 2 if self.settings.gamma else 1
+
+    def _choices(self, index: Tensor, key: Key, padding: Padding | None) -> tuple[Tensor, dict[str, Any]]:
+        """Return the S rows of a batch, and its other fields."""
         config, choices, size = self.model.config, generator(fold(key, _CHOICES)), len(index)
         partners = self._partners.sample(index, choices)
         depths = [sample_batch_depth(config, size, choices) for _ in range(2)]
         depths.append(depths[1] if self.settings.same_step else sample_batch_depth(config, size, choices))
         step_index = int(torch.randint(int(depths[1].max()), (), generator=choices))
-        # A pass that only terms of weight 0 need is left out.
-        passes = 3 if self.settings.alpha else 2 if self.settings.gamma else 1
         index = torch.as_tensor(index)
-        inputs = make_batch(self.log, self.rows, torch.cat((index, index, partners)[:passes]), config.max_len)
-        num_steps = torch.stack(depths[:passes])
-        choice = reference.Pass(num_steps.view(1, -1), Draw(fold(key, _PASSES), torch.arange(passes * size)))
-        return SPTBatch(inputs, choice, spt_rows(num_steps, step_index), size)
+        num_steps = torch.stack(depths[: self._passes])
+        return torch.cat((index, index, partners)[: self._passes]), {
+            "choices": padded_pass(num_steps.view(1, -1), fold(key, _PASSES), padding),
+            "rows": spt_rows(num_steps, step_index),
+            "mean_depth": num_steps.double().mean(),
+            "batch": size,
+        }
 
-    def forward(self, batch: SPTBatch) -> Tensor:
+    def forward(self, batch: SPTBatch[Inputs]) -> Tensor:
         """Return the loss, a scalar with a gradient, and set :attr:`parts`. It is :func:`lares_fast.reference.spt_loss`."""
         size, settings = len(batch), self.settings
         states = batch.choices.trajectories(self.model, batch.inputs.sequences)
@@ -145,6 +174,6 @@ class SPT(nn.Module):
             "ce": loss.cross_entropy.detach(),
             "trajectory": loss.trajectory.detach(),
             "step": loss.step.detach(),
-            "T": torch.as_tensor(batch.choices.num_steps).double().mean(),
+            "T": batch.mean_depth,
         }
         return loss.total
