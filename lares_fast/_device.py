@@ -16,9 +16,6 @@ from lares_fast._errors import InputError
 from lares_fast.ops import _triton
 
 _CUDA = re.compile("cuda(:[0-9]{1,9})?")
-# Help text of ``--device``.
-HELP = "auto, cpu, cuda or cuda:N (default: auto, a GPU whose kernels pass their self-test, else the CPU)"
-
 # The calls whose kernels decide whether a GPU is taken: an encoder without gradients, and the softmax over the items. A call
 # with other sizes has a self-test of its own before its first use.
 _PROBES: dict[str, dict[str, Any]] = {
@@ -28,10 +25,11 @@ _PROBES: dict[str, dict[str, Any]] = {
 
 
 class Choice(NamedTuple):
-    """A device, and why it was taken, as a clause."""
+    """A device, and why it was taken, as a clause. ``refused``: there is a GPU, but ``auto`` had to take the CPU."""
 
     device: torch.device
     reason: str
+    refused: bool = False
 
 
 def resolve(name: str | torch.device) -> torch.device:
@@ -89,7 +87,7 @@ def _automatic() -> Choice:
         if (why := _refusal(device)) is None:
             return Choice(device, _passed(device))
         refusals.append(f"{device} cannot be used, because {why}")
-    return Choice(cpu, "; ".join(refusals))
+    return Choice(cpu, "; ".join(refusals), refused=True)
 
 
 def _passed(device: torch.device) -> str:
@@ -168,6 +166,18 @@ def _unusable(error: RuntimeError) -> str:
 def out_of_memory(error: RuntimeError) -> bool:
     """Return whether ``error`` says that the memory of a GPU is not enough."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def require_memory(device: torch.device, needed: int, what: str) -> None:
+    """Raise :class:`InputError` if the free memory of the GPU ``device`` is less than ``needed`` bytes, for ``what``.
+
+    The CPU is not asked.
+    """
+    if device.type == "cuda" and (free := torch.cuda.mem_get_info(device)[0]) < needed:
+        raise InputError(
+            f"{what} needs {needed / 2**30:.2f} GiB on {device}, where {free / 2**30:.2f} GiB are free: end other processes on "
+            "this GPU, or choose another device."
+        )
 
 
 @contextmanager

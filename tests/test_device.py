@@ -117,7 +117,7 @@ def test_a_name_that_is_nearly_right(name):
 def test_no_gpu(monkeypatch, machine, reason):
     Machine(monkeypatch, **machine)
     choice = _device.choose("auto")
-    assert choice.device == torch.device("cpu")
+    assert choice.device == torch.device("cpu") and not choice.refused
     assert refused("cuda").startswith("the device 'cuda' cannot be used, because ")
     for text in (choice.reason, refused("cuda:0")):
         assert re.search(reason, text)
@@ -151,7 +151,7 @@ def test_a_gpu_that_cannot_run_the_kernels(monkeypatch, broken):
     if broken == "without triton":
         monkeypatch.setattr(_triton.importlib.util, "find_spec", lambda name: None)
     choice = _device.choose("auto")
-    assert choice.device == torch.device("cpu")
+    assert choice.device == torch.device("cpu") and choice.refused
     assert choice.reason.startswith("cuda:0 cannot be used, because the backend 'triton' cannot run recurrence on it (")
     text = refused("cuda")
     assert "set LARES_FAST_BACKEND=reference to run PyTorch's operations, which are slower, or choose the device 'cpu'." in text
@@ -167,7 +167,7 @@ def test_a_gpu_that_cannot_run_the_kernels(monkeypatch, broken):
 def test_the_native_backend_is_for_the_cpu(monkeypatch):
     Machine(monkeypatch, [HOPPER])
     monkeypatch.setenv("LARES_FAST_BACKEND", "native")
-    assert _device.choose("auto") == (torch.device("cpu"), "the backend 'native' is requested, and it runs on the CPU")
+    assert _device.choose("auto")[:2] == (torch.device("cpu"), "the backend 'native' is requested, and it runs on the CPU")
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,14 @@ def test_an_import_does_not_touch_a_gpu():
         "import lares_fast._device, lares_fast.serve, lares_fast.train, lares_fast.cli.evaluate, lares_fast.cli.recommend\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_too_little_memory_for_the_model_is_named_before_it_moves(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**29, 2**33))
+    _device.require_memory(torch.device("cpu"), 2**60, "the model")
+    _device.require_memory(torch.device("cuda", 1), 2**29, "the model")
+    with pytest.raises(InputError, match=r"the model needs 3.00 GiB on cuda:1, where 0.50 GiB are free: end other processes"):
+        _device.require_memory(torch.device("cuda", 1), 3 * 2**30, "the model")
 
 
 def test_too_little_memory_names_the_batch_size_to_try():
