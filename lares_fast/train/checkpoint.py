@@ -116,8 +116,8 @@ def same_form(weights: Weights, other: Weights) -> bool:
 
 
 def weights_of(model: LARES) -> Weights:
-    """Return a copy of the parameters by name."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    """Return a copy of the parameters by name, on the CPU."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
 def check_weights(model: LARES, weights: Weights, path: Path, part: str) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TypeVar
-
 import torch
 
+from lares_fast._transfer import to_device
 from lares_fast.data import InteractionLog
 from lares_fast.data.batch import Inputs, Places
 from lares_fast.ops._pack import pack
-from lares_fast.train.rpt import RPTBatch
-from lares_fast.train.spt import SPTBatch
 
 # The share of the free memory of a GPU that the log may take. A larger log stays in the memory of the host.
 SHARE = 0.25
-
-B = TypeVar("B", SPTBatch, RPTBatch)
 
 
 class DeviceLog:
@@ -24,24 +18,21 @@ class DeviceLog:
 
     def __init__(self, log: InteractionLog, device: torch.device, free: int) -> None:
         self._log = log
-        items = torch.from_numpy(log.items)
-        self._items = items.to(device) if items.nbytes <= SHARE * free else None
+        self._items = to_device(torch.from_numpy(log.items), device) if self.size(log, free) else None
 
-    @property
-    def on_device(self) -> bool:
-        """Whether the device has the items."""
-        return self._items is not None
+    @staticmethod
+    def size(log: InteractionLog, free: int) -> int:
+        """Return the bytes that the items take on the device: 0 if they stay on the host."""
+        return log.items.nbytes if log.items.nbytes <= SHARE * free else 0
 
-    def before(self, batch: B) -> B:
-        """Return ``batch``, whose inputs are :class:`Places` on the CPU, as it is sent to the device."""
-        assert isinstance(batch.inputs, Places)
-        return batch if self.on_device else replace(batch, inputs=batch.inputs.inputs(self._log))
+    def before(self, places: Places) -> Places | Inputs:
+        """Return what is sent to the device for sequences at ``places``."""
+        return places.inputs(self._log) if self._items is None else places
 
-    def after(self, batch: B) -> B:
-        """Return ``batch``, which was sent to the device, with the items."""
-        if self._items is None:
-            return batch
-        places = batch.inputs
-        assert isinstance(places, Places)
-        items, target = pack(self._items, places.starts, places.offsets, places.n_tokens, places.n_targets)
-        return replace(batch, inputs=Inputs(items, places.offsets, target))
+    def after(self, sent: Places | Inputs) -> Inputs:
+        """Return the inputs, on the device, for what was sent."""
+        if isinstance(sent, Inputs):
+            return sent
+        assert self._items is not None
+        items, target = pack(self._items, sent.starts, sent.offsets, sent.n_tokens, sent.n_targets)
+        return Inputs(items, sent.offsets, target)

@@ -37,8 +37,8 @@ class Graphs:
     """Runs ``step`` on the content of parcels.
 
     The first step of a key runs launch by launch: it also compiles and tests the kernels. The second one is captured and
-    replayed, and all later ones are replayed. Replays give the bits that ``step`` gives. ``step`` must read nothing from the host that changes from parcel to parcel, except
-    the sizes in :attr:`Parcel.key`, and nothing may read what it returns or leaves in temporary memory.
+    replayed, and all later ones are replayed. Replays give the bits that ``step`` gives. ``step`` must read nothing from the
+    host that changes from parcel to parcel, except what :attr:`Parcel.key` has, and must leave no result in temporary memory.
 
     ``capture`` is ``None`` to run every step launch by launch. If a capture fails, all further steps run in this way, and
     ``tell`` is called with a sentence about it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from lares_fast._errors import InputError
@@ -33,7 +35,9 @@ def require_memory(run: Run, phase: Phase) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that this process can still take on ``device``."""
+    """Return the bytes that this process can still take on ``device``. Only GPUs have a limit that is known."""
+    if device.type != "cuda":
+        return sys.maxsize
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 
@@ -45,12 +49,13 @@ def _bytes_of_weights(parameters: int, start: bool) -> int:
 
 def _bytes_of_a_step(config: LARESConfig, phase: Phase) -> int:
     """Return the bytes of all tensors of a step with the deepest trajectories."""
-    tokens, sequences, scored = phase.sizes()
+    sizes = phase.sizes()
+    tokens = round(sizes.tokens) * sizes.repeats
     most = {"constant": 1, "non-recurrent": 1, "uniform": 2, "poisson-bounded": 2}.get(config.depth_sampling, 3)
     depth, layers, width = most * config.mean_depth, config.n_pre_layers + config.n_core_layers, config.hidden_size
     # The state before every step, the output of every step and its gradient, and what the backward keeps of one step.
-    states = tokens * depth * width + 3 * sequences * depth * width
+    states = (tokens + 3 * sizes.trajectories) * depth * width
     one_step = tokens * ((2 * layers + 11) * width + 2 * config.inner_size)
-    scores = 2 * width * (_SOFTMAX_ROWS + scored)
+    scores = 2 * width * (_SOFTMAX_ROWS + sizes.scored)
     # Graphs have memory of their own, besides the memory of the steps that run launch by launch.
     return 2 * _NUMBER * (states + one_step + scores)

@@ -13,7 +13,6 @@ from lares_fast._errors import InputError
 from lares_fast.model import LARES
 from lares_fast.train.config import PhaseConfig
 
-
 # The entries of a group that choose an implementation of Adam, with their values on the CPU. On a GPU all tensors are updated
 # by a few launches, and no number is read from the host.
 _CPU = {"foreach": None, "fused": None, "capturable": False}

@@ -5,8 +5,9 @@ Filler sequences are real items of the log. They take part in no loss: no table 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +17,27 @@ from torch.nn import functional as F
 
 from lares_fast import reference
 from lares_fast._random import Draw, Key, seed_of
+from lares_fast.config import LARESConfig
 from lares_fast.data import InteractionLog, Rows
 from lares_fast.data.batch import Places
+
+
+class Sizes(NamedTuple):
+    """The sizes of a full batch.
+
+    ``tokens, repeats``
+        The mean number of packed items, and how many times the model encodes each.
+    ``trajectories``
+        The number of trajectories through the model: sequences times ``repeats``.
+    ``scored``
+        The mean number of states that are scored against all items.
+    """
+
+    tokens: float
+    repeats: int
+    trajectories: int
+    scored: int
+
 
 # About the number of sizes between 0 and the mean number of items of a batch.
 _SIZES = 8
@@ -40,11 +60,12 @@ class Padding:
     states: int = 1
 
     @classmethod
-    def of(cls, mean_tokens: float, max_len: int, *, depth: int, states: int = 1) -> Padding:
-        """Return the padding of batches that have ``mean_tokens`` items on average, in sequences of at most ``max_len``."""
-        tokens = 2 ** max(0, round(np.log2(max(1.0, mean_tokens / _SIZES)))) if max_len > 1 else 1
+    def of(cls, sizes: Sizes, config: LARESConfig) -> Padding:
+        """Return the padding of full batches of a model of ``config``."""
+        tokens = 2 ** max(0, round(math.log2(max(1.0, sizes.tokens / _SIZES)))) if config.max_len > 1 else 1
         # With so many sequences of 1 to max_len items, any number of missing items can be filled.
-        return cls(-(-(tokens - 1) // max(1, max_len - 1)), tokens, depth, states)
+        fillers = -(-(tokens - 1) // max(1, config.max_len - 1))
+        return cls(fillers, tokens, config.mean_depth, sizes.trajectories)
 
     def places(self, log: InteractionLog, rows: Rows, index: Tensor, max_len: int, n_targets: int) -> Places:
         """Return the places of the rows ``index`` [S] of ``rows``, and after them the fillers."""

@@ -23,7 +23,7 @@ class Parcel(Generic[T]):
     ``host``
         The buffer, in page-locked memory if ``pinned`` is set. Then a copy to a GPU does not wait.
     ``key``
-        Everything about the content except the values of its tensors. Parcels with equal keys have equal places for all tensors.
+        Everything about the content except the values of its tensors. Parcels with equal keys have equal places for tensors.
     """
 
     def __init__(self, content: T, *, pinned: bool) -> None:

@@ -14,7 +14,7 @@ from lares_fast.data import InteractionLog, Rows, make_batch
 from lares_fast.data.batch import Inputs, Places, input_lengths
 from lares_fast.reference.depth import sample_batch_depth
 from lares_fast.train.config import RPTConfig
-from lares_fast.train.padding import Padding, padded_pass
+from lares_fast.train.padding import Padding, Sizes, padded_pass
 
 _DEPTHS, _POLICY, _REFERENCE = range(3)
 
@@ -115,12 +115,11 @@ class RPT(nn.Module):
         places = padding.places(self.log, self.rows, index, self.model.config.max_len, len(index))
         return RPTBatch(places, **self._choices(len(index), key, padding))
 
-    def padding(self) -> Padding:
-        """Return the padding of a full batch."""
-        lengths, batch = input_lengths(self.log, self.rows, self.model.config.max_len), self.settings.batch_size
-        states = batch * self.settings.group_size
-        depth = self.model.config.mean_depth
-        return Padding.of(lengths.mean() * batch, self.model.config.max_len, depth=depth, states=states)
+    def sizes(self) -> Sizes:
+        """Return the sizes of a full batch."""
+        config, batch, group = self.model.config, self.settings.batch_size, self.settings.group_size
+        lengths = input_lengths(self.log, self.rows, config.max_len)
+        return Sizes(float(lengths.mean()) * batch, group, group * batch, group * batch * config.mean_depth)
 
     def _choices(self, size: int, key: Key, padding: Padding | None) -> dict[str, Any]:
         """Return the fields of a batch of ``size`` rows, except the inputs."""

@@ -14,7 +14,7 @@ from lares_fast.data import InteractionLog, Rows, SameTargetIndex, make_batch
 from lares_fast.data.batch import Inputs, Places, input_lengths
 from lares_fast.reference.depth import sample_batch_depth
 from lares_fast.train.config import SPTConfig
-from lares_fast.train.padding import Padding, padded_pass
+from lares_fast.train.padding import Padding, Sizes, padded_pass
 
 _CHOICES, _PASSES = range(2)
 
@@ -126,10 +126,11 @@ class SPT(nn.Module):
         places = padding.places(self.log, self.rows, rows, self.model.config.max_len, len(index))
         return SPTBatch(places, **chosen)
 
-    def padding(self) -> Padding:
-        """Return the padding of a full batch."""
-        lengths, batch = input_lengths(self.log, self.rows, self.model.config.max_len), self.settings.batch_size
-        return Padding.of(lengths.mean() * batch * self._passes, self.model.config.max_len, depth=self.model.config.mean_depth)
+    def sizes(self) -> Sizes:
+        """Return the sizes of a full batch."""
+        batch, lengths = self.settings.batch_size, input_lengths(self.log, self.rows, self.model.config.max_len)
+        sequences = batch * self._passes
+        return Sizes(float(lengths.mean()) * sequences, 1, sequences, batch)
 
     @property
     def _passes(self) -> int:

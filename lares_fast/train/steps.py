@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lares_fast._random import Key
 from lares_fast.train.device_log import DeviceLog
 from lares_fast.train.graphs import Capture, CudaCapture, Graphs, sent
 from lares_fast.train.memory import require_memory
-from lares_fast.train.padding import EXACT
+from lares_fast.train.padding import EXACT, Padding
 from lares_fast.train.parcel import Parcel
 from lares_fast.train.phases import Phase
 from lares_fast.train.run import Run
@@ -79,11 +80,9 @@ class Steps:
 class DeviceSteps(Steps):
     """The steps of ``phase`` on a GPU. ``log`` is the log there, and ``capture`` captures graphs (``None``: no graphs)."""
 
-    def __init__(
-        self, run: Run, phase: Phase, optimizer: torch.optim.Adam, log: DeviceLog, capture: Capture | None
-    ) -> None:
+    def __init__(self, run: Run, phase: Phase, optimizer: torch.optim.Adam, log: DeviceLog, capture: Capture | None) -> None:
         super().__init__(run, phase, optimizer)
-        self._log, self._padding = log, phase.padding()
+        self._log, self._padding = log, Padding.of(phase.sizes(), run.model.config)
         self._graphs = Graphs(self._step, run.device, capture, lambda text: run.events.record("notice", text=text))
         self._unread, self._read_at = 0, time.monotonic()
         # The numbers of the steps since the last reading.
@@ -102,10 +101,11 @@ class DeviceSteps(Steps):
     def prepare(self, index: Tensor, key: Key) -> Any:
         """Return the batch as one buffer, with padding if it is a full batch, and whether it is one."""
         full = len(index) == self.phase.settings.batch_size
-        batch = self.phase.places(index, key, self._padding if full else EXACT)
+        batch: Any = self.phase.places(index, key, self._padding if full else EXACT)
+        content = replace(batch, inputs=self._log.before(batch.inputs))
         # The row of _rows that takes the numbers of this step.
         slot = torch.tensor([self._unread])
-        return Parcel((slot, self._log.before(batch)), pinned=self.run.device.type == "cuda"), full
+        return Parcel((slot, content), pinned=self.run.device.type == "cuda"), full
 
     def make(self, batch: Any, save: Callable[[], None] | None) -> None:
         """Do one step. With ``save`` the host waits for the numbers of the step before its update."""
@@ -135,7 +135,8 @@ class DeviceSteps(Steps):
     def _gradient(self, content: Any) -> Tensor:
         """Compute the gradient of the batch in ``content``, and return the numbers of all unread steps. Nothing waits."""
         slot, batch = content
-        numbers = torch.stack([value.float() for value in self._numbers(self._log.after(batch))])
+        batch = replace(batch, inputs=self._log.after(batch.inputs))
+        numbers = torch.stack([value.float() for value in self._numbers(batch)])
         if self._rows is None:
             self._rows = numbers.new_zeros(STEPS_AHEAD, len(numbers))
         self._rows.index_copy_(0, slot, numbers[None])
