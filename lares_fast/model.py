@@ -99,7 +99,7 @@ class LARES(reference.LARES):
         )
         output = "steps" if every_step else "last"
         state = to_device(state, pre.device).to(pre)
-        how: dict[str, Any] = {"depth": depth, "output": output, **({} if deepest is None else {"deepest": deepest})}
+        how: dict[str, Any] = {"depth": depth, "output": output, "deepest": deepest}
         return self._steps(self.recurrence, state, repeated.offsets, masks, pre=pre, **how)
 
     def _padded_because(self) -> str | None:
