@@ -14,7 +14,7 @@ from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import Once, register_op
 from lares_fast._numbers import number, whole
-from lares_fast._random import Draw, drop_threshold, seed_of
+from lares_fast._random import Draw, drop_threshold
 from lares_fast.config import ADAPTERS
 from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton, _triton
 from lares_fast.ops._catalog_checks import check_dense
@@ -129,7 +129,7 @@ def _call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], options: Mappin
     )
     check(call)
     drops = draw is not None and (drop_threshold(dropout) or drop_threshold(attention_dropout))
-    return replace(call, seed=seed_of(draw.key, h.device)) if drops else call
+    return replace(call, seed=draw.seed(h.device)) if drops else call
 
 
 def _checked_layout(h: Tensor, pre: Tensor | None, weights: Sequence[Tensor], adapter: str) -> WeightLayout:

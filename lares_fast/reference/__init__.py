@@ -3,6 +3,8 @@
 from lares_fast.reference.attention import attention, attention_mask, packed_attention
 from lares_fast.reference.backbone import register_backbone
 from lares_fast.reference.depth import sample_depth
+from lares_fast.reference.embedding import embedding
+from lares_fast.reference.initial_state import initial_state
 from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, target_logprob, target_logprob_and_rank
 from lares_fast.reference.model import LARES
 from lares_fast.reference.recurrence import Recurrence, recurrence
@@ -22,8 +24,10 @@ __all__ = [
     "Sequences",
     "attention",
     "attention_mask",
+    "embedding",
     "group_advantage",
     "info_nce",
+    "initial_state",
     "linear_cross_entropy",
     "packed_attention",
     "ranking_reward",

@@ -199,10 +199,16 @@ class LARES(nn.Module):
         return self._initial_state(draw, draw.rows[:, None], torch.arange(length))
 
     def _initial_state(self, draw: Draw, rows: Tensor, positions: Tensor) -> Tensor:
+        if not (std := self._state_std()):
+            return torch.zeros(*torch.broadcast_shapes(rows.shape, positions.shape), self.config.hidden_size)
+        return draw.initial_state(rows, positions, self.config.hidden_size) * std
+
+    def _state_std(self) -> float:
+        """Return the factor of the normal numbers of h0, as ``config.state_init`` says; 0 stands for zeros."""
         config = self.config
         if config.state_init == "zero" or (config.state_init == "normal_zero" and not self.training):
-            return torch.zeros(*torch.broadcast_shapes(rows.shape, positions.shape), config.hidden_size)
-        return draw.initial_state(rows, positions, config.hidden_size) * (config.state_std * config.state_scale)
+            return 0.0
+        return config.state_std * config.state_scale
 
     def _default_draw(self, batch: int) -> Draw:
         if self.training:
