@@ -40,11 +40,11 @@ def device_text(choice: Choice) -> str | None:
     return None
 
 
-def add_device_argument(parser: ArgumentParser) -> None:
+def add_device_argument(parser: ArgumentParser, default: str | None = "auto") -> None:
     """Add the argument ``--device``."""
     parser.add_argument(
         "--device",
-        default="auto",
+        default=default,
         help="auto, cpu, cuda or cuda:N (default: auto, the first GPU whose kernels pass their self-test, else the CPU)",
     )
 

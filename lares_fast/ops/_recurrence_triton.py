@@ -35,7 +35,9 @@ def obstacle(call: RecurrenceCall, *_: object) -> str | None:
     if call.longest is None:
         return "it needs longest, the length of the longest sequence"
     if call.longest > LONGEST[_products(call)]:
-        return f"it takes sequences of up to {LONGEST[_products(call)]} rows in {_products(call)}, and longest is {call.longest}"
+        return (
+            f"it takes sequences of up to {LONGEST[_products(call)]} rows in {_products(call)}, and longest is {call.longest}"
+        )
     return _triton.refusal("recurrence", h, **_variant(call, call.longest))
 
 

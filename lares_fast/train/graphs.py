@@ -23,12 +23,12 @@ class CudaCapture:
     """Captures graphs on one GPU. They share their memory, because only one of them runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         """Capture the launches of ``function``, and return their replay."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, self._pool, self._stream):
             function()
         return graph.replay
 

@@ -26,6 +26,8 @@ def adam(model: LARES, settings: PhaseConfig, saved: dict[str, Any] | None, path
     """
     kind: dict[str, Any] = _CPU if next(model.parameters()).device.type == "cpu" else _GPU
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, **kind)
+    # Steps that run launch by launch need no warning.
+    optimizer._warned_capturable_if_run_uncaptured = True
     if saved is None:
         return optimizer
     try:

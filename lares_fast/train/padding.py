@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from lares_fast import reference
 from lares_fast._random import Draw, Key, seed_of
-from lares_fast.config import LARESConfig
 from lares_fast.data import InteractionLog, Rows
 from lares_fast.data.batch import Places
 
@@ -25,22 +24,22 @@ from lares_fast.data.batch import Places
 class Sizes(NamedTuple):
     """The sizes of a full batch.
 
-    ``tokens, repeats``
-        The mean number of packed items, and how many times the model encodes each.
+    ``tokens, longest, repeats``
+        The mean number of packed items, the items of the longest sequence, and how many times the model encodes each item.
     ``trajectories``
         The number of trajectories through the model: sequences times ``repeats``.
     ``scored``
         The mean number of states that are scored against all items.
+    ``parts``
+        The tokens are rounded up to multiples of about the mean divided by ``parts``.
     """
 
     tokens: float
+    longest: int
     repeats: int
     trajectories: int
     scored: int
-
-
-# About the number of sizes between 0 and the mean number of items of a batch.
-_SIZES = 8
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,13 @@ class Padding:
     states: int = 1
 
     @classmethod
-    def of(cls, sizes: Sizes, config: LARESConfig) -> Padding:
-        """Return the padding of full batches of a model of ``config``."""
-        tokens = 2 ** max(0, round(math.log2(max(1.0, sizes.tokens / _SIZES)))) if config.max_len > 1 else 1
-        # With so many sequences of 1 to max_len items, any number of missing items can be filled.
-        fillers = -(-(tokens - 1) // max(1, config.max_len - 1))
-        return cls(fillers, tokens, config.mean_depth, sizes.trajectories)
+    def of(cls, sizes: Sizes, mean_depth: int) -> Padding:
+        """Return the padding of full batches."""
+        if sizes.longest == 1:
+            return cls(depth=mean_depth, states=sizes.trajectories)
+        tokens = 2 ** round(math.log2(max(1.0, sizes.tokens / sizes.parts)))
+        # With so many sequences of 1 to ``longest`` items, any number of missing items can be filled.
+        return cls(-(-(tokens - 1) // (sizes.longest - 1)), tokens, mean_depth, sizes.trajectories)
 
     def places(self, log: InteractionLog, rows: Rows, index: Tensor, max_len: int, n_targets: int) -> Places:
         """Return the places of the rows ``index`` [S] of ``rows``, and after them the fillers."""
@@ -74,9 +74,8 @@ class Padding:
         starts = np.maximum(log.offsets[rows.users[chosen]], ends - max_len)
         lengths = np.concatenate((ends - starts, self._lengths(int((ends - starts).sum()))))
         offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
-        # The last items of the log are there for a filler of any length.
-        fillers = log.n_events - 1 - lengths[len(chosen) :]
-        starts = np.concatenate((starts, np.maximum(fillers, 0)))
+        # A filler has the last items of the log, and an item follows it.
+        starts = np.concatenate((starts, log.n_events - 1 - lengths[len(chosen) :]))
         return Places(torch.from_numpy(starts), torch.from_numpy(offsets), int(offsets[-1]), n_targets)
 
     def _lengths(self, n_tokens: int) -> NDArray[np.int64]:

@@ -17,6 +17,8 @@ from lares_fast.train.config import RPTConfig
 from lares_fast.train.padding import Padding, Sizes, padded_pass
 
 _DEPTHS, _POLICY, _REFERENCE = range(3)
+# Depths and numbers of states vary more than in phase 1. With few sizes of tokens, a published run captures about 40 graphs.
+_PARTS = 4
 
 Held = TypeVar("Held", bound=Inputs | Places)
 
@@ -119,7 +121,9 @@ class RPT(nn.Module):
         """Return the sizes of a full batch."""
         config, batch, group = self.model.config, self.settings.batch_size, self.settings.group_size
         lengths = input_lengths(self.log, self.rows, config.max_len)
-        return Sizes(float(lengths.mean()) * batch, group, group * batch, group * batch * config.mean_depth)
+        return Sizes(
+            float(lengths.mean()) * batch, int(lengths.max()), group, group * batch, group * batch * config.mean_depth, _PARTS
+        )
 
     def _choices(self, size: int, key: Key, padding: Padding | None) -> dict[str, Any]:
         """Return the fields of a batch of ``size`` rows, except the inputs."""

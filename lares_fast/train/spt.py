@@ -17,6 +17,8 @@ from lares_fast.train.config import SPTConfig
 from lares_fast.train.padding import Padding, Sizes, padded_pass
 
 _CHOICES, _PASSES = range(2)
+# The published run then has two sizes of tokens, and needs 6 graphs.
+_PARTS = 16
 
 Held = TypeVar("Held", bound=Inputs | Places)
 
@@ -130,7 +132,7 @@ class SPT(nn.Module):
         """Return the sizes of a full batch."""
         batch, lengths = self.settings.batch_size, input_lengths(self.log, self.rows, self.model.config.max_len)
         sequences = batch * self._passes
-        return Sizes(float(lengths.mean()) * sequences, 1, sequences, batch)
+        return Sizes(float(lengths.mean()) * sequences, int(lengths.max()), 1, sequences, batch, _PARTS)
 
     @property
     def _passes(self) -> int:

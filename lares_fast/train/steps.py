@@ -82,7 +82,7 @@ class DeviceSteps(Steps):
 
     def __init__(self, run: Run, phase: Phase, optimizer: torch.optim.Adam, log: DeviceLog, capture: Capture | None) -> None:
         super().__init__(run, phase, optimizer)
-        self._log, self._padding = log, Padding.of(phase.sizes(), run.model.config)
+        self._log, self._padding = log, Padding.of(phase.sizes(), run.model.config.mean_depth)
         self._graphs = Graphs(self._step, run.device, capture, lambda text: run.events.record("notice", text=text))
         self._unread, self._read_at = 0, time.monotonic()
         # The numbers of the steps since the last reading.
