@@ -138,9 +138,7 @@ def rpt_loss(
         return (model.queries(states), model.item_table()) if scores == "model" else (states, model.item_embedding.weight)
 
     queries, items = queries_and_items(policy, policy_pass)
-    after, rank = policy.head.target_logprob_and_rank(queries[:ranked], items, wanted[:ranked], ties="strict")
-    before = policy.head.target_logprob(queries[ranked:], items, wanted[ranked:])
-    logprob = torch.cat((after, before))
+    logprob, rank = policy.head.target_logprob_and_rank(queries, items, wanted, ties="strict", ranked=ranked)
     with torch.no_grad():
         frozen = reference.head.target_logprob(*queries_and_items(reference, reference_pass), wanted)
 

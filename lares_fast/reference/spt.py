@@ -58,8 +58,12 @@ class SPTLoss(NamedTuple):
 
 
 def info_nce(model: LARES, x: Tensor, y: Tensor) -> Tensor:
-    """Return the cross entropy of ``x @ y^T / tau`` [B, B] against the diagonal: all other rows are negatives."""
-    return model.head.linear_cross_entropy(x, y, torch.arange(len(x), device=x.device), scale=1 / model.config.tau)
+    """Return the cross entropy of ``x @ y^T / tau`` [..., B, B] against the diagonal: all other rows are negatives.
+
+    ``x`` and ``y`` are [B, D], or [J, B, D] for J pairs. The result is the mean over B, a scalar or [J].
+    """
+    target = torch.arange(x.shape[-2], device=x.device).expand(x.shape[:-1])
+    return -model.head.target_logprob(x, y, target, scale=1 / model.config.tau).mean(-1)
 
 
 def spt_loss(
@@ -89,43 +93,43 @@ def spt_loss(
         The weights of the terms. A term with weight 0 is 0, and a pass that only such terms need is not run.
     """
     ce_pass, anchor_pass, partner_pass = passes
-    final = ce_pass.encode(model, sequences)
-    anchor = partner = state = None
+    states = [ce_pass.encode(model, sequences)]
     if alpha or gamma:
-        anchor_states = anchor_pass.encode(model, sequences, return_all_steps=True)
-        anchor = anchor_states[:, -1]
+        anchor = anchor_pass.encode(model, sequences, return_all_steps=True)
+        states.append(anchor[:, -1])
         if alpha:
-            partner = partner_pass.encode(model, partners)
-        if gamma and anchor_states.shape[1] > 1:
-            state = anchor_states[:, step_index]
-    return spt_terms(model, final, target, anchor, partner, state, alpha=alpha, gamma=gamma)
+            states.append(partner_pass.encode(model, partners))
+        gamma = gamma if anchor.shape[1] > 1 else 0.0
+        if gamma:
+            states.append(anchor[:, step_index])
+    return spt_terms(model, torch.stack(states), target, alpha=alpha, gamma=gamma)
 
 
-def spt_terms(
-    model: LARES,
-    final: Tensor,
-    target: Tensor,
-    anchor: Tensor | None,
-    partner: Tensor | None,
-    state: Tensor | None,
-    *,
-    alpha: float,
-    gamma: float | Tensor,
-) -> SPTLoss:
-    """Return the loss of :func:`spt_loss` from the states of its passes, [B, D] each.
+def spt_terms(model: LARES, states: Tensor, target: Tensor, *, alpha: float, gamma: float | Tensor) -> SPTLoss:
+    """Return the loss of :func:`spt_loss` from the states of its passes.
 
-    ``final``, ``anchor`` and ``partner`` are the last states of the three passes. ``state`` is the anchor's state s. A term
-    is 0 if one of its states is ``None``. ``gamma`` may be a scalar on the device of the states.
+    ``states``
+        [1 to 4, B, D]: the last states of the pass for the cross entropy; then, if ``alpha`` or ``gamma`` is not the number 0,
+        the last states of the anchor pass, then with ``alpha`` the last states of the partner pass, and at last with ``gamma``
+        the anchor's states s.
+    ``target``, ``alpha``
+        As in :func:`spt_loss`.
+    ``gamma``
+        As in :func:`spt_loss`, or a scalar tensor on the device of the states.
     """
+    final, others = states.split((1, len(states) - 1))
     skip_pad = not model.config.pad_in_softmax
-    cross_entropy = model.head.linear_cross_entropy(model.queries(final), model.item_table(), target, skip_pad=skip_pad)
+    queries = model.queries(final.squeeze(0))
+    cross_entropy = model.head.linear_cross_entropy(queries, model.item_table(), target, skip_pad=skip_pad)
     trajectory = step = torch.zeros_like(cross_entropy)
-    if anchor is not None:
-        a = model.normalise(anchor)
-        if partner is not None:
-            p = model.normalise(partner)
-            trajectory = alpha / 2 * (info_nce(model, a, p) + info_nce(model, p, a))
-        if state is not None:
-            s = model.normalise(state)
-            step = gamma / 2 * (info_nce(model, a, s) + info_nce(model, s, a))
+    if len(others) > 1:
+        anchor, *aligned = model.normalise(others).unbind()
+        # Both directions of all pairs are one call.
+        left = [side for other in aligned for side in (anchor, other)]
+        right = [side for other in aligned for side in (other, anchor)]
+        terms = list(info_nce(model, torch.stack(left), torch.stack(right)).view(-1, 2).sum(1).unbind())
+        if alpha:
+            trajectory = alpha / 2 * terms.pop(0)
+        if terms:
+            step = gamma / 2 * terms[0]
     return SPTLoss(cross_entropy + trajectory + step, cross_entropy, trajectory, step)

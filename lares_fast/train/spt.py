@@ -27,8 +27,8 @@ class SPTRows(NamedTuple):
     """Which states of the packed passes the loss reads; made by :func:`spt_rows`.
 
     ``chosen``
-        The rows of these states in the result of :meth:`LARES.trajectories`, int64: the B last states of each pass, and then
-        the B states of the anchor pass after the step that is aligned with its last step.
+        The rows of these states in the result of :meth:`LARES.trajectories`, int64: the B last states of each pass, and then,
+        for the step-level term, the B states of the anchor pass after the step that is aligned with its last step.
     ``level``
         The weight of the step-level term, an fp32 scalar: 0 if no anchor takes more than one step, else 1.
     """
@@ -37,18 +37,19 @@ class SPTRows(NamedTuple):
     level: Tensor
 
 
-def spt_rows(num_steps: Tensor, step_index: int) -> SPTRows:
+def spt_rows(num_steps: Tensor, step_index: int | None) -> SPTRows:
     """Return the tables for the depths ``num_steps`` [passes, B] of packed passes, which are on the CPU.
 
-    With one pass there is no anchor. ``step_index`` is as in :func:`lares_fast.reference.spt_loss`. A sequence that takes fewer
-    steps is aligned at its last step.
+    ``step_index`` is as in :func:`lares_fast.reference.spt_loss`, or ``None`` without the step-level term. An anchor that takes
+    fewer steps is aligned at its last step.
     """
     end = num_steps.flatten().cumsum(0).view_as(num_steps)
     chosen = [end.flatten() - 1]
-    if len(num_steps) > 1:
+    level = 0.0
+    if step_index is not None:
         chosen.append(end[1] - num_steps[1] + num_steps[1].clamp(max=step_index + 1) - 1)
-    level = len(num_steps) > 1 and int(num_steps[1].max()) > 1
-    return SPTRows(torch.cat(chosen), torch.tensor(float(level)))
+        level = float(int(num_steps[1].max()) > 1)
+    return SPTRows(torch.cat(chosen), torch.tensor(level))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ class SPT(nn.Module):
         num_steps = torch.stack(depths[: self._passes])
         return torch.cat((index, index, partners)[: self._passes]), {
             "choices": padded_pass(num_steps.view(1, -1), fold(key, _PASSES), padding),
-            "rows": spt_rows(num_steps, step_index),
+            "rows": spt_rows(num_steps, step_index if self.settings.gamma else None),
             "mean_depth": num_steps.double().mean(),
             "batch": size,
         }
@@ -158,20 +159,13 @@ class SPT(nn.Module):
     def forward(self, batch: SPTBatch[Inputs]) -> Tensor:
         """Return the loss, a scalar with a gradient, and set :attr:`parts`. It is :func:`lares_fast.reference.spt_loss`."""
         size, settings = len(batch), self.settings
-        states = batch.choices.trajectories(self.model, batch.inputs.sequences)
-        final, *others = states[batch.rows.chosen].split(size)
-        anchor, *others = others or (None,)
-        partner = others.pop(0) if settings.alpha else None
-        state = others.pop(0) if settings.gamma else None
+        states = batch.choices.trajectories(self.model, batch.inputs.sequences)[batch.rows.chosen]
         loss = reference.spt_terms(
             self.model,
-            final,
+            states.view(-1, size, states.shape[-1]),
             batch.inputs.target[:size],
-            anchor,
-            partner,
-            state,
             alpha=settings.alpha,
-            gamma=settings.gamma * batch.rows.level,
+            gamma=settings.gamma * batch.rows.level if settings.gamma else 0.0,
         )
         self.parts = {
             "ce": loss.cross_entropy.detach(),
