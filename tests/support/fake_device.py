@@ -24,7 +24,7 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 def implementations():
     """Return the Python function behind each registered op, by the name of the op."""
     found = {}
-    for stem in ("attention", "linear_cross_entropy", "recurrence", "target_rank", "topk"):
+    for stem in ("attention", "embedding", "initial_state", "linear_cross_entropy", "recurrence", "target_rank", "topk"):
         module = sys.modules[f"lares_fast.ops.{stem}"]
         for op, run in (("_OP", "_run"), ("_BACKWARD", "_run_backward"), ("_BACKWARD_OP", "_run_backward")):
             if hasattr(module, op):
