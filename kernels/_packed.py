@@ -10,10 +10,11 @@ def halvings(sequences):
 
 
 @triton.jit
-def sequence_of(row, OFFSETS, S, steps):
+def sequence_of(row, OFFSETS, P, S, steps):
     """Return (sequence, position, valid) of packed rows, int64, with ``steps`` from :func:`halvings`; S is at least 1.
 
-    If the offsets rise, a row that is not valid belongs to no sequence.
+    If the offsets rise, a row is not valid if it belongs to no sequence, or to one that ends after the P rows. If an offset is
+    below the one before, several sequences may hold a row, and any of them is found, or none.
     """
     low = (row * 0).to(tl.int32)
     high = low + S
@@ -25,4 +26,5 @@ def sequence_of(row, OFFSETS, S, steps):
     begin = tl.load(OFFSETS + low)
     position = row - begin
     # A difference of 64 bits may wrap around, and then it is negative.
-    return low, position, (begin <= row) & (position >= 0) & (row < tl.load(OFFSETS + low + 1))
+    end = tl.load(OFFSETS + low + 1)
+    return low, position, (begin <= row) & (position >= 0) & (row < end) & (end <= P)

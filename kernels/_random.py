@@ -62,8 +62,8 @@ def _normal(word):
     """Return the truncated normal number at the quantile (word + 1/2) / 2**32.
 
     The number is sqrt(2) erfinv(x) for x in [-E, E], E = erf(3 / sqrt(2)). It is x times a polynomial in -log(1 - x * x) - 2.5
-    of degree 9, which was fitted at Chebyshev nodes: its largest error in exact arithmetic is 2.1e-8. The distance of x from the
-    nearer end, 1 - abs(x), comes from the word, because in 1 - x * x the rounding of x would be an error of 3e-6 at the ends.
+    of degree 9, which was fitted at Chebyshev nodes: its largest error in exact arithmetic is 2.1e-8. The distance of x from
+    the nearer end, 1 - abs(x), comes from the word, because in 1 - x * x the rounding of x would be an error of 3e-6 there.
     """
     centred = word.to(tl.int32, bitcast=True) ^ -2147483648
     to_end = tl.where(centred >= 0, 2147483647 - centred, centred ^ -2147483648)

@@ -24,8 +24,8 @@ _SIZES = ["P", "S", "N", "L", "steps", "threshold"]
 
 @triton.jit
 def _place(ITEMS, OFFSETS, row, P, S, N, L, steps):
-    """Return (item, position, sequence, valid) of packed rows. The item and the position are in the tables, and 0 if not valid."""
-    sequence, position, valid = sequence_of(row, OFFSETS, S, steps)
+    """Return (item, position, sequence, valid) of packed rows. Items and positions are in the tables, and 0 if not valid."""
+    sequence, position, valid = sequence_of(row, OFFSETS, P, S, steps)
     item = tl.load(ITEMS + row, mask=row < P, other=0)
     valid = valid & (position < L) & (item > 0) & (item < N)
     return tl.where(valid, item, 0), tl.where(valid, position, 0), sequence, valid

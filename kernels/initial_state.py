@@ -19,7 +19,7 @@ def initial_state(OFFSETS, ROWS, SEED, OUT, P, S, steps, std, D: tl.constexpr, C
     """Fill OUT [P, D]."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     column = tl.arange(0, C)[None, :]
-    sequence, position, valid = sequence_of(row, OFFSETS, S, steps)
+    sequence, position, valid = sequence_of(row, OFFSETS, P, S, steps)
     state = state_normal(tl.load(SEED), tl.load(ROWS + sequence), position, R, C) * std
     state = tl.where(valid[:, None], state, float("nan"))
     state = tl.where((row >= tl.load(OFFSETS + S))[:, None], 0.0, state)

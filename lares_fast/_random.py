@@ -203,8 +203,13 @@ def state_uniforms(key: AnyKey, rows: Tensor, positions: Tensor, width: int) -> 
 
 def normal_of(uniform: Tensor, bound: float = 3.0) -> Tensor:
     """Return standard normal numbers truncated to [-bound, bound] at the quantiles ``uniform`` (fp64), which it overwrites."""
+    return exact_normal_of(uniform, bound).float()
+
+
+def exact_normal_of(uniform: Tensor, bound: float = 3.0) -> Tensor:
+    """Return the numbers of :func:`normal_of` before they are rounded to fp32; they overwrite ``uniform``."""
     edge = math.erf(bound / math.sqrt(2))
-    return uniform.mul_(2).sub_(1).mul_(edge).erfinv_().mul_(math.sqrt(2)).float()
+    return uniform.mul_(2).sub_(1).mul_(edge).erfinv_().mul_(math.sqrt(2))
 
 
 @dataclass(frozen=True)
@@ -263,4 +268,9 @@ class Draw:
 
 def apply_dropout(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
     """Return ``x`` times 1 / (1 - threshold / 65536) where ``keep`` is true, and 0 elsewhere."""
-    return x * keep.to(x).mul_(1 / (1 - threshold / 65536))
+    return x * dropout_factor(x, keep, threshold)
+
+
+def dropout_factor(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
+    """Return the factors of ``x`` in :func:`apply_dropout`, in its dtype and on its device."""
+    return keep.to(x).mul_(1 / (1 - threshold / 65536))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lares_fast import LARES, _native, ops, reference
-from lares_fast._random import Draw
+from lares_fast._random import Draw, seed_of
 from lares_fast.config import LARESConfig
 from lares_fast.sequences import Sequences
 from tests.support.fake_device import DEVICE, FakeDevice, to_fake_device
@@ -43,6 +43,22 @@ def recurrence(backend, depth=2, output="last"):
     return ops.recurrence(leaf(P, 64), offsets, weights, n_heads=H, pre=leaf(P, 64), **how, backend=backend)
 
 
+def packed():
+    """Return items, offsets, and a draw whose key is on the device."""
+    draw = Draw(to_fake_device(seed_of((1, 2), torch.device("cpu"))), to_fake_device(torch.arange(B)))
+    return to_fake_device(torch.arange(1, P + 1)), to_fake_device(torch.tensor([0, *LENGTHS]).cumsum(0)), draw
+
+
+def embedding(backend):
+    items, offsets, draw = packed()
+    return ops.embedding(items, offsets, leaf(N, D), leaf(5, D), leaf(D), leaf(D), draw=draw, dropout=0.2, backend=backend)
+
+
+def initial_state(backend):
+    _, offsets, draw = packed()
+    return ops.initial_state(draw, offsets, P + 2, D, backend=backend)
+
+
 def catalog():
     return leaf(B, D), leaf(N, D), to_fake_device(torch.tensor([1, 69, 5]))
 
@@ -53,6 +69,8 @@ def excluded():
 
 CALLS = {
     "attention": attention,
+    "embedding": embedding,
+    "initial_state": initial_state,
     "recurrence": recurrence,
     "linear_cross_entropy": lambda backend: ops.linear_cross_entropy(*catalog(), skip_pad=True, backend=backend),
     "target_logprob": lambda backend: ops.target_logprob(*catalog(), backend=backend),
@@ -61,9 +79,10 @@ CALLS = {
     "target_rank": lambda backend: ops.target_rank(*catalog(), backend=backend),
     "target_ranks": lambda backend: ops.target_ranks(*catalog(), excluded(), backend=backend),
 }
-DIFFERENTIABLE = [name for name in CALLS if not name.startswith(("topk", "target_rank"))]
+RANKED = ("topk", "target_rank", "target_ranks")
+DIFFERENTIABLE = [name for name in CALLS if name not in (*RANKED, "initial_state")]
 # Public op -> its backend on a GPU.
-KERNELS = {name: "triton" if name in DIFFERENTIABLE else "cuda" for name in CALLS}
+KERNELS = {name: "cuda" if name in RANKED else "triton" for name in CALLS}
 
 
 def test_every_op_is_watched():
@@ -202,11 +221,27 @@ def test_masks_and_noise_are_drawn_where_their_rows_are():
         "attention": lambda draw: draw.attention(torch.ones(3, 2, 5, 5, device=draw.rows.device), 0.5, step=2, layer=0),
         "state": lambda draw: draw.initial_state(draw.rows, draw.rows * 0, 12),
     }
+    seed = to_fake_device(seed_of((3, 4), torch.device("cpu")))
     for call in calls.values():
-        with FakeDevice():
-            there = call(Draw((3, 4), to_fake_device(rows)))
-        assert there.device == DEVICE
-        assert torch.equal(there.inner, call(Draw((3, 4), rows)))
+        for key in ((3, 4), seed):
+            with FakeDevice():
+                there = call(Draw(key, to_fake_device(rows)))
+            assert there.device == DEVICE
+            assert torch.equal(there.inner, call(Draw((3, 4), rows)))
+
+
+def test_a_key_on_a_device_is_not_copied():
+    seed = to_fake_device(seed_of((3, 4), torch.device("cpu")))
+    with FakeDevice():
+        assert Draw(seed, torch.arange(3)).seed(DEVICE) is seed
+
+
+def test_noise_is_drawn_where_a_key_on_a_device_is():
+    """The rows of a batch may be on the CPU."""
+    rows, seed = torch.arange(3), seed_of((3, 4), torch.device("cpu"))
+    with FakeDevice():
+        there = Draw(to_fake_device(seed), rows).initial_state(rows, rows * 0, 12)
+    assert torch.equal(there.inner, Draw(seed, rows).initial_state(rows, rows * 0, 12))
 
 
 def test_waiting_and_mixing_are_noticed():
@@ -228,9 +263,13 @@ def compiled_calls():
     query = torch.randn(P, H, D // H)
     hidden, items, target = torch.randn(B, D), torch.randn(N, D), torch.tensor([1, 69, 5])
     exclude = (torch.tensor([0, 1, 1, 3]), torch.tensor([7, 8, 2]))
+    tables = torch.randn(N, D), torch.randn(5, D), torch.randn(D), torch.randn(D)
+    seed, places = seed_of((1, 2), torch.device("cpu")), torch.arange(1, P + 1)
     weights = list(reference.Recurrence(LARESConfig(n_items=9, hidden_size=D, n_heads=H, inner_size=32)).parameters())
     return {
         "attention": (lambda q, o: ops.attention(q, q, q, o, 5, draw=draw, dropout=0.2), (query, offsets)),
+        "embedding": (lambda o, *x: ops.embedding(places, o, *x, draw=Draw(seed, draw.rows), dropout=0.2), (offsets, *tables)),
+        "initial_state": (lambda o: ops.initial_state(Draw(seed, draw.rows), o, P + 2, D), (offsets,)),
         "recurrence": (
             lambda h, o: ops.recurrence(h, o, weights, n_heads=H, pre=h, depth=2),
             (torch.randn(P, D), torch.tensor([0, 4, 6, 9])),

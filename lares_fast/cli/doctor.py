@@ -15,6 +15,7 @@ import torch
 
 from lares_fast import LARESConfig, __version__, _native, _settings, explain, reference
 from lares_fast._device import choose
+from lares_fast._random import Draw
 from lares_fast.cli.console import counted
 from lares_fast.verify import tuning
 
@@ -106,6 +107,8 @@ def _ops() -> dict[str, str]:
         calls: dict[str, tuple[Any, ...]] = {
             "recurrence": (query, offsets, [weight.to(device) for weight in weights]),
             "attention": (heads, heads, heads, offsets, 4),
+            "embedding": (1 + target, offsets, items, query, query[0], query[0]),
+            "initial_state": (Draw((0, 0), target[:1]), offsets, 4, 64),
             "linear_cross_entropy": (query, items, target),
             "topk": (query, items, 10),
             "target_rank": (query, items, target),

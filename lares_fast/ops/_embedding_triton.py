@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lares_fast.ops import _triton
-
-if TYPE_CHECKING:
-    from lares_fast.ops.embedding import EmbeddingCall, Gradients
+from lares_fast.ops._embedding_call import EmbeddingCall, Gradients
 
 WIDEST = 256
 
 
-def obstacle(call: EmbeddingCall, grad: Tensor | None = None) -> str | None:
+def obstacle(call: EmbeddingCall, grad: Tensor | None = None, *_: object) -> str | None:
     """Return why the kernels cannot take a call, as a clause, or ``None``."""
     dtype, width = call.item_table.dtype, call.item_table.shape[1]
     if dtype not in _triton.DTYPES:
@@ -26,10 +23,12 @@ def obstacle(call: EmbeddingCall, grad: Tensor | None = None) -> str | None:
     return _triton.refusal("embedding", call.item_table, width=width, drop=drop, train=train)
 
 
-def compute(call: EmbeddingCall, grad: Tensor | None = None) -> Tensor | Gradients:
-    """Return the rows [P, D], or for their gradient ``grad`` the gradients of the four parameters."""
+def compute(call: EmbeddingCall, grad: Tensor | None = None, *_: object) -> tuple[Tensor, None] | Gradients:
+    """Return the rows [P, D] and ``None``, or for their gradient ``grad`` the gradients of the four parameters."""
     kernels = _triton.kernels("embedding")
     if not call.threshold:
         call = replace(call, rows=None, seed=None)
-    results: Tensor | Gradients = kernels.forward(call) if grad is None else kernels.backward(call, grad)
-    return results
+    if grad is None:
+        return kernels.forward(call), None
+    gradients: Gradients = kernels.backward(call, grad)
+    return gradients

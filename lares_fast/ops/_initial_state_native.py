@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from lares_fast import _native
 from lares_fast._native_random import state_uniforms
 from lares_fast._random import key_of, normal_of
+from lares_fast.ops._initial_state_call import InitialStateCall
 from lares_fast.reference.initial_state import spread
-
-if TYPE_CHECKING:
-    from lares_fast.ops.initial_state import InitialStateCall
 
 
 def obstacle(call: InitialStateCall) -> str | None:

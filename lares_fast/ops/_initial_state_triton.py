@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from lares_fast.ops import _triton
-
-if TYPE_CHECKING:
-    from lares_fast.ops.initial_state import InitialStateCall
+from lares_fast.ops._initial_state_call import InitialStateCall
 
 WIDEST = 256
 

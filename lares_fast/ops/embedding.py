@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lares_fast import _native_random
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
 from lares_fast._numbers import number
-from lares_fast._random import Draw, drop_threshold
-from lares_fast.ops import _embedding_native, _embedding_triton
-from lares_fast.ops._call import Call
-from lares_fast.ops._catalog_checks import check_dense, check_ids
-from lares_fast.reference.embedding import Tables, embed, embed_backward, tokens_of
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+from lares_fast._random import Draw, drop_threshold, keep_hidden_at
+from lares_fast.ops import _embedding_torch, _embedding_triton
+from lares_fast.ops._catalog_checks import check_ids
+from lares_fast.ops._embedding_call import EmbeddingCall, Gradients, check
+from lares_fast.reference.embedding import Saved, Tables
 
 
 def embedding(
@@ -62,43 +62,8 @@ def embedding(
         BackendError: the requested backend cannot take these arguments.
     """
     options = {"draw": draw, "dropout": dropout, "eps": eps, "backend": backend}
-    out: Tensor = _OP(*_call(items, offsets, Tables(item_table, position_table, weight, bias), options).arguments())
+    out: Tensor = _OP(*_call(items, offsets, Tables(item_table, position_table, weight, bias), options).arguments())[0]
     return out
-
-
-@dataclass(frozen=True)
-class EmbeddingCall(Call):
-    """The arguments of the operator, for the forward and the backward."""
-
-    op: ClassVar[str] = "embedding"
-
-    # [P] and [S + 1] int64.
-    items: Tensor
-    offsets: Tensor
-    # [N, D], [L, D], [D] and [D].
-    item_table: Tensor
-    position_table: Tensor
-    weight: Tensor
-    bias: Tensor
-    # The rows [S] int64 of the global batch, and the seed [1] int64 of the dropout mask. Nothing is dropped without them.
-    rows: Tensor | None
-    seed: Tensor | None
-    dropout: float
-    eps: float
-    backend: str | None
-
-    @property
-    def threshold(self) -> int:
-        """Return the dropout threshold, or 0 without a seed."""
-        return 0 if self.rows is None or self.seed is None else drop_threshold(self.dropout)
-
-    def draw(self) -> Draw | None:
-        """Return the addresses of the dropout mask, or ``None``."""
-        return None if self.rows is None or self.seed is None else Draw(self.seed, self.rows)
-
-    def tables(self) -> Tables:
-        """Return the parameters, without gradients."""
-        return Tables(*(x.detach() for x in (self.item_table, self.position_table, self.weight, self.bias)))
 
 
 def build_call(
@@ -131,7 +96,7 @@ def _call(items: Tensor, offsets: Tensor, tables: Tables, options: Mapping[str, 
         eps=number("eps", options["eps"]),
         backend=options["backend"],
     )
-    _check(call)
+    check(call)
     if draw is None:
         return call
     if draw.rows.shape != (len(offsets) - 1,) or draw.rows.dtype != torch.int64 or draw.rows.device != items.device:
@@ -142,39 +107,7 @@ def _call(items: Tensor, offsets: Tensor, tables: Tables, options: Mapping[str, 
     return replace(call, rows=draw.rows, seed=draw.seed(items.device)) if drop_threshold(call.dropout) else call
 
 
-def _check(call: EmbeddingCall) -> None:
-    table = call.item_table
-    for name in ("items", "offsets", "item_table", "position_table", "weight", "bias"):
-        check_dense(name, getattr(call, name))
-    if table.dim() != 2 or not table.numel() or not table.dtype.is_floating_point:
-        raise InputError(f"item_table must be a floating-point [N, D], not empty, but got {table.dtype} {list(table.shape)}.")
-    for name, wanted in (("items", "[P]"), ("offsets", "[S + 1]")):
-        index = getattr(call, name)
-        if index.dim() != 1 or index.dtype != torch.int64 or index.device != table.device:
-            raise InputError(
-                f"{name} must be {wanted} int64 on {table.device} like item_table, "
-                f"but got {index.dtype} {list(index.shape)} on {index.device}."
-            )
-    if len(call.offsets) < 1 + (len(call.items) > 0):
-        raise InputError(
-            f"offsets must rise from 0 to {len(call.items)}, the number of items, but has {len(call.offsets)} entries."
-        )
-    width = table.shape[1]
-    positions = call.position_table
-    if positions.dim() != 2 or not len(positions):
-        raise InputError(f"position_table must be [L, {width}] with L at least 1, but got {list(positions.shape)}.")
-    for name, shape in (("position_table", (len(positions), width)), ("weight", (width,)), ("bias", (width,))):
-        x = getattr(call, name)
-        if x.shape != shape or x.dtype != table.dtype or x.device != table.device:
-            raise InputError(
-                f"{name} must be {table.dtype} {list(shape)} on {table.device} like item_table, "
-                f"but got {x.dtype} {list(x.shape)} on {x.device}."
-            )
-    if not 0 <= call.dropout < 1:
-        raise InputError(f"dropout must be at least 0 and less than 1, but got {call.dropout}.")
-
-
-def _run(*arguments: Any) -> Tensor:
+def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = EmbeddingCall(*arguments)
     offsets, rows, longest = call.offsets, len(call.items), len(call.position_table)
     if offsets.device.type == "cpu":
@@ -184,32 +117,45 @@ def _run(*arguments: Any) -> Tensor:
                 f"offsets must rise from 0 to {rows}, the number of items, by at most {longest}, the rows of position_table."
             )
         check_ids("items", call.items, 1, len(call.item_table))
-    out: Tensor = run("embedding", call.backend, call)
-    return out
+    out, saved = run("embedding", call.backend, call)
+    return out, *(call.nothing() if saved is None else saved)
 
 
-def _fake(items: Tensor, offsets: Tensor, item_table: Tensor, *_: Any) -> Tensor:
-    return item_table.new_empty((items.shape[0], item_table.shape[1]))
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = EmbeddingCall(*arguments)
+    width, new_size = call.item_table.shape[1], torch.library.get_ctx().new_dynamic_size
+    # The backend is chosen when the op runs, and "triton" saves nothing.
+    rows = (call.items.shape[0], new_size(), new_size())
+    out, sums, factors = (call.item_table.new_empty((size, width)) for size in rows)
+    return out, sums, factors
 
 
 # The fields of a call that hold tensors come first: items to seed.
 _TENSORS = 8
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[1:], *inputs[:_TENSORS])
     ctx.rest = inputs[_TENSORS:]
+    ctx.mark_non_differentiable(*output[1:])
+    # Otherwise PyTorch would fill zeros for the gradients of the other outputs, which have none.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _BACKWARD(*ctx.saved_tensors, *ctx.rest, grad)
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * EmbeddingCall.count()
+    sums, factors, *tensors = ctx.saved_tensors
+    gradients = _BACKWARD(*tensors, *ctx.rest, sums, factors, grad)
     return (None, None, *gradients, *[None] * (EmbeddingCall.count() - 2 - len(gradients)))
 
 
 def _run_backward(*arguments: Any) -> Gradients:
-    *inputs, grad = arguments
+    *inputs, sums, factors, grad = arguments
     call = EmbeddingCall(*inputs)
-    gradients: Gradients = run("embedding", call.backend, call, grad)
+    # The forward may have run on "triton", which saves nothing.
+    saved = Saved(sums, factors) if len(sums) else None
+    gradients: Gradients = run("embedding", call.backend, call, grad, saved)
     return gradients
 
 
@@ -219,25 +165,18 @@ def _fake_backward(*arguments: Any) -> Gradients:
     return item, position, weight, bias
 
 
-def _reference(call: EmbeddingCall, grad: Tensor | None = None) -> Tensor | Gradients:
-    tables = call.tables()
-    tokens = tokens_of(call.items, call.offsets, call.draw(), call.dropout, tables.items.shape[1])
-    if grad is not None:
-        return embed_backward(grad, tokens, tables, call.dropout, call.eps)
-    return embed(tokens, tables, call.dropout, call.eps)
-
-
 register(
     "embedding",
     Backend("triton", _embedding_triton.compute, _embedding_triton.obstacle),
-    Backend("native", _embedding_native.compute, _embedding_native.obstacle),
-    Backend("reference", _reference),
+    Backend("native", partial(_embedding_torch.compute, _native_random.keep_hidden), _embedding_torch.native_obstacle),
+    Backend("reference", partial(_embedding_torch.compute, keep_hidden_at)),
     build=build_call,
 )
 
-_OP = register_op(f"embedding({EmbeddingCall.schema()}) -> Tensor", _run, _fake, _backward, _setup_context)
+_OP = register_op(f"embedding({EmbeddingCall.schema()}) -> (Tensor, Tensor, Tensor)", _run, _fake, _backward, _setup_context)
+_AFTER = "Tensor sums, Tensor factors, Tensor grad"
 _BACKWARD = register_op(
-    f"embedding_backward({EmbeddingCall.schema(after='Tensor grad')}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"embedding_backward({EmbeddingCall.schema(after=_AFTER)}) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
     no_gradient("embedding_backward", "embedding can be differentiated once"),

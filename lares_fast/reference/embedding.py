@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lares_fast._random import SITE_INPUT, Draw, apply_dropout, drop_threshold, keep_hidden_at
+from lares_fast._random import SITE_INPUT, Draw, drop_threshold, dropout_factor, keep_hidden_at
 from lares_fast.reference.initial_state import token_places
 from lares_fast.sequences import PAD
+
+# A function with the arguments of :func:`lares_fast._random.keep_hidden_at`.
+Mask = Callable[..., Tensor]
 
 
 class Tables(NamedTuple):
@@ -48,37 +52,58 @@ def embedding(
     ``None`` drops nothing. On a GPU a PAD gives a row of NaN.
     """
     tokens = tokens_of(items, offsets, draw, dropout, item_table.shape[1])
-    return embed(tokens, Tables(item_table, position_table, weight, bias), dropout, eps)
+    return embed(tokens, Tables(item_table, position_table, weight, bias), dropout, eps)[0]
 
 
-def tokens_of(items: Tensor, offsets: Tensor, draw: Draw | None, dropout: float, width: int) -> Tokens:
-    """Return the tokens of packed sequences, with the mask that ``draw`` addresses."""
+def tokens_of(
+    items: Tensor, offsets: Tensor, draw: Draw | None, dropout: float, width: int, mask: Mask = keep_hidden_at
+) -> Tokens:
+    """Return the tokens of packed sequences, with the ``mask`` that ``draw`` addresses."""
     sequence, position = token_places(offsets, len(items))
     threshold = drop_threshold(dropout)
     if draw is None or not threshold:
         return Tokens(items, position, None)
     address = {"site": SITE_INPUT, "step": 0, "layer": 0, "width": width}
-    return Tokens(items, position, keep_hidden_at(draw.key, threshold, **address, rows=draw.rows[sequence], positions=position))
+    return Tokens(items, position, mask(draw.key, threshold, **address, rows=draw.rows[sequence], positions=position))
 
 
-def embed(tokens: Tokens, tables: Tables, dropout: float, eps: float) -> Tensor:
-    """Return :func:`embedding` of ``tokens``."""
-    x = F.layer_norm(_sum(tokens, tables), tables.weight.shape, tables.weight, tables.bias, eps)
-    return _nan_for_pad(tokens, _dropped(tokens, x, dropout))
+class Saved(NamedTuple):
+    """What the backward reads again: the ``sums`` [P, D] of item and position, and the factors of the dropout.
+
+    ``factors`` are [P, D], or [0, D] without dropout.
+    """
+
+    sums: Tensor
+    factors: Tensor
+
+
+def embed(tokens: Tokens, tables: Tables, dropout: float, eps: float) -> tuple[Tensor, Saved]:
+    """Return :func:`embedding` of ``tokens``, and what :func:`embed_backward` needs."""
+    saved = saved_of(tokens, tables, dropout)
+    x = F.layer_norm(saved.sums, tables.weight.shape, tables.weight, tables.bias, eps)
+    return _dropped(tokens, x, saved), saved
+
+
+def saved_of(tokens: Tokens, tables: Tables, dropout: float) -> Saved:
+    """Return what :func:`embed_backward` needs."""
+    sums = F.embedding(tokens.items, tables.items).add_(F.embedding(tokens.positions, tables.positions))
+    keep = tokens.keep
+    return Saved(
+        sums, sums.new_empty(0, sums.shape[1]) if keep is None else dropout_factor(sums, keep, drop_threshold(dropout))
+    )
 
 
 def embed_backward(
-    grad: Tensor, tokens: Tokens, tables: Tables, dropout: float, eps: float
+    grad: Tensor, tokens: Tokens, tables: Tables, saved: Saved, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the four ``tables`` for ``grad`` [P, D], the gradient of :func:`embed`.
 
     The formulas are written out, because autograd does not record the operations within an op.
     """
-    x, shape = _sum(tokens, tables), tables.weight.shape
+    x, shape = saved.sums, tables.weight.shape
     _, mean, rstd = torch.native_layer_norm(x, shape, tables.weight, tables.bias, eps)
-    grad = _nan_for_pad(tokens, _dropped(tokens, grad, dropout))
     dx, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-        grad, x, shape, mean, rstd, tables.weight, tables.bias, [True, True, True]
+        _dropped(tokens, grad, saved), x, shape, mean, rstd, tables.weight, tables.bias, [True, True, True]
     )
     d_items, d_positions = (
         torch.ops.aten.embedding_dense_backward(dx, index, len(table), -1, False)
@@ -87,14 +112,7 @@ def embed_backward(
     return d_items, d_positions, d_weight, d_bias
 
 
-def _sum(tokens: Tokens, tables: Tables) -> Tensor:
-    return F.embedding(tokens.items, tables.items) + F.embedding(tokens.positions, tables.positions)
-
-
-def _dropped(tokens: Tokens, x: Tensor, dropout: float) -> Tensor:
-    return x if tokens.keep is None else apply_dropout(x, tokens.keep, drop_threshold(dropout))
-
-
-def _nan_for_pad(tokens: Tokens, x: Tensor) -> Tensor:
-    """Return ``x`` [P, D] with NaN in the rows of a PAD on a GPU, whose items the host does not read."""
+def _dropped(tokens: Tokens, x: Tensor, saved: Saved) -> Tensor:
+    """Return ``x`` [P, D] after dropout. On a GPU, whose items the host does not read, the rows of a PAD are NaN."""
+    x = x * saved.factors if len(saved.factors) else x
     return x if x.device.type == "cpu" else x.masked_fill((tokens.items == PAD)[:, None], torch.nan)

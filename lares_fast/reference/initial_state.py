@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lares_fast._random import Draw
+from lares_fast.sequences import row_positions
 
 
 def initial_state(draw: Draw, offsets: Tensor, n_tokens: int, width: int, *, std: float = 1.0) -> Tensor:
@@ -41,8 +42,10 @@ def spread(normal: Callable[[Tensor, Tensor], Tensor], rows: Tensor, offsets: Te
 def token_places(offsets: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
     """Return ``(sequence [P], position [P])`` of ``n_tokens`` = P packed tokens, int64 on the device of ``offsets``.
 
-    The host reads no value. Tokens after the last sequence are counted as tokens of it.
+    On a GPU the host reads no value. Tokens after the last sequence are counted as tokens of it.
     """
+    if offsets.device.type == "cpu" and int(offsets[-1]) == n_tokens:
+        return row_positions(offsets)
     token = torch.arange(n_tokens, device=offsets.device)
     sequence = torch.searchsorted(offsets, token, right=True).sub_(1).clamp_(0, max(0, len(offsets) - 2))
     return sequence, token - offsets[sequence]

@@ -1,7 +1,8 @@
 """Test cases: a small call of every op, and the equal call of the reference.
 
 Self-tests, ``lares-fast report``, ``lares-fast tune`` and ``lares-fast gpu-day`` run them. On integers the results of all ops
-but ``recurrence`` are exact, or exact before one rounding: every softmax gets scores that are either equal or far apart.
+but ``embedding``, ``initial_state`` and ``recurrence`` are exact, or exact before one rounding: every softmax gets scores that
+are either equal or far apart.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from lares_fast import reference
-from lares_fast._random import Draw
+from lares_fast._random import Draw, exact_normal_of, seed_of, state_uniforms
 from lares_fast.config import LARESConfig
+from lares_fast.reference.initial_state import spread
 
 Values = Mapping[str, Tensor]
+_KEY = (5, 7)
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,56 @@ def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool =
     return Case({"query": query, "key": key, "value": value}, fast, plain, differentiable=train, exact=integers)
 
 
+def _embedding(integers: bool, width: int = 64, drop: bool = True, train: bool = True) -> Case:
+    from lares_fast.ops import embedding
+
+    offsets = torch.tensor([0, 20, 20, 21, 70])
+    items, sizes = 1 + torch.arange(70) * 13 % 40, {"item_table": 41, "position_table": 50}
+    leaves = {name: _fill(integers, rows, width) for name, rows in sizes.items()}
+    leaves |= {"weight": _fill(integers, width), "bias": _fill(integers, width + 1)[:width]}
+    how = {"dropout": 0.25 if drop else 0.0}
+
+    def call(leaves: Values, function: Callable[..., Tensor], **more: Any) -> dict[str, Tensor]:
+        device = leaves["weight"].device
+        draw = _draw(4, device) if drop else None
+        return {"out": function(items.to(device), offsets.to(device), *leaves.values(), draw=draw, **how, **more)}
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        return call(leaves, embedding, backend=backend)
+
+    def plain(leaves: Values) -> dict[str, Tensor]:
+        return call(leaves, reference.embedding)
+
+    return Case(leaves, fast, plain, differentiable=train)
+
+
+def _initial_state(integers: bool, width: int = 64) -> Case:
+    """Build the case of h0, which has no inputs; its leaf only names the device and the dtype."""
+    from lares_fast.ops import initial_state
+
+    offsets, rows = torch.tensor([0, 20, 20, 21, 70]), 75
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        device = leaves["leaf"].device
+        return {"h0": initial_state(_draw(4, device), offsets.to(device), rows, width, std=0.5, backend=backend)}
+
+    def plain(leaves: Values) -> dict[str, Tensor]:
+        if leaves["leaf"].dtype != torch.float64:
+            return {"h0": reference.initial_state(_draw(4), offsets, rows, width, std=0.5)}
+
+        def normal(rows: Tensor, positions: Tensor) -> Tensor:
+            return exact_normal_of(state_uniforms(_KEY, rows, positions, width))
+
+        return {"h0": spread(normal, _draw(4).rows, offsets, rows) * 0.5}
+
+    return Case({"leaf": torch.zeros(1, dtype=torch.float64)}, fast, plain, differentiable=False)
+
+
+def _draw(batch: int, device: torch.device | str = "cpu") -> Draw:
+    """Return a draw with its key and its rows on ``device``."""
+    return Draw(seed_of(_KEY, torch.device(device)), torch.arange(batch, device=device))
+
+
 def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -> Case:
     from lares_fast import ops
     from lares_fast.ops._catalog_calls import TIES
@@ -292,6 +345,8 @@ def _target_rank(integers: bool) -> Case:
 
 _CASES: dict[str, Callable[..., Case]] = {
     "attention": _attention,
+    "embedding": _embedding,
+    "initial_state": _initial_state,
     "linear_cross_entropy": _linear_cross_entropy,
     "recurrence": _recurrence,
     "target_rank": _target_rank,
@@ -304,6 +359,11 @@ def shipped(op: str) -> list[dict[str, Any]]:
     if op == "attention":
         sizes = product((32, 64), (False, True), (False, True))
         return [{"width": width, "drop": drop, "short": False, "train": train} for width, drop, train in sizes]
+    if op == "embedding":
+        drops = ((False, False), (True, False), (True, True))
+        return [{"width": width, "drop": drop, "train": train} for width in (64, 128) for drop, train in drops]
+    if op == "initial_state":
+        return [{"width": width} for width in (64, 128)]
     if op == "linear_cross_entropy":
         return [{"width": width, "train": train} for width, train in product((64, 128), (False, True))]
     # Inference calls the pre-block, and the core with its last states. Training calls the pre-block, the core with its last

@@ -19,8 +19,8 @@ from lares_fast.verify import cache, self_test
 
 _CACHE = "launch_settings"
 
-# The kernels of each op, in groups that share their launch settings. The catalog kernels are one group, because they must
-# compute equal bits for a target's score.
+# The ops that ``lares-fast tune`` tunes, and their kernels in groups that share their launch settings. The catalog kernels are
+# one group, because they must compute equal bits for a target's score.
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "attention": (("attention_forward",), ("attention_backward_query",), ("attention_backward_key_value",)),
     "linear_cross_entropy": (("target_score", "softmax_forward", "softmax_backward_hidden", "softmax_backward_items"),),

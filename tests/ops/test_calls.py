@@ -82,7 +82,7 @@ def test_explain_takes_the_arguments_of_the_op(op, arguments, options):
     ("topk", (*TENSORS, 9), {}, "k must be in 1..5"),
     ("target_rank", (*TENSORS, TARGET), {"ties": "mean"}, "ties must be one of order, strict"),
     ("linear_cross_entropy", (*TENSORS, TARGET), {"reduction": "max"}, "reduction must be one of none, mean, sum"),
-    ("linear_cross_entropy_backward", (), {}, "op must be one of attention, linear_cross_entropy, recurrence"),
+    ("linear_cross_entropy_backward", (), {}, "op must be one of attention, embedding, initial_state, linear"),
 ])  # fmt: skip
 def test_explain_checks_its_arguments(op, arguments, options, message):
     with pytest.raises(InputError, match=message):

@@ -16,7 +16,7 @@ from lares_fast.verify import cases, self_test
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-WITH_KERNELS = ["attention", "linear_cross_entropy", "recurrence"]
+WITH_KERNELS = ["attention", "embedding", "initial_state", "linear_cross_entropy", "recurrence"]
 
 
 @pytest.fixture
@@ -56,6 +56,10 @@ def test_the_reference_passes_every_trial(op, dtype, monkeypatch):
         *[("attention", dtype, {"width": 32, "drop": True, "short": False}) for dtype in DTYPES],
         ("attention", torch.float32, {"width": 24, "drop": False, "short": True}),
         ("attention", torch.bfloat16, {"width": 128, "drop": True, "short": False}),
+        *[("embedding", dtype, {}) for dtype in DTYPES],
+        ("embedding", torch.float32, {"width": 40, "drop": False}),
+        ("embedding", torch.float32, {"width": 256, "train": False}),
+        *[("initial_state", torch.float32, {"width": width}) for width in (1, 40, 64, 256)],
         *[("linear_cross_entropy", dtype, {"width": 64}) for dtype in DTYPES],
         *[("linear_cross_entropy", torch.float32, {"width": width}) for width in (1, 40, 256)],
         ("recurrence", torch.float32, {"width": 64}),
@@ -79,6 +83,8 @@ PLANTED = {
     "sum not rescaled": ("attention", "attention", "total = total * shrink +", "total = total +"),
     "keys' gradient unscaled": ("attention", "attention", "dk * (scale / LOG2E)", "dk"),
     "dropped weights in dV forgotten": ("attention", "attention", "weight = p * factor", "weight = p"),
+    "wrong sequence": ("embedding", "_packed", "high = tl.where(later, high, middle)", "high = middle"),
+    "wrong site of h0": ("initial_state", "_random", "_SITE_STATE = tl.constexpr(4)", "_SITE_STATE = tl.constexpr(3)"),
     "ties lost": ("linear_cross_entropy", "linear_cross_entropy", "(item[None, :] < target[:, None])", "(item[None, :] < 0)"),
     "last item lost": (
         "linear_cross_entropy",
@@ -91,6 +97,8 @@ PLANTED = {
     "keys' gradient not turned": ("recurrence", "_recurrence_backward", "rows_times(turned, q, G)", "rows_times(ds, q, G)"),
 }
 FILES = {
+    "embedding": ("_random", "_packed", "embedding"),
+    "initial_state": ("_random", "_packed", "initial_state"),
     "attention": ("_random", "_tiles", "attention"),
     "linear_cross_entropy": ("_random", "_tiles", "linear_cross_entropy"),
     "recurrence": ("_random", "_layers", "recurrence", "_recurrence_backward"),
