@@ -47,7 +47,20 @@ SLOT_ROWS, MOST_PROGRAMS = 128, 1024
 # The side of a tile of a weight's gradient, and the columns of a program of ``collect_gradients`` and its rows at a time.
 SIDE, COLUMNS, ROWS = tl.constexpr(64), tl.constexpr(32), tl.constexpr(64)
 
-_SIZES = ["P", "B", "t", "first_step", "deepest", "layers", "threshold", "attention_threshold", "rows", "slots", "tiles", "size"]
+_SIZES = [
+    "P",
+    "B",
+    "t",
+    "first_step",
+    "deepest",
+    "layers",
+    "threshold",
+    "attention_threshold",
+    "rows",
+    "slots",
+    "tiles",
+    "size",
+]
 
 # The factors of the weights' gradients that a row of a layer stores, in this order: the gradients of queries, keys and values
 # (3 D), of the output projection (D), of the first product of the feed-forward half (INNER) and of the second one (D); then
@@ -114,6 +127,8 @@ def attention_backward(
             store_tile(FACTORS + 2 * D + c, dv, source, real, WIDTH)
         if DROP:
             dp *= factor
+        dp -= tl.sum(dp * p, 2)[:, :, None]
+        # The mean of the differences is 0. Subtracting it removes the rounding error of the mean before.
         ds = p * (dp - tl.sum(dp * p, 2)[:, :, None]) * (scale * 0.6931471805599453)
         ds = ds.to(DTYPE)
         turned = tl.reshape(tl.trans(tl.reshape(ds, (16 * G, 16 * G))), (G, 16, 16 * G))

@@ -28,8 +28,6 @@ def obstacle(call: RecurrenceCall, *_: object) -> str | None:
         return f"it takes widths of 64 and 128, and h has {width}"
     if inner % 64 or not inner:
         return f"it takes inner sizes that are multiples of 64, and the weights have {inner}"
-    if call.bf16 and h.dtype == torch.float16:
-        return "with bf16 it takes float32 and bfloat16, and h is torch.float16"
     if head not in HEAD_WIDTHS:
         return f"it takes heads of 16, 32, 64 or 128 columns, and they have {head}"
     if call.longest is None:
