@@ -33,6 +33,11 @@ class CudaCapture:
         return graph.replay
 
 
+def capture_on(device: torch.device) -> Capture | None:
+    """Return what captures graphs on ``device``, or ``None`` if it is no GPU."""
+    return CudaCapture(device) if device.type == "cuda" else None
+
+
 class Graphs:
     """Runs ``step`` on the content of parcels.
 
