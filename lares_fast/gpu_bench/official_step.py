@@ -1,0 +1,143 @@
+"""Training steps of the official way, eager or compiled, on the batches of a phase of ``lares_fast.train``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from lares_fast import LARESConfig, reference
+from lares_fast.gpu_bench import official
+from lares_fast.gpu_bench.candidates import BF16
+from lares_fast.gpu_bench.machine import Machine
+from lares_fast.train import RPTConfig, SPTConfig
+from lares_fast.train.rpt import RPTBatch
+from lares_fast.train.spt import SPTBatch
+
+MODES = ("default", "reduce-overhead", "max-autotune")
+Padded = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A padded batch on the device. ``states`` holds h0 of each pass; ``None`` draws it in every step."""
+
+    sequences: Padded
+    target: Tensor
+    depths: tuple[int, ...]
+    states: Sequence[Tensor | None]
+    # Phase 1 only.
+    partners: Padded | None = None
+    step_index: int = 0
+
+
+def inputs_of(batch: SPTBatch | RPTBatch, model: reference.LARES, device: torch.device, *, fixed: bool) -> Inputs:
+    """Return the padded form of ``batch`` on ``device``. With ``fixed``, h0 has the numbers that the batch addresses."""
+    L = model.config.max_len
+
+    def padded(sequences: reference.Sequences) -> Padded:
+        items, lengths = sequences.padded(L)
+        return items.to(device), lengths.to(device)
+
+    target, given = batch.inputs.target.to(device), padded(batch.inputs.sequences)
+    passes = batch.passes if isinstance(batch, SPTBatch) else (batch.policy_pass, batch.start_pass)
+    states: list[Tensor | None] = []
+    for one in passes:
+        assert one.draw is not None
+        rows = model.initial_state(one.draw, L).to(device).split(len(batch)) if fixed else ()
+        states += rows if fixed else [None] * (len(one.draw.rows) // len(batch))
+    if isinstance(batch, SPTBatch):
+        depths = tuple(int(torch.as_tensor(one.num_steps).max()) for one in passes)
+        return Inputs(given, target, depths, states, padded(batch.partners.sequences), batch.step_index)
+    depths = tuple(torch.as_tensor(batch.policy_pass.num_steps)[:, 0].tolist())
+    return Inputs(given, target, depths, states)
+
+
+class OfficialStep:
+    """A step of the official way with Adam. Each call takes the next of ``inputs``.
+
+    ``mode`` is a mode of :func:`torch.compile`, or empty for eager PyTorch. ``bf16`` runs the forward under autocast.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        config: LARESConfig,
+        weights: dict[str, Tensor],
+        inputs: Sequence[Inputs],
+        *,
+        mode: str = "",
+        bf16: bool = False,
+        dead_work: bool = False,
+    ) -> None:
+        self.device, self.bf16, self.dead_work = machine.device, bf16, dead_work
+        self.model, self.start = (official.OfficialLARES(config) for _ in range(2))
+        for model in (self.model, self.start):
+            model.load_state_dict(weights)
+            model.to(machine.device)
+            if mode:
+                official.compile_parts(model, mode)
+        self.start.eval().requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, fused=not machine.rehearse)
+        compiled = partial(torch.compile, mode=mode, dynamic=False) if mode else lambda head: head
+        self._heads = compiled(official.spt_head), compiled(official.rpt_head)
+        self._inputs = cycle(inputs)
+
+    def loss(self) -> Tensor:
+        """Return the loss of the next batch."""
+        batch = next(self._inputs)
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(self.device.type, BF16, enabled=self.bf16):
+            if batch.partners is not None:
+                settings = SPTConfig()
+                return official.spt_loss(
+                    self.model,
+                    batch.sequences,
+                    batch.target,
+                    batch.partners,
+                    batch.depths,
+                    batch.step_index,
+                    alpha=settings.alpha,
+                    gamma=settings.gamma,
+                    dead_work=self.dead_work,
+                    states=batch.states,
+                    head=self._heads[0],
+                )
+            G, phase = len(batch.depths), RPTConfig()
+            loss, _ = official.rpt_loss(
+                self.model,
+                self.start,
+                batch.sequences,
+                batch.target,
+                batch.depths,
+                k=phase.k,
+                beta=phase.beta,
+                dead_work=self.dead_work,
+                states=batch.states[:G],
+                frozen_states=batch.states[G:],
+                head=self._heads[1],
+            )
+            return loss
+
+    def gradients(self) -> list[Tensor]:
+        """Return the loss and the gradient of each parameter, by name."""
+        return loss_and_gradients(self.model, self.loss())
+
+    def __call__(self) -> Tensor:
+        """Make a step and return its loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def loss_and_gradients(model: torch.nn.Module, loss: Tensor) -> list[Tensor]:
+    """Return ``loss`` and its gradient for each parameter of ``model``, in the order of their names."""
+    loss.backward()
+    gradients = [parameter.grad for _, parameter in sorted(model.named_parameters())]
+    return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]

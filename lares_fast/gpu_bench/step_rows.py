@@ -1,0 +1,75 @@
+"""Rows of a training step of each phase, with Adam, against the official way."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from lares_fast import LARESConfig, reference
+from lares_fast.gpu_bench.candidates import OURS, Candidates, Result, near
+from lares_fast.gpu_bench.machine import Machine
+from lares_fast.gpu_bench.model_rows import encode_flops
+from lares_fast.gpu_bench.official_step import MODES, Inputs, OfficialStep, inputs_of, loss_and_gradients
+from lares_fast.gpu_bench.our_step import Case, OurStep, log_of
+
+SPT = Case("spt", 1024, (5, 5, 5))
+RPT = Case("rpt", 400, (3, 8, 5, 4))
+# Bounds of the loss and of every gradient, relative to the largest number of each.
+_BOUNDS = {False: 1e-3, True: 1e-1}
+
+
+def training_step(machine: Machine, case: Case, *, bf16: bool) -> Result:
+    """Time forward, backward and optimizer. The loss and the gradients of each candidate are checked without dropout.
+
+    The batch of the official way is ready on the device. With ``bf16`` it is also compiled, in every mode.
+    """
+    case = Case(case.phase, *machine.small(case.B), case.depths, case.full)
+    log = log_of(machine)
+    config = LARESConfig(n_items=log.n_items, dropout=0.0)
+    torch.manual_seed(0)
+    exact = reference.LARES(config)
+    weights = copy.deepcopy(exact.state_dict())
+    prepared = case.batch(case.phase_of(exact, copy.deepcopy(exact), log))
+    fixed, drawn = ([inputs_of(prepared, exact, machine.device, fixed=each)] for each in (True, False))
+    exact = exact.double().to(machine.device)
+    phase = case.phase_of(exact, copy.deepcopy(exact), log).train()
+    truth = loss_and_gradients(exact, phase(prepared.to(machine.device)))
+    del phase, exact
+    row = Candidates(machine)
+    published = config.replace(dropout=case.dropout())
+
+    def rival(name: str, *, mode: str = "", rounded: bool = False, dead_work: bool = False) -> None:
+        checked, timed = (
+            OfficialStep(machine, settings, weights, inputs, mode=mode, bf16=rounded, dead_work=dead_work)
+            for settings, inputs in ((config, fixed), (published, drawn))
+        )
+        row.add(name, timed, near(truth, _BOUNDS[rounded]), checked.gradients)
+
+    rival("official way", dead_work=True)
+    rival("official way, without dead work")
+    if bf16:
+        rival("official way, autocast bf16", rounded=True)
+        for mode in () if machine.rehearse else MODES:
+            rival(f"official way, compiled ({mode}), bf16", mode=mode, rounded=True)
+    checked, timed = (OurStep(machine, case, weights, dropout=p, bf16=bf16) for p in (0.0, case.dropout()))
+    row.add(OURS, timed, near(truth, _BOUNDS[bf16]), checked.gradients)
+    parameters = sum(each.numel() for each in weights.values())
+    work = {"bf16" if bf16 else "fp32": _flops(case, config, fixed[0]), "bytes": 28 * parameters}
+    return row.result(work, rows=case.B)
+
+
+def _flops(case: Case, config: LARESConfig, inputs: Inputs) -> int:
+    """Return the operations of a step that keeps no scores. A backward counts as two forwards.
+
+    Scores are then computed again, so log p with gradients costs five products with the item table.
+    """
+    own, scoring = int(inputs.sequences[1].sum()), 2 * case.B * config.n_items * config.hidden_size
+    if inputs.partners is not None:
+        tokens = (own, own, int(inputs.partners[1].sum()))
+        layers = [encode_flops(config, P, config.n_pre_layers + T * config.n_core_layers) for P, T in zip(tokens, case.depths, strict=True)]
+        return 3 * sum(layers) + 5 * scoring
+    # The frozen model has no dropout, so its pre-block runs once. It has no backward.
+    steps, core = sum(case.depths), encode_flops(config, own, config.n_core_layers)
+    pre = encode_flops(config, own, config.n_pre_layers)
+    return 3 * (len(case.depths) * pre + steps * core) + pre + steps * core + 6 * steps * scoring
