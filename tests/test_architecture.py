@@ -37,8 +37,22 @@ MAY_IMPORT = {
     "data": LEAVES | {"sequences"},
     "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data"},
     "serve": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "train"},
+    "gpu_bench": LEAVES | {"reference", "sequences", "ops", "model", "data", "train", "verify"},
     "cli": LEAVES
-    | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "serve", "verify", "_dispatch", "convert"},
+    | {
+        "reference",
+        "sequences",
+        "catalog",
+        "ops",
+        "model",
+        "data",
+        "train",
+        "serve",
+        "verify",
+        "gpu_bench",
+        "_dispatch",
+        "convert",
+    },
     "kernels": {"_settings"},
 }
 # The package itself loads every public module on first use, and its __main__ calls the command line.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lares_fast._errors import InputError
-from lares_fast.cli.console import clock_text, notice
+from lares_fast.cli.console import clock_text, counted, notice
 from lares_fast.gpu_bench.bench import NOT_REACHED, Bench, Listener
 from lares_fast.gpu_bench.candidates import Result
 from lares_fast.gpu_bench.results import BEGUN, Results
@@ -70,7 +70,8 @@ def command(arguments: Namespace) -> int:
             bench.run(progress.rows, Listener(results.claim, progress.begin, progress.stage, progress.end))
         print(results.text())
         missing = results.missing(names, log)
-    print(f"\nThe results are in {out}." + (f" {len(missing)} rows failed or are missing: call gpu-bench again." if missing else ""))
+    again = f" {counted(len(missing), 'row')} failed or not measured: call gpu-bench again." if missing else ""
+    print(f"\nThe results are in {out}.{again}")
     return int(bool(missing))
 
 

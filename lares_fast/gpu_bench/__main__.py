@@ -26,13 +26,13 @@ Emit = Callable[..., None]
 
 
 def run(rows: Mapping[str, Row], machine: Machine, emit: Emit, end: float, clock: Callable[[], float] = time.monotonic) -> None:
-    """Run ``rows`` until ``end``, and emit the events of each. After an error that makes the GPU unusable, nothing else runs."""
+    """Run ``rows`` until ``end``, and emit the events of each. An error that makes the GPU unusable ends the loop."""
     for name, row in rows.items():
         left = end - clock()
         if left < LEAST_SECONDS:
             return
         emit(event="begin", row=name)
-        faulthandler.dump_traceback_later(min(row.limit, left), exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(min(row.limit, left), exit=True)
         result, usable = run_row(row, machine)
         faulthandler.cancel_dump_traceback_later()
         emit(event="end", row=name, result=result)
@@ -67,11 +67,9 @@ def _prepare(rehearse: bool) -> None:
         torch.set_num_threads(1)
         return
     # A row compiles the same functions for several models and modes. Past its limit torch.compile would run them eagerly.
-    import torch._dynamo
+    from torch._dynamo import config
 
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.accumulated_recompile_limit = 4096
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    config.recompile_limit, config.accumulated_recompile_limit, config.fail_on_recompile_limit_hit = 256, 4096, True
 
 
 def main() -> None:

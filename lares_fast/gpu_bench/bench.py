@@ -56,7 +56,12 @@ class Bench:
     def command(self, rows: Sequence[str]) -> list[str]:
         """Return the command of the process that runs ``rows``."""
         seconds = min(self.end - self.clock(), 1e9)
-        request = {"rows": list(rows), "rehearse": self.rehearse, "log": str(self.log) if self.log else None, "seconds": seconds}
+        request = {
+            "rows": list(rows),
+            "rehearse": self.rehearse,
+            "log": str(self.log) if self.log else None,
+            "seconds": seconds,
+        }
         return [sys.executable, "-P", "-m", "lares_fast.gpu_bench", json.dumps(request)]
 
     def _run_process(self, left: Sequence[str], rows: dict[str, Row], listener: Listener) -> str | None:
@@ -93,4 +98,5 @@ class Bench:
             return {"status": NOT_REACHED, "why": "the time was over before this row was finished"}
         if text.startswith("Timeout (") or "\nTimeout (" in text:
             return {"status": "hung", "faults": [f"it did not finish within {limit:.0f} s"], "log": text[-_TAIL:]}
-        return {"status": "failed", "faults": [f"its process ended with exit code {code}"], "log": text[-_TAIL:]}
+        why = f"its process ended with exit code {code}: {text.splitlines()[-1] if text else 'its log is empty'}"
+        return {"status": "failed", "faults": [why], "log": text[-_TAIL:]}

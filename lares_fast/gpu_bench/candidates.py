@@ -6,6 +6,7 @@ others take turns: a turn makes as many calls as fill 20 ms, and is timed with e
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -101,8 +102,9 @@ def finished(faults: Sequence[str], **facts: Any) -> Result:
 def is_fatal(error: Exception) -> bool:
     """Return whether ``error`` makes the GPU unusable for this process, as an illegal address does."""
     text = str(error)
-    harmless = isinstance(error, torch.cuda.OutOfMemoryError) or any(word in text for word in ("captur", "CPU tensor", "pinned"))
-    return not harmless and any(word in text for word in ("CUDA error", "device-side assert"))
+    if isinstance(error, torch.cuda.OutOfMemoryError) or any(word in text for word in ("captur", "CPU tensor", "pinned")):
+        return False
+    return any(word in text for word in ("CUDA error", "device-side assert"))
 
 
 def captured(call: Call) -> Call:
@@ -132,12 +134,14 @@ def near(truth: Iterable[Tensor], bound: float) -> Check:
 
     def check(found: Any) -> list[str]:
         pairs = zip(found if isinstance(found, tuple | list) else [found], truth, strict=True)
-        errors = [(x.detach().double() - right).abs().max() / right.abs().max().maximum(least) for x, right in pairs]
-        return [
-            f"the error of tensor {i} is {error:.2g} of its largest number"
-            for i, error in enumerate(errors)
-            if not error <= bound
-        ]
+        errors = [float((x.detach().double() - y).abs().max() / y.abs().max().maximum(least)) for x, y in pairs]
+        wrong = [i for i, error in enumerate(errors) if not error <= bound]
+        if not wrong:
+            return []
+        # NaN counts as the largest error.
+        worst = max(wrong, key=lambda i: math.inf if math.isnan(errors[i]) else errors[i])
+        others = f", and {len(wrong) - 1} other tensors are wrong" if len(wrong) > 1 else ""
+        return [f"the error of tensor {worst} is {errors[worst]:.2g} of its largest number{others}"]
 
     return check
 

@@ -31,7 +31,7 @@ _CHECKED, _CHUNK = 32, 131_072
 
 def _catalog(machine: Machine, B: int, N: int, d: int) -> tuple[Tensor, Tensor]:
     """Return queries [B, d] and items [N, d]."""
-    B, N = machine.small(B, N)
+    B, N = machine.batch(B), machine.catalog(N)
     generator = torch.Generator(machine.device).manual_seed(0)
     query, items = (torch.randn(rows, d, generator=generator, device=machine.device) for rows in (B, N))
     return query, items
@@ -140,7 +140,7 @@ def target_rank(machine: Machine, B: int, N: int, d: int = D) -> Result:
 
 def cross_entropy(machine: Machine, M: int, N: int, dtype: torch.dtype) -> Result:
     """Time ``linear_cross_entropy`` of M states over N items, with gradients."""
-    M, N = machine.small(M, N)
+    M, N = machine.batch(M), machine.catalog(N)
     generator = torch.Generator(machine.device).manual_seed(0)
     hidden = torch.randn(M, D, generator=generator, device=machine.device).to(dtype).requires_grad_()
     items = (0.3 * torch.randn(N, D, generator=generator, device=machine.device)).to(dtype).requires_grad_()
@@ -166,5 +166,3 @@ def cross_entropy(machine: Machine, M: int, N: int, dtype: torch.dtype) -> Resul
     limit = "fp32" if dtype == FP32 else "bf16"
     moved = 3 * hidden.element_size() * D * (M + N)
     return row.result({"bytes": moved, limit: 10 * M * N * D, "exponentials": 3 * M * N})
-
-

@@ -20,7 +20,7 @@ Call = Callable[[], Any]
 
 TURNS, FILL_MS, MOST_CALLS, WARM_UP = 7, 20.0, 200, 3
 # Largest sizes of a rehearsal, which only shows that a row runs.
-_SMALL = (8, 3000)
+_FEW_ROWS, _FEW_ITEMS = 8, 3000
 
 
 class Machine:
@@ -34,9 +34,13 @@ class Machine:
         self.rehearse, self.stage = rehearse, stage
         self.device = torch.device("cpu" if rehearse else "cuda")
 
-    def small(self, *sizes: int) -> tuple[int, ...]:
-        """Return ``sizes``, at most two, or small sizes in a rehearsal."""
-        return tuple(min(pair) for pair in zip(sizes, _SMALL, strict=False)) if self.rehearse else sizes
+    def batch(self, B: int) -> int:
+        """Return the number of rows ``B``, or few rows in a rehearsal."""
+        return min(B, _FEW_ROWS) if self.rehearse else B
+
+    def catalog(self, N: int) -> int:
+        """Return the number of items ``N``, or few items in a rehearsal."""
+        return min(N, _FEW_ITEMS) if self.rehearse else N
 
     def backend(self, name: str) -> str:
         """Return the backend ``name``, or ``reference`` in a rehearsal."""
@@ -83,7 +87,9 @@ def describe(*, rehearse: bool) -> dict[str, str]:
     """Return what results depend on: the GPU, the driver, and the versions of the software."""
     properties = None if rehearse else torch.cuda.get_device_properties(0)
     return {
-        "card": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB" if properties else "none: a rehearsal on the CPU",
+        "card": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        if properties
+        else "none: a rehearsal on the CPU",
         "driver": "none" if rehearse else _driver(),
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
         "triton": _version("triton"),

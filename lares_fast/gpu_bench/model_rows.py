@@ -33,7 +33,7 @@ def encode_flops(config: LARESConfig, tokens: int, layers: int) -> int:
 @torch.no_grad()
 def encode(machine: Machine, B: int, dtype: torch.dtype) -> Result:
     """Time the encoding of B sequences with the lengths of Instruments, 2+2 layers. Only lares_fast draws h0 in its time."""
-    dtype, device, (B,) = FP32 if machine.rehearse else dtype, machine.device, machine.small(B)
+    dtype, device, B = FP32 if machine.rehearse else dtype, machine.device, machine.batch(B)
     config = LARESConfig(n_items=cases.N)
     torch.manual_seed(0)
     exact = reference.LARES(config).eval()
@@ -44,7 +44,7 @@ def encode(machine: Machine, B: int, dtype: torch.dtype) -> Result:
         model.eval().to(device)
     padded = cases.sequences("instruments", B, L)
     state = exact.initial_state(exact._default_draw(B), L)
-    sequences, on_device = Sequences.from_padded(*padded), tuple(x.to(device) for x in padded)
+    sequences, on_device = Sequences.from_padded(*padded), (padded[0].to(device), padded[1].to(device))
     before, given = packed_model.pack(*padded, device=device), (unpad(state, sequences.offsets).to(device), state.to(device))
     check = near([exact.double().to(device).encode(*on_device, num_steps=T)], 2 * BOUND[dtype])
 

@@ -20,6 +20,8 @@ from lares_fast.train.spt import SPTBatch
 
 MODES = ("default", "reduce-overhead", "max-autotune")
 Padded = tuple[Tensor, Tensor]
+# The weights of the model in training and of the frozen model of phase ``rpt``.
+Weights = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,18 @@ class OfficialStep:
         self,
         machine: Machine,
         config: LARESConfig,
-        weights: dict[str, Tensor],
+        settings: SPTConfig | RPTConfig,
+        weights: Weights,
         inputs: Sequence[Inputs],
         *,
         mode: str = "",
         bf16: bool = False,
         dead_work: bool = False,
     ) -> None:
-        self.device, self.bf16, self.dead_work = machine.device, bf16, dead_work
+        self.device, self.settings, self.bf16, self.dead_work = machine.device, settings, bf16, dead_work
         self.model, self.start = (official.OfficialLARES(config) for _ in range(2))
-        for model in (self.model, self.start):
-            model.load_state_dict(weights)
+        for model, values in zip((self.model, self.start), weights, strict=True):
+            model.load_state_dict(values)
             model.to(machine.device)
             if mode:
                 official.compile_parts(model, mode)
@@ -89,11 +92,11 @@ class OfficialStep:
 
     def loss(self) -> Tensor:
         """Return the loss of the next batch."""
-        batch = next(self._inputs)
+        batch, settings = next(self._inputs), self.settings
         torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device.type, BF16, enabled=self.bf16):
-            if batch.partners is not None:
-                settings = SPTConfig()
+            if isinstance(settings, SPTConfig):
+                assert batch.partners is not None
                 return official.spt_loss(
                     self.model,
                     batch.sequences,
@@ -107,15 +110,15 @@ class OfficialStep:
                     states=batch.states,
                     head=self._heads[0],
                 )
-            G, phase = len(batch.depths), RPTConfig()
+            G = len(batch.depths)
             loss, _ = official.rpt_loss(
                 self.model,
                 self.start,
                 batch.sequences,
                 batch.target,
                 batch.depths,
-                k=phase.k,
-                beta=phase.beta,
+                k=settings.k,
+                beta=settings.beta,
                 dead_work=self.dead_work,
                 states=batch.states[:G],
                 frozen_states=batch.states[G:],

@@ -15,7 +15,7 @@ from lares_fast._random import root_key
 from lares_fast.data import InteractionLog, Rows, leave_one_out
 from lares_fast.gpu_bench import cases
 from lares_fast.gpu_bench.machine import Machine
-from lares_fast.gpu_bench.official_step import loss_and_gradients
+from lares_fast.gpu_bench.official_step import Weights, loss_and_gradients
 from lares_fast.train import RPT, SPT, RPTConfig, RunConfig, SPTConfig
 from lares_fast.train.rpt import RPTBatch
 from lares_fast.train.spt import SPTBatch
@@ -38,12 +38,23 @@ class Case:
         """Return the published dropout of the phase."""
         return LARESConfig.preview().dropout if self.phase == "spt" else RPTConfig().dropout
 
-    def phase_of(self, model: reference.LARES, start: reference.LARES, log: InteractionLog) -> SPT | RPT:
-        """Return the module whose forward is the loss of the phase. It keeps the dropout of ``model``."""
-        rows = leave_one_out(log).train
+    def settings(self, log: InteractionLog, *, dropout: float) -> SPTConfig | RPTConfig:
+        """Return the published settings of the phase with another ``dropout``.
+
+        Without dropout, which is for a check, half of all items give a reward. A model that is not trained would almost never
+        get one otherwise.
+        """
         if self.phase == "spt":
-            return SPT(model, log, rows, SPTConfig())
-        return RPT(model, start, log, rows, RPTConfig(dropout=model.config.dropout))
+            return SPTConfig()
+        return RPTConfig(dropout=dropout) if dropout else RPTConfig(dropout=0.0, k=log.n_items // 2)
+
+    def phase_of(self, model: reference.LARES, start: reference.LARES, log: InteractionLog) -> SPT | RPT:
+        """Return the module whose forward is the loss of the phase, with the dropout of ``model``."""
+        rows, settings = leave_one_out(log).train, self.settings(log, dropout=model.config.dropout)
+        if isinstance(settings, RPTConfig):
+            return RPT(model, start, log, rows, settings)
+        assert isinstance(settings, SPTConfig)
+        return SPT(model, log, rows, settings)
 
     def batch(self, phase: SPT | RPT) -> SPTBatch | RPTBatch:
         """Return the batch of this step, on the CPU."""
@@ -72,19 +83,19 @@ def log_of(machine: Machine) -> InteractionLog:
 
 def run_config(machine: Machine, *, bf16: bool = True, **sections: Any) -> RunConfig:
     """Return the settings of a run on the device of the rows. On a GPU its precision is bf16, unless ``bf16`` is false."""
-    where = {} if machine.rehearse else {"device": "cuda", "precision": "bf16" if bf16 else "fp32"}
+    where: dict[str, Any] = {} if machine.rehearse else {"device": "cuda", "precision": "bf16" if bf16 else "fp32"}
     return RunConfig(**sections, **where)
 
 
 class OurStep:
     """A step of lares_fast with Adam, on one batch."""
 
-    def __init__(self, machine: Machine, case: Case, weights: dict[str, Tensor], *, dropout: float, bf16: bool) -> None:
+    def __init__(self, machine: Machine, case: Case, weights: Weights, *, dropout: float, bf16: bool) -> None:
         log = log_of(machine)
         config = LARESConfig(n_items=log.n_items, dropout=dropout)
         model, start = (lares_fast.LARES(config, bf16=bf16 and not machine.rehearse) for _ in range(2))
-        for each in (model, start):
-            each.load_state_dict(weights)
+        for each, values in zip((model, start), weights, strict=True):
+            each.load_state_dict(values)
             each.to(machine.device)
         self.model, self.phase = model.train(), case.phase_of(model, start, log).train()
         self.batch = case.batch(self.phase).to(machine.device)

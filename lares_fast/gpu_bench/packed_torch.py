@@ -68,14 +68,14 @@ def states(
     norm, last = weights[:2], lengths.cumsum(0) - 1
     run = block(weights[2:], plan, n_heads, p, sdpa=sdpa)
     for _ in range(depth):
-        h = run(F.layer_norm((h + pre) / 2, (h.shape[1],), *norm, eps=1e-12))
+        h = run(F.layer_norm((h + pre) / 2, (h.shape[1],), norm[0], norm[1], 1e-12))
         yield h[last]
 
 
 def block(weights: Sequence[Tensor], plan: Plan, n_heads: int, p: float, *, sdpa: bool) -> Callable[[Tensor], Tensor]:
     """Return a function of packed tokens [P, D] that applies the layers. Each layer has 16 of the weights."""
     layers = [weights[i : i + 16] for i in range(0, len(weights), 16)]
-    fused = [(torch.cat(layer[0:6:2]), torch.cat(layer[1:6:2])) for layer in layers]
+    fused = [(torch.cat(list(layer[0:6:2])), torch.cat(list(layer[1:6:2]))) for layer in layers]
 
     def attend(qkv: Tensor) -> Tensor:
         context = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
@@ -94,9 +94,9 @@ def block(weights: Sequence[Tensor], plan: Plan, n_heads: int, p: float, *, sdpa
     def run(h: Tensor) -> Tensor:
         for layer, (weight, bias) in zip(layers, fused, strict=True):
             y = F.dropout(F.linear(attend(F.linear(h, weight, bias)), *layer[6:8]), p)
-            h = F.layer_norm(y + h, h.shape[1:], *layer[8:10], eps=1e-12)
+            h = F.layer_norm(y + h, h.shape[1:], layer[8], layer[9], 1e-12)
             y = F.dropout(F.linear(F.gelu(F.linear(h, *layer[10:12])), *layer[12:14]), p)
-            h = F.layer_norm(y + h, h.shape[1:], *layer[14:16], eps=1e-12)
+            h = F.layer_norm(y + h, h.shape[1:], layer[14], layer[15], 1e-12)
         return h
 
     return run

@@ -38,7 +38,8 @@ class Results:
         for name, value in machine.items():
             if self.machine and (earlier := self.machine.get(name, "unknown")) != value:
                 raise InputError(
-                    f"{self.path} was measured with another {name} ({earlier}, now {value}): choose another --out, or move it away."
+                    f"{self.path} was measured with another {name} ({earlier}, now {value}): "
+                    "choose another --out, or move it away."
                 )
         self.machine = dict(machine)
         self._write()
@@ -77,7 +78,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Result]]:
         raise InputError(f"{path} is damaged ({error}): move it away, or choose another --out.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} was not written by this version of gpu-bench: move it away, or choose another --out.")
-    machine, rows = content.get("machine"), content.get("rows")
+    machine: Any = content.get("machine")
+    rows: Any = content.get("rows")
     if not _is_text(machine) or not isinstance(rows, dict) or not all(map(_is_row, rows.values())):
         raise InputError(f"{path} is damaged (its rows are not results): move it away, or choose another --out.")
     return machine, rows

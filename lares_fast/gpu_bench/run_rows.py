@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,9 +45,10 @@ def rows_per_second(machine: Machine) -> Result:
     Depths are drawn as in training. The batches of the official way are ready on the device. The losses of the first steps
     of each candidate are checked without dropout.
     """
-    log, (B,) = log_of(machine), machine.small(1024)
+    log, B = log_of(machine), machine.batch(1024)
     whole = leave_one_out(log)
-    split = replace(whole, valid=_first(whole.valid, _FEW), test=_first(whole.test, _FEW))
+    train = _first(whole.train, 5 * B) if machine.rehearse else whole.train
+    split = replace(whole, train=train, valid=_first(whole.valid, _FEW), test=_first(whole.test, _FEW))
     settings, config = SPTConfig(batch_size=B), LARESConfig(n_items=log.n_items, dropout=0.0)
     exact = _initial_model(config)
     weights = {name: value.clone() for name, value in exact.state_dict().items()}
@@ -56,10 +58,10 @@ def rows_per_second(machine: Machine) -> Result:
     row, published = Candidates(machine), config.replace(dropout=LARESConfig.preview().dropout)
     for name, dead_work, bf16 in (("official way", True, False), ("official way, autocast bf16", False, True)):
         checked, timed = (
-            OfficialStep(machine, how, weights, inputs, bf16=bf16, dead_work=dead_work)
+            OfficialStep(machine, how, settings, (weights, weights), inputs, bf16=bf16, dead_work=dead_work)
             for how, inputs in ((config, fixed[:_CHECKED]), (published, drawn))
         )
-        row.add(name, timed, near([truth], 2e-2 if bf16 else 1e-3), lambda step=checked: _mean([step() for _ in range(_CHECKED)]))
+        row.add(name, timed, near([truth], 2e-2 if bf16 else 1e-3), partial(_mean_loss_of_steps, checked))
     first = run_config(machine, model={"dropout": 0.0}, spt=replace(settings, epochs=1, max_steps=_CHECKED))
     bound = 1e-3 if machine.rehearse else 2e-2
     row.add(OURS, lambda: None, near([truth], bound), lambda: torch.tensor(_mean_loss_of_a_run(first, log, split)))
@@ -122,7 +124,9 @@ def _timed_run(config: RunConfig, log: InteractionLog, limit: float | None) -> t
             facts[f"s of training in an {phase.upper()} epoch"] = statistics.median(each)
     tested = [row for row in history if (row["phase"], row["split"], row["history"]) == ("rpt", "test", "not masked")]
     depth = LARESConfig.preview(**config.model).steps
-    facts |= {"NDCG@10": row[_WATCHED] for row in tested if row["test_T"] == depth}
+    for row in tested:
+        if row["test_T"] == depth:
+            facts["NDCG@10"] = row[_WATCHED]
     return facts if history else {**facts, "cut after s": limit}, history
 
 
@@ -141,6 +145,10 @@ def _run(
             return trainer.run(phases)
         except Interrupted:
             return []
+
+
+def _mean_loss_of_steps(step: OfficialStep) -> Tensor:
+    return _mean([step() for _ in range(_CHECKED)])
 
 
 def _mean_loss_of_a_run(config: RunConfig, log: InteractionLog, split: Split) -> float:

@@ -31,7 +31,7 @@ D = 64
 
 def _sequences(machine: Machine, B: int, longest: int, kind: str) -> tuple[Tensor, Tensor]:
     """Return lengths [B] and offsets [B + 1]."""
-    lengths = cases.lengths(kind, *machine.small(B), longest)
+    lengths = cases.lengths(kind, machine.batch(B), longest)
     return lengths, torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
 
 
@@ -52,11 +52,11 @@ def attention(machine: Machine, B: int, longest: int, kind: str) -> Result:
         # Compare tokens only, because padding is not part of the result.
         return [x.transpose(1, 2)[real] for x in found]
 
-    def sdpa(*x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*x, is_causal=True)
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    def ours(*x: Tensor) -> Tensor:
-        return ops.attention(*x, on_device, longest, backend=machine.backend("triton"))
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.attention(q, k, v, on_device, longest, backend=machine.backend("triton"))
 
     padded = [pad(x).requires_grad_() for x in packed]
     grad = pad(upstream(packed[0]))
@@ -78,8 +78,8 @@ def attention(machine: Machine, B: int, longest: int, kind: str) -> Result:
         else:
             short = on_device.to(torch.int32)
 
-            def flash(*x: Tensor) -> Any:
-                return varlen_attn(*x, short, short, longest, longest, window_size=(-1, 0))
+            def flash(q: Tensor, k: Tensor, v: Tensor) -> Any:
+                return varlen_attn(q, k, v, short, short, longest, longest, window_size=(-1, 0))
 
             row.add("flash, packed", with_gradients(flash, packed), check)
     row.add(OURS, with_gradients(ours, packed), check)

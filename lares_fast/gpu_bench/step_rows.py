@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -24,25 +26,26 @@ def training_step(machine: Machine, case: Case, *, bf16: bool) -> Result:
 
     The batch of the official way is ready on the device. With ``bf16`` it is also compiled, in every mode.
     """
-    case = Case(case.phase, *machine.small(case.B), case.depths, case.full)
+    case = replace(case, B=machine.batch(case.B))
     log = log_of(machine)
     config = LARESConfig(n_items=log.n_items, dropout=0.0)
+    # The frozen model has other weights, because equal models would leave only rounding errors of the KL term.
     torch.manual_seed(0)
-    exact = reference.LARES(config)
-    weights = copy.deepcopy(exact.state_dict())
-    prepared = case.batch(case.phase_of(exact, copy.deepcopy(exact), log))
+    exact, frozen = (reference.LARES(config) for _ in range(2))
+    weights = copy.deepcopy(exact.state_dict()), copy.deepcopy(frozen.state_dict())
+    prepared = case.batch(case.phase_of(exact, frozen, log))
     fixed, drawn = ([inputs_of(prepared, exact, machine.device, fixed=each)] for each in (True, False))
-    exact = exact.double().to(machine.device)
-    phase = case.phase_of(exact, copy.deepcopy(exact), log).train()
-    truth = loss_and_gradients(exact, phase(prepared.to(machine.device)))
-    del phase, exact
+    exact, frozen = (model.double().to(machine.device) for model in (exact, frozen))
+    truth = loss_and_gradients(exact, case.phase_of(exact, frozen, log).train()(prepared.to(machine.device)))
+    del exact, frozen
     row = Candidates(machine)
     published = config.replace(dropout=case.dropout())
 
     def rival(name: str, *, mode: str = "", rounded: bool = False, dead_work: bool = False) -> None:
+        how: dict[str, Any] = {"mode": mode, "bf16": rounded, "dead_work": dead_work}
         checked, timed = (
-            OfficialStep(machine, settings, weights, inputs, mode=mode, bf16=rounded, dead_work=dead_work)
-            for settings, inputs in ((config, fixed), (published, drawn))
+            OfficialStep(machine, each, case.settings(log, dropout=each.dropout), weights, inputs, **how)
+            for each, inputs in ((config, fixed), (published, drawn))
         )
         row.add(name, timed, near(truth, _BOUNDS[rounded]), checked.gradients)
 
@@ -54,7 +57,7 @@ def training_step(machine: Machine, case: Case, *, bf16: bool) -> Result:
             rival(f"official way, compiled ({mode}), bf16", mode=mode, rounded=True)
     checked, timed = (OurStep(machine, case, weights, dropout=p, bf16=bf16) for p in (0.0, case.dropout()))
     row.add(OURS, timed, near(truth, _BOUNDS[bf16]), checked.gradients)
-    parameters = sum(each.numel() for each in weights.values())
+    parameters = sum(each.numel() for each in weights[0].values())
     work = {"bf16" if bf16 else "fp32": _flops(case, config, fixed[0]), "bytes": 28 * parameters}
     return row.result(work, rows=case.B)
 
@@ -67,7 +70,8 @@ def _flops(case: Case, config: LARESConfig, inputs: Inputs) -> int:
     own, scoring = int(inputs.sequences[1].sum()), 2 * case.B * config.n_items * config.hidden_size
     if inputs.partners is not None:
         tokens = (own, own, int(inputs.partners[1].sum()))
-        layers = [encode_flops(config, P, config.n_pre_layers + T * config.n_core_layers) for P, T in zip(tokens, case.depths, strict=True)]
+        depths = [config.n_pre_layers + T * config.n_core_layers for T in case.depths]
+        layers = [encode_flops(config, P, n) for P, n in zip(tokens, depths, strict=True)]
         return 3 * sum(layers) + 5 * scoring
     # The frozen model has no dropout, so its pre-block runs once. It has no backward.
     steps, core = sum(case.depths), encode_flops(config, own, config.n_core_layers)

@@ -12,12 +12,11 @@ from lares_fast.gpu_bench.candidates import NOT_EXACT, OURS
 Results = Mapping[str, Mapping[str, Any]]
 
 _COLUMNS = ("candidate", "ms", "min..max", "times as fast as the best rival", "floor ms", "share of floor")
-_ABOUT = (
-    "ms: the median of all turns, with the fastest and the slowest turn. Candidates take turns, and each ratio compares two times\n"
-    "of one turn: the median ratio, with the smallest and the largest. Floor: the time for the least bytes and operations alone,\n"
-    "by the rates of the ceilings. Share of floor: floor / ms. A candidate is timed only if its results are right; a rival that is\n"
-    "marked (not exact) rounds more than the reference, and no ratio to it is given."
-)
+_ABOUT = """\
+ms: the median of all turns, with the fastest and the slowest turn. Candidates take turns. A ratio compares the times of one
+turn: the median ratio, with the smallest and the largest. Floor: the time for the least bytes and operations alone, by the
+rates of the ceilings. Share of floor: floor / ms. A candidate is timed only if its results are right. A rival that is marked
+(not exact) rounds more than the reference, and no ratio to it is given."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def floor_ms(work: Mapping[str, float], rates: Mapping[str, float]) -> float | N
 
 def text_of(machine: Mapping[str, str], rows: Results) -> str:
     """Return the table of all ``rows``, under the description of the machine."""
-    rates = next((row["rates"] for row in rows.values() if "rates" in row), {})
+    rates: Mapping[str, float] = next((row["rates"] for row in rows.values() if "rates" in row), {})
     head = "\n".join(f"{name}: {value}" for name, value in machine.items())
     return "\n\n".join([head, _ABOUT, *(_row_text(name, row, rates) for name, row in rows.items())])
 
@@ -92,9 +91,7 @@ def _cells(name: str, turns: Mapping[str, Sequence[float]], rival: str | None, f
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    ]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
 def _number(value: Any) -> str:
