@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "data": LEAVES | {"sequences"},
     "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data"},
     "serve": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "train"},
-    "gpu_bench": LEAVES | {"reference", "sequences", "ops", "model", "data", "train", "verify"},
+    "gpu_bench": LEAVES | {"reference", "sequences", "ops", "model", "data", "train", "verify", "kernels"},
     "cli": LEAVES
     | {
         "reference",

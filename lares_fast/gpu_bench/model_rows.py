@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import lares_fast
-from lares_fast import LARESConfig, reference
+from lares_fast import LARES, LARESConfig, reference
 from lares_fast._random import Draw
 from lares_fast.data import leave_one_out, make_batch
 from lares_fast.gpu_bench import cases, official, packed_model
@@ -37,7 +36,7 @@ def encode(machine: Machine, B: int, dtype: torch.dtype) -> Result:
     config = LARESConfig(n_items=cases.N)
     torch.manual_seed(0)
     exact = reference.LARES(config).eval()
-    ours = lares_fast.LARES(config, bf16=dtype == BF16)
+    ours = LARES(config, bf16=dtype == BF16)
     eager, packed = official.OfficialLARES(config), packed_model.PackedLARES(config, sdpa=True)
     for model in (ours, eager, packed):
         model.load_state_dict(exact.state_dict())
@@ -83,7 +82,7 @@ def evaluation(machine: Machine) -> Result:
     device, config, rows = machine.device, LARESConfig(n_items=log.n_items), leave_one_out(log).valid
     torch.manual_seed(0)
     exact, key = reference.LARES(config).eval(), evaluation_key(0)
-    ours, eager = lares_fast.LARES(config), official.OfficialLARES(config)
+    ours, eager = LARES(config), official.OfficialLARES(config)
     for model in (ours, eager):
         model.load_state_dict(exact.state_dict())
         model.eval().to(device)

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import lares_fast
-from lares_fast import LARESConfig, reference
+from lares_fast import LARES, LARESConfig, reference
 from lares_fast._random import root_key
 from lares_fast.data import InteractionLog, Rows, leave_one_out
 from lares_fast.gpu_bench import cases
@@ -93,7 +92,7 @@ class OurStep:
     def __init__(self, machine: Machine, case: Case, weights: Weights, *, dropout: float, bf16: bool) -> None:
         log = log_of(machine)
         config = LARESConfig(n_items=log.n_items, dropout=dropout)
-        model, start = (lares_fast.LARES(config, bf16=bf16 and not machine.rehearse) for _ in range(2))
+        model, start = (LARES(config, bf16=bf16 and not machine.rehearse) for _ in range(2))
         for each, values in zip((model, start), weights, strict=True):
             each.load_state_dict(values)
             each.to(machine.device)
