@@ -1,16 +1,14 @@
 """On a GPU no op makes the CPU wait, neither in its checks nor for the arguments of its kernels. Compilers trace every op."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from lares_fast import LARES, _dispatch, _native, ops, reference
+from lares_fast import LARES, _native, ops, reference
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
-from lares_fast.ops import _cuda_launch, _triton
 from lares_fast.sequences import Sequences
 from tests.support.fake_device import DEVICE, FakeDevice, to_fake_device
+from tests.support.launches import replaced_kernels
 
 OPS = [name for name in ops.__all__ if name not in ("CatalogIndex", "backend", "explain")]
 P, B, N, D, H = 9, 3, 70, 32, 2
@@ -18,22 +16,11 @@ LENGTHS = [4, 0, 5]
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def launched():
     """Return the names of the launched kernels. None of them runs."""
-    from lares_fast.kernels import _launch
-
     names = []
-    monkeypatch.setattr(_triton, "obstacle", lambda tensor: None)
-    for op in ("topk", "target_rank"):
-        _, *others = _dispatch._TABLE[op]
-        monkeypatch.setitem(_dispatch._TABLE, op, (replace(_dispatch._TABLE[op][0], obstacle=lambda *_: None), *others))
-    monkeypatch.setattr(_cuda_launch, "device_index", lambda device: 0)
-    monkeypatch.setattr(_cuda_launch, "limits", lambda index: [])
-    monkeypatch.setattr(_cuda_launch, "plan", lambda *_, **sizes: {"workspace_bytes": 64})
-    monkeypatch.setattr(_cuda_launch, "enqueue", lambda op, *_, **arguments: names.append(op))
-    token = _launch.stand_in.set(lambda kernel, *_: names.append(kernel.fn.__name__))
-    yield names
-    _launch.stand_in.reset(token)
+    with replaced_kernels(DEVICE, names.append):
+        yield names
 
 
 def leaf(*shape):
@@ -108,16 +95,13 @@ def test_a_depth_on_the_cpu_is_not_waited_for(output, launched):
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
 @pytest.mark.parametrize("depth", [2, torch.tensor([3, 1])], ids=str)
 def test_layers_of_other_sizes_wait_for_nothing(depth, output, launched):
-    """This test checks the forward alone, because autograd does not work under FakeDevice.
-
-    tests/ops/test_recurrence_layers.py checks the backward.
-    """
-    with FakeDevice(), torch.no_grad():
+    with FakeDevice():
         out = recurrence("layers", depth, output)
         assert len(out) == {"last": 2, "steps": 4, "tokens": P}[output]
-        with pytest.raises(AssertionError, match="waits for the device"):
-            recurrence("layers", to_fake_device(torch.tensor([3, 1])), output)
-    assert set(launched) == {"attention_forward"}
+        out.sum().backward()
+    with FakeDevice(), torch.no_grad(), pytest.raises(AssertionError, match="waits for the device"):
+        recurrence("layers", to_fake_device(torch.tensor([3, 1])), output)
+    assert set(launched) == {"attention_forward", "attention_backward_query", "attention_backward_key_value"}
 
 
 def moved(model):
@@ -207,16 +191,15 @@ def test_references_run_on_one_device(name):
     """The references may wait, but they must not mix devices."""
     with FakeDevice(allowed=True):
         out = CALLS[name]("reference")
-        # The backward of this one reference calls autograd again, and autograd does not reach below a dispatch mode.
-        if name in DIFFERENTIABLE and name != "recurrence":
+        if name in DIFFERENTIABLE:
             out.sum().backward()
 
 
 def test_masks_and_noise_are_drawn_where_their_rows_are():
     rows = torch.arange(3) + 70_000
     calls = {
-        "hidden": lambda draw: draw.hidden(torch.ones(3, 5, 70).to(draw.rows.device), 0.5, site=1, step=2, layer=0),
-        "attention": lambda draw: draw.attention(torch.ones(3, 2, 5, 5).to(draw.rows.device), 0.5, step=2, layer=0),
+        "hidden": lambda draw: draw.hidden(torch.ones(3, 5, 70, device=draw.rows.device), 0.5, site=1, step=2, layer=0),
+        "attention": lambda draw: draw.attention(torch.ones(3, 2, 5, 5, device=draw.rows.device), 0.5, step=2, layer=0),
         "state": lambda draw: draw.initial_state(draw.rows, draw.rows * 0, 12),
     }
     for call in calls.values():

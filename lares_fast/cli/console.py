@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from lares_fast._device import Choice
 
 Event = dict[str, Any]
 
@@ -27,6 +31,22 @@ def with_flag(text: str, setting: str, flag: str = "--set {name}={value}") -> st
     """
     name, _, value = setting.partition("=")
     return f"{text.rstrip('.')} ({flag.format(name=name, value=value or 'VALUE')})."
+
+
+def device_text(choice: Choice) -> str | None:
+    """Return a line about the device that is used, or ``None`` if the machine has no GPU."""
+    if choice.device.type != "cpu" or choice.refused:
+        return f"device   {choice.device}, because {choice.reason}"
+    return None
+
+
+def add_device_argument(parser: ArgumentParser, default: str | None = "auto") -> None:
+    """Add the argument ``--device``."""
+    parser.add_argument(
+        "--device",
+        default=default,
+        help="auto, cpu, cuda or cuda:N (default: auto, the first GPU whose kernels pass their self-test, else the CPU)",
+    )
 
 
 def counted(number: int, noun: str) -> str:

@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from lares_fast import LARESConfig, __version__, _native, _settings, explain, reference
+from lares_fast._device import choose
 from lares_fast.cli.console import counted
 from lares_fast.verify import tuning
 
@@ -55,6 +56,7 @@ def diagnose() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
         "gpu": _gpu(),
+        "device": _chosen_device(),
         "build": _native.build_info(),
         "capability": _native.capability(),
         "tuned": _tuned_calls(),
@@ -69,6 +71,12 @@ def _gpu() -> str:
         return "no GPU is visible to torch" + ("" if torch.version.cuda else " (this torch was built without CUDA)")
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     return f"{name}, compute capability {major}.{minor}, torch built for CUDA {torch.version.cuda}"
+
+
+def _chosen_device() -> str:
+    """Return the device that ``auto`` takes, and why."""
+    choice = choose("auto")
+    return f"auto takes {choice.device}, because {choice.reason}"
 
 
 def _tuned_calls() -> list[str]:
@@ -103,6 +111,7 @@ def _text(report: dict[str, Any]) -> str:
     cpu, build = report["cpu"], report["build"]
     lines.append(f"{'cpu':<12} {cpu['capability']}, {counted(cpu['cores'], 'core')}, {counted(cpu['threads'], 'torch thread')}")
     lines.append(f"{'gpu':<12} {report['gpu']}")
+    lines.append(f"{'device':<12} {report['device']}")
     lines.append(f"{'native':<12} {'built' if build['native'] else build['reason']}")
     archs = ", ".join(build.get("cuda_archs", ()))
     cuda = (

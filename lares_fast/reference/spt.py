@@ -25,6 +25,8 @@ class Pass:
         The addresses of the random numbers. The default is as in :meth:`LARES.encode`.
     ``state``
         h0, in the form that :meth:`LARES.encode` takes. The default is drawn.
+    ``deepest``
+        At least every depth, or ``None``, see :meth:`LARES.trajectories`. :meth:`encode` does not read it.
 
     The same class holds the choices of G passes over the same sequences, in the forms that :meth:`LARES.trajectories` takes.
     """
@@ -32,6 +34,7 @@ class Pass:
     num_steps: int | Tensor
     draw: Draw | None = None
     state: Tensor | None = None
+    deepest: int | None = None
 
     def encode(self, model: LARES, sequences: Pair, *, return_all_steps: bool = False) -> Tensor:
         """Return ``model.encode(*sequences)`` with the choices of this pass."""
@@ -41,7 +44,8 @@ class Pass:
 
     def trajectories(self, model: LARES, sequences: Pair) -> Tensor:
         """Return ``model.trajectories(*sequences)`` with the choices of these G passes."""
-        return model.trajectories(*sequences, torch.as_tensor(self.num_steps), state=self.state, draw=self.draw)
+        num_steps = torch.as_tensor(self.num_steps)
+        return model.trajectories(*sequences, num_steps, state=self.state, draw=self.draw, deepest=self.deepest)
 
 
 class SPTLoss(NamedTuple):
@@ -85,19 +89,43 @@ def spt_loss(
         The weights of the terms. A term with weight 0 is 0, and a pass that only such terms need is not run.
     """
     ce_pass, anchor_pass, partner_pass = passes
-    queries = model.queries(ce_pass.encode(model, sequences))
-    skip_pad = not model.config.pad_in_softmax
-    cross_entropy = model.head.linear_cross_entropy(queries, model.item_table(), target, skip_pad=skip_pad)
+    final = ce_pass.encode(model, sequences)
+    anchor = partner = state = None
+    if alpha or gamma:
+        anchor_states = anchor_pass.encode(model, sequences, return_all_steps=True)
+        anchor = anchor_states[:, -1]
+        if alpha:
+            partner = partner_pass.encode(model, partners)
+        if gamma and anchor_states.shape[1] > 1:
+            state = anchor_states[:, step_index]
+    return spt_terms(model, final, target, anchor, partner, state, alpha=alpha, gamma=gamma)
 
+
+def spt_terms(
+    model: LARES,
+    final: Tensor,
+    target: Tensor,
+    anchor: Tensor | None,
+    partner: Tensor | None,
+    state: Tensor | None,
+    *,
+    alpha: float,
+    gamma: float | Tensor,
+) -> SPTLoss:
+    """Return the loss of :func:`spt_loss` from the states of its passes, [B, D] each.
+
+    ``final``, ``anchor`` and ``partner`` are the last states of the three passes. ``state`` is the anchor's state s. A term
+    is 0 if one of its states is ``None``. ``gamma`` may be a scalar on the device of the states.
+    """
+    skip_pad = not model.config.pad_in_softmax
+    cross_entropy = model.head.linear_cross_entropy(model.queries(final), model.item_table(), target, skip_pad=skip_pad)
     trajectory = step = torch.zeros_like(cross_entropy)
-    if not alpha and not gamma:
-        return SPTLoss(cross_entropy, cross_entropy, trajectory, step)
-    trajectory_states = model.normalise(anchor_pass.encode(model, sequences, return_all_steps=True))
-    anchor = trajectory_states[:, -1]
-    if alpha:
-        partner = model.normalise(partner_pass.encode(model, partners))
-        trajectory = alpha / 2 * (info_nce(model, anchor, partner) + info_nce(model, partner, anchor))
-    if gamma and trajectory_states.shape[1] > 1:
-        state = trajectory_states[:, step_index]
-        step = gamma / 2 * (info_nce(model, anchor, state) + info_nce(model, state, anchor))
+    if anchor is not None:
+        a = model.normalise(anchor)
+        if partner is not None:
+            p = model.normalise(partner)
+            trajectory = alpha / 2 * (info_nce(model, a, p) + info_nce(model, p, a))
+        if state is not None:
+            s = model.normalise(state)
+            step = gamma / 2 * (info_nce(model, a, s) + info_nce(model, s, a))
     return SPTLoss(cross_entropy + trajectory + step, cross_entropy, trajectory, step)
