@@ -18,6 +18,8 @@ from lares_fast.gpu_bench.rows import Row, chosen, table
 from lares_fast.train.files import locked
 from lares_fast.verify.process import leaving_no_processes
 
+# Seconds of rows that are taken to run at the guessed pace.
+_STEADY = 60.0
 _DESCRIPTION = """\
 Measure the speed on this GPU: the ops, training steps of both phases, evaluation and whole runs.
 
@@ -91,7 +93,8 @@ class _Progress:
         """Show the start of a row."""
         self._name, self._number = name, list(self.rows).index(name) + 1
         left = sum(row.seconds for row in list(self.rows.values())[self._number - 1 :])
-        pace = self._took / self._guessed if self._guessed else 1.0
+        # A few short rows say little about the pace.
+        pace = (self._took + _STEADY) / (self._guessed + _STEADY)
         self.results.put(name, {"status": BEGUN, "title": self.rows[name].title})
         notice(f"row {self._number} of {len(self.rows)}, {name}: {self.rows[name].title} (ETA {clock_text(pace * left)})")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,26 +38,26 @@ class Inputs:
     step_index: int = 0
 
 
-def inputs_of(batch: SPTBatch | RPTBatch, model: reference.LARES, device: torch.device, *, fixed: bool) -> Inputs:
+def depths_of(batch: SPTBatch[Any] | RPTBatch[Any]) -> tuple[int, ...]:
+    """Return T of each pass over the rows of ``batch``, of which all rows have the same T."""
+    passes = batch.choices if isinstance(batch, SPTBatch) else batch.policy_pass
+    return tuple(torch.as_tensor(passes.num_steps).view(-1, len(batch))[:, 0].tolist())
+
+
+def inputs_of(batch: SPTBatch[Any] | RPTBatch[Any], model: reference.LARES, device: torch.device, *, fixed: bool) -> Inputs:
     """Return the padded form of ``batch`` on ``device``. With ``fixed``, h0 has the numbers that the batch addresses."""
-    L = model.config.max_len
-
-    def padded(sequences: reference.Sequences) -> Padded:
-        items, lengths = sequences.padded(L)
-        return items.to(device), lengths.to(device)
-
-    target, given = batch.inputs.target.to(device), padded(batch.inputs.sequences)
-    passes = batch.passes if isinstance(batch, SPTBatch) else (batch.policy_pass, batch.start_pass)
+    L, B, depths = model.config.max_len, len(batch), depths_of(batch)
+    items, lengths = (x.to(device).split(B) for x in batch.inputs.sequences.padded(L))
+    target, own = batch.inputs.target[:B].to(device), (items[0], lengths[0])
     states: list[Tensor | None] = []
-    for one in passes:
+    for one in (batch.choices,) if isinstance(batch, SPTBatch) else (batch.policy_pass, batch.start_pass):
         assert one.draw is not None
-        rows = model.initial_state(one.draw, L).to(device).split(len(batch)) if fixed else ()
-        states += rows if fixed else [None] * (len(one.draw.rows) // len(batch))
-    if isinstance(batch, SPTBatch):
-        depths = tuple(int(torch.as_tensor(one.num_steps).max()) for one in passes)
-        return Inputs(given, target, depths, states, padded(batch.partners.sequences), batch.step_index)
-    depths = tuple(torch.as_tensor(batch.policy_pass.num_steps)[:, 0].tolist())
-    return Inputs(given, target, depths, states)
+        states += model.initial_state(one.draw, L).to(device).split(B) if fixed else [None] * len(depths)
+    if not isinstance(batch, SPTBatch):
+        return Inputs(own, target, depths, states)
+    # The states that the loss reads: the last ones of three passes, and those of an earlier step of the anchors.
+    anchor, earlier = int(batch.rows.chosen[B]), int(batch.rows.chosen[3 * B])
+    return Inputs(own, target, depths, states, (items[2], lengths[2]), depths[1] - 1 - (anchor - earlier))
 
 
 class OfficialStep:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lares_fast import LARES, LARESConfig, reference
-from lares_fast._random import root_key
-from lares_fast.data import InteractionLog, Rows, leave_one_out
+from lares_fast import LARESConfig
+from lares_fast._random import Key, fold, root_key
+from lares_fast.data import InteractionLog, Rows, Split, leave_one_out
 from lares_fast.gpu_bench import cases
+from lares_fast.gpu_bench.candidates import Result
 from lares_fast.gpu_bench.machine import Machine
-from lares_fast.gpu_bench.official_step import Weights, loss_and_gradients
-from lares_fast.train import RPT, SPT, RPTConfig, RunConfig, SPTConfig
-from lares_fast.train.rpt import RPTBatch
-from lares_fast.train.spt import SPTBatch
+from lares_fast.gpu_bench.official_step import Weights, depths_of
+from lares_fast.train import RPTConfig, RunConfig, SPTConfig
+from lares_fast.train.phases import Phase, make_phase
+from lares_fast.train.run import Run
+from lares_fast.train.steps import make_steps
+
+# A learning rate that changes no weight, for checks.
+_STILL = 1e-30
 
 
 @dataclass(frozen=True)
 class Case:
     """One step: B training rows of a log with the size of Instruments.
 
-    ``depths`` has T of the three passes of phase ``spt``, or of the G trajectories of phase ``rpt``. With ``full`` every
-    row has 20 items.
+    ``depths`` has T of the three passes of phase ``spt``, which are equal, or of the G trajectories of phase ``rpt``, in any
+    order. With ``full`` every row has 20 items.
     """
 
     phase: str
@@ -33,46 +41,37 @@ class Case:
     depths: tuple[int, ...]
     full: bool = False
 
-    def dropout(self) -> float:
-        """Return the published dropout of the phase."""
-        return LARESConfig.preview().dropout if self.phase == "spt" else RPTConfig().dropout
+    def model(self, *, dropout: bool) -> dict[str, Any]:
+        """Return the settings of the model, with the published dropout of the phase or without dropout."""
+        if self.phase == "rpt":
+            return {"dropout": RPTConfig().dropout if dropout else 0.0}
+        p = LARESConfig.preview().dropout if dropout else 0.0
+        return {"dropout": p, "depth_sampling": "constant", "mean_depth": self.depths[0]}
 
-    def settings(self, log: InteractionLog, *, dropout: float) -> SPTConfig | RPTConfig:
-        """Return the published settings of the phase with another ``dropout``.
+    def settings(self, n_items: int, *, dropout: bool) -> SPTConfig | RPTConfig:
+        """Return the published settings of the phase, or the settings for a check without dropout.
 
-        Without dropout, which is for a check, half of all items give a reward. A model that is not trained would almost never
-        get one otherwise.
+        In a check, half of all items give a reward, because a model that is not trained would almost never get one. The
+        weights stay as they are.
         """
+        lr: dict[str, Any] = {} if dropout else {"lr": _STILL}
         if self.phase == "spt":
-            return SPTConfig()
-        return RPTConfig(dropout=dropout) if dropout else RPTConfig(dropout=0.0, k=log.n_items // 2)
+            return SPTConfig(batch_size=self.B, **lr)
+        how: dict[str, Any] = {} if dropout else {"dropout": 0.0, "k": n_items // 2}
+        return RPTConfig(batch_size=self.B, data_filter=False, **how, **lr)
 
-    def phase_of(self, model: reference.LARES, start: reference.LARES, log: InteractionLog) -> SPT | RPT:
-        """Return the module whose forward is the loss of the phase, with the dropout of ``model``."""
-        rows, settings = leave_one_out(log).train, self.settings(log, dropout=model.config.dropout)
-        if isinstance(settings, RPTConfig):
-            return RPT(model, start, log, rows, settings)
-        assert isinstance(settings, SPTConfig)
-        return SPT(model, log, rows, settings)
+    def split(self, log: InteractionLog) -> Split:
+        """Return the split whose training rows are those of this case."""
+        whole = leave_one_out(log)
+        long = np.flatnonzero(whole.train.ends - log.offsets[whole.train.users] >= (20 if self.full else 1))
+        rows = Rows(whole.train.users[long], whole.train.ends[long])
+        return Split(rows, whole.valid, whole.test, whole.train_end, whole.protocol)
 
-    def batch(self, phase: SPT | RPT) -> SPTBatch | RPTBatch:
-        """Return the batch of this step, on the CPU."""
-        chosen = np.random.default_rng(0).permutation(_eligible(phase.log, phase.rows, 20 if self.full else 1))[: self.B]
-        batch = phase.batch(torch.from_numpy(chosen), root_key(0))
-        size = len(batch)
-        if isinstance(batch, SPTBatch):
-            first, second, third = (
-                replace(one, num_steps=torch.full((size,), T)) for one, T in zip(batch.passes, self.depths, strict=True)
-            )
-            return replace(batch, passes=(first, second, third), step_index=2)
-        num_steps = torch.tensor(self.depths)[:, None].expand(-1, size)
-        policy, start = (replace(one, num_steps=num_steps) for one in (batch.policy_pass, batch.start_pass))
-        return replace(batch, policy_pass=policy, start_pass=start)
-
-
-def _eligible(log: InteractionLog, rows: Rows, least: int) -> Any:
-    """Return the indices of the rows with at least ``least`` items."""
-    return np.flatnonzero(rows.ends - log.offsets[rows.users] >= least)
+    def choice(self, phase: Phase) -> tuple[Tensor, Key]:
+        """Return the rows of the step [B], and the first key that draws the depths of this case."""
+        index = torch.from_numpy(np.random.default_rng(0).permutation(len(phase.rows))[: self.B])
+        keys = (fold(root_key(0), number) for number in count())
+        return index, next(key for key in keys if sorted(depths_of(phase.batch(index[:1], key))) == sorted(self.depths))
 
 
 def log_of(machine: Machine) -> InteractionLog:
@@ -82,37 +81,50 @@ def log_of(machine: Machine) -> InteractionLog:
 
 def run_config(machine: Machine, *, bf16: bool = True, **sections: Any) -> RunConfig:
     """Return the settings of a run on the device of the rows. On a GPU its precision is bf16, unless ``bf16`` is false."""
-    where: dict[str, Any] = {} if machine.rehearse else {"device": "cuda", "precision": "bf16" if bf16 else "fp32"}
-    return RunConfig(**sections, **where)
+    where: dict[str, Any] = {"device": machine.device.type}
+    if bf16 and not machine.rehearse:
+        where["precision"] = "bf16"
+    return RunConfig(**where, **sections)
 
 
 class OurStep:
-    """A step of lares_fast with Adam, on one batch."""
+    """Steps of a run of the trainer from ``weights``, all on one batch. Without ``dropout`` they change no weight.
 
-    def __init__(self, machine: Machine, case: Case, weights: Weights, *, dropout: float, bf16: bool) -> None:
+    With ``prepare`` each call also prepares the batch on the CPU, as the trainer does.
+    """
+
+    def __init__(
+        self, machine: Machine, case: Case, weights: Weights, *, dropout: bool, bf16: bool, prepare: bool = False
+    ) -> None:
+        self._folder, self.notices = TemporaryDirectory(), list[str]()
         log = log_of(machine)
-        config = LARESConfig(n_items=log.n_items, dropout=dropout)
-        model, start = (LARES(config, bf16=bf16 and not machine.rehearse) for _ in range(2))
-        for each, values in zip((model, start), weights, strict=True):
-            each.load_state_dict(values)
-            each.to(machine.device)
-        self.model, self.phase = model.train(), case.phase_of(model, start, log).train()
-        self.batch = case.batch(self.phase).to(machine.device)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=not machine.rehearse)
+        settings: dict[str, Any] = {case.phase: case.settings(log.n_items, dropout=dropout)}
+        config = run_config(machine, bf16=bf16, model=case.model(dropout=dropout), **settings)
+        run = Run(config, log, case.split(log), Path(self._folder.name) / "run", self._listen)
+        if case.phase == "rpt":
+            run.state.progress.best = weights[1]
+            run.enter("rpt")
+        run.model.load_state_dict(weights[0])
+        self._run, phase = run, make_phase(run).train()
+        self._choice = case.choice(phase)
+        self._steps = make_steps(run, phase, run.make_optimizer(phase.settings))
+        self._batch = None if prepare else self._steps.prepare(*self._choice)
 
-    def loss(self) -> Tensor:
-        """Return the loss of the batch."""
-        loss: Tensor = self.phase(self.batch)
-        return loss
+    def __call__(self) -> None:
+        """Make a step, and read the numbers of all steps when the trainer would."""
+        self._steps.make(self._batch or self._steps.prepare(*self._choice), None)
+        if self._steps.due:
+            self._steps.read()
 
     def gradients(self) -> list[Tensor]:
-        """Return the loss and the gradient of each parameter, by name."""
-        return loss_and_gradients(self.model, self.loss())
+        """Return the loss and the gradient of each parameter, by name, after steps that are captured and replayed."""
+        for _ in range(3):
+            self()
+        self._steps.read()
+        loss = torch.tensor(self._run.state.progress.means()["loss"])
+        gradients = [parameter.grad for _, parameter in sorted(self._run.model.named_parameters())]
+        return [loss.to(self._run.device), *(gradient for gradient in gradients if gradient is not None)]
 
-    def __call__(self) -> Tensor:
-        """Make a step and return its loss."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss()
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+    def _listen(self, event: Result) -> None:
+        if event["event"] == "notice":
+            self.notices.append(event["text"])

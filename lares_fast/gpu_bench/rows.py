@@ -19,7 +19,7 @@ from lares_fast.gpu_bench.model_rows import encode, evaluation
 from lares_fast.gpu_bench.our_step import Case
 from lares_fast.gpu_bench.run_rows import CUT_SECONDS, log_run, rows_per_second, synthetic_run
 from lares_fast.gpu_bench.sequence_rows import attention, recurrence
-from lares_fast.gpu_bench.step_rows import RPT, SPT, training_step
+from lares_fast.gpu_bench.step_rows import RPT_CASE, SPT_CASE, training_step
 
 CEILINGS, WITH_LOG = "ceilings", "run:log"
 # A row does not start with fewer seconds left.
@@ -120,8 +120,8 @@ def _sequence_rows() -> dict[str, Row]:
 
 
 _INSTRUMENTS = "2+2 layers Instruments lengths"
-_SPT = f"SPT step B {SPT.B} T 5"
-_RPT = f"RPT step B {RPT.B} G {len(RPT.depths)} T {'/'.join(map(str, RPT.depths))}"
+_SPT = f"SPT step B {SPT_CASE.B} T 5"
+_RPT = f"RPT step B {RPT_CASE.B} G {len(RPT_CASE.depths)} T {'/'.join(map(str, RPT_CASE.depths))}"
 
 
 def _step(title: str, seconds: float, case: Case, *, bf16: bool) -> Row:
@@ -130,15 +130,15 @@ def _step(title: str, seconds: float, case: Case, *, bf16: bool) -> Row:
 
 ROWS: dict[str, Row] = {
     CEILINGS: Row("ceilings: copy, products, launch", 8, ceilings),
-    "spt_step:bf16": _step(f"{_SPT} {_INSTRUMENTS}, bf16", 150, SPT, bf16=True),
-    "rpt_step:bf16": _step(f"{_RPT} {_INSTRUMENTS}, bf16", 180, RPT, bf16=True),
+    "spt_step:bf16": _step(f"{_SPT} {_INSTRUMENTS}, bf16", 150, SPT_CASE, bf16=True),
+    "rpt_step:bf16": _step(f"{_RPT} {_INSTRUMENTS}, bf16", 180, RPT_CASE, bf16=True),
     "rows_per_second": Row("SPT rows a second", 60, rows_per_second),
     "evaluation": Row("evaluation of 57,439 rows T 4 N 24,588, fp32", 30, evaluation),
     "run:synthetic": Row("both phases on a synthetic log", 60, synthetic_run),
     **_sequence_rows(),
-    "spt_step:fp32": _step(f"{_SPT} {_INSTRUMENTS}, fp32", 30, SPT, bf16=False),
-    "rpt_step:fp32": _step(f"{_RPT} {_INSTRUMENTS}, fp32", 40, RPT, bf16=False),
-    "spt_step:bf16-full": _step(f"{_SPT} 2+2 layers, 20 items each, bf16", 150, replace(SPT, full=True), bf16=True),
+    "spt_step:fp32": _step(f"{_SPT} {_INSTRUMENTS}, fp32", 30, SPT_CASE, bf16=False),
+    "rpt_step:fp32": _step(f"{_RPT} {_INSTRUMENTS}, fp32", 40, RPT_CASE, bf16=False),
+    "spt_step:bf16-full": _step(f"{_SPT} 2+2 layers, 20 items each, bf16", 150, replace(SPT_CASE, full=True), bf16=True),
     **_catalog_rows(),
 }
 

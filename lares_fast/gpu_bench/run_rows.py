@@ -17,6 +17,7 @@ from torch import Tensor
 from lares_fast import LARESConfig, reference
 from lares_fast._random import root_key
 from lares_fast.data import InteractionLog, Rows, Split, epoch_order, leave_one_out, read_log, synthetic_log
+from lares_fast.data.batch import Inputs
 from lares_fast.gpu_bench.candidates import OURS, Candidates, Result, finished, near
 from lares_fast.gpu_bench.machine import TURNS, Machine
 from lares_fast.gpu_bench.official_step import OfficialStep, inputs_of
@@ -70,6 +71,8 @@ def rows_per_second(machine: Machine) -> Result:
         machine.stage(f"{OURS}, epochs")
 
         def listen(event: Event) -> None:
+            if event["event"] == "notice":
+                row.left_out[f"{OURS}, CUDA graphs"] = event["text"]
             # The first epoch compiles and captures, so it is not counted.
             if event["event"] == "valid" and event["epoch"] > 1:
                 for name, call in row.calls.items():
@@ -101,9 +104,9 @@ def synthetic_run(machine: Machine) -> Result:
     return finished(["the model ranks no better than popularity"] if worse else [], facts=facts)
 
 
-def log_run(machine: Machine, path: Path, seconds: float = CUT_SECONDS) -> Result:
-    """Run both phases with the published settings on the user's log, and stop after ``seconds``."""
-    facts, _ = _timed_run(run_config(machine), read_log(path), seconds)
+def log_run(machine: Machine, path: Path) -> Result:
+    """Run both phases with the published settings on the user's log, and stop after a time limit."""
+    facts, _ = _timed_run(run_config(machine), read_log(path), 5.0 if machine.rehearse else CUT_SECONDS)
     return finished([], facts={"log": path.name, **facts})
 
 
@@ -170,14 +173,14 @@ def _initial_model(config: LARESConfig) -> reference.LARES:
         return reference.LARES(config)
 
 
-def _first_batches(phase: SPT, count: int) -> list[SPTBatch]:
+def _first_batches(phase: SPT, count: int) -> list[SPTBatch[Inputs]]:
     """Return the first batches of a run with the default seed, on the CPU."""
     key = epoch_key(phase_key(root_key(RunConfig().seed), phase.name, 0), 0)
     order = epoch_order(len(phase.rows), order_key(key)).split(phase.settings.batch_size)
     return [phase.batch(index, step_key(key, step)) for step, index in enumerate(order[:count])]
 
 
-def _mean_loss_in_fp64(machine: Machine, phase: SPT, batches: Sequence[SPTBatch]) -> Tensor:
+def _mean_loss_in_fp64(machine: Machine, phase: SPT, batches: Sequence[SPTBatch[Inputs]]) -> Tensor:
     """Return the mean loss of the first steps of ``phase``."""
     optimizer, losses = torch.optim.Adam(phase.model.parameters(), lr=phase.settings.lr), []
     for batch in batches[:_CHECKED]:

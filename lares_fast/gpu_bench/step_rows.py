@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from lares_fast import LARESConfig, reference
+from lares_fast.data import InteractionLog
 from lares_fast.gpu_bench.candidates import OURS, Candidates, Result, near
 from lares_fast.gpu_bench.machine import Machine
 from lares_fast.gpu_bench.model_rows import encode_flops
 from lares_fast.gpu_bench.official_step import MODES, Inputs, OfficialStep, inputs_of, loss_and_gradients
 from lares_fast.gpu_bench.our_step import Case, OurStep, log_of
+from lares_fast.train import RPT, SPT, RPTConfig, SPTConfig
+from lares_fast.train.phases import Phase
 
-SPT = Case("spt", 1024, (5, 5, 5))
-RPT = Case("rpt", 400, (3, 8, 5, 4))
+SPT_CASE = Case("spt", 1024, (5, 5, 5))
+RPT_CASE = Case("rpt", 400, (3, 8, 5, 4))
 # Bounds of the loss and of every gradient, relative to the largest number of each.
 _BOUNDS = {False: 1e-3, True: 1e-1}
 
@@ -24,28 +27,30 @@ _BOUNDS = {False: 1e-3, True: 1e-1}
 def training_step(machine: Machine, case: Case, *, bf16: bool) -> Result:
     """Time forward, backward and optimizer. The loss and the gradients of each candidate are checked without dropout.
 
-    The batch of the official way is ready on the device. With ``bf16`` it is also compiled, in every mode.
+    The batch of the official way is ready on the device. With ``bf16`` it is also compiled, in every mode. lares_fast makes
+    the steps of the trainer, with a batch that is ready, and with the work of the CPU that prepares it.
     """
     case = replace(case, B=machine.batch(case.B))
     log = log_of(machine)
-    config = LARESConfig(n_items=log.n_items, dropout=0.0)
+    config, published = (LARESConfig(n_items=log.n_items, **case.model(dropout=dropout)) for dropout in (False, True))
+    settings = case.settings(log.n_items, dropout=False), case.settings(log.n_items, dropout=True)
     # The frozen model has other weights, because equal models would leave only rounding errors of the KL term.
     torch.manual_seed(0)
     exact, frozen = (reference.LARES(config) for _ in range(2))
     weights = copy.deepcopy(exact.state_dict()), copy.deepcopy(frozen.state_dict())
-    prepared = case.batch(case.phase_of(exact, frozen, log))
+    phase = _phase(case, exact, frozen, log)
+    prepared = phase.batch(*case.choice(phase))
     fixed, drawn = ([inputs_of(prepared, exact, machine.device, fixed=each)] for each in (True, False))
-    exact, frozen = (model.double().to(machine.device) for model in (exact, frozen))
-    truth = loss_and_gradients(exact, case.phase_of(exact, frozen, log).train()(prepared.to(machine.device)))
-    del exact, frozen
+    phase = _phase(case, exact.double().to(machine.device), frozen.double().to(machine.device), log)
+    truth = loss_and_gradients(exact, phase.train()(prepared.to(machine.device)))
+    del exact, frozen, phase
     row = Candidates(machine)
-    published = config.replace(dropout=case.dropout())
 
     def rival(name: str, *, mode: str = "", rounded: bool = False, dead_work: bool = False) -> None:
         how: dict[str, Any] = {"mode": mode, "bf16": rounded, "dead_work": dead_work}
         checked, timed = (
-            OfficialStep(machine, each, case.settings(log, dropout=each.dropout), weights, inputs, **how)
-            for each, inputs in ((config, fixed), (published, drawn))
+            OfficialStep(machine, *each, weights, inputs, **how)
+            for each, inputs in (((config, settings[0]), fixed), ((published, settings[1]), drawn))
         )
         row.add(name, timed, near(truth, _BOUNDS[rounded]), checked.gradients)
 
@@ -55,11 +60,25 @@ def training_step(machine: Machine, case: Case, *, bf16: bool) -> Result:
         rival("official way, autocast bf16", rounded=True)
         for mode in () if machine.rehearse else MODES:
             rival(f"official way, compiled ({mode}), bf16", mode=mode, rounded=True)
-    checked, timed = (OurStep(machine, case, weights, dropout=p, bf16=bf16) for p in (0.0, case.dropout()))
-    row.add(OURS, timed, near(truth, _BOUNDS[bf16]), checked.gradients)
-    parameters = sum(each.numel() for each in weights[0].values())
+    check, notices = near(truth, _BOUNDS[bf16]), list[str]()
+    for name, prepare in ((f"{OURS}, batch ready", False), (f"{OURS}, with its batch", True)):
+        checked, timed = (OurStep(machine, case, weights, dropout=p, bf16=bf16, prepare=prepare) for p in (False, True))
+        row.add(name, timed, check, checked.gradients)
+        notices += checked.notices
+    if notices:
+        row.left_out[f"{OURS}, CUDA graphs"] = notices[0]
+    parameters = sum(value.numel() for value in weights[0].values())
     work = {"bf16" if bf16 else "fp32": _flops(case, config, fixed[0]), "bytes": 28 * parameters}
     return row.result(work, rows=case.B)
+
+
+def _phase(case: Case, model: reference.LARES, start: reference.LARES, log: InteractionLog) -> Phase:
+    """Return the phase of ``case`` without dropout."""
+    rows, settings = case.split(log).train, case.settings(log.n_items, dropout=False)
+    if isinstance(settings, RPTConfig):
+        return RPT(model, start, log, rows, settings)
+    assert isinstance(settings, SPTConfig)
+    return SPT(model, log, rows, settings)
 
 
 def _flops(case: Case, config: LARESConfig, inputs: Inputs) -> int:
