@@ -38,9 +38,10 @@ MAY_IMPORT = {
     "_device": LEAVES | {"ops", "_dispatch"},
     "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "_device"},
     "serve": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "_device"},
+    "gpu_bench": LEAVES | {"reference", "sequences", "ops", "model", "data", "train", "verify", "kernels"},
     "cli": LEAVES
     | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "serve", "verify", "_dispatch", "_device"}
-    | {"convert"},
+    | {"convert", "gpu_bench"},
     "kernels": {"_settings"},
 }
 # The package itself loads every public module on first use, and its __main__ calls the command line.

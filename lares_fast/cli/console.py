@@ -87,7 +87,8 @@ def _means_text(means: dict[str, float], waited: float | None, users_per_s: floa
     return " ".join(parts)
 
 
-def _clock(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
+    """Return a time such as ``4:05`` or ``1:04:05``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -151,7 +152,7 @@ class Console:
         if now - self._began < patience:
             return
         moved = done - self._first
-        left = _clock((now - self._began) * (total - done) / moved) if moved > 0 else "?"
+        left = clock_text((now - self._began) * (total - done) / moved) if moved > 0 else "?"
         if now - self._shown >= self._bar.interval:
             self._shown = now
             self._bar.show(what, done, total, text, left)
