@@ -79,8 +79,8 @@ def embedding_backward_rows(
     """
     column = tl.arange(0, C)[None, :]
     weight = tl.load(WEIGHT + column, mask=column < D, other=0.0).to(tl.float32)
-    d_weight = tl.zeros((R, C), tl.float32)
-    d_bias = tl.zeros((R, C), tl.float32)
+    d_weight = tl.zeros((C,), tl.float32)
+    d_bias = tl.zeros((C,), tl.float32)
     for tile in range(tiles):
         row = (tl.program_id(0).to(tl.int64) * tiles + tile) * R + tl.arange(0, R)
         inside = (row < P)[:, None] & (column < D)
@@ -90,15 +90,15 @@ def embedding_backward_rows(
         if DROP:
             dout *= _dropout_factor(SEED, ROWS, sequence, position, threshold, kept, R, C)
         dout = tl.where(inside & (valid == 0)[:, None], float("nan"), dout)
-        d_weight += dout * x
-        d_bias += dout
+        d_weight += tl.sum(dout * x, 0)
+        d_bias += tl.sum(dout, 0)
         dx = dout * weight
         dx -= (tl.sum(dx, 1) / D)[:, None] + x * (tl.sum(dx * x, 1) / D)[:, None]
         tl.store(DSUM + row[:, None] * D + column, (dx * rstd).to(DSUM.dtype.element_ty), mask=inside)
         tl.store(PLACES + row, item, mask=row < P)
     part = PARTS + tl.program_id(0).to(tl.int64) * 2 * D + tl.arange(0, C)
-    tl.store(part, tl.sum(d_weight, 0), mask=tl.arange(0, C) < D)
-    tl.store(part + D, tl.sum(d_bias, 0), mask=tl.arange(0, C) < D)
+    tl.store(part, d_weight, mask=tl.arange(0, C) < D)
+    tl.store(part + D, d_bias, mask=tl.arange(0, C) < D)
 
 
 @triton.jit(do_not_specialize=["P", "S", "L", "parts"])
@@ -110,7 +110,7 @@ def embedding_backward_sums(
     A program has C columns of one row of a result. Sequence by sequence it adds the row at its position.
     """
     blocks = (D + C - 1) // C
-    which = tl.program_id(0) // blocks
+    which = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks * C + tl.arange(0, C))[None, :]
     total = tl.zeros((R, C), tl.float32)
     if which < L:
@@ -120,12 +120,12 @@ def embedding_backward_sums(
             row = begin + which
             here = (begin >= 0) & (row >= 0) & (row < tl.load(OFFSETS + sequence + 1, mask=sequence < S, other=0)) & (row < P)
             total += tl.load(DSUM + row[:, None] * D + column, mask=here[:, None] & (column < D), other=0.0).to(tl.float32)
-        out = DPOSITIONS + which.to(tl.int64) * D + column
+        out = DPOSITIONS + which * D + column
         tl.store(out, tl.sum(total, 0)[None, :].to(DPOSITIONS.dtype.element_ty), mask=column < D)
     else:
         for first in range(0, parts, R):
             part = first + tl.arange(0, R)
-            at = (part[:, None].to(tl.int64) * 2 + which - L) * D + column
+            at = (part[:, None] * 2 + which - L) * D + column
             total += tl.load(PARTS + at, mask=(part < parts)[:, None] & (column < D), other=0.0)
         out = DNORM + (which - L) * D + column
         tl.store(out, tl.sum(total, 0)[None, :].to(DNORM.dtype.element_ty), mask=column < D)

@@ -57,8 +57,9 @@ def embedding(
         InputError: an argument has the wrong shape, dtype, device or range. The values of ``items`` and ``offsets`` are checked
             on the CPU only, because a check on a GPU would wait for it. On a GPU ``triton`` returns a row of NaN instead: for
             an item that is PAD (0) or not in the table, for a row in no sequence, and for a position that is not in the table.
-            Then gradients are NaN, too. ``reference`` does this for PAD only; otherwise it ends in an error of PyTorch, after
-            which the process must be restarted.
+            Then gradients are NaN, too. If an offset is below the one before, several sequences may hold a row; it gets its
+            position in one of them, or NaN. ``reference`` gives NaN for PAD only; otherwise it ends in an error of PyTorch,
+            after which the process must be restarted.
         BackendError: the requested backend cannot take these arguments.
     """
     options = {"draw": draw, "dropout": dropout, "eps": eps, "backend": backend}

@@ -167,8 +167,8 @@ def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool =
 def _embedding(integers: bool, width: int = 64, drop: bool = True, train: bool = True) -> Case:
     from lares_fast.ops import embedding
 
-    offsets = torch.tensor([0, 20, 20, 21, 70])
-    items, sizes = 1 + torch.arange(70) * 13 % 40, {"item_table": 41, "position_table": 50}
+    offsets = torch.tensor([0, 20, 20, 21, 37])
+    items, sizes = 1 + torch.arange(37) * 13 % 29, {"item_table": 31, "position_table": 20}
     leaves = {name: _fill(integers, rows, width) for name, rows in sizes.items()}
     leaves |= {"weight": _fill(integers, width), "bias": _fill(integers, width + 1)[:width]}
     how = {"dropout": 0.25 if drop else 0.0}

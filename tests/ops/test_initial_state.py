@@ -140,7 +140,7 @@ def test_wrong_offsets_stay_within_the_tensors(offsets, monkeypatch):
         inside = torch.zeros(45, dtype=torch.bool)
         for begin, end in itertools.pairwise(offsets):
             # Positions have 63 bits.
-            if LOW < begin and end <= 45:
+            if begin > LOW and end <= 45:
                 inside[max(0, begin) : max(0, end)] = True
         assert out[inside].isfinite().all() and out[~inside & ~after].isnan().all()
 

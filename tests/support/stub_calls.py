@@ -139,6 +139,37 @@ for B, longest in ((1, 1), (1, 20), (1, 64), (7, 50), (2048, 3), (70_000, 1)):
     assert {x[1] for x in launches} <= variants, "the sizes compiled a variant"
 
 
+def packed_call(P, S, D=64, L=20, p=0.2, dtype=torch.float32):
+    """Return the launches of h0, and of one forward and backward of the embedding, of S sequences of equal lengths."""
+    open(LOG, "w").close()
+    offsets = P // max(1, S) * torch.arange(S + 1)
+    draw = Draw(torch.tensor([7]), torch.arange(S))
+    ops.initial_state(draw, offsets, P, D, backend="triton")
+    tables = [torch.zeros(size, dtype=dtype, requires_grad=True) for size in ((100, D), (L, D), (D,), (D,))]
+    items = torch.ones(P, dtype=torch.int64)
+    ops.embedding(items, offsets, *tables, draw=draw, dropout=p, backend="triton").sum().backward()
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+packed_names = ["initial_state", "embedding_forward", "embedding_backward_rows", "embedding_backward_sums"]
+variants = set()
+for P, S in ((1, 1), (7, 7), (33, 3), (20_480, 1024), (70_000, 70_000)):
+    launches = packed_call(P, S)
+    tiles = -(-P // 32)
+    parts = -(-tiles // -(-tiles // 512))
+    assert [x[0] for x in launches] == packed_names, launches
+    assert [int(x[2]) for x in launches] == [tiles, tiles, parts, 22 * 4], (P, launches)
+    variants |= {x[1] for x in launches}
+assert len(variants) == len(packed_names), "the sizes compiled variants"
+for L in (1, 300):
+    *_, sums = packed_call(3, 3, L=L)
+    assert sums[1] in variants, "the number of positions compiled a variant"
+    assert int(sums[2]) == 4 * (L + 2)
+assert [x[0] for x in packed_call(40, 2, 100, p=0.0, dtype=torch.bfloat16)] == packed_names
+# Without rows, the gradients of the positions and of the norm are still written.
+assert [x[0] for x in packed_call(0, 0)] == packed_names[3:]
+
+
 def tuned(op, choice, expected, call):
     """Check that ``call`` launches each kernel with the threads in ``choice``, and other kernels with their usual threads."""
     before = [int(x[4]) for x in call()]

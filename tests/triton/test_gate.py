@@ -287,3 +287,40 @@ def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, mo
             assert kernel.products > 0, kernel
             assert kernel.products == kernel.count("HMMA"), kernel
             assert kernel.count("LDG.E.128") > 0, kernel
+
+
+# D, dtype, dropout; for which GPUs, and by which Triton.
+PACKED_CASES = [
+    (64, torch.float32, 0.5, ALL, BOTH),
+    (64, torch.bfloat16, 0.0, (80,), OLDER),
+    (128, torch.float32, 0.5, (80, 90), NEWEST),
+    (256, torch.float16, 0.5, (90, 120), NEWEST),
+    (48, torch.float32, 0.5, (100,), NEWEST),
+]
+
+
+def packed(D, dtype, p):
+    tables = [torch.zeros(size, dtype=dtype, requires_grad=True) for size in ((100, D), (20, D), (D,), (D,))]
+    draw, offsets = Draw(torch.tensor([7]), torch.arange(2)), torch.tensor([0, 20, 33])
+    ops.initial_state(draw, offsets, 33, D, backend="triton")
+    out = ops.embedding(torch.ones(33, dtype=torch.int64), offsets, *tables, draw=draw, dropout=p, backend="triton")
+    out.backward(torch.zeros_like(out))
+
+
+@pytest.mark.parametrize(("D", "dtype", "p", "architecture"), each(PACKED_CASES))
+def test_embedding_and_initial_state(D, dtype, p, architecture, monkeypatch):
+    from tests.support import triton_gate
+
+    kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: packed(D, dtype, p))
+    assert [kernel.name for kernel in kernels] == [
+        "initial_state", "embedding_forward", "embedding_backward_rows", "embedding_backward_sums",
+    ]  # fmt: skip
+    for kernel in kernels:
+        assert not kernel.wrapping, kernel
+        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
+        assert kernel.resident_warps(architecture) >= RESIDENT_WARPS, kernel
+        hold(kernel, D, dtype, p, registers=128, stack=0)
+        # Rows are read and written 16 bytes a thread.
+        if D % 64 == 0 and kernel.name != "embedding_backward_sums":
+            assert kernel.name == "initial_state" or kernel.count("LDG.E.128") >= 2, kernel
+            assert kernel.count("STG.E.128"), kernel
