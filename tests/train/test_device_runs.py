@@ -250,8 +250,18 @@ def test_bf16_is_for_gpus(tmp_path):
     with pytest.raises(InputError, match="precision bf16 needs a GPU, but device cpu is the CPU here") as error:
         Trainer(config("cpu", precision="bf16"), train_run.log(), train_run.split(), tmp_path)
     assert error.value.setting == "precision=fp32"
-    with on_device():
-        assert Trainer(config(precision="bf16"), train_run.log(), train_run.split(), tmp_path).model.bf16
+
+
+def test_bf16_rounds_the_operands_and_keeps_the_weights_in_fp32(whole, tmp_path):
+    trainer, _ = train(tmp_path, precision="bf16")
+    assert {value.dtype for value in trainer.model.parameters()} == {torch.float32}
+    found, exact = first_losses(tmp_path), first_losses(whole)
+    assert (found != exact).all()
+    torch.testing.assert_close(found[0], exact[0], rtol=2e-2, atol=0)
+    dtypes = {
+        value.dtype for values in load_state(tmp_path / "state.pt")["optimizer"]["state"].values() for value in values.values()
+    }
+    assert dtypes == {torch.float32}
 
 
 def test_bookkeeping_is_few_launches():
