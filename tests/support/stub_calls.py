@@ -9,6 +9,7 @@ from lares_fast import ops
 from lares_fast._errors import BackendError
 from lares_fast._random import Draw
 from lares_fast.ops import _triton
+from lares_fast.ops._pack import pack
 from lares_fast.verify import tuning
 
 _triton.obstacle = lambda tensor: None
@@ -158,5 +159,14 @@ launches = tuned(
     lambda: recurrence_call(torch.full((40,), 20), 20, train=True),
 )  # fmt: skip
 assert int(launches[0][2]) == most_tiles(40, 800, 128), launches
+
+log, variants = torch.ones(300, dtype=torch.int32), set()
+for S, P, B in ((1, 1, 1), (257, 5000, 13), (70_000, 600_000, 1024)):
+    open(LOG, "w").close()
+    pack(log, torch.zeros(S, dtype=torch.int64), torch.arange(S + 1), P, B)
+    ((name, variant, programs, *_),) = [line.split() for line in open(LOG).read().splitlines()]
+    assert (name, int(programs)) == ("pack", -(-P // 256) + -(-B // 256))
+    variants.add(variant)
+assert len(variants) == 1, "a size compiled a variant"
 
 print("launched as planned")
