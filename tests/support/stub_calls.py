@@ -160,11 +160,17 @@ launches = tuned(
 )  # fmt: skip
 assert int(launches[0][2]) == most_tiles(40, 800, 128), launches
 
-log, variants = torch.ones(300, dtype=torch.int32), set()
-for S, P, B in ((1, 1, 1), (257, 5000, 13), (70_000, 600_000, 1024)):
+
+def pack_call(S, P, B):
+    """Return the launches of one batch that is packed from a log."""
     open(LOG, "w").close()
-    pack(log, torch.zeros(S, dtype=torch.int64), torch.arange(S + 1), P, B)
-    ((name, variant, programs, *_),) = [line.split() for line in open(LOG).read().splitlines()]
+    pack(torch.ones(300, dtype=torch.int32), torch.zeros(S, dtype=torch.int64), torch.arange(S + 1), P, B)
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+variants = set()
+for S, P, B in ((1, 1, 1), (257, 5000, 13), (70_000, 600_000, 1024)):
+    ((name, variant, programs, *_),) = pack_call(S, P, B)
     assert (name, int(programs)) == ("pack", -(-P // 256) + -(-B // 256))
     variants.add(variant)
 assert len(variants) == 1, "a size compiled a variant"
