@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -176,20 +175,29 @@ def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -
         leaves = {"hidden": _codes(index, width, 64), "items": _codes(torch.arange(items), width, 64)}
     scale = 1.0 if integers else width**-0.5
 
-    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
-        targets = target.to(leaves["hidden"].device)
-        how: dict[str, Any] = {"scale": scale, "skip_pad": True, "backend": backend}
-        found = {"logprob": ops.target_logprob(leaves["hidden"], leaves["items"], targets, **how)}
+    # Two catalogs share the rows of the case; the second one has the items in reverse order. Some rows get no rank.
+    half, ranked = rows // 2, rows // 2 + 3
+    both = target[: 2 * half].view(2, half)
+
+    def call(function: Callable[..., tuple[Tensor, Tensor]], leaves: Values, **how: Any) -> dict[str, Tensor]:
+        hidden, items = leaves["hidden"], leaves["items"]
+        targets, of_both = (x.to(hidden.device) for x in (target, both))
+        found: dict[str, Tensor] = {}
         for ties in TIES:
-            found |= named(ties, *ops.target_logprob_and_rank(leaves["hidden"], leaves["items"], targets, ties=ties, **how))
-        return found
+            found |= named(ties, *function(hidden, items, targets, ties=ties, **how))
+        batched = hidden[: 2 * half].view(2, half, width), torch.stack((items, items.flip(0))), of_both
+        return found | named("batched", *function(*batched, ranked=ranked, **how))
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        hidden, items = leaves["hidden"], leaves["items"]
+        how: dict[str, Any] = {"scale": scale, "skip_pad": True, "backend": backend}
+        found = {"logprob": ops.target_logprob(hidden, items, target.to(hidden.device), **how)}
+        return found | call(ops.target_logprob_and_rank, leaves, **how)
 
     def plain(leaves: Values) -> dict[str, Tensor]:
-        call = partial(reference.target_logprob_and_rank, leaves["hidden"], leaves["items"], target, scale=scale, skip_pad=True)
-        found = {"logprob": call()[0]}
-        for ties in TIES:
-            found |= named(ties, *call(ties=ties))
-        return found
+        how: dict[str, Any] = {"scale": scale, "skip_pad": True}
+        found = {"logprob": reference.target_logprob(leaves["hidden"], leaves["items"], target, **how)}
+        return found | call(reference.target_logprob_and_rank, leaves, **how)
 
     def named(ties: str, logprob: Tensor, rank: Tensor) -> dict[str, Tensor]:
         # Ranks are compared on integers only: rounding may change the order of other scores.

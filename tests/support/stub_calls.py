@@ -51,27 +51,34 @@ for dtype in (torch.float16, torch.float32):
     assert [x[0] for x in call(7, 200, torch.full((7,), 200), dtype, p=0.0)] == names
 
 
-def catalog_call(M, N, D=64):
+def catalog_call(M, N, D=64, J=()):
     """Return the launches of one forward with rank and one backward."""
     open(LOG, "w").close()
-    hidden, items = (torch.zeros(n, D, dtype=torch.bfloat16, requires_grad=True) for n in (M, N))
-    logprob, _ = ops.target_logprob_and_rank(hidden, items, torch.zeros(M, dtype=torch.int64), backend="triton")
+    hidden, items = (torch.zeros(*J, n, D, dtype=torch.bfloat16, requires_grad=True) for n in (M, N))
+    logprob, _ = ops.target_logprob_and_rank(hidden, items, torch.zeros(*J, M, dtype=torch.int64), backend="triton")
     logprob.sum().backward()
     return [line.split() for line in open(LOG).read().splitlines()]
 
 
-S = 32
-variants = set()
-for M, N in ((1, 1), (1, 12_101), (7, 33), (2048, 12_101), (70_000, 31)):
-    launches = catalog_call(M, N)
+def catalog_launches(M, N, J=1, S=32, D=64):
+    """Return the expected (kernel, programs) of :func:`catalog_call`."""
     rows, tiles = -(-M // S), -(-N // S)
-    most = max(1, min(tiles // 8, 1024 // rows))
+    most = max(1, min(tiles // 8, 1024 // (J * rows)))
     parts = -(-tiles // -(-tiles // most))
-    expected = ["target_score", "softmax_forward", "target_score", "softmax_backward_hidden", "softmax_backward_items"]
-    assert [x[0] for x in launches] == expected, launches
-    assert [int(x[2]) for x in launches] == [rows, rows * parts, rows, rows * parts, tiles], (M, N, launches)
+    merge = [("merge_gradients", J * -(-M * D // 256))] if parts > 1 else []
+    return [
+        ("softmax_forward", J * rows * parts), ("merge_sums", J * -(-M // 16)), ("prepare_backward", J * rows),
+        ("softmax_backward_hidden", J * rows * parts), *merge, ("softmax_backward_items", J * tiles),
+    ]  # fmt: skip
+
+
+variants = set()
+for M, N, J in ((1, 1, 1), (1, 12_101, 1), (7, 33, 1), (2048, 12_101, 1), (70_000, 31, 1), (1024, 1024, 4), (20, 700, 2)):
+    launches = catalog_call(M, N, J=(J,) if J > 1 else ())
+    assert [(x[0], int(x[2])) for x in launches] == catalog_launches(M, N, J), (M, N, J, launches)
     variants |= {x[1] for x in launches}
-assert len(variants) == 4, "the sizes compiled variants"
+# The gradient of the rows is stored as one part of several in fp32, or as it is.
+assert len(variants) == 7, "the sizes compiled variants"
 # Without rows, the gradient of the items is still written.
 assert [x[0] for x in catalog_call(0, 100)] == ["softmax_backward_items"]
 
@@ -150,7 +157,7 @@ for rows in (16, 64):
     launches = tuned("attention", _launch.Choice(rows, every), names, lambda: call(1, 100, length))
     assert {int(x[2]) for x in launches} == {H * -(-100 // rows)}, launches
 catalog_kernels = dict.fromkeys(tuning.KERNELS["linear_cross_entropy"][0], (4, 3))
-order = ["target_score", "softmax_forward", "target_score", "softmax_backward_hidden", "softmax_backward_items"]
+order = [name for name, _ in catalog_launches(100, 50, S=16)]
 launches = tuned("linear_cross_entropy", _launch.Choice(16, catalog_kernels), order, lambda: catalog_call(100, 50))
 assert int(launches[-1][2]) == -(-50 // 16)
 few = {"recurrence_forward": (8, 2), "weight_gradient": (1, 1)}

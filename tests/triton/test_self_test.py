@@ -83,16 +83,16 @@ PLANTED = {
     "last item lost": (
         "linear_cross_entropy",
         "linear_cross_entropy",
-        "(item[None, :] < high) &",
-        "(item[None, :] < high - 1) &",
+        "other & (item[None, :] < high)",
+        "other & (item[None, :] < high - 1)",
     ),
-    "wrong target's slope": ("linear_cross_entropy", "linear_cross_entropy", "miss[:, None], -p)", "miss[:, None], p)"),
+    "wrong target's slope": ("linear_cross_entropy", "_catalog_backward", "miss[:, None], p)", "-miss[:, None], p)"),
     "sequences see each other": ("recurrence", "_layers", "(column >= begin[:, :, None])", "(column >= 0 * begin[:, :, None])"),
     "keys' gradient not turned": ("recurrence", "_recurrence_backward", "rows_times(turned, q, G)", "rows_times(ds, q, G)"),
 }
 FILES = {
     "attention": ("_random", "_tiles", "attention"),
-    "linear_cross_entropy": ("_random", "_tiles", "linear_cross_entropy"),
+    "linear_cross_entropy": ("_random", "_tiles", "_catalog", "_catalog_backward", "linear_cross_entropy"),
     "recurrence": ("_random", "_layers", "recurrence", "_recurrence_backward"),
 }
 
