@@ -9,6 +9,7 @@ from lares_fast import ops
 from lares_fast._errors import BackendError
 from lares_fast._random import Draw
 from lares_fast.ops import _triton
+from lares_fast.ops._pack import pack
 from lares_fast.verify import tuning
 
 _triton.obstacle = lambda tensor: None
@@ -196,5 +197,20 @@ launches = tuned(
     lambda: recurrence_call(torch.full((40,), 20), 20, train=True),
 )  # fmt: skip
 assert int(launches[0][2]) == most_tiles(40, 800, 128), launches
+
+
+def pack_call(S, P, B):
+    """Return the launches of one batch that is packed from a log."""
+    open(LOG, "w").close()
+    pack(torch.ones(300, dtype=torch.int32), torch.zeros(S, dtype=torch.int64), torch.arange(S + 1), P, B)
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+variants = set()
+for S, P, B in ((1, 1, 1), (257, 5000, 13), (70_000, 600_000, 1024)):
+    ((name, variant, programs, *_),) = pack_call(S, P, B)
+    assert (name, int(programs)) == ("pack", -(-P // 256) + -(-B // 256))
+    variants.add(variant)
+assert len(variants) == 1, "a size compiled a variant"
 
 print("launched as planned")

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lares_fast._errors import InputError
 from lares_fast.train import Interrupted, Trainer, device_log, memory, steps
@@ -250,8 +252,57 @@ def test_bf16_is_for_gpus(tmp_path):
     with pytest.raises(InputError, match="precision bf16 needs a GPU, but device cpu is the CPU here") as error:
         Trainer(config("cpu", precision="bf16"), train_run.log(), train_run.split(), tmp_path)
     assert error.value.setting == "precision=fp32"
-    with on_device():
-        assert Trainer(config(precision="bf16"), train_run.log(), train_run.split(), tmp_path).model.bf16
+
+
+def test_bf16_rounds_the_operands_and_keeps_the_weights_in_fp32(whole, tmp_path):
+    trainer, _ = train(tmp_path, precision="bf16")
+    assert {value.dtype for value in trainer.model.parameters()} == {torch.float32}
+    found, exact = first_losses(tmp_path), first_losses(whole)
+    assert (found != exact).all()
+    torch.testing.assert_close(found[0], exact[0], rtol=2e-2, atol=0)
+    dtypes = {
+        value.dtype for values in load_state(tmp_path / "state.pt")["optimizer"]["state"].values() for value in values.values()
+    }
+    assert dtypes == {torch.float32}
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Fails if a launch gets a tensor that is on the CPU: replays of a graph would get its first values again."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in pytree.tree_leaves((args, kwargs or {})) if isinstance(x, torch.Tensor)]
+        there = [x for x in tensors if isinstance(x, DeviceTensor)]
+        out = function(*args, **(kwargs or {}))
+        there += [x for x in pytree.tree_leaves(out) if isinstance(x, DeviceTensor)]
+        assert not there or all(isinstance(x, DeviceTensor) for x in tensors), function
+        return out
+
+
+@pytest.mark.parametrize("model", [{}, {"similarity": "cos", "tau": 0.1, "per_sequence_depth": True, "adapter": "concat"}])
+def test_a_step_reads_nothing_from_the_host(model, tmp_path, monkeypatch):
+    """This holds from the moment when its buffer is on the device. So a graph of it has no number of its first batch."""
+    step, count = steps.DeviceSteps._step, []
+
+    def watched(self, content):
+        count.append(self.phase.name)
+        with NothingFromTheHost():
+            step(self, content)
+
+    monkeypatch.setattr(steps.DeviceSteps, "_step", watched)
+    train(tmp_path, model={"dropout": 0.2, **model})
+    assert set(count) == {"spt", "rpt"}
+
+
+def test_what_comes_from_the_host_is_noticed():
+    with on_device(), NothingFromTheHost():
+        there = torch.ones(3, device=DEVICE)
+        there.add_(1).sum()
+        for call in (
+            lambda: torch.ones(3).to(DEVICE, non_blocking=True),
+            lambda: there.copy_(torch.ones(3), non_blocking=True),
+        ):
+            with pytest.raises(AssertionError):
+                call()
 
 
 def test_bookkeeping_is_few_launches():

@@ -324,3 +324,19 @@ def test_embedding_and_initial_state(D, dtype, p, architecture, monkeypatch):
         if D % 64 == 0 and kernel.name != "embedding_backward_sums":
             assert kernel.name == "initial_state" or kernel.count("LDG.E.128") >= 2, kernel
             assert kernel.count("STG.E.128"), kernel
+
+
+@pytest.mark.parametrize("architecture", each([((80, 90, 120), BOTH)]))
+def test_a_batch_is_packed_without_offsets_that_wrap(architecture, monkeypatch):
+    from lares_fast.ops._pack import pack
+    from tests.support import triton_gate
+
+    def call():
+        for starts in (torch.zeros(1, dtype=torch.int64), torch.zeros(257, dtype=torch.int64)):
+            offsets = torch.arange(len(starts) + 1)
+            pack(torch.ones(300, dtype=torch.int32), starts, offsets, len(starts), 1)
+
+    found = triton_gate.compile_launches(monkeypatch, architecture, call)
+    assert {kernel.name for kernel in found} == {"pack"} and len({str(kernel.constants) for kernel in found}) == 1
+    for kernel in found:
+        assert kernel.registers <= 64 and kernel.stack == kernel.shared == 0 and kernel.wrapping == []
