@@ -42,7 +42,7 @@ from lares_fast.kernels._recurrence_plan import (
 )
 from lares_fast.kernels.recurrence import Tape, fill_rows, join, places
 
-# The smallest number of rows of a slot, and the number of programs of ``weight_gradients`` from which on there are no more slots.
+# The smallest number of rows of a slot, and the number of programs from which on there are no more slots.
 SLOT_ROWS, MOST_PROGRAMS = 128, 1024
 # The side of a tile of a weight's gradient, and the columns of a program of ``collect_gradients`` and its rows at a time.
 SIDE, COLUMNS, ROWS = tl.constexpr(64), tl.constexpr(32), tl.constexpr(64)
@@ -288,8 +288,8 @@ def step_backward(
         store_tile(F + 3 * D, dsum, source, real, WIDTH)
         operand = load_tile(F + 5 * D + INNER, source, real, WIDTH, D).to(DTYPE)
         attention_backward(
-            operand, dsum.to(DTYPE), W, V, F, F + 6 * D + INNER, begin, scale, SEED, attention_threshold, attention_kept, first_step + t, layer,
-            source, real, quad_row, quad, pair, D, E, G, WIDTH, DROP,
+            operand, dsum.to(DTYPE), W, V, F, F + 6 * D + INNER, begin, scale, SEED, attention_threshold, attention_kept,
+            first_step + t, layer, source, real, quad_row, quad, pair, D, E, G, WIDTH, DROP,
         )  # fmt: skip
         tl.debug_barrier()
         grad = load_tile(GRAD + origin * D, source, real, D)
@@ -372,7 +372,6 @@ def weight_gradients(
     [slots, size], in the order of the weights.
     """
     slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    starts = t + 1 == deepest
     if (t >= tl.load(TABLE + DEEPEST)) & (t + 1 < deepest):
         return
     a_place, b_place, width, place, stride, bias = weight_tile(tile, layers, P, D, INNER)
