@@ -47,20 +47,8 @@ SLOT_ROWS, MOST_PROGRAMS = 128, 1024
 # The side of a tile of a weight's gradient, and the columns of a program of ``collect_gradients`` and its rows at a time.
 SIDE, COLUMNS, ROWS = tl.constexpr(64), tl.constexpr(32), tl.constexpr(64)
 
-_SIZES = [
-    "P",
-    "B",
-    "t",
-    "first_step",
-    "deepest",
-    "layers",
-    "threshold",
-    "attention_threshold",
-    "rows",
-    "slots",
-    "tiles",
-    "size",
-]
+_SIZES = ["P", "B", "t", "first_step", "deepest", "layers", "threshold", "attention_threshold"]
+_SIZES += ["rows", "slots", "tiles", "size", "total"]
 
 # The factors of the weights' gradients that a row of a layer stores, in this order: the gradients of queries, keys and values
 # (3 D), of the output projection (D), of the first product of the feed-forward half (INNER) and of the second one (D); then
