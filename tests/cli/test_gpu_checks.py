@@ -10,7 +10,7 @@ from lares_fast.verify import gpu_edge_cases, gpu_large, gpu_plan, gpu_report, g
 from lares_fast.verify.__main__ import CHECKS
 
 FILES = ("_random", "_tiles", "attention", "linear_cross_entropy", "_layers", "_recurrence_plan", "recurrence")
-FILES += ("_recurrence_backward",)
+FILES += ("_recurrence_weights", "_recurrence_backward")
 
 
 @pytest.mark.interpreted

@@ -12,7 +12,7 @@ from tests.support.launches import Counted
 from tests.support.recurrence_case import Case
 
 HALF, BF16 = torch.float16, torch.bfloat16
-FILES = ("_random", "_layers", "_recurrence_plan", "recurrence", "_recurrence_backward")
+FILES = ("_random", "_layers", "_recurrence_plan", "recurrence", "_recurrence_weights", "_recurrence_backward")
 
 # dtype, longest and the case. These are pairs and not all combinations. A tile has 64 rows, or 128 if longest exceeds 64.
 # The cases with the linear adapter are small, because its gate needs four gradients.
@@ -148,14 +148,14 @@ PLANTED = {
     "missing norm term of the gradient": ("_recurrence_backward", " - x * (tl.sum(dx * x, 2) / D)[:, :, None]", ""),
     "keys' gradient not turned": ("_recurrence_backward", "rows_times(turned, q, G)", "rows_times(ds, q, G)"),
     "gradient of a wrong slope": ("_recurrence_backward", "-0.5 * u * u", "-u * u"),
-    "slot forgotten": ("_recurrence_backward", "total += tl.load(SLOT + at)", "total += 0 * tl.load(SLOT + at)"),
+    "slot forgotten": ("_recurrence_weights", "total += tl.load(SLOT + at)", "total += 0 * tl.load(SLOT + at)"),
     "the feed-forward half passes no gradient on": ("_recurrence_backward", "dx += rows_times(du, up, G)", "dx += 0"),
     "values pass no gradient on": ("_recurrence_backward", "k in range(0, 3 * D, PIECE)", "k in range(0, 2 * D, PIECE)"),
     "the output's gradient a step late": ("_recurrence_backward", "real & (t + 1 == depth), D)", "real & (t + 2 == depth), D)"),
     "one step's gradient of pre": ("_recurrence_backward", "dpre += load_tile(DPRE", "dpre += 0 * load_tile(DPRE"),
     "sums of tiles do not begin at 0": ("_recurrence_backward", "if t + 1 == deepest:\n", "if t == deepest:\n"),
     "factors of another half": ("_recurrence_backward", "store_tile(F + 3 * D, dsum,", "store_tile(F + 3 * D, 2 * dsum,"),
-    "norms of the first tile alone": ("_recurrence_backward", "PARTIAL + place, tiles,", "PARTIAL + place, 1,"),
+    "norms of the first tile alone": ("_recurrence_weights", "PARTIAL + place, tiles,", "PARTIAL + place, 1,"),
 }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ PLANTED = {
 FILES = {
     "attention": ("_random", "_tiles", "attention"),
     "linear_cross_entropy": ("_random", "_tiles", "linear_cross_entropy"),
-    "recurrence": ("_random", "_layers", "_recurrence_plan", "recurrence", "_recurrence_backward"),
+    "recurrence": ("_random", "_layers", "_recurrence_plan", "recurrence", "_recurrence_weights", "_recurrence_backward"),
 }
 
 
