@@ -34,12 +34,12 @@ def attention(backend):
     return ops.attention(query, key, value, offsets, 5, draw=draw, dropout=0.2, backend=backend)
 
 
-def recurrence(backend, depth=2, output="last"):
+def recurrence(backend, depth=2, output="last", deepest=None):
     config = LARESConfig(n_items=9, hidden_size=64, n_heads=H, inner_size=64, n_core_layers=1)
     weights = [leaf(*parameter.shape) for parameter in reference.Recurrence(config).parameters()]
     draw = Draw((1, 2), to_fake_device(torch.arange(2)))
     offsets = to_fake_device(torch.tensor([0, 4, P]))
-    how = {"depth": depth, "output": output, "longest": 5, "draw": draw, "dropout": 0.2}
+    how = {"depth": depth, "output": output, "longest": 5, "deepest": deepest, "draw": draw, "dropout": 0.2}
     return ops.recurrence(leaf(P, 64), offsets, weights, n_heads=H, pre=leaf(P, 64), **how, backend=backend)
 
 
@@ -110,6 +110,16 @@ def test_a_depth_on_the_cpu_is_not_waited_for(output, launched):
     assert [launched.count(name) for name in ("plan", "recurrence_forward", "step_backward")] == [1, 1, 3]
     with FakeDevice(), pytest.raises(AssertionError, match="waits for the device"):
         recurrence("triton", to_fake_device(torch.tensor([3, 1])), output)
+
+
+@pytest.mark.parametrize("output", ["last", "steps", "tokens"])
+@pytest.mark.parametrize("backend", ["triton", "layers"])
+def test_with_a_bound_a_depth_on_the_device_is_not_waited_for(backend, output, launched):
+    with FakeDevice():
+        out = recurrence(backend, to_fake_device(torch.tensor([3, 1])), output, deepest=4)
+        assert len(out) == {"last": 2, "steps": 8, "tokens": P}[output]
+        out.sum().backward()
+    assert launched.count("step_backward" if backend == "triton" else "attention_backward_query") == 4
 
 
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
