@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lares_fast.gpu_bench.bench import marker
 from lares_fast.gpu_bench.candidates import Result, is_fatal
 from lares_fast.gpu_bench.machine import Machine, describe
 from lares_fast.gpu_bench.rows import LEAST_SECONDS, Row, table
@@ -31,6 +32,7 @@ def run(rows: Mapping[str, Row], machine: Machine, emit: Emit, end: float, clock
         left = end - clock()
         if left < LEAST_SECONDS:
             return
+        print(marker(name), file=sys.stderr, end="", flush=True)
         emit(event="begin", row=name)
         faulthandler.dump_traceback_later(min(row.limit, left), exit=True)
         result, usable = run_row(row, machine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,11 @@ from lares_fast.verify.process import running, without_folders
 NOT_REACHED = "not reached"
 # Characters of the end of a log that a result repeats.
 _TAIL = 1500
+
+
+def marker(row: str) -> str:
+    """Return the line with which the log of ``row`` begins."""
+    return f"== {row}\n"
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Bench:
 
     def _run_process(self, left: Sequence[str], rows: dict[str, Row], listener: Listener) -> str | None:
         """Run ``left`` in one process. Return the last row that it began, or ``None`` if there was no time for a row."""
-        begun, ended, place = None, True, 0
+        begun, ended = None, True
         with self.logs.open("a") as log, running(self.command(left), out=subprocess.PIPE, log=log) as process:
             place = log.tell()
             for line in process.stdout or ():
@@ -75,7 +81,7 @@ class Bench:
                     case "machine":
                         listener.machine(event["machine"])
                     case "begin":
-                        begun, ended, place = event["row"], False, self.logs.stat().st_size
+                        begun, ended = event["row"], False
                         listener.begin(event["row"])
                     case "stage":
                         listener.stage(event["stage"])
@@ -83,20 +89,24 @@ class Bench:
                         ended = True
                         listener.end(event["row"], event["result"])
             code = process.wait()
+            text = self._log_since(place)
         if begun is None and code:
-            listener.end(left[0], self._lost(code, place))
+            listener.end(left[0], self._lost(code, text))
         if begun is not None and not ended:
-            listener.end(begun, self._lost(code, place, rows[begun].limit))
+            listener.end(begun, self._lost(code, text.rpartition(marker(begun))[2], rows[begun].limit))
         return begun
 
-    def _lost(self, code: int, place: int, limit: float = 0.0) -> Result:
-        """Return the result of a row whose process ended with ``code``. Its log begins at ``place``."""
-        with self.logs.open() as log:
+    def _log_since(self, place: int) -> str:
+        with self.logs.open(errors="replace") as log:
             log.seek(place)
-            text = without_folders(log.read().strip())
+            return log.read()
+
+    def _lost(self, code: int, text: str, limit: float = 0.0) -> Result:
+        """Return the result of a row whose process ended with ``code`` and has logged ``text`` since the row began."""
+        text = without_folders(text.strip())
         if limit and self.clock() > self.end - 1:
             return {"status": NOT_REACHED, "why": "the time was over before this row was finished"}
-        if text.startswith("Timeout (") or "\nTimeout (" in text:
+        if re.search(r"^Timeout \(", text, re.MULTILINE):
             return {"status": "hung", "faults": [f"it did not finish within {limit:.0f} s"], "log": text[-_TAIL:]}
         why = f"its process ended with exit code {code}: {text.splitlines()[-1] if text else 'its log is empty'}"
         return {"status": "failed", "faults": [why], "log": text[-_TAIL:]}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from lares_fast._errors import InputError
 from lares_fast.gpu_bench.candidates import Result
@@ -66,43 +65,24 @@ class Results:
         return text_of(self.machine, self.rows)
 
     def _write(self) -> None:
-        content = {"format": FORMAT, "machine": self.machine, "rows": self.rows}
+        content = {"format": FORMAT, "sha256": _digest(self.machine, self.rows), "machine": self.machine, "rows": self.rows}
         write_text(self.path, json.dumps(content, indent=1) + "\n")
         write_text(self.path.with_name("table.txt"), self.text() + "\n")
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Result]]:
+    remedy = "move it away, or choose another --out"
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}): move it away, or choose another --out.") from error
+        raise InputError(f"{path} is damaged ({str(error)[:100]}): {remedy}.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path} was not written by this version of gpu-bench: move it away, or choose another --out.")
-    machine: Any = content.get("machine")
-    rows: Any = content.get("rows")
-    if not _is_text(machine) or not isinstance(rows, dict) or not all(map(_is_row, rows.values())):
-        raise InputError(f"{path} is damaged (its rows are not results): move it away, or choose another --out.")
+        raise InputError(f"{path} was not written by this version of gpu-bench: {remedy}.")
+    machine, rows = content.get("machine", {}), content.get("rows", {})
+    if content.get("sha256") != _digest(machine, rows):
+        raise InputError(f"{path} is damaged (its checksum is wrong): {remedy}.")
     return machine, rows
 
 
-def _is_text(values: Any) -> bool:
-    return isinstance(values, dict) and all(isinstance(value, str) for value in values.values())
-
-
-def _is_row(row: Any) -> bool:
-    """Return whether ``row`` can be shown in the table."""
-    if not isinstance(row, dict) or not isinstance(row.get("status"), str):
-        return False
-    turns = row.get("turns_ms", {})
-    parts = [row.get(name, {}) for name in ("work", "rates")]
-    return (
-        all(isinstance(row.get(name, {}), dict) for name in ("turns_ms", "work", "rates", "facts", "left_out"))
-        and isinstance(row.get("faults", []), list)
-        and len({len(times) if isinstance(times, list) else -1 for times in turns.values()} | {0}) <= 2
-        and all(_is_positive(value) for times in turns.values() for value in (times if isinstance(times, list) else [0]))
-        and all(_is_positive(value) for part in parts for value in part.values())
-    )
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+def _digest(machine: dict[str, str], rows: dict[str, Result]) -> str:
+    return hashlib.sha256(json.dumps([machine, rows], sort_keys=True).encode()).hexdigest()
