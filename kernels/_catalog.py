@@ -5,11 +5,19 @@ HIDDEN is [J, M, D], ITEMS is [J, N, D] and TARGET is [J, M], for J catalogs. Th
 
 import triton
 import triton.language as tl
+from lares_fast.kernels._tiles import load_rows
 
 # The blocks that the kernels which merge parts load: P parts of R rows, or P parts of E numbers.
 SUMS, GRADIENTS = {"P": 64, "R": 16}, {"P": 16, "E": 256}
 # A kernel is compiled once for all values of these numbers.
 SIZES = ["M", "N", "tiles", "parts", "first", "part", "ranked", "step"]
+
+
+@triton.jit
+def load_operand(base, row, column, stride, rows, columns, BF16: tl.constexpr):
+    """Load a tile as :func:`load_rows` does, rounded to bf16 if BF16 is set."""
+    tile = load_rows(base, row, column, stride, rows, columns)
+    return tile.to(tl.bfloat16) if BF16 else tile
 
 
 @triton.jit
@@ -19,7 +27,7 @@ def target_scores(hidden, ITEMS, target, there, column, D: tl.constexpr, S: tl.c
     So equal items have equal scores.
     """
     inside = there[:, None] & (column[None, :] < D)
-    items = tl.load(ITEMS + target[:, None] * D + column[None, :], mask=inside, other=0.0)
+    items = tl.load(ITEMS + target[:, None] * D + column[None, :], mask=inside, other=0.0).to(hidden.dtype)
     scores = tl.dot(hidden, tl.trans(items), input_precision="ieee")
     at = tl.arange(0, S)
     return tl.sum(tl.where(at[:, None] == at[None, :], scores, 0.0), 1)

@@ -2,8 +2,8 @@
 
 import triton
 import triton.language as tl
-from lares_fast.kernels._catalog import SIZES, expm1, part_of_program, target_scores
-from lares_fast.kernels._tiles import load_rows, store_rows
+from lares_fast.kernels._catalog import SIZES, expm1, load_operand, part_of_program, target_scores
+from lares_fast.kernels._tiles import store_rows
 
 # Probabilities are multiplied by 2^WIDER before they are rounded, because half precision loses digits below 2^-14.
 WIDER = tl.constexpr(15)
@@ -15,7 +15,7 @@ EXPONENT = tl.constexpr(0x7F800000)
 @triton.jit(do_not_specialize=SIZES)
 def prepare_backward(
     HIDDEN, ITEMS, TARGET, LSE, GRAD, ROW, M, N, tiles, first, step, scale, base,
-    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Store the numbers of each row in ROW [J, 4, M]; a row whose log-sum-exp is not finite gets NaN.
 
@@ -25,7 +25,7 @@ def prepare_backward(
     j = (tl.program_id(0) // tiles).to(tl.int64)
     row, column = (tl.program_id(0) % tiles).to(tl.int64) * S + tl.arange(0, S), tl.arange(0, C)
     inside, scale = row < M, tl.cast(scale, tl.float64)
-    hidden = load_rows(HIDDEN + j * M * D, row, column, D, M, D)
+    hidden = load_operand(HIDDEN + j * M * D, row, column, D, M, D, BF16)
     target = tl.load(TARGET + j * M + row, mask=inside, other=-1)
     there = (target >= first) & (target < N)
     own = target_scores(hidden, ITEMS + j * N * D, target, there, column, D, S).to(tl.float64) * scale
@@ -56,13 +56,13 @@ def _slopes(hidden, items, item, target, factor, rest, miss, base):
 @triton.jit(do_not_specialize=SIZES)
 def softmax_backward_hidden(
     HIDDEN, ITEMS, TARGET, ROW, DHIDDEN, M, N, tiles, parts, first, part, base,
-    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Store the sums over the items of a part, times the gradients of the rows, in DHIDDEN [J, parts, M, D]."""
     j, place, start, low, high = part_of_program(tiles, parts, first, part, N, S)
     row, column = start + tl.arange(0, S), tl.arange(0, C)
     inside = row < M
-    hidden = load_rows(HIDDEN + j * M * D, row, column, D, M, D)
+    hidden = load_operand(HIDDEN + j * M * D, row, column, D, M, D, BF16)
     # A target that is not there has NaN in all its numbers.
     target = tl.load(TARGET + j * M + row, mask=inside, other=-1).to(tl.int32)
     at = ROW + NUMBERS * j * M + row
@@ -73,7 +73,7 @@ def softmax_backward_hidden(
     items_at = ITEMS + (j * N + low) * D
     for begin in range(low, high, S):
         item = begin + tl.arange(0, S)
-        items = load_rows(items_at, tl.arange(0, S), column, D, high - begin, D)
+        items = load_operand(items_at, tl.arange(0, S), column, D, high - begin, D, BF16)
         slopes = _slopes(hidden, items, item, target, factor, rest, miss, base)
         # The power of a score outside of the catalog may be infinite.
         slopes = tl.where(item[None, :] < high, slopes, 0.0)
@@ -104,7 +104,7 @@ def _unit(SLOPE_OF, M, B: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def softmax_backward_items(
     HIDDEN, ITEMS, TARGET, ROW, DITEMS, M, N, tiles, first, base,
-    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Store DITEMS [J, N, D] of one tile of items, summed over all rows of its catalog; ``tiles`` programs share a catalog.
 
@@ -112,14 +112,14 @@ def softmax_backward_items(
     """
     j, start = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * S
     item, column = start + tl.arange(0, S), tl.arange(0, C)
-    items = load_rows(ITEMS + j * N * D, item.to(tl.int64), column, D, N, D)
+    items = load_operand(ITEMS + j * N * D, item.to(tl.int64), column, D, N, D, BF16)
     unit, inverse = _unit(ROW + (NUMBERS * j + SLOPE) * M, M, 1024)
     ditems = tl.zeros((S, C), tl.float32)
     hidden_at = HIDDEN + j * M * D
     for begin in range(0, M, S):
         row = begin + tl.arange(0, S)
         inside = row < M
-        hidden = load_rows(hidden_at, tl.arange(0, S), column, D, M - begin, D)
+        hidden = load_operand(hidden_at, tl.arange(0, S), column, D, M - begin, D, BF16)
         target = tl.load(TARGET + j * M + row, mask=inside, other=-1).to(tl.int32)
         at = ROW + NUMBERS * j * M + row
         factor = tl.load(at + FACTOR * M, mask=inside, other=0.0)

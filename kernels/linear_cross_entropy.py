@@ -14,10 +14,18 @@ import math
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._catalog import GRADIENTS, SIZES, SUMS, merge_gradients, merge_sums, part_of_program, target_scores
+from lares_fast.kernels._catalog import (
+    GRADIENTS,
+    SIZES,
+    SUMS,
+    load_operand,
+    merge_gradients,
+    merge_sums,
+    part_of_program,
+    target_scores,
+)
 from lares_fast.kernels._catalog_backward import NUMBERS, prepare_backward, softmax_backward_hidden, softmax_backward_items
 from lares_fast.kernels._launch import WARPS, choice, launch, ready
-from lares_fast.kernels._tiles import load_rows
 
 # This many programs keep any GPU busy. The number of parts follows from this constant, so results do not depend on the GPU.
 PROGRAMS = 1024
@@ -42,7 +50,7 @@ def _count(count, counts, raw, other, own, item, target, RANK: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def softmax_forward(
     HIDDEN, ITEMS, TARGET, OWN, SUM, COUNT, M, N, tiles, parts, first, part, ranked, base,
-    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, RANK: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Store the sum of the powers over the items of a part without the target, and the number of items that outrank the target.
 
@@ -55,13 +63,13 @@ def softmax_forward(
     items_at = ITEMS + j * N * D
     target = tl.load(TARGET + j * M + row, mask=row < M, other=-1)
     there = (target >= first) & (target < N)
-    hidden = load_rows(HIDDEN + j * M * D, row, column, D, M, D)
+    hidden = load_operand(HIDDEN + j * M * D, row, column, D, M, D, BF16)
     own = tl.where(there, target_scores(hidden, items_at, target, there, column, D, S), float("nan"))
     # The programs of all parts have the same numbers.
     if low == first:
         tl.store(OWN + j * M + row, own, mask=row < M)
     # With one load for both products, the compiler keeps the rows of fp32 in more registers than there are.
-    hidden = load_rows(HIDDEN + j * M * D, row, column, D, M, D)
+    hidden = load_operand(HIDDEN + j * M * D, row, column, D, M, D, BF16)
     own = tl.where(own == own, own, -float("inf"))
     # There are fewer than 2^31 items.
     target = tl.where(there, target, -1).to(tl.int32)
@@ -74,7 +82,7 @@ def softmax_forward(
     items_at += low.to(tl.int64) * D
     for begin in range(low, high, S):
         item = begin + tl.arange(0, S)
-        items = load_rows(items_at, tl.arange(0, S), column, D, high - begin, D)
+        items = load_operand(items_at, tl.arange(0, S), column, D, high - begin, D, BF16)
         raw = tl.dot(hidden, tl.trans(items), input_precision="ieee")
         other = (item[None, :] < high) & (item[None, :] != target[:, None])
         if RANK:
@@ -153,13 +161,15 @@ def backward(call):
 def _plan(call, hidden, items):
     """Return (J, M, N, tiles of rows, parts, first item, items of a part, base, a function that launches a kernel)."""
     (M, D), N, J, first = hidden.shape[-2:], items.shape[-2], len(items) if items.dim() == 3 else 1, int(call.skip_pad)
-    chosen = choice("linear_cross_entropy", hidden, width=D)
-    S = chosen.rows or tile_size(D * hidden.element_size())
+    # With ``bf16``, tiles in fp32 are rounded when they are loaded.
+    products = hidden.new_empty(0, dtype=torch.bfloat16) if call.bf16 else hidden
+    chosen = choice("linear_cross_entropy", products, width=D)
+    S = chosen.rows or tile_size(D * products.element_size())
     tiles, item_tiles = triton.cdiv(M, S), triton.cdiv(N - first, S)
     parts = max(1, min(item_tiles // SHORTEST_PART, PROGRAMS // max(1, J * tiles)))
     part = triton.cdiv(item_tiles, parts) * S
-    constants = {"D": D, "C": max(16, triton.next_power_of_2(D)), "S": S}
-    run = functools.partial(launch, warps=WARPS[hidden.dtype], choice=chosen, **constants)
+    constants = {"D": D, "C": max(16, triton.next_power_of_2(D)), "S": S, "BF16": call.bf16}
+    run = functools.partial(launch, warps=WARPS[products.dtype], choice=chosen, **constants)
     return J, M, N, tiles, triton.cdiv(N - first, part), first, part, call.scale * math.log2(math.e), run
 
 

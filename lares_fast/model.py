@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -62,12 +61,12 @@ class LARES(reference.LARES):
     @property
     def head(self) -> Head:
         """Return the ops with which the losses score targets against the item table, on this model's backend."""
-
-        def chosen(function: Callable[..., Any]) -> Callable[..., Any]:
-            on_backend = partial(function, backend=self.backend)
-            return partial(_rounded, on_backend, self.config.n_items) if self._trains_in_bf16() else on_backend
-
-        return Head(chosen(ops.linear_cross_entropy), chosen(ops.target_logprob), chosen(ops.target_logprob_and_rank))
+        how: dict[str, Any] = {"bf16": self._trains_in_bf16(), "backend": self.backend}
+        return Head(
+            partial(ops.linear_cross_entropy, **how),
+            partial(ops.target_logprob, **how),
+            partial(ops.target_logprob_and_rank, **how),
+        )
 
     def _trains_in_bf16(self) -> bool:
         return self.bf16 and self.item_embedding.weight.device.type != "cpu"
@@ -201,17 +200,6 @@ class LARES(reference.LARES):
             raise InputError(f"k must be in 1..{self.config.n_items - 1}, the number of items, but got {k}.")
         queries = self.queries(self.encode(item_seq, item_seq_len, num_steps=num_steps, state=state))
         return self.catalog().topk(queries, k, exclude=exclude, backend=backend or self.backend)
-
-
-def _rounded(function: Callable[..., Any], n_items: int, hidden: Tensor, items: Tensor, target: Tensor, **how: Any) -> Any:
-    """Return ``function(hidden, items, target, **how)`` in fp32, with operands in bf16 if ``items`` is the item table.
-
-    The rows of a batch, which the alignment terms compare with each other, stay in fp32.
-    """
-    if items.dim() != 2 or len(items) != n_items:
-        return function(hidden, items, target, **how)
-    found = function(hidden.bfloat16(), items.bfloat16(), target, **how)
-    return (found[0].float(), *found[1:]) if isinstance(found, tuple) else found.float()
 
 
 def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:

@@ -129,12 +129,14 @@ class SoftmaxCall(Call):
     _: KW_ONLY
     scale: float = 1.0
     skip_pad: bool = False
+    bf16: bool = False
     backend: str | None = None
 
     def __post_init__(self) -> None:
         hidden, items, target = self.hidden, self.items, self.target
         object.__setattr__(self, "scale", number("scale", self.scale))
         object.__setattr__(self, "skip_pad", bool(self.skip_pad))
+        object.__setattr__(self, "bf16", bool(self.bf16))
         for name, value in (("hidden", hidden), ("items", items), ("target", target)):
             check_dense(name, value)
         if hidden.dim() < 1 or not hidden.dtype.is_floating_point:
@@ -156,6 +158,13 @@ class SoftmaxCall(Call):
             )
         if not _LOWEST_SCALE <= self.scale <= _HIGHEST_SCALE:
             raise InputError(f"scale must be a positive number in 2^-100..2^100, but got {self.scale}.")
+
+    def rounded(self) -> Self:
+        """Return the call on operands that are rounded as ``bf16`` says, in the dtype that they have."""
+        if not self.bf16:
+            return self
+        hidden, items = (x.bfloat16().to(x.dtype) for x in (self.hidden, self.items))
+        return replace(self, hidden=hidden, items=items, bf16=False)
 
     def check_values(self) -> None:
         """Raise :class:`InputError` unless all targets are items of the softmax; targets on a GPU are not read."""

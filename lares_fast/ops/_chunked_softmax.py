@@ -24,6 +24,7 @@ def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
     are NaN for a target that is no item of the softmax.
     """
     call.check_values()
+    call = call.rounded()
     hidden, target = call.hidden, call.target
     own = torch.full(target.shape, torch.nan, dtype=torch.float64, device=hidden.device)
     parts = []
@@ -50,6 +51,7 @@ def backward(call: LogprobBackwardCall) -> tuple[Tensor | None, Tensor | None]:
 
     The probabilities are computed again.
     """
+    call = call.rounded()
     hidden, items, target = call.hidden, call.items, call.target
     narrow = hidden.dtype in (torch.float16, torch.bfloat16)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32 if narrow else None) if call.need_hidden else None

@@ -22,7 +22,7 @@ def forward(call: LogprobCall, threads: int | None = None) -> tuple[Tensor, Tens
     The results have the shape of ``target``, but the ranks are [``call.counted()``]. Neither the number of threads nor the
     number of ranks changes a bit.
     """
-    count = call.target.numel()
+    call, count = call.rounded(), call.target.numel()
     logprob, lse = call.hidden.new_empty(count), call.hidden.new_empty(count, dtype=torch.float64)
     rank = None if call.ties is None else call.target.new_empty(call.counted())
     for rows, part in call.parts():
@@ -36,6 +36,7 @@ def backward(call: LogprobBackwardCall, threads: int | None = None) -> tuple[Ten
 
     The number of threads changes no bit.
     """
+    call = call.rounded()
     d_hidden = call.hidden.new_empty(call.hidden.shape) if call.need_hidden else None
     d_items = call.items.new_empty(call.items.shape) if call.need_items else None
     for j, part in enumerate(call.each()):

@@ -20,7 +20,8 @@ def obstacle(call: SoftmaxCall) -> str | None:
         return f"it takes 1 to {_WIDEST} columns, and hidden has {hidden.shape[-1]}"
     if count > _MOST_ITEMS:
         return f"it takes up to 2^30 items, and there are {count}"
-    return _triton.refusal(_STEM, hidden, width=hidden.shape[-1], train=isinstance(call, LogprobBackwardCall))
+    variant = {"width": hidden.shape[-1], "bf16": call.bf16, "train": isinstance(call, LogprobBackwardCall)}
+    return _triton.refusal(_STEM, hidden, **variant)
 
 
 def note(call: SoftmaxCall) -> str | None:

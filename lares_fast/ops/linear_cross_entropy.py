@@ -21,6 +21,7 @@ def target_logprob(
     *,
     scale: float = 1.0,
     skip_pad: bool = False,
+    bf16: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Return the log-probability of each target under a softmax over all items, without the [M, N] scores.
@@ -41,6 +42,7 @@ def target_logprob(
         scale: a positive number, such as 1 / temperature. It gets no gradient, so a tensor that requires one raises an error.
             To learn the temperature, divide ``hidden`` by it.
         skip_pad: leave row 0 of ``items``, the PAD row, out of the softmax. With J catalogs each one has a PAD row.
+        bf16: round the operands of the products to bf16. Sums, results and gradients keep their dtype.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU), ``native`` (fp32 on the CPU) or
             ``reference`` (PyTorch, 4 million scores at a time).
 
@@ -52,7 +54,7 @@ def target_logprob(
             only, because a check on a GPU would wait for it. On a GPU a wrong target gives NaN in the result and the gradients.
         BackendError: the requested backend cannot run this call.
     """
-    call = LogprobCall.build(hidden, items, target, scale=scale, skip_pad=skip_pad, backend=backend)
+    call = LogprobCall.build(hidden, items, target, scale=scale, skip_pad=skip_pad, bf16=bf16, backend=backend)
     return _logprob_and_rank(call)[0]
 
 
@@ -65,6 +67,7 @@ def target_logprob_and_rank(
     skip_pad: bool = False,
     ties: str = "order",
     ranked: int | None = None,
+    bf16: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return :func:`target_logprob`, and the rank of the target among the softmax's items as in :func:`target_rank`.
@@ -76,7 +79,7 @@ def target_logprob_and_rank(
     of ``target.flatten()``. The log-probabilities have the same bits for every ``ranked``.
     """
     check_ties(ties)
-    how = {"scale": scale, "skip_pad": skip_pad, "ties": ties, "ranked": ranked}
+    how = {"scale": scale, "skip_pad": skip_pad, "ties": ties, "ranked": ranked, "bf16": bf16}
     call = LogprobCall.build(hidden, items, target, **how, backend=backend)
     return _logprob_and_rank(call)
 
@@ -89,6 +92,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     skip_pad: bool = False,
     reduction: str = "mean",
+    bf16: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Return ``torch.nn.functional.cross_entropy(scale * hidden @ items.T, target)``, without the [M, N] scores.
@@ -97,7 +101,8 @@ def linear_cross_entropy(
     give a scalar. The other arguments and the errors are as in :func:`target_logprob`.
     """
     # The sign changes after the reduction, so that it costs one number and not one for each row.
-    return -reduced(target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad, backend=backend), reduction)
+    logprob = target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad, bf16=bf16, backend=backend)
+    return -reduced(logprob, reduction)
 
 
 def _explained(*arguments: Any, reduction: str = "mean", **options: Any) -> LogprobCall:
@@ -126,7 +131,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, items, target, ctx.scale, ctx.skip_pad, ctx.backend, *_ = inputs
+    hidden, items, target, ctx.scale, ctx.skip_pad, ctx.bf16, ctx.backend, *_ = inputs
     ctx.save_for_backward(hidden, items, target, output[2])
     # A gradient of the log-sum-exp would be a tensor of zeros.
     ctx.mark_non_differentiable(*output[1:])
@@ -137,7 +142,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if grad is None:
         return (None,) * LogprobCall.count()
     *tensors, lse = ctx.saved_tensors
-    options = (ctx.scale, ctx.skip_pad, ctx.backend)
+    options = (ctx.scale, ctx.skip_pad, ctx.bf16, ctx.backend)
     need_hidden, need_items, *_ = ctx.needs_input_grad
     d_hidden, d_items = _BACKWARD(*tensors, *options, grad, lse, need_hidden, need_items)
     rest = [None] * (LogprobCall.count() - 2)

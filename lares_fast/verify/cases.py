@@ -214,7 +214,7 @@ def _draw(batch: int, device: torch.device | str = "cpu") -> Draw:
     return Draw(seed_of(_KEY, torch.device(device)), torch.arange(batch, device=device))
 
 
-def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -> Case:
+def _linear_cross_entropy(integers: bool, width: int = 64, bf16: bool = False, train: bool = True) -> Case:
     from lares_fast import ops
     from lares_fast.ops._catalog_calls import TIES
 
@@ -243,7 +243,7 @@ def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -
 
     def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
         hidden, items = leaves["hidden"], leaves["items"]
-        how: dict[str, Any] = {"scale": scale, "skip_pad": True, "backend": backend}
+        how: dict[str, Any] = {"scale": scale, "skip_pad": True, "bf16": bf16, "backend": backend}
         found = {"logprob": ops.target_logprob(hidden, items, target.to(hidden.device), **how)}
         return found | call(ops.target_logprob_and_rank, leaves, **how)
 
@@ -256,7 +256,8 @@ def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -
         # Ranks are compared on integers only: rounding may change the order of other scores.
         return {f"logprob with {ties} rank": logprob, **({f"{ties} rank": rank} if integers else {})}
 
-    return Case(leaves, fast, plain, differentiable=train, exact=integers)
+    products = torch.bfloat16 if bf16 else None
+    return Case(leaves, fast, plain, differentiable=train, exact=integers, products=products)
 
 
 def _recurrence(
@@ -373,7 +374,8 @@ def shipped(op: str) -> list[dict[str, Any]]:
     if op == "initial_state":
         return [{"width": width} for width in (64, 128)]
     if op == "linear_cross_entropy":
-        return [{"width": width, "train": train} for width, train in product((64, 128), (False, True))]
+        found = product((64, 128), (False, True), (False, True))
+        return [{"width": width, "bf16": bf16, "train": train} for width, bf16, train in found]
     # Inference calls the pre-block, and the core with its last states. Training calls the pre-block, the core with its last
     # states, and the core with the states of every step.
     calls = [("none", "tokens", False), ("add", "last", False)]

@@ -13,6 +13,7 @@ from tests.support.softmax_cases import (
     check_a_row_that_is_not_finite,
     check_ascending_scores,
     check_batched_rank,
+    check_bf16,
     check_gradient_of_one_argument,
     check_infinities_and_nan,
     check_large_logits,
@@ -51,6 +52,11 @@ def test_every_width(D, backend):
 
 def test_more_rows_than_share_a_buffer(backend):
     check("target_logprob", *case(4100, 60, 4), backend=backend)
+
+
+@pytest.mark.parametrize("J", [(), (2,)], ids=str)
+def test_operands_in_bf16(J, backend):
+    check_bf16(backend, J)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

@@ -19,6 +19,7 @@ from tests.support.softmax_cases import (
     check_a_row_that_is_not_finite,
     check_ascending_scores,
     check_batched_rank,
+    check_bf16,
     check_far_scores,
     check_gradient_of_one_argument,
     check_infinities_and_nan,
@@ -82,6 +83,10 @@ class TestTriton:
     @pytest.mark.parametrize(("ties", "skip_pad", "N"), [("order", True, 700), ("strict", False, 65)])
     def test_rank_in_catalogs_and_of_the_first_rows(self, ties, skip_pad, N):
         check_batched_rank(ties, skip_pad, N, "triton")
+
+    @pytest.mark.parametrize("J", [(), (2,)], ids=str)
+    def test_operands_in_bf16(self, J):
+        check_bf16("triton", J)
 
     def test_rank_in_bf16(self):
         """The scores are exact in bf16 products and fp32 sums, and many of them are equal."""

@@ -35,6 +35,27 @@ def check(function, hidden, items, target, grad, **options):
         oracle.check(kind, *values)
 
 
+def check_bf16(backend, J=(), M=33, N=130, D=64):
+    """Check operands that are rounded to bf16, by the tolerances of bf16. Results and gradients are fp32."""
+    hidden, items, target, grad = case(M, N, D, J=J)
+    how = {"skip_pad": True, "scale": 0.5}
+    narrow, target = (hidden.bfloat16(), items.bfloat16()), target.clamp(min=1)
+    truth = run(reference.target_logprob, *(x.double() for x in narrow), target, grad.double(), **how)
+    twin = run(reference.target_logprob, *narrow, target, grad.bfloat16(), **how)
+    result = run(ops.target_logprob, hidden, items, target, grad, **how, bf16=True, backend=backend)
+    for values in (*result[0].values(), *result[1].values()):
+        assert values.dtype == torch.float32
+    # The log-probabilities are not rounded: they keep the tolerance of fp32.
+    exact = run(reference.target_logprob, *(x.float() for x in narrow), target, grad, **how)
+    oracle.check("forward", result[0], exact[0], truth[0])
+    in_bf16 = {name: x.bfloat16() for name, x in result[1].items()}
+    oracle.check("gradient", in_bf16, twin[1], truth[1])
+    plain = run(ops.target_logprob, hidden, items, target, grad, **how, backend=backend)
+    assert not torch.equal(plain[0]["value"], result[0]["value"])
+    _, rank = ops.target_logprob_and_rank(hidden, items, target, **how, bf16=True, backend=backend)
+    assert torch.equal(rank, reference.target_logprob_and_rank(*(x.float() for x in narrow), target, **how)[1])
+
+
 def check_large_logits(sign, backend):
     """Check scores that are exact and reach several hundred. The target has the highest or the lowest one."""
     hidden, items = integers(40, 16) * 4, integers(700, 16) * 8
