@@ -73,8 +73,8 @@ def ranking_reward(rank: Tensor, k: int, kind: str) -> Tensor:
 
     A rank below ``k`` gets 1 if ``kind`` is ``recall``, and 1 / log2(rank + 2) if it is ``ndcg``. Any other rank gets 0.
     """
-    gain = 1 / torch.log2(rank + 2.0) if kind == "ndcg" else torch.ones_like(rank, dtype=torch.float32)
-    return torch.where(rank < k, gain, 0.0)
+    hit = (rank < k).float()
+    return hit / torch.log2(rank + 2.0) if kind == "ndcg" else hit
 
 
 def group_advantage(rewards: Tensor) -> Tensor:
@@ -145,11 +145,9 @@ def rpt_loss(
     rewards = ranking_reward(rank, k, reward).reshape(group, batch)
     advantages = group_advantage(rewards)
     ratio = frozen - logprob
-    k3 = ratio.exp() - ratio - 1
+    k3 = ratio.expm1() - ratio
     gain = advantages.flatten()[owner] * (logprob - logprob.detach()).exp()
-
-    def mean(value: Tensor) -> Tensor:
-        # The sum is in fp64, so that rows of weight 0 do not change how it rounds.
-        return ((value * weight).sum() / ranked).to(value.dtype)
-
-    return RPTLoss(-mean(gain - beta * k3), rewards, advantages, mean(k3.detach()))
+    # The sums are in fp64, so that rows of weight 0 do not change how they round.
+    means = (torch.stack((gain, k3)) * weight).sum(1) / ranked
+    mean_gain, kl = means.to(gain.dtype).unbind()
+    return RPTLoss(beta * kl - mean_gain, rewards, advantages, kl.detach())

@@ -42,8 +42,9 @@ def counted(name, monkeypatch, tmp_path, precision="fp32", **model):
     return device.launches
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MOST)
-def test_a_step_has_few_launches(name, monkeypatch, tmp_path):
-    launches = counted(name, monkeypatch, tmp_path)
+def test_a_step_has_few_launches(name, precision, monkeypatch, tmp_path):
+    launches = counted(name, monkeypatch, tmp_path, precision)
     print(launches.table())
     assert launches.total() <= MOST[name][1], launches.table()
