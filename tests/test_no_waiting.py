@@ -145,7 +145,7 @@ def moved(model):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("each", [False, True])
 def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, launched, monkeypatch):
-    """Lengths, depths and rows are on the CPU."""
+    """Lengths and depths are on the CPU. Keys and rows are integers and on the CPU, or both are on the device."""
     monkeypatch.setattr(_native, "available", lambda: (False, "its loader is a stand-in here"))
     config = LARESConfig(n_items=N, hidden_size=64, n_heads=H, inner_size=64, max_len=6, dropout=0.2)
     model = moved(LARES(config, backend="triton")).train()
@@ -154,7 +154,11 @@ def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, laun
     if packed:
         items, sizes = Sequences.from_padded(items, lengths)
     depth = torch.tensor([3, 1, 2]) if each else 3
-    passes = tuple(reference.Pass(depth, Draw((1, i), rows)) for i in range(3))
+    draws = [Draw((1, i), rows) for i in range(3)]
+    if packed:
+        seeds = [seed_of(draw.key, torch.device("cpu")) for draw in draws]
+        draws = [Draw(to_fake_device(seed), to_fake_device(rows)) for seed in seeds]
+    passes = tuple(reference.Pass(depth, draw) for draw in draws)
     with FakeDevice():
         sequences = (to_fake_device(items), sizes)
         loss = reference.spt_loss(
@@ -163,6 +167,7 @@ def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, laun
         loss.backward()
         model.eval().encode(*sequences, num_steps=depth)
     assert {"recurrence_forward", "softmax_backward_items", "step_backward"} <= set(launched)
+    assert {"initial_state", "embedding_forward", "embedding_backward_rows", "embedding_backward_sums"} <= set(launched)
     assert all(parameter.grad is not None for name, parameter in model.named_parameters())
 
 
