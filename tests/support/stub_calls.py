@@ -3,7 +3,8 @@
 import os
 
 import torch
-from lares_fast.kernels import _launch
+from lares_fast.kernels import _launch, _recurrence_backward
+from triton.compiler import CompiledKernel
 
 from lares_fast import ops
 from lares_fast._errors import BackendError
@@ -49,6 +50,21 @@ assert call(3, 5, torch.zeros(3, dtype=torch.int64)) == []
 
 for dtype in (torch.float16, torch.float32):
     assert [x[0] for x in call(7, 200, torch.full((7,), 200), dtype, p=0.0)] == names
+
+
+def pack_call(S, P, B):
+    """Return the launches of one batch that is packed from a log."""
+    open(LOG, "w").close()
+    pack(torch.ones(300, dtype=torch.int32), torch.zeros(S, dtype=torch.int64), torch.arange(S + 1), P, B)
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+variants = set()
+for S, P, B in ((1, 1, 1), (257, 5000, 13), (70_000, 600_000, 1024)):
+    ((name, variant, programs, *_),) = pack_call(S, P, B)
+    assert (name, int(programs)) == ("pack", -(-P // 256) + -(-B // 256))
+    variants.add(variant)
+assert len(variants) == 1, "a size compiled a variant"
 
 
 def catalog_call(M, N, D=64, J=()):
@@ -168,18 +184,40 @@ launches = tuned(
 assert int(launches[0][2]) == most_tiles(40, 800, 128), launches
 
 
-def pack_call(S, P, B):
-    """Return the launches of one batch that is packed from a log."""
-    open(LOG, "w").close()
-    pack(torch.ones(300, dtype=torch.int32), torch.zeros(S, dtype=torch.int64), torch.arange(S + 1), P, B)
-    return [line.split() for line in open(LOG).read().splitlines()]
+def runs(launch):
+    """Return the arguments that ``launch`` gives to compiled kernels, with addresses instead of tensors."""
+    given = []
+    original = CompiledKernel.run
+
+    def run(compiled):
+        def recorded(*arguments):
+            given.append([x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments])
+            return original.fget(compiled)(*arguments)
+
+        return recorded
+
+    CompiledKernel.run = property(run)
+    launch()
+    CompiledKernel.run = original
+    return given
 
 
-variants = set()
-for S, P, B in ((1, 1, 1), (257, 5000, 13), (70_000, 600_000, 1024)):
-    ((name, variant, programs, *_),) = pack_call(S, P, B)
-    assert (name, int(programs)) == ("pack", -(-P // 256) + -(-B // 256))
-    variants.add(variant)
-assert len(variants) == 1, "a size compiled a variant"
+# The short way gives a kernel what Triton gives it, except for the hooks of profilers.
+_launch._ran.clear()
+x = {dtype: torch.ones(64, 64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+slots, depth = torch.zeros(1, 5000), torch.ones(64, dtype=torch.int64)
+for dtype, place, rows in ((torch.float32, 0, 32), (torch.bfloat16, 16, 64), (torch.float32, 2**31, 2**40)):
+    arguments = (x[dtype], x[dtype], depth, slots, place, -1, 64, 3, slots.stride(0), rows)
+
+    def product():
+        constants = {"M": 64, "N": 64, "STRIDE": 64, "warps": 4, "maxnreg": 255}
+        _launch.launch(_recurrence_backward.weight_gradient, 1, *arguments, **constants)  # noqa: B023 - called at once
+
+    ((*usual, _, _, _), (*short, none, no, nothing)) = (
+        (*run[:6], *run[9:], *run[6:9]) for run in (*runs(product), *runs(product))
+    )
+    assert usual == short, (usual, short)
+    assert none is no is nothing is None
+assert len([short for short in _launch._ran.values() if short]) == 3
 
 print("launched as planned")
