@@ -27,14 +27,13 @@ def target_scores(hidden, ITEMS, target, there, column, D: tl.constexpr, S: tl.c
 
 @triton.jit
 def part_of_program(tiles, parts, first, part, N, S: tl.constexpr):
-    """Return this program's catalog, the number of its part among all parts of all catalogs, its first row, and three items.
-
-    The items are the first one of the part, the one after its last full tile, and the one after its last item.
+    """Return this program's catalog, the number of its part among all parts of all catalogs, its first row, its first item and
+    the item after its last one.
     """
     place, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     low = first + place % parts * part
     high = tl.minimum(low + part, N)
-    return (place // parts).to(tl.int64), place.to(tl.int64), tile.to(tl.int64) * S, low, low + (high - low) // S * S, high
+    return (place // parts).to(tl.int64), place.to(tl.int64), tile.to(tl.int64) * S, low, high
 
 
 @triton.jit

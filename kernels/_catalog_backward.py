@@ -53,27 +53,13 @@ def _slopes(hidden, items, item, target, factor, rest, miss, base):
     return tl.where(item[None, :] == target[:, None], miss[:, None], p)
 
 
-@triton.jit
-def _add_items(
-    dhidden, hidden, items_at, begin, high, target, factor, rest, miss, base,
-    column, D: tl.constexpr, S: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Return ``dhidden`` with the tile of items from ``begin`` on added. Only the LAST tile may end before S items."""
-    item = begin + tl.arange(0, S)
-    items = load_rows(items_at, tl.arange(0, S), column, D, high - begin if LAST else S, D)
-    slopes = _slopes(hidden, items, item, target, factor, rest, miss, base)
-    if LAST:
-        slopes = tl.where(item[None, :] < high, slopes, 0.0)
-    return dhidden + tl.dot(slopes.to(items.dtype), items, input_precision="ieee")
-
-
 @triton.jit(do_not_specialize=SIZES)
 def softmax_backward_hidden(
     HIDDEN, ITEMS, TARGET, ROW, DHIDDEN, M, N, tiles, parts, first, part, base,
     D: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Store the sums over the items of a part, times the gradients of the rows, in DHIDDEN [J, parts, M, D]."""
-    j, place, start, low, whole, high = part_of_program(tiles, parts, first, part, N, S)
+    j, place, start, low, high = part_of_program(tiles, parts, first, part, N, S)
     row, column = start + tl.arange(0, S), tl.arange(0, C)
     inside = row < M
     hidden = load_rows(HIDDEN + j * M * D, row, column, D, M, D)
@@ -85,11 +71,14 @@ def softmax_backward_hidden(
     miss = tl.load(at + MISS * M, mask=inside, other=0.0)
     dhidden = tl.zeros((S, C), tl.float32)
     items_at = ITEMS + (j * N + low) * D
-    for begin in range(low, whole, S):
-        dhidden = _add_items(dhidden, hidden, items_at, begin, high, target, factor, rest, miss, base, column, D, S, False)
+    for begin in range(low, high, S):
+        item = begin + tl.arange(0, S)
+        items = load_rows(items_at, tl.arange(0, S), column, D, high - begin, D)
+        slopes = _slopes(hidden, items, item, target, factor, rest, miss, base)
+        # The power of a score outside of the catalog may be infinite.
+        slopes = tl.where(item[None, :] < high, slopes, 0.0)
+        dhidden += tl.dot(slopes.to(items.dtype), items, input_precision="ieee")
         items_at += S * D
-    if whole < high:
-        dhidden = _add_items(dhidden, hidden, items_at, whole, high, target, factor, rest, miss, base, column, D, S, True)
     # The gradient is multiplied after the product: in half precision a small gradient times a probability would become 0.
     dhidden *= (tl.load(at + SLOPE * M, mask=inside, other=0.0) * -(2.0**-WIDER))[:, None]
     store_rows(DHIDDEN + place * M * D, dhidden, row, column, D, M, D)

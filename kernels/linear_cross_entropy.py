@@ -39,36 +39,6 @@ def _count(count, counts, raw, other, own, item, target, RANK: tl.constexpr):
     return count
 
 
-@triton.jit
-def _scan(
-    hidden, items_at, begin, high, target, own, counts, origin, total, lost, top, count, base,
-    column, D: tl.constexpr, S: tl.constexpr, RANK: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Add the tile of items from ``begin`` on to the sums of :func:`softmax_forward`, and return them.
-
-    Only the LAST tile of a part may end before S items. With ``counts`` the items that outrank the target are counted.
-    """
-    item = begin + tl.arange(0, S)
-    items = load_rows(items_at, tl.arange(0, S), column, D, high - begin if LAST else S, D)
-    raw = tl.dot(hidden, tl.trans(items), input_precision="ieee")
-    other = item[None, :] != target[:, None]
-    if LAST:
-        other = other & (item[None, :] < high)
-    if RANK:
-        count = _count(count, counts, raw, other, own, item, target, RANK)
-    scores = tl.where(other, raw, -float("inf"))
-    top = tl.maximum(top, tl.max(scores, 1))
-    # An infinite maximum cannot be the origin. With the origin 0, the sum becomes infinite or NaN as it should.
-    moved = tl.where(tl.abs(top) == float("inf"), 0.0, top) * base
-    shrink = tl.where(total > 0, tl.exp2(origin - moved), 0.0)
-    total = total * shrink
-    # The sum is compensated, because a plain fp32 sum over a large catalog drifts.
-    added = tl.sum(tl.exp2(tl.fma(scores, base, -moved[:, None])), 1) - lost * shrink
-    summed = total + added
-    lost = tl.where(tl.abs(summed) < float("inf"), (summed - total) - added, 0.0)
-    return moved, summed, lost, top, count
-
-
 @triton.jit(do_not_specialize=SIZES)
 def softmax_forward(
     HIDDEN, ITEMS, TARGET, OWN, SUM, COUNT, M, N, tiles, parts, first, part, ranked, base,
@@ -80,16 +50,18 @@ def softmax_forward(
     thousands. COUNT [J, parts, M] holds the number for the first ``ranked`` of all rows. OWN [J, M] gets the target's product.
     It is NaN for a target that is not among the items ``first`` .. N - 1; then all items outrank it.
     """
-    j, place, start, low, whole, high = part_of_program(tiles, parts, first, part, N, S)
+    j, place, start, low, high = part_of_program(tiles, parts, first, part, N, S)
     row, column = start + tl.arange(0, S), tl.arange(0, C)
-    hidden = load_rows(HIDDEN + j * M * D, row, column, D, M, D)
     items_at = ITEMS + j * N * D
     target = tl.load(TARGET + j * M + row, mask=row < M, other=-1)
     there = (target >= first) & (target < N)
+    hidden = load_rows(HIDDEN + j * M * D, row, column, D, M, D)
     own = tl.where(there, target_scores(hidden, items_at, target, there, column, D, S), float("nan"))
     # The programs of all parts have the same numbers.
     if low == first:
         tl.store(OWN + j * M + row, own, mask=row < M)
+    # With one load for both products, the compiler keeps the rows of fp32 in more registers than there are.
+    hidden = load_rows(HIDDEN + j * M * D, row, column, D, M, D)
     own = tl.where(own == own, own, -float("inf"))
     # There are fewer than 2^31 items.
     target = tl.where(there, target, -1).to(tl.int32)
@@ -100,15 +72,26 @@ def softmax_forward(
     top = tl.full((S,), -float("inf"), tl.float32)
     count = tl.zeros((S,), tl.int32)
     items_at += low.to(tl.int64) * D
-    for begin in range(low, whole, S):
-        origin, total, lost, top, count = _scan(
-            hidden, items_at, begin, high, target, own, counts, origin, total, lost, top, count, base, column, D, S, RANK, False
-        )
+    for begin in range(low, high, S):
+        item = begin + tl.arange(0, S)
+        items = load_rows(items_at, tl.arange(0, S), column, D, high - begin, D)
+        raw = tl.dot(hidden, tl.trans(items), input_precision="ieee")
+        other = (item[None, :] < high) & (item[None, :] != target[:, None])
+        if RANK:
+            count = _count(count, counts, raw, other, own, item, target, RANK)
+        scores = tl.where(other, raw, -float("inf"))
+        top = tl.maximum(top, tl.max(scores, 1))
+        # An infinite maximum cannot be the origin. With the origin 0, the sum becomes infinite or NaN as it should.
+        moved = tl.where(tl.abs(top) == float("inf"), 0.0, top) * base
+        shrink = tl.where(total > 0, tl.exp2(origin - moved), 0.0)
+        total = total * shrink
+        # The sum is compensated, because a plain fp32 sum over a large catalog drifts.
+        added = tl.sum(tl.exp2(tl.fma(scores, base, -moved[:, None])), 1) - lost * shrink
+        summed = total + added
+        lost = tl.where(tl.abs(summed) < float("inf"), (summed - total) - added, 0.0)
+        total = summed
+        origin = moved
         items_at += S * D
-    if whole < high:
-        origin, total, lost, top, count = _scan(
-            hidden, items_at, whole, high, target, own, counts, origin, total, lost, top, count, base, column, D, S, RANK, True
-        )
     tl.store(SUM + 2 * place * M + row, origin, mask=row < M)
     tl.store(SUM + (2 * place + 1) * M + row, tl.log2(total), mask=row < M)
     if RANK:

@@ -176,10 +176,10 @@ CATALOG_CASES = [
 # Kernel -> products of tiles, loaded tiles, and the ceiling of registers. Where a target's score is one of the products, the
 # compiler keeps only its diagonal. The kernels that merge have no tiles.
 CATALOG = {
-    "softmax_forward": (2, 4, 240),
+    "softmax_forward": (1, 4, 240),
     "merge_sums": (0, 0, 128),
     "prepare_backward": (0, 2, 64),
-    "softmax_backward_hidden": (4, 3, 240),
+    "softmax_backward_hidden": (2, 2, 240),
     "merge_gradients": (0, 0, 64),
     "softmax_backward_items": (2, 2, 240),
 }
