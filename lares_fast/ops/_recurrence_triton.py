@@ -32,10 +32,9 @@ def obstacle(call: RecurrenceCall, *_: object) -> str | None:
         return f"it takes heads of 16, 32, 64 or 128 columns, and they have {head}"
     if call.longest is None:
         return "it needs longest, the length of the longest sequence"
-    if call.longest > LONGEST[_products(call)]:
-        return (
-            f"it takes sequences of up to {LONGEST[_products(call)]} rows in {_products(call)}, and longest is {call.longest}"
-        )
+    products = _products(call)
+    if call.longest > LONGEST[products]:
+        return f"it takes sequences of up to {LONGEST[products]} rows in {products}, and longest is {call.longest}"
     return _triton.refusal("recurrence", h, **_variant(call, call.longest))
 
 

@@ -73,9 +73,9 @@ def recurrence(
             AVX512_BF16.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
             D/H 16, 32, 64 or 128, ``longest`` up to 128, or up to 64 if products are in fp32), ``native`` (fp32 on the CPU, D a
-            multiple of 16 up to 256, the inner size a multiple of 16 up to 65,536, sequences of up to 512 tokens), ``layers`` (all sizes and
-            dtypes, with PyTorch's layers and :func:`~lares_fast.ops.attention` on packed sequences; ``auto`` chooses it on GPUs
-            only) or ``reference`` (all sizes and dtypes, on padded sequences).
+            multiple of 16 up to 256, the inner size a multiple of 16 up to 65,536, sequences of up to 512 tokens), ``layers``
+            (all sizes and dtypes, with PyTorch's layers and :func:`~lares_fast.ops.attention` on packed sequences; ``auto``
+            chooses it on GPUs only) or ``reference`` (all sizes and dtypes, on padded sequences).
 
     Returns:
         The states that ``output`` names, in the dtype of ``h``. ``h``, ``pre`` and all weights have gradients through every
