@@ -102,7 +102,7 @@ class DeviceSteps(Steps):
         """Return the batch as one buffer, with padding if it is a full batch, and whether it is one."""
         full = len(index) == self.phase.settings.batch_size
         batch: Any = self.phase.places(index, key, self._padding if full else EXACT)
-        content = replace(batch, inputs=self._log.before(batch.inputs))
+        content = replace(batch, inputs=self._log.before(batch.inputs), mean_depth=batch.mean_depth.float())
         # The row of _rows that takes the numbers of this step.
         slot = torch.tensor([self._unread])
         return Parcel((slot, content), pinned=self.run.device.type == "cuda"), full

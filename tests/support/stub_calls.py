@@ -52,6 +52,21 @@ for dtype in (torch.float16, torch.float32):
     assert [x[0] for x in call(7, 200, torch.full((7,), 200), dtype, p=0.0)] == names
 
 
+def pack_call(S, P, B):
+    """Return the launches of one batch that is packed from a log."""
+    open(LOG, "w").close()
+    pack(torch.ones(300, dtype=torch.int32), torch.zeros(S, dtype=torch.int64), torch.arange(S + 1), P, B)
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+variants = set()
+for S, P, B in ((1, 1, 1), (257, 5000, 13), (70_000, 600_000, 1024)):
+    ((name, variant, programs, *_),) = pack_call(S, P, B)
+    assert (name, int(programs)) == ("pack", -(-P // 256) + -(-B // 256))
+    variants.add(variant)
+assert len(variants) == 1, "a size compiled a variant"
+
+
 def catalog_call(M, N, D=64, J=()):
     """Return the launches of one forward with rank and one backward."""
     open(LOG, "w").close()
@@ -208,21 +223,6 @@ launches = tuned(
     lambda: recurrence_call(torch.full((40,), 20), 20, train=True),
 )  # fmt: skip
 assert int(launches[1][2]) == most_tiles(40, 800, 128), launches
-
-
-def pack_call(S, P, B):
-    """Return the launches of one batch that is packed from a log."""
-    open(LOG, "w").close()
-    pack(torch.ones(300, dtype=torch.int32), torch.zeros(S, dtype=torch.int64), torch.arange(S + 1), P, B)
-    return [line.split() for line in open(LOG).read().splitlines()]
-
-
-variants = set()
-for S, P, B in ((1, 1, 1), (257, 5000, 13), (70_000, 600_000, 1024)):
-    ((name, variant, programs, *_),) = pack_call(S, P, B)
-    assert (name, int(programs)) == ("pack", -(-P // 256) + -(-B // 256))
-    variants.add(variant)
-assert len(variants) == 1, "a size compiled a variant"
 
 
 def runs(launch):

@@ -1,6 +1,7 @@
 """Whole runs on a stand-in for a GPU: they wait only where it is said, and continue bit for bit, with and without graphs."""
 
 import json
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -29,8 +30,9 @@ WAITING = {
 
 @pytest.fixture(autouse=True)
 def resolved(monkeypatch):
-    """Let ``cuda`` be the stand-in."""
+    """Let ``cuda`` be the stand-in, which reads numbers after a number of steps only: the stand-in is slow."""
     monkeypatch.setattr(run_module, "resolve", lambda name: CPU if name == "cpu" else DEVICE)
+    monkeypatch.setattr(steps, "SECONDS_AHEAD", math.inf)
 
 
 @contextmanager
@@ -240,8 +242,7 @@ def test_a_step_that_does_not_fit_keeps_the_last_state_and_names_a_batch_size(tm
             trainer.run(("spt",))
     assert error.value.setting == "spt.batch_size=64"
     assert load_state(tmp_path / "state.pt")["epoch"] == 1
-    monkeypatch.undo()
-    monkeypatch.setattr(run_module, "resolve", lambda name: DEVICE)
+    monkeypatch.setattr(SPT, "forward", forward)
     smaller = config()
     smaller = replace(smaller, spt=replace(smaller.spt, batch_size=64))
     with on_device():
@@ -327,3 +328,14 @@ def test_bookkeeping_is_few_launches():
         device.launches.clear()
         phase(content).backward()
         assert total - sum(device.launches.values()) <= 30, device.launches
+
+
+def test_numbers_are_read_after_a_number_of_steps_or_of_seconds(tmp_path, monkeypatch):
+    read, reads = steps.DeviceSteps.read, []
+    monkeypatch.setattr(steps.DeviceSteps, "read", lambda self: (reads.append(self._unread), read(self)))
+    for ahead, seconds, expected in ((50, math.inf, [3]), (2, math.inf, [2, 1]), (50, -1.0, [1, 1, 1])):
+        monkeypatch.setattr(steps, "STEPS_AHEAD", ahead)
+        monkeypatch.setattr(steps, "SECONDS_AHEAD", seconds)
+        train(tmp_path / f"{ahead} {seconds}", phases=("spt",))
+        assert reads == expected
+        reads.clear()
