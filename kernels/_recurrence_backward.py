@@ -22,6 +22,7 @@ from lares_fast.kernels._layers import (
     linear,
     load_tile,
     matrix,
+    normal_below,
     probabilities,
     rows_times,
     standardise,
@@ -117,7 +118,7 @@ def feed_backward(
     for i in range(0, INNER, PIECE):
         up = matrix(W + i * D, PIECE, D, D)
         u = rows_times(x, tl.trans(up), G) + vector(BIAS + i, PIECE)
-        below = 0.5 * (1 + tl.erf(u * 0.7071067811865476))
+        below = normal_below(u)
         store_tile(FACTORS + WIDTH - INNER + i, u * below, source, real, WIDTH)
         slope = below + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
         du = rows_times(dsum, matrix(W + INNER * D + i, D, PIECE, INNER), G) * slope

@@ -170,7 +170,8 @@ register(
     "embedding",
     Backend("triton", _embedding_triton.compute, _embedding_triton.obstacle),
     Backend("native", partial(_embedding_torch.compute, _native_random.keep_hidden), _embedding_torch.native_obstacle),
-    Backend("reference", partial(_embedding_torch.compute, keep_hidden_at)),
+    # A whole model may request ``layers``, which the recurrence has. Here it is the reference.
+    *(Backend(name, partial(_embedding_torch.compute, keep_hidden_at)) for name in ("reference", "layers")),
     build=build_call,
 )
 

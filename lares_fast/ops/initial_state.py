@@ -70,7 +70,9 @@ register(
     "initial_state",
     Backend("triton", _initial_state_triton.forward, _initial_state_triton.obstacle),
     Backend("native", _initial_state_native.forward, _initial_state_native.obstacle),
+    # A whole model may request ``layers``, which the recurrence has. Here it is the reference.
     Backend("reference", _reference),
+    Backend("layers", _reference),
     build=build_call,
 )
 
