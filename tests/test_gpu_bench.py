@@ -14,11 +14,14 @@ from lares_fast import LARESConfig
 from lares_fast._errors import InputError
 from lares_fast.data import leave_one_out
 from lares_fast.gpu_bench import __main__ as worker
-from lares_fast.gpu_bench import bench, candidates, cases, model_rows, official, rows, run_rows, step_rows
+from lares_fast.gpu_bench import bench, candidates, cases, model_rows, official, our_step, rows, run_rows, step_rows
 from lares_fast.gpu_bench.bench import Bench, Listener
 from lares_fast.gpu_bench.machine import Machine
 from lares_fast.gpu_bench.official_step import depths_of
 from lares_fast.gpu_bench.our_step import log_of
+from lares_fast.train import optimizer as train_optimizer
+from lares_fast.train.device_log import DeviceLog
+from lares_fast.train.steps import DeviceSteps
 from lares_fast.verify import gpu_report, process
 
 PASSED = {"status": "passed"}
@@ -101,6 +104,22 @@ def test_all_ways_to_make_a_step_of_phase_2_agree_with_the_reference(machine):
     assert result["status"] == "passed"
     ours = ["lares_fast, batch ready", "lares_fast, with its batch"]
     assert list(result["turns_ms"]) == ["official way", "official way, without dead work", *ours]
+
+
+def test_replayed_steps_agree_with_the_reference(machine, monkeypatch):
+    """The steps of a GPU, on the CPU: a replay runs the captured function again, which has the same memory."""
+    replays = []
+
+    def capture(function):
+        return lambda: replays.append(function())
+
+    def steps(run, phase, optimizer):
+        return DeviceSteps(run, phase, optimizer, DeviceLog(run.log, run.device, 2**40), capture)
+
+    monkeypatch.setattr(our_step, "make_steps", steps)
+    monkeypatch.setitem(train_optimizer._CPU, "fused", True)
+    result = step_rows.training_step(machine, step_rows.SPT_CASE, bf16=False)
+    assert result["status"] == "passed" and len(replays) >= 2
 
 
 def test_scores_of_all_trajectories_at_once_change_no_result():
