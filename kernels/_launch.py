@@ -42,8 +42,12 @@ stand_in = ContextVar("stand_in", default=None)
 # The compiler reads the environment variables, which must not change meanwhile. Every compilation holds this lock.
 _compiling = threading.Lock()
 
-# The variants that ran in this process. The first launch of a variant compiles and loads it, which a graph capture forbids.
-_ran = set()
+# The variants that ran in this process. The first launch of a variant compiles and loads it, which a graph capture forbids. The
+# value is the function that :func:`_short_way` has returned for the variant, or None.
+_ran = {}
+
+# The versions of Triton whose compiled kernels take the arguments that :func:`_short_way` passes.
+_KNOWN = ((3, 5), (3, 9))
 
 
 def ready(tensor):
@@ -75,32 +79,90 @@ def launch(kernel, programs, *arguments, warps, stages=1, choice=SHIPPED, **cons
     Raises ValueError for too many programs, and for tensors on several devices, not contiguous or not aligned. Raises
     RuntimeError if the first launch of a variant comes within a graph capture.
     """
-    warps, stages = choice.kernels.get(_name(kernel), (warps, stages))
+    if choice.kernels:
+        warps, stages = choice.kernels.get(_name(kernel), (warps, stages))
     if programs == 0:
         return
     if not 0 < programs <= MOST_PROGRAMS:
         raise ValueError(f"{_name(kernel)} takes up to {MOST_PROGRAMS} programs, but the call needs {programs}.")
-    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-    device = tensors[0].device
-    for tensor in tensors:
-        if tensor.device != device:
-            raise ValueError(f"{_name(kernel)} has tensors on {device} and {tensor.device}.")
-        if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
-            raise ValueError(f"{_name(kernel)} takes contiguous tensors at addresses that {ALIGNMENT} divides.")
+    # This loop takes most of the time of a launch. A tensor's address replaces it, so that Triton need not ask for it again.
+    values, kinds, device = [], [], None
+    for x in arguments:
+        kind, value = type(x), x
+        if kind is int:
+            # Triton compiles a variant for each of these sizes.
+            kind = 32 if -(2**31) <= x < 2**31 else 64 if x < 2**63 else 65
+        elif isinstance(x, torch.Tensor):
+            kind, value, place = x.dtype, x.data_ptr(), x.device
+            if device is None:
+                device = place
+            if place != device:
+                raise ValueError(f"{_name(kernel)} has tensors on {device} and {place}.")
+            if value % ALIGNMENT or not x.is_contiguous():
+                raise ValueError(f"{_name(kernel)} takes contiguous tensors at addresses that {ALIGNMENT} divides.")
+        values.append(value)
+        kinds.append(kind)
+    instead = stand_in.get()
+    if instead is None:
+        variant = (kernel.fn, device, warps, stages, *kinds, *constants, *constants.values())
+        short = _ran.get(variant)
+        if short is not None:
+            if device.type != "cuda" or device.index == torch.cuda.current_device():
+                done = short(programs, values)
+            else:
+                with torch.cuda.device(device):
+                    done = short(programs, values)
+            if done:
+                return
     options = {**constants, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    if (instead := stand_in.get()) is not None:
+    if instead is not None:
         instead(kernel, programs, arguments, options)
         return
     with _on(device):
-        variant = (_name(kernel), device, warps, stages, *map(_kind, arguments), *constants.items())
         if variant in _ran:
             kernel[(programs,)](*arguments, **options)
             return
         if _capturing(device):
             raise RuntimeError(f"{_name(kernel)} was not run before the graph capture: run it once with such arguments first.")
         with avoid_broken_wgmma(_architecture(device)):
-            kernel[(programs,)](*arguments, **options)
-        _ran.add(variant)
+            compiled = kernel[(programs,)](*arguments, **options)
+        _ran[variant] = _short_way(kernel, compiled, arguments, constants)
+
+
+def _short_way(kernel, compiled, arguments, constants):
+    """Return a function that launches ``compiled``, the variant of ``kernel`` that has just run with ``arguments``, or None.
+
+    The function takes the programs, and the arguments with addresses instead of tensors. It returns whether it has launched
+    the kernel. It leaves out what Triton does at every launch to find the variant, which takes several times as long as the
+    launch. None means that only Triton can find the variant: the kernel is interpreted, the version of Triton is not known, or
+    the variant depends on the value of an integer.
+    """
+    import triton
+
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if not hasattr(compiled, "packed_metadata") or not _KNOWN[0] <= version <= _KNOWN[1]:
+        return None
+    params = kernel.params
+    rest = [param.name for param in params[len(arguments) :]]
+    by_value = any(type(x) is int and not param.do_not_specialize for x, param in zip(arguments, params, strict=False))
+    if by_value or not all(name in constants for name in rest):
+        return None
+    driver, hooks = triton.runtime.driver.active, triton.knobs.runtime
+    number, stream_of = driver.get_current_device(), driver.get_current_stream
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    rest = [constants[name] for name in rest]
+
+    def launch_compiled(programs, values):
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            # A profiler wants to see the launch.
+            return False
+        run(programs, 1, 1, stream_of(number), function, metadata, None, None, None, *values, *rest)
+        return True
+
+    # The code on the GPU is unloaded when its object is deleted.
+    launch_compiled.compiled = compiled
+    return launch_compiled
 
 
 @contextmanager
@@ -136,13 +198,6 @@ def _architecture(device):
 
 def _name(kernel):
     return kernel.fn.__name__
-
-
-def _kind(argument):
-    """Return the properties of an argument for which Triton may compile another variant."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype
-    return type(argument), isinstance(argument, int) and not -(2**31) <= argument < 2**31
 
 
 def _on(device):

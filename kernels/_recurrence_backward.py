@@ -1,17 +1,14 @@
 """The gradients of the recurrence, step by step from the last step to the first, with two launches a step.
 
 ``step_backward`` computes a step again from its saved state and runs it backwards through all layers and the adapter. The
-gradient of a weight is a product of two matrices over all rows. The kernel stores these matrices, and ``weight_gradients``
-multiplies them. ``collect_gradients`` adds the parts of the weights' gradients after the last launch of these two.
-
-The rows are split into slots, and every slot has a sum of its own. Norms and the gate of ``linear`` have sums of their own for
-each tile. One program computes an element of such a sum, always in the same order. There are no atomics.
+gradient of a weight is a product of two matrices over all rows. The kernel stores these matrices, and the kernels of
+``_recurrence_weights.py`` multiply them. There are no atomics.
 """
 
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import WARPS, launch, ready
+from lares_fast.kernels._launch import ready
 from lares_fast.kernels._layers import (
     PIECE,
     SITE_ATTENTION_OUT,
@@ -32,7 +29,6 @@ from lares_fast.kernels._layers import (
     vector,
 )
 from lares_fast.kernels._recurrence_plan import (
-    DEEPEST,
     VALID,
     Plan,
     begins_of,
@@ -40,29 +36,10 @@ from lares_fast.kernels._recurrence_plan import (
     steps_of,
     tile_bounds,
 )
+from lares_fast.kernels._recurrence_weights import WeightGradients
 from lares_fast.kernels.recurrence import Tape, fill_rows, join, places
 
-# The smallest number of rows of a slot, and the number of programs of ``weight_gradients`` from which on there are no more slots.
-SLOT_ROWS, MOST_PROGRAMS = 128, 1024
-# The side of a tile of a weight's gradient, and the columns of a program of ``collect_gradients`` and its rows at a time.
-SIDE, COLUMNS, ROWS = tl.constexpr(64), tl.constexpr(32), tl.constexpr(64)
-
-_SIZES = ["P", "B", "t", "first_step", "deepest", "layers", "threshold", "attention_threshold", "rows", "slots", "tiles", "size"]
-
-# The factors of the weights' gradients that a row of a layer stores, in this order: the gradients of queries, keys and values
-# (3 D), of the output projection (D), of the first product of the feed-forward half (INNER) and of the second one (D); then
-# what was multiplied: the input of the layer (D), the context (D), the input of the feed-forward half (D), and GELU (INNER).
-# For ``concat`` there are 3 D numbers more after those of all layers: the gradient of its product, the state, and ``pre``.
-
-
-def factors_width(D, INNER):
-    """Return the number of factors that a row of a layer stores."""
-    return 8 * D + 2 * INNER
-
-
-def partial_width(D, layers):
-    """Return the numbers of a tile's sums: two norms of each layer, then the norm after the adapter, then the gate, padded."""
-    return (4 * layers + 2) * D + 64
+_SIZES = ["P", "B", "t", "first_step", "deepest", "layers", "threshold", "attention_threshold"]
 
 
 @triton.jit
@@ -114,6 +91,8 @@ def attention_backward(
             store_tile(FACTORS + 2 * D + c, dv, source, real, WIDTH)
         if DROP:
             dp *= factor
+        dp -= tl.sum(dp * p, 2)[:, :, None]
+        # The mean of the differences is 0. Subtracting it removes the rounding error of the mean before.
         ds = p * (dp - tl.sum(dp * p, 2)[:, :, None]) * (scale * 0.6931471805599453)
         ds = ds.to(DTYPE)
         turned = tl.reshape(tl.trans(tl.reshape(ds, (16 * G, 16 * G))), (G, 16, 16 * G))
@@ -273,8 +252,8 @@ def step_backward(
         store_tile(F + 3 * D, dsum, source, real, WIDTH)
         operand = load_tile(F + 5 * D + INNER, source, real, WIDTH, D).to(DTYPE)
         attention_backward(
-            operand, dsum.to(DTYPE), W, V, F, F + 6 * D + INNER, begin, scale, SEED, attention_threshold, attention_kept, first_step + t, layer,
-            source, real, quad_row, quad, pair, D, E, G, WIDTH, DROP,
+            operand, dsum.to(DTYPE), W, V, F, F + 6 * D + INNER, begin, scale, SEED, attention_threshold, attention_kept,
+            first_step + t, layer, source, real, quad_row, quad, pair, D, E, G, WIDTH, DROP,
         )  # fmt: skip
         tl.debug_barrier()
         grad = load_tile(GRAD + origin * D, source, real, D)
@@ -313,119 +292,6 @@ def step_backward(
         store_tile(GRAD + origin * D, grad, source, real, D)
 
 
-@triton.jit
-def weight_tile(tile, layers, P, D: tl.constexpr, INNER: tl.constexpr):
-    """Return the factors of tile ``tile`` of the weights' gradients, and where the tile is stored.
-
-    The numbers are: the place of the first row's two factors, the distance of rows, the place of the sum, its distance of rows,
-    and the place of the bias's sum, or -1.
-    """
-    N: tl.constexpr = D // SIDE
-    inner: tl.constexpr = INNER // SIDE
-    WIDTH: tl.constexpr = 8 * D + 2 * INNER
-    attention_size: tl.constexpr = 4 * D * D + 6 * D
-    size: tl.constexpr = attention_size + 2 * INNER * D + INNER + 3 * D
-    of_layer: tl.constexpr = 4 * N * N + 2 * inner * N
-    layer, k = tile // of_layer, tile % of_layer
-    down = k - 4 * N * N - inner * N
-    # The columns of a matrix that are counted in tiles, and the matrix: attention, up, down, or the product of ``concat``.
-    concat, attention, last = layer == layers, k < 4 * N * N, down >= 0
-    columns = tl.where(concat, 2 * N, tl.where(last & (attention == 0), inner, N))
-    k = tl.where(concat | attention, k, tl.where(last, down, k - 4 * N * N))
-    m, n = k // columns * SIDE, k % columns * SIDE
-    a = tl.where(attention | concat, m, 4 * D + m + tl.where(last, INNER, 0))
-    b = tl.where(attention, n + tl.where(m >= 3 * D, D, 0), n + tl.where(last, 3 * D, 2 * D))
-    b = tl.where(concat, D + n, 5 * D + INNER + b)
-    start = tl.where(attention, 0, attention_size + tl.where(last, INNER * D, 0))
-    bias = tl.where(attention, 4 * D * D + m, attention_size + 2 * INNER * D + tl.where(last, INNER, 0) + m)
-    start, bias = tl.where(concat, 2 * D, start), tl.where(concat, 2 * D + 2 * D * D + m, bias)
-    stride, width = columns * SIDE, tl.where(concat, 3 * D, WIDTH)
-    place = start + m * stride + n
-    base = layer * P.to(tl.int64) * WIDTH
-    at = layer * size
-    return base + a, base + b, width, at + place, stride, tl.where(n == 0, at + bias, -1)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def weight_gradients(
-    FACTORS, TABLE, ROW_STEPS, SLOTS, P, t, deepest, layers, rows, tiles, size,
-    D: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """Add the gradients of all weights in step t to the slots, or set the slots if t is the first step that is run.
-
-    A program multiplies the factors of a tile [SIDE, SIDE] in the ``rows`` rows of a slot. Biases have column sums. SLOTS is
-    [slots, size], in the order of the weights.
-    """
-    slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    starts = t + 1 == deepest
-    if (t >= tl.load(TABLE + DEEPEST)) & (t + 1 < deepest):
-        return
-    a_place, b_place, width, place, stride, bias = weight_tile(tile, layers, P, D, INNER)
-    width = tl.multiple_of(width, 16)
-    start = slot.to(tl.int64) * rows
-    row, side = tl.arange(0, 32), tl.arange(0, SIDE)
-    A = FACTORS + tl.multiple_of(a_place, 16) + start * width + row[:, None] * width + side[None, :]
-    B = FACTORS + tl.multiple_of(b_place, 16) + start * width + row[:, None] * width + side[None, :]
-    total = tl.zeros((SIDE, SIDE), tl.float32)
-    sums = tl.zeros((32, SIDE), tl.float32)
-    for r in range(0, tl.minimum(rows, P - start).to(tl.int32), 32):
-        inside = start + r + row < P
-        real = (inside & (t < tl.load(ROW_STEPS + start + r + row, mask=inside, other=0)))[:, None]
-        a = tl.load(A, mask=real, other=0.0)
-        b = tl.load(B, mask=real, other=0.0)
-        A += 32 * width
-        B += 32 * width
-        total += tl.dot(tl.trans(a), b, input_precision="ieee")
-        sums += a.to(tl.float32)
-    SLOT = SLOTS + slot.to(tl.int64) * tl.multiple_of(size, 16)
-    at = tl.multiple_of(place, 16) + side[:, None] * tl.multiple_of(stride, 16) + side[None, :]
-    if t + 1 < deepest:
-        total += tl.load(SLOT + at)
-    tl.debug_barrier()
-    tl.store(SLOT + at, total)
-    if bias >= 0:
-        column = tl.sum(sums, 0)
-        OF_BIAS = SLOT + tl.multiple_of(bias, 16) + side
-        if t + 1 < deepest:
-            column += tl.load(OF_BIAS)
-        tl.debug_barrier()
-        tl.store(OF_BIAS, column)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def collect_gradients(
-    SLOTS, PARTIAL, TABLE, OUT, layers, slots, tiles, size, total,
-    D: tl.constexpr, INNER: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """Set OUT [total], the gradients of the weights, to the sums over the slots, or over the tiles for norms and gate."""
-    attention_size: tl.constexpr = 4 * D * D + 6 * D
-    of_layer: tl.constexpr = attention_size + 2 * INNER * D + INNER + 3 * D
-    first = tl.program_id(0) * COLUMNS
-    layer = first // of_layer
-    inside = first % of_layer
-    # The place among the sums of tiles, or -1.
-    place = tl.full((), -1, tl.int32)
-    if layer >= layers:
-        inside = first - layers * of_layer
-        if (inside < 2 * D) | (KIND == "linear"):
-            place = 4 * layers * D + inside
-    elif inside >= of_layer - 2 * D:
-        place = layer * 4 * D + 2 * D + inside - (of_layer - 2 * D)
-    elif (inside >= attention_size - 2 * D) & (inside < attention_size):
-        place = layer * 4 * D + inside - (attention_size - 2 * D)
-    SOURCE, parts, width = SLOTS + first, slots, size
-    if place >= 0:
-        SOURCE, parts, width = PARTIAL + place, tiles, (4 * layers + 2) * D + 64
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    here = first + column < total
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for r in range(0, parts, ROWS):
-        at = (r + row).to(tl.int64)[:, None] * width + column[None, :]
-        sums += tl.load(SOURCE + at, mask=(r + row < parts)[:, None] & here[None, :], other=0.0)
-    found = tl.where(tl.load(TABLE + VALID) == 0, float("nan"), tl.sum(sums, 0))
-    tl.store(OUT + first + column, found.to(OUT.dtype.element_ty), mask=here)
-
-
 def backward(call, products, grad, words):
     """Return the gradients of ``h``, ``pre`` (empty without ``pre``) and the weights.
 
@@ -434,36 +300,18 @@ def backward(call, products, grad, words):
     """
     plan, grad = Plan(call, products), ready(grad)
     tape = Tape(plan, words)
-    deepest = len(tape.states)
-    h, layers, D, inner = call.h, call.n_layers, call.width, call.inner_size
-    P, size = len(h), triton.cdiv(len(call.weights), 16) * 16
-    # The tiles of all weights of matrices.
-    squares = layers * (4 * D * D + 2 * inner * D) + (2 * D * D if call.adapter == "concat" else 0)
-    weight_tiles = squares // SIDE.value**2
-    slots = max(1, min(triton.cdiv(P, SLOT_ROWS), triton.cdiv(MOST_PROGRAMS, weight_tiles)))
-    slot_rows = triton.cdiv(triton.cdiv(P, slots), 32) * 32
-
-    def buffer(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=h.device)
-
-    factors = buffer(P * (layers * factors_width(D, inner) + 3 * D * (call.adapter == "concat")), dtype=products.dtype)
-    sums, state_grad, slot_sums = buffer(2 * layers + 1, P, D), buffer(P, D), buffer(slots, size)
-    pre_sum = buffer(P, D) if call.pre is not None else None
-    partial = buffer(plan.tiles, partial_width(D, layers))
+    deepest, P, layers = len(tape.states), len(call.h), call.n_layers
+    weights = WeightGradients(plan, tape)
+    state_grad, pre_sum = (torch.empty_like(call.h, dtype=torch.float32) for _ in range(2))
+    sums = state_grad.new_empty(2 * layers + 1, P, call.width)
     h_grad, pre_grad, weights_grad = call.empty_gradients()
     given = (call.pre, call.offsets, tape.table, call.rows, call.seed, products, call.weights, grad, state_grad, pre_sum)
-    made = (h_grad, pre_grad if call.pre is not None else None, sums, factors, partial)
+    made = (h_grad, pre_grad, sums, weights.factors, weights.partial)
     for t in reversed(range(deepest)):
         plan.launch(
             step_backward, plan.tiles, tape.states[t], *given, *made, P, call.batch, t, call.first_step, deepest, layers,
             *plan.numbers(),
         )  # fmt: skip
-        launch(
-            weight_gradients, slots * weight_tiles, factors, tape.table, tape.row_steps, slot_sums, P, t, deepest, layers,
-            slot_rows, weight_tiles, size, D=D, INNER=inner, warps=WARPS[products.dtype], choice=plan.choice,
-        )  # fmt: skip
-    launch(
-        collect_gradients, triton.cdiv(len(call.weights), COLUMNS.value), slot_sums, partial, tape.table, weights_grad, layers,
-        slots, plan.tiles, size, len(call.weights), D=D, INNER=inner, KIND=call.adapter, warps=4, choice=plan.choice,
-    )  # fmt: skip
+        weights.add(t)
+    weights.collect(weights_grad)
     return h_grad, pre_grad, weights_grad

@@ -38,7 +38,7 @@ _SIZES = ["P", "B", "out_rows", "layers", "first_step", "threshold", "attention_
 
 @triton.jit
 def join(x, PRE, W, V, source, real, KIND: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
-    """Return the adapter's output [G, 16, D] for the states x and ``pre``. KIND is the adapter, whose weights are at W and V."""
+    """Return the output [G, 16, D] of the adapter KIND for the states x and ``pre``. Its weights are at W and V."""
     pre = load_tile(PRE, source, real, D)
     if KIND == "add":
         x = (x + pre) * 0.5

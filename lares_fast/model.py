@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -32,8 +33,9 @@ class LARES(reference.LARES):
         The backend of every op. ``None`` leaves the choice to :func:`lares_fast.ops.backend`, then to the environment
         variable, then to the arguments of the op.
     ``bf16``
-        Round the operands of products with weights to bf16 in evaluation mode, see :func:`lares_fast.ops.recurrence`. Then
-        encoding has no gradient.
+        Round the operands of products with weights to bf16, see :func:`lares_fast.ops.recurrence`: in evaluation mode, where
+        encoding then has no gradient on a CPU, and on a GPU also in training. There the losses round the queries and the
+        items, too. Parameters, states and gradients stay in fp32.
 
     Raises :class:`InputError` for an unknown backend.
 
@@ -60,11 +62,15 @@ class LARES(reference.LARES):
     @property
     def head(self) -> Head:
         """Return the ops with which the losses score targets against the item table, on this model's backend."""
-        return Head(
-            partial(ops.linear_cross_entropy, backend=self.backend),
-            partial(ops.target_logprob, backend=self.backend),
-            partial(ops.target_logprob_and_rank, backend=self.backend),
-        )
+
+        def chosen(function: Callable[..., Any]) -> Callable[..., Any]:
+            on_backend = partial(function, backend=self.backend)
+            return partial(_rounded, on_backend, self.config.n_items) if self._trains_in_bf16() else on_backend
+
+        return Head(chosen(ops.linear_cross_entropy), chosen(ops.target_logprob), chosen(ops.target_logprob_and_rank))
+
+    def _trains_in_bf16(self) -> bool:
+        return self.bf16 and self.item_embedding.weight.device.type != "cpu"
 
     def _encode(
         self,
@@ -155,7 +161,7 @@ class LARES(reference.LARES):
             attention_dropout=config.attention_dropout,
             eps=config.layer_norm_eps,
             longest=config.max_len,
-            bf16=self.bf16 and not self.training,
+            bf16=self._trains_in_bf16() if self.training else self.bf16,
             backend=self.backend,
             **arguments,
         )
@@ -195,6 +201,17 @@ class LARES(reference.LARES):
             raise InputError(f"k must be in 1..{self.config.n_items - 1}, the number of items, but got {k}.")
         queries = self.queries(self.encode(item_seq, item_seq_len, num_steps=num_steps, state=state))
         return self.catalog().topk(queries, k, exclude=exclude, backend=backend or self.backend)
+
+
+def _rounded(function: Callable[..., Any], n_items: int, hidden: Tensor, items: Tensor, target: Tensor, **how: Any) -> Any:
+    """Return ``function(hidden, items, target, **how)`` in fp32, with operands in bf16 if ``items`` is the item table.
+
+    The rows of a batch, which the alignment terms compare with each other, stay in fp32.
+    """
+    if items.dim() != 2 or len(items) != n_items:
+        return function(hidden, items, target, **how)
+    found = function(hidden.bfloat16(), items.bfloat16(), target, **how)
+    return (found[0].float(), *found[1:]) if isinstance(found, tuple) else found.float()
 
 
 def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:

@@ -152,8 +152,8 @@ def test_bf16_is_of_evaluation_alone():
         fast.bf16 = True
         rounded = fast.encode(*batch(), num_steps=3)
     assert 1e-4 < (rounded - exact).abs().max() < 0.1
-    with pytest.raises(InputError, match="bf16 has no gradient"):
-        fast.encode(*batch(), num_steps=3)
+    # The reference computes it, because the C++ code has no gradients with bf16.
+    fast.encode(*batch(), num_steps=3).sum().backward()
     fast.train().encode(*batch(), num_steps=3).sum().backward()
 
 

@@ -34,12 +34,12 @@ def attention(backend):
     return ops.attention(query, key, value, offsets, 5, draw=draw, dropout=0.2, backend=backend)
 
 
-def recurrence(backend, depth=2, output="last"):
+def recurrence(backend, depth=2, output="last", deepest=None):
     config = LARESConfig(n_items=9, hidden_size=64, n_heads=H, inner_size=64, n_core_layers=1)
     weights = [leaf(*parameter.shape) for parameter in reference.Recurrence(config).parameters()]
     draw = Draw((1, 2), to_fake_device(torch.arange(2)))
     offsets = to_fake_device(torch.tensor([0, 4, P]))
-    how = {"depth": depth, "output": output, "longest": 5, "draw": draw, "dropout": 0.2}
+    how = {"depth": depth, "output": output, "longest": 5, "deepest": deepest, "draw": draw, "dropout": 0.2}
     return ops.recurrence(leaf(P, 64), offsets, weights, n_heads=H, pre=leaf(P, 64), **how, backend=backend)
 
 
@@ -87,9 +87,19 @@ def test_a_depth_on_the_cpu_is_not_waited_for(output, launched):
         out = recurrence("triton", torch.tensor([3, 1]), output)
         assert len(out) == {"last": 2, "steps": 4, "tokens": P}[output]
         out.sum().backward()
-    assert launched.count("recurrence_forward") == 1 + 3
+    assert launched.count("step_backward") == 3
     with FakeDevice(), pytest.raises(AssertionError, match="waits for the device"):
         recurrence("triton", to_fake_device(torch.tensor([3, 1])), output)
+
+
+@pytest.mark.parametrize("output", ["last", "steps", "tokens"])
+@pytest.mark.parametrize("backend", ["triton", "layers"])
+def test_with_a_bound_a_depth_on_the_device_is_not_waited_for(backend, output, launched):
+    with FakeDevice():
+        out = recurrence(backend, to_fake_device(torch.tensor([3, 1])), output, deepest=4)
+        assert len(out) == {"last": 2, "steps": 8, "tokens": P}[output]
+        out.sum().backward()
+    assert launched.count("step_backward" if backend == "triton" else "attention_backward_query") == 4
 
 
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
@@ -132,7 +142,7 @@ def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, laun
         ).total
         loss.backward()
         model.eval().encode(*sequences, num_steps=depth)
-    assert {"recurrence_forward", "softmax_backward_items", "attention_half_backward"} <= set(launched)
+    assert {"recurrence_forward", "softmax_backward_items", "step_backward"} <= set(launched)
     assert all(parameter.grad is not None for name, parameter in model.named_parameters())
 
 
@@ -153,7 +163,7 @@ def test_a_step_of_the_second_phase_waits_for_nothing(reward, scores, each, laun
         loss = reference.rpt_loss(model.train(), frozen.eval().requires_grad_(False), *batch, group, group, **how)
         loss.total.backward()
     assert all(part.device == DEVICE for part in loss)
-    assert {"recurrence_forward", "softmax_forward", "softmax_backward_items", "attention_half_backward"} <= set(launched)
+    assert {"recurrence_forward", "softmax_forward", "softmax_backward_items", "step_backward"} <= set(launched)
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in frozen.parameters())
 

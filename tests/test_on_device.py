@@ -3,72 +3,35 @@
 The ops compute on the CPU and claim to be on the device, so all Python around them is checked, and the answers are real.
 """
 
-from dataclasses import fields, replace
-
 import pytest
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
-from lares_fast import LARES, LARESConfig, _dispatch, reference, serve
+from lares_fast import LARES, LARESConfig, reference
 from lares_fast._errors import InputError
 from lares_fast._random import fold, root_key
+from lares_fast.catalog import Catalog
 from lares_fast.ops import _cuda_launch
 from lares_fast.serve import Recommender
 from lares_fast.train import evaluate, finite
 from tests.support import train_run
-from tests.support.fake_device import DEVICE, DeviceTensor, FakeDevice, to_fake_device
+from tests.support.fake_device import DEVICE, FakeDevice, to_fake_device
 
 KEY = root_key(5)
 N = train_run.log().n_items
+# The only two functions that may wait.
+READ, CHECK = "_transfer.to_host", "train.finite.largest"
 
 
-@pytest.fixture
-def device(monkeypatch):
-    """Return an active fake device with a list ``waits``: the names of the functions that waited for it."""
-    fake = FakeDevice()
-    fake.waits, choose = [], _dispatch.choose
+def fake_device():
+    return FakeDevice({READ, CHECK}, compute=True)
 
-    def chosen(op, argument, *args):
-        if not any(isinstance(value, DeviceTensor) for value in pytree.tree_leaves(args[0].arguments())):
-            return choose(op, argument, *args)
-        # The backends copy depths and rows themselves.
-        parts = [getattr(args[0], f.name) for f in fields(args[0]) if f.name not in ("depth", "rows")]
-        tensors = [value for value in pytree.tree_leaves(parts) if isinstance(value, torch.Tensor)]
-        assert all(isinstance(value, DeviceTensor) for value in tensors), f"{op} has tensors on two devices"
 
-        def run(call):
-            inner = {f.name: pytree.tree_map_only(DeviceTensor, lambda x: x.inner, getattr(call, f.name)) for f in fields(call)}
-            with _disable_current_modes():
-                if (lists := inner.get("exclude")) is not None:
-                    # On a GPU, ids may follow the last list. The checks on the CPU do not accept them.
-                    inner["exclude"] = lists._replace(ids=lists.ids[: int(lists.offsets[-1])])
-                found = choose(op, argument, on_cpu := replace(call, **inner)).run(on_cpu)
-            return pytree.tree_map_only(torch.Tensor, DeviceTensor, found)
-
-        return _dispatch.Backend("fake", run)
-
-    def waiting(function):
-        def call(*args):
-            fake.waits.append(function.__name__)
-            fake.allowed = True
-            try:
-                return function(*args)
-            finally:
-                fake.allowed = False
-
-        return call
-
-    monkeypatch.setattr(_dispatch, "choose", chosen)
-    for module, name in [
-        (evaluate, "to_host"),
-        (serve, "to_host"),
-        (evaluate, "largest"),
-        (serve, "largest"),
-        (finite, "largest"),
-    ]:
-        monkeypatch.setattr(module, name, waiting(getattr(module, name)))
-    return fake
+def places(device):
+    """Return the functions that have waited since the last question."""
+    found = [wait.place for wait in device.waits]
+    device.waits.clear()
+    return found
 
 
 def models(**config):
@@ -78,92 +41,103 @@ def models(**config):
     torch.nn.init.normal_(here.item_embedding.weight)
     there = LARES(here.config).eval()
     there.load_state_dict(here.state_dict())
-    for module in there.modules():
-        for name, parameter in module._parameters.items():
-            module._parameters[name] = to_fake_device(parameter)
-    return here, there
+    with FakeDevice(True):
+        return here, there.to(DEVICE)
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cos"])
-def test_evaluation_ranks_on_the_device_and_waits_once(device, similarity):
+def test_evaluation_ranks_on_the_device_and_waits_once(similarity):
     here, there = models(similarity=similarity)
     log, rows, done = train_run.log(), train_run.split().test, []
     expected = evaluate.model_ranks(here, log, rows, key=KEY, num_steps=3, batch_size=7)
-    device.waits.clear()
-    with device:
+    with fake_device() as device:
         found = evaluate.model_ranks(
             there, log, rows, key=KEY, num_steps=3, batch_size=7, progress=lambda *at: done.append((*at, len(device.waits)))
         )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     # The weights are checked before the first batch, the scores and the ranks are read after the last one.
-    assert device.waits == ["largest", "largest", "largest", "to_host"]
+    assert places(device) == [CHECK, CHECK, CHECK, READ]
     assert [at for at, _, _ in done] == [*range(7, len(rows), 7), len(rows)]
     assert {waits for *_, waits in done} == {1}
 
 
-def test_the_filter_waits_once_in_each_pass(device):
+def test_the_filter_waits_once_in_each_pass():
     here, there = models()
     log, rows = train_run.log(), train_run.split().test
     how = {"key_of_pass": lambda number: fold(KEY, number), "passes": 3, "top": 12, "batch_size": 9}
     expected = evaluate.keep_rankable(here, log, rows, **how)
-    device.waits.clear()
-    with device:
+    with fake_device() as device:
         found = evaluate.keep_rankable(there, log, rows, **how)
     assert 0 < len(expected) < len(rows)
     assert found.users.tolist() == expected.users.tolist() and found.ends.tolist() == expected.ends.tolist()
-    assert device.waits.count("to_host") == 3 and len(device.waits) == 3 * 4
+    assert places(device) == [CHECK, CHECK, CHECK, READ] * 3
 
 
-def test_an_evaluation_of_no_rows(device):
+def test_an_evaluation_of_no_rows():
     here, there = models()
     rows = train_run.split().test
     none = type(rows)(rows.users[:0], rows.ends[:0])
     for model in (here, there):
-        with device:
+        with fake_device():
             assert [len(rank) for rank in evaluate.model_ranks(model, train_run.log(), none, key=KEY).values()] == [0, 0]
             assert len(evaluate.keep_rankable(model, train_run.log(), none, key_of_pass=lambda _: KEY, passes=2, top=3)) == 0
 
 
+def test_the_kernels_of_an_evaluation_are_launched_without_waiting(monkeypatch):
+    """The ops run as on a GPU, so the ranks are arbitrary, and so are the scores."""
+    monkeypatch.setattr(evaluate, "require_finite_scores", lambda *_: None)
+    _, there = models(hidden_size=64, inner_size=64)
+    rows = train_run.split().test
+    with FakeDevice({READ, CHECK}) as device:
+        ranks = evaluate.model_ranks(there, train_run.log(), rows, key=KEY, batch_size=7)
+    batches = -(-len(rows) // 7)
+    assert [len(rank) for rank in ranks.values()] == [len(rows)] * 2
+    assert device.launches["recurrence_forward"] == 2 * batches and device.launches["target_rank"] == batches
+    assert places(device) == [CHECK, CHECK, CHECK, READ]
+
+
 @pytest.mark.parametrize("similarity", ["dot", "cos"])
-def test_recommendations_wait_once_for_all_batches(device, similarity):
+def test_recommendations_wait_once_for_all_batches(similarity):
     here, there = models(similarity=similarity, tau=0.5)
     histories = [[3], [1, 2, 3], list(range(1, 16)), ["x"], [9, 9, 4], list(range(20, 31)), [7, 30]]
     expected = Recommender(here, range(N))
-    device.waits.clear()
-    with device:
+    with fake_device() as device:
         served = Recommender(there, range(N))
-        assert device.waits == ["largest", "largest"]
+        assert places(device) == [CHECK, CHECK]
         for size in (2, 256):
             for how in ({"exclude_seen": True}, {"exclude_seen": False, "num_steps": 2}):
-                device.waits.clear()
                 found = served.recommend(histories, 5, batch_size=size, **how)
-                assert device.waits == ["largest", "to_host", "to_host"]
-                there_is = expected.recommend(histories, 5, batch_size=size, **how)
-                assert found.ids == there_is.ids and found.unknown == 1 and found.empty == [3]
-                torch.testing.assert_close(found.scores, there_is.scores, rtol=0, atol=0)
-        device.waits.clear()
+                assert places(device) == [CHECK, READ, READ]
+                right = expected.recommend(histories, 5, batch_size=size, **how)
+                assert found.ids == right.ids and found.unknown == 1 and found.empty == [3]
+                torch.testing.assert_close(found.scores, right.scores, rtol=0, atol=0)
         queries = served.encode([[3], [1, 2]], batch_size=1)
-        assert device.waits == ["largest", "to_host"]
+        assert places(device) == [CHECK, READ]
         vectors = served.item_vectors()
         assert served.recommend([["x"]]).ids == [[]] and served.recommend([]).ids == []
+        assert served.encode([]).shape == (0, here.config.hidden_size)
+        assert places(device) == [READ]
     torch.testing.assert_close(queries, expected.encode([[3], [1, 2]], batch_size=1), rtol=0, atol=0)
     assert torch.equal(vectors, expected.item_vectors())
 
 
-def test_exclusion_lists_may_be_on_either_device(device):
+def test_exclusion_lists_may_be_on_either_device():
     here, there = models()
     items, lengths = torch.tensor([[4, 8, 15], [16, 23, 0]]), torch.tensor([3, 2])
     # A padded history as a list holds PAD.
     exclude = torch.tensor([0, 3, 6]), items.flatten()
     _, expected = here.recommend(items, lengths, 9, exclude=exclude)
-    with device:
-        for lists in (exclude, tuple(map(to_fake_device, exclude))):
-            _, found = there.recommend(to_fake_device(items), lengths, 9, exclude=lists)
-            assert found.device == DEVICE and torch.equal(found.inner, expected)
+    with FakeDevice(compute=True):
+        _, found = there.recommend(to_fake_device(items), lengths, 9, exclude=exclude)
+        assert found.device == DEVICE and torch.equal(found.inner, expected)
+        lists, catalog = tuple(map(to_fake_device, exclude)), Catalog(to_fake_device(torch.zeros(N, 4)))
+        for given in (exclude, lists):
+            offsets, rows = catalog._excluded_rows(given, to_fake_device(torch.zeros(2, 4)))
+            assert offsets.inner.tolist() == [0, 3, 5] and rows.inner[:5].tolist() == [3, 7, 14, 15, 22]
         with pytest.raises(InputError, match="exclude ids must be in 0"):
             there.recommend(to_fake_device(items), lengths, 9, exclude=(exclude[0], exclude[1] + N))
         with pytest.raises(InputError, match="exclude offsets must be 1-D"):
-            there.recommend(to_fake_device(items), lengths, 9, exclude=(exclude[0], to_fake_device(exclude[1])))
+            there.recommend(to_fake_device(items), lengths, 9, exclude=(exclude[0], lists[1]))
     for wrong in (exclude[0], (exclude[0], [4, 8]), exclude[:1]):
         with pytest.raises(InputError, match="exclude"):
             here.recommend(items, lengths, 9, exclude=wrong)
@@ -181,10 +155,10 @@ def test_ids_behind_the_last_list_exclude_nothing():
     assert sorted_offsets.tolist() == [0, 2, 3] and sorted_ids[:3].tolist() == [4, 9, 7]
 
 
-def test_scores_that_are_not_finite_are_noticed_at_the_end(device):
+def test_scores_that_are_not_finite_are_noticed_at_the_end():
     log, rows = train_run.log(), train_run.split().test
-    with device:
-        _, there = models()
+    _, there = models()
+    with fake_device():
         served = Recommender(there, range(N))
         there.recurrence.core.layers[0].feed_forward.norm.weight.inner.fill_(torch.nan)
         with pytest.raises(finite.NotFiniteError, match="the weights of the model"):

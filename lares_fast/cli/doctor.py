@@ -79,16 +79,24 @@ def _chosen_device() -> str:
     return f"auto takes {choice.device}, because {choice.reason}"
 
 
+def _can_allocate() -> bool:
+    """Return whether a GPU gives this process memory. Otherwise the line about the device says why not."""
+    try:
+        return torch.cuda.is_available() and torch.empty(1, device="cuda").is_cuda
+    except (RuntimeError, AssertionError):
+        return False
+
+
 def _tuned_calls() -> list[str]:
     """Return the calls that use launch settings from ``lares-fast tune``."""
-    if not torch.cuda.is_available():
+    if not _can_allocate():
         return []
     return sorted(tuning.of_device(torch.device("cuda", torch.cuda.current_device())))
 
 
 def _ops() -> dict[str, str]:
     """Return the text of ``explain`` for a small example of each op, on the CPU and on the GPU if there is one."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = ["cpu", *(["cuda"] if _can_allocate() else [])]
     weights = [weight.detach() for weight in reference.Recurrence(LARESConfig.preview()).parameters()]
     texts: dict[str, str] = {}
     for device in devices:

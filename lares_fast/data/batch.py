@@ -19,14 +19,9 @@ from lares_fast.sequences import Sequences
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """S packed sequences, and the next item of the first B of them. Every field is an int64 tensor.
+    """S packed sequences ``items`` [P] and ``offsets`` [S + 1], and ``target`` [B], the next item of the first B of them.
 
-    ``items``
-        [P] dense item ids: the inputs of all rows, one behind the other, each oldest first.
-    ``offsets``
-        [S + 1]. The input of row s is ``items[offsets[s]:offsets[s + 1]]`` and has 1 to ``max_len`` items.
-    ``target``
-        [B] dense id of the item that came next.
+    The fields are int64 tensors, as in :class:`Batch`.
     """
 
     items: Tensor
@@ -52,12 +47,18 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Batch(Inputs):
-    """B rows of a :class:`Rows`: their inputs, S = B of them, and where they are in their log.
+    """B rows of a :class:`Rows`. Every field is an int64 tensor.
 
+    ``items``
+        [P] dense item ids: the inputs of all rows, one behind the other, each oldest first.
+    ``offsets``
+        [B + 1]. The input of row b is ``items[offsets[b]:offsets[b + 1]]`` and has 1 to ``max_len`` items.
+    ``target``
+        [B] dense id of the item that came next.
     ``rows``
-        [B] int64: the index of the row in its :class:`Rows`.
+        [B] index of the row in its :class:`Rows`.
     ``users``
-        [B] int64: the index of the user.
+        [B] index of the user.
     """
 
     rows: Tensor

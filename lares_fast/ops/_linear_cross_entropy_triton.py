@@ -13,7 +13,7 @@ _WIDEST, _MOST_ITEMS = 256, 2**30
 
 def obstacle(call: SoftmaxCall) -> str | None:
     """Return why the Triton kernels cannot run ``call``, as a clause, or ``None``."""
-    hidden, count = call.hidden, call.items.shape[0]
+    hidden, count = call.hidden, call.items.shape[-2]
     if hidden.dtype not in _triton.DTYPES:
         return f"it takes float32, float16 and bfloat16, and hidden is {hidden.dtype}"
     if not 1 <= hidden.shape[-1] <= _WIDEST:
@@ -29,7 +29,7 @@ def note(call: SoftmaxCall) -> str | None:
 
 
 def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities [M], the ranks [M] or ``None`` without ``call.ties``, and the log-sum-exp [M] in fp64."""
+    """Return the log-probabilities, the ranks or ``None`` without ``call.ties``, and the log-sum-exp in fp64."""
     logprob, rank, lse = _triton.kernels(_STEM).forward(call)
     return logprob, rank, lse
 

@@ -28,16 +28,13 @@ def obstacle(call: RecurrenceCall, *_: object) -> str | None:
         return f"it takes widths of 64 and 128, and h has {width}"
     if inner % 64 or not inner:
         return f"it takes inner sizes that are multiples of 64, and the weights have {inner}"
-    if call.bf16 and h.dtype == torch.float16:
-        return "with bf16 it takes float32 and bfloat16, and h is torch.float16"
     if head not in HEAD_WIDTHS:
         return f"it takes heads of 16, 32, 64 or 128 columns, and they have {head}"
     if call.longest is None:
         return "it needs longest, the length of the longest sequence"
-    if call.longest > LONGEST[_products(call)]:
-        return (
-            f"it takes sequences of up to {LONGEST[_products(call)]} rows in {_products(call)}, and longest is {call.longest}"
-        )
+    products = _products(call)
+    if call.longest > LONGEST[products]:
+        return f"it takes sequences of up to {LONGEST[products]} rows in {products}, and longest is {call.longest}"
     return _triton.refusal("recurrence", h, **_variant(call, call.longest))
 
 

@@ -68,14 +68,14 @@ def recurrence(
         deepest: at least every depth. It is an integer, so that the CPU does not wait for a ``depth`` on a GPU. With it the
             output ``steps`` is [B * deepest, D]: first the rows as above, and then rows of 0.
         bf16: round the operands of products with weights to bf16; sums and everything else stay in the dtype of ``h``.
-            ``triton`` (``h`` in fp32 or bf16) and ``reference`` can do this, and ``native`` without gradients. ``triton``
-            rounds the operands of the attention's products, too. Gradients have the dtype of ``h``. ``native`` multiplies in
-            bf16 if the CPU has AMX or AVX512_BF16.
+            ``triton`` and ``reference`` can do this, and ``native`` without gradients. ``triton`` rounds the operands of the
+            attention's products, too. Gradients have the dtype of ``h``. ``native`` multiplies in bf16 if the CPU has AMX or
+            AVX512_BF16.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
-            D/H 16, 32, 64 or 128, ``longest`` up to 128, or up to 64 for products in fp32), ``native`` (fp32 on the CPU, D a multiple of 16
-            up to 256, the inner size a multiple of 16 up to 65,536, sequences of up to 512 tokens), ``layers`` (all sizes and
-            dtypes, with PyTorch's layers and :func:`~lares_fast.ops.attention` on packed sequences; ``auto`` chooses it on GPUs
-            only) or ``reference`` (all sizes and dtypes, on padded sequences).
+            D/H 16, 32, 64 or 128, ``longest`` up to 128, or up to 64 if products are in fp32), ``native`` (fp32 on the CPU, D a
+            multiple of 16 up to 256, the inner size a multiple of 16 up to 65,536, sequences of up to 512 tokens), ``layers``
+            (all sizes and dtypes, with PyTorch's layers and :func:`~lares_fast.ops.attention` on packed sequences; ``auto``
+            chooses it on GPUs only) or ``reference`` (all sizes and dtypes, on padded sequences).
 
     Returns:
         The states that ``output`` names, in the dtype of ``h``. ``h``, ``pre`` and all weights have gradients through every

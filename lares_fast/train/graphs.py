@@ -27,10 +27,19 @@ class CudaCapture:
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         """Capture the launches of ``function``, and return their replay."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, self._pool, self._stream):
-            function()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, self._pool, self._stream):
+                function()
+        finally:
+            # A capture that fails may leave its own stream as the current one.
+            torch.cuda.set_stream(before)
         return graph.replay
+
+
+def capture_on(device: torch.device) -> Capture | None:
+    """Return what captures graphs on ``device``, or ``None`` if it is no GPU."""
+    return CudaCapture(device) if device.type == "cuda" else None
 
 
 class Graphs:
@@ -84,11 +93,15 @@ class Graphs:
         try:
             replay = capture(lambda: self._step(parcel.opened(buffer)))
         except RuntimeError as error:
-            if _device.out_of_memory(error):
-                raise
+            # The end of a capture raises an error of its own if there was one within.
+            first: BaseException = error
+            while first.__context__ is not None:
+                first = first.__context__
+            if isinstance(first, RuntimeError) and _device.out_of_memory(first):
+                raise first from None
             self._capture = None
             self._known.clear()
-            text = " ".join(str(error).split())[:200].rstrip(". ")
+            text = " ".join(str(first).split())[:200].rstrip(". ")
             self._tell(f"the steps run launch by launch, which is slower, because a CUDA graph could not be captured: {text}.")
             return False
         self._known[parcel.key] = buffer, replay

@@ -55,7 +55,7 @@ def _bytes_of_a_step(config: LARESConfig, phase: Phase) -> int:
     depth, layers, width = most * config.mean_depth, config.n_pre_layers + config.n_core_layers, config.hidden_size
     # The state before every step, the output of every step and its gradient, and what the backward keeps of one step.
     states = (tokens + 3 * sizes.trajectories) * depth * width
-    one_step = tokens * ((2 * layers + 11) * width + 2 * config.inner_size)
+    one_step = tokens * ((2 * layers + 7) * width + layers * (8 * width + 2 * config.inner_size))
     scores = 2 * width * (_SOFTMAX_ROWS + sizes.scored)
     # Graphs have memory of their own, besides the memory of the steps that run launch by launch.
     return 2 * _NUMBER * (states + one_step + scores)

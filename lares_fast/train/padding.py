@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -109,6 +109,5 @@ def padded_pass(num_steps: Tensor, key: Key, padding: Padding | None) -> referen
     if padding is None:
         return reference.Pass(num_steps, Draw(key, rows.flatten()))
     fillers = passes * batch + torch.arange(passes * padding.fillers).view(passes, -1)
-    seed: Any = seed_of(key, torch.device("cpu"))
-    draw = Draw(seed, torch.cat((rows, fillers), 1).flatten())
+    draw = Draw(seed_of(key, torch.device("cpu")), torch.cat((rows, fillers), 1).flatten())
     return reference.Pass(F.pad(num_steps, (0, padding.fillers), value=1), draw, deepest=padding.deepest(num_steps))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lares_fast._random import Key
 from lares_fast.train.device_log import DeviceLog
-from lares_fast.train.graphs import Capture, CudaCapture, Graphs, sent
+from lares_fast.train.graphs import Capture, Graphs, capture_on, sent
 from lares_fast.train.memory import require_memory
 from lares_fast.train.padding import EXACT, Padding
 from lares_fast.train.parcel import Parcel
@@ -87,9 +87,9 @@ class DeviceSteps(Steps):
         self._unread, self._read_at = 0, time.monotonic()
         # The numbers of the steps since the last reading.
         self._rows: Tensor | None = None
-        # 0 while all losses and gradients were finite, else NaN for ever.
-        self._poison = torch.zeros((), device=run.device)
-        # 1 instead of NaN. The optimizer then leaves the weights as they are.
+        # 0 while all norms and all losses were finite, else NaN for ever.
+        self._poison = torch.zeros(2, device=run.device)
+        # 1 if there is a NaN. The optimizer then leaves the weights as they are.
         self._found = torch.zeros((), device=run.device)
         optimizer.found_inf = self._found  # type: ignore[attr-defined]
 
@@ -102,7 +102,7 @@ class DeviceSteps(Steps):
         """Return the batch as one buffer, with padding if it is a full batch, and whether it is one."""
         full = len(index) == self.phase.settings.batch_size
         batch: Any = self.phase.places(index, key, self._padding if full else EXACT)
-        content = replace(batch, inputs=self._log.before(batch.inputs))
+        content = replace(batch, inputs=self._log.before(batch.inputs), mean_depth=batch.mean_depth.float())
         # The row of _rows that takes the numbers of this step.
         slot = torch.tensor([self._unread])
         return Parcel((slot, content), pinned=self.run.device.type == "cuda"), full
@@ -140,9 +140,9 @@ class DeviceSteps(Steps):
         if self._rows is None:
             self._rows = numbers.new_zeros(STEPS_AHEAD, len(numbers))
         self._rows.index_copy_(0, slot, numbers[None])
-        # The product is NaN if the norm or the loss is not finite.
-        self._poison.add_((numbers[:2] * 0).sum())
-        torch.ne(self._poison, 0, out=self._found)
+        # 0 times a number that is not finite is NaN.
+        self._poison.addcmul_(numbers[:2], self._poison)
+        torch.ne(self._poison.sum(), 0, out=self._found)
         return self._rows
 
 
@@ -151,5 +151,4 @@ def make_steps(run: Run, phase: Phase, optimizer: torch.optim.Adam) -> Steps:
     if run.device.type == "cpu":
         return Steps(run, phase, optimizer)
     free = require_memory(run, phase)
-    capture = CudaCapture(run.device) if run.device.type == "cuda" else None
-    return DeviceSteps(run, phase, optimizer, DeviceLog(run.log, run.device, free), capture)
+    return DeviceSteps(run, phase, optimizer, DeviceLog(run.log, run.device, free), capture_on(run.device))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -48,18 +47,31 @@ class Case:
     differentiable: bool = True
     # True if results are exact before the last rounding, so that a self-test needs no twin.
     exact: bool = False
+    # The dtype of products if the call rounds their operands. Then the inputs are numbers of this dtype, and the results are
+    # compared in it.
+    products: torch.dtype | None = None
 
     def results(self, backend: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Results:
         """Return the results of the op on ``backend`` in ``dtype`` on ``device``."""
-        return self._run(lambda leaves: self.fast(leaves, backend), dtype, dtype, device)
+        found = self._run(lambda leaves: self.fast(leaves, backend), self.products or dtype, dtype, device)
+        return self._compared(found)
 
     def twin(self, dtype: torch.dtype) -> Results:
         """Return the results of the reference in ``dtype``."""
-        return self._run(self.plain, dtype, dtype, "cpu")
+        return self._compared(self._run(self.plain, self.products or dtype, dtype, "cpu"))
 
     def truth(self, dtype: torch.dtype) -> Results:
         """Return the results of the reference in fp64, on inputs that were rounded to ``dtype``."""
-        return self._run(self.plain, dtype, torch.float64, "cpu")
+        return self._run(self.plain, self.products or dtype, torch.float64, "cpu")
+
+    def _compared(self, found: Results) -> Results:
+        """Return ``found`` in the dtype in which results are compared."""
+        if self.products is None:
+            return found
+        forward, gradients = (
+            {name: x.to(self.products) for name, x in part.items()} for part in (found.forward, found.gradients)
+        )
+        return Results(forward, found.exact, gradients)
 
     def _run(
         self, call: Callable[[Values], dict[str, Tensor]], rounded: torch.dtype, dtype: torch.dtype, device: Any
@@ -163,20 +175,29 @@ def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -
         leaves = {"hidden": _codes(index, width, 64), "items": _codes(torch.arange(items), width, 64)}
     scale = 1.0 if integers else width**-0.5
 
-    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
-        targets = target.to(leaves["hidden"].device)
-        how: dict[str, Any] = {"scale": scale, "skip_pad": True, "backend": backend}
-        found = {"logprob": ops.target_logprob(leaves["hidden"], leaves["items"], targets, **how)}
+    # Two catalogs share the rows of the case; the second one has the items in reverse order. Some rows get no rank.
+    half, ranked = rows // 2, rows // 2 + 3
+    both = target[: 2 * half].view(2, half)
+
+    def call(function: Callable[..., tuple[Tensor, Tensor]], leaves: Values, **how: Any) -> dict[str, Tensor]:
+        hidden, items = leaves["hidden"], leaves["items"]
+        targets, of_both = (x.to(hidden.device) for x in (target, both))
+        found: dict[str, Tensor] = {}
         for ties in TIES:
-            found |= named(ties, *ops.target_logprob_and_rank(leaves["hidden"], leaves["items"], targets, ties=ties, **how))
-        return found
+            found |= named(ties, *function(hidden, items, targets, ties=ties, **how))
+        batched = hidden[: 2 * half].view(2, half, width), torch.stack((items, items.flip(0))), of_both
+        return found | named("batched", *function(*batched, ranked=ranked, **how))
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        hidden, items = leaves["hidden"], leaves["items"]
+        how: dict[str, Any] = {"scale": scale, "skip_pad": True, "backend": backend}
+        found = {"logprob": ops.target_logprob(hidden, items, target.to(hidden.device), **how)}
+        return found | call(ops.target_logprob_and_rank, leaves, **how)
 
     def plain(leaves: Values) -> dict[str, Tensor]:
-        call = partial(reference.target_logprob_and_rank, leaves["hidden"], leaves["items"], target, scale=scale, skip_pad=True)
-        found = {"logprob": call()[0]}
-        for ties in TIES:
-            found |= named(ties, *call(ties=ties))
-        return found
+        how: dict[str, Any] = {"scale": scale, "skip_pad": True}
+        found = {"logprob": reference.target_logprob(leaves["hidden"], leaves["items"], target, **how)}
+        return found | call(reference.target_logprob_and_rank, leaves, **how)
 
     def named(ties: str, logprob: Tensor, rank: Tensor) -> dict[str, Tensor]:
         # Ranks are compared on integers only: rounding may change the order of other scores.
@@ -194,9 +215,13 @@ def _recurrence(
     output: str = "tokens",
     drop: bool = True,
     long: bool = False,
+    bf16: bool = False,
     train: bool = True,
 ) -> Case:
-    """Build the case of the recurrence. ``adapter="none"`` is a block without ``pre``; ``long`` needs a tile of 128 rows."""
+    """Build the case of the recurrence.
+
+    ``adapter="none"`` is a block without ``pre``. ``long`` needs a tile of 128 rows. ``deepest`` exceeds every depth.
+    """
     from lares_fast.ops import recurrence
     from lares_fast.reference.backbone import build_block
 
@@ -212,7 +237,7 @@ def _recurrence(
         weights = {name: weight.detach().double() for name, weight in module.named_parameters()}
     pre = {"pre": _fill(integers, rows + 1, width)[:rows]} if joins else {}
     leaves = {"h": _fill(integers, rows, width), **pre, **weights}
-    how: dict[str, Any] = {"n_heads": heads, "adapter": config.adapter, "output": output}
+    how: dict[str, Any] = {"n_heads": heads, "adapter": config.adapter, "output": output, "deepest": 3}
     how |= {"dropout": 0.25, "attention_dropout": 0.25} if drop else {}
 
     def call(leaves: Values, function: Callable[..., Tensor], *, with_longest: bool, **more: Any) -> dict[str, Tensor]:
@@ -223,12 +248,14 @@ def _recurrence(
         return {"out": function(h, offsets.to(h.device), rest, depth=depth.to(h.device), draw=draw, **how, **more)}
 
     def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
-        return call(leaves, recurrence, with_longest=True, backend=backend)
+        return call(leaves, recurrence, with_longest=True, bf16=bf16, backend=backend)
 
     def plain(leaves: Values) -> dict[str, Tensor]:
-        return call(leaves, reference.recurrence, with_longest=False)
+        # The truth, in fp64, is not rounded.
+        rounds = bf16 and leaves["h"].dtype != torch.float64
+        return call(leaves, reference.recurrence, with_longest=False, bf16=rounds)
 
-    return Case(leaves, fast, plain, differentiable=train)
+    return Case(leaves, fast, plain, differentiable=train, products=torch.bfloat16 if bf16 else None)
 
 
 def _catalog() -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, Tensor]]:
@@ -291,9 +318,10 @@ def shipped(op: str) -> list[dict[str, Any]]:
     # states, and the core with the states of every step.
     calls = [("none", "tokens", False), ("add", "last", False)]
     calls += [("none", "tokens", True), ("add", "last", True), ("add", "steps", True)]
+    found = [(width, *call, False) for width in (64, 128) for call in (calls if width == 64 else calls[1::3])]
+    found += [(64, *call, True) for call in calls[2::2]]
     return [
         {"width": width, "heads": 2, "inner": 4 * width, "long": False, "adapter": adapter, "output": output}
-        | {"drop": train, "train": train}
-        for width in (64, 128)
-        for adapter, output, train in (calls if width == 64 else calls[1::3])
+        | {"drop": train, "bf16": bf16, "train": train}
+        for width, adapter, output, train, bf16 in found
     ]

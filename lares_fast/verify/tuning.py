@@ -23,10 +23,9 @@ _CACHE = "launch_settings"
 # compute equal bits for a target's score.
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "attention": (("attention_forward",), ("attention_backward_query",), ("attention_backward_key_value",)),
-    "linear_cross_entropy": (("target_score", "softmax_forward", "softmax_backward_hidden", "softmax_backward_items"),),
+    "linear_cross_entropy": (("softmax_forward", "prepare_backward", "softmax_backward_hidden", "softmax_backward_items"),),
     "recurrence": (
-        ("recurrence_forward",), ("attention_half_backward",), ("feed_half_backward",), ("input_gradient",),
-        ("join_backward",), ("weight_gradient",),
+        ("recurrence_forward",), ("step_backward",), ("weight_gradients",),
     ),
 }  # fmt: skip
 _WARPS, _STAGES = (1, 2, 4, 8), (1, 2, 3)

@@ -45,6 +45,22 @@ def test_doctor_shows_the_device_of_auto(cli, monkeypatch):
     assert json.loads(cli("doctor", "--json").out)["device"] == line
 
 
+def test_doctor_works_on_a_gpu_that_another_process_holds(cli, monkeypatch):
+    def busy(*_, device="cpu", **__):
+        if torch.device(device or "cpu").type == "cuda":
+            raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "GPU 0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch, "empty", lambda *shape, empty=torch.empty, **how: busy(**how) or empty(*shape, **how))
+    result = cli("doctor")
+    assert result.code == 0, result.err
+    assert "auto takes cpu, because cuda:0 cannot be used, because another process holds the GPU for itself" in result.out
+    assert "topk, fp32 on cpu" in result.out and "topk, fp32 on cuda" not in result.out
+
+
 def test_too_little_memory_names_the_flag_of_the_command(cli, trained, monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")

@@ -9,7 +9,8 @@ import torch
 from lares_fast.verify import gpu_edge_cases, gpu_large, gpu_plan, gpu_report, gpu_run
 from lares_fast.verify.__main__ import CHECKS
 
-FILES = ("_random", "_tiles", "attention", "linear_cross_entropy", "_layers", "recurrence", "_recurrence_backward")
+FILES = ("_random", "_tiles", "attention", "linear_cross_entropy", "_layers", "_recurrence_plan", "recurrence")
+FILES += ("_recurrence_weights", "_recurrence_backward")
 
 
 @pytest.mark.interpreted
@@ -30,7 +31,7 @@ PLANTED = {
     ),
     "a sequence that is left out": ("large_attention", "attention", "* H * tiles if P", "* H * tiles - 1 if P"),
     "tiles that are left out": (
-        "large_recurrence", "recurrence", "recurrence_forward, len(first) - 1,", "recurrence_forward, (len(first) - 1) // 4,",
+        "large_recurrence", "recurrence", "recurrence_forward, plan.tiles,", "recurrence_forward, plan.tiles // 4,",
     ),
 }  # fmt: skip
 

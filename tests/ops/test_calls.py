@@ -59,7 +59,7 @@ def test_numbers_are_plain_after_a_call_is_built():
     (ops.target_rank, calls.TargetRankCall, set()),
     (ops.target_ranks, calls.TargetRankCall, set()),
     (ops.target_logprob_and_rank, calls.LogprobCall, set()),
-    (ops.linear_cross_entropy, calls.LogprobCall, {"ties", "reduction"}),
+    (ops.linear_cross_entropy, calls.LogprobCall, {"ties", "ranked", "reduction"}),
 ])  # fmt: skip
 def test_a_call_has_the_arguments_of_the_public_function(function, call, more):
     assert set(inspect.signature(function).parameters) ^ {field.name for field in call.layout} == more

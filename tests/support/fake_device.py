@@ -17,7 +17,7 @@ from torch.utils import _foreach_utils as foreach
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.launches import Launches, replaced_kernels
+from tests.support.launches import Launches, autograd_works, replaced_kernels, run_below
 
 DEVICE = torch.device("meta")
 CPU = torch.device("cpu")
@@ -31,10 +31,6 @@ WAITS = {
 # With a mask among the indices, only the device knows the size of the result.
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 COPIES = {aten._to_copy.default, aten.copy_.default}
-# The kernel of an op of this package that runs on tensors of every device.
-_ANY_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-# The dispatcher leaves these keys out in a program without modes. Below a mode it also leaves out autograd.
-_LEFT_OUT = torch._C._dispatch_tls_local_exclude_set()
 
 
 class Wait(NamedTuple):
@@ -147,12 +143,11 @@ class FakeDevice(TorchDispatchMode):
 
     def _package_op(self, function, args, kwargs):
         if not self.compute:
-            with _autograd_works(), self:
-                return function.redispatch(_ANY_DEVICE, *args, **kwargs)
+            return run_below(self, function, args, kwargs)
         on_device = any(isinstance(x, DeviceTensor) for x in args)
         backends = [argument.name == "backend" for argument in function._schema.arguments]
         args = ["auto" if is_backend else x for is_backend, x in zip(backends, _inner(args), strict=True)]
-        with _autograd_works():
+        with autograd_works():
             out = function(*args, **kwargs)
         if not on_device:
             return out
@@ -192,11 +187,6 @@ class FakeDevice(TorchDispatchMode):
         self.waits.append(wait)
         allowed = self.allowed if isinstance(self.allowed, bool) else not set(self.allowed).isdisjoint(wait.places)
         assert allowed, f"{what} waits for the device, in {' < '.join(wait.places)}"
-
-
-def _autograd_works():
-    """Let autograd work within the ``with`` block, as it does within an op that runs without a mode."""
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _LEFT_OUT)
 
 
 def _then_moved(make):

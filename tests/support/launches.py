@@ -8,9 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-
-from lares_fast import _dispatch
-from lares_fast.ops import _cuda_launch, _triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 # They allocate memory or change the form of a tensor. Views are free, too.
@@ -20,6 +18,21 @@ _FREE = {
     aten._pin_memory.default, aten.resize_.default,
 }  # fmt: skip
 _CUDA_OPS = ("topk", "target_rank")
+# The kernel of an op of this package that runs on tensors of every device.
+_ANY_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+# The dispatcher leaves these keys out in a program without modes. Below a mode it also leaves out autograd.
+_LEFT_OUT = torch._C._dispatch_tls_local_exclude_set()
+
+
+def run_below(mode, op, args, kwargs):
+    """Run ``op``, an op of this package that ``mode`` has caught, so that ``mode`` sees the operations within it."""
+    with autograd_works(), mode:
+        return op.redispatch(_ANY_DEVICE, *args, **kwargs)
+
+
+def autograd_works():
+    """Let autograd work within the ``with`` block below a mode, as it does within an op that runs without a mode."""
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _LEFT_OUT)
 
 
 class Launches(Counter):
@@ -41,6 +54,21 @@ class Launches(Counter):
         return "\n".join([f"{self.total():6} launches", *lines])
 
 
+class Counted(TorchDispatchMode):
+    """Counts the operations of PyTorch, on tensors of every device, in ``launches``."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = Launches()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "lares_fast":
+            return run_below(self, function, args, kwargs or {})
+        out = function(*args, **(kwargs or {}))
+        self.launches.add(function, out)
+        return out
+
+
 @contextmanager
 def replaced_kernels(device, launched):
     """Call ``launched`` with the name of each kernel that a call on ``device`` launches, instead of the launch.
@@ -48,6 +76,9 @@ def replaced_kernels(device, launched):
     Kernels can run every call on ``device``. Within another block of this kind both functions are called.
     """
     from lares_fast.kernels import _launch
+
+    from lares_fast import _dispatch
+    from lares_fast.ops import _cuda_launch, _triton
 
     outer, obstacle, enqueue = _launch.stand_in.get(), _triton.obstacle, _cuda_launch.enqueue
 

@@ -27,7 +27,12 @@ class Recorder:
     def capture(self, function):
         self.log.append("capture")
         if self.fault is not None:
-            raise self.fault
+            try:
+                raise self.fault
+            finally:
+                # As the end of a capture does. It hides the error before it.
+                if isinstance(self.fault, RuntimeError):
+                    raise RuntimeError("operation failed due to a previous error during capture")
 
         def replay():
             self.log.append("replay")

@@ -110,7 +110,7 @@ class Recorder:
 
 
 def test_a_choice_goes_before_what_is_shipped(monkeypatch):
-    monkeypatch.setattr(_launch, "_ran", set())
+    monkeypatch.setattr(_launch, "_ran", {})
     kernel, x = Recorder(), torch.zeros(4)
     _launch.launch(kernel, 1, x, warps=2)
     _launch.launch(kernel, 1, x, warps=2, choice=_launch.Choice(None, {"attention_forward": (4, 2)}))

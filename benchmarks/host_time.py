@@ -1,0 +1,207 @@
+"""Compare the host time of a training step of two checkouts, on a machine without a GPU.
+
+``python -m benchmarks.host_time BEFORE AFTER [--rounds 12] [--optimizers foreach fused]``
+
+Build the native module of each checkout in place first. Kernels are launched at a driver that needs no GPU
+(tests/triton/stub_cuda.c), so a step takes the time that the host needs for it: batch, loss, backward and optimizer. The
+operations of PyTorch run on tiny tensors of the CPU. Two processes, one for each checkout, take turns (before, after, after,
+before), so that other programs slow both equally. The ratio of a round compares CPU times. A ratio above 1 means that AFTER is
+faster.
+
+A step has 8 rows, 2 + 2 layers of width 64, 5 steps of the recurrence in every pass, dropout, fp32 and Adam.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PHASES = ("spt", "rpt")
+ROWS = 8
+# Steps of one measurement, and steps before the first one, which compile the kernels.
+STEPS, WARM_UP = 5, 3
+
+
+def open_checkout(tree: Path) -> None:
+    """Import the package and the kernels of the checkout ``tree``."""
+    # Triton's driver is loaded before torch, because torch would tell it that there is no GPU.
+    import triton
+
+    triton.runtime.driver.active.get_current_device()
+    sys.path.insert(0, str(tree))
+    import lares_fast
+
+    # An editable install would find the kernels of another checkout.
+    folder = tree / "kernels"
+    where = {"location": folder / "__init__.py", "submodule_search_locations": [str(folder)]}
+    spec = importlib.util.spec_from_file_location("lares_fast.kernels", **where)
+    lares_fast.kernels = sys.modules["lares_fast.kernels"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lares_fast.kernels)
+    assert Path(lares_fast.__file__).is_relative_to(tree), lares_fast.__file__
+    from lares_fast.ops import _triton
+
+    _triton.obstacle = lambda tensor: None
+
+
+class Step:
+    """The training steps of a phase."""
+
+    def __init__(self, phase: str, optimizer: str) -> None:
+        import torch
+
+        from lares_fast import LARES, LARESConfig
+        from lares_fast.data import leave_one_out, synthetic_log
+        from lares_fast.train import RPTConfig, SPTConfig
+        from lares_fast.train.rpt import RPT
+        from lares_fast.train.spt import SPT
+
+        log = synthetic_log(n_users=200, n_items=300, mean_length=9, seed=1)
+        rows = leave_one_out(log).train
+        torch.manual_seed(0)
+        config = LARESConfig(n_items=log.n_items, mean_depth=5, depth_sampling="constant", dropout=0.1)
+        model, start = LARES(config).train(), LARES(config)
+        if phase == "spt":
+            self.phase = SPT(model, log, rows, SPTConfig())
+        else:
+            self.phase = RPT(model, start, log, rows, RPTConfig(group_size=4))
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **{optimizer: True})
+        self.index, self.number = torch.arange(ROWS), 0
+
+    def __call__(self, around=contextlib.nullcontext) -> None:
+        """Make a step. All of it except the preparation of the batch runs in a block ``around()``."""
+        self.number += 1
+        key = (self.number, 1)
+        batch = self.phase.batch(self.index, key)
+        with around():
+            # Phases were not modules once, and their losses took the key.
+            loss = self.phase.loss(batch, key)[0] if hasattr(self.phase, "loss") else self.phase(batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+
+
+def launches(step: Step) -> tuple[int, int]:
+    """Return the launches of kernels and the operations of PyTorch in a step, without the preparation of the batch."""
+    from lares_fast.kernels import _launch
+
+    sys.path.append(str(ROOT))
+    from tests.support.launches import Counted
+
+    kernels = 0
+
+    def count(kernel, programs, *call) -> None:
+        nonlocal kernels
+        kernels += 1
+
+    token, counted = _launch.stand_in.set(count), Counted()
+    step(lambda: counted)
+    _launch.stand_in.reset(token)
+    return kernels, counted.launches.total()
+
+
+def work(tree: Path, optimizer: str) -> None:
+    """Print the launches of each phase. Then read names of phases, make steps, and print the CPU seconds of a step."""
+    open_checkout(tree)
+    import torch
+
+    torch.set_num_threads(1)
+    # Kernels do not run, so their results are arbitrary numbers, and arithmetic with subnormal ones is slow.
+    torch.set_flush_denormal(True)
+    steps = {phase: Step(phase, optimizer) for phase in PHASES}
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    print("ready", *(number for step in steps.values() for number in launches(step)), flush=True)
+    for line in sys.stdin:
+        step, began = steps[line.strip()], time.process_time()
+        for _ in range(STEPS):
+            step()
+        print((time.process_time() - began) / STEPS, flush=True)
+
+
+def build_stub(folder: Path) -> None:
+    """Build a libcuda.so.1 that needs no GPU."""
+    compiler = shutil.which("gcc") or shutil.which("cc") or sys.exit("host_time needs a C compiler.")
+    source, library = ROOT / "tests" / "triton" / "stub_cuda.c", folder / "libcuda.so.1"
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
+
+
+def environment(stub: Path) -> dict[str, str]:
+    plain = {name: value for name, value in os.environ.items() if name not in ("STUB_LOG", "TRITON_INTERPRET")}
+    return {
+        "TRITON_CACHE_DIR": str(stub / "cache"),
+        **plain,
+        "TRITON_LIBCUDA_PATH": str(stub),
+        "LD_LIBRARY_PATH": str(stub),
+        "TRITON_DEFAULT_BACKEND": "nvidia",
+        "STUB_CAPABILITY": "80",
+        "STUB_SHARED": "166912",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def compare(trees: list[Path], optimizers: list[str], rounds: int) -> None:
+    """Print the host time of each phase in both checkouts, their ratio, and their launches."""
+    with tempfile.TemporaryDirectory() as folder:
+        stub = Path(folder)
+        build_stub(stub)
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-P", __file__, "--work", str(tree.resolve()), "--optimizers", optimizer],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(stub),
+            )
+            for tree, optimizer in zip(trees, optimizers, strict=True)
+        ]  # fmt: skip
+
+        def seconds(worker: subprocess.Popen, phase: str) -> float:
+            worker.stdin.write(f"{phase}\n")
+            worker.stdin.flush()
+            return float(worker.stdout.readline())
+
+        counts = [worker.stdout.readline().split() for worker in workers]
+        if any(count[:1] != ["ready"] for count in counts):
+            sys.exit("a checkout does not run: see its error above.")
+        for number, phase in enumerate(PHASES):
+            times: list[tuple[float, float]] = []
+            for _ in range(rounds):
+                a, b, more_b, more_a = (seconds(workers[i], phase) for i in (0, 1, 1, 0))
+                times.append(((a + more_a) / 2, (b + more_b) / 2))
+            ratios = [a / b for a, b in times]
+            for name, tree, of_tree, count in zip(("before", "after"), trees, zip(*times, strict=True), counts, strict=True):
+                kernels, operations = count[1 + 2 * number : 3 + 2 * number]
+                middle = 1e3 * statistics.median(of_tree)
+                print(f"{phase} {name:6} {middle:8.2f} ms, {kernels} kernels, {operations} operations of PyTorch ({tree})")
+            print(f"{phase} ratio  {statistics.median(ratios):8.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})", flush=True)
+        for worker in workers:
+            worker.stdin.close()
+            worker.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trees", nargs="*", type=Path, metavar="CHECKOUT", help="the checkout before, and the checkout after")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds of each comparison (default: 12)")
+    parser.add_argument(
+        "--optimizers", nargs="+", default=["foreach", "fused"], metavar="KIND",
+        help="the implementation of Adam in each checkout (default: foreach fused)",
+    )  # fmt: skip
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work is not None:
+        work(arguments.work, arguments.optimizers[0])
+    elif len(arguments.trees) != 2 or len(arguments.optimizers) != 2:
+        parser.error("give two checkouts and two kinds of Adam: before and after")
+    else:
+        compare(arguments.trees, arguments.optimizers, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
