@@ -1,4 +1,4 @@
-"""``lares-fast gpu-bench``: how rows are chosen, checked, timed, stored, resumed and shown."""
+"""``lares-fast gpu-bench``: how rows are chosen, checked and timed, and the process that runs them."""
 
 import json
 import subprocess
@@ -10,18 +10,20 @@ import pytest
 import torch
 
 from benchmarks.gpu import first
+from lares_fast import LARESConfig
 from lares_fast._errors import InputError
 from lares_fast.data import leave_one_out
 from lares_fast.gpu_bench import __main__ as worker
-from lares_fast.gpu_bench import bench, candidates, cases, model_rows, official, rows, run_rows, step_rows, table
+from lares_fast.gpu_bench import bench, candidates, cases, model_rows, official, our_step, rows, run_rows, step_rows
 from lares_fast.gpu_bench.bench import Bench, Listener
-from lares_fast.gpu_bench.machine import Machine, describe
+from lares_fast.gpu_bench.machine import Machine
 from lares_fast.gpu_bench.official_step import depths_of
 from lares_fast.gpu_bench.our_step import log_of
-from lares_fast.gpu_bench.results import Results
+from lares_fast.train import optimizer as train_optimizer
+from lares_fast.train.device_log import DeviceLog
+from lares_fast.train.steps import DeviceSteps
 from lares_fast.verify import gpu_report, process
 
-MACHINE = {"card": "a card", "driver": "1", "torch": "2", "triton": "3", "python": "4", "lares_fast": "5"}
 PASSED = {"status": "passed"}
 
 
@@ -90,7 +92,7 @@ def test_the_invented_log_has_the_size_and_the_lengths_of_instruments():
 @pytest.mark.parametrize("case", [step_rows.SPT_CASE, step_rows.RPT_CASE])
 def test_a_step_has_the_depths_of_its_case(case, machine):
     log = log_of(machine)
-    config = step_rows.LARESConfig(n_items=log.n_items, **case.model(dropout=False))
+    config = LARESConfig(n_items=log.n_items, **case.model(dropout=False))
     models = [step_rows.reference.LARES(config) for _ in range(2)]
     phase = step_rows._phase(case, *models, log)
     index, key = case.choice(phase)
@@ -102,6 +104,36 @@ def test_all_ways_to_make_a_step_of_phase_2_agree_with_the_reference(machine):
     assert result["status"] == "passed"
     ours = ["lares_fast, batch ready", "lares_fast, with its batch"]
     assert list(result["turns_ms"]) == ["official way", "official way, without dead work", *ours]
+
+
+def test_replayed_steps_agree_with_the_reference(machine, monkeypatch):
+    """The steps of a GPU, on the CPU: a replay runs the captured function again, which has the same memory."""
+    replays = []
+
+    def capture(function):
+        return lambda: replays.append(function())
+
+    def steps(run, phase, optimizer):
+        return DeviceSteps(run, phase, optimizer, DeviceLog(run.log, run.device, 2**40), capture)
+
+    monkeypatch.setattr(our_step, "make_steps", steps)
+    monkeypatch.setitem(train_optimizer._CPU, "fused", True)
+    result = step_rows.training_step(machine, step_rows.SPT_CASE, bf16=False)
+    assert result["status"] == "passed" and len(replays) >= 2
+
+
+def test_scores_of_all_trajectories_at_once_change_no_result():
+    """The compiled baseline of phase 2 takes this way."""
+    torch.manual_seed(0)
+    config = LARESConfig(n_items=50, max_len=6, hidden_size=16, inner_size=32, dropout=0.0)
+    models = [official.OfficialLARES(config) for _ in range(2)]
+    items, lengths = torch.randint(1, 50, (5, 6)), torch.full((5,), 6)
+    states = [3 * torch.randn(5, 6, 16) for _ in range(3)]
+    how = {"k": 25, "beta": 1.0, "dead_work": False, "states": states, "frozen_states": states[::-1]}
+    given = (*models, (items, lengths), items[:, 0], (3, 1, 4))
+    one, other = (official.rpt_loss(*given, **how, together=together) for together in (False, True))
+    torch.testing.assert_close(one, other)
+    assert one[1].std() > 0
 
 
 def test_a_training_step_that_is_wrong_is_a_fault_and_is_not_timed(machine, monkeypatch):
@@ -233,6 +265,13 @@ def test_rows_are_cut_where_the_time_ends():
     assert [event["row"] for event in events if event["event"] == "end"] == ["a", "b"]
 
 
+def test_a_row_that_the_time_does_not_suffice_for_is_not_begun(monkeypatch):
+    monkeypatch.setattr(worker, "run_row", lambda one, machine: (dict(PASSED), True))
+    wanted, events = {"long": row(None, seconds=90), "short": row(None, seconds=9)}, []
+    worker.run(wanted, SimpleNamespace(rehearse=False), lambda **event: events.append(event), 60.0, lambda: 0.0)
+    assert [event["row"] for event in events] == ["short", "short"]
+
+
 FAKE = """
 import json, os, signal, sys, time
 def emit(**event): print(json.dumps(event), flush=True)
@@ -315,130 +354,6 @@ def test_rows_really_run_in_a_process_of_their_own(tmp_path):
     assert {name: one["status"] for name, one in found.items()} == {
         "speed:ceilings": "passed", "speed:attention:L20-instruments": "passed",
     }  # fmt: skip
-
-
-# The results in the folder.
-
-
-def test_results_are_whole_after_every_row(tmp_path):
-    results = Results(tmp_path)
-    results.claim(MACHINE)
-    results.put("evaluation", {"status": "failed", "faults": ["wrong"]})
-    results.put("ceilings", PASSED)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "table.txt"]
-    again = Results(tmp_path)
-    # Rows have the order of the list.
-    assert list(again.rows) == ["ceilings", "evaluation"] and again.machine == MACHINE
-    assert "fault: wrong" in (tmp_path / "table.txt").read_text()
-    assert again.missing(["ceilings", "evaluation", "run:synthetic"]) == ["evaluation", "run:synthetic"]
-
-
-@pytest.mark.parametrize("status", ["begun", "failed", "hung", "not reached"])
-def test_a_row_that_was_not_finished_is_measured_again(status, tmp_path):
-    results = Results(tmp_path)
-    results.put("ceilings", {"status": status})
-    assert Results(tmp_path).missing(["ceilings"]) == ["ceilings"]
-
-
-def test_another_log_is_measured_again(tmp_path):
-    results = Results(tmp_path)
-    results.put("run:log", {**PASSED, "facts": {"log": "a.csv"}})
-    assert results.missing(["run:log"], tmp_path / "a.csv") == []
-    assert results.missing(["run:log"], tmp_path / "b.csv") == ["run:log"]
-
-
-@pytest.mark.parametrize("name", MACHINE)
-def test_results_of_another_machine_are_an_error(name, tmp_path):
-    Results(tmp_path).claim(MACHINE)
-    Results(tmp_path).claim(MACHINE)
-    before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(InputError, match=f"another {name} .*, now other.*: choose another --out, or move it away"):
-        Results(tmp_path).claim({**MACHINE, name: "other"})
-    assert (tmp_path / "results.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0", "[" * 100_000, '{"format": "lares_fast gpu-bench 0"}'])
-def test_what_is_no_file_of_results_is_an_error_and_stays_as_it_is(text, tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text(text)
-    with pytest.raises(InputError, match=r"results.json (is damaged|was not written by this version).*choose another --out"):
-        Results(tmp_path)
-    assert path.read_text() == text
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [("2.5", "2.6"), ("a card", "b card"), ("passed", "failed"), (": [", ": "), ("\n}", "")]
-)
-def test_a_damaged_file_is_an_error(old, new, tmp_path):
-    results = Results(tmp_path)
-    results.claim(MACHINE)
-    results.put("ceilings", {**PASSED, "turns_ms": {"lares_fast": [2.5, float("nan")]}})
-    assert Results(tmp_path).rows.keys() == {"ceilings"}
-    text = results.path.read_text()
-    assert old in text
-    results.path.write_text(text.replace(old, new))
-    with pytest.raises(InputError, match=r"results.json is damaged .*: move it away, or choose another --out"):
-        Results(tmp_path)
-
-
-def test_the_description_of_the_machine_names_all_that_results_depend_on():
-    found = describe(rehearse=True)
-    assert set(found) == set(MACHINE)
-    assert found["lares_fast"].startswith("0.") and len(found["lares_fast"].partition("sources ")[2]) == 10
-
-
-# The table.
-
-
-FAKE_ROWS = {
-    "ceilings": {**PASSED, "rates": {"bytes": 1e12, "bf16": 1e14}, "facts": {"copy TB/s": 1.0}},
-    "a": {
-        **PASSED,
-        "title": "A row",
-        "seconds": 2.5,
-        "turns_ms": {
-            "slow": [8.0, 9.0, 10.0],
-            "fast": [4.0, 4.4, 6.0],
-            "rounded (not exact)": [1.0, 1.0, 1.0],
-            "lares_fast": [2.0, 2.0, 2.4],
-            "lares_fast, CUDA graph": [1.0, 2.0, 1.5],
-        },
-        "work": {"bytes": 1e9, "bf16": 5e10},
-        "rows": 300,
-        "left_out": {"other": "no memory"},
-    },
-}
-
-
-def test_the_numbers_of_the_table_follow_from_the_times():
-    lines = table.text_of({"card": "a card"}, FAKE_ROWS).splitlines()
-    assert lines[0] == "card: a card"
-    start = lines.index("A row  [a: passed, 2.5 s]")
-    cells = {line.split("  ")[1]: line.split() for line in lines[start + 2 : start + 7]}
-    # The best rival is "fast". Ratios are those of the same turn: 4 / 2, 4.4 / 2 and 6 / 2.4.
-    assert cells["lares_fast"][1:] == ["2", "2..2.4", "2.20", "(2.00..2.50)", "1", "50.0%"]
-    assert cells["lares_fast, CUDA graph"][3:] == ["1.5", "1..2", "4.00", "(2.20..4.00)", "1", "66.7%"]
-    assert cells["slow"][1:] == ["9", "8..10", "0.50", "(0.49..0.60)", "1", "11.1%"]
-    assert cells["fast"][1:] == ["4.4", "4..6", "1.00", "(1.00..1.00)", "1", "22.7%"]
-    assert cells["rounded (not exact)"][3:] == ["1", "1..1", "1", "100.0%"]
-    assert lines[start + 7] == ("  lares_fast, CUDA graph, times as fast as: slow 6.67 (4.50..8.00), fast 4.00 (2.20..4.00)")
-    assert lines[start + 8].startswith("  rows a second: slow 33,333, fast 68,182,")
-    assert lines[start + 9] == "  left out: other: no memory"
-
-
-def test_without_ceilings_no_floor_is_shown():
-    assert table.floor_ms({"bytes": 1e9}, {}) is None
-    assert table.floor_ms({"bytes": 1e9, "fp32": 1.0}, {"bytes": 1e12}) is None
-    assert table.floor_ms({}, {"bytes": 1e12}) is None
-    text = table.text_of({}, {"a": FAKE_ROWS["a"]})
-    assert "%" not in text.split("A row")[1]
-
-
-def test_a_row_without_rivals_or_without_ours_has_no_ratio():
-    text = table.text_of({}, {"a": {**PASSED, "turns_ms": {"lares_fast": [1.0]}}})
-    assert "times as fast as: no rival" in text
-    text = table.text_of({}, {"a": {"status": "failed", "turns_ms": {"rival": [1.0]}, "faults": ["lares_fast: wrong"]}})
-    assert "lares_fast, times" not in text and "fault: lares_fast: wrong" in text
 
 
 def test_importing_the_package_imports_no_row():

@@ -32,6 +32,9 @@ def run(rows: Mapping[str, Row], machine: Machine, emit: Emit, end: float, clock
         left = end - clock()
         if left < LEAST_SECONDS:
             return
+        if left < row.seconds and not machine.rehearse:
+            # It would be stopped before its end. A later row may be shorter.
+            continue
         print(marker(name), file=sys.stderr, end="", flush=True)
         emit(event="begin", row=name)
         faulthandler.dump_traceback_later(min(row.limit, left), exit=True)

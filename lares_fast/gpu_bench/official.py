@@ -196,25 +196,32 @@ def rpt_loss(
     states: Sequence[Tensor | None] | None = None,
     frozen_states: Sequence[Tensor | None] | None = None,
     head: Callable[..., Tensor] | None = None,
+    together: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return (the loss of phase 2, rewards [G, B]). Each T of ``depths`` is one trajectory. The reward is recall at ``k``.
 
-    ``head`` computes the log-probabilities of a trajectory. The default is :func:`rpt_head`.
+    ``head`` computes log-probabilities from states. The default is :func:`rpt_head`. With ``together`` it gets the states of
+    all trajectories at once, which needs ``dead_work=False``.
     """
     states, frozen_states = states or [None] * len(depths), frozen_states or [None] * len(depths)
-    head, given = head or rpt_head, (target, dead_work)
-    policy, frozen, rewards = [], [], []
-    for member, T in enumerate(depths):
-        trajectory = model.encode(*sequences, T, states[member])
-        policy.append(head(trajectory, model.item_embedding.weight, *given))
-        with torch.no_grad():
-            best = model.logits(trajectory[:, -1]).topk(k).indices
-            rewards.append((best == target[:, None]).any(1).float())
-        with torch.set_grad_enabled(dead_work):
-            trajectory = start.encode(*sequences, T, frozen_states[member])
-            frozen.append(head(trajectory, start.item_embedding.weight, *given))
-    gain = torch.stack(rewards)
-    advantage = (gain - gain.mean(0)) / (gain.std(0) + 1e-4)
+
+    def logprobs_of(trajectories: list[Tensor], items: Tensor) -> list[Tensor]:
+        if not together:
+            return [(head or rpt_head)(trajectory, items, target, dead_work) for trajectory in trajectories]
+        every = torch.cat([trajectory.flatten(0, 1) for trajectory in trajectories])
+        wanted = torch.cat([target.repeat_interleave(T) for T in depths])
+        parts = (head or rpt_head)(every[:, None], items, wanted, False).split([T * len(target) for T in depths])
+        return [part.view(len(target), T, 1) for part, T in zip(parts, depths, strict=True)]
+
+    trajectories = [model.encode(*sequences, T, state) for T, state in zip(depths, states, strict=True)]
+    policy = logprobs_of(trajectories, model.item_embedding.weight)
+    with torch.no_grad():
+        best = [model.logits(trajectory[:, -1]).topk(k).indices for trajectory in trajectories]
+        rewards = torch.stack([(items == target[:, None]).any(1).float() for items in best])
+    with torch.set_grad_enabled(dead_work):
+        trajectories = [start.encode(*sequences, T, state) for T, state in zip(depths, frozen_states, strict=True)]
+        frozen = logprobs_of(trajectories, start.item_embedding.weight)
+    advantage = (rewards - rewards.mean(0)) / (rewards.std(0) + 1e-4)
     logprobs, reference = _stack(policy), _stack(frozen)
     valid = logprobs[..., 0] != 0
     chosen = target[None, :, None, None].expand(*logprobs.shape[:3], 1)
@@ -222,7 +229,7 @@ def rpt_loss(
         logprobs, reference = logprobs.gather(-1, chosen), reference.gather(-1, chosen)
     logprob, ratio = logprobs[..., -1], reference[..., -1] - logprobs[..., -1]
     objective = advantage[..., None] * (logprob - logprob.detach()).exp() - beta * (ratio.exp() - ratio - 1)
-    return -((objective * valid).sum(-1) / valid.sum(-1)).mean(), gain
+    return -((objective * valid).sum(-1) / valid.sum(-1)).mean(), rewards
 
 
 def rpt_head(states: Tensor, items: Tensor, target: Tensor, whole: bool) -> Tensor:

@@ -89,7 +89,7 @@ class OfficialStep:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, fused=not machine.rehearse)
         compiled = partial(torch.compile, mode=mode, dynamic=False) if mode else lambda head: head
         self._heads = compiled(official.spt_head), compiled(official.rpt_head)
-        self._inputs = cycle(inputs)
+        self._inputs, self._together = cycle(inputs), bool(mode)
 
     def loss(self) -> Tensor:
         """Return the loss of the next batch."""
@@ -124,6 +124,8 @@ class OfficialStep:
                 states=batch.states[:G],
                 frozen_states=batch.states[G:],
                 head=self._heads[1],
+                # A compiled head would be compiled again for every T.
+                together=self._together,
             )
             return loss
 

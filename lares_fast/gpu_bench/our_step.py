@@ -112,7 +112,7 @@ class OurStep:
 
     def __call__(self) -> None:
         """Make a step, and read the numbers of all steps when the trainer would."""
-        self._steps.make(self._batch or self._steps.prepare(*self._choice), None)
+        self._steps.make(self._steps.prepare(*self._choice) if self._batch is None else self._batch, None)
         if self._steps.due:
             self._steps.read()
 
@@ -120,7 +120,8 @@ class OurStep:
         """Return the loss and the gradient of each parameter, by name, after steps that are captured and replayed."""
         for _ in range(3):
             self()
-        self._steps.read()
+            # A batch that is ready has the place of the first step in the numbers of many steps.
+            self._steps.read()
         loss = torch.tensor(self._run.state.progress.means()["loss"])
         gradients = [parameter.grad for _, parameter in sorted(self._run.model.named_parameters())]
         return [loss.to(self._run.device), *(gradient for gradient in gradients if gradient is not None)]

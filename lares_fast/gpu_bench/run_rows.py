@@ -22,6 +22,7 @@ from lares_fast.gpu_bench.candidates import OURS, Candidates, Result, finished, 
 from lares_fast.gpu_bench.machine import TURNS, Machine
 from lares_fast.gpu_bench.official_step import OfficialStep, inputs_of
 from lares_fast.gpu_bench.our_step import log_of, run_config
+from lares_fast.gpu_bench.step_rows import step_work
 from lares_fast.train import SPT, EvalConfig, Interrupted, RPTConfig, RunConfig, SPTConfig, Trainer
 from lares_fast.train.config import PHASES
 from lares_fast.train.keys import epoch_key, initial_weights_seed, order_key, phase_key, step_key
@@ -83,7 +84,8 @@ def rows_per_second(machine: Machine) -> Result:
         epochs = 1 + (1 if machine.rehearse else TURNS)
         spt = replace(settings, epochs=epochs, patience=epochs)
         _run(run_config(machine, spt=spt, evaluation=EvalConfig(test=False)), log, split, ("spt",), listen)
-    return finished(row.faults, turns_ms=turns, work={}, left_out=row.left_out, rows=B)
+    work = step_work(config, drawn, bf16=not machine.rehearse)
+    return finished(row.faults, turns_ms=turns, work=work, left_out=row.left_out, rows=B)
 
 
 def synthetic_run(machine: Machine) -> Result:

@@ -90,7 +90,8 @@ def attention(machine: Machine, B: int, longest: int, kind: str) -> Result:
 
 def recurrence(machine: Machine, B: int, longest: int, kind: str, dtype: torch.dtype, T: int, *, gradients: bool) -> Result:
     """Time T steps of ``recurrence`` with two layers, from the weights in ``dtype``."""
-    dtype, layers = FP32 if machine.rehearse else dtype, 2
+    rounded, layers = dtype == BF16, 2
+    dtype = FP32 if machine.rehearse else dtype
     config = LARESConfig(n_items=2, max_len=longest, n_core_layers=layers)
     torch.manual_seed(0)
     weights = [
@@ -103,8 +104,8 @@ def recurrence(machine: Machine, B: int, longest: int, kind: str, dtype: torch.d
     groups = [tuple(x.to(machine.device) for x in group) for group in packed_torch.buckets(lengths)]
     plan = [(index, real, mask.to(dtype)) for index, real, mask in groups]
 
-    def ours(backend: str, h: Tensor, pre: Tensor, *weights: Tensor) -> Tensor:
-        how: dict[str, Any] = {"n_heads": 2, "depth": T, "longest": longest, "backend": machine.backend(backend)}
+    def ours(backend: str, h: Tensor, pre: Tensor, *weights: Tensor, bf16: bool = False) -> Tensor:
+        how: dict[str, Any] = {"n_heads": 2, "depth": T, "longest": longest, "backend": machine.backend(backend), "bf16": bf16}
         return ops.recurrence(h, offsets, list(weights), pre=pre, **how)
 
     def packed(sdpa: bool, h: Tensor, pre: Tensor, *weights: Tensor) -> Tensor:
@@ -114,19 +115,26 @@ def recurrence(machine: Machine, B: int, longest: int, kind: str, dtype: torch.d
         depth = torch.full((len(lengths),), T, device=machine.device)
         return reference.recurrence(h, offsets, list(weights), n_heads=2, pre=pre, depth=depth)
 
-    def run(call: Callable[..., Tensor]) -> Call:
+    def run(call: Callable[..., Tensor], leaves: list[Tensor]) -> Call:
         return with_gradients(call, leaves) if gradients else lambda: call(*leaves)
 
     expected = in_fp64(truth, leaves) if gradients else (truth(*(x.double() for x in leaves)),)
     # Gradients of weights are sums over all tokens, so their bound is larger.
-    check, row = near(expected, (1e-3 if dtype == FP32 else 2e-1) if gradients else 2 * BOUND[dtype]), Candidates(machine)
+    bounds = {FP32: 1e-3, BF16: 2e-1} if gradients else {each: 2 * BOUND[each] for each in (FP32, BF16)}
+    check, row = near(expected, bounds[dtype]), Candidates(machine)
     with torch.set_grad_enabled(gradients):
-        row.add("packed torch, SDPA", run(partial(packed, True)), check)
-        row.add("packed torch, softmax", run(partial(packed, False)), check)
-        row.add(OURS, run(partial(ours, "triton")), check)
-        row.add(f"{OURS}, layers", run(partial(ours, "layers")), check)
-        for name in ("packed torch, SDPA", OURS):
+        row.add("packed torch, SDPA", run(partial(packed, True), leaves), check)
+        row.add("packed torch, softmax", run(partial(packed, False), leaves), check)
+        row.add_captured("packed torch, SDPA", check)
+        row.add(OURS, run(partial(ours, "triton"), leaves), check)
+        row.add_captured(OURS, check)
+        if rounded:
+            # The way of training: weights and states in fp32, products in bf16.
+            masters = [x.detach().float().requires_grad_(gradients) for x in leaves]
+            name, check = f"{OURS}, fp32 masters", near(expected, bounds[BF16])
+            row.add(name, run(partial(ours, "triton", bf16=True), masters), check)
             row.add_captured(name, check)
+        row.add(f"{OURS}, layers", run(partial(ours, "layers"), leaves), check)
         times = 4 if gradients else 1
         flops = times * P * T * layers * 2 * (4 * D * D + 2 * D * config.inner_size)
         moved = times * (2 * P + len(lengths)) * D * h.element_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,9 +68,7 @@ def training_step(machine: Machine, case: Case, *, bf16: bool) -> Result:
         notices += checked.notices
     if notices:
         row.left_out[f"{OURS}, CUDA graphs"] = notices[0]
-    parameters = sum(value.numel() for value in weights[0].values())
-    work = {"bf16" if bf16 else "fp32": _flops(case, config, fixed[0]), "bytes": 28 * parameters}
-    return row.result(work, rows=case.B)
+    return row.result(step_work(config, fixed, bf16=bf16), rows=case.B)
 
 
 def _phase(case: Case, model: reference.LARES, start: reference.LARES, log: InteractionLog) -> Phase:
@@ -81,18 +80,26 @@ def _phase(case: Case, model: reference.LARES, start: reference.LARES, log: Inte
     return SPT(model, log, rows, settings)
 
 
-def _flops(case: Case, config: LARESConfig, inputs: Inputs) -> int:
+def step_work(config: LARESConfig, batches: Sequence[Inputs], *, bf16: bool) -> dict[str, float]:
+    """Return the mean of the least work of steps on ``batches``. Adam reads four numbers of each parameter and writes three."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in reference.LARES(config).parameters())
+    flops = sum(_flops(config, inputs) for inputs in batches) / len(batches)
+    return {"bf16" if bf16 else "fp32": flops, "bytes": 28 * parameters}
+
+
+def _flops(config: LARESConfig, inputs: Inputs) -> int:
     """Return the operations of a step that keeps no scores. A backward counts as two forwards.
 
     Scores are then computed again, so log p with gradients costs five products with the item table.
     """
-    own, scoring = int(inputs.sequences[1].sum()), 2 * case.B * config.n_items * config.hidden_size
+    own, scoring = int(inputs.sequences[1].sum()), 2 * len(inputs.target) * config.n_items * config.hidden_size
     if inputs.partners is not None:
         tokens = (own, own, int(inputs.partners[1].sum()))
-        depths = [config.n_pre_layers + T * config.n_core_layers for T in case.depths]
+        depths = [config.n_pre_layers + T * config.n_core_layers for T in inputs.depths]
         layers = [encode_flops(config, P, n) for P, n in zip(tokens, depths, strict=True)]
         return 3 * sum(layers) + 5 * scoring
     # The frozen model has no dropout, so its pre-block runs once. It has no backward.
-    steps, core = sum(case.depths), encode_flops(config, own, config.n_core_layers)
+    steps, core = sum(inputs.depths), encode_flops(config, own, config.n_core_layers)
     pre = encode_flops(config, own, config.n_pre_layers)
-    return 3 * (len(case.depths) * pre + steps * core) + pre + steps * core + 6 * steps * scoring
+    return 3 * (len(inputs.depths) * pre + steps * core) + pre + steps * core + 6 * steps * scoring
