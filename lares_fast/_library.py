@@ -33,13 +33,73 @@ def register_op(
             :func:`no_gradient` here. An op that is itself a backward may give ``None``.
         save: ``save(ctx, inputs, output)`` keeps the values that ``backward`` needs.
     """
-    name = schema.split("(")[0]
+    name, run = schema.split("(")[0], without_autocast(run)
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, without_autocast(run), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lares_fast::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"lares_fast::{name}", backward, setup_context=save, lib=_LIBRARY)
-    return getattr(torch.ops.lares_fast, name)
+    differentiable = None if backward is None else _function(name, run, backward, save)
+    return _Op(getattr(torch.ops.lares_fast, name), run, differentiable)
+
+
+class _Op:
+    """An op, which public functions call.
+
+    PyTorch's dispatcher takes longer than most kernels. It is needed only if something watches or changes calls: a compiler, a
+    mode, a profiler, a transform of functions or a class of tensors. Any other call goes straight to the implementation, and to
+    autograd if a tensor needs a gradient.
+    """
+
+    def __init__(self, registered: Any, run: Callable[..., Any], differentiable: type[torch.autograd.Function] | None) -> None:
+        self._registered, self._run, self._differentiable = registered, run, differentiable
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or _watched():
+            return self._registered(*arguments)
+        needs_gradient = False
+        for value in arguments:
+            kind = type(value)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                if value.is_neg():
+                    return self._registered(*arguments)
+                needs_gradient = needs_gradient or value.requires_grad
+            elif kind not in _PLAIN:
+                return self._registered(*arguments)
+        if needs_gradient and torch.is_grad_enabled():
+            if self._differentiable is None:
+                return self._registered(*arguments)
+            return self._differentiable.apply(*arguments)
+        return self._run(*arguments)
+
+
+_PLAIN = {int, float, bool, str, type(None)}
+
+
+def _watched() -> bool:
+    """Return whether a mode, a profiler, a tracer or a transform of functions is active."""
+    state: Any = torch._C
+    return bool(
+        state._len_torch_dispatch_stack()
+        or state._len_torch_function_stack()
+        or state._are_functorch_transforms_active()
+        or state._get_tracing_state()
+        or state._autograd._profiler_enabled()
+    )
+
+
+def _function(
+    name: str, run: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., None] | None
+) -> type[torch.autograd.Function]:
+    """Return the op ``name`` as autograd calls it without the dispatcher; the arguments are as in :func:`register_op`."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = run(*arguments)
+        if save is not None:
+            save(ctx, arguments, output)
+        return output
+
+    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
 def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,9 +110,10 @@ def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def plain(*arguments: Any) -> Any:
-        active = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
-        if not active:
+        # This question is asked at every call, and it is cheaper than the next two.
+        if not torch._C._is_any_autocast_enabled():
             return run(*arguments)
+        active = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
         with ExitStack() as stack:
             for device in active:
                 stack.enter_context(torch.autocast(device, enabled=False))

@@ -6,6 +6,7 @@ the ops must not import it. The ops know only its name, and load it when they ne
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -24,10 +25,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _anywhere = False
 
 
+@functools.cache
 def kernels(stem: str) -> ModuleType:
     """Return the module with the kernels of op ``stem``."""
     launch: Any = importlib.import_module("lares_fast.kernels._launch")
-    launch.find = _verifier().launch_settings
+    launch.find = lambda *call: _verifier().launch_settings(*call)
     return importlib.import_module(f"lares_fast.kernels.{stem}")
 
 
@@ -49,6 +51,7 @@ def note(op: str, tensor: Tensor) -> str | None:
     return said
 
 
+@functools.cache
 def _verifier() -> Any:
     return importlib.import_module(VERIFIER)
 
@@ -74,12 +77,18 @@ def obstacle(tensor: Tensor) -> str | None:
         return None
     if not _is_gpu(tensor):
         return f"it runs on an NVIDIA GPU, and the tensors are on {tensor.device}"
+    return _obstacle_of(tensor.device)
+
+
+@functools.cache
+def _obstacle_of(device: torch.device) -> str | None:
+    """Return why no Triton kernel can run on the GPU ``device``, as a clause, or ``None``. The questions take microseconds."""
     if torch.version.hip is not None:
         return "it has not been tested on AMD GPUs"
     for package in ("triton", "lares_fast.kernels"):
         if importlib.util.find_spec(package) is None:
             return f"the package {package} is not installed"
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(tensor.device)} has {major}.{minor}"
+        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
     return None

@@ -225,40 +225,32 @@ launches = tuned(
 assert int(launches[1][2]) == most_tiles(40, 800, 128), launches
 
 
-def runs(launch):
-    """Return the arguments that ``launch`` gives to compiled kernels, with addresses instead of tensors."""
-    given = []
-    original = CompiledKernel.run
-
-    def run(compiled):
-        def recorded(*arguments):
-            given.append([x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments])
-            return original.fget(compiled)(*arguments)
-
-        return recorded
-
-    CompiledKernel.run = property(run)
-    launch()
-    CompiledKernel.run = original
-    return given
-
-
 # The short way gives a kernel what Triton gives it, except for the hooks of profilers.
+given, original = [], CompiledKernel.run
+
+
+def recorded_run(compiled):
+    def recorded(*arguments):
+        given.append([x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments])
+        return original.fget(compiled)(*arguments)
+
+    return recorded
+
+
+CompiledKernel.run = property(recorded_run)
 _launch._ran.clear()
 x = {dtype: torch.ones(64, 64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
 slots, depth = torch.zeros(1, 5000), torch.ones(64, dtype=torch.int64)
 for dtype, place, rows in ((torch.float32, 0, 32), (torch.bfloat16, 16, 64), (torch.float32, 2**31, 2**40)):
     arguments = (x[dtype], x[dtype], depth, slots, place, -1, 64, 3, slots.stride(0), rows)
-
-    def product():
+    for _ in range(2):
         constants = {"M": 64, "N": 64, "STRIDE": 64, "warps": 4, "maxnreg": 255}
-        _launch.launch(_recurrence_backward.weight_gradient, 1, *arguments, **constants)  # noqa: B023 - called at once
-
-    ((*usual, _, _, _), (*short, none, no, nothing)) = (
-        (*run[:6], *run[9:], *run[6:9]) for run in (*runs(product), *runs(product))
-    )
-    assert usual == short, (usual, short)
-    assert none is no is nothing is None
-assert len([short for short in _launch._ran.values() if short]) == 3
+        _launch.launch(_recurrence_backward.weight_gradient, 1, *arguments, **constants)
+    usual, short = given
+    given.clear()
+    assert [*usual[:6], *usual[9:]] == [*short[:6], *short[9:]], (usual, short)
+    assert short[6:9] == [None] * 3
+assert len([way for way in _launch._ran.values() if way is not None]) == 3
+CompiledKernel.run = original
 
 print("launched as planned")
