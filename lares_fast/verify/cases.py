@@ -374,8 +374,8 @@ def shipped(op: str) -> list[dict[str, Any]]:
     if op == "initial_state":
         return [{"width": width} for width in (64, 128)]
     if op == "linear_cross_entropy":
-        found = product((64, 128), (False, True), (False, True))
-        return [{"width": width, "bf16": bf16, "train": train} for width, bf16, train in found]
+        every = product((64, 128), (False, True), (False, True))
+        return [{"width": width, "bf16": bf16, "train": train} for width, bf16, train in every]
     # Inference calls the pre-block, and the core with its last states. Training calls the pre-block, the core with its last
     # states, and the core with the states of every step.
     calls = [("none", "tokens", False), ("add", "last", False)]
