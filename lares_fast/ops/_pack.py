@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 from torch import Tensor
@@ -26,13 +27,19 @@ def pack(log: Tensor, starts: Tensor, offsets: Tensor, n_tokens: int, n_targets:
 
 @functools.cache
 def _kernel_is_right(device: torch.device) -> bool:
-    """Return whether the kernel fills a small batch on the GPU ``device`` as PyTorch does. The host waits for the answer."""
+    """Return whether the kernel fills a small batch on the GPU ``device`` as PyTorch does, and warn if it does not.
+
+    The host waits for the answer.
+    """
     lengths = torch.arange(600) % 7 + 1
     starts, offsets = lengths * 5, torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
     call = (torch.arange(1, 60, dtype=torch.int32), starts, offsets)
     sizes = int(offsets[-1]), 599
     there = _triton.kernels("_pack").packed(*(x.to(device) for x in call), *sizes)
-    return all(torch.equal(x.cpu(), y) for x, y in zip(there, pack_by_torch(*call, *sizes), strict=True))
+    right = all(torch.equal(x.cpu(), y) for x, y in zip(there, pack_by_torch(*call, *sizes), strict=True))
+    if not right:
+        warnings.warn(f"the kernel that packs batches failed its check on {device}, so PyTorch packs them, which is slower.")
+    return right
 
 
 def pack_by_torch(log: Tensor, starts: Tensor, offsets: Tensor, n_tokens: int, n_targets: int) -> tuple[Tensor, Tensor]:
