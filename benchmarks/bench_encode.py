@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import lares_fast
-from benchmarks import cases
-from benchmarks.baseline_official import OfficialLARES
-from benchmarks.packed_model import PackedLARES
 from lares_fast import LARESConfig
+from lares_fast.gpu_bench import cases
+from lares_fast.gpu_bench.official import OfficialLARES
+from lares_fast.gpu_bench.packed_model import PackedLARES
 from lares_fast.sequences import Sequences
 
 B, L, T = 256, 50, 4

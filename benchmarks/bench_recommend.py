@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lares_fast
-from benchmarks import cases
 from lares_fast import LARESConfig, Recommender, ops
 from lares_fast.catalog import Catalog
+from lares_fast.gpu_bench import cases
 
 N, B, L, K = 200_000, 256, 50, 10
 SHAPE = f"N {N}, B {B}, D 64, cosine"

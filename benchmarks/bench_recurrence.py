@@ -5,9 +5,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import harness, packed_torch
+from benchmarks import harness
 from lares_fast import LARESConfig, ops, reference
 from lares_fast._random import Draw
+from lares_fast.gpu_bench import packed_torch
 
 D, INNER, HEADS, LAYERS, T = 64, 256, 2, 2, 4
 CHECK = "without dropout outputs agree to 1e-4, gradients to 1e-4 of the largest"

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 import lares_fast
-from benchmarks import ROOT, baseline_official, cases, harness, memory
-from benchmarks.packed_model import PackedLARES
+from benchmarks import ROOT, harness, memory
 from lares_fast import LARESConfig, reference
+from lares_fast.gpu_bench import cases, official
+from lares_fast.gpu_bench.packed_model import PackedLARES
 from lares_fast.sequences import Sequences, unpad
 
 L, K = 20, 10
@@ -49,9 +50,9 @@ OURS = "lares_fast"
 KEEP_PAGES = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_MAX_": "0"}
 # Name = (model, whether it does the dead work, environment variables).
 CANDIDATES = {
-    "official way": (baseline_official.OfficialLARES, True, {}),
-    "official way, allocator tuned": (baseline_official.OfficialLARES, True, KEEP_PAGES),
-    "without dead work": (baseline_official.OfficialLARES, False, {}),
+    "official way": (official.OfficialLARES, True, {}),
+    "official way, allocator tuned": (official.OfficialLARES, True, KEEP_PAGES),
+    "without dead work": (official.OfficialLARES, False, {}),
     "packed torch, softmax": (lambda config: PackedLARES(config, sdpa=False), False, {}),
     "packed torch, SDPA": (lambda config: PackedLARES(config, sdpa=True), False, {}),
     OURS: (lares_fast.LARES, False, {}),
@@ -89,9 +90,7 @@ class Step:
         depths, weights = self.case.depths, {"alpha": 0.1, "gamma": 0.5}
         batches = self.model, self.batch, self.target, self.partners
         if not self.ours:
-            return baseline_official.spt_loss(
-                *batches, depths, 2, **weights, dead_work=self.dead_work, states=self.states
-            ), None
+            return official.spt_loss(*batches, depths, 2, **weights, dead_work=self.dead_work, states=self.states), None
         passes = (reference.Pass(T, cases.draw(i, self.case.B), self.states[i]) for i, T in enumerate(depths))
         return reference.spt_loss(*batches, tuple(passes), 2, **weights).total, None
 
@@ -100,7 +99,7 @@ class Step:
         arguments = self.model, self.start, self.batch, self.target
         policy, frozen = self.states[:G], self.states[G:]
         if not self.ours:
-            return baseline_official.rpt_loss(
+            return official.rpt_loss(
                 *arguments, depths, k=K, beta=1.0, dead_work=self.dead_work, states=policy, frozen_states=frozen
             )
         num_steps = torch.tensor(depths)[:, None].expand(-1, self.case.B)

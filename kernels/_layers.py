@@ -8,6 +8,9 @@ The weights of a layer are in the order of lares_fast/reference/weights.py. Each
 
 - the attention half: query, key, value and output [D, D] each, 4 D biases, and 2 D numbers of the norm;
 - the feed-forward half: up [INNER, D] and down [D, INNER], INNER + D biases, and 2 D numbers of the norm.
+
+W points at weights in the dtype of products, and V at the same weights as the caller gave them. Matrices are read from W, and
+biases and norms from V. The two are one tensor unless the call has ``bf16``.
 """
 
 import triton
@@ -21,16 +24,6 @@ SITE_ATTENTION_OUT = tl.constexpr(1)
 SITE_FEED_FORWARD_OUT = tl.constexpr(2)
 
 
-def attention_size(D):
-    """Return the number of weights in the attention half of a layer."""
-    return 4 * D * D + 6 * D
-
-
-def layer_size(D, INNER):
-    """Return the number of weights of a layer."""
-    return attention_size(D) + 2 * INNER * D + INNER + 3 * D
-
-
 @triton.jit
 def tile_rows(G: tl.constexpr):
     """Return the numbers [G, 16] of a tile's rows."""
@@ -38,33 +31,32 @@ def tile_rows(G: tl.constexpr):
 
 
 @triton.jit
-def owners(row, ALIGNED, low, high):
+def owners(row, BEGIN, low, high):
     """Return (sequence, its first row in the tile) for the tile rows ``row``.
 
     The sequences of the tile are ``low`` to ``high - 1``. Rows after the last sequence are counted as rows of it.
     """
-    base = tl.load(ALIGNED + low)
     sequence, begin = row * 0 + low, row * 0
     for b in range(low + 1, high):
-        first = (tl.load(ALIGNED + b) - base).to(tl.int32)
+        first = tl.load(BEGIN + b)
         sequence = tl.where(row >= first, b, sequence)
         begin = tl.where(row >= first, first, begin)
     return sequence, begin
 
 
 @triton.jit
-def drop_places(ALIGNED, ROWS, low, high, G: tl.constexpr):
+def drop_places(BEGIN, ROWS, low, high, G: tl.constexpr):
     """Return the parts of dropout addresses: for hidden dropout the batch row and the position of each tile row, [16 G].
 
     For attention dropout they are the batch row of each quad of queries [4 G], the number of the quad within its sequence
     [4 G], and the number of each pair of keys within its sequence [8 G].
     """
     flat = tl.arange(0, 16 * G)
-    sequence, begin = owners(flat, ALIGNED, low, high)
+    sequence, begin = owners(flat, BEGIN, low, high)
     four = tl.arange(0, 4 * G) * 4
-    of_four, begin_four = owners(four, ALIGNED, low, high)
+    of_four, begin_four = owners(four, BEGIN, low, high)
     two = tl.arange(0, 8 * G) * 2
-    _, begin_two = owners(two, ALIGNED, low, high)
+    _, begin_two = owners(two, BEGIN, low, high)
     rows, quad_rows = tl.load(ROWS + sequence), tl.load(ROWS + of_four)
     return rows, flat - begin, quad_rows, (four - begin_four) // 4, (two - begin_two) // 2
 
@@ -143,9 +135,21 @@ def attention_factor(SEED, threshold, kept, step, layer, row, head, quad, pair, 
 
 
 @triton.jit
-def gelu(u):
-    """Return the exact GELU."""
-    return 0.5 * u * (1 + tl.erf(u * 0.7071067811865476))
+def normal_below(u):
+    """Return the normal distribution function at u, accurate to 1e-8: the GELU of u is u times it.
+
+    It is half of 2^(a P(a)) for u = -a, with the polynomial P of csrc/recurrence/gelu.h. Beyond 8 the tail is 0.
+    """
+    a = tl.minimum(tl.abs(u), 8.0)
+    p = -2.84171074e-6 * a + 3.94601884e-5
+    p = p * a - 1.86578094e-4
+    p = p * a - 1.35957991e-4
+    p = p * a + 7.06211245e-3
+    p = p * a - 5.24952449e-2
+    p = p * a - 0.459208518
+    p = p * a - 1.15110517
+    half = tl.exp2(p * a - 1)
+    return tl.where(u < 0, half, 1 - half)
 
 
 @triton.jit
@@ -155,13 +159,13 @@ def linear(x, W, BIAS, D: tl.constexpr, C: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def probabilities(x, W, head, begin, scale, D: tl.constexpr, E: tl.constexpr, G: tl.constexpr):
+def probabilities(x, W, BIAS, head, begin, scale, D: tl.constexpr, E: tl.constexpr, G: tl.constexpr):
     """Return the causal softmax [G, 16, 16 G] of a head's scores: a row sees the rows of its sequence up to itself."""
     C: tl.constexpr = min(E, PIECE)
     scores = tl.zeros((G, 16, 16 * G), tl.float32)
     for c in range(head * E, head * E + E, C):
-        q = linear(x, W + c * D, W + 4 * D * D + c, D, C, G)
-        k = linear(x, W + (D + c) * D, W + 4 * D * D + D + c, D, C, G)
+        q = linear(x, W + c * D, BIAS + c, D, C, G)
+        k = linear(x, W + (D + c) * D, BIAS + D + c, D, C, G)
         scores += rows_times(q * scale, tl.trans(tl.reshape(k.to(x.dtype), (16 * G, C))), G)
     column = tl.arange(0, 16 * G)[None, None, :]
     seen = (column >= begin[:, :, None]) & (column <= tile_rows(G)[:, :, None])
@@ -172,7 +176,7 @@ def probabilities(x, W, head, begin, scale, D: tl.constexpr, E: tl.constexpr, G:
 
 @triton.jit
 def attend(
-    x, W, begin, scale, SEED, threshold, kept, step, layer, quad_row, quad, pair,
+    x, W, V, begin, scale, SEED, threshold, kept, step, layer, quad_row, quad, pair,
     D: tl.constexpr, E: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """Return the attention's output projection [G, 16, D].
@@ -183,9 +187,9 @@ def attend(
     x = x.to(W.dtype.element_ty)
     C: tl.constexpr = min(E, PIECE)
     PROJECT = W + 3 * D * D
-    BIAS = W + 4 * D * D
+    BIAS = V + 4 * D * D
     for head in range(0, D // E):
-        p = probabilities(x, W, head, begin, scale, D, E, G)
+        p = probabilities(x, W, BIAS, head, begin, scale, D, E, G)
         if DROP:
             p *= attention_factor(SEED, threshold, kept, step, layer, quad_row, head, quad, pair, G)
         for c in range(head * E, head * E + E, C):
@@ -196,8 +200,8 @@ def attend(
 
 
 @triton.jit
-def feed(x, W, D: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr):
-    """Return the second product [G, 16, D] of the feed-forward half, whose weights are at W.
+def feed(x, W, V, D: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr):
+    """Return the second product [G, 16, D] of the feed-forward half, whose weights are at W and V.
 
     Without dropout the result includes x, as in :func:`attend`.
     """
@@ -205,8 +209,8 @@ def feed(x, W, D: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, DROP: tl.c
     out = tl.zeros((G, 16, D), tl.float32) if DROP else x
     x = x.to(DTYPE)
     DOWN = W + INNER * D
-    BIAS = W + 2 * INNER * D
+    BIAS = V + 2 * INNER * D
     for i in range(0, INNER, PIECE):
-        g = gelu(linear(x, W + i * D, BIAS + i, D, PIECE, G))
-        out += rows_times(g, tl.trans(matrix(DOWN + i, D, PIECE, INNER)), G)
+        u = linear(x, W + i * D, BIAS + i, D, PIECE, G)
+        out += rows_times(u * normal_below(u), tl.trans(matrix(DOWN + i, D, PIECE, INNER)), G)
     return out + vector(BIAS + INNER, D)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lares_fast._errors import InputError
 from lares_fast._native_call import call_native, contiguous
-from lares_fast._random import Key
+from lares_fast._random import Key, key_of
 
 
 def keep_hidden(
-    key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, positions: Tensor, width: int
+    key: Key | Tensor, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, positions: Tensor, width: int
 ) -> Tensor:
     """Return the keep-mask [P, D] (bool) of tokens at ``rows`` [P] and ``positions`` [P], both int64 on the CPU.
 
@@ -20,28 +20,36 @@ def keep_hidden(
     """
     rows, positions = _tokens(rows, positions)
     keep = _mask(len(rows), width)
-    address = {"key": key, "threshold": threshold, "site": site, "step": step, "layer": layer, "rows": rows}
+    address = {"key": _integer_key(key), "threshold": threshold, "site": site, "step": step, "layer": layer, "rows": rows}
     call_native("keep_hidden", **address, positions=positions, P=len(rows), D=width, keep=keep)
     return keep
 
 
-def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Tensor:
+def state_uniforms(key: Key | Tensor, rows: Tensor, positions: Tensor, width: int) -> Tensor:
     """Return :func:`lares_fast._random.state_uniforms`, fp64 [P, D], for ``rows`` and ``positions`` [P] (int64 on the CPU)."""
     rows, positions = _tokens(rows, positions)
     if width < 0:
         raise InputError(f"width must not be negative, but got {width}.")
     uniforms = torch.empty(len(rows), width, dtype=torch.float64)
-    call_native("state_uniforms", key=key, rows=rows, positions=positions, P=len(rows), D=width, uniforms=uniforms)
+    call_native(
+        "state_uniforms", key=_integer_key(key), rows=rows, positions=positions, P=len(rows), D=width, uniforms=uniforms
+    )
     return uniforms
 
 
-def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:
+def keep_attention(
+    key: Key | Tensor, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int
+) -> Tensor:
     """Return :func:`lares_fast._random.keep_attention`, bool [B, H, L, L], for ``rows`` [B] (int64 on the CPU)."""
     rows = _integers("rows", rows, None)
     keep = _mask(len(rows), heads, length, length)
-    address = {"key": key, "threshold": threshold, "step": step, "layer": layer, "rows": rows}
+    address = {"key": _integer_key(key), "threshold": threshold, "step": step, "layer": layer, "rows": rows}
     call_native("keep_attention", **address, B=len(rows), H=heads, L=length, keep=keep)
     return keep
+
+
+def _integer_key(key: Key | Tensor) -> Key:
+    return key_of(key) if isinstance(key, Tensor) else key
 
 
 def _tokens(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

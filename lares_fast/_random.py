@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lares_fast._errors import InputError
+from lares_fast._transfer import to_device
+
 Key = tuple[int, int]
 
 # The kinds of draws. The site field of an address holds one of them.
@@ -40,6 +43,13 @@ class RoundKeys:
     pairs: tuple[tuple[Any, Any], ...]
 
     @classmethod
+    def of(cls, key: AnyKey) -> RoundKeys:
+        """Return the round keys of a key in any form."""
+        if isinstance(key, RoundKeys):
+            return key
+        return cls.of_seed(key) if isinstance(key, Tensor) else cls.of_key(key)
+
+    @classmethod
     def of_key(cls, key: Key) -> RoundKeys:
         """Return the round keys of ``key``."""
         k0, k1 = key
@@ -53,13 +63,17 @@ class RoundKeys:
         return cls(tuple(zip(k0.unbind(), k1.unbind(), strict=True)))
 
 
-def philox(counter: tuple[Any, Any, Any, Any], key: Key | RoundKeys) -> tuple[Any, Any, Any, Any]:
+# A key as two integers, as the int64 tensor [1] that :func:`seed_of` returns, or as the keys of all rounds.
+AnyKey = Key | Tensor | RoundKeys
+
+
+def philox(counter: tuple[Any, Any, Any, Any], key: AnyKey) -> tuple[Any, Any, Any, Any]:
     """Return the four words of Philox4x32 after ten rounds. A word has 32 bits, in an integer or in an int64 tensor.
 
     The tensors of ``counter`` broadcast with each other.
     """
     c0, c1, c2, c3 = counter
-    for k0, k1 in (key if isinstance(key, RoundKeys) else RoundKeys.of_key(key)).pairs:
+    for k0, k1 in RoundKeys.of(key).pairs:
         # int64 multiplication wraps modulo 2**64, so the high word survives the arithmetic shift and the mask.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
@@ -121,8 +135,16 @@ def _by_rows(mask: Callable[[Tensor], Tensor], rows: Tensor, calls_per_row: int)
     return torch.cat([mask(part) for part in rows.split(size)])
 
 
-def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int) -> Tensor:
+def _beside(key: AnyKey, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` on the device of ``key``, if the key is a tensor: there the numbers are drawn."""
+    return to_device(tensor, key.device) if isinstance(key, Tensor) else tensor
+
+
+def keep_hidden(
+    key: AnyKey, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, length: int, width: int
+) -> Tensor:
     """Return the keep-mask [B, L, D] (bool) of a hidden activation; ``rows`` [B] int64 are global batch rows."""
+    rows, key = _beside(key, rows), RoundKeys.of(key)
     positions = torch.arange(length, device=rows.device)
     address = {"site": site, "step": step, "layer": layer, "width": width}
 
@@ -133,9 +155,10 @@ def keep_hidden(key: Key, threshold: int, *, site: int, step: int, layer: int, r
 
 
 def keep_hidden_at(
-    key: Key | RoundKeys, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, positions: Tensor, width: int
+    key: AnyKey, threshold: int, *, site: int, step: int, layer: int, rows: Tensor, positions: Tensor, width: int
 ) -> Tensor:
     """Return the keep-mask [..., D] (bool) at ``rows`` and ``positions``, int64 of shapes that broadcast to [...]."""
+    rows, positions = _beside(key, rows), _beside(key, positions)
     groups = -(-width // 64)
     count = functools.partial(torch.arange, device=rows.device)
     c0 = count(8) | count(groups)[:, None] << 3 | site << 16
@@ -144,8 +167,9 @@ def keep_hidden_at(
     return (_sixteen_bit(words) >= threshold).flatten(-3)[..., :width]
 
 
-def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:
+def keep_attention(key: AnyKey, threshold: int, *, step: int, layer: int, rows: Tensor, heads: int, length: int) -> Tensor:
     """Return the keep-mask [B, H, L, L] (bool) of attention probabilities, indexed (row, head, query, key)."""
+    rows, key = _beside(key, rows), RoundKeys.of(key)
     quads, tiles = -(-length // 4), -(-length // 16)
     count = functools.partial(torch.arange, device=rows.device)
     c0 = count(8) | count(heads)[:, None, None, None] << 3 | SITE_ATTENTION << 16
@@ -161,16 +185,17 @@ def keep_attention(key: Key, threshold: int, *, step: int, layer: int, rows: Ten
     return _by_rows(some, rows, calls_per_row=heads * quads * tiles * 8)
 
 
-def truncated_normal(key: Key, rows: Tensor, positions: Tensor, width: int, bound: float = 3.0) -> Tensor:
+def truncated_normal(key: AnyKey, rows: Tensor, positions: Tensor, width: int, bound: float = 3.0) -> Tensor:
     """Return standard normal draws [..., D] (fp32), truncated to [-bound, bound], at the quantiles :func:`state_uniforms`."""
     return normal_of(state_uniforms(key, rows, positions, width), bound)
 
 
-def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Tensor:
+def state_uniforms(key: AnyKey, rows: Tensor, positions: Tensor, width: int) -> Tensor:
     """Return uniform draws [..., D] (fp64) in (0, 1), with 32 random bits each.
 
     ``rows`` and ``positions`` are int64 of shapes that broadcast to [...].
     """
+    rows, positions = _beside(key, rows), _beside(key, positions)
     c0 = torch.arange(-(-width // 4), device=rows.device) | SITE_STATE << 16
     words = philox((c0, positions[..., None], rows[..., None], 0), key)
     return (torch.stack(words, dim=-1).flatten(-2)[..., :width].double() + 0.5) / 2**32
@@ -178,8 +203,13 @@ def state_uniforms(key: Key, rows: Tensor, positions: Tensor, width: int) -> Ten
 
 def normal_of(uniform: Tensor, bound: float = 3.0) -> Tensor:
     """Return standard normal numbers truncated to [-bound, bound] at the quantiles ``uniform`` (fp64), which it overwrites."""
+    return exact_normal_of(uniform, bound).float()
+
+
+def exact_normal_of(uniform: Tensor, bound: float = 3.0) -> Tensor:
+    """Return the numbers of :func:`normal_of` before they are rounded to fp32; they overwrite ``uniform``."""
     edge = math.erf(bound / math.sqrt(2))
-    return uniform.mul_(2).sub_(1).mul_(edge).erfinv_().mul_(math.sqrt(2)).float()
+    return uniform.mul_(2).sub_(1).mul_(edge).erfinv_().mul_(math.sqrt(2))
 
 
 @dataclass(frozen=True)
@@ -187,13 +217,32 @@ class Draw:
     """The random numbers of one forward pass: h0 and dropout masks, addressed by (key, row).
 
     A draw that is used twice gives the same numbers. ``rows`` [B] int64 are rows of the *global* batch.
+
+    ``key`` is a pair of integers, or the int64 tensor [1] that :func:`seed_of` makes of it, on the device where numbers are
+    drawn. A captured CUDA graph reads the tensor at every replay, so a new value in it gives new numbers.
     """
 
-    key: Key
+    key: Key | Tensor
     rows: Tensor
 
+    def seed(self, device: torch.device) -> Tensor:
+        """Return the key as an int64 tensor [1] on ``device``; a key that is such a tensor is returned as it is.
+
+        Raises :class:`InputError` for a tensor of another shape or dtype.
+        """
+        if not isinstance(self.key, Tensor):
+            return seed_of(self.key, device)
+        if self.key.shape != (1,) or self.key.dtype != torch.int64:
+            raise InputError(f"draw.key must be two integers or int64 [1], but got {self.key.dtype} {list(self.key.shape)}.")
+        return to_device(self.key, device)
+
     def generator(self) -> torch.Generator:
-        """Return a generator for draws that belong to the pass as a whole, such as its depth."""
+        """Return a generator for draws that belong to the pass as a whole, such as its depth.
+
+        Raises :class:`InputError` if the key is a tensor, because the host may have to wait for its value.
+        """
+        if isinstance(self.key, Tensor):
+            raise InputError("a draw whose key is a tensor has no generator: give num_steps, or a key of two integers.")
         return generator(self.key)
 
     def initial_state(self, rows: Tensor, positions: Tensor, width: int) -> Tensor:
@@ -219,4 +268,9 @@ class Draw:
 
 def apply_dropout(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
     """Return ``x`` times 1 / (1 - threshold / 65536) where ``keep`` is true, and 0 elsewhere."""
-    return x * keep.to(x).mul_(1 / (1 - threshold / 65536))
+    return x * dropout_factor(x, keep, threshold)
+
+
+def dropout_factor(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
+    """Return the factors of ``x`` in :func:`apply_dropout`, in its dtype and on its device."""
+    return keep.to(x).mul_(1 / (1 - threshold / 65536))

@@ -1,4 +1,4 @@
-"""Copy tensors from the CPU to a GPU without making the CPU wait, and recognise a graph capture."""
+"""Copy tensors from the CPU to a GPU without making the CPU wait, copy them back, and recognise a graph capture."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
             )
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` on the CPU. If it is on a GPU, the CPU waits for it."""
+    return tensor.cpu()
 
 
 def capturing(device: torch.device) -> bool:

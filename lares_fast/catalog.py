@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lares_fast import ops
+from lares_fast._transfer import to_device
 from lares_fast._watch import Watch
 from lares_fast.ops._catalog_checks import check_exclude, checked_exclude
 from lares_fast.reference.topk import Exclude
@@ -43,6 +44,7 @@ class Catalog:
 
         The arguments and the errors are as in :func:`lares_fast.ops.topk`. An ``index`` must be built from :attr:`items`. Where
         fewer than ``k`` items are left, the id is -1. ``exclude`` holds item ids and may hold PAD, because padded histories do.
+        Its lists may be on the CPU while the queries are on a GPU. Then their values are checked, and the CPU does not wait.
         """
         excluded_rows = None if exclude is None else self._excluded_rows(exclude, queries)
         scores, rows = ops.topk(queries, self.items, k, exclude=excluded_rows, index=index, backend=backend)
@@ -56,12 +58,25 @@ class Catalog:
         return ops.target_ranks(queries, self.items, target - _SHIFT, self._excluded_rows(exclude, queries))
 
     def _excluded_rows(self, exclude: Exclude, queries: Tensor) -> Exclude:
-        """Check exclusion lists of item ids, and return them as lists of rows of :attr:`items`, without PAD."""
-        check_exclude(exclude, queries)
+        """Check exclusion lists of item ids, and return them as lists of rows of :attr:`items`, without PAD.
+
+        The result is on the device of ``queries``.
+        """
+        check_exclude(exclude, _at_lists(exclude, queries))
         offsets, ids = checked_exclude(*exclude, len(self.items) + _SHIFT)
         real = ids != PAD
         kept = torch.cat((real.new_zeros(1, dtype=torch.int64), real.cumsum(0)))
-        return kept[offsets.clamp(0, len(ids))], ids[real] - _SHIFT
+        # On a GPU a mask would make the CPU wait for the number of ids. There, every PAD moves behind the end of the last list.
+        rows = ids[real if ids.device.type == "cpu" else real.logical_not().argsort(stable=True)] - _SHIFT
+        return to_device(kept[offsets.clamp(0, len(ids))], queries.device), to_device(rows, queries.device)
+
+
+def _at_lists(exclude: object, queries: Tensor) -> Tensor:
+    """Return ``queries``, or an empty tensor with the same number of rows on the CPU if the lists ``exclude`` are there."""
+    parts = exclude if isinstance(exclude, tuple | list) else ()
+    there = [part.device.type for part in parts if isinstance(part, Tensor)]
+    on_cpu = queries.device.type != "cpu" and there == ["cpu"] * len(parts)
+    return torch.empty(len(queries), 0) if on_cpu else queries
 
 
 class KeptTable:

@@ -9,17 +9,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lares_fast import _modules, _native, _native_random, ops, reference
+from lares_fast import _modules, ops, reference
 from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
 from lares_fast._numbers import whole
-from lares_fast._random import SITE_INPUT, Draw, apply_dropout, drop_threshold, keep_hidden, normal_of
+from lares_fast._random import Draw
 from lares_fast._transfer import to_device
 from lares_fast.catalog import Catalog, KeptTable
 from lares_fast.config import LARESConfig
 from lares_fast.reference.head import Head
 from lares_fast.reference.topk import Exclude
-from lares_fast.sequences import PAD, Sequences
+from lares_fast.sequences import Sequences
 
 # Backbones in which every position sees only itself and earlier positions.
 _CAUSAL = {"transformer"}
@@ -32,8 +32,9 @@ class LARES(reference.LARES):
         The backend of every op. ``None`` leaves the choice to :func:`lares_fast.ops.backend`, then to the environment
         variable, then to the arguments of the op.
     ``bf16``
-        Round the operands of products with weights to bf16 in evaluation mode, see :func:`lares_fast.ops.recurrence`. Then
-        encoding has no gradient.
+        Round the operands of products with weights to bf16, see :func:`lares_fast.ops.recurrence`: in evaluation mode, where
+        encoding then has no gradient on a CPU, and on a GPU also in training. There the losses round the queries and the
+        items, too. Parameters, states and gradients stay in fp32.
 
     Raises :class:`InputError` for an unknown backend.
 
@@ -60,14 +61,25 @@ class LARES(reference.LARES):
     @property
     def head(self) -> Head:
         """Return the ops with which the losses score targets against the item table, on this model's backend."""
+        how: dict[str, Any] = {"bf16": self._trains_in_bf16(), "backend": self.backend}
         return Head(
-            partial(ops.linear_cross_entropy, backend=self.backend),
-            partial(ops.target_logprob, backend=self.backend),
-            partial(ops.target_logprob_and_rank, backend=self.backend),
+            partial(ops.linear_cross_entropy, **how),
+            partial(ops.target_logprob, **how),
+            partial(ops.target_logprob_and_rank, **how),
         )
 
+    def _trains_in_bf16(self) -> bool:
+        return self.bf16 and self.item_embedding.weight.device.type != "cpu"
+
     def _encode(
-        self, sequences: Sequences, passes: int, depth: Tensor, state: Tensor | None, draw: Draw, every_step: bool
+        self,
+        sequences: Sequences,
+        passes: int,
+        depth: Tensor,
+        state: Tensor | None,
+        draw: Draw,
+        every_step: bool,
+        deepest: int | None = None,
     ) -> Tensor:
         """Encode packed sequences without padding. A causal block gives the same states, because no position sees a later one.
 
@@ -79,16 +91,21 @@ class LARES(reference.LARES):
                 f"bf16 needs the packed encoder, but the model runs on padded sequences, because {why}: leave bf16 out."
             )
         if why is not None or not len(depth):
-            return super()._encode(sequences, passes, depth, state, draw, every_step)
-        repeated = sequences.repeat(passes)
+            return super()._encode(sequences, passes, depth, state, draw, every_step, deepest)
+        repeated = sequences if passes == 1 else sequences.repeat(passes)
         if state is None:
-            state = self._initial_rows(draw, *(place.cpu() for place in repeated.row_positions()))
+            state = self._initial_rows(draw, repeated)
         masks = draw if self.training and (self.config.dropout or self.config.attention_dropout) else None
         # Without masks all passes have the same input to the first step.
-        pre = self._before(sequences, None).repeat(passes, 1) if masks is None else self._before(repeated, masks)
+        pre = (
+            self._before(repeated, masks)
+            if masks is not None or passes == 1
+            else self._before(sequences, None).repeat(passes, 1)
+        )
         output = "steps" if every_step else "last"
         state = to_device(state, pre.device).to(pre)
-        return self._steps(self.recurrence, state, repeated.offsets, masks, pre=pre, depth=depth, output=output)
+        how: dict[str, Any] = {"depth": depth, "output": output, "deepest": deepest}
+        return self._steps(self.recurrence, state, repeated.offsets, masks, pre=pre, **how)
 
     def _padded_because(self) -> str | None:
         """Return why the model must run its modules on padded sequences, as the reference does, or ``None``."""
@@ -99,14 +116,13 @@ class LARES(reference.LARES):
             warnings.warn(f"LARES is encoded by its modules on padded sequences, which is slower, because {why}.", stacklevel=2)
         return why
 
-    def _initial_rows(self, draw: Draw, sequence: Tensor, position: Tensor) -> Tensor:
-        """Return h0 [P, D] for rows with ``sequence`` [P] and ``position`` [P], all on the CPU."""
-        if bool((draw.rows == draw.rows[0]).all()):
-            # All sequences have one h0, as in evaluation without a draw.
-            return self._initial_state(draw, draw.rows[:1], torch.arange(int(position.max()) + 1))[position]
-        return self._initial_state(
-            _NativeDraw(draw.key, draw.rows) if _native.available()[0] else draw, draw.rows[sequence], position
-        )
+    def _initial_rows(self, draw: Draw, sequences: Sequences) -> Tensor:
+        """Return h0 [P, D] of packed sequences, on the device of their items."""
+        (items, offsets), width = sequences, self.config.hidden_size
+        if not (std := self._state_std()):
+            return torch.zeros(len(items), width, device=items.device)
+        draw, offsets = _draw_on(draw, items.device), to_device(offsets, items.device)
+        return ops.initial_state(draw, offsets, len(items), width, std=std, backend=self.backend)
 
     def _before(self, sequences: Sequences, draw: Draw | None) -> Tensor:
         """Return the output of the pre-block, [P, D], which every step reads."""
@@ -115,22 +131,19 @@ class LARES(reference.LARES):
 
     def _input(self, sequences: Sequences, draw: Draw | None) -> Tensor:
         """Return the input of the pre-block, [P, D]."""
-        items, (sequence, position) = sequences.items, sequences.row_positions()
-        x = self.input_norm(self.item_embedding(items) + self.position_embedding(to_device(position, items.device)))
-        if items.device.type != "cpu":
-            # A PAD inside a sequence raises an error on the CPU. On a GPU the check would wait for it, so the result is NaN.
-            x = x.masked_fill((items == PAD)[:, None], torch.nan)
-        if draw is None or not self.config.dropout:
-            return x
-        sequence, position = sequence.cpu(), position.cpu()
-        threshold, width = drop_threshold(self.config.dropout), x.shape[1]
-        address: dict[str, Any] = {"site": SITE_INPUT, "step": 0, "layer": 0, "width": width}
-        if _native.available()[0]:
-            keep = _native_random.keep_hidden(draw.key, threshold, **address, rows=draw.rows[sequence], positions=position)
-        else:
-            length = int(position.max()) + 1
-            keep = keep_hidden(draw.key, threshold, **address, rows=draw.rows, length=length)[sequence, position]
-        return apply_dropout(x, to_device(keep, x.device), threshold)
+        (items, offsets), config = sequences, self.config
+        return ops.embedding(
+            items,
+            to_device(offsets, items.device),
+            self.item_embedding.weight,
+            self.position_embedding.weight,
+            self.input_norm.weight,
+            self.input_norm.bias,
+            draw=None if draw is None else _draw_on(draw, items.device),
+            dropout=config.dropout,
+            eps=config.layer_norm_eps,
+            backend=self.backend,
+        )
 
     def _steps(self, block: nn.Module, h: Tensor, offsets: Tensor, draw: Draw | None, **arguments: Any) -> Tensor:
         """Run :func:`lares_fast.ops.recurrence` with the parameters of ``block`` and the settings of this model."""
@@ -147,7 +160,7 @@ class LARES(reference.LARES):
             attention_dropout=config.attention_dropout,
             eps=config.layer_norm_eps,
             longest=config.max_len,
-            bf16=self.bf16 and not self.training,
+            bf16=self._trains_in_bf16() if self.training else self.bf16,
             backend=self.backend,
             **arguments,
         )
@@ -221,9 +234,6 @@ def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
     return "\n".join([encode, *(explain(op, *arguments, backend=backend) for op, arguments in calls.items())])
 
 
-class _NativeDraw(Draw):
-    """A draw whose h0 the native module computes, with the same bits."""
-
-    def initial_state(self, rows: Tensor, positions: Tensor, width: int) -> Tensor:
-        """Return h0 [P, D] (fp32) for ``rows`` [P] and ``positions`` [P], int64 on the CPU."""
-        return normal_of(_native_random.state_uniforms(self.key, rows, positions, width))
+def _draw_on(draw: Draw, device: torch.device) -> Draw:
+    """Return ``draw`` with its rows on ``device``."""
+    return Draw(draw.key, to_device(draw.rows, device))

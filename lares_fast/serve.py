@@ -7,6 +7,7 @@ import operator
 import os
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from lares_fast import ops
+from lares_fast._device import enough_memory, require_memory, resolve
 from lares_fast._errors import InputError
 from lares_fast._numbers import whole
+from lares_fast._transfer import to_device, to_host
 from lares_fast.model import LARES
 from lares_fast.ops._catalog_checks import native_obstacle
 from lares_fast.sequences import PAD, Sequences
@@ -50,6 +53,9 @@ class Recommendations:
 
 class Recommender:
     """A model in evaluation mode, with the raw ids of its items.
+
+    The model computes on the device where it is. All results are on the CPU. On a GPU, the CPU waits once for the answers of a
+    call, and not for each batch.
 
     The answer to a history depends neither on the batch size nor on the other histories, because every sequence starts from one
     fixed h0.
@@ -101,7 +107,8 @@ class Recommender:
         encodes ``batch_size`` histories at a time.
 
         Raises :class:`InputError` for a ``k`` beyond the catalog, for anything that cannot be a raw id, and for scores that
-        are not finite.
+        are not finite. It also raises it if the memory of a GPU is not enough for ``batch_size``. A GPU keeps the answers of
+        a call, 12 k bytes for each history, until the end of the call.
         """
         k, num_steps, batch_size = whole("k", k), _steps(num_steps), whole("batch_size", batch_size)
         if not 1 <= k <= len(self.item_ids):
@@ -109,19 +116,27 @@ class Recommender:
         known, unknown = self._known(histories)
         scores = torch.full((len(known), k), -torch.inf)
         ids: list[list[Any]] = [[] for _ in known]
-        catalog = self.model.catalog()
-        catalog_index = _index(catalog.items) if sum(map(bool, known)) > batch_size else None
-        for index, sequences in self._batches(known, batch_size):
-            seen = _packed([known[i] for i in index])
-            exclude = (seen.offsets, seen.items) if exclude_seen else None
-            found, best = catalog.topk(self._queries(sequences, num_steps), k, exclude=exclude, index=catalog_index)
-            if not found[best >= 0].isfinite().all():
-                raise NotFiniteError(
-                    "the scores of the model are not finite: its weights were changed, so build the Recommender again."
-                )
-            scores[index] = found
-            for i, row in zip(index, best.tolist(), strict=True):
-                ids[i] = [self._raw[item] for item in row if item >= 0]
+        order, answers, largest_queries = list[int](), list[tuple[Tensor, Tensor]](), list[Tensor]()
+        with _enough_memory(batch_size):
+            catalog = self.model.catalog()
+            catalog_index = _index(catalog.items) if sum(map(bool, known)) > batch_size else None
+            for index, sequences in self._batches(known, batch_size):
+                seen = _packed([known[i] for i in index])
+                exclude = (seen.offsets, seen.items) if exclude_seen else None
+                queries = self._queries(sequences, num_steps)
+                largest_queries.append(queries.abs().amax())
+                answers.append(catalog.topk(queries, k, exclude=exclude, index=catalog_index))
+                order += index
+            if order:
+                self._require_finite(largest_queries)
+                found, best = (to_host(torch.cat(part)) for part in zip(*answers, strict=True))
+                if not found[best >= 0].isfinite().all():
+                    raise NotFiniteError(
+                        "the scores of the model are not finite: its weights were changed, so build the Recommender again."
+                    )
+                scores[order] = found
+                for i, row in zip(order, best.tolist(), strict=True):
+                    ids[i] = [self._raw[item] for item in row if item >= 0]
         return Recommendations(ids, scores, unknown, [i for i, items in enumerate(known) if not items])
 
     @torch.no_grad()
@@ -137,19 +152,29 @@ class Recommender:
         if empty := [i for i, items in enumerate(known) if not items]:
             raise InputError(f"history {empty[0]} holds no item that the model knows.")
         queries = torch.empty(len(known), self.model.config.hidden_size)
-        for index, sequences in self._batches(known, batch_size):
-            queries[index] = self._queries(sequences, num_steps)
+        order, found = list[int](), list[Tensor]()
+        with _enough_memory(batch_size):
+            for index, sequences in self._batches(known, batch_size):
+                found.append(self._queries(sequences, num_steps))
+                order += index
+            if order:
+                self._require_finite([part.abs().amax() for part in found])
+                queries[order] = to_host(torch.cat(found))
         return queries
 
     def item_vectors(self) -> Tensor:
         """Return the vectors [number of items, D] in the order of :attr:`item_ids`, for an index of nearest neighbours."""
-        return self.model.catalog().items.clone()
+        items = self.model.catalog().items
+        return items.clone() if items.device.type == "cpu" else to_host(items)
 
     def _queries(self, sequences: Sequences, num_steps: int | None) -> Tensor:
-        """Return the queries [B, D]. Raises :class:`InputError` if a score could be infinite or NaN."""
-        queries = self.model.queries(self.model.encode(*sequences, num_steps=num_steps))
-        require_finite_scores(largest([queries]), self._largest_item, queries.shape[1])
-        return queries
+        """Return the queries [B, D] on the device of the model."""
+        items = to_device(sequences.items, self.model.item_embedding.weight.device)
+        return self.model.queries(self.model.encode(items, sequences.offsets, num_steps=num_steps))
+
+    def _require_finite(self, largest_queries: list[Tensor]) -> None:
+        """Raise :class:`InputError` if a score could be infinite or NaN. ``largest_queries`` has a number for each batch."""
+        require_finite_scores(largest([torch.stack(largest_queries)]), self._largest_item, self.model.config.hidden_size)
 
     def _known(self, histories: Iterable[History]) -> tuple[list[list[int]], int]:
         """Return the item ids of each history, and the number of unknown items."""
@@ -182,15 +207,23 @@ def _index(items: Tensor) -> ops.CatalogIndex | None:
     return None if native_obstacle(items, items) or items.is_inference() else ops.CatalogIndex(items)
 
 
-def load(run: str | Path) -> Recommender:
-    """Return a recommender with the best model in the folder ``run``, which ``lares-fast train`` wrote.
+def _enough_memory(batch_size: int) -> AbstractContextManager[None]:
+    return enough_memory(batch_size, setting="batch_size")
+
+
+def load(run: str | Path, device: str | torch.device = "auto") -> Recommender:
+    """Return a recommender with the best model in the folder ``run``, which ``lares-fast train`` wrote on any device.
+
+    ``device`` is ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: the first GPU whose kernels pass their self-test, else the CPU. A
+    backend that is requested by name, such as ``LARES_FAST_BACKEND=reference``, takes the place of the kernels.
 
     Raises :class:`InputError` if a file is missing, is damaged, was written by another program, or does not fit the others.
+    It also raises it for an unknown device, and for a GPU that is missing, cannot be used, or has too little memory.
     """
-    return load_about(run)[0]
+    return load_about(run, device)[0]
 
 
-def load_about(run: str | Path) -> tuple[Recommender, dict[str, str]]:
+def load_about(run: str | Path, device: str | torch.device = "auto") -> tuple[Recommender, dict[str, str]]:
     """Return the recommender of :func:`load`, and the metadata of the log that the model was trained on.
 
     ``lares_fast.train.identity`` describes the metadata, which are empty for a file of an older version. Raises the errors of
@@ -206,8 +239,10 @@ def load_about(run: str | Path) -> tuple[Recommender, dict[str, str]]:
     item_ids = _item_ids(path, about.get("item_ids"))
     if len(item_ids) != config.n_items:
         raise InputError(f"{path} does not list the {config.n_items} item rows of model.safetensors: they belong to two runs.")
+    device = resolve(device)
+    require_memory(device, sum(value.nbytes for value in weights.values()), "the model")
     try:
-        return Recommender(model, item_ids), about
+        return Recommender(model.to(device), item_ids), about
     except NotFiniteError:
         raise NotFiniteError(
             f"{run / 'model.safetensors'} holds weights too large to score with: train with a lower lr."

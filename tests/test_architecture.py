@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "_errors": set(),
     "_settings": {"_errors"},
     "_numbers": {"_errors"},
-    "_random": set(),
+    "_random": {"_errors", "_transfer"},
     "_transfer": set(),
     "_watch": set(),
     "_native": {"_errors", "_settings", "_random"},
@@ -35,10 +35,13 @@ MAY_IMPORT = {
     "model": LEAVES | {"reference", "sequences", "catalog", "ops", "_dispatch", "_modules"},
     "verify": LEAVES | {"reference", "sequences", "ops", "model", "_dispatch", "kernels"},
     "data": LEAVES | {"sequences"},
-    "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data"},
-    "serve": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "train"},
+    "_device": LEAVES | {"ops", "_dispatch"},
+    "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "_device"},
+    "serve": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "_device"},
+    "gpu_bench": LEAVES | {"reference", "sequences", "ops", "model", "data", "train", "verify", "kernels"},
     "cli": LEAVES
-    | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "serve", "verify", "_dispatch", "convert"},
+    | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "serve", "verify", "_dispatch", "_device"}
+    | {"convert", "gpu_bench"},
     "kernels": {"_settings"},
 }
 # The package itself loads every public module on first use, and its __main__ calls the command line.

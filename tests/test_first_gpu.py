@@ -1,7 +1,6 @@
 """``lares-fast gpu-day`` and benchmarks/gpu: which steps are chosen, how time limits apply, and which processes remain."""
 
 import inspect
-import io
 import json
 import os
 import signal
@@ -11,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks.gpu import first, measurement, speed
+from benchmarks.gpu import first
 from lares_fast._errors import InputError
+from lares_fast.gpu_bench.rows import ROWS
 from lares_fast.verify import gpu_plan, gpu_report, gpu_run, process
 from lares_fast.verify.__main__ import CHECKS
 
@@ -94,8 +93,12 @@ def test_every_step_of_the_plan_can_be_called(rehearse, quick):
     asked = {step.check for step in plan.values()}
     assert asked >= set(known) - {"interpret", "compile_for"}
     # The names of rows and steps must differ, because a report holds both.
-    assert not set(plan) & set(speed.ROWS)
-    assert all(name.startswith("speed:") for name in speed.ROWS)
+    assert not any(name.startswith(first.ROW) for name in plan)
+
+
+def test_every_row_of_the_first_run_is_a_row_of_gpu_bench():
+    assert set(first.ROWS) <= set(ROWS)
+    assert len(set(first.ROWS)) == len(first.ROWS)
 
 
 def test_a_step_that_does_not_exist_fails(report, monkeypatch):
@@ -142,58 +145,6 @@ def test_the_phases_end_in_time():
     assert first.phases(205) == {"build": 100, "checks": 200, "speed": 200}
     assert first.phases(3) == {"build": 0, "checks": 0, "speed": 0}
     assert set(first.phases(1200, rehearse=True).values()) == {1195}
-
-
-def test_rows_are_cut_where_the_time_ends(report, monkeypatch):
-    now = [0.0]
-
-    def row(machine):
-        now[0] += 30
-        return {"status": "passed"}
-
-    monkeypatch.setattr(speed, "ROWS", dict.fromkeys(("a", "b", "c"), row))
-    lines = io.StringIO()
-    speed.run(["a", "b", "c"], measurement.Machine(rehearse=True), report, lines, end=50, clock=lambda: now[0])
-    assert [json.loads(line)["row"] for line in lines.getvalue().splitlines()] == ["a", "b"]
-    assert "c" not in report.found and report.found["a"]["status"] == "passed"
-
-
-def test_a_row_that_hangs_is_known_by_the_report(report, monkeypatch):
-    seen = []
-    monkeypatch.setattr(speed, "ROWS", {"a": lambda machine: seen.append(written(report)["a"]) or {"status": "passed"}})
-    speed.run(["a"], measurement.Machine(rehearse=True), report, io.StringIO(), end=float("inf"))
-    assert seen == ["begun"]
-
-
-def test_a_row_whose_check_fails_is_failed_and_not_timed():
-    row, calls = measurement.Row(measurement.Machine(rehearse=True)), []
-    check = measurement.near([torch.ones(3)], 1e-3)
-    row.add("rival", lambda: torch.ones(3), check)
-    row.add("ours", lambda: calls.append(1) or torch.tensor([1, 1, 1.01]), check)
-    result = row.result(1e-3)
-    assert result["status"] == "failed" and "ms" not in result
-    assert result["faults"] == ["ours: the error of tensor 0 is 0.01 of its largest number"]
-    assert len(calls) == 1
-    for broken in (torch.full((3,), torch.nan), torch.full((3,), torch.inf)):
-        assert check(broken)
-
-
-def test_a_row_that_raises_is_failed_and_the_next_one_runs(report, monkeypatch):
-    def broken(machine):
-        raise RuntimeError("no kernel")
-
-    monkeypatch.setattr(speed, "ROWS", {"a": broken, "b": lambda machine: {"status": "passed"}})
-    speed.run(["a", "b"], measurement.Machine(rehearse=True), report, io.StringIO(), end=float("inf"))
-    assert report.found["a"] == {"status": "failed", "log": "RuntimeError: no kernel", "seconds": 0.0}
-    assert report.found["b"]["status"] == "passed"
-
-
-def test_the_gain_is_over_rivals_that_compute_the_same():
-    ms = {name: {"median": t, "min": t, "max": t} for name, t in
-          {"slow": 6.0, "fast": 4.0, "faster (not exact)": 1.0, "ours, a": 2.0, "ours, b": 3.0}.items()}  # fmt: skip
-    assert measurement.summary_of(ms, 1.0).startswith(
-        "ours, a is 2.00 times as fast as the best rival; the floor of 1 ms is 50% of its time; ms: slow 6 (6..6), "
-    )
 
 
 def alive(pid):
@@ -280,11 +231,9 @@ def fake(monkeypatch, tmp_path):
         for name in plan:
             report.put(name, {"status": answers.get(name, "passed"), "seconds": 0, "log": "a log"})
 
-    def rows(names, out, seconds, rehearse):
-        found = gpu_report.read(out / "results.json")
-        report = gpu_report.Report(out / "results.json", (), found)
+    def rows(names, report, out, end, rehearse):
         for name in names:
-            report.put(name, {"status": answers.get(name, "passed")})
+            report.put(f"{first.ROW}{name}", {"status": answers.get(f"{first.ROW}{name}", "passed")})
 
     monkeypatch.setattr(gpu_run, "run_steps", run)
     monkeypatch.setattr(first, "speed", rows)
@@ -301,12 +250,13 @@ def fake(monkeypatch, tmp_path):
 def test_all_that_passes_ends_with_0(fake, tmp_path):
     code, found = fake()
     assert code == 0
-    assert {"build", "machine", *speed.ROWS, *gpu_plan.plan(rehearse=True, quick=True)} == set(found)
+    rows = [f"{first.ROW}{name}" for name in first.ROWS]
+    assert {"build", "machine", *rows, *gpu_plan.plan(rehearse=True, quick=True)} == set(found)
     text = (tmp_path / "table.txt").read_text()
-    assert "\ncommit: " in text and "| speed:training_step | passed |" in text
+    assert "\ncommit: " in text and "| first_kernel | passed |" in text and "[spt_step:bf16: passed]" in text
 
 
-@pytest.mark.parametrize("name", ["first_kernel", "correctness:attention:triton:float32", "speed:training_step", "machine"])
+@pytest.mark.parametrize("name", ["first_kernel", "correctness:attention:triton:float32", "speed:spt_step:bf16", "machine"])
 @pytest.mark.parametrize("status", ["failed", "hung", "not reached"])
 def test_any_failure_ends_with_1(fake, name, status):
     code, found = fake(**{name: status})
@@ -322,11 +272,11 @@ def test_a_package_without_its_native_module_ends_with_1(fake, monkeypatch):
     assert code == 1
     assert found["build"] == {"status": "failed", "seconds": 0, "log": "it is not built"}
     assert found["graph_inputs:topk"]["status"] == "not reached"
-    assert found["first_kernel"]["status"] == found["speed:training_step"]["status"] == "passed"
+    assert found["first_kernel"]["status"] == found["speed:spt_step:bf16"]["status"] == "passed"
 
 
 def test_a_second_call_does_what_the_first_did_not(fake, tmp_path):
-    fake(**{"first_kernel": "hung", "speed:training_step": "not reached"})
+    fake(**{"first_kernel": "hung", "speed:spt_step:bf16": "not reached"})
     before = tmp_path / "before.json"
     before.write_bytes((tmp_path / "results.json").read_bytes())
     first_call = json.loads(before.read_text())
@@ -334,7 +284,7 @@ def test_a_second_call_does_what_the_first_did_not(fake, tmp_path):
     before.write_text(json.dumps(first_call))
     code, found = fake("--only", "failed", str(before))
     assert code == 0
-    assert found["first_kernel"]["status"] == found["speed:training_step"]["status"] == "passed"
+    assert found["first_kernel"]["status"] == found["speed:spt_step:bf16"]["status"] == "passed"
     # Earlier results stay in the report.
     assert found["streams"]["seconds"] == 77
 

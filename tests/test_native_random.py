@@ -38,6 +38,8 @@ def test_hidden_masks_are_the_reference_bits(rows, length, width, threshold):
     ours = _native_random.keep_hidden(KEY, threshold, **arguments, rows=token_rows, positions=positions)
     expected = _random.keep_hidden(KEY, threshold, **arguments, rows=rows, length=length)
     same([ours.view_as(expected)], [expected])
+    seed = _random.seed_of(KEY, rows.device)
+    same([_native_random.keep_hidden(seed, threshold, **arguments, rows=token_rows, positions=positions)], [ours])
 
 
 @pytest.mark.parametrize("rows", [[], [0], [5, 2**32 - 1, 5, 17]])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lares_fast import LARES, _native, ops, reference
-from lares_fast._random import Draw
+from lares_fast._random import Draw, seed_of
 from lares_fast.config import LARESConfig
 from lares_fast.sequences import Sequences
 from tests.support.fake_device import DEVICE, FakeDevice, to_fake_device
@@ -34,13 +34,29 @@ def attention(backend):
     return ops.attention(query, key, value, offsets, 5, draw=draw, dropout=0.2, backend=backend)
 
 
-def recurrence(backend, depth=2, output="last"):
+def recurrence(backend, depth=2, output="last", deepest=None):
     config = LARESConfig(n_items=9, hidden_size=64, n_heads=H, inner_size=64, n_core_layers=1)
     weights = [leaf(*parameter.shape) for parameter in reference.Recurrence(config).parameters()]
     draw = Draw((1, 2), to_fake_device(torch.arange(2)))
     offsets = to_fake_device(torch.tensor([0, 4, P]))
-    how = {"depth": depth, "output": output, "longest": 5, "draw": draw, "dropout": 0.2}
+    how = {"depth": depth, "output": output, "longest": 5, "deepest": deepest, "draw": draw, "dropout": 0.2}
     return ops.recurrence(leaf(P, 64), offsets, weights, n_heads=H, pre=leaf(P, 64), **how, backend=backend)
+
+
+def packed():
+    """Return items, offsets, and a draw whose key is on the device."""
+    draw = Draw(to_fake_device(seed_of((1, 2), torch.device("cpu"))), to_fake_device(torch.arange(B)))
+    return to_fake_device(torch.arange(1, P + 1)), to_fake_device(torch.tensor([0, *LENGTHS]).cumsum(0)), draw
+
+
+def embedding(backend):
+    items, offsets, draw = packed()
+    return ops.embedding(items, offsets, leaf(N, D), leaf(5, D), leaf(D), leaf(D), draw=draw, dropout=0.2, backend=backend)
+
+
+def initial_state(backend):
+    _, offsets, draw = packed()
+    return ops.initial_state(draw, offsets, P + 2, D, backend=backend)
 
 
 def catalog():
@@ -53,6 +69,8 @@ def excluded():
 
 CALLS = {
     "attention": attention,
+    "embedding": embedding,
+    "initial_state": initial_state,
     "recurrence": recurrence,
     "linear_cross_entropy": lambda backend: ops.linear_cross_entropy(*catalog(), skip_pad=True, backend=backend),
     "target_logprob": lambda backend: ops.target_logprob(*catalog(), backend=backend),
@@ -61,9 +79,10 @@ CALLS = {
     "target_rank": lambda backend: ops.target_rank(*catalog(), backend=backend),
     "target_ranks": lambda backend: ops.target_ranks(*catalog(), excluded(), backend=backend),
 }
-DIFFERENTIABLE = [name for name in CALLS if not name.startswith(("topk", "target_rank"))]
+RANKED = ("topk", "target_rank", "target_ranks")
+DIFFERENTIABLE = [name for name in CALLS if name not in (*RANKED, "initial_state")]
 # Public op -> its backend on a GPU.
-KERNELS = {name: "triton" if name in DIFFERENTIABLE else "cuda" for name in CALLS}
+KERNELS = {name: "cuda" if name in RANKED else "triton" for name in CALLS}
 
 
 def test_every_op_is_watched():
@@ -87,9 +106,20 @@ def test_a_depth_on_the_cpu_is_not_waited_for(output, launched):
         out = recurrence("triton", torch.tensor([3, 1]), output)
         assert len(out) == {"last": 2, "steps": 4, "tokens": P}[output]
         out.sum().backward()
-    assert launched.count("recurrence_forward") == 1 + 3
+    # The forward makes a plan, and the backward takes two launches a step.
+    assert [launched.count(name) for name in ("plan", "recurrence_forward", "step_backward")] == [1, 1, 3]
     with FakeDevice(), pytest.raises(AssertionError, match="waits for the device"):
         recurrence("triton", to_fake_device(torch.tensor([3, 1])), output)
+
+
+@pytest.mark.parametrize("output", ["last", "steps", "tokens"])
+@pytest.mark.parametrize("backend", ["triton", "layers"])
+def test_with_a_bound_a_depth_on_the_device_is_not_waited_for(backend, output, launched):
+    with FakeDevice():
+        out = recurrence(backend, to_fake_device(torch.tensor([3, 1])), output, deepest=4)
+        assert len(out) == {"last": 2, "steps": 8, "tokens": P}[output]
+        out.sum().backward()
+    assert launched.count("step_backward" if backend == "triton" else "attention_backward_query") == 4
 
 
 @pytest.mark.parametrize("output", ["last", "steps", "tokens"])
@@ -115,7 +145,7 @@ def moved(model):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("each", [False, True])
 def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, launched, monkeypatch):
-    """Lengths, depths and rows are on the CPU."""
+    """Lengths and depths are on the CPU. Keys and rows are integers and on the CPU, or both are on the device."""
     monkeypatch.setattr(_native, "available", lambda: (False, "its loader is a stand-in here"))
     config = LARESConfig(n_items=N, hidden_size=64, n_heads=H, inner_size=64, max_len=6, dropout=0.2)
     model = moved(LARES(config, backend="triton")).train()
@@ -124,7 +154,11 @@ def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, laun
     if packed:
         items, sizes = Sequences.from_padded(items, lengths)
     depth = torch.tensor([3, 1, 2]) if each else 3
-    passes = tuple(reference.Pass(depth, Draw((1, i), rows)) for i in range(3))
+    draws = [Draw((1, i), rows) for i in range(3)]
+    if packed:
+        seeds = [seed_of(draw.key, torch.device("cpu")) for draw in draws]
+        draws = [Draw(to_fake_device(seed), to_fake_device(rows)) for seed in seeds]
+    passes = tuple(reference.Pass(depth, draw) for draw in draws)
     with FakeDevice():
         sequences = (to_fake_device(items), sizes)
         loss = reference.spt_loss(
@@ -132,7 +166,8 @@ def test_a_training_step_of_the_whole_model_waits_for_nothing(packed, each, laun
         ).total
         loss.backward()
         model.eval().encode(*sequences, num_steps=depth)
-    assert {"recurrence_forward", "softmax_backward_items", "attention_half_backward"} <= set(launched)
+    assert {"recurrence_forward", "softmax_backward_items", "step_backward"} <= set(launched)
+    assert {"initial_state", "embedding_forward", "embedding_backward_rows", "embedding_backward_sums"} <= set(launched)
     assert all(parameter.grad is not None for name, parameter in model.named_parameters())
 
 
@@ -153,7 +188,7 @@ def test_a_step_of_the_second_phase_waits_for_nothing(reward, scores, each, laun
         loss = reference.rpt_loss(model.train(), frozen.eval().requires_grad_(False), *batch, group, group, **how)
         loss.total.backward()
     assert all(part.device == DEVICE for part in loss)
-    assert {"recurrence_forward", "softmax_forward", "softmax_backward_items", "attention_half_backward"} <= set(launched)
+    assert {"recurrence_forward", "softmax_forward", "softmax_backward_items", "step_backward"} <= set(launched)
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in frozen.parameters())
 
@@ -178,7 +213,7 @@ def test_a_recommendation_waits_for_nothing(packed, similarity, launched, monkey
 
 
 def test_a_pad_within_a_sequence_on_a_device_gives_nan_and_waits_for_nothing():
-    model = moved(LARES(LARESConfig.preset("tiny", n_items=N)))
+    model = moved(LARES(LARESConfig.preset("tiny", n_items=N), backend="reference"))
     items, offsets = torch.tensor([5, 0, 6, 7]), torch.tensor([0, 4])
     with FakeDevice(), torch.no_grad():
         x = model._input(Sequences(to_fake_device(items), offsets), None)
@@ -202,11 +237,27 @@ def test_masks_and_noise_are_drawn_where_their_rows_are():
         "attention": lambda draw: draw.attention(torch.ones(3, 2, 5, 5, device=draw.rows.device), 0.5, step=2, layer=0),
         "state": lambda draw: draw.initial_state(draw.rows, draw.rows * 0, 12),
     }
+    seed = to_fake_device(seed_of((3, 4), torch.device("cpu")))
     for call in calls.values():
-        with FakeDevice():
-            there = call(Draw((3, 4), to_fake_device(rows)))
-        assert there.device == DEVICE
-        assert torch.equal(there.inner, call(Draw((3, 4), rows)))
+        for key in ((3, 4), seed):
+            with FakeDevice():
+                there = call(Draw(key, to_fake_device(rows)))
+            assert there.device == DEVICE
+            assert torch.equal(there.inner, call(Draw((3, 4), rows)))
+
+
+def test_a_key_on_a_device_is_not_copied():
+    seed = to_fake_device(seed_of((3, 4), torch.device("cpu")))
+    with FakeDevice():
+        assert Draw(seed, torch.arange(3)).seed(DEVICE) is seed
+
+
+def test_noise_is_drawn_where_a_key_on_a_device_is():
+    """The rows of a batch may be on the CPU."""
+    rows, seed = torch.arange(3), seed_of((3, 4), torch.device("cpu"))
+    with FakeDevice():
+        there = Draw(to_fake_device(seed), rows).initial_state(rows, rows * 0, 12)
+    assert torch.equal(there.inner, Draw(seed, rows).initial_state(rows, rows * 0, 12))
 
 
 def test_waiting_and_mixing_are_noticed():
@@ -228,9 +279,13 @@ def compiled_calls():
     query = torch.randn(P, H, D // H)
     hidden, items, target = torch.randn(B, D), torch.randn(N, D), torch.tensor([1, 69, 5])
     exclude = (torch.tensor([0, 1, 1, 3]), torch.tensor([7, 8, 2]))
+    tables = torch.randn(N, D), torch.randn(5, D), torch.randn(D), torch.randn(D)
+    seed, places = seed_of((1, 2), torch.device("cpu")), torch.arange(1, P + 1)
     weights = list(reference.Recurrence(LARESConfig(n_items=9, hidden_size=D, n_heads=H, inner_size=32)).parameters())
     return {
         "attention": (lambda q, o: ops.attention(q, q, q, o, 5, draw=draw, dropout=0.2), (query, offsets)),
+        "embedding": (lambda o, *x: ops.embedding(places, o, *x, draw=Draw(seed, draw.rows), dropout=0.2), (offsets, *tables)),
+        "initial_state": (lambda o: ops.initial_state(Draw(seed, draw.rows), o, P + 2, D), (offsets,)),
         "recurrence": (
             lambda h, o: ops.recurrence(h, o, weights, n_heads=H, pre=h, depth=2),
             (torch.randn(P, D), torch.tensor([0, 4, 6, 9])),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lares_fast import _random
+from lares_fast._errors import InputError
 from lares_fast._random import Draw
 
 # Known answers of Philox4x32-10 from the Random123 distribution: counter, key, result.
@@ -40,6 +41,32 @@ def test_a_seed_holds_a_key(key):
     assert tuple((int(k0), int(k1)) for k0, k1 in rounds) == _random.RoundKeys.of_key(key).pairs
     counter = (1, 2, 3, 4)
     assert tuple(map(int, _random.philox(counter, _random.RoundKeys.of_seed(seed)))) == _random.philox(counter, key)
+
+
+def test_a_draw_takes_its_key_in_a_tensor():
+    """The numbers are those of the integers, and the same tensor is the seed of the ops."""
+    key, rows = (7, 2**32 - 9), torch.tensor([3, 70_000])
+    seed = _random.seed_of(key, torch.device("cpu"))
+    plain, tensor = Draw(key, rows), Draw(seed, rows)
+    assert tensor.seed(rows.device) is seed
+    assert torch.equal(plain.seed(rows.device), seed)
+    x, weights = torch.randn(2, 5, 70), torch.randn(2, 3, 19, 19)
+    for call in (
+        lambda draw: draw.hidden(x, 0.3, site=2, step=3, layer=1),
+        lambda draw: draw.attention(weights, 0.3, step=3, layer=1),
+        lambda draw: draw.initial_state(draw.rows[:, None], torch.arange(5), 30),
+        lambda draw: _random.keep_hidden_at(draw.key, 9, site=0, step=0, layer=0, rows=rows, positions=rows, width=64),
+    ):
+        assert torch.equal(call(tensor), call(plain))
+
+
+def test_a_key_in_a_tensor_is_not_a_generator():
+    draw = Draw(_random.seed_of((1, 2), torch.device("cpu")), torch.arange(1))
+    with pytest.raises(InputError, match="a draw whose key is a tensor has no generator: give num_steps"):
+        draw.generator()
+    for wrong in (torch.zeros(2, dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.zeros(1)):
+        with pytest.raises(InputError, match=r"draw\.key must be two integers or int64"):
+            Draw(wrong, torch.arange(1)).seed(torch.device("cpu"))
 
 
 def word(key, c0, c1, c2, c3, which):

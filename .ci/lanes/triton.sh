@@ -20,6 +20,7 @@ lane_rehearsal() {
 lane_gpu_commands() {
     python -m pytest -q -m compiled --durations=5 tests/cli
     python -m pytest -q -m gpu -rs tests/test_gpu.py
+    python -m lares_fast gpu-bench --rehearse --out "$TMPDIR/bench"
 }
 
 lane_triton_stub() {

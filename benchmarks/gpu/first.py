@@ -5,7 +5,7 @@
     python benchmarks/gpu/first.py --out DIR --only speed:recurrence      # rows, steps or groups by name
     python benchmarks/gpu/first.py --out DIR --rehearse                   # on the CPU, with the installed package
 
-Every result is written to the folder at once, in results.json, speed.jsonl, build.log and logs.txt. The last file is table.txt.
+Every result is written to the folder at once, in results.json, build.log and logs.txt. The last file is table.txt.
 The exit code is 0 if every chosen step and row passed or was skipped. This process itself does not use the GPU.
 """
 
@@ -23,10 +23,35 @@ import threading
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # This folder stays between calls, so that a second call compiles nothing again.
 WORK = Path(tempfile.gettempdir()) / "lares_fast-gpu"
+# The rows of lares-fast gpu-bench that this run measures, the most valuable rows first. Here their names begin with "speed:".
+ROWS = (
+    "ceilings",
+    "topk:B256-N1M-K100",
+    "recurrence:fp32-B2048",
+    "recurrence:bf16-B2048",
+    "recurrence:bf16-B1024-gradients",
+    "cross_entropy:fp32-N24588",
+    "cross_entropy:bf16-N24588",
+    "spt_step:fp32",
+    "rpt_step:fp32",
+    "target_rank:B256-N1M",
+    "topk:B256-N24588-K100",
+    "topk:B1-N1M-K100",
+    "attention:L50-full",
+    "attention:L20-instruments",
+    "evaluation",
+    "cross_entropy:bf16-N1M",
+    "recurrence:bf16-B2048-full",
+    "recurrence:bf16-B256",
+    "recurrence:fp32-B1024-gradients",
+    "spt_step:bf16",
+    "rpt_step:bf16",
+    "rows_per_second",
+)
+ROW = "speed:"
 # Seconds after the start at which each phase must end.
 UNTIL = {"build": 100, "checks": 220, "speed": 390}
 # Seconds for the table at the end.
@@ -179,13 +204,28 @@ def machine_failed(found):
     return any(found[name]["status"] in ("failed", "hung") for name in FIRST if name in found)
 
 
-def speed(names, out, seconds, rehearse):
-    """Run the rows ``names`` in a new process, which writes them into the report."""
-    from lares_fast.verify.process import run_command
+def speed(names, report, out, end, rehearse):
+    """Run the rows ``names`` until ``end``, alone on the GPU, and put their results into ``report``."""
+    from lares_fast.gpu_bench import bench, rows
 
-    command = [sys.executable, "-P", str(HERE / "speed.py"), "--out", str(out), "--seconds", f"{seconds:.0f}", "--only", *names]
-    with (out / "logs.txt").open("a") as log:
-        run_command([*command, *(["--rehearse"] if rehearse else [])], seconds=seconds + 5, out=log, log=log)
+    listener = bench.Listener(
+        machine=lambda machine: None,
+        begin=lambda name: report.put(f"{ROW}{name}", {"status": "begun"}),
+        stage=lambda what: None,
+        end=lambda name, result: report.put(f"{ROW}{name}", {"title": rows.ROWS[name].title, **result}),
+    )
+    how = bench.Bench(out / "logs.txt", rehearse=rehearse, end=end)
+    how.run({name: rows.ROWS[name] for name in names}, listener)
+
+
+def tables(found):
+    """Return the table of the steps, and the table of the rows with their times."""
+    from lares_fast.gpu_bench import table
+    from lares_fast.verify import gpu_report
+
+    rows = {name.removeprefix(ROW): one for name, one in found.items() if name.startswith(ROW)}
+    steps = gpu_report.table({name: one for name, one in found.items() if not name.startswith(ROW)})
+    return f"{steps}\n\n{table.text_of({}, rows)}"
 
 
 def heading(found, commit):
@@ -231,11 +271,9 @@ def main(argv=None):
     from lares_fast.verify import gpu_plan, gpu_report
     from lares_fast.verify.process import leaving_no_processes
 
-    sys.path.append(str(ROOT))
-    rows = importlib.import_module("benchmarks.gpu.speed").ROWS
     steps = gpu_plan.plan(rehearse=given.rehearse, quick=given.rehearse)
     try:
-        names = gpu_plan.chosen(given.only, ["build", *steps, *rows])
+        names = gpu_plan.chosen(given.only, ["build", *steps, *(f"{ROW}{name}" for name in ROWS)])
         before = gpu_report.read(Path(given.only[1])) if given.only and given.only[0] == "failed" else {}
     except InputError as error:
         sys.exit(f"first.py: {error}")
@@ -257,12 +295,11 @@ def main(argv=None):
         chosen = {name: step for name, step in steps.items() if name == "machine" or name in names}
         jobs = given.jobs or (2 if given.rehearse else 10)
         checks(chosen, report, built, rehearse=given.rehearse, jobs=jobs, began=began, ends=ends)
-        left = began + ends["speed"] - time.monotonic()
-        chosen_rows = [name for name in names if name in rows]
-        if chosen_rows and left > 0 and not machine_failed(report.found):
-            speed(chosen_rows, given.out, left, given.rehearse)
-    found = gpu_report.read(report.path)
-    text = f"{heading(found, given.commit or checked_out())}\n\n{gpu_report.table(found)}\n"
+        chosen_rows = [name for name in ROWS if f"{ROW}{name}" in names]
+        if not machine_failed(report.found):
+            speed(chosen_rows, report, given.out, began + ends["speed"], given.rehearse)
+    found = report.found
+    text = f"{heading(found, given.commit or checked_out())}\n\n{tables(found)}\n"
     (given.out / "table.txt").write_text(text)
     with (given.out / "logs.txt").open("a") as logs:
         logs.writelines(f"\n== {name}\n{one['log']}\n" for name, one in found.items() if "log" in one)

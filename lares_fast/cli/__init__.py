@@ -24,6 +24,7 @@ _COMMANDS = {
     "warmup": ("warmup", "compile the GPU kernels for the published model sizes and self-test them"),
     "tune": ("tune", "benchmark launch settings on this GPU and store the fastest"),
     "gpu-day": ("gpu_day", "run all GPU checks and write one report"),
+    "gpu-bench": ("gpu_bench", "measure the speed on this GPU against the best rivals in PyTorch"),
     "doctor": ("doctor", "show what is installed, what was built and which backends run"),
 }
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     The code is 0 for success, 2 for an error that the user can correct, and 130 for an interrupted run. It is 1 if a check
-    of ``report``, ``warmup`` or ``gpu-day`` failed, and if the reader of the output closed the pipe.
+    of ``report``, ``warmup`` or ``gpu-day`` or a row of ``gpu-bench`` failed, and if the reader of the output closed the pipe.
     """
     _settings.set_passive_omp()
     try:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from lares_fast._device import Choice
 
 Event = dict[str, Any]
 
@@ -27,6 +31,22 @@ def with_flag(text: str, setting: str, flag: str = "--set {name}={value}") -> st
     """
     name, _, value = setting.partition("=")
     return f"{text.rstrip('.')} ({flag.format(name=name, value=value or 'VALUE')})."
+
+
+def device_text(choice: Choice) -> str | None:
+    """Return a line about the device that is used, or ``None`` if the machine has no GPU."""
+    if choice.device.type != "cpu" or choice.refused:
+        return f"device   {choice.device}, because {choice.reason}"
+    return None
+
+
+def add_device_argument(parser: ArgumentParser, default: str | None = "auto") -> None:
+    """Add the argument ``--device``."""
+    parser.add_argument(
+        "--device",
+        default=default,
+        help="auto, cpu, cuda or cuda:N (default: auto, the first GPU whose kernels pass their self-test, else the CPU)",
+    )
 
 
 def counted(number: int, noun: str) -> str:
@@ -67,7 +87,8 @@ def _means_text(means: dict[str, float], waited: float | None, users_per_s: floa
     return " ".join(parts)
 
 
-def _clock(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
+    """Return a time such as ``4:05`` or ``1:04:05``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -131,7 +152,7 @@ class Console:
         if now - self._began < patience:
             return
         moved = done - self._first
-        left = _clock((now - self._began) * (total - done) / moved) if moved > 0 else "?"
+        left = clock_text((now - self._began) * (total - done) / moved) if moved > 0 else "?"
         if now - self._shown >= self._bar.interval:
             self._shown = now
             self._bar.show(what, done, total, text, left)

@@ -14,6 +14,8 @@ import numpy
 import torch
 
 from lares_fast import LARESConfig, __version__, _native, _settings, explain, reference
+from lares_fast._device import choose
+from lares_fast._random import Draw
 from lares_fast.cli.console import counted
 from lares_fast.verify import tuning
 
@@ -55,6 +57,7 @@ def diagnose() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
         "gpu": _gpu(),
+        "device": _chosen_device(),
         "build": _native.build_info(),
         "capability": _native.capability(),
         "tuned": _tuned_calls(),
@@ -71,16 +74,30 @@ def _gpu() -> str:
     return f"{name}, compute capability {major}.{minor}, torch built for CUDA {torch.version.cuda}"
 
 
+def _chosen_device() -> str:
+    """Return the device that ``auto`` takes, and why."""
+    choice = choose("auto")
+    return f"auto takes {choice.device}, because {choice.reason}"
+
+
+def _can_allocate() -> bool:
+    """Return whether a GPU gives this process memory. Otherwise the line about the device says why not."""
+    try:
+        return torch.cuda.is_available() and torch.empty(1, device="cuda").is_cuda
+    except (RuntimeError, AssertionError):
+        return False
+
+
 def _tuned_calls() -> list[str]:
     """Return the calls that use launch settings from ``lares-fast tune``."""
-    if not torch.cuda.is_available():
+    if not _can_allocate():
         return []
     return sorted(tuning.of_device(torch.device("cuda", torch.cuda.current_device())))
 
 
 def _ops() -> dict[str, str]:
     """Return the text of ``explain`` for a small example of each op, on the CPU and on the GPU if there is one."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = ["cpu", *(["cuda"] if _can_allocate() else [])]
     weights = [weight.detach() for weight in reference.Recurrence(LARESConfig.preview()).parameters()]
     texts: dict[str, str] = {}
     for device in devices:
@@ -90,6 +107,8 @@ def _ops() -> dict[str, str]:
         calls: dict[str, tuple[Any, ...]] = {
             "recurrence": (query, offsets, [weight.to(device) for weight in weights]),
             "attention": (heads, heads, heads, offsets, 4),
+            "embedding": (1 + target, offsets, items, query, query[0], query[0]),
+            "initial_state": (Draw((0, 0), target[:1]), offsets, 4, 64),
             "linear_cross_entropy": (query, items, target),
             "topk": (query, items, 10),
             "target_rank": (query, items, target),
@@ -103,6 +122,7 @@ def _text(report: dict[str, Any]) -> str:
     cpu, build = report["cpu"], report["build"]
     lines.append(f"{'cpu':<12} {cpu['capability']}, {counted(cpu['cores'], 'core')}, {counted(cpu['threads'], 'torch thread')}")
     lines.append(f"{'gpu':<12} {report['gpu']}")
+    lines.append(f"{'device':<12} {report['device']}")
     lines.append(f"{'native':<12} {'built' if build['native'] else build['reason']}")
     archs = ", ".join(build.get("cuda_archs", ()))
     cuda = (

@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from lares_fast._device import choose
 from lares_fast._errors import InputError, require
-from lares_fast.cli.console import Console, counted, notice, with_flag
+from lares_fast.cli.console import Console, add_device_argument, counted, device_text, notice, with_flag
 from lares_fast.cli.inputs import open_log
 from lares_fast.data import InteractionLog
 from lares_fast.data.readers import FORMATS
@@ -56,11 +57,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--keep-seen", action="store_true", help="also recommend items that are in the history")
     parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: the setting of the run)")
     parser.add_argument("--batch-size", metavar="N", type=int, default=256, help="histories in a batch (default: 256)")
+    add_device_argument(parser)
 
 
 def command(arguments: Namespace) -> int:
     """Run ``recommend``."""
-    recommender, about = load_about(arguments.run)
+    choice = choose(arguments.device)
+    recommender, about = load_about(arguments.run, choice.device)
     if not 1 <= arguments.k <= len(recommender.item_ids):
         raise InputError(f"--k must be in 1..{len(recommender.item_ids)}, the number of items, but got {arguments.k}.")
     if arguments.steps is not None and arguments.steps < 1:
@@ -70,6 +73,8 @@ def command(arguments: Namespace) -> int:
     if arguments.output and arguments.output.suffix not in (".csv", ".parquet"):
         raise InputError(f"--output {arguments.output} must end in .csv or .parquet.")
     with Console(sys.stderr) as console:
+        if (text := device_text(choice)) is not None:
+            console.say(text)
         users, total, user_kind = _users(arguments, recommender, about, console)
         counts = {"users": 0, "unknown": 0, "empty": 0}
         began = time.monotonic()
@@ -125,6 +130,8 @@ def _with_own_flag(error: InputError) -> InputError:
     """Return ``error`` with the flag of this command that changes its setting, because this command has no --set."""
     setting = (error.setting or "").removeprefix("data.")
     name = setting.partition("=")[0]
+    if name == "batch_size":
+        return InputError(with_flag(str(error), setting, "--batch-size {value}"))
     if name == "format":
         return InputError(with_flag(str(error), setting, "--format {value}"))
     if name in _ROLES:
@@ -212,13 +219,16 @@ def _recommend(
     recommender: Recommender, chunk: list[tuple[Any, list[Any]]], arguments: Namespace, counts: dict[str, int]
 ) -> list[Line]:
     """Return the lines of the users in ``chunk``, and add their numbers to ``counts``."""
-    found = recommender.recommend(
-        [history for _, history in chunk],
-        arguments.k,
-        exclude_seen=not arguments.keep_seen,
-        num_steps=arguments.steps,
-        batch_size=arguments.batch_size,
-    )
+    try:
+        found = recommender.recommend(
+            [history for _, history in chunk],
+            arguments.k,
+            exclude_seen=not arguments.keep_seen,
+            num_steps=arguments.steps,
+            batch_size=arguments.batch_size,
+        )
+    except InputError as error:
+        raise _with_own_flag(error) from None
     counts["users"] += len(chunk)
     counts["unknown"] += found.unknown
     counts["empty"] += len(found.empty)

@@ -21,7 +21,7 @@ from lares_fast.train.files import write_text
 # (source, dotted key, value). The source is the name of a file or an argument. Errors show it.
 Setting = tuple[str, str, Any]
 
-_TOP = ("seed", "checkpoint_minutes")
+_TOP = ("seed", "checkpoint_minutes", "device", "precision")
 _PRESETS = Path(__file__).parent / "configs"
 _FEATURE = "reading settings"
 
@@ -186,7 +186,7 @@ def _run_config(settings: list[Setting]) -> RunConfig:
     try:
         return RunConfig(**{**built, **values})
     except InputError as error:
-        raise InputError(f"{origin.get('checkpoint_minutes', '')}: {error}".removeprefix(": ")) from None
+        raise InputError(f"{origin.get(str(error.setting), '')}: {error}".removeprefix(": ")) from None
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -265,4 +265,6 @@ def _parser() -> Any:
         parser.add_class_arguments(kind, name, skip={"n_items"} if name == "model" else None)
     parser.add_argument("--seed", type=int, default=RunConfig.seed)
     parser.add_argument("--checkpoint_minutes", type=float, default=RunConfig.checkpoint_minutes)
+    parser.add_argument("--device", type=str, default=RunConfig.device)
+    parser.add_argument("--precision", type=str, default=RunConfig.precision)
     return parser

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 
 from lares_fast import __version__, _native, _settings
+from lares_fast._device import choose
 from lares_fast._errors import InputError, MissingExtraError
 from lares_fast.cli import settings, tensorboard
-from lares_fast.cli.console import Console, Event, counted, indented, notice
+from lares_fast.cli.console import Console, Event, add_device_argument, counted, device_text, indented, notice
 from lares_fast.cli.inputs import log_label, open_log, split_log
 from lares_fast.cli.plots import save_curves
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
 from lares_fast.data import InteractionLog, Split
 from lares_fast.train import Interrupted, RunConfig, Trainer
-from lares_fast.train.config import PHASES
+from lares_fast.train.config import PHASES, PRECISIONS
 
 _REDRAW_SECONDS = 60
 
@@ -38,6 +39,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", metavar="PATH", help="interaction log; without it, a synthetic log is made")
     parser.add_argument("--phase", choices=(*PHASES, "both"), default="both", help="phases to run (default: both)")
     settings.add_set_argument(parser)
+    add_device_argument(parser, default=None)
+    parser.add_argument("--precision", choices=PRECISIONS, help="fp32, or on a GPU bf16 (default: the setting, fp32)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/<data>-<config>-seed<seed>)")
     parser.add_argument("--resume", metavar="DIR", type=Path, help="continue the interrupted run in this folder")
     parser.add_argument("--start-from", metavar="DIR", type=Path, help="start a new run from the phase 1 model of this run")
@@ -78,7 +81,12 @@ def _config_and_folder(arguments: Namespace) -> tuple[RunConfig, Path]:
         raise InputError(f"{source} does not exist: give --resume the folder of a run.")
     config = settings.build(source, arguments.assignments)
     path = arguments.data or config.data.path
-    config = replace(config, data=replace(config.data, path=None if path is None else str(Path(path).absolute())))
+    config = replace(
+        config,
+        data=replace(config.data, path=None if path is None else str(Path(path).absolute())),
+        device=arguments.device or config.device,
+        precision=arguments.precision or config.precision,
+    )
     name = Path(arguments.config).stem if arguments.config else "instruments"
     return config, arguments.resume or arguments.out or Path("runs") / f"{log_label(config.data)}-{name}-seed{config.seed}"
 
@@ -98,6 +106,8 @@ def train(
     start_tensorboard = tensorboard.listener(out / "tensorboard") if use_tensorboard else None
     with Console() as console:
         console.say(header(config.seed))
+        if (text := device_text(choose(config.device))) is not None:
+            console.say(f"{text}; precision {config.precision}")
         log = open_log(config.data, progress=partial(console.progress, "reading"))
         split = split_log(config.data, log)
         if config.data.path is None:

@@ -12,7 +12,7 @@ from lares_fast.cli.settings import build
 from lares_fast.config import LARESConfig
 from lares_fast.train.config import RunConfig
 from lares_fast.verify import launch_search, tuning
-from lares_fast.verify.comparison import DTYPES, ops_with_triton
+from lares_fast.verify.comparison import DTYPES
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -21,7 +21,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--hidden-size", type=int, metavar="D", help="override hidden_size")
     parser.add_argument("--heads", type=int, metavar="H", help="override n_heads")
     parser.add_argument("--longest", type=int, metavar="L", help="override max_len, the number of items of a sequence")
-    parser.add_argument("--op", action="append", choices=ops_with_triton(), help="tune only this op; repeatable (default: all)")
+    parser.add_argument(
+        "--op", action="append", choices=list(tuning.KERNELS), help="tune only this op; repeatable (default: all)"
+    )
     parser.add_argument(
         "--dtype", action="append", choices=list(DTYPES), help="tune this dtype; repeatable (default: float32 and bfloat16)"
     )
@@ -40,7 +42,7 @@ def command(arguments: Namespace) -> int:
     given = {name: value for name, value in flags.items() if value is not None}
     model = LARESConfig.preview(**{**config.model, **given})
     device = torch.device("cuda", torch.cuda.current_device())
-    for op in arguments.op or ops_with_triton():
+    for op in arguments.op or tuning.KERNELS:
         for dtype in arguments.dtype or ["float32", "bfloat16"]:
             result = launch_search.tune(op, DTYPES[dtype], device, model, config.spt.batch_size, notice)
             print(f"{op} {dtype}: {result}", flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,7 +18,35 @@ from lares_fast.sequences import Sequences
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class Inputs:
+    """S packed sequences ``items`` [P] and ``offsets`` [S + 1], and ``target`` [B], the next item of the first B of them.
+
+    The fields are int64 tensors, as in :class:`Batch`.
+    """
+
+    items: Tensor
+    offsets: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @property
+    def sequences(self) -> Sequences:
+        """The packed sequences of the rows, for ``model.encode(*batch.sequences)``."""
+        return Sequences(self.items, self.offsets)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on ``device``. Copies from pinned memory do not wait."""
+        return type(self)(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def pin_memory(self) -> Self:
+        """Return a copy in page-locked memory. This needs a CUDA device."""
+        return type(self)(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(Inputs):
     """B rows of a :class:`Rows`. Every field is an int64 tensor.
 
     ``items``
@@ -33,27 +61,33 @@ class Batch:
         [B] index of the user.
     """
 
-    items: Tensor
-    offsets: Tensor
-    target: Tensor
     rows: Tensor
     users: Tensor
 
-    def __len__(self) -> int:
-        return len(self.target)
 
-    @property
-    def sequences(self) -> Sequences:
-        """The packed sequences of the rows, for ``model.encode(*batch.sequences)``."""
-        return Sequences(self.items, self.offsets)
+@dataclass(frozen=True, eq=False)
+class Places:
+    """The places of S packed sequences in a log. A device that has the log makes :class:`Inputs` of them.
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Return a copy on ``device``. Copies from pinned memory do not wait."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+    ``starts``
+        [S] int64: the position in ``log.items`` of the first item of each sequence.
+    ``offsets``
+        [S + 1] int64, as in :class:`Inputs`.
+    ``n_tokens, n_targets``
+        P, the number of items of all sequences, and B, the number of sequences whose next item is wanted.
+    """
 
-    def pin_memory(self) -> Batch:
-        """Return a copy in page-locked memory. This needs a CUDA device."""
-        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+    starts: Tensor
+    offsets: Tensor
+    n_tokens: int
+    n_targets: int
+
+    def inputs(self, log: InteractionLog) -> Inputs:
+        """Return the items of ``log`` at these places, on the CPU."""
+        starts, lengths = self.starts.numpy(), self.offsets.diff().numpy()
+        items, _ = log.events(starts, starts + lengths)
+        target = log.items[(starts + lengths)[: self.n_targets]].astype(np.int64)
+        return Inputs(torch.from_numpy(items), self.offsets, torch.from_numpy(target))
 
 
 def make_batch(log: InteractionLog, rows: Rows, index: Tensor | NDArray[Any], max_len: int) -> Batch:
@@ -66,6 +100,11 @@ def make_batch(log: InteractionLog, rows: Rows, index: Tensor | NDArray[Any], ma
     items, offsets = log.events(np.maximum(log.offsets[users], ends - max_len), ends)
     target = log.items[ends].astype(np.int64)
     return Batch(*map(torch.from_numpy, (items, offsets, target, chosen.copy(), users)))
+
+
+def input_lengths(log: InteractionLog, rows: Rows, max_len: int) -> NDArray[np.int64]:
+    """Return the number of items of the input of each row, [R] int64."""
+    return np.minimum(rows.ends - log.offsets[rows.users], max_len)
 
 
 def epoch_order(n_rows: int, key: _random.Key) -> Tensor:

@@ -7,7 +7,9 @@ they read it, so the native backends call ``check_values`` only after an error, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -116,7 +118,10 @@ class TargetRankCall(CatalogCall):
 
 @dataclass(frozen=True)
 class SoftmaxCall(Call):
-    """The arguments that the softmax over a catalog and its gradients share: hidden [..., D], items [N, D], target [...]."""
+    """The arguments that the softmax over a catalog and its gradients share: hidden [..., D], items [N, D], target [...].
+
+    If ``items`` has three dimensions, there are J catalogs: hidden [J, M, D], items [J, N, D] and target [J, M].
+    """
 
     hidden: Tensor
     items: Tensor
@@ -124,19 +129,24 @@ class SoftmaxCall(Call):
     _: KW_ONLY
     scale: float = 1.0
     skip_pad: bool = False
+    bf16: bool = False
     backend: str | None = None
 
     def __post_init__(self) -> None:
         hidden, items, target = self.hidden, self.items, self.target
         object.__setattr__(self, "scale", number("scale", self.scale))
         object.__setattr__(self, "skip_pad", bool(self.skip_pad))
+        object.__setattr__(self, "bf16", bool(self.bf16))
         for name, value in (("hidden", hidden), ("items", items), ("target", target)):
             check_dense(name, value)
         if hidden.dim() < 1 or not hidden.dtype.is_floating_point:
             raise InputError(f"hidden must be a floating-point [..., D], but got {hidden.dtype} {list(hidden.shape)}.")
-        if items.dim() != 2 or items.shape[1] != hidden.shape[-1] or items.shape[0] < 1 + self.skip_pad:
+        D = hidden.shape[-1]
+        batched = items.dim() == 3 and items.shape[0] == hidden.shape[0] and hidden.dim() == 3
+        if not (batched or items.dim() == 2) or items.shape[-1] != D or items.shape[-2] < 1 + self.skip_pad:
             least = "at least 2 rows with skip_pad" if self.skip_pad else "at least 1 row"
-            raise InputError(f"items must be [N, {hidden.shape[-1]}] like hidden, with {least}, but got {list(items.shape)}.")
+            wanted = f"[N, {D}] or [{hidden.shape[0]}, N, {D}]" if hidden.dim() == 3 else f"[N, {D}]"
+            raise InputError(f"items must be {wanted} like hidden, with {least}, but got {list(items.shape)}.")
         if items.dtype != hidden.dtype or items.device != hidden.device:
             raise InputError(
                 f"items must be {hidden.dtype} on {hidden.device} like hidden, but got {items.dtype} on {items.device}."
@@ -149,9 +159,16 @@ class SoftmaxCall(Call):
         if not _LOWEST_SCALE <= self.scale <= _HIGHEST_SCALE:
             raise InputError(f"scale must be a positive number in 2^-100..2^100, but got {self.scale}.")
 
+    def rounded(self) -> Self:
+        """Return the call on operands that are rounded as ``bf16`` says, in the dtype that they have."""
+        if not self.bf16:
+            return self
+        hidden, items = (x.bfloat16().to(x.dtype) for x in (self.hidden, self.items))
+        return replace(self, hidden=hidden, items=items, bf16=False)
+
     def check_values(self) -> None:
         """Raise :class:`InputError` unless all targets are items of the softmax; targets on a GPU are not read."""
-        check_ids("target", self.target, int(self.skip_pad), self.items.shape[0])
+        check_ids("target", self.target, int(self.skip_pad), self.items.shape[-2])
 
 
 @dataclass(frozen=True)
@@ -162,25 +179,50 @@ class LogprobCall(SoftmaxCall):
 
     _: KW_ONLY
     ties: str | None = None
+    ranked: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ties is not None:
             check_ties(self.ties)
+        if self.ranked is not None:
+            object.__setattr__(self, "ranked", whole("ranked", self.ranked))
+            if not 0 <= self.ranked <= self.target.numel():
+                raise InputError(f"ranked must be in 0..{self.target.numel()}, the number of rows, but got {self.ranked}.")
+
+    def counted(self) -> int:
+        """Return the number of rows that get a rank. They are the first ones."""
+        if self.ties is None:
+            return 0
+        return self.target.numel() if self.ranked is None else self.ranked
 
     def rows(self) -> Self:
-        """Return the call with hidden [M, D] and target [M]."""
-        if self.hidden.dim() == 2:
+        """Return the call with hidden [M, D] and target [M], or the call itself if it has J catalogs."""
+        if self.hidden.dim() == 2 or self.items.dim() == 3:
             return self
         return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1]), target=self.target.reshape(-1))
+
+    def parts(self) -> Iterator[tuple[slice, Self]]:
+        """Yield the calls of parts of the rows, and the place of each part among all rows.
+
+        A part has one catalog, and either all of its rows get a rank or none.
+        """
+        hidden, target = self.hidden.reshape(-1, self.hidden.shape[-1]), self.target.reshape(-1)
+        count, counted = len(target), self.counted()
+        size = self.target.shape[-1] if self.items.dim() == 3 else count
+        for start, end in pairwise(sorted({counted, *range(0, count + 1, max(1, size))})):
+            items = self.items[start // size] if self.items.dim() == 3 else self.items
+            ties = self.ties if start < counted else None
+            rows = slice(start, end)
+            yield rows, replace(self, hidden=hidden[rows], items=items, target=target[rows], ties=ties, ranked=None)
 
 
 @dataclass(frozen=True)
 class LogprobBackwardCall(SoftmaxCall):
-    """The arguments of the gradients of ``target_logprob``, with hidden [M, D] and target [M].
+    """The arguments of the gradients of ``target_logprob``, with hidden [M, D] and target [M], or with J catalogs.
 
-    ``grad`` [M] is the gradient of the log-probabilities, and ``lse`` [M] is the log-sum-exp of the forward, in fp64.
-    ``need_hidden`` and ``need_items`` say which gradients are computed.
+    ``grad`` is the gradient of the log-probabilities, and ``lse`` is the log-sum-exp of the forward, in fp64. Both have the
+    shape of ``target``. ``need_hidden`` and ``need_items`` say which gradients are computed.
     """
 
     op: ClassVar[str] = "linear_cross_entropy_backward"
@@ -196,6 +238,13 @@ class LogprobBackwardCall(SoftmaxCall):
         _check_like(self.hidden, "hidden", "grad", self.grad, self.target.shape)
         if self.lse.dtype != torch.float64 or self.lse.shape != self.target.shape:
             raise InputError(f"lse must be torch.float64 {list(self.target.shape)}, but got {self.lse.dtype}.")
+
+    def each(self) -> list[Self]:
+        """Return a call for each catalog, with ``items`` [N, D]."""
+        if self.items.dim() == 2:
+            return [self]
+        names = ("hidden", "items", "target", "grad", "lse")
+        return [replace(self, **{name: getattr(self, name)[j] for name in names}) for j in range(len(self.items))]
 
 
 def check_ties(ties: object) -> None:

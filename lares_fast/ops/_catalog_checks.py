@@ -71,7 +71,7 @@ def native_obstacle(query: Tensor, items: Tensor, *, name: str = "query") -> str
         return f"it runs on the CPU, and {name} is on {query.device}"
     if query.dtype != torch.float32:
         return f"it takes float32, and {name} is {query.dtype}"
-    if items.shape[0] >= 2**31 - 1024:
-        return f"it takes fewer than 2^31 - 1024 items, and there are {items.shape[0]}"
+    if items.shape[-2] >= 2**31 - 1024:
+        return f"it takes fewer than 2^31 - 1024 items, and there are {items.shape[-2]}"
     built, reason = _native.available()
     return None if built else reason

@@ -17,15 +17,18 @@ def obstacle(call: SoftmaxCall) -> str | None:
 
 
 def forward(call: LogprobCall, threads: int | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities [M], the ranks [M] or ``None`` without ``call.ties``, and the log-sum-exp [M] in fp64.
+    """Return the log-probabilities, the ranks or ``None`` without ``call.ties``, and the log-sum-exp in fp64.
 
-    The number of threads changes no bit.
+    The results have the shape of ``target``, but the ranks are [``call.counted()``]. Neither the number of threads nor the
+    number of ranks changes a bit.
     """
-    rows = call.hidden.shape[0]
-    logprob, lse = call.hidden.new_empty(rows), call.hidden.new_empty(rows, dtype=torch.float64)
-    rank = None if call.ties is None else call.target.new_empty(rows)
-    _run("target_logprob", call, threads, logprob=logprob, lse=lse, rank=rank, ties_by_id=call.ties == "order")
-    return logprob, rank, lse
+    call, count = call.rounded(), call.target.numel()
+    logprob, lse = call.hidden.new_empty(count), call.hidden.new_empty(count, dtype=torch.float64)
+    rank = None if call.ties is None else call.target.new_empty(call.counted())
+    for rows, part in call.parts():
+        own = {"logprob": logprob[rows], "lse": lse[rows], "rank": None if part.ties is None or rank is None else rank[rows]}
+        _run("target_logprob", part, threads, **own, ties_by_id=call.ties == "order")
+    return logprob.view(call.target.shape), rank, lse.view(call.target.shape)
 
 
 def backward(call: LogprobBackwardCall, threads: int | None = None) -> tuple[Tensor | None, Tensor | None]:
@@ -33,10 +36,14 @@ def backward(call: LogprobBackwardCall, threads: int | None = None) -> tuple[Ten
 
     The number of threads changes no bit.
     """
+    call = call.rounded()
     d_hidden = call.hidden.new_empty(call.hidden.shape) if call.need_hidden else None
     d_items = call.items.new_empty(call.items.shape) if call.need_items else None
-    grad, lse = contiguous("grad", call.grad), contiguous("lse", call.lse)
-    _run("target_logprob_backward", call, threads, grad=grad, lse=lse, d_hidden=d_hidden, d_items=d_items)
+    for j, part in enumerate(call.each()):
+        own = {"d_hidden": d_hidden, "d_items": d_items}
+        own = {name: x if x is None or x.dim() == 2 else x[j] for name, x in own.items()}
+        grad, lse = contiguous("grad", part.grad), contiguous("lse", part.lse)
+        _run("target_logprob_backward", part, threads, grad=grad, lse=lse, **own)
     return d_hidden, d_items
 
 

@@ -13,14 +13,15 @@ _WIDEST, _MOST_ITEMS = 256, 2**30
 
 def obstacle(call: SoftmaxCall) -> str | None:
     """Return why the Triton kernels cannot run ``call``, as a clause, or ``None``."""
-    hidden, count = call.hidden, call.items.shape[0]
+    hidden, count = call.hidden, call.items.shape[-2]
     if hidden.dtype not in _triton.DTYPES:
         return f"it takes float32, float16 and bfloat16, and hidden is {hidden.dtype}"
     if not 1 <= hidden.shape[-1] <= _WIDEST:
         return f"it takes 1 to {_WIDEST} columns, and hidden has {hidden.shape[-1]}"
     if count > _MOST_ITEMS:
         return f"it takes up to 2^30 items, and there are {count}"
-    return _triton.refusal(_STEM, hidden, width=hidden.shape[-1], train=isinstance(call, LogprobBackwardCall))
+    variant = {"width": hidden.shape[-1], "bf16": call.bf16, "train": isinstance(call, LogprobBackwardCall)}
+    return _triton.refusal(_STEM, hidden, **variant)
 
 
 def note(call: SoftmaxCall) -> str | None:
@@ -29,7 +30,7 @@ def note(call: SoftmaxCall) -> str | None:
 
 
 def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities [M], the ranks [M] or ``None`` without ``call.ties``, and the log-sum-exp [M] in fp64."""
+    """Return the log-probabilities, the ranks or ``None`` without ``call.ties``, and the log-sum-exp in fp64."""
     logprob, rank, lse = _triton.kernels(_STEM).forward(call)
     return logprob, rank, lse
 

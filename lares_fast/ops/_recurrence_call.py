@@ -52,6 +52,8 @@ class RecurrenceCall(Call):
     attention_dropout: float
     eps: float
     longest: int | None
+    # At least every depth. It fixes the number of rows of the output "steps".
+    deepest: int | None
     bf16: bool
     # Whether the forward keeps what the backward needs.
     keep: bool
@@ -94,7 +96,8 @@ class RecurrenceCall(Call):
 
     def output_rows(self, total_depth: Rows) -> Rows:
         """Return the number of rows of the output if the sum of all depths is ``total_depth``."""
-        rows: dict[str, Rows] = {"last": self.batch, "steps": total_depth, "tokens": len(self.h)}
+        by_step = total_depth if self.deepest is None else self.batch * self.deepest
+        rows: dict[str, Rows] = {"last": self.batch, "steps": by_step, "tokens": len(self.h)}
         return rows[self.output]
 
     def empty_gradients(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,6 +132,11 @@ def check(call: RecurrenceCall) -> None:
         check_integers("depth", call.depth, call)
     elif not 1 <= call.steps <= MOST_STEPS:
         raise InputError(f"depth must be at least 1 and at most {MOST_STEPS:,}, but got {call.steps}.")
+    if call.deepest is not None:
+        if not 1 <= call.deepest <= MOST_STEPS:
+            raise InputError(f"deepest must be at least 1 and at most {MOST_STEPS:,}, but got {call.deepest}.")
+        if call.steps > call.deepest:
+            raise InputError(f"deepest must be at least every depth, up to {call.steps}, but got {call.deepest}.")
     if call.rows is not None:
         check_integers("draw.rows", call.rows, call)
     if call.pre is not None:
@@ -166,6 +174,8 @@ def check_values(call: RecurrenceCall) -> None:
         least, most = int(call.depth.min()), int(call.depth.max())
         if not 1 <= least <= most <= MOST_STEPS:
             raise InputError(f"depth must be at least 1 and at most {MOST_STEPS:,}, but spans {least}..{most}.")
+        if call.deepest is not None and most > call.deepest:
+            raise InputError(f"deepest must be at least every depth, up to {most}, but got {call.deepest}.")
     if call.offsets.device != _CPU:
         return
     lengths = call.offsets.diff()

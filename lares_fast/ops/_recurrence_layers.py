@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,7 +42,7 @@ def forward(call: RecurrenceCall) -> tuple[Tensor, Tensor | None]:
         if call.output == "steps":
             after.append(h[steps.last])
     if call.output == "steps":
-        return torch.stack(after, dim=1).flatten(0, 1)[steps.taken], tape
+        return steps.pack(torch.stack(after, dim=1)), tape
     return h if call.output == "tokens" else h[steps.last], tape
 
 
@@ -64,9 +62,7 @@ def backward(call: RecurrenceCall, grad: Tensor, tape: Tensor) -> tuple[Tensor, 
     elif call.output == "last":
         dstate[steps.last] = grad.to(precise)
     else:
-        after = dstate.new_zeros(call.batch * steps.count, call.width)
-        after[steps.taken] = grad.to(precise)
-        after = after.unflatten(0, (-1, steps.count))
+        after = steps.unpack(grad.to(precise))
     for t in reversed(range(steps.count)):
         if call.output == "steps":
             dstate[steps.last] += after[:, t]
@@ -105,15 +101,29 @@ class _Steps:
         if any(self.thresholds) and call.rows is not None and call.seed is not None:
             self.rows, self.seed, self.keys = to_device(call.rows, device), call.seed, RoundKeys.of_seed(call.seed)
         self.count, depth = call.steps, call.depth
-        # The output has these of all states, which are ordered sequence by sequence, then step by step.
-        self.taken: Any = slice(None)
         # [P, 1]: the number of steps of each row's sequence.
         self.until: Tensor | None = None
         if depth is not None:
-            self.count = int(depth.max()) if B else 1
-            if call.output == "steps":
-                self.taken = to_device((torch.arange(self.count) < depth.cpu()[:, None]).flatten().nonzero()[:, 0], device)
+            self.count = call.deepest or (int(depth.max()) if B else 1)
             self.until = to_device(depth, device)[self.sequence][:, None]
+        if call.output == "steps":
+            # The number of rows of the output, and the row of each state [B, T] in it. States after the last step of their
+            # sequence have a row after all others, which the output does not have.
+            total = B * call.steps if depth is None else 0 if call.deepest else int(depth.sum())
+            self.rows_out = int(call.output_rows(total))
+            until = to_device(call.depths(), device)[:, None]
+            step = torch.arange(self.count, device=device)
+            self.row_out = torch.where(step < until, until.cumsum(0) - until + step, self.rows_out)
+
+    def pack(self, states: Tensor) -> Tensor:
+        """Return the output "steps" of the ``states`` [B, T, D] of each sequence after every step."""
+        out = states.new_zeros(self.rows_out + 1, states.shape[-1])
+        out[self.row_out] = states
+        return out[:-1]
+
+    def unpack(self, grad: Tensor) -> Tensor:
+        """Return the gradients [B, T, D] of the states whose :meth:`pack` has the gradient ``grad``."""
+        return torch.cat((grad, grad.new_zeros(1, grad.shape[-1])))[self.row_out]
 
     def advance(self, t: int, h: Tensor, pre: Tensor | None, weights: Tensor) -> Tensor:
         """Return the states [P, D] after step ``t``, counted from 0."""

@@ -27,6 +27,8 @@ def obstacle(call: RecurrenceCall, *_: object) -> str | None:
     longest = int(call.offsets.diff().max()) if call.batch else 0
     if longest > LONGEST:
         return f"it takes sequences of up to {LONGEST} tokens, and one has {longest}"
+    if call.bf16 and call.keep:
+        return "it has no gradients with bf16"
     built, reason = _native.available()
     return None if built else reason
 
@@ -34,10 +36,15 @@ def obstacle(call: RecurrenceCall, *_: object) -> str | None:
 def forward(call: RecurrenceCall) -> tuple[Tensor, Tensor | None]:
     """Return (output, tape). The number of threads changes no bit."""
     depth = call.depths()
-    out = call.h.new_empty(call.output_rows(int(depth.sum())), call.width)
+    total = int(depth.sum())
+    rows = call.output_rows(total)
+    out = call.h.new_empty(rows, call.width)
     tape = None
     if call.keep:
         tape = call.h.new_empty((_rows_of_tape(call, depth), 2 * call.width + 2), dtype=torch.int32)
+    if call.output == "steps":
+        # With ``deepest`` there may be rows after the last sequence.
+        out[total:] = 0
     _run("recurrence_forward", call, depth, tape=tape, out=out)
     return out, tape
 

@@ -28,15 +28,19 @@ def obstacle(call: RecurrenceCall, *_: object) -> str | None:
         return f"it takes widths of 64 and 128, and h has {width}"
     if inner % 64 or not inner:
         return f"it takes inner sizes that are multiples of 64, and the weights have {inner}"
-    if call.bf16:
-        return "it multiplies in the dtype of h: for bf16 give it bfloat16 tensors"
     if head not in HEAD_WIDTHS:
         return f"it takes heads of 16, 32, 64 or 128 columns, and they have {head}"
     if call.longest is None:
         return "it needs longest, the length of the longest sequence"
-    if call.longest > LONGEST[h.dtype]:
-        return f"it takes sequences of up to {LONGEST[h.dtype]} rows in {h.dtype}, and longest is {call.longest}"
+    products = _products(call)
+    if call.longest > LONGEST[products]:
+        return f"it takes sequences of up to {LONGEST[products]} rows in {products}, and longest is {call.longest}"
     return _triton.refusal("recurrence", h, **_variant(call, call.longest))
+
+
+def _products(call: RecurrenceCall) -> torch.dtype:
+    """Return the dtype of the operands of products."""
+    return torch.bfloat16 if call.bf16 else call.h.dtype
 
 
 def _variant(call: RecurrenceCall, longest: int) -> dict[str, Any]:
@@ -49,6 +53,7 @@ def _variant(call: RecurrenceCall, longest: int) -> dict[str, Any]:
         "output": call.output,
         "drop": any(call.thresholds),
         "long": longest > LONGEST[torch.float32],
+        "bf16": call.bf16,
         "train": call.keep,
     }
 
@@ -56,21 +61,22 @@ def _variant(call: RecurrenceCall, longest: int) -> dict[str, Any]:
 def forward(call: RecurrenceCall) -> tuple[Tensor, Tensor | None]:
     """Return (output, tape); the tape holds the state of each token before each step.
 
-    The host waits for a tensor ``depth`` on a GPU if the size of one of the results depends on it. Raises :class:`InputError`
-    for a wrong value in a ``depth`` that the host reads.
+    Without ``deepest`` the host waits for a tensor ``depth`` on a GPU if the size of one of the results depends on it. Raises
+    :class:`InputError` for a wrong value in a ``depth`` that the host reads.
     """
     h, B, depth = call.h, call.batch, call.depth
     if len(h) and not B:
         raise InputError(f"offsets must rise from 0 to the number of tokens, {len(h)}, but there is only one offset.")
-    deepest, total = call.steps, B * call.steps
     keep, by_step = call.keep and len(h) > 0, call.output == "steps"
-    if depth is not None and B and (keep or by_step or _on_host(depth)):
+    deepest, total = call.deepest or call.steps, B * call.steps
+    if call.deepest is None and depth is not None and B and (keep or by_step or _on_host(depth)):
         least, deepest, total = torch.stack((depth.min(), depth.max(), depth.sum())).cpu().tolist()
         if not 1 <= least <= deepest <= MOST_STEPS:
             raise InputError(f"depth must be in 1..{MOST_STEPS}, but it spans {least}..{deepest}.")
-    out_rows = {"last": B, "tokens": len(h), "steps": total}[call.output]
-    out, states = _triton.kernels("recurrence").forward(ready(call), out_rows, deepest if keep else 0)
-    return out, None if states is None else states.view(torch.int32).flatten(0, 1)
+    most = MOST_STEPS if call.deepest is None else call.deepest
+    kernels, steps = _triton.kernels("recurrence"), deepest if keep else 0
+    out, tape = kernels.forward(*_ready(call), call.output_rows(total), most, steps)
+    return out, None if tape is None else tape[:, None]
 
 
 def _on_host(depth: Tensor) -> bool:
@@ -82,25 +88,26 @@ def backward(call: RecurrenceCall, grad: Tensor, tape: Tensor) -> tuple[Tensor, 
     if not len(call.h):
         zero = [torch.zeros_like(x) for x in call.empty_gradients()]
         return zero[0], zero[1], zero[2]
-    states = tape.view(call.h.dtype).view(-1, *call.h.shape)
-    h_grad, pre_grad, weights_grad = _triton.kernels("_recurrence_backward").backward(ready(call), grad, states)
+    kernels = _triton.kernels("_recurrence_backward")
+    h_grad, pre_grad, weights_grad = kernels.backward(*_ready(call), grad, tape.flatten())
     return h_grad, pre_grad, weights_grad
 
 
-def ready(call: RecurrenceCall) -> RecurrenceCall:
-    """Return ``call`` as the kernels take it: tensors contiguous, aligned and on the device of ``h``, with a tensor ``depth``.
+def _ready(call: RecurrenceCall) -> tuple[RecurrenceCall, Tensor]:
+    """Return ``call`` as the kernels take it, and its weights in the dtype of products.
 
-    ``rows`` and ``seed`` are ``None`` if nothing is dropped.
+    Tensors are contiguous, aligned and on the device of ``h``. ``rows`` and ``seed`` are ``None`` if nothing is dropped.
     """
     aligned, device = _triton.kernels("_launch").ready, call.h.device
     drops = any(call.thresholds)
-    return replace(
+    made = replace(
         call,
         h=aligned(call.h),
         pre=None if call.pre is None else aligned(call.pre),
         offsets=aligned(call.offsets),
-        depth=aligned(to_device(call.depths(), device)),
+        depth=None if call.depth is None else aligned(to_device(call.depth, device)),
         rows=aligned(to_device(call.rows, device)) if drops and call.rows is not None else None,
         seed=aligned(call.seed) if drops and call.seed is not None else None,
         weights=aligned(call.weights),
     )
+    return made, made.weights.to(_products(call))

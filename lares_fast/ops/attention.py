@@ -14,7 +14,7 @@ from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
 from lares_fast._numbers import number, whole
-from lares_fast._random import Draw, drop_threshold, key_of, seed_of
+from lares_fast._random import Draw, drop_threshold, key_of
 from lares_fast.ops import _triton
 from lares_fast.ops._call import Call
 from lares_fast.ops._catalog_checks import check_dense
@@ -129,7 +129,7 @@ def _call(
             f"draw.rows must be [{len(offsets) - 1}] on {query.device}, one for each sequence, "
             f"but got {list(draw.rows.shape)} on {draw.rows.device}."
         )
-    return replace(call, rows=draw.rows, seed=seed_of(draw.key, query.device)) if drop_threshold(call.dropout) else call
+    return replace(call, rows=draw.rows, seed=draw.seed(query.device)) if drop_threshold(call.dropout) else call
 
 
 def build_call(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, **options: Any) -> AttentionCall:

@@ -1,4 +1,4 @@
-"""``linear_cross_entropy`` and ``target_logprob``: a softmax over the whole item table, without its scores in memory."""
+"""``linear_cross_entropy`` and ``target_logprob``: a softmax over whole item tables, without the scores in memory."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def target_logprob(
     *,
     scale: float = 1.0,
     skip_pad: bool = False,
+    bf16: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Return the log-probability of each target under a softmax over all items, without the [M, N] scores.
@@ -31,13 +32,17 @@ def target_logprob(
     a NaN score gives NaN, a row with a score of +inf gives the value of ``logsumexp``, and a score of -inf has the
     probability 0. A row whose log-sum-exp is not finite makes gradients NaN.
 
+    If ``items`` has three dimensions, the call has J catalogs: hidden [J, M, D], items [J, N, D] and target [J, M]. The rows of
+    each catalog are scored against its own items, and the result is [J, M]. If ``items`` has two dimensions, all rows share it.
+
     Args:
         hidden: [..., D] float.
-        items: [N, D], with the dtype and device of ``hidden``; N is at least 1, or with ``skip_pad`` at least 2.
+        items: [N, D] or [J, N, D], with the dtype and device of ``hidden``; N is at least 1, or with ``skip_pad`` at least 2.
         target: [...] int64, ids in 0..N - 1, or with ``skip_pad`` in 1..N - 1.
         scale: a positive number, such as 1 / temperature. It gets no gradient, so a tensor that requires one raises an error.
             To learn the temperature, divide ``hidden`` by it.
-        skip_pad: leave row 0 of ``items``, the PAD row, out of the softmax.
+        skip_pad: leave row 0 of ``items``, the PAD row, out of the softmax. With J catalogs each one has a PAD row.
+        bf16: round the operands of the products to bf16. Sums, results and gradients keep their dtype.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU), ``native`` (fp32 on the CPU) or
             ``reference`` (PyTorch, 4 million scores at a time).
 
@@ -49,7 +54,7 @@ def target_logprob(
             only, because a check on a GPU would wait for it. On a GPU a wrong target gives NaN in the result and the gradients.
         BackendError: the requested backend cannot run this call.
     """
-    call = LogprobCall.build(hidden, items, target, scale=scale, skip_pad=skip_pad, backend=backend)
+    call = LogprobCall.build(hidden, items, target, scale=scale, skip_pad=skip_pad, bf16=bf16, backend=backend)
     return _logprob_and_rank(call)[0]
 
 
@@ -61,15 +66,21 @@ def target_logprob_and_rank(
     scale: float = 1.0,
     skip_pad: bool = False,
     ties: str = "order",
+    ranked: int | None = None,
+    bf16: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return :func:`target_logprob`, and the rank of the target among the softmax's items as in :func:`target_rank`.
 
-    The native backend counts ranks in the same pass over the catalog. The rank is int64 [...] and has no gradient; the best
-    rank is 0. The arguments and errors are as in the two functions.
+    The backends ``triton`` and ``native`` count ranks in the same pass over the catalog. The rank is int64 [...] and has no
+    gradient; the best rank is 0. The arguments and errors are as in the two functions.
+
+    With ``ranked``, only the first ``ranked`` rows get a rank, and the rank is [``ranked``]. The rows are counted in the order
+    of ``target.flatten()``. The log-probabilities have the same bits for every ``ranked``.
     """
     check_ties(ties)
-    call = LogprobCall.build(hidden, items, target, scale=scale, skip_pad=skip_pad, ties=ties, backend=backend)
+    how = {"scale": scale, "skip_pad": skip_pad, "ties": ties, "ranked": ranked, "bf16": bf16}
+    call = LogprobCall.build(hidden, items, target, **how, backend=backend)
     return _logprob_and_rank(call)
 
 
@@ -81,6 +92,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     skip_pad: bool = False,
     reduction: str = "mean",
+    bf16: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Return ``torch.nn.functional.cross_entropy(scale * hidden @ items.T, target)``, without the [M, N] scores.
@@ -88,8 +100,9 @@ def linear_cross_entropy(
     It is ``-target_logprob``, reduced by ``reduction``: ``none`` gives [...], ``mean`` (NaN if there are no rows) and ``sum``
     give a scalar. The other arguments and the errors are as in :func:`target_logprob`.
     """
-    loss = -target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad, backend=backend)
-    return reduced(loss, reduction)
+    # The sign changes after the reduction, so that it costs one number and not one for each row.
+    logprob = target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad, bf16=bf16, backend=backend)
+    return -reduced(logprob, reduction)
 
 
 def _explained(*arguments: Any, reduction: str = "mean", **options: Any) -> LogprobCall:
@@ -101,7 +114,7 @@ def _explained(*arguments: Any, reduction: str = "mean", **options: Any) -> Logp
 def _logprob_and_rank(call: LogprobCall) -> tuple[Tensor, Tensor]:
     shape = call.target.shape
     logprob, rank, _ = _OP(*call.rows().arguments())
-    return logprob.reshape(shape), rank if call.ties is None else rank.reshape(shape)
+    return logprob.reshape(shape), rank if call.ties is None or call.ranked is not None else rank.reshape(shape)
 
 
 def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,18 +126,23 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = LogprobCall.of(*arguments)
     hidden, rows = call.hidden, call.target.shape
-    rank = call.target.new_empty(0 if call.ties is None else rows)
+    rank = call.target.new_empty(call.counted())
     return hidden.new_empty(rows), rank, hidden.new_empty(rows, dtype=torch.float64)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, items, target, ctx.scale, ctx.skip_pad, ctx.backend, _ = inputs
+    hidden, items, target, ctx.scale, ctx.skip_pad, ctx.bf16, ctx.backend, *_ = inputs
     ctx.save_for_backward(hidden, items, target, output[2])
+    # A gradient of the log-sum-exp would be a tensor of zeros.
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * LogprobCall.count()
     *tensors, lse = ctx.saved_tensors
-    options = (ctx.scale, ctx.skip_pad, ctx.backend)
+    options = (ctx.scale, ctx.skip_pad, ctx.bf16, ctx.backend)
     need_hidden, need_items, *_ = ctx.needs_input_grad
     d_hidden, d_items = _BACKWARD(*tensors, *options, grad, lse, need_hidden, need_items)
     rest = [None] * (LogprobCall.count() - 2)

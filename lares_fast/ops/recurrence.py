@@ -14,7 +14,7 @@ from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import Once, register_op
 from lares_fast._numbers import number, whole
-from lares_fast._random import Draw, drop_threshold, seed_of
+from lares_fast._random import Draw, drop_threshold
 from lares_fast.config import ADAPTERS
 from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton, _triton
 from lares_fast.ops._catalog_checks import check_dense
@@ -37,6 +37,7 @@ def recurrence(
     attention_dropout: float | None = None,
     eps: float = 1e-12,
     longest: int | None = None,
+    deepest: int | None = None,
     bf16: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -52,8 +53,8 @@ def recurrence(
         n_heads: H, a divisor of D.
         pre: [P, D]; the adapter joins it with each state.
         adapter: ``add``, ``concat`` or ``linear``; it is only read if ``pre`` is given.
-        depth: T in 1..65,534, one int or int64 [B], on the CPU or on the device of ``h``. The CPU waits for a ``depth`` on a
-            GPU if the output is ``steps``, if a gradient is needed, or on the backend ``layers``.
+        depth: T in 1..65,534, one int or int64 [B], on the CPU or on the device of ``h``. Without ``deepest`` the CPU waits for
+            a ``depth`` on a GPU if the output is ``steps``, if a gradient is needed, or on the backend ``layers``.
         output: ``last``: the state of each sequence's last token after its last step, [B, D]; ``steps``: the state of each
             sequence's last token after every step, one sequence after the other, [sum of depth, D]; ``tokens``: the state of
             every token after its sequence's last step, [P, D].
@@ -64,14 +65,17 @@ def recurrence(
         eps: the epsilon of the layer norms.
         longest: at least the length of every sequence. It is an integer, so that the CPU does not wait for a GPU. Only
             ``triton`` needs it.
-        bf16: round the operands of products with weights to bf16; sums and everything else stay in the dtype of ``h``. Only
-            ``native`` and ``reference`` can do this, and only without gradients. ``native`` multiplies in bf16 if the CPU has
-            AMX or AVX512_BF16.
+        deepest: at least every depth. It is an integer, so that the CPU does not wait for a ``depth`` on a GPU. With it the
+            output ``steps`` is [B * deepest, D]: first the rows as above, and then rows of 0.
+        bf16: round the operands of products with weights to bf16; sums and everything else stay in the dtype of ``h``.
+            ``triton`` and ``reference`` can do this, and ``native`` without gradients. ``triton`` rounds the operands of the
+            attention's products, too. Gradients have the dtype of ``h``. ``native`` multiplies in bf16 if the CPU has AMX or
+            AVX512_BF16.
         backend: ``auto`` (default), ``triton`` (fp32, fp16 and bf16 on a GPU, D 64 or 128, the inner size a multiple of 64,
-            D/H 16, 32, 64 or 128, ``longest`` up to 128, or up to 64 in fp32), ``native`` (fp32 on the CPU, D a multiple of 16
-            up to 256, the inner size a multiple of 16 up to 65,536, sequences of up to 512 tokens), ``layers`` (all sizes and
-            dtypes, with PyTorch's layers and :func:`~lares_fast.ops.attention` on packed sequences; ``auto`` chooses it on GPUs
-            only) or ``reference`` (all sizes and dtypes, on padded sequences).
+            D/H 16, 32, 64 or 128, ``longest`` up to 128, or up to 64 if products are in fp32), ``native`` (fp32 on the CPU, D a
+            multiple of 16 up to 256, the inner size a multiple of 16 up to 65,536, sequences of up to 512 tokens), ``layers``
+            (all sizes and dtypes, with PyTorch's layers and :func:`~lares_fast.ops.attention` on packed sequences; ``auto``
+            chooses it on GPUs only) or ``reference`` (all sizes and dtypes, on padded sequences).
 
     Returns:
         The states that ``output`` names, in the dtype of ``h``. ``h``, ``pre`` and all weights have gradients through every
@@ -80,14 +84,15 @@ def recurrence(
     Raises:
         InputError: an argument has the wrong shape, dtype, device or range. The values of ``offsets`` and of a tensor ``depth``
             are checked on the CPU only, because a check on a GPU would wait for it. On a GPU ``triton`` returns NaN instead:
-            for a sequence that is empty, is longer than ``longest`` or has a depth outside of 1..65534, and for all sequences
-            if offsets do not rise from 0 to P. Then all gradients are NaN. ``layers`` and ``reference`` end in an error of
-            PyTorch, after which the process must be restarted.
+            for a sequence that is empty, is longer than ``longest`` or has a depth outside of 1..65534 or above ``deepest``,
+            and for all sequences if offsets do not rise from 0 to P. Then all gradients are NaN. ``layers`` and ``reference``
+            end in an error of PyTorch, after which the process must be restarted.
         BackendError: the requested backend cannot take these arguments.
     """
     options = {
         "n_heads": n_heads, "pre": pre, "adapter": adapter, "depth": depth, "output": output, "draw": draw, "dropout": dropout,
-        "attention_dropout": attention_dropout, "eps": eps, "longest": longest, "bf16": bf16, "backend": backend,
+        "attention_dropout": attention_dropout, "eps": eps, "longest": longest, "deepest": deepest, "bf16": bf16,
+        "backend": backend,
     }  # fmt: skip
     out: Tensor = _OP(*_call(h, offsets, weights, options).arguments())[0]
     return out
@@ -99,11 +104,9 @@ def _call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], options: Mappin
     each, steps = (depth, 0) if isinstance(depth, Tensor) and depth.dim() else (None, whole("depth", depth))
     dropout, attention_dropout = number("dropout", options["dropout"]), options["attention_dropout"]
     attention_dropout = dropout if attention_dropout is None else number("attention_dropout", attention_dropout)
-    longest, bf16 = options["longest"], options["bf16"]
+    longest, deepest = (None if (x := options[name]) is None else whole(name, x) for name in ("longest", "deepest"))
     layout = _checked_layout(h, pre, weights, options["adapter"])
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (h, pre, *weights) if x is not None)
-    if bf16 and keep:
-        raise InputError("bf16 has no gradient: call under torch.no_grad(), or leave bf16 out.")
     rows = None if draw is None else draw.rows
     call = RecurrenceCall(
         h=h,
@@ -122,14 +125,15 @@ def _call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], options: Mappin
         dropout=dropout,
         attention_dropout=attention_dropout,
         eps=number("eps", options["eps"]),
-        longest=None if longest is None else whole("longest", longest),
-        bf16=bf16,
+        longest=longest,
+        deepest=deepest,
+        bf16=options["bf16"],
         keep=keep,
         backend=options["backend"],
     )
     check(call)
     drops = draw is not None and (drop_threshold(dropout) or drop_threshold(attention_dropout))
-    return replace(call, seed=seed_of(draw.key, h.device)) if drops else call
+    return replace(call, seed=draw.seed(h.device)) if drops else call
 
 
 def _checked_layout(h: Tensor, pre: Tensor | None, weights: Sequence[Tensor], adapter: str) -> WeightLayout:
@@ -175,7 +179,7 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = RecurrenceCall(*arguments)
     new_size = torch.library.get_ctx().new_dynamic_size
-    unknown = call.output == "steps" and call.depth is not None
+    unknown = call.output == "steps" and call.depth is not None and call.deepest is None
     rows = call.output_rows(new_size() if unknown else call.batch * call.steps)
     # The backend is chosen when the op runs, and every backend has another form of tape.
     tape = call.h.new_empty((new_size(), new_size()), dtype=torch.int32) if call.keep else _no_tape(call)
@@ -209,6 +213,7 @@ def _reference(call: RecurrenceCall) -> Tensor:
         dropout=call.dropout,
         attention_dropout=call.attention_dropout,
         eps=call.eps,
+        deepest=call.deepest,
         bf16=call.bf16,
     )
 

@@ -14,28 +14,36 @@ REDUCTIONS = ("none", "mean", "sum")
 def target_logprob(hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False) -> Tensor:
     """Return ``log_softmax(scale * hidden @ items.T)[..., target]``: the log-probability of each target.
 
-    ``hidden`` is [..., D], ``items`` [N, D] and ``target`` [...] int64. The result is [...]. ``skip_pad`` leaves row 0 out of
-    the softmax; then no target may be 0. The scores [..., N] are stored in memory.
+    ``hidden`` is [..., D], ``items`` [N, D] and ``target`` [...] int64. The result is [...]. If ``items`` is [J, N, D], there
+    are J catalogs: ``hidden`` is [J, M, D] and ``target`` [J, M]. ``skip_pad`` leaves row 0 out of the softmax; then no target
+    may be 0. The scores [..., N] are stored in memory.
     """
-    scores = hidden @ items.T * scale
+    scores = hidden @ items.mT * scale
     own = scores.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return own - (scores[..., PAD + 1 :] if skip_pad else scores).logsumexp(dim=-1)
 
 
 def target_logprob_and_rank(
-    hidden: Tensor, items: Tensor, target: Tensor, *, scale: float = 1.0, skip_pad: bool = False, ties: str = "order"
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    *,
+    scale: float = 1.0,
+    skip_pad: bool = False,
+    ties: str = "order",
+    ranked: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return :func:`target_logprob`, and the rank of the target among the softmax's items as in :func:`target_rank`.
 
-    The rank is int64 [...].
+    The rank is int64 [...]. With ``ranked`` it is [``ranked``], for the first of all rows.
     """
     first = PAD + 1 if skip_pad else PAD
-    scores = (hidden.detach().flatten(0, -2) @ items.detach()[first:].T).nan_to_num(
-        nan=-float("inf"), posinf=float("inf"), neginf=-float("inf")
-    )
-    own = target.flatten() - first
+    scores = (hidden.detach() @ items.detach()[..., first:, :].mT).flatten(0, -2)[:ranked]
+    scores = scores.nan_to_num(nan=-float("inf"), posinf=float("inf"), neginf=-float("inf"))
+    own = target.flatten()[:ranked] - first
     rank = outranking(scores, 0, own, scores.gather(1, own[:, None]).squeeze(1), ties=ties).sum(dim=1)
-    return target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad), rank.reshape(target.shape)
+    logprob = target_logprob(hidden, items, target, scale=scale, skip_pad=skip_pad)
+    return logprob, rank.reshape(target.shape) if ranked is None else rank
 
 
 def linear_cross_entropy(

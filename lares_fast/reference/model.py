@@ -104,12 +104,16 @@ class LARES(nn.Module):
         *,
         state: Tensor | None = None,
         draw: Draw | None = None,
+        deepest: int | None = None,
     ) -> Tensor:
         """Return the latent states after every step of G passes over the same B sequences, [sum of ``num_steps``, D].
 
         The states are ordered pass by pass, then sequence by sequence, then step by step. ``num_steps`` is int64 [G, B].
         ``state`` is [G * B, L, D], or [G * P, D] for packed sequences, and ``draw`` has G * B rows, both pass by pass. The
         other arguments and the errors are as in :meth:`encode`.
+
+        ``deepest`` is an integer, at least as large as every depth. With it ``num_steps`` may be on a GPU, and the CPU does not
+        wait for it. The result then has G * B * ``deepest`` rows: the states, and after them rows of 0.
         """
         sequences = self._sequences(item_seq, item_seq_len)
         batch = sequences.batch
@@ -117,8 +121,9 @@ class LARES(nn.Module):
             got = list(num_steps.shape) if isinstance(num_steps, Tensor) else repr(num_steps)[:40]
             raise InputError(f"num_steps must be [G, {batch}] with a row for each of G passes, but got {got}.")
         passes = len(num_steps)
-        depth, state, draw = self._choices(item_seq, sequences, passes, num_steps.flatten(), state, draw)
-        return self._encode(sequences, passes, depth, state, draw, True)
+        deepest = None if deepest is None else whole("deepest", deepest)
+        depth, state, draw = self._choices(item_seq, sequences, passes, num_steps.flatten(), state, draw, deepest)
+        return self._encode(sequences, passes, depth, state, draw, True, deepest)
 
     def _sequences(self, item_seq: Tensor, item_seq_len: Tensor) -> Sequences:
         return Sequences.from_input(item_seq, item_seq_len, n_items=self.config.n_items, max_len=self.config.max_len)
@@ -131,12 +136,14 @@ class LARES(nn.Module):
         num_steps: int | Tensor | None,
         state: Tensor | None,
         draw: Draw | None,
+        deepest: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Draw]:
         """Check the choices of ``passes`` passes over ``sequences``, and fill in the missing ones.
 
         The caller gave the sequences as ``item_seq``, which decides the shape of ``state``.
 
-        Returns ``(depth [passes * B] int64 on the CPU, state [passes * P, D] or None, draw)``.
+        Returns ``(depth [passes * B] int64, state [passes * P, D] or None, draw)``. The depth is on the CPU, or it stays where
+        the caller put it if ``deepest`` is given.
         """
         rows = passes * sequences.batch
         draw = draw or self._default_draw(rows)
@@ -150,14 +157,21 @@ class LARES(nn.Module):
                 raise InputError(f"state must be floating-point {list(shape)}, but got {state.dtype} {list(state.shape)}.")
             if item_seq.dim() == 2:
                 state = unpad(state, sequences.repeat(passes).offsets)
-        return self._depth(num_steps, rows, draw), state, draw
+        return self._depth(num_steps, rows, draw, deepest), state, draw
 
     def _encode(
-        self, sequences: Sequences, passes: int, depth: Tensor, state: Tensor | None, draw: Draw, every_step: bool
+        self,
+        sequences: Sequences,
+        passes: int,
+        depth: Tensor,
+        state: Tensor | None,
+        draw: Draw,
+        every_step: bool,
+        deepest: int | None = None,
     ) -> Tensor:
         """Run ``passes`` passes over B sequences with the choices that :meth:`_choices` returns.
 
-        Returns the last states [passes * B, D], or the states of every step in the order of :meth:`trajectories`.
+        Returns the last states [passes * B, D], or the states of every step in the form of :meth:`trajectories`.
         """
         sequences, max_len = sequences.repeat(passes), self.config.max_len
         item_seq, item_seq_len = sequences.padded(max_len)
@@ -168,7 +182,8 @@ class LARES(nn.Module):
         if not every_step:
             return at_last[-1].squeeze(1)
         running = torch.arange(len(at_last), device=depth.device) < depth[:, None]
-        return torch.cat(at_last, dim=1)[running]
+        states = torch.cat(at_last, dim=1)[running]
+        return states if deepest is None else F.pad(states, (0, 0, 0, len(depth) * deepest - len(states)))
 
     def _states(self, item_seq: Tensor, state: Tensor, depth: Tensor, draw: Draw | None) -> Iterator[Tensor]:
         x = self.item_embedding(item_seq) + self.position_embedding.weight[: item_seq.shape[1]]
@@ -184,17 +199,23 @@ class LARES(nn.Module):
         return self._initial_state(draw, draw.rows[:, None], torch.arange(length))
 
     def _initial_state(self, draw: Draw, rows: Tensor, positions: Tensor) -> Tensor:
+        if not (std := self._state_std()):
+            return torch.zeros(*torch.broadcast_shapes(rows.shape, positions.shape), self.config.hidden_size)
+        return draw.initial_state(rows, positions, self.config.hidden_size) * std
+
+    def _state_std(self) -> float:
+        """Return the factor of the normal numbers of h0, as ``config.state_init`` says; 0 stands for zeros."""
         config = self.config
         if config.state_init == "zero" or (config.state_init == "normal_zero" and not self.training):
-            return torch.zeros(*torch.broadcast_shapes(rows.shape, positions.shape), config.hidden_size)
-        return draw.initial_state(rows, positions, config.hidden_size) * (config.state_std * config.state_scale)
+            return 0.0
+        return config.state_std * config.state_scale
 
     def _default_draw(self, batch: int) -> Draw:
         if self.training:
             return Draw(root_key(int(torch.randint(2**62, ()))), torch.arange(batch))
         return Draw(_EVALUATION_KEY, torch.zeros(batch, dtype=torch.int64))
 
-    def _depth(self, num_steps: int | Tensor | None, batch: int, draw: Draw) -> Tensor:
+    def _depth(self, num_steps: int | Tensor | None, batch: int, draw: Draw, deepest: int | None) -> Tensor:
         if num_steps is None:
             num_steps = sample_batch_depth(self.config, batch, draw.generator()) if self.training else self.config.steps
         if not isinstance(num_steps, Tensor):
@@ -203,10 +224,15 @@ class LARES(nn.Module):
             raise InputError(
                 f"num_steps must be an integer or int64 [{batch}], but got {num_steps.dtype} {list(num_steps.shape)}."
             )
-        depth = num_steps.to("cpu", torch.int64).expand(batch)
-        if batch and not 1 <= int(depth.min()) <= int(depth.max()) <= MOST_STEPS:
+        if deepest is not None and num_steps.device.type != "cpu":
+            return num_steps.to(torch.int64)
+        depth, most = (
+            num_steps.to("cpu", torch.int64).expand(batch),
+            MOST_STEPS if deepest is None else min(deepest, MOST_STEPS),
+        )
+        if batch and not 1 <= int(depth.min()) <= int(depth.max()) <= most:
             raise InputError(
-                f"num_steps must be at least 1 and at most {MOST_STEPS:,}, but spans {int(depth.min())}..{int(depth.max())}."
+                f"num_steps must be at least 1 and at most {most:,}, but spans {int(depth.min())}..{int(depth.max())}."
             )
         return depth
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lares_fast._random import Draw
 from lares_fast.config import LARESConfig
@@ -94,9 +95,13 @@ def recurrence(
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
     eps: float = 1e-12,
+    deepest: int | None = None,
     bf16: bool = False,
 ) -> Tensor:
-    """Return :func:`lares_fast.ops.recurrence`, computed on padded sequences. ``depth`` must be int64 [B]."""
+    """Return :func:`lares_fast.ops.recurrence`, computed on padded sequences. ``depth`` must be int64 [B].
+
+    With ``bf16`` the rounding of an operand does not round its gradient.
+    """
     lengths = offsets.diff()
     longest = int(lengths.max()) if len(lengths) else 0
     real = torch.arange(longest, device=h.device) < lengths[:, None]
@@ -130,12 +135,16 @@ def recurrence(
     at_last = torch.cat([state.gather(1, last) for state in states], dim=1)
     if output == "last":
         return at_last[:, -1]
-    return at_last[torch.arange(1, len(states) + 1, device=h.device) <= depth[:, None]]
+    packed = at_last[torch.arange(1, len(states) + 1, device=h.device) <= depth[:, None]]
+    if deepest is None:
+        return packed
+    # The mask has one packed row for each depth, and after the packed rows there are rows of 0.
+    return F.pad(packed, (0, 0, 0, len(lengths) * deepest - len(packed)))
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """Return the nearest bf16 numbers, in the dtype of ``x``."""
-    return x.to(torch.bfloat16).to(x.dtype)
+    """Return the nearest bf16 numbers, in the dtype of ``x``. The gradient of the result is the gradient of ``x``."""
+    return x + (x.to(torch.bfloat16).to(x.dtype) - x).detach()
 
 
 class _Steps(nn.Module):

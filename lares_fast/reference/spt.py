@@ -25,6 +25,8 @@ class Pass:
         The addresses of the random numbers. The default is as in :meth:`LARES.encode`.
     ``state``
         h0, in the form that :meth:`LARES.encode` takes. The default is drawn.
+    ``deepest``
+        At least every depth, or ``None``, see :meth:`LARES.trajectories`. :meth:`encode` does not read it.
 
     The same class holds the choices of G passes over the same sequences, in the forms that :meth:`LARES.trajectories` takes.
     """
@@ -32,6 +34,7 @@ class Pass:
     num_steps: int | Tensor
     draw: Draw | None = None
     state: Tensor | None = None
+    deepest: int | None = None
 
     def encode(self, model: LARES, sequences: Pair, *, return_all_steps: bool = False) -> Tensor:
         """Return ``model.encode(*sequences)`` with the choices of this pass."""
@@ -41,7 +44,8 @@ class Pass:
 
     def trajectories(self, model: LARES, sequences: Pair) -> Tensor:
         """Return ``model.trajectories(*sequences)`` with the choices of these G passes."""
-        return model.trajectories(*sequences, torch.as_tensor(self.num_steps), state=self.state, draw=self.draw)
+        num_steps = torch.as_tensor(self.num_steps)
+        return model.trajectories(*sequences, num_steps, state=self.state, draw=self.draw, deepest=self.deepest)
 
 
 class SPTLoss(NamedTuple):
@@ -54,8 +58,12 @@ class SPTLoss(NamedTuple):
 
 
 def info_nce(model: LARES, x: Tensor, y: Tensor) -> Tensor:
-    """Return the cross entropy of ``x @ y^T / tau`` [B, B] against the diagonal: all other rows are negatives."""
-    return model.head.linear_cross_entropy(x, y, torch.arange(len(x), device=x.device), scale=1 / model.config.tau)
+    """Return the cross entropy of ``x @ y^T / tau`` [..., B, B] against the diagonal: all other rows are negatives.
+
+    ``x`` and ``y`` are [B, D], or [J, B, D] for J pairs. The result is the mean over B, a scalar or [J].
+    """
+    target = torch.arange(x.shape[-2], device=x.device).expand(x.shape[:-1])
+    return -model.head.target_logprob(x, y, target, scale=1 / model.config.tau).mean(-1)
 
 
 def spt_loss(
@@ -85,19 +93,43 @@ def spt_loss(
         The weights of the terms. A term with weight 0 is 0, and a pass that only such terms need is not run.
     """
     ce_pass, anchor_pass, partner_pass = passes
-    queries = model.queries(ce_pass.encode(model, sequences))
-    skip_pad = not model.config.pad_in_softmax
-    cross_entropy = model.head.linear_cross_entropy(queries, model.item_table(), target, skip_pad=skip_pad)
+    states = [ce_pass.encode(model, sequences)]
+    if alpha or gamma:
+        anchor = anchor_pass.encode(model, sequences, return_all_steps=True)
+        states.append(anchor[:, -1])
+        if alpha:
+            states.append(partner_pass.encode(model, partners))
+        gamma = gamma if anchor.shape[1] > 1 else 0.0
+        if gamma:
+            states.append(anchor[:, step_index])
+    return spt_terms(model, torch.stack(states), target, alpha=alpha, gamma=gamma)
 
+
+def spt_terms(model: LARES, states: Tensor, target: Tensor, *, alpha: float, gamma: float | Tensor) -> SPTLoss:
+    """Return the loss of :func:`spt_loss` from the states of its passes.
+
+    ``states``
+        [1 to 4, B, D]: the last states of the pass for the cross entropy; then, if ``alpha`` or ``gamma`` is not the number 0,
+        the last states of the anchor pass, then with ``alpha`` the last states of the partner pass, and at last with ``gamma``
+        the anchor's states s.
+    ``target``, ``alpha``
+        As in :func:`spt_loss`.
+    ``gamma``
+        As in :func:`spt_loss`, or a scalar tensor on the device of the states.
+    """
+    final, others = states.split((1, len(states) - 1))
+    skip_pad = not model.config.pad_in_softmax
+    queries = model.queries(final.squeeze(0))
+    cross_entropy = model.head.linear_cross_entropy(queries, model.item_table(), target, skip_pad=skip_pad)
     trajectory = step = torch.zeros_like(cross_entropy)
-    if not alpha and not gamma:
-        return SPTLoss(cross_entropy, cross_entropy, trajectory, step)
-    trajectory_states = model.normalise(anchor_pass.encode(model, sequences, return_all_steps=True))
-    anchor = trajectory_states[:, -1]
-    if alpha:
-        partner = model.normalise(partner_pass.encode(model, partners))
-        trajectory = alpha / 2 * (info_nce(model, anchor, partner) + info_nce(model, partner, anchor))
-    if gamma and trajectory_states.shape[1] > 1:
-        state = trajectory_states[:, step_index]
-        step = gamma / 2 * (info_nce(model, anchor, state) + info_nce(model, state, anchor))
+    if len(others) > 1:
+        anchor, *aligned = model.normalise(others).unbind()
+        # Both directions of all pairs are one call.
+        left = [side for other in aligned for side in (anchor, other)]
+        right = [side for other in aligned for side in (other, anchor)]
+        terms = list(info_nce(model, torch.stack(left), torch.stack(right)).view(-1, 2).sum(1).unbind())
+        if alpha:
+            trajectory = alpha / 2 * terms.pop(0)
+        if terms:
+            step = gamma / 2 * terms[0]
     return SPTLoss(cross_entropy + trajectory + step, cross_entropy, trajectory, step)

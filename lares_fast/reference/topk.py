@@ -62,6 +62,8 @@ def mask_excluded(exclude: Exclude, batch: int, start: int, size: int) -> Tensor
     """Return bool [B, size]: True where item ``start + column`` is in the list of the query."""
     offsets, ids = exclude
     query = torch.repeat_interleave(torch.arange(batch, device=ids.device), offsets.diff())
+    # Ids behind the end of the last list belong to no query.
+    ids = ids[: len(query)]
     inside = (ids >= start) & (ids < start + size)
     mask = torch.zeros(batch, size, dtype=torch.bool, device=ids.device)
     mask[query[inside], ids[inside] - start] = True

@@ -50,7 +50,9 @@ def load_state(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise InputError(f"{path} is not a readable lares_fast state: it is truncated, or another program wrote it.") from error
     if damaged:
-        raise InputError(f"{path} is damaged ({damaged} does not have its checksum): continue from a copy, or train again.")
+        raise InputError(
+            f"{path} is damaged ({damaged!r:.80} does not have its checksum): continue from a copy, or train again."
+        )
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise InputError(f"{path} is not a state of this version ({_FORMAT}): train again, or use the version that wrote it.")
     return state
@@ -114,8 +116,8 @@ def same_form(weights: Weights, other: Weights) -> bool:
 
 
 def weights_of(model: LARES) -> Weights:
-    """Return a copy of the parameters by name."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    """Return a copy of the parameters by name, on the CPU."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
 def check_weights(model: LARES, weights: Weights, path: Path, part: str) -> None:

@@ -21,6 +21,7 @@ from lares_fast.config import LARESConfig
 from lares_fast.reference.rpt import REWARDS, SCORES
 
 PHASES = ("spt", "rpt")
+PRECISIONS = ("fp32", "bf16")
 SPLITS = ("leave-one-out", "temporal")
 
 
@@ -265,6 +266,12 @@ class RunConfig:
         The seed of everything random in training, in 0..2**64-1.
     ``checkpoint_minutes``
         The minutes between two saves of the state within an epoch. The state is also saved after each epoch.
+    ``device``
+        Where the model trains: ``auto`` (a GPU whose kernels pass their self-test, else the CPU), ``cpu``, ``cuda`` or
+        ``cuda:N``. A run may be resumed on another device.
+    ``precision``
+        ``fp32``, or on a GPU ``bf16``: products with weights and items are then taken in bf16. Weights, gradients and the
+        optimizer stay in fp32.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -274,6 +281,8 @@ class RunConfig:
     evaluation: EvalConfig = EvalConfig()
     seed: int = 2025
     checkpoint_minutes: float = 10.0
+    device: str = "auto"
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -285,6 +294,8 @@ class RunConfig:
         _not_negative(self, "checkpoint_minutes")
         if not 0 <= self.seed < 2**64:
             raise _wrong_value(self, "seed", "in 0..2**64-1", self.seed)
+        if self.precision not in PRECISIONS:
+            raise _wrong_value(self, "precision", f"one of {', '.join(PRECISIONS)}", repr(self.precision))
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values, ready for YAML."""

@@ -9,16 +9,22 @@ import torch
 from torch import Tensor
 
 from lares_fast import ops, reference
+from lares_fast._device import enough_memory
 from lares_fast._random import Draw, Key
+from lares_fast._transfer import to_device, to_host
 from lares_fast.catalog import Catalog
 from lares_fast.data import Batch, InteractionLog, Rows, make_batch
 from lares_fast.reference.topk import Exclude
+from lares_fast.sequences import Sequences
 from lares_fast.train.finite import largest, require_finite_scores, require_usable
 
 Progress = Callable[[int, int], None]
 
 # The items that are ranked with the target: all items, or all except the user's history.
 NOT_MASKED, MASKED = "not masked", "masked"
+
+# The setting of the batch size, which the error about too little memory names.
+_BATCH_SIZE = "evaluation.batch_size"
 
 
 def model_ranks(
@@ -37,14 +43,27 @@ def model_ranks(
     ``num_steps`` is T (default: the model's). The initial states depend on ``key`` and on each row's index, not on
     ``batch_size``. ``progress`` is called after each batch with the number of finished rows and of all rows.
     It needs the workspace of ``ops.target_ranks``.
-    Raises :class:`InputError` if weights or scores are not finite, because the ranks would show the order of the ids only.
+
+    The work is done on the device of the model, and the result is on the CPU. On a GPU, ranks stay there until the end, so the
+    CPU waits once and not for each batch; ``progress`` then counts rows whose work was given to the GPU.
+
+    Raises :class:`InputError` if weights or scores are not finite, because the ranks would show the order of the ids only, and
+    if the memory of a GPU is not enough for ``batch_size``.
     """
-    ranks = {name: torch.empty(len(rows), dtype=torch.int64) for name in (NOT_MASKED, MASKED)}
-    for batch, query, items in _queries(model, log, rows, key, num_steps, batch_size, progress):
-        of_batch = Catalog(items).target_ranks(query, batch.target, history_of(log, rows, batch.rows))
-        for name, rank in zip((NOT_MASKED, MASKED), of_batch, strict=True):
-            ranks[name][batch.rows] = rank
-    return ranks
+    order, ranks = list[Tensor](), list[Tensor]()
+    with enough_memory(batch_size, setting=_BATCH_SIZE):
+        for batch, query, items in _queries(model, log, rows, key, num_steps, batch_size, progress):
+            target = to_device(batch.target, query.device)
+            ranks.append(torch.stack(Catalog(items).target_ranks(query, target, history_of(log, rows, batch.rows))))
+            order.append(batch.rows)
+        not_masked, masked = _in_order(order, ranks) if ranks else torch.empty(2, 0, dtype=torch.int64)
+    return {NOT_MASKED: not_masked, MASKED: masked}
+
+
+def _in_order(order: list[Tensor], values: list[Tensor]) -> Tensor:
+    """Return the ``values`` of batches, each [..., B], as one CPU tensor [..., R]. ``order`` has the rows of each batch."""
+    there = to_host(torch.cat(values, dim=-1))
+    return torch.empty_like(there).index_copy_(-1, torch.cat(order), there)
 
 
 @torch.no_grad()
@@ -57,7 +76,10 @@ def _queries(
     batch_size: int,
     progress: Progress | None,
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Yield (batch, its queries [B, D], all items [N, D]) of an evaluation pass."""
+    """Yield (batch, its queries [B, D], all items [N, D]) of an evaluation pass.
+
+    The batch is on the CPU, the queries and items are on the device of the model.
+    """
     training, width = model.training, model.config.hidden_size
     require_usable(model, width)
     # One number for each batch. They are read after the last batch, so that no batch has to wait for a GPU.
@@ -66,12 +88,15 @@ def _queries(
     try:
         for done, batch in _batches(log, rows, model.config.max_len, batch_size):
             draw = Draw(key, batch.rows)
-            query = model.queries(model.encode(*batch.sequences, num_steps=num_steps, draw=draw))
+            # Offsets, depths and rows stay on the CPU, where the model reads them without waiting.
+            sequences = Sequences(to_device(batch.items, items.device), batch.offsets)
+            query = model.queries(model.encode(*sequences, num_steps=num_steps, draw=draw))
             largest_queries.append(query.abs().amax())
             yield batch, query, items
             if progress is not None:
                 progress(done, len(rows))
-        require_finite_scores(largest(largest_queries), largest([items]), width)
+        if largest_queries:
+            require_finite_scores(largest([torch.stack(largest_queries)]), largest([items]), width)
     finally:
         model.train(training)
 
@@ -106,15 +131,20 @@ def keep_rankable(
     """Return the rows whose target is among the first ``top`` items in at least one of ``passes`` passes.
 
     This is the row filter of the official phase-2 trainer, which also ranks PAD and the history. The key of each pass gives it
-    other initial states. A row that one pass keeps is not ranked again.
+    other initial states. A row that one pass keeps is not ranked again. On a GPU, the CPU waits once in each pass.
+
+    Raises the errors of :func:`model_ranks`.
     """
     left = np.arange(len(rows))
     for number in range(passes):
         part = Rows(rows.users[left], rows.ends[left])
-        kept = np.zeros(len(left), dtype=bool)
-        for batch, query, items in _queries(model, log, part, key_of_pass(number), None, batch_size, progress):
-            kept[batch.rows.numpy()] = (ops.target_rank(query, items, batch.target) < top).numpy()
-        left = left[~kept]
+        order, kept = list[Tensor](), list[Tensor]()
+        with enough_memory(batch_size, setting=_BATCH_SIZE):
+            for batch, query, items in _queries(model, log, part, key_of_pass(number), None, batch_size, progress):
+                kept.append(ops.target_rank(query, items, to_device(batch.target, query.device)) < top)
+                order.append(batch.rows)
+            if kept:
+                left = left[~_in_order(order, kept).numpy()]
     keep = np.ones(len(rows), dtype=bool)
     keep[left] = False
     return Rows(rows.users[keep], rows.ends[keep])

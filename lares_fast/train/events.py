@@ -44,6 +44,11 @@ class Events:
 
         return report
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop was requested."""
+        return self._stop_requested
+
     def request_stop(self) -> None:
         """Make the next :meth:`raise_if_stopping` raise."""
         self._stop_requested = True

@@ -13,17 +13,25 @@ from lares_fast._errors import InputError
 from lares_fast.model import LARES
 from lares_fast.train.config import PhaseConfig
 
+# The entries of a group that choose an implementation of Adam, with their values on the CPU. On a GPU all tensors are updated
+# by a few launches, and no number is read from the host.
+_CPU = {"foreach": None, "fused": None, "capturable": False}
+_GPU = {"foreach": None, "fused": True, "capturable": True}
+
 
 def adam(model: LARES, settings: PhaseConfig, saved: dict[str, Any] | None, path: Path) -> torch.optim.Adam:
     """Return the optimizer of a phase. It continues from its ``state_dict`` ``saved`` in the file ``path``, if there is one.
 
     Raises :class:`InputError` if ``saved`` is not the state of an optimizer of ``model``.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    kind: dict[str, Any] = _CPU if next(model.parameters()).device.type == "cpu" else _GPU
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, **kind)
+    # Steps that run launch by launch need no warning.
+    optimizer._warned_capturable_if_run_uncaptured = True
     if saved is None:
         return optimizer
     try:
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict({**saved, "param_groups": [{**group, **kind} for group in saved["param_groups"]]})
         fits = all(
             moment.shape in (torch.Size(), parameter.shape)
             for parameter, values in optimizer.state.items()
@@ -37,6 +45,13 @@ def adam(model: LARES, settings: PhaseConfig, saved: dict[str, Any] | None, path
     for group in optimizer.param_groups:
         group.update(lr=settings.lr, weight_decay=settings.weight_decay)
     return optimizer
+
+
+def saved_state(optimizer: torch.optim.Adam) -> dict[str, Any]:
+    """Return the ``state_dict`` of ``optimizer`` in the form that it has on the CPU. A GPU is waited for."""
+    saved = optimizer.state_dict()
+    state = {number: {name: x.to("cpu") for name, x in values.items()} for number, values in saved["state"].items()}
+    return {"state": state, "param_groups": [{**group, **_CPU} for group in saved["param_groups"]]}
 
 
 def moments(saved: dict[str, Any] | None) -> Iterator[Tensor]:

@@ -58,8 +58,8 @@ def _obstacle(name: str, state: RunState, changes: dict[str, tuple[Any, Any]], n
     return None
 
 
-def environment() -> dict[str, Any]:
-    """Return the parts of the environment that can change a bit of a result: versions, threads, instruction set, backend."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what can change a bit of a result on ``device``: versions, threads, instruction set, backend, device."""
     try:
         version = importlib.metadata.version("lares_fast")
     except importlib.metadata.PackageNotFoundError:
@@ -70,10 +70,11 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "simd": str(_native.build_info().get("simd", "none")),
         "backend": _settings.backend(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
 
-def resume_events(saved: SavedRun, config: RunConfig, run: Path) -> list[dict[str, Any]]:
+def resume_events(saved: SavedRun, config: RunConfig, device: torch.device, run: Path) -> list[dict[str, Any]]:
     """Return the events that announce what has changed since the run in the folder ``run`` was ``saved``.
 
     Raises :class:`InputError` as :func:`changed_settings`.
@@ -83,7 +84,7 @@ def resume_events(saved: SavedRun, config: RunConfig, run: Path) -> list[dict[st
         return [{"event": "notice", "text": text}]
     changes = {
         "setting": changed_settings(saved.settings, saved.state, config, run),
-        "environment": changed_environment(saved.environment),
+        "environment": changed_environment(saved.environment, device),
     }
     return [
         {"event": "changed", "what": what, "name": name, "old": old, "new": new}
@@ -92,6 +93,8 @@ def resume_events(saved: SavedRun, config: RunConfig, run: Path) -> list[dict[st
     ]
 
 
-def changed_environment(old: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed_environment(old: dict[str, Any], device: torch.device) -> dict[str, tuple[Any, Any]]:
     """Return (old value, new value) of each entry of :func:`environment` that differs from ``old``."""
-    return {name: (old.get(name), value) for name, value in environment().items() if old.get(name) != value}
+    # An earlier version trained on the CPU only.
+    old = {"device": "cpu", **old}
+    return {name: (old.get(name), value) for name, value in environment(device).items() if old.get(name) != value}

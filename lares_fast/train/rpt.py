@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lares_fast import reference
-from lares_fast._random import Draw, Key, fold, generator
-from lares_fast.data import Batch, InteractionLog, Rows, make_batch
+from lares_fast._random import Key, fold, generator
+from lares_fast.data import InteractionLog, Rows, make_batch
+from lares_fast.data.batch import Inputs, Places, input_lengths
 from lares_fast.reference.depth import sample_batch_depth
 from lares_fast.train.config import RPTConfig
+from lares_fast.train.padding import Padding, Sizes, padded_pass
 
 _DEPTHS, _POLICY, _REFERENCE = range(3)
+# Depths and numbers of states vary more than in phase 1. With few sizes of tokens, a published run captures about 40 graphs.
+_PARTS = 4
+
+Held = TypeVar("Held", bound=Inputs | Places)
 
 
 @dataclass(frozen=True, eq=False)
-class RPTBatch:
+class RPTBatch(Generic[Held]):
     """B training rows with all random choices of one step.
 
     ``inputs``
@@ -26,18 +32,28 @@ class RPTBatch:
     ``policy_pass, start_pass``
         The depths [G, B] and the random numbers of G trajectories a row, for the model in training and for the frozen
         model. The depths are equal in both.
+    ``rows``
+        The states that the loss reads.
+    ``mean_depth``
+        The mean of the depths, an fp64 scalar.
+    ``batch``
+        B.
     """
 
-    inputs: Batch
+    inputs: Held
     policy_pass: reference.Pass
     start_pass: reference.Pass
+    rows: reference.RPTRows
+    mean_depth: Tensor
+    batch: int
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return self.batch
 
-    def to(self, device: torch.device | str) -> RPTBatch:
-        """Return a copy with the rows on ``device``; depths and random numbers stay on the CPU."""
-        return replace(self, inputs=self.inputs.to(device))
+    def to(self: RPTBatch[Inputs], device: torch.device | str) -> RPTBatch[Inputs]:
+        """Return a copy with the rows and the tables on ``device``; depths and random numbers stay on the CPU."""
+        tables = reference.RPTRows(*(table.to(device, non_blocking=True) for table in self.rows))
+        return replace(self, inputs=self.inputs.to(device), rows=tables)
 
 
 class RPT(nn.Module):
@@ -87,23 +103,50 @@ class RPT(nn.Module):
         self.start.eval()
         return self
 
-    def batch(self, index: Tensor, key: Key) -> RPTBatch:
+    def batch(self, index: Tensor, key: Key) -> RPTBatch[Inputs]:
         """Prepare the rows ``index`` ([B] int64, each in 0..R-1) on the CPU.
 
         All that is random is a function of ``key``, a pair of integers in [0, 2**32): depths, initial states and dropout
         masks. Give every step its own key.
         """
-        config, group = self.model.config, self.settings.group_size
-        inputs = make_batch(self.log, self.rows, index, config.max_len)
-        size, choices = len(inputs), generator(fold(key, _DEPTHS))
-        depths = [sample_batch_depth(config, size, choices) for _ in range(group)]
-        rows = torch.arange(group * size)
-        policy = reference.Pass(torch.stack(depths), Draw(fold(key, _POLICY), rows))
+        inputs = make_batch(self.log, self.rows, index, self.model.config.max_len)
+        return RPTBatch(inputs, **self._choices(len(index), key, None))
+
+    def places(self, index: Tensor, key: Key, padding: Padding) -> RPTBatch[Places]:
+        """Prepare the same batch for a device that has the log, with the sizes of ``padding``."""
+        places = padding.places(self.log, self.rows, index, self.model.config.max_len, len(index))
+        return RPTBatch(places, **self._choices(len(index), key, padding))
+
+    def sizes(self) -> Sizes:
+        """Return the sizes of a full batch."""
+        config, batch, group = self.model.config, self.settings.batch_size, self.settings.group_size
+        lengths = input_lengths(self.log, self.rows, config.max_len)
+        return Sizes(
+            float(lengths.mean()) * batch, int(lengths.max()), group, group * batch, group * batch * config.mean_depth, _PARTS
+        )
+
+    def _choices(self, size: int, key: Key, padding: Padding | None) -> dict[str, Any]:
+        """Return the fields of a batch of ``size`` rows, except the inputs."""
+        config, choices = self.model.config, generator(fold(key, _DEPTHS))
+        depth = torch.stack([sample_batch_depth(config, size, choices) for _ in range(self.settings.group_size)])
         # With shared noise, the frozen model starts from the initial states of the model in training.
         noise = _POLICY if config.share_reference_noise else _REFERENCE
-        return RPTBatch(inputs, policy, replace(policy, draw=Draw(fold(key, noise), rows)))
+        policy, start = (padded_pass(depth, fold(key, site), padding) for site in (_POLICY, noise))
+        if padding is None:
+            tables = reference.rpt_rows(depth)
+        else:
+            every = torch.as_tensor(policy.num_steps)
+            first = (every.flatten().cumsum(0).view_as(every) - every)[:, :size]
+            tables = reference.rpt_rows(depth, first, padding.scored(depth))
+        return {
+            "policy_pass": policy,
+            "start_pass": start,
+            "rows": tables,
+            "mean_depth": depth.double().mean(),
+            "batch": size,
+        }
 
-    def forward(self, batch: RPTBatch) -> Tensor:
+    def forward(self, batch: RPTBatch[Inputs]) -> Tensor:
         """Return the loss, a scalar with a gradient, and set :attr:`parts`. It is :func:`lares_fast.reference.rpt_loss`."""
         loss = reference.rpt_loss(
             self.model,
@@ -116,11 +159,12 @@ class RPT(nn.Module):
             beta=self.settings.beta,
             reward=self.settings.reward,
             scores=self.settings.scores,
+            rows=batch.rows,
         )
         self.parts = {
             "reward": loss.rewards.mean(),
             "kl": loss.kl.detach(),
             "adv-nonzero": (loss.advantages != 0).double().mean(),
-            "T": torch.as_tensor(batch.policy_pass.num_steps).double().mean(),
+            "T": batch.mean_depth,
         }
         return loss.total

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lares_fast._device import resolve
 from lares_fast._errors import InputError
 from lares_fast._random import root_key
 from lares_fast.config import LARESConfig
@@ -21,9 +22,24 @@ from lares_fast.train.finite import NotFiniteError, all_finite
 from lares_fast.train.folder import RunFolder
 from lares_fast.train.identity import ABOUT, identity_of, require_same
 from lares_fast.train.keys import initial_weights_seed
-from lares_fast.train.optimizer import adam, moments
+from lares_fast.train.optimizer import adam, moments, saved_state
 from lares_fast.train.resume import environment, resume_events, settings_of
 from lares_fast.train.state import Progress, RunState, SavedRun, load_run
+
+
+def checked_device(config: RunConfig) -> torch.device:
+    """Return the device that ``config`` names. Raises :class:`InputError` if it cannot be used, or not in this precision."""
+    try:
+        device = resolve(config.device)
+    except InputError as error:
+        raise InputError(str(error), setting="device") from None
+    if config.precision != "fp32" and device.type == "cpu":
+        raise InputError(
+            f"precision {config.precision} needs a GPU, but device {config.device} is the CPU here: set precision to fp32, or "
+            "choose a machine with a GPU.",
+            setting="precision=fp32",
+        )
+    return device
 
 
 class Run:
@@ -33,6 +49,8 @@ class Run:
         The settings and the data.
     ``folder, events``
         The run folder, and the channel for events and for a request to stop.
+    ``device``
+        Where the models are. Everything that is saved is on the CPU.
     ``key``
         The root of the run's random keys.
     ``model``
@@ -55,10 +73,13 @@ class Run:
         model_config = LARESConfig.from_dict({**config.model, "n_items": log.n_items})
         if max(config.rpt.k, *config.evaluation.ks) > log.n_items - 1:
             raise InputError(f"rpt.k and evaluation.ks must be at most {log.n_items - 1}, the number of items.")
+        self.device = checked_device(config)
         self.state = RunState(identity=identity_of(config, model_config, log, split))
         with torch.random.fork_rng():
             torch.manual_seed(initial_weights_seed(self.key))
-            self.model = LARES(model_config)
+            # The CPU draws the weights, so that they are the same on every device.
+            self.model = LARES(model_config, bf16=config.precision == "bf16")
+        self.model.to(self.device)
         self.start: LARES | None = None
         self.news: list[Event] = []
         self.folder = RunFolder(out)
@@ -112,7 +133,7 @@ class Run:
             model=weights_of(self.model),
             start=None if self.start is None else weights_of(self.start),
             settings=settings_of(self.config),
-            environment=environment(),
+            environment=environment(self.device),
         )
         if not all_finite([*saved.model.values(), *moments(saved.optimizer)]):
             raise self.diverged("the weights or Adam's moments are not finite")
@@ -142,12 +163,12 @@ class Run:
         return NotFiniteError(f"{found} {where}: {remedy}.", setting=setting)
 
     def _optimizer_state(self) -> dict[str, Any] | None:
-        return self._loaded_optimizer if self._optimizer is None else self._optimizer.state_dict()
+        return self._loaded_optimizer if self._optimizer is None else saved_state(self._optimizer)
 
     def _resume(self, saved: SavedRun) -> None:
         path = self.folder.state_file
         require_same(saved.state.identity, self.state.identity, self.folder.path, "resume with")
-        self.news = resume_events(saved, self.config, self.folder.path)
+        self.news = resume_events(saved, self.config, self.device, self.folder.path)
         load_into(self.model, saved.model, path, "model")
         if saved.start:
             self.start = copy.deepcopy(self.model)

@@ -1,14 +1,14 @@
 """Test cases: a small call of every op, and the equal call of the reference.
 
 Self-tests, ``lares-fast report``, ``lares-fast tune`` and ``lares-fast gpu-day`` run them. On integers the results of all ops
-but ``recurrence`` are exact, or exact before one rounding: every softmax gets scores that are either equal or far apart.
+but ``embedding``, ``initial_state`` and ``recurrence`` are exact, or exact before one rounding: every softmax gets scores that
+are either equal or far apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from lares_fast import reference
-from lares_fast._random import Draw
+from lares_fast._random import Draw, exact_normal_of, seed_of, state_uniforms
 from lares_fast.config import LARESConfig
+from lares_fast.reference.initial_state import spread
 
 Values = Mapping[str, Tensor]
+_KEY = (5, 7)
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,31 @@ class Case:
     differentiable: bool = True
     # True if results are exact before the last rounding, so that a self-test needs no twin.
     exact: bool = False
+    # The dtype of products if the call rounds their operands. Then the inputs are numbers of this dtype, and the results are
+    # compared in it.
+    products: torch.dtype | None = None
 
     def results(self, backend: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Results:
         """Return the results of the op on ``backend`` in ``dtype`` on ``device``."""
-        return self._run(lambda leaves: self.fast(leaves, backend), dtype, dtype, device)
+        found = self._run(lambda leaves: self.fast(leaves, backend), self.products or dtype, dtype, device)
+        return self._compared(found)
 
     def twin(self, dtype: torch.dtype) -> Results:
         """Return the results of the reference in ``dtype``."""
-        return self._run(self.plain, dtype, dtype, "cpu")
+        return self._compared(self._run(self.plain, self.products or dtype, dtype, "cpu"))
 
     def truth(self, dtype: torch.dtype) -> Results:
         """Return the results of the reference in fp64, on inputs that were rounded to ``dtype``."""
-        return self._run(self.plain, dtype, torch.float64, "cpu")
+        return self._run(self.plain, self.products or dtype, torch.float64, "cpu")
+
+    def _compared(self, found: Results) -> Results:
+        """Return ``found`` in the dtype in which results are compared."""
+        if self.products is None:
+            return found
+        forward, gradients = (
+            {name: x.to(self.products) for name, x in part.items()} for part in (found.forward, found.gradients)
+        )
+        return Results(forward, found.exact, gradients)
 
     def _run(
         self, call: Callable[[Values], dict[str, Tensor]], rounded: torch.dtype, dtype: torch.dtype, device: Any
@@ -149,7 +164,57 @@ def _attention(integers: bool, width: int = 32, drop: bool = True, short: bool =
     return Case({"query": query, "key": key, "value": value}, fast, plain, differentiable=train, exact=integers)
 
 
-def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -> Case:
+def _embedding(integers: bool, width: int = 64, drop: bool = True, train: bool = True) -> Case:
+    from lares_fast.ops import embedding
+
+    offsets = torch.tensor([0, 20, 20, 21, 37])
+    items, sizes = 1 + torch.arange(37) * 13 % 29, {"item_table": 31, "position_table": 20}
+    leaves = {name: _fill(integers, rows, width) for name, rows in sizes.items()}
+    leaves |= {"weight": _fill(integers, width), "bias": _fill(integers, width + 1)[:width]}
+    how = {"dropout": 0.25 if drop else 0.0}
+
+    def call(leaves: Values, function: Callable[..., Tensor], **more: Any) -> dict[str, Tensor]:
+        device = leaves["weight"].device
+        draw = _draw(4, device) if drop else None
+        return {"out": function(items.to(device), offsets.to(device), *leaves.values(), draw=draw, **how, **more)}
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        return call(leaves, embedding, backend=backend)
+
+    def plain(leaves: Values) -> dict[str, Tensor]:
+        return call(leaves, reference.embedding)
+
+    return Case(leaves, fast, plain, differentiable=train)
+
+
+def _initial_state(integers: bool, width: int = 64) -> Case:
+    """Build the case of h0, which has no inputs; its leaf only names the device and the dtype."""
+    from lares_fast.ops import initial_state
+
+    offsets, rows = torch.tensor([0, 20, 20, 21, 70]), 75
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        device = leaves["leaf"].device
+        return {"h0": initial_state(_draw(4, device), offsets.to(device), rows, width, std=0.5, backend=backend)}
+
+    def plain(leaves: Values) -> dict[str, Tensor]:
+        if leaves["leaf"].dtype != torch.float64:
+            return {"h0": reference.initial_state(_draw(4), offsets, rows, width, std=0.5)}
+
+        def normal(rows: Tensor, positions: Tensor) -> Tensor:
+            return exact_normal_of(state_uniforms(_KEY, rows, positions, width))
+
+        return {"h0": spread(normal, _draw(4).rows, offsets, rows) * 0.5}
+
+    return Case({"leaf": torch.zeros(1, dtype=torch.float64)}, fast, plain, differentiable=False)
+
+
+def _draw(batch: int, device: torch.device | str = "cpu") -> Draw:
+    """Return a draw with its key and its rows on ``device``."""
+    return Draw(seed_of(_KEY, torch.device(device)), torch.arange(batch, device=device))
+
+
+def _linear_cross_entropy(integers: bool, width: int = 64, bf16: bool = False, train: bool = True) -> Case:
     from lares_fast import ops
     from lares_fast.ops._catalog_calls import TIES
 
@@ -163,26 +228,36 @@ def _linear_cross_entropy(integers: bool, width: int = 64, train: bool = True) -
         leaves = {"hidden": _codes(index, width, 64), "items": _codes(torch.arange(items), width, 64)}
     scale = 1.0 if integers else width**-0.5
 
-    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
-        targets = target.to(leaves["hidden"].device)
-        how: dict[str, Any] = {"scale": scale, "skip_pad": True, "backend": backend}
-        found = {"logprob": ops.target_logprob(leaves["hidden"], leaves["items"], targets, **how)}
+    # Two catalogs share the rows of the case; the second one has the items in reverse order. Some rows get no rank.
+    half, ranked = rows // 2, rows // 2 + 3
+    both = target[: 2 * half].view(2, half)
+
+    def call(function: Callable[..., tuple[Tensor, Tensor]], leaves: Values, **how: Any) -> dict[str, Tensor]:
+        hidden, items = leaves["hidden"], leaves["items"]
+        targets, of_both = (x.to(hidden.device) for x in (target, both))
+        found: dict[str, Tensor] = {}
         for ties in TIES:
-            found |= named(ties, *ops.target_logprob_and_rank(leaves["hidden"], leaves["items"], targets, ties=ties, **how))
-        return found
+            found |= named(ties, *function(hidden, items, targets, ties=ties, **how))
+        batched = hidden[: 2 * half].view(2, half, width), torch.stack((items, items.flip(0))), of_both
+        return found | named("batched", *function(*batched, ranked=ranked, **how))
+
+    def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
+        hidden, items = leaves["hidden"], leaves["items"]
+        how: dict[str, Any] = {"scale": scale, "skip_pad": True, "bf16": bf16, "backend": backend}
+        found = {"logprob": ops.target_logprob(hidden, items, target.to(hidden.device), **how)}
+        return found | call(ops.target_logprob_and_rank, leaves, **how)
 
     def plain(leaves: Values) -> dict[str, Tensor]:
-        call = partial(reference.target_logprob_and_rank, leaves["hidden"], leaves["items"], target, scale=scale, skip_pad=True)
-        found = {"logprob": call()[0]}
-        for ties in TIES:
-            found |= named(ties, *call(ties=ties))
-        return found
+        how: dict[str, Any] = {"scale": scale, "skip_pad": True}
+        found = {"logprob": reference.target_logprob(leaves["hidden"], leaves["items"], target, **how)}
+        return found | call(reference.target_logprob_and_rank, leaves, **how)
 
     def named(ties: str, logprob: Tensor, rank: Tensor) -> dict[str, Tensor]:
         # Ranks are compared on integers only: rounding may change the order of other scores.
         return {f"logprob with {ties} rank": logprob, **({f"{ties} rank": rank} if integers else {})}
 
-    return Case(leaves, fast, plain, differentiable=train, exact=integers)
+    products = torch.bfloat16 if bf16 else None
+    return Case(leaves, fast, plain, differentiable=train, exact=integers, products=products)
 
 
 def _recurrence(
@@ -194,9 +269,13 @@ def _recurrence(
     output: str = "tokens",
     drop: bool = True,
     long: bool = False,
+    bf16: bool = False,
     train: bool = True,
 ) -> Case:
-    """Build the case of the recurrence. ``adapter="none"`` is a block without ``pre``; ``long`` needs a tile of 128 rows."""
+    """Build the case of the recurrence.
+
+    ``adapter="none"`` is a block without ``pre``. ``long`` needs a tile of 128 rows. ``deepest`` exceeds every depth.
+    """
     from lares_fast.ops import recurrence
     from lares_fast.reference.backbone import build_block
 
@@ -212,7 +291,7 @@ def _recurrence(
         weights = {name: weight.detach().double() for name, weight in module.named_parameters()}
     pre = {"pre": _fill(integers, rows + 1, width)[:rows]} if joins else {}
     leaves = {"h": _fill(integers, rows, width), **pre, **weights}
-    how: dict[str, Any] = {"n_heads": heads, "adapter": config.adapter, "output": output}
+    how: dict[str, Any] = {"n_heads": heads, "adapter": config.adapter, "output": output, "deepest": 3}
     how |= {"dropout": 0.25, "attention_dropout": 0.25} if drop else {}
 
     def call(leaves: Values, function: Callable[..., Tensor], *, with_longest: bool, **more: Any) -> dict[str, Tensor]:
@@ -223,12 +302,14 @@ def _recurrence(
         return {"out": function(h, offsets.to(h.device), rest, depth=depth.to(h.device), draw=draw, **how, **more)}
 
     def fast(leaves: Values, backend: str) -> dict[str, Tensor]:
-        return call(leaves, recurrence, with_longest=True, backend=backend)
+        return call(leaves, recurrence, with_longest=True, bf16=bf16, backend=backend)
 
     def plain(leaves: Values) -> dict[str, Tensor]:
-        return call(leaves, reference.recurrence, with_longest=False)
+        # The truth, in fp64, is not rounded.
+        rounds = bf16 and leaves["h"].dtype != torch.float64
+        return call(leaves, reference.recurrence, with_longest=False, bf16=rounds)
 
-    return Case(leaves, fast, plain, differentiable=train)
+    return Case(leaves, fast, plain, differentiable=train, products=torch.bfloat16 if bf16 else None)
 
 
 def _catalog() -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, Tensor]]:
@@ -273,6 +354,8 @@ def _target_rank(integers: bool) -> Case:
 
 _CASES: dict[str, Callable[..., Case]] = {
     "attention": _attention,
+    "embedding": _embedding,
+    "initial_state": _initial_state,
     "linear_cross_entropy": _linear_cross_entropy,
     "recurrence": _recurrence,
     "target_rank": _target_rank,
@@ -285,15 +368,22 @@ def shipped(op: str) -> list[dict[str, Any]]:
     if op == "attention":
         sizes = product((32, 64), (False, True), (False, True))
         return [{"width": width, "drop": drop, "short": False, "train": train} for width, drop, train in sizes]
+    if op == "embedding":
+        drops = ((False, False), (True, False), (True, True))
+        return [{"width": width, "drop": drop, "train": train} for width in (64, 128) for drop, train in drops]
+    if op == "initial_state":
+        return [{"width": width} for width in (64, 128)]
     if op == "linear_cross_entropy":
-        return [{"width": width, "train": train} for width, train in product((64, 128), (False, True))]
+        every = product((64, 128), (False, True), (False, True))
+        return [{"width": width, "bf16": bf16, "train": train} for width, bf16, train in every]
     # Inference calls the pre-block, and the core with its last states. Training calls the pre-block, the core with its last
     # states, and the core with the states of every step.
     calls = [("none", "tokens", False), ("add", "last", False)]
     calls += [("none", "tokens", True), ("add", "last", True), ("add", "steps", True)]
+    found = [(width, *call, False) for width in (64, 128) for call in (calls if width == 64 else calls[1::3])]
+    found += [(64, *call, True) for call in calls[2::2]]
     return [
         {"width": width, "heads": 2, "inner": 4 * width, "long": False, "adapter": adapter, "output": output}
-        | {"drop": train, "train": train}
-        for width in (64, 128)
-        for adapter, output, train in (calls if width == 64 else calls[1::3])
+        | {"drop": train, "bf16": bf16, "train": train}
+        for width, adapter, output, train, bf16 in found
     ]

@@ -121,17 +121,21 @@ def graphs(rehearse: bool, quick: bool) -> Result:
 
 def graph_inputs(rehearse: bool, quick: bool, op: str) -> Result:
     """Check that a captured graph of the public op follows new inputs. A rehearsal calls the op instead of a replay."""
-    backend = "triton" if op in ("target_logprob", "attention", "recurrence") else "reference" if rehearse else "cuda"
+    backend = (
+        "triton" if op in ("target_logprob", "attention", "embedding", "recurrence") else "reference" if rehearse else "cuda"
+    )
     if backend == "cuda" and not (capability := _native.capability()).startswith("ok"):
         return skipped(capability)
     device, faults = device_of(rehearse), []
     given = torch.randn(40, 64).to(device)
     items, target = torch.randn(500, 64).to(device), torch.arange(40, device=device)
     offsets, heads = torch.tensor([0, 33, 40], device=device), given.view(40, 2, 32)
+    tables = (items, given, given[0], given[1])
     _, _, weights, n_heads = recurrence_inputs(64, torch.float32, device, B=1)
     calls: dict[str, Callable[[], Tensor]] = {
         "target_logprob": lambda: ops.target_logprob(given, items, target, backend=backend),
         "attention": lambda: ops.attention(heads, heads, heads, offsets, 33, backend=backend),
+        "embedding": lambda: ops.embedding(1 + target, offsets, *tables, backend=backend),
         "recurrence": lambda: ops.recurrence(
             given, offsets, weights, n_heads=n_heads, pre=given, depth=2, longest=33, backend=backend
         ),
@@ -151,7 +155,7 @@ def graph_seeds(rehearse: bool, quick: bool, op: str) -> Result:
     """Check that dropout in a captured graph follows the seed on the device. A rehearsal calls the op instead of a replay."""
     faults = []
     with kernels_of(rehearse):
-        call, seed = {"attention": _attention_by_seed, "recurrence": _recurrence_by_seed}[op](device_of(rehearse))
+        call, seed = _BY_SEED[op](device_of(rehearse))
         replay = call if rehearse else _captured(call)
 
         def with_seed(value: int, run: Callable[[], Tensor] = replay) -> Tensor:
@@ -210,6 +214,40 @@ def _recurrence_by_seed(device: str) -> tuple[Callable[[], Tensor], Tensor]:
 
     assert call.seed is not None
     return run, call.seed
+
+
+def _embedding_by_seed(device: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """Return a call of the embedding that gives its output and its gradients, and the seed tensor that they read."""
+    tables = [torch.randn(size).to(device).requires_grad_() for size in ((50, 64), (33, 64), (64,), (64,))]
+    draw, offsets = _draw_by_seed(device)
+    items, grad = 1 + torch.arange(40, device=device), torch.randn(40, 64).to(device)
+
+    def run() -> Tensor:
+        with torch.enable_grad():
+            out = ops.embedding(items, offsets, *tables, draw=draw, dropout=0.5, backend="triton")
+            return torch.cat([x.flatten() for x in (out.detach(), *torch.autograd.grad(out, tables, grad))])
+
+    return run, draw.seed(items.device)
+
+
+def _initial_state_by_seed(device: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """Return a call of ``initial_state``, and the seed tensor that it reads."""
+    draw, offsets = _draw_by_seed(device)
+    return lambda: ops.initial_state(draw, offsets, 40, 64, backend="triton"), draw.seed(offsets.device)
+
+
+def _draw_by_seed(device: str) -> tuple[Draw, Tensor]:
+    """Return a draw whose key is a tensor, and the offsets of two sequences."""
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    return Draw(seed, torch.arange(2, device=device)), torch.tensor([0, 33, 40], device=device)
+
+
+_BY_SEED: dict[str, Callable[[str], tuple[Callable[[], Tensor], Tensor]]] = {
+    "attention": _attention_by_seed,
+    "embedding": _embedding_by_seed,
+    "initial_state": _initial_state_by_seed,
+    "recurrence": _recurrence_by_seed,
+}
 
 
 CHECKS: dict[str, Callable[..., Result]] = {

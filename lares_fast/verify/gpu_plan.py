@@ -48,9 +48,9 @@ def plan(*, rehearse: bool, quick: bool) -> dict[str, Step]:
     how = {"rehearse": rehearse, "quick": quick}
     steps = {name: Step(name, how) for name in (*FIRST, "first_kernel")}
     steps |= _correctness(how)
-    for op in ("target_logprob", "attention", "recurrence", *CUDA_OPS):
+    for op in ("target_logprob", "attention", "embedding", "recurrence", *CUDA_OPS):
         steps[f"graph_inputs:{op}"] = Step("graph_inputs", {**how, "op": op}, native=op in CUDA_OPS)
-    for op in ("attention", "recurrence"):
+    for op in ("attention", "embedding", "initial_state", "recurrence"):
         steps[f"graph_seeds:{op}"] = Step("graph_seeds", {**how, "op": op})
     steps |= {name: Step(name, how) for name in ("graphs", "streams", "fork", "boundaries")}
     steps["determinism"] = Step("determinism", how, native=True)
@@ -90,7 +90,7 @@ def _correctness(how: Mapping[str, bool]) -> dict[str, Step]:
 def _variants(op: str, how: Mapping[str, bool]) -> list[dict[str, Any]]:
     """Return the variants of published sizes, without an inference variant whose kernels a training variant also runs."""
     shipped = cases.shipped(op)
-    return [{}] if how["quick"] else [one for one in shipped if one["train"] or {**one, "train": True} not in shipped]
+    return [{}] if how["quick"] else [one for one in shipped if one.get("train", True) or {**one, "train": True} not in shipped]
 
 
 def _sanitizer(how: Mapping[str, bool]) -> dict[str, Step]:

@@ -59,21 +59,34 @@ def run_command(
 
     All processes that it started end with it, because a process that is left over would keep the GPU.
     """
+    with running(command, out=out, log=log, environ=environ) as process:
+        try:
+            code = None if _stopped.is_set() else process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            code = None
+    if _stopped.is_set():
+        raise KeyboardInterrupt
+    return code
+
+
+@contextmanager
+def running(
+    command: Sequence[str], *, out: IO[str] | int, log: IO[str], environ: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """Start ``command``, and end it with all processes that it started when the block ends.
+
+    ``out`` may be ``subprocess.PIPE``.
+    """
     process = subprocess.Popen(
         command, env={**os.environ, **(environ or {})}, stdout=out, stderr=log, text=True, start_new_session=True
     )
     _running.add(process)
     try:
-        code = None if _stopped.is_set() else process.wait(max(0.0, seconds))
-    except subprocess.TimeoutExpired:
-        code = None
+        yield process
     finally:
         _kill_group(process)
         process.wait()
         _running.discard(process)
-    if _stopped.is_set():
-        raise KeyboardInterrupt
-    return code
 
 
 def _kill_group(process: subprocess.Popen[str]) -> None:

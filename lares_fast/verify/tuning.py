@@ -19,14 +19,13 @@ from lares_fast.verify import cache, self_test
 
 _CACHE = "launch_settings"
 
-# The kernels of each op, in groups that share their launch settings. The catalog kernels are one group, because they must
-# compute equal bits for a target's score.
+# The ops that ``lares-fast tune`` tunes, and their kernels in groups that share their launch settings. The catalog kernels are
+# one group, because they must compute equal bits for a target's score.
 KERNELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "attention": (("attention_forward",), ("attention_backward_query",), ("attention_backward_key_value",)),
-    "linear_cross_entropy": (("target_score", "softmax_forward", "softmax_backward_hidden", "softmax_backward_items"),),
+    "linear_cross_entropy": (("softmax_forward", "prepare_backward", "softmax_backward_hidden", "softmax_backward_items"),),
     "recurrence": (
-        ("recurrence_forward",), ("attention_half_backward",), ("feed_half_backward",), ("input_gradient",),
-        ("join_backward",), ("weight_gradient",),
+        ("recurrence_forward",), ("step_backward",), ("weight_gradients",),
     ),
 }  # fmt: skip
 _WARPS, _STAGES = (1, 2, 4, 8), (1, 2, 3)

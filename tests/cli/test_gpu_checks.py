@@ -9,7 +9,8 @@ import torch
 from lares_fast.verify import gpu_edge_cases, gpu_large, gpu_plan, gpu_report, gpu_run
 from lares_fast.verify.__main__ import CHECKS
 
-FILES = ("_random", "_tiles", "attention", "linear_cross_entropy", "_layers", "recurrence", "_recurrence_backward")
+FILES = ("_random", "_tiles", "_packed", "attention", "embedding", "initial_state", "_catalog", "_catalog_backward")
+FILES += ("linear_cross_entropy", "_layers", "_recurrence_plan", "recurrence", "_recurrence_weights", "_recurrence_backward")
 
 
 @pytest.mark.interpreted
@@ -25,12 +26,18 @@ PLANTED = {
     "a seed that is not read": (
         "graph_seeds:attention", "_tiles", "keep_attention(tl.load(SEED),", "keep_attention(0 * tl.load(SEED),",
     ),
+    "a seed of the embedding that is not read": (
+        "graph_seeds:embedding", "embedding", "keep_hidden_row(tl.load(SEED),", "keep_hidden_row(0 * tl.load(SEED),",
+    ),
+    "a seed of h0 that is not read": (
+        "graph_seeds:initial_state", "initial_state", "state_normal(tl.load(SEED),", "state_normal(0 * tl.load(SEED),",
+    ),
     "a tile of items that is left out": (
         "large_linear_cross_entropy", "linear_cross_entropy", "triton.cdiv(N, run.keywords", "-1 + triton.cdiv(N, run.keywords",
     ),
     "a sequence that is left out": ("large_attention", "attention", "* H * tiles if P", "* H * tiles - 1 if P"),
     "tiles that are left out": (
-        "large_recurrence", "recurrence", "recurrence_forward, len(first) - 1,", "recurrence_forward, (len(first) - 1) // 4,",
+        "large_recurrence", "recurrence", "recurrence_forward, plan.tiles,", "recurrence_forward, plan.tiles // 4,",
     ),
 }  # fmt: skip
 

@@ -59,7 +59,7 @@ def test_numbers_are_plain_after_a_call_is_built():
     (ops.target_rank, calls.TargetRankCall, set()),
     (ops.target_ranks, calls.TargetRankCall, set()),
     (ops.target_logprob_and_rank, calls.LogprobCall, set()),
-    (ops.linear_cross_entropy, calls.LogprobCall, {"ties", "reduction"}),
+    (ops.linear_cross_entropy, calls.LogprobCall, {"ties", "ranked", "reduction"}),
 ])  # fmt: skip
 def test_a_call_has_the_arguments_of_the_public_function(function, call, more):
     assert set(inspect.signature(function).parameters) ^ {field.name for field in call.layout} == more
@@ -82,7 +82,7 @@ def test_explain_takes_the_arguments_of_the_op(op, arguments, options):
     ("topk", (*TENSORS, 9), {}, "k must be in 1..5"),
     ("target_rank", (*TENSORS, TARGET), {"ties": "mean"}, "ties must be one of order, strict"),
     ("linear_cross_entropy", (*TENSORS, TARGET), {"reduction": "max"}, "reduction must be one of none, mean, sum"),
-    ("linear_cross_entropy_backward", (), {}, "op must be one of attention, linear_cross_entropy, recurrence"),
+    ("linear_cross_entropy_backward", (), {}, "op must be one of attention, embedding, initial_state, linear"),
 ])  # fmt: skip
 def test_explain_checks_its_arguments(op, arguments, options, message):
     with pytest.raises(InputError, match=message):

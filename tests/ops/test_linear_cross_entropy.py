@@ -12,6 +12,8 @@ from tests.support.softmax_cases import (
     check,
     check_a_row_that_is_not_finite,
     check_ascending_scores,
+    check_batched_rank,
+    check_bf16,
     check_gradient_of_one_argument,
     check_infinities_and_nan,
     check_large_logits,
@@ -52,6 +54,11 @@ def test_more_rows_than_share_a_buffer(backend):
     check("target_logprob", *case(4100, 60, 4), backend=backend)
 
 
+@pytest.mark.parametrize("J", [(), (2,)], ids=str)
+def test_operands_in_bf16(J, backend):
+    check_bf16(backend, J)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("scale", [1.0, 1 / 0.07, 1e-3])
 @pytest.mark.parametrize("skip_pad", [False, True])
@@ -74,6 +81,27 @@ def test_reductions(reduction, scale, skip_pad, backend):
 def test_leading_dimensions(backend):
     hidden, items, target, grad = case(24, 300, 16)
     check("target_logprob", hidden.reshape(2, 3, 4, 16), items, target.reshape(2, 3, 4), grad.reshape(2, 3, 4), backend=backend)
+
+
+@pytest.mark.parametrize(("J", "M", "N"), [(1, 5, 30), (2, 1, 1), (2, 9, 1500), (4, 33, 33), (3, 192, 97)])
+@pytest.mark.parametrize("skip_pad", [False, True])
+def test_batched(J, M, N, skip_pad, backend):
+    N += skip_pad
+    check("target_logprob", *case(M, N, 24, J=(J,), skip_pad=skip_pad), backend=backend, scale=0.5, skip_pad=skip_pad)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_reductions_over_catalogs(reduction, backend):
+    hidden, items, target, grad = case(12, 40, 8, J=(3,))
+    check("linear_cross_entropy", hidden, items, target, grad, backend=backend, reduction=reduction)
+
+
+def test_no_catalogs(backend):
+    hidden, items = torch.empty(0, 3, 4, requires_grad=True), torch.empty(0, 7, 4, requires_grad=True)
+    logprob, rank = ops.target_logprob_and_rank(hidden, items, torch.empty(0, 3, dtype=torch.int64), backend=backend)
+    assert logprob.shape == rank.shape == (0, 3)
+    logprob.sum().backward()
+    assert hidden.grad.shape == (0, 3, 4) and items.grad.shape == (0, 7, 4)
 
 
 def test_uniform_over_many_items(backend):
@@ -103,6 +131,12 @@ def test_ascending_scores(backend):
 @pytest.mark.parametrize("N", [2, 25, 700, 2000])
 def test_rank_is_that_of_target_rank(ties, skip_pad, N, backend):
     check_rank(ties, skip_pad, N, backend)
+
+
+@pytest.mark.parametrize("ties", ["order", "strict"])
+@pytest.mark.parametrize(("skip_pad", "N"), [(True, 2), (False, 25), (True, 700)])
+def test_rank_in_catalogs_and_of_the_first_rows(ties, skip_pad, N, backend):
+    check_batched_rank(ties, skip_pad, N, backend)
 
 
 def test_equal_scores_earn_nothing(backend):
@@ -140,10 +174,11 @@ def test_gradient_of_one_argument(which, backend):
     check_gradient_of_one_argument(which, backend)
 
 
+@pytest.mark.parametrize("J", [(), (2,)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_run_in_pieces(dtype, monkeypatch):
+def test_other_dtypes_run_in_pieces(dtype, J, monkeypatch):
     monkeypatch.setattr(ops._chunked_softmax, "_SCORES", 1)
-    hidden, items, target, grad = case(20, 3000, 16, size=0.3)
+    hidden, items, target, grad = case(20, 3000, 16, J=J, size=0.3)
     hidden, items, grad = hidden.to(dtype), items.to(dtype), grad.to(dtype)
     if dtype != torch.float64:
         check("target_logprob", hidden, items, target, grad, backend="reference")
@@ -156,25 +191,35 @@ def test_other_dtypes_run_in_pieces(dtype, monkeypatch):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_opcheck(backend):
-    hidden, items, target, grad = case(5, 30, 8)
+@pytest.mark.parametrize("J", [(), (2,)])
+def test_numerical_gradients(J):
+    hidden, items, target, _ = case(5, 7, 3, J=J)
+    leaves = (hidden.double().requires_grad_(), items.double().requires_grad_())
+    for function in (ops.target_logprob, ops.linear_cross_entropy, reference.target_logprob):
+        assert torch.autograd.gradcheck(lambda h, x, function=function: function(h, x, target, scale=0.7), leaves)
+
+
+@pytest.mark.parametrize("J", [(), (2,)])
+def test_opcheck(J, backend):
+    hidden, items, target, grad = case(5, 30, 8, J=J)
     hidden.requires_grad_(), items.requires_grad_()
-    for ties in (None, "order"):
-        call = LogprobCall.build(hidden, items, target, scale=0.5, ties=ties, backend=backend)
+    for ties, ranked in ((None, None), ("order", None), ("order", 3)):
+        call = LogprobCall.build(hidden, items, target, scale=0.5, ties=ties, ranked=ranked, backend=backend)
         torch.library.opcheck(torch.ops.lares_fast.target_logprob, call.arguments())
     hidden, items = hidden.detach(), items.detach()
-    lse = (hidden.double() @ items.double().T).logsumexp(1)
+    lse = (hidden.double() @ items.double().mT).logsumexp(-1)
     needs = {"need_hidden": True, "need_items": False}
     backward = LogprobBackwardCall.build(hidden, items, target, grad=grad, lse=lse, **needs, backend=backend)
     torch.library.opcheck(torch.ops.lares_fast.target_logprob_backward, backward.arguments())
 
 
-def test_compile(backend):
-    hidden, items, target, grad = case(5, 30, 8)
+@pytest.mark.parametrize(("J", "ranked"), [((), None), ((), 2), ((2,), None), ((2,), 7)])
+def test_compile(J, ranked, backend):
+    hidden, items, target, grad = case(5, 30, 8, J=J)
 
     def loss(hidden, items, target):
-        logprob, rank = ops.target_logprob_and_rank(hidden, items, target, backend=backend)
-        return logprob * 2 + rank
+        logprob, rank = ops.target_logprob_and_rank(hidden, items, target, ranked=ranked, backend=backend)
+        return logprob * 2 + (rank if ranked is None else rank.sum())
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(run(compiled, hidden, items, target, grad), run(loss, hidden, items, target, grad), strict=True):
@@ -189,6 +234,9 @@ def test_second_derivatives_are_refused(backend):
         gradient.sum().backward()
 
 
+BATCH = {"hidden": torch.ones(2, 4, 3), "items": torch.ones(2, 5, 3)}
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"hidden": torch.ones(2, 3).long()}, "hidden must be a floating-point"),
     ({"hidden": [[1.0]]}, "hidden must be a dense tensor, but got list"),
@@ -196,6 +244,13 @@ def test_second_derivatives_are_refused(backend):
     ({"items": torch.ones(5, 4)}, r"items must be \[N, 3\] like hidden"),
     ({"items": torch.ones(0, 3)}, "with at least 1 row, but got"),
     ({"items": torch.ones(1, 3), "skip_pad": True}, "with at least 2 rows with skip_pad, but got"),
+    ({"items": torch.ones(2, 5, 3)}, r"items must be \[N, 3\] like hidden, .* but got \[2, 5, 3\]"),
+    ({**BATCH, "items": torch.ones(3, 5, 3)}, r"items must be \[N, 3\] or \[2, N, 3\] like hidden"),
+    ({**BATCH, "items": torch.ones(2, 5, 4)}, r"items must be \[N, 3\] or \[2, N, 3\] like hidden"),
+    ({**BATCH, "items": torch.ones(2, 0, 3)}, "with at least 1 row, but got"),
+    ({**BATCH, "items": torch.ones(5, 3, 2, 2)}, r"items must be \[N, 3\] or \[2, N, 3\] like hidden"),
+    (BATCH, r"target must be torch\.int64 \[2, 4\]"),
+    ({**BATCH, "target": torch.tensor([[1, 5, 1, 1]] * 2)}, r"target must be in 0\.\.4, but got values in 1\.\.5"),
     ({"items": torch.ones(5, 3).double()}, r"items must be torch\.float32 on cpu like hidden"),
     ({"items": torch.ones(5, 3, device="meta")}, "on cpu like hidden, but got .* on meta"),
     ({"target": torch.tensor([1])}, r"target must be torch\.int64 \[2\]"),
@@ -212,6 +267,15 @@ def test_bad_arguments(change, message):
     arguments = {"hidden": torch.ones(2, 3), "items": torch.ones(5, 3), "target": torch.tensor([1, 2]), **change}
     with pytest.raises(InputError, match=message):
         ops.linear_cross_entropy(arguments.pop("hidden"), arguments.pop("items"), arguments.pop("target"), **arguments)
+
+
+@pytest.mark.parametrize(("ranked", "message"), [
+    (-1, r"ranked must be in 0\.\.2, the number of rows, but got -1"), (3, r"ranked must be in 0\.\.2"),
+    (1.5, r"ranked must be an integer, but got 1\.5"),
+])  # fmt: skip
+def test_a_bad_number_of_ranks(ranked, message):
+    with pytest.raises(InputError, match=message):
+        ops.target_logprob_and_rank(*case(2, 5, 3)[:3], ranked=ranked)
 
 
 def test_bad_ties_and_backend():

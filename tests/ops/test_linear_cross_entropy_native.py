@@ -43,8 +43,9 @@ def _zeroed(gradients, which):
 
 
 def check_all_options():
-    hidden, items, target, grad = case(37, 150, 16, skip_pad=True)
-    check("target_logprob", hidden, items, target, grad, backend="native", scale=0.5, skip_pad=True)
+    for J in ((), (2,)):
+        hidden, items, target, grad = case(37, 150, 16, J=J, skip_pad=True)
+        check("target_logprob", hidden, items, target, grad, backend="native", scale=0.5, skip_pad=True)
 
 
 @needs_native
@@ -85,6 +86,18 @@ class TestDeterminism:
                 assert all(map(torch.equal, part, (logprob[rows], rank[rows], lse[rows])))
                 own = backward(grad[rows], hidden[rows], items, target[rows], lse[rows])[0]
                 assert torch.equal(own, d_hidden[rows])
+
+    def test_catalogs_and_ranks_do_not_depend_on_each_other(self):
+        hidden, items, target, grad = case(30, 900, 20, J=(3,))
+        logprob, rank, lse = forward(hidden, items, target, ties="order")
+        d_hidden, d_items = backward(grad, hidden, items, target, lse)
+        for j in range(3):
+            one = forward(hidden[j], items[j], target[j], ties="order")
+            assert all(map(torch.equal, one, (logprob[j], rank.view(3, 30)[j], lse[j])))
+            assert all(map(torch.equal, backward(grad[j], hidden[j], items[j], target[j], lse[j]), (d_hidden[j], d_items[j])))
+        for ranked in (0, 1, 30, 41, 90):
+            some = forward(hidden, items, target, ties="order", ranked=ranked)
+            assert all(map(torch.equal, some, (logprob, rank[:ranked], lse)))
 
     def test_many_python_threads_at_once(self):
         hidden, items, target, grad = case(64, 5000, 16)

@@ -18,34 +18,43 @@ from tests.support.softmax_cases import (
     check,
     check_a_row_that_is_not_finite,
     check_ascending_scores,
+    check_batched_rank,
+    check_bf16,
+    check_far_scores,
     check_gradient_of_one_argument,
     check_infinities_and_nan,
     check_large_logits,
     check_no_rows,
     check_rank,
     check_saturated,
+    check_tiny_distances,
+    check_tiny_gradients,
+    check_triton,
+    gradients_of,
     run,
 )
 
-# M, N, D, dtype, skip_pad, scale. A tile has 16, 32 or 64 rows, depending on the bytes of a row. A part has at least 8 tiles.
+# J, M, N, D, dtype, skip_pad, scale. A tile has 16, 32 or 64 rows, depending on the bytes of a row.
+# A part has at least 8 tiles.
 TRITON = [
-    (1, 1, 1, torch.float32, False, 1.0),
-    (5, 63, 17, torch.float32, False, 0.5),
-    (64, 65, 16, torch.float32, True, 1 / 0.07),
-    (33, 600, 64, torch.float32, True, 1.0),
-    (15, 257, 130, torch.float32, False, 1.0),
-    (17, 300, 256, torch.bfloat16, True, 1.0),
-    (65, 64, 32, torch.bfloat16, False, 0.5),
-    (31, 129, 64, torch.bfloat16, True, 1.0),
-    (32, 520, 24, torch.float16, False, 1.0),
-    (2, 2, 8, torch.float16, True, 1.0),
+    ((), 1, 1, 1, torch.float32, False, 1.0),
+    ((), 5, 63, 17, torch.float32, False, 0.5),
+    ((), 64, 65, 16, torch.float32, True, 1 / 0.07),
+    ((), 33, 600, 64, torch.float32, True, 1.0),
+    ((), 15, 257, 130, torch.float32, False, 1.0),
+    ((), 17, 300, 256, torch.bfloat16, True, 1.0),
+    ((), 65, 64, 32, torch.bfloat16, False, 0.5),
+    ((), 31, 129, 64, torch.bfloat16, True, 1.0),
+    ((), 32, 520, 24, torch.float16, False, 1.0),
+    ((), 2, 2, 8, torch.float16, True, 1.0),
+    ((1,), 7, 40, 16, torch.float32, False, 1.0),
+    ((2,), 1, 1, 8, torch.float32, False, 1.0),
+    ((2,), 1, 2, 8, torch.bfloat16, True, 1.0),
+    ((3,), 37, 37, 40, torch.float32, False, 1 / 0.07),
+    ((4,), 33, 130, 64, torch.bfloat16, False, 1 / 0.07),
+    ((2,), 65, 1100, 16, torch.float16, True, 0.5),
+    ((2,), 33, 600, 64, torch.float32, True, 1.0),
 ]
-
-
-def check_triton(M, N, D, dtype, skip_pad, scale):
-    hidden, items, target, grad = case(M, N, D, skip_pad=skip_pad, size=D**-0.5)
-    inputs = [x.to(dtype) for x in (hidden, items)]
-    check("target_logprob", *inputs, target, grad.to(dtype), backend="triton", scale=scale, skip_pad=skip_pad)
 
 
 @pytest.fixture
@@ -70,6 +79,14 @@ class TestTriton:
     @pytest.mark.parametrize("N", [2, 65, 700])
     def test_rank(self, ties, skip_pad, N):
         check_rank(ties, skip_pad, N, "triton")
+
+    @pytest.mark.parametrize(("ties", "skip_pad", "N"), [("order", True, 700), ("strict", False, 65)])
+    def test_rank_in_catalogs_and_of_the_first_rows(self, ties, skip_pad, N):
+        check_batched_rank(ties, skip_pad, N, "triton")
+
+    @pytest.mark.parametrize("J", [(), (2,)], ids=str)
+    def test_operands_in_bf16(self, J):
+        check_bf16("triton", J)
 
     def test_rank_in_bf16(self):
         """The scores are exact in bf16 products and fp32 sums, and many of them are equal."""
@@ -107,13 +124,53 @@ class TestTriton:
     def test_no_rows(self):
         check_no_rows("triton")
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_one_part_needs_no_sum(self, dtype, monkeypatch):
+        monkeypatch.setattr(_triton.kernels("linear_cross_entropy"), "PROGRAMS", 1)
+        check_triton((2,), 37, 700, 16, dtype, True, 1.0)
+
+    def test_many_parts(self, monkeypatch):
+        """More parts than the kernels that merge them load at once."""
+        kernels = _triton.kernels("linear_cross_entropy")
+        monkeypatch.setattr(kernels, "SHORTEST_PART", 1)
+        monkeypatch.setitem(kernels.SUMS, "P", 4)
+        monkeypatch.setitem(kernels.GRADIENTS, "P", 2)
+        check_triton((2,), 37, 330, 40, torch.float32, False, 1.0)
+        check_batched_rank("order", True, 390, "triton")
+
+    def test_tiny_distances(self):
+        check_tiny_distances()
+
+    @pytest.mark.parametrize("J", [(), (2,)])
+    def test_one_gradient_for_all_rows(self, J):
+        """The gradient of a sum is one number, which is not repeated in memory."""
+        hidden, items, target, _ = case(37, 300, 16, J=J)
+        one, all_rows = torch.tensor(0.75).expand(target.shape), torch.full(target.shape, 0.75)
+        found = [run(ops.target_logprob, hidden, items, target, grad, backend="triton") for grad in (one, all_rows)]
+        for name in ("hidden", "items"):
+            assert torch.equal(found[0][1][name], found[1][1][name])
+
+    def test_catalogs_are_independent(self):
+        """A row that is not finite spoils the gradients of its own catalog only."""
+        hidden, items, target, grad = case(20, 90, 8, J=(3,))
+        hidden[1, 4, 2] = torch.nan
+        value, gradients = run(ops.target_logprob, hidden, items, target, grad, backend="triton")
+        assert value["value"].isnan().sum() == 1 and value["value"][1, 4].isnan()
+        assert gradients["hidden"].isnan().any(-1).sum() == 1
+        assert gradients["items"][1].isnan().all() and gradients["items"][[0, 2]].isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_scores_far_from_0(self, dtype):
+        check_far_scores(dtype)
+
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("J", [(), (2,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_order_of_programs_changes_no_bit(dtype, monkeypatch):
+def test_the_order_of_programs_changes_no_bit(dtype, J, monkeypatch):
     from tests.support import triton_interpreter
 
-    hidden, items, target, grad = (x.to(dtype) if x.is_floating_point() else x for x in case(40, 600, 16, size=0.3))
+    hidden, items, target, grad = (x.to(dtype) if x.is_floating_point() else x for x in case(40, 600, 16, J=J, size=0.3))
 
     def bits(order):
         with triton_interpreter.interpreted(monkeypatch, order):
@@ -126,35 +183,6 @@ def test_the_order_of_programs_changes_no_bit(dtype, monkeypatch):
         assert all(map(torch.equal, first, bits(order)))
 
 
-TRITON_BUGS = {
-    "one item too many": ("(item[None, :] < high) & (item[None, :] !=", "(item[None, :] <= high) & (item[None, :] !="),
-    "PAD is not skipped": ("len(items), int(skip_pad)", "len(items), 0"),
-    "scale forgotten in the backward": ("p = tl.exp(raw * scale -", "p = tl.exp(raw -"),
-    "a tile of items without gradient": ('triton.cdiv(N, run.keywords["S"])', 'N // run.keywords["S"]'),
-    "a tile of rows unwritten": (
-        "run(softmax_backward_hidden, tiles * parts,",
-        "run(softmax_backward_hidden, tiles * parts - 1,",
-    ),
-    "a part written to the first": ("tl.store(COUNT + number * M + row", "tl.store(COUNT + row"),
-    "sum not moved with its origin": ("total = total * shrink", "total = total * 1"),
-    "the target's own column": ("miss[:, None], -p)", "-p, -p)"),
-}
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("bug", TRITON_BUGS)
-def test_a_bug_planted_in_triton_is_caught(bug, monkeypatch, tmp_path):
-    from triton.runtime.errors import InterpreterError
-
-    from tests.support import triton_interpreter
-
-    stem = "linear_cross_entropy"
-    triton_interpreter.plant(monkeypatch, tmp_path, (stem,), stem, *TRITON_BUGS[bug])
-    with triton_interpreter.interpreted(monkeypatch), pytest.raises((AssertionError, InterpreterError)):
-        check_triton(37, 1030, 16, torch.float32, True, 0.5)
-        check_rank("order", True, 1030, "triton")
-
-
 @pytest.mark.parametrize(("hidden", "reason"), [
     (torch.ones(2, 3), "it runs on an NVIDIA GPU, and the tensors are on cpu"),
     (torch.ones(2, 3).double(), "it takes float32, float16 and bfloat16, and hidden is torch.float64"),
@@ -165,38 +193,15 @@ def test_triton_says_why_not(hidden, reason):
         ops.target_logprob(hidden, hidden, torch.tensor([0, 1]), backend="triton")
 
 
-def gradients(function, hidden, items, target, upstream, **options):
-    hidden, items = (x.clone().requires_grad_() for x in (hidden, items))
-    function(hidden, items, target, **options).backward(upstream.to(hidden.dtype))
-    return {"hidden": hidden.grad, "items": items.grad}
-
-
-def tiny(backend, dtype):
-    """Check the mean over many rows: half precision holds the sum of (probability times gradient), but not a single term."""
-    M, N, D = 256, 1000, 16
-    hidden, items = (torch.randn(M, D) * 0.05 + 0.1).to(dtype), (torch.randn(N, D) + 0.5).to(dtype)
-    target, upstream = torch.arange(M) % 3, torch.full((M,), 2.0**-16)
-    # A value below half of the smallest number is rounded to 0.
-    assert 2.0**-16 / N < 2.0**-25
-    how = {"hidden": hidden, "items": items, "target": target, "upstream": upstream}
-    result = gradients(ops.target_logprob, **how, backend=backend)
-    twin = gradients(reference.target_logprob, **how)
-    truth = gradients(reference.target_logprob, **{**how, "hidden": hidden.double(), "items": items.double()})
-    oracle.check("gradient", result, twin, truth)
-    # The tolerances hardly depend on the items that are no targets. A lost product would leave an error of their whole size.
-    rest, wanted = result["items"][3:].double(), truth["items"][3:]
-    assert (rest - wanted).abs().max() <= 2.0**-24 + 0.05 * wanted.abs().max() < 0.5 * wanted.abs().max()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_tiny_gradients_reach_the_items(dtype):
-    tiny("reference", dtype)
+    check_tiny_gradients("reference", dtype)
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_tiny_gradients_reach_the_items_by_the_kernels(dtype, interpreted):
-    tiny("triton", dtype)
+    check_tiny_gradients("triton", dtype)
 
 
 @pytest.mark.interpreted
@@ -207,9 +212,9 @@ def test_gradients_of_very_different_sizes(size, interpreted):
     upstream = torch.randn(40) * size
     upstream[3] = 0
     how = {"hidden": hidden, "items": items, "target": target, "upstream": upstream}
-    result = gradients(ops.target_logprob, **how, backend="triton")
-    twin = gradients(reference.target_logprob, **how)
-    truth = gradients(reference.target_logprob, **{**how, "hidden": hidden.double(), "items": items.double()})
+    result = gradients_of(ops.target_logprob, **how, backend="triton")
+    twin = gradients_of(reference.target_logprob, **how)
+    truth = gradients_of(reference.target_logprob, **{**how, "hidden": hidden.double(), "items": items.double()})
     oracle.check("gradient", result, twin, truth)
     assert not result["hidden"][3].any()
 

@@ -63,44 +63,6 @@ def test_a_planted_bug_is_caught(bug):
             oracle.check(kind, found[i], twin[i], truth[i])
 
 
-@pytest.mark.parametrize("case", [
-    {"depth": RAGGED, "output": "steps"}, {"adapter": "concat"}, {"adapter": "linear", "H": 4, "output": "tokens"},
-    {"adapter": None, "depth": 1, "output": "tokens"}, {"D": 48, "H": 4, "inner": 80}, {"p": 0, "D": 16, "H": 1, "inner": 32},
-], ids=str)  # fmt: skip
-def test_bf16_stays_within_the_tolerances_of_bf16(case):
-    case = Case(**case)
-    case.tensors = {name: x.bfloat16().float() for name, x in case.tensors.items()}
-    before = _dispatch.calls["recurrence", "native"]
-    found = case.call(case.tensors, "native", bf16=True)
-    assert _dispatch.calls["recurrence", "native"] == before + 1
-    dtypes = (torch.bfloat16, torch.float64)
-    twin, truth = (case.call({name: x.to(dtype) for name, x in case.tensors.items()}, "reference") for dtype in dtypes)
-    oracle.check("forward", {"out": found.bfloat16()}, {"out": twin}, {"out": truth})
-
-
-@pytest.mark.parametrize("adapter", ["add", "concat", None])
-def test_bf16_rounds_what_the_reference_rounds(adapter):
-    """One layer stays within the tolerances of fp32, and unrounded products do not. More layers would round differently."""
-    case = Case(adapter=adapter, layers=1, depth=1)
-    exact = case.call(case.tensors, "native")
-    double = {name: x.double() for name, x in case.tensors.items()}
-    truth, twin, found = (
-        {"out": case.call(tensors, backend, bf16=True)}
-        for tensors, backend in ((double, "reference"), (case.tensors, "reference"), (case.tensors, "native"))
-    )
-    oracle.check("forward", found, twin, truth)
-    with pytest.raises(AssertionError):
-        oracle.check("forward", {"out": exact}, twin, truth)
-
-
-def test_bf16_has_no_gradient_and_is_left_to_two_backends():
-    case = Case(lengths=[2, 3], D=16, inner=32)
-    with pytest.raises(InputError, match=r"bf16 has no gradient: call under torch\.no_grad\(\)"):
-        Case(lengths=[2], D=16, inner=32).run("native", bf16=True)
-    with pytest.raises(BackendError, match="for bf16 give it bfloat16 tensors"):
-        case.call(case.tensors, "layers", bf16=True)
-
-
 def test_threads_do_not_change_a_bit(monkeypatch):
     case = Case(lengths=LENGTHS * 3, depth=RAGGED * 3)
     threads = torch.get_num_threads()
@@ -173,6 +135,10 @@ def test_opcheck_and_compile():
     ({"weights": [torch.ones(3)] * 18}, "norm.weight must be"),
     ({"draw": Draw((0, 0), torch.arange(3))}, r"draw\.rows must be int64 \[2\]"),
     ({"longest": 2}, "longest must be at least every length, up to 3, but got 2"),
+    ({"depth": 4, "deepest": 3}, "deepest must be at least every depth, up to 4, but got 3"),
+    ({"depth": torch.tensor([1, 4]), "deepest": 3}, "deepest must be at least every depth, up to 4, but got 3"),
+    ({"deepest": 0}, "deepest must be at least 1 and at most 65,534, but got 0"),
+    ({"deepest": 1.5}, "deepest must be an integer, but got 1.5"),
     ({"backend": "fast"}, "backend must be one of"),
 ])  # fmt: skip
 def test_bad_arguments(change, message):

@@ -151,6 +151,52 @@ def test_depths_of_their_own_average_over_own_steps():
     assert loss.total != uniform.total
 
 
+@pytest.mark.parametrize("deepest", [None, 9])
+def test_rows_of_weight_0_change_no_bit_of_the_loss(deepest):
+    """Fillers are more sequences in the passes, and more rows in the tables."""
+    model, (seq, lengths), target = setup(dropout=0.0)
+    frozen = copy.deepcopy(model).eval()
+    arguments = {"k": 10, "beta": 1.0, "reward": "ndcg"}
+    depth = torch.randint(1, 6, (3, B))
+
+    def loss(fillers, size=None):
+        filled = seq[:fillers] * 0 + 1, lengths[:fillers] * 0 + 1
+        sequences = tuple(torch.cat((own, more)) for own, more in zip((seq, lengths), filled, strict=True))
+        every = torch.cat((depth, depth.new_ones(3, fillers)), 1)
+        rows = torch.cat((torch.arange(3 * B).view(3, B), torch.zeros(3, fillers, dtype=torch.int64)), 1).flatten()
+        policy, anchor = (Pass(every, Draw((1, key), rows), deepest=deepest) for key in (2, 3))
+        first = (every.flatten().cumsum(0) - every.flatten()).view_as(every)[:, :B]
+        tables = reference.rpt_rows(depth, first, size)
+        return reference.rpt_loss(model, frozen, sequences, target, policy, anchor, **arguments, rows=tables)
+
+    plain = loss(0)
+    for filled in (loss(5), loss(5, size=int(depth.sum()) + 7)):
+        assert torch.equal(filled.rewards, plain.rewards)
+        # Another number of rows may choose another product of matrices.
+        torch.testing.assert_close(filled.total, plain.total, rtol=1e-6, atol=0)
+    with pytest.raises(InputError, match="size must be at least"):
+        loss(0, size=3)
+
+
+def test_tables_name_each_step_once_and_last_steps_first():
+    depth = torch.tensor([[2, 1], [3, 1]])
+    order, owner, weight = reference.rpt_rows(depth, size=9)
+    assert order.tolist() == [1, 2, 5, 6, 0, 3, 4, 1, 1]
+    assert owner.tolist() == [0, 1, 2, 3, 0, 2, 2, 0, 0]
+    torch.testing.assert_close(weight, torch.tensor([1 / 2, 1, 1 / 3, 1, 1 / 2, 1 / 3, 1 / 3, 0, 0], dtype=torch.float64))
+
+
+def test_trajectories_with_a_bound_end_in_rows_of_0():
+    model, sequences, _ = setup(dropout=0.0)
+    depth, draw = torch.randint(1, 5, (2, B)), Draw((1, 2), torch.arange(2 * B))
+    plain = model.trajectories(*sequences, depth, draw=draw)
+    bounded = model.trajectories(*sequences, depth, draw=draw, deepest=6)
+    assert torch.equal(bounded[: len(plain)], plain)
+    assert bounded.shape[0] == 2 * B * 6 and not bounded[len(plain) :].any()
+    with pytest.raises(InputError, match="num_steps must be at least 1 and at most 2"):
+        model.trajectories(*sequences, depth + 2, draw=draw, deepest=2)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"reward": "mrr"}, "reward must be one of recall, ndcg, but got 'mrr'"),
     ({"scores": "cos"}, "scores must be one of dot, model, but got 'cos'"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+CPU = torch.device("cpu")
 aten = torch.ops.aten
 # They allocate memory or change the form of a tensor. Views are free, too.
 _FREE = {
@@ -111,3 +112,10 @@ def replaced_kernels(device, launched):
         }.items():
             stack.enter_context(mock.patch.object(_cuda_launch, name, function))
         yield
+
+
+@contextmanager
+def counted(device=CPU):
+    """Yield the launches of the calls within the block on tensors of ``device``. No kernel runs."""
+    with Counted() as mode, replaced_kernels(device, lambda name: mode.launches.update([name])):
+        yield mode.launches

@@ -10,6 +10,7 @@ from lares_fast import ops
 from lares_fast._errors import BackendError
 from lares_fast._random import Draw
 from lares_fast.ops import _triton
+from lares_fast.ops._pack import pack
 from lares_fast.verify import tuning
 
 _triton.obstacle = lambda tensor: None
@@ -51,40 +52,62 @@ for dtype in (torch.float16, torch.float32):
     assert [x[0] for x in call(7, 200, torch.full((7,), 200), dtype, p=0.0)] == names
 
 
-def catalog_call(M, N, D=64):
+def pack_call(S, P, B):
+    """Return the launches of one batch that is packed from a log."""
+    open(LOG, "w").close()
+    pack(torch.ones(300, dtype=torch.int32), torch.zeros(S, dtype=torch.int64), torch.arange(S + 1), P, B)
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+variants = set()
+for S, P, B in ((1, 1, 1), (257, 5000, 13), (70_000, 600_000, 1024)):
+    ((name, variant, programs, *_),) = pack_call(S, P, B)
+    assert (name, int(programs)) == ("pack", -(-P // 256) + -(-B // 256))
+    variants.add(variant)
+assert len(variants) == 1, "a size compiled a variant"
+
+
+def catalog_call(M, N, D=64, J=()):
     """Return the launches of one forward with rank and one backward."""
     open(LOG, "w").close()
-    hidden, items = (torch.zeros(n, D, dtype=torch.bfloat16, requires_grad=True) for n in (M, N))
-    logprob, _ = ops.target_logprob_and_rank(hidden, items, torch.zeros(M, dtype=torch.int64), backend="triton")
+    hidden, items = (torch.zeros(*J, n, D, dtype=torch.bfloat16, requires_grad=True) for n in (M, N))
+    logprob, _ = ops.target_logprob_and_rank(hidden, items, torch.zeros(*J, M, dtype=torch.int64), backend="triton")
     logprob.sum().backward()
     return [line.split() for line in open(LOG).read().splitlines()]
 
 
-S = 32
-variants = set()
-for M, N in ((1, 1), (1, 12_101), (7, 33), (2048, 12_101), (70_000, 31)):
-    launches = catalog_call(M, N)
+def catalog_launches(M, N, J=1, S=32, D=64):
+    """Return the expected (kernel, programs) of :func:`catalog_call`."""
     rows, tiles = -(-M // S), -(-N // S)
-    most = max(1, min(tiles // 8, 1024 // rows))
+    most = max(1, min(tiles // 8, 1024 // (J * rows)))
     parts = -(-tiles // -(-tiles // most))
-    expected = ["target_score", "softmax_forward", "target_score", "softmax_backward_hidden", "softmax_backward_items"]
-    assert [x[0] for x in launches] == expected, launches
-    assert [int(x[2]) for x in launches] == [rows, rows * parts, rows, rows * parts, tiles], (M, N, launches)
+    merge = [("merge_gradients", J * -(-M * D // 256))] if parts > 1 else []
+    return [
+        ("softmax_forward", J * rows * parts), ("merge_sums", J * -(-M // 16)), ("prepare_backward", J * rows),
+        ("softmax_backward_hidden", J * rows * parts), *merge, ("softmax_backward_items", J * tiles),
+    ]  # fmt: skip
+
+
+variants = set()
+for M, N, J in ((1, 1, 1), (1, 12_101, 1), (7, 33, 1), (2048, 12_101, 1), (70_000, 31, 1), (1024, 1024, 4), (20, 700, 2)):
+    launches = catalog_call(M, N, J=(J,) if J > 1 else ())
+    assert [(x[0], int(x[2])) for x in launches] == catalog_launches(M, N, J), (M, N, J, launches)
     variants |= {x[1] for x in launches}
-assert len(variants) == 4, "the sizes compiled variants"
+# The gradient of the rows is stored as one part of several in fp32, or as it is.
+assert len(variants) == 7, "the sizes compiled variants"
 # Without rows, the gradient of the items is still written.
 assert [x[0] for x in catalog_call(0, 100)] == ["softmax_backward_items"]
 
 
-def recurrence_call(lengths, longest, depth=1, train=False, D=64):
-    """Return the launches of one call; with ``train`` also of its backward."""
+def recurrence_call(lengths, longest, depth=1, train=False, dtype=torch.bfloat16, **how):
+    """Return the launches of one call of two layers; with ``train`` also of its backward."""
     open(LOG, "w").close()
-    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
-    shapes = [(D,)] * 2 + [*[(D, D), (D,)] * 4, (D,), (D,), (D, D), (D,), (D, D), (D,), (D,), (D,)]
-    weights = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=train) for shape in shapes]
-    h = torch.zeros(int(offsets[-1]), D, dtype=torch.bfloat16)
+    D, offsets = 64, torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    layer = [*[(D, D), (D,)] * 4, (D,), (D,), (D, D), (D,), (D, D), (D,), (D,), (D,)]
+    weights = [torch.zeros(shape, dtype=dtype, requires_grad=train) for shape in [(D,)] * 2 + layer * 2]
+    h = torch.zeros(int(offsets[-1]), D, dtype=dtype)
     draw = Draw((1, 2), torch.arange(len(lengths))) if train else None
-    how = {"draw": draw, "dropout": 0.2, "longest": longest, "backend": "triton"}
+    how |= {"draw": draw, "dropout": 0.2, "longest": longest, "backend": "triton"}
     out = ops.recurrence(h, offsets, weights, n_heads=2, pre=h, depth=depth, **how)
     if train:
         out.backward(torch.zeros_like(out))
@@ -92,22 +115,25 @@ def recurrence_call(lengths, longest, depth=1, train=False, D=64):
 
 
 def most_tiles(B, P, longest):
-    return min(B, 2 * (P + 3 * B) // (64 if longest <= 64 else 128) + 1)
+    return min(B, 2 * (P + 4 * B) // (64 if longest <= 64 else 128) + -(-B // 128))
 
 
+forward = ["plan", "recurrence_forward"]
 variants = set()
 for longest in range(1, 129):
-    ((name, variant, programs, *_),) = recurrence_call(torch.full((3,), longest), longest)
-    assert name == "recurrence_forward"
-    assert int(programs) == most_tiles(3, 3 * longest, longest), longest
-    variants.add(variant)
+    launches = recurrence_call(torch.full((3,), longest), longest)
+    assert [x[0] for x in launches] == forward, launches
+    assert [int(x[2]) for x in launches] == [1, most_tiles(3, 3 * longest, longest)], (longest, launches)
+    variants |= {x[1] for x in launches}
 # There are tiles of 64 and of 128 rows.
-assert len(variants) == 2, variants
+assert len(variants) == 4, variants
 for B in (1, 7, 2048, 70_000):
-    ((name, variant, programs, *_),) = recurrence_call(torch.full((B,), 3), 20, depth=4)
-    assert int(programs) == most_tiles(B, 3 * B, 20), B
-    variants.add(variant)
-assert len(variants) == 2, "the batch compiled a variant"
+    launches = recurrence_call(torch.full((B,), 3), 20, depth=4)
+    assert [int(x[2]) for x in launches] == [1, most_tiles(B, 3 * B, 20)], B
+    variants |= {x[1] for x in launches}
+# A depth for each sequence and a bound on depths compile nothing.
+variants |= {x[1] for x in recurrence_call(torch.tensor([5, 7]), 7, torch.tensor([1, 2]), deepest=1000)}
+assert len(variants) == 4, "the batch compiled a variant"
 for longest in (129, 200):
     try:
         recurrence_call(torch.full((2,), longest), longest)
@@ -117,20 +143,58 @@ for longest in (129, 200):
         raise AssertionError(longest)
 assert recurrence_call(torch.zeros(0, dtype=torch.int64), 5, train=True) == []
 
-half = ["weight_gradient"] * 2 + ["input_gradient"]
-step = ["recurrence_forward", "feed_half_backward", *half, "attention_half_backward", *half, "join_backward"]
-for T in (1, 3):
+step = ["step_backward", "weight_gradients"]
+for T in (1, 5):
     launches = recurrence_call(torch.tensor([5, 7]), 7, T, train=True)
-    assert [x[0] for x in launches] == ["recurrence_forward", *step * T]
+    assert [x[0] for x in launches] == [*forward, *step * T, "collect_gradients"]
     variants = {x[1] for x in launches}
-# One forward saves states and the other the inputs of the halves; the matrices of products have three shapes.
+assert len(variants) == 5
 for B, longest in ((1, 1), (1, 20), (1, 64), (7, 50), (2048, 3), (70_000, 1)):
     launches = recurrence_call(torch.full((B,), longest), longest, train=True)
-    assert [x[0] for x in launches] == ["recurrence_forward", *step], launches
+    assert [x[0] for x in launches] == [*forward, *step, "collect_gradients"], launches
+    programs = {x[0]: int(x[2]) for x in launches}
     tiles = most_tiles(B, B * longest, longest)
-    ours = ("recurrence_forward", "feed_half_backward", "attention_half_backward")
-    assert {int(x[2]) for x in launches if x[0] in ours} == {tiles}, (B, longest, launches)
+    assert programs["recurrence_forward"] == programs["step_backward"] == tiles, (B, longest, launches)
+    # A layer has 6 matrices, each with one tile of its gradient.
+    assert programs["weight_gradients"] == 12 * min(-(-B * longest // 128), -(-1024 // 12)), (B, longest, launches)
     assert {x[1] for x in launches} <= variants, "the sizes compiled a variant"
+# Products in bf16 have as many warps for tensors in fp32 as for tensors in bf16.
+plain, rounded = (
+    {x[0]: int(x[4]) for x in recurrence_call(torch.tensor([5, 7]), 7, train=True, dtype=dtype, bf16=dtype == torch.float32)}
+    for dtype in (torch.bfloat16, torch.float32)
+)
+assert plain == rounded, (plain, rounded)
+
+
+def packed_call(P, S, D=64, L=20, p=0.2, dtype=torch.float32):
+    """Return the launches of h0, and of one forward and backward of the embedding, of S sequences of equal lengths."""
+    open(LOG, "w").close()
+    offsets = P // max(1, S) * torch.arange(S + 1)
+    draw = Draw(torch.tensor([7]), torch.arange(S))
+    ops.initial_state(draw, offsets, P, D, backend="triton")
+    tables = [torch.zeros(size, dtype=dtype, requires_grad=True) for size in ((100, D), (L, D), (D,), (D,))]
+    items = torch.ones(P, dtype=torch.int64)
+    ops.embedding(items, offsets, *tables, draw=draw, dropout=p, backend="triton").sum().backward()
+    return [line.split() for line in open(LOG).read().splitlines()]
+
+
+packed_names = ["initial_state", "embedding_forward", "embedding_backward_rows", "embedding_backward_sums"]
+variants = set()
+for P, S in ((1, 1), (7, 7), (33, 3), (20_480, 1024), (70_000, 70_000)):
+    launches = packed_call(P, S)
+    tiles = -(-P // 32)
+    parts = -(-tiles // -(-tiles // 512))
+    assert [x[0] for x in launches] == packed_names, launches
+    assert [int(x[2]) for x in launches] == [tiles, tiles, parts, 22 * 4], (P, launches)
+    variants |= {x[1] for x in launches}
+assert len(variants) == len(packed_names), "the sizes compiled variants"
+for L in (1, 300):
+    *_, sums = packed_call(3, 3, L=L)
+    assert sums[1] in variants, "the number of positions compiled a variant"
+    assert int(sums[2]) == 4 * (L + 2)
+assert [x[0] for x in packed_call(40, 2, 100, p=0.0, dtype=torch.bfloat16)] == packed_names
+# Without rows, the gradients of the positions and of the norm are still written.
+assert [x[0] for x in packed_call(0, 0)] == packed_names[3:]
 
 
 def tuned(op, choice, expected, call):
@@ -150,15 +214,15 @@ for rows in (16, 64):
     launches = tuned("attention", _launch.Choice(rows, every), names, lambda: call(1, 100, length))
     assert {int(x[2]) for x in launches} == {H * -(-100 // rows)}, launches
 catalog_kernels = dict.fromkeys(tuning.KERNELS["linear_cross_entropy"][0], (4, 3))
-order = ["target_score", "softmax_forward", "target_score", "softmax_backward_hidden", "softmax_backward_items"]
+order = [name for name, _ in catalog_launches(100, 50, S=16)]
 launches = tuned("linear_cross_entropy", _launch.Choice(16, catalog_kernels), order, lambda: catalog_call(100, 50))
 assert int(launches[-1][2]) == -(-50 // 16)
-few = {"recurrence_forward": (8, 2), "weight_gradient": (1, 1)}
+few = {"recurrence_forward": (8, 2), "weight_gradients": (1, 1)}
 launches = tuned(
-    "recurrence", _launch.Choice(128, few), ["recurrence_forward", *step],
+    "recurrence", _launch.Choice(128, few), [*forward, *step, "collect_gradients"],
     lambda: recurrence_call(torch.full((40,), 20), 20, train=True),
 )  # fmt: skip
-assert int(launches[0][2]) == most_tiles(40, 800, 128), launches
+assert int(launches[1][2]) == most_tiles(40, 800, 128), launches
 
 
 # The short way gives a kernel what Triton gives it, except for the hooks of profilers.

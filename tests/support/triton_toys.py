@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from lares_fast.kernels import _random
 
 
 @triton.jit
@@ -44,3 +45,10 @@ def double(X, S: tl.constexpr):
     at = tl.arange(0, S)
     x = tl.load(X + at)
     tl.store(X + at, x + x)
+
+
+@triton.jit
+def normals(WORDS, OUT, S: tl.constexpr):
+    """Store the numbers of h0 that belong to the random words."""
+    at = tl.program_id(0) * S + tl.arange(0, S)
+    tl.store(OUT + at, _random._normal(tl.load(WORDS + at).to(tl.uint32)))

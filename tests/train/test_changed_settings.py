@@ -37,7 +37,8 @@ OTHER = {
         "batch_size": 16, "ks": (10, 20), "depth_ratios": (1.0,), "noise_seed": 1, "watch_masked": True, "test": False,
     },
 }  # fmt: skip
-EVERY = [(section, name) for section, values in OTHER.items() for name in values] + [("", "checkpoint_minutes")]
+TOP = {"checkpoint_minutes": 3.0, "device": "cpu", "precision": "bf16"}
+EVERY = [(section, name) for section, values in OTHER.items() for name in values] + [("", name) for name in TOP]
 BEST = {("evaluation", "noise_seed"), ("evaluation", "watch_masked")}
 FILTER = {("rpt", "data_filter"), ("rpt", "filter_top"), ("rpt", "filter_passes")}
 
@@ -55,14 +56,14 @@ REFUSED = {
 
 def changed(config, section, name):
     if not section:
-        return replace(config, checkpoint_minutes=3.0)
+        return replace(config, **{name: TOP[name]})
     return replace(config, **{section: replace(getattr(config, section), **{name: OTHER[section][name]})})
 
 
 def test_the_table_has_every_setting():
     for section, kind in (("data", DataConfig), ("spt", SPTConfig), ("rpt", RPTConfig), ("evaluation", EvalConfig)):
         assert set(OTHER[section]) == {field.name for field in fields(kind)}
-    assert {field.name for field in fields(RunConfig)} == {*OTHER, "model", "seed", "checkpoint_minutes"}
+    assert {field.name for field in fields(RunConfig)} == {*OTHER, "model", "seed", *TOP}
     assert len(settings_of(RunConfig())) == len(EVERY)
     assert {"model": LARESConfig, "data": DataConfig, "spt": SPTConfig, "rpt": RPTConfig, "evaluation": EvalConfig} == SECTIONS
 
@@ -101,7 +102,9 @@ def test_the_places_are_what_they_are_called(stopped):
 
 
 @pytest.mark.parametrize(("section", "name"), EVERY)
-def test_every_setting_is_applied_and_announced_or_refused(stopped, section, name):
+def test_every_setting_is_applied_and_announced_or_refused(stopped, section, name, monkeypatch):
+    # The CPU would refuse bf16.
+    monkeypatch.setattr("lares_fast.train.run.checked_device", lambda config: torch.device("cpu"))
     key = f"{section}.{name}".removeprefix(".")
     for place, refused in REFUSED.items():
         new = changed(train_run.config(), section, name)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import lares_fast
-from lares_fast import LARESConfig, _dispatch, ops
+from lares_fast import LARESConfig, _dispatch, ops, reference
 from lares_fast._errors import InputError
-from lares_fast._random import root_key
-from lares_fast.data import Rows, epoch_order
+from lares_fast._random import Draw, root_key
+from lares_fast.data import Rows, epoch_order, make_batch
 from lares_fast.train import RPT, SPT, RPTConfig, SPTConfig, keys
 from lares_fast.train.checkpoint import load_state
 from tests.support import train_run
@@ -76,25 +76,67 @@ def test_the_loss_depends_on_the_key_alone(name):
     assert loss((3, 4)) == one != loss((3, 5))
 
 
-@pytest.mark.parametrize(("name", "passes"), [("spt", 3), ("rpt", 2)])
+@pytest.mark.parametrize(("name", "passes"), [("spt", 1), ("rpt", 2)])
 def test_every_pass_of_every_step_has_its_own_random_numbers(name, passes):
     phase = phase_of(name, model_of(train_run.log()))
     batches = [phase.batch(torch.arange(10), key) for key in ((3, 4), (3, 5))]
-    drawn = [each for batch in batches for each in (batch.passes if name == "spt" else (batch.policy_pass, batch.start_pass))]
+    drawn = [
+        each for batch in batches for each in ((batch.choices,) if name == "spt" else (batch.policy_pass, batch.start_pass))
+    ]
     assert len({each.draw.key for each in drawn}) == 2 * passes
+    for each in drawn:
+        assert len(each.draw.rows.unique()) == each.num_steps.numel()
 
 
 @pytest.mark.parametrize("name", ["spt", "rpt"])
-def test_a_batch_goes_to_a_device_with_its_rows_only(name):
+def test_a_batch_goes_to_a_device_with_its_rows_and_tables_only(name):
     batch = phase_of(name, model_of(train_run.log())).batch(torch.arange(10), root_key(1))
     moved = batch.to("meta")
     assert moved.inputs.items.device.type == moved.inputs.target.device.type == "meta" and len(moved) == 10
-    assert batch.inputs.items.device.type == "cpu"
+    assert {table.device.type for table in moved.rows} == {"meta"}
+    assert batch.inputs.items.device.type == batch.rows[0].device.type == "cpu"
     if name == "spt":
-        assert moved.partners.items.device.type == "meta"
-        assert moved.passes is batch.passes and moved.step_index == batch.step_index
+        assert moved.choices is batch.choices
     else:
         assert moved.policy_pass is batch.policy_pass and moved.start_pass is batch.start_pass
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.1, 0.5), (0.1, 0.0), (0.0, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("mean_depth", [1, 3])
+def test_the_packed_passes_of_phase_1_give_the_loss_of_the_reference(alpha, gamma, each, mean_depth):
+    """The reference runs three passes, one after the other. The dropout masks are equal, because their rows are."""
+    log, rows, size = train_run.log(), train_run.split().train, 40
+    sampling = {"mean_depth": mean_depth, "depth_sampling": "uniform" if mean_depth > 1 else "constant"}
+    config = LARESConfig(n_items=log.n_items, **{**train_run.MODEL, **sampling}, per_sequence_depth=each)
+    torch.manual_seed(0)
+    model = lares_fast.LARES(config)
+    phase = SPT(model, log, rows, SPTConfig(alpha=alpha, gamma=gamma)).train()
+    batch = phase.batch(torch.arange(size), (3, 4))
+    packed, draw = batch.inputs, batch.choices.draw
+    passes = len(packed) // size
+    assert passes == (3 if alpha else 2 if gamma else 1)
+    depths = batch.choices.num_steps.view(passes, size)
+    # A pass that does not count may be any pass.
+    parts = [min(number, passes - 1) for number in range(3)]
+    sequences = [
+        make_batch(log, rows, packed.rows[size * part : size * (part + 1)], config.max_len).sequences for part in parts
+    ]
+    three = [reference.Pass(depths[part], Draw(draw.key, draw.rows[size * part : size * (part + 1)])) for part in parts]
+    step_index = (
+        int((batch.rows.chosen[passes * size :] - batch.rows.chosen[size : 2 * size] + depths[1] - 1).max()) if gamma else 0
+    )
+    with ops.backend("reference"):
+        expected = reference.spt_loss(
+            model, sequences[0], packed.target[:size], sequences[2], tuple(three), step_index, alpha=alpha, gamma=gamma
+        )
+        total = phase(batch)
+    torch.testing.assert_close(total, expected.total)
+    torch.testing.assert_close(phase.parts["step"], expected.step.detach())
+    parameters = list(model.parameters())
+    found, wanted = (torch.autograd.grad(loss, parameters) for loss in (total, expected.total))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_a_phase_trains_the_parameters_of_its_model_and_sets_its_dropout():
@@ -138,7 +180,7 @@ def test_the_reward_ranks_on_the_op(backend):
         before = _dispatch.calls["linear_cross_entropy", backend]
         loss, parts = phase(batch), phase.parts
         after = _dispatch.calls["linear_cross_entropy", backend]
-    assert after == before + 3, "one call for last steps with ranks, one for the other steps, one for the start model"
+    assert after == before + 2, "one call for the model, with ranks of the last steps, and one for the start model"
     torch.testing.assert_close(loss, expected)
     assert parts["reward"] > 0
     loss.backward()

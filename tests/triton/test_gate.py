@@ -173,8 +173,16 @@ CATALOG_CASES = [
     (64, torch.float32, (86,), OLDER),
     (64, torch.float32, (90,), NEWEST),
 ]
-# The compiler keeps only the diagonal of the targets' scores.
-CATALOG_DOTS = {"target_score": 0, "softmax_forward": 1, "softmax_backward_hidden": 2, "softmax_backward_items": 2}
+# Kernel -> products of tiles, loaded tiles, and the ceiling of registers. Where a target's score is one of the products, the
+# compiler keeps only its diagonal. The kernels that merge have no tiles.
+CATALOG = {
+    "softmax_forward": (1, 4, 240),
+    "merge_sums": (0, 0, 128),
+    "prepare_backward": (0, 2, 64),
+    "softmax_backward_hidden": (2, 2, 240),
+    "merge_gradients": (0, 0, 64),
+    "softmax_backward_items": (2, 2, 240),
+}
 
 
 def catalog(D, dtype):
@@ -190,21 +198,23 @@ def test_linear_cross_entropy(D, dtype, architecture, monkeypatch):
     from tests.support import triton_gate
 
     kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: catalog(D, dtype))
-    # The backward computes the targets' scores again.
-    assert {kernel.name for kernel in kernels} == set(CATALOG_DOTS)
-    assert len(kernels) == 5
+    assert [kernel.name for kernel in kernels] == list(CATALOG)
     for kernel in kernels:
+        products, loads, registers = CATALOG[kernel.name]
         assert not kernel.wrapping, kernel
-        S, C = kernel.constants["S"], kernel.constants["C"]
         assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
         assert kernel.resident_warps(architecture) >= RESIDENT_WARPS, kernel
-        hold(kernel, D, dtype, 0.0, registers=240, stack=16)
-        # Two tiles of rows are loaded, 16 bytes a thread.
-        assert kernel.count("LDG.E.128") >= 2 * S * C * dtype.itemsize // 16 // (32 * kernel.warps), kernel
+        hold(kernel, D, dtype, 0.0, registers=registers, stack=16)
+        if not loads:
+            assert kernel.products == 0, kernel
+            continue
+        S, C = kernel.constants["S"], kernel.constants["C"]
+        # 16 bytes a thread.
+        assert kernel.count("LDG.E.128") >= loads * S * C * dtype.itemsize // 16 // (32 * kernel.warps), kernel
         if dtype == torch.float32:
             assert kernel.products == 0, kernel
         else:
-            assert kernel.products >= max(1, CATALOG_DOTS[kernel.name] * S * S * C // PRODUCT // kernel.warps), kernel
+            assert kernel.products >= max(1, products * S * S * C // PRODUCT // kernel.warps), kernel
             assert kernel.products == kernel.count("HMMA"), kernel
 
 
@@ -277,3 +287,56 @@ def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, mo
             assert kernel.products > 0, kernel
             assert kernel.products == kernel.count("HMMA"), kernel
             assert kernel.count("LDG.E.128") > 0, kernel
+
+
+# D, dtype, dropout; for which GPUs, and by which Triton.
+PACKED_CASES = [
+    (64, torch.float32, 0.5, ALL, BOTH),
+    (64, torch.bfloat16, 0.0, (80,), OLDER),
+    (128, torch.float32, 0.5, (80, 90), NEWEST),
+    (256, torch.float16, 0.5, (90, 120), NEWEST),
+    (48, torch.float32, 0.5, (100,), NEWEST),
+]
+
+
+def packed(D, dtype, p):
+    tables = [torch.zeros(size, dtype=dtype, requires_grad=True) for size in ((100, D), (20, D), (D,), (D,))]
+    draw, offsets = Draw(torch.tensor([7]), torch.arange(2)), torch.tensor([0, 20, 33])
+    ops.initial_state(draw, offsets, 33, D, backend="triton")
+    out = ops.embedding(torch.ones(33, dtype=torch.int64), offsets, *tables, draw=draw, dropout=p, backend="triton")
+    out.backward(torch.zeros_like(out))
+
+
+@pytest.mark.parametrize(("D", "dtype", "p", "architecture"), each(PACKED_CASES))
+def test_embedding_and_initial_state(D, dtype, p, architecture, monkeypatch):
+    from tests.support import triton_gate
+
+    kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: packed(D, dtype, p))
+    assert [kernel.name for kernel in kernels] == [
+        "initial_state", "embedding_forward", "embedding_backward_rows", "embedding_backward_sums",
+    ]  # fmt: skip
+    for kernel in kernels:
+        assert not kernel.wrapping, kernel
+        assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
+        assert kernel.resident_warps(architecture) >= RESIDENT_WARPS, kernel
+        hold(kernel, D, dtype, p, registers=128, stack=8 if D % 64 else 0)
+        # Rows are read and written 16 bytes a thread.
+        if D % 64 == 0 and kernel.name != "embedding_backward_sums":
+            assert kernel.name == "initial_state" or kernel.count("LDG.E.128") >= 2, kernel
+            assert kernel.count("STG.E.128"), kernel
+
+
+@pytest.mark.parametrize("architecture", each([((80, 90, 120), BOTH)]))
+def test_a_batch_is_packed_without_offsets_that_wrap(architecture, monkeypatch):
+    from lares_fast.ops._pack import pack
+    from tests.support import triton_gate
+
+    def call():
+        for starts in (torch.zeros(1, dtype=torch.int64), torch.zeros(257, dtype=torch.int64)):
+            offsets = torch.arange(len(starts) + 1)
+            pack(torch.ones(300, dtype=torch.int32), starts, offsets, len(starts), 1)
+
+    found = triton_gate.compile_launches(monkeypatch, architecture, call)
+    assert {kernel.name for kernel in found} == {"pack"} and len({str(kernel.constants) for kernel in found}) == 1
+    for kernel in found:
+        assert kernel.registers <= 64 and kernel.stack == kernel.shared == 0 and kernel.wrapping == []

@@ -95,12 +95,16 @@ def test_arithmetic_in_bf16_is_refused(kernels, memory, error):
 def calls():
     """Return a small call of each op, of rows [8, 64] on a backend."""
     from lares_fast import LARESConfig, ops, reference
+    from lares_fast._random import Draw
 
     offsets, items, config = torch.tensor([0, 8]), torch.randn(40, 64), LARESConfig(n_items=2, inner_size=64, n_core_layers=1)
     weights = [weight.detach() for weight in reference.Recurrence(config).parameters()]
     how = {"n_heads": 2, "depth": 1, "longest": 8}
+    draw = Draw((1, 2), torch.arange(2))
     return {
         "attention": lambda x, on: ops.attention(*3 * [x.view(8, 2, 32)], offsets, 8, backend=on),
+        "embedding": lambda x, on: ops.embedding(torch.arange(1, 8), torch.tensor([0, 3, 7]), x, x, x[0], x[1], backend=on),
+        "initial_state": lambda x, on: x + ops.initial_state(draw, torch.tensor([0, 3, 7]), 8, 64, backend=on),
         "linear_cross_entropy": lambda x, on: ops.target_logprob(x, items, torch.arange(8), backend=on),
         "recurrence": lambda x, on: ops.recurrence(x, offsets, weights, pre=x, backend=on, **how),
     }
@@ -108,7 +112,7 @@ def calls():
 
 # NumPy 2.5 raises an error where older versions warn. Triton up to 3.6 does it if a number bounds a loop or counts programs.
 @pytest.mark.filterwarnings("error:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
-@pytest.mark.parametrize("op", ["attention", "linear_cross_entropy", "recurrence"])
+@pytest.mark.parametrize("op", ["attention", "embedding", "initial_state", "linear_cross_entropy", "recurrence"])
 def test_no_array_is_taken_for_a_number(memory, op):
     call, x = calls()[op], torch.randn(8, 64)
     found = {}

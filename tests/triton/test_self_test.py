@@ -16,7 +16,7 @@ from lares_fast.verify import cases, self_test
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-WITH_KERNELS = ["attention", "linear_cross_entropy", "recurrence"]
+WITH_KERNELS = ["attention", "embedding", "initial_state", "linear_cross_entropy", "recurrence"]
 
 
 @pytest.fixture
@@ -56,10 +56,15 @@ def test_the_reference_passes_every_trial(op, dtype, monkeypatch):
         *[("attention", dtype, {"width": 32, "drop": True, "short": False}) for dtype in DTYPES],
         ("attention", torch.float32, {"width": 24, "drop": False, "short": True}),
         ("attention", torch.bfloat16, {"width": 128, "drop": True, "short": False}),
+        *[("embedding", dtype, {}) for dtype in DTYPES],
+        ("embedding", torch.float32, {"width": 40, "drop": False}),
+        ("embedding", torch.float32, {"width": 256, "train": False}),
+        *[("initial_state", torch.float32, {"width": width}) for width in (1, 40, 64, 256)],
         *[("linear_cross_entropy", dtype, {"width": 64}) for dtype in DTYPES],
         *[("linear_cross_entropy", torch.float32, {"width": width}) for width in (1, 40, 256)],
         ("recurrence", torch.float32, {"width": 64}),
         ("recurrence", torch.bfloat16, {"width": 64}),
+        ("recurrence", torch.float32, {"adapter": "add", "output": "steps", "bf16": True}),
         ("recurrence", torch.float32, {"inner": 256, "adapter": "add", "output": "last", "drop": False, "train": False}),
         ("recurrence", torch.bfloat16, {"adapter": "none", "output": "tokens", "drop": False, "train": False, "long": True}),
         ("recurrence", torch.bfloat16, {"inner": 64, "adapter": "linear", "output": "steps", "heads": 4}),
@@ -79,21 +84,25 @@ PLANTED = {
     "sum not rescaled": ("attention", "attention", "total = total * shrink +", "total = total +"),
     "keys' gradient unscaled": ("attention", "attention", "dk * (scale / LOG2E)", "dk"),
     "dropped weights in dV forgotten": ("attention", "attention", "weight = p * factor", "weight = p"),
+    "wrong sequence": ("embedding", "_packed", "high = tl.where(later, high, middle)", "high = middle"),
+    "wrong site of h0": ("initial_state", "_random", "_SITE_STATE = tl.constexpr(4)", "_SITE_STATE = tl.constexpr(3)"),
     "ties lost": ("linear_cross_entropy", "linear_cross_entropy", "(item[None, :] < target[:, None])", "(item[None, :] < 0)"),
     "last item lost": (
         "linear_cross_entropy",
         "linear_cross_entropy",
-        "(item[None, :] < high) &",
-        "(item[None, :] < high - 1) &",
+        "other & (item[None, :] < high)",
+        "other & (item[None, :] < high - 1)",
     ),
-    "wrong target's slope": ("linear_cross_entropy", "linear_cross_entropy", "miss[:, None], -p)", "miss[:, None], p)"),
+    "wrong target's slope": ("linear_cross_entropy", "_catalog_backward", "miss[:, None], p)", "-miss[:, None], p)"),
     "sequences see each other": ("recurrence", "_layers", "(column >= begin[:, :, None])", "(column >= 0 * begin[:, :, None])"),
     "keys' gradient not turned": ("recurrence", "_recurrence_backward", "rows_times(turned, q, G)", "rows_times(ds, q, G)"),
 }
 FILES = {
+    "embedding": ("_random", "_packed", "embedding"),
+    "initial_state": ("_random", "_packed", "initial_state"),
     "attention": ("_random", "_tiles", "attention"),
-    "linear_cross_entropy": ("_random", "_tiles", "linear_cross_entropy"),
-    "recurrence": ("_random", "_layers", "recurrence", "_recurrence_backward"),
+    "linear_cross_entropy": ("_random", "_tiles", "_catalog", "_catalog_backward", "linear_cross_entropy"),
+    "recurrence": ("_random", "_layers", "_recurrence_plan", "recurrence", "_recurrence_weights", "_recurrence_backward"),
 }
 
 
@@ -331,7 +340,9 @@ def test_the_self_test_tries_what_is_launched():
         Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, p=0, H=4),
         Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, p=0.5),
         Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, p=0, output="tokens"),
+        Case(lengths=[5, 20], inner=256, layers=1, adapter="add", depth=2, p=0),
     ]
+    others[-1].options["bf16"] = True
     found = [
         answer,
         *(variant for one in others for variant in variants(lambda one=one: one.call(one.tensors, None, longest=20))),
@@ -349,14 +360,14 @@ def test_the_self_test_of_an_answer_launches_no_backward(monkeypatch):
 
     names = []
     launch = _launch.launch
-    module = importlib.import_module("lares_fast.kernels.recurrence")
+    module = importlib.import_module("lares_fast.kernels._recurrence_plan")
     monkeypatch.setattr(
         module, "launch", lambda kernel, *rest, **how: names.append(kernel.__name__) or launch(kernel, *rest, **how)
     )
     (answer, *_) = (v for v in cases.shipped("recurrence") if not v["train"])
     with triton_interpreter.interpreted(monkeypatch):
         assert self_test.run("recurrence", CPU, torch.float32, **answer) is None
-    assert set(names) == {"recurrence_forward"}
+    assert set(names) == {"plan", "recurrence_forward"}
 
 
 @pytest.mark.parametrize("variant", cases.shipped("recurrence"), ids=str)

@@ -257,4 +257,4 @@ def test_what_is_found_is_told_and_cleared(gpu, monkeypatch, capsys):
 
 
 def test_the_kernels_of_every_op_are_known():
-    assert set(tuning.KERNELS) == set(comparison.ops_with_triton()) == set(launch_search._CALLS)
+    assert set(tuning.KERNELS) == set(launch_search._CALLS) < set(comparison.ops_with_triton())

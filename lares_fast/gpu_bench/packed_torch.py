@@ -4,13 +4,20 @@ Linear layers, norms and GELU work on all tokens. One product gives query, key a
 with similar lengths.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+# The groups of sequences that attention works on, see :func:`buckets`.
+Plan = Sequence[tuple[Tensor, Tensor, Tensor]]
 
-def buckets(lengths, count=7):
+
+def buckets(lengths: Tensor, count: int = 7) -> Plan:
     """Group sequences by length.
 
     Return for each group (indices [b, L] of its tokens in the packed buffer, mask [b, L] of real tokens, additive mask
@@ -28,27 +35,49 @@ def buckets(lengths, count=7):
     return result
 
 
-def recurrence(h, pre, lengths, plan, weights, n_heads, depth, p, *, sdpa):
+def recurrence(
+    h: Tensor,
+    pre: Tensor,
+    lengths: Tensor,
+    plan: Plan,
+    weights: Sequence[Tensor],
+    n_heads: int,
+    depth: int,
+    p: float,
+    *,
+    sdpa: bool,
+) -> Tensor:
     """Return the state of each sequence's last token, [B, D]. ``weights`` are as in ``ops.recurrence``."""
     *_, last = states(h, pre, lengths, plan, weights, n_heads, depth, p, sdpa=sdpa)
     return last
 
 
-def states(h, pre, lengths, plan, weights, n_heads, depth, p, *, sdpa):
+def states(
+    h: Tensor,
+    pre: Tensor,
+    lengths: Tensor,
+    plan: Plan,
+    weights: Sequence[Tensor],
+    n_heads: int,
+    depth: int,
+    p: float,
+    *,
+    sdpa: bool,
+) -> Iterator[Tensor]:
     """Yield the state of each sequence's last token, [B, D], after every step."""
     norm, last = weights[:2], lengths.cumsum(0) - 1
     run = block(weights[2:], plan, n_heads, p, sdpa=sdpa)
     for _ in range(depth):
-        h = run(F.layer_norm((h + pre) / 2, (h.shape[1],), *norm, eps=1e-12))
+        h = run(F.layer_norm((h + pre) / 2, (h.shape[1],), norm[0], norm[1], 1e-12))
         yield h[last]
 
 
-def block(weights, plan, n_heads, p, *, sdpa):
+def block(weights: Sequence[Tensor], plan: Plan, n_heads: int, p: float, *, sdpa: bool) -> Callable[[Tensor], Tensor]:
     """Return a function of packed tokens [P, D] that applies the layers. Each layer has 16 of the weights."""
     layers = [weights[i : i + 16] for i in range(0, len(weights), 16)]
-    fused = [(torch.cat(layer[0:6:2]), torch.cat(layer[1:6:2])) for layer in layers]
+    fused = [(torch.cat(list(layer[0:6:2])), torch.cat(list(layer[1:6:2]))) for layer in layers]
 
-    def attend(qkv):
+    def attend(qkv: Tensor) -> Tensor:
         context = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
         parts, places = [], []
         for index, real, mask in plan:
@@ -62,12 +91,12 @@ def block(weights, plan, n_heads, p, *, sdpa):
             places.append(index[real])
         return context.index_copy(0, torch.cat(places), torch.cat(parts))
 
-    def run(h):
+    def run(h: Tensor) -> Tensor:
         for layer, (weight, bias) in zip(layers, fused, strict=True):
             y = F.dropout(F.linear(attend(F.linear(h, weight, bias)), *layer[6:8]), p)
-            h = F.layer_norm(y + h, h.shape[1:], *layer[8:10], eps=1e-12)
+            h = F.layer_norm(y + h, h.shape[1:], layer[8], layer[9], 1e-12)
             y = F.dropout(F.linear(F.gelu(F.linear(h, *layer[10:12])), *layer[12:14]), p)
-            h = F.layer_norm(y + h, h.shape[1:], *layer[14:16], eps=1e-12)
+            h = F.layer_norm(y + h, h.shape[1:], layer[14], layer[15], 1e-12)
         return h
 
     return run

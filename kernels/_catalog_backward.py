@@ -1,0 +1,135 @@
+"""Kernels of the gradients of the softmax over catalogs. The exponentials are computed again."""
+
+import triton
+import triton.language as tl
+from lares_fast.kernels._catalog import SIZES, expm1, load_operand, part_of_program, target_scores
+from lares_fast.kernels._tiles import store_rows
+
+# Probabilities are multiplied by 2^WIDER before they are rounded, because half precision loses digits below 2^-14.
+WIDER = tl.constexpr(15)
+# Numbers of ROW for each row: minus log2 of its probabilities' factor in two parts, its target's slope, and its gradient.
+FACTOR, REST, MISS, SLOPE, NUMBERS = map(tl.constexpr, range(5))
+EXPONENT = tl.constexpr(0x7F800000)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def prepare_backward(
+    HIDDEN, ITEMS, TARGET, LSE, GRAD, ROW, M, N, tiles, first, step, scale, base,
+    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """Store the numbers of each row in ROW [J, 4, M]; a row whose log-sum-exp is not finite gets NaN.
+
+    GRAD [J, M] is the gradient of the log-probabilities; with ``step`` 0 it is one number for all rows. The log-sum-exp is
+    stored as two numbers: rounded to one number, it would change all probabilities of its row in the same direction.
+    """
+    j = (tl.program_id(0) // tiles).to(tl.int64)
+    row, column = (tl.program_id(0) % tiles).to(tl.int64) * S + tl.arange(0, S), tl.arange(0, C)
+    inside, scale = row < M, tl.cast(scale, tl.float64)
+    hidden = load_operand(HIDDEN + j * M * D, row, column, D, M, D, BF16)
+    target = tl.load(TARGET + j * M + row, mask=inside, other=-1)
+    there = (target >= first) & (target < N)
+    own = target_scores(hidden, ITEMS + j * N * D, target, there, column, D, S).to(tl.float64) * scale
+    lse = tl.load(LSE + j * M + row, mask=inside, other=0.0)
+    grad = tl.load(GRAD + (j * M + row) * step, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.where(tl.abs(lse) < float("inf"), (grad * scale).to(tl.float32), float("nan"))
+    power = lse * (tl.cast(base, tl.float64) / scale) - WIDER
+    factor = power.to(tl.float32)
+    at = ROW + NUMBERS * j * M + row
+    tl.store(at + FACTOR * M, factor, mask=inside)
+    tl.store(at + REST * M, (power - factor.to(tl.float64)).to(tl.float32), mask=inside)
+    # 1 - p at the target, with the sign of the slopes.
+    tl.store(at + MISS * M, (expm1(own - lse) * 2.0**WIDER).to(tl.float32), mask=inside)
+    tl.store(at + SLOPE * M, slope, mask=inside)
+
+
+@triton.jit
+def _slopes(hidden, items, item, target, factor, rest, miss, base):
+    """Return -2^WIDER times the derivatives of the log-probabilities by the scores of a tile.
+
+    A derivative is 1 - p at the target, and -p elsewhere.
+    """
+    raw = tl.dot(hidden, tl.trans(items), input_precision="ieee")
+    p = tl.exp2(tl.fma(raw, base, -factor[:, None]) - rest[:, None])
+    return tl.where(item[None, :] == target[:, None], miss[:, None], p)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def softmax_backward_hidden(
+    HIDDEN, ITEMS, TARGET, ROW, DHIDDEN, M, N, tiles, parts, first, part, base,
+    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """Store the sums over the items of a part, times the gradients of the rows, in DHIDDEN [J, parts, M, D]."""
+    j, place, start, low, high = part_of_program(tiles, parts, first, part, N, S)
+    row, column = start + tl.arange(0, S), tl.arange(0, C)
+    inside = row < M
+    hidden = load_operand(HIDDEN + j * M * D, row, column, D, M, D, BF16)
+    # A target that is not there has NaN in all its numbers.
+    target = tl.load(TARGET + j * M + row, mask=inside, other=-1).to(tl.int32)
+    at = ROW + NUMBERS * j * M + row
+    factor = tl.load(at + FACTOR * M, mask=inside, other=0.0)
+    rest = tl.load(at + REST * M, mask=inside, other=0.0)
+    miss = tl.load(at + MISS * M, mask=inside, other=0.0)
+    dhidden = tl.zeros((S, C), tl.float32)
+    items_at = ITEMS + (j * N + low) * D
+    for begin in range(low, high, S):
+        item = begin + tl.arange(0, S)
+        items = load_operand(items_at, tl.arange(0, S), column, D, high - begin, D, BF16)
+        slopes = _slopes(hidden, items, item, target, factor, rest, miss, base)
+        # The power of a score outside of the catalog may be infinite.
+        slopes = tl.where(item[None, :] < high, slopes, 0.0)
+        dhidden += tl.dot(slopes.to(items.dtype), items, input_precision="ieee")
+        items_at += S * D
+    # The gradient is multiplied after the product: in half precision a small gradient times a probability would become 0.
+    dhidden *= (tl.load(at + SLOPE * M, mask=inside, other=0.0) * -(2.0**-WIDER))[:, None]
+    store_rows(DHIDDEN + place * M * D, dhidden, row, column, D, M, D)
+
+
+@triton.jit
+def _unit(SLOPE_OF, M, B: tl.constexpr):
+    """Return a power of two in 2^-100..2^100 above all sizes of the M gradients at SLOPE_OF, and its inverse.
+
+    Infinities and NaN are ignored.
+    """
+    largest = tl.zeros((B,), tl.float32)
+    for begin in range(0, M, B):
+        row = begin + tl.arange(0, B)
+        size = tl.abs(tl.load(SLOPE_OF + row, mask=row < M, other=0.0))
+        largest = tl.maximum(largest, tl.where(size < float("inf"), size, 0.0))
+    exponent = (tl.max(largest, 0) * 2.0).to(tl.int32, bitcast=True) & EXPONENT
+    # 127 and 254 are the exponents of 1 and 2^127.
+    exponent = tl.minimum(tl.maximum(exponent, (127 - 100) << 23), (127 + 100) << 23)
+    return exponent.to(tl.float32, bitcast=True), ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def softmax_backward_items(
+    HIDDEN, ITEMS, TARGET, ROW, DITEMS, M, N, tiles, first, base,
+    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """Store DITEMS [J, N, D] of one tile of items, summed over all rows of its catalog; ``tiles`` programs share a catalog.
+
+    Gradients are multiplied in units of a power of two, which half precision needs.
+    """
+    j, start = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * S
+    item, column = start + tl.arange(0, S), tl.arange(0, C)
+    items = load_operand(ITEMS + j * N * D, item.to(tl.int64), column, D, N, D, BF16)
+    unit, inverse = _unit(ROW + (NUMBERS * j + SLOPE) * M, M, 1024)
+    ditems = tl.zeros((S, C), tl.float32)
+    hidden_at = HIDDEN + j * M * D
+    for begin in range(0, M, S):
+        row = begin + tl.arange(0, S)
+        inside = row < M
+        hidden = load_operand(hidden_at, tl.arange(0, S), column, D, M - begin, D, BF16)
+        target = tl.load(TARGET + j * M + row, mask=inside, other=-1).to(tl.int32)
+        at = ROW + NUMBERS * j * M + row
+        factor = tl.load(at + FACTOR * M, mask=inside, other=0.0)
+        rest = tl.load(at + REST * M, mask=inside, other=0.0)
+        miss = tl.load(at + MISS * M, mask=inside, other=0.0)
+        slopes = _slopes(hidden, items, item, target, factor, rest, miss, base)
+        # Outside of the matrix the gradient is 0.
+        slopes *= (tl.load(at + SLOPE * M, mask=inside, other=0.0) * inverse)[:, None]
+        ditems += tl.dot(tl.trans(slopes.to(hidden.dtype)), hidden, input_precision="ieee")
+        hidden_at += S * D
+    # An item before the first item of the softmax gets the gradient 0, even if a row makes the other gradients NaN.
+    ditems = tl.where((item >= first)[:, None], ditems * (unit * -(2.0**-WIDER)), 0.0)
+    store_rows(DITEMS + j * N * D, ditems, item.to(tl.int64), column, D, N, D)
