@@ -90,6 +90,7 @@ def negated():
     torch.testing.assert_close(call(hidden), call(-HIDDEN))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     "watched",
     [
