@@ -234,8 +234,9 @@ def recurrence_stack(D, dtype, p, architecture):
     return 256 if architecture < 90 else 128
 
 
-# Bytes a thread of the backward's kernels may have in local memory: at D = 64, at D = 128, and at D = 128 with dropout.
-BACKWARD_STACK = {
+# Bytes a thread of the other kernels may have in local memory: at D = 64, at D = 128, and at D = 128 with dropout.
+OTHER_STACK = {
+    "plan": (0, 0, 0),
     # Its values for all phases of a step are in use at one time. Most of them are places of rows.
     "step_backward": (640, 1600, 2400),
     "weight_gradients": (64, 64, 64),
@@ -261,16 +262,14 @@ def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, mo
 
     how = D, H, dtype, p, longest, adapter, backward
     kernels = triton_gate.compile_launches(monkeypatch, architecture, lambda: recurrence(*how))
-    assert {kernel.name for kernel in kernels} == {"plan", "recurrence_forward", *(BACKWARD_STACK if backward else ())}
+    assert {kernel.name for kernel in kernels} == {"plan", "recurrence_forward", *(OTHER_STACK if backward else ())}
     for kernel in kernels:
         assert kernel.shared <= triton_gate.SHARED_LIMIT[architecture] // 2, kernel
         assert kernel.resident_warps(architecture) >= RESIDENT_WARPS, kernel
         limit = (
             recurrence_stack(D, dtype, p, architecture)
             if kernel.name == "recurrence_forward"
-            else 0
-            if kernel.name == "plan"
-            else BACKWARD_STACK[kernel.name][0 if D == 64 else 2 if p else 1]
+            else OTHER_STACK[kernel.name][0 if D == 64 else 2 if p else 1]
         )
         hold(kernel, D, dtype, p, stack=limit)
         if dtype == torch.float32:
