@@ -29,7 +29,7 @@ def weight_tile(tile, layers, P, D: tl.constexpr, INNER: tl.constexpr):
     """Return the factors of tile ``tile`` of the weights' gradients, and where the tile is stored.
 
     The numbers are: the place of the first row's two factors, the distance of rows, the place of the sum, its distance of rows,
-    and the place of the bias's sum, or -1.
+    the place of the bias's sum, or -1, and whether the bias is a bias of keys.
     """
     N: tl.constexpr = D // SIDE
     inner: tl.constexpr = INNER // SIDE
@@ -54,7 +54,8 @@ def weight_tile(tile, layers, P, D: tl.constexpr, INNER: tl.constexpr):
     place = start + m * stride + n
     base = layer * P.to(tl.int64) * WIDTH
     at = layer * size
-    return base + a, base + b, width, at + place, stride, tl.where(n == 0, at + bias, -1)
+    keys = attention & (concat == 0) & (m >= D) & (m < 2 * D)
+    return base + a, base + b, width, at + place, stride, tl.where(n == 0, at + bias, -1), keys
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -70,7 +71,7 @@ def weight_gradients(
     slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if (t >= tl.load(TABLE + DEEPEST)) & (t + 1 < deepest):
         return
-    a_place, b_place, width, place, stride, bias = weight_tile(tile, layers, P, D, INNER)
+    a_place, b_place, width, place, stride, bias, keys = weight_tile(tile, layers, P, D, INNER)
     width = tl.multiple_of(width, 16)
     start = slot.to(tl.int64) * rows
     row, side = tl.arange(0, 32), tl.arange(0, SIDE)
@@ -94,7 +95,8 @@ def weight_gradients(
     tl.debug_barrier()
     tl.store(SLOT + at, total)
     if bias >= 0:
-        column = tl.sum(sums, 0)
+        # A bias of keys adds one number to all scores of a query, which changes nothing. So its gradient is 0.
+        column = tl.where(keys, 0.0, tl.sum(sums, 0))
         OF_BIAS = SLOT + tl.multiple_of(bias, 16) + side
         if t + 1 < deepest:
             column += tl.load(OF_BIAS)

@@ -127,6 +127,24 @@ def test_steps_that_are_none_or_without_end(depth, output, memory, monkeypatch):
     assert out[~inside].isnan().all() and out[inside].isfinite().all()
 
 
+@pytest.mark.parametrize("output", ["last", "steps", "tokens"])
+def test_a_depth_above_its_bound(output, memory):
+    offsets = [0, 5, 60, 65, 115]
+    call = replace(call_of(offsets, 64, [1, 4, 2, 1], output), deepest=3)
+    with NoScalarReads():
+        _, out, tape = _dispatch.run("recurrence", "triton", call)
+        grads = _dispatch.run("recurrence_backward", "triton", call, torch.ones_like(out), tape)
+    inside = {
+        "last": torch.tensor([True, False, True, True]),
+        # The sequence has as many rows as the bound allows. After the last sequence there are rows of 0.
+        "steps": torch.tensor([True, False, False, False] + [True] * 8),
+        "tokens": rows_of(offsets, [0, 2, 3]),
+    }[output]
+    assert out[~inside].isnan().all() and out[inside].isfinite().all()
+    assert output != "steps" or (out[4:7].any(1).all() and not out[7:].any())
+    assert all(grad.isnan().all() for grad in grads)
+
+
 def test_what_the_host_knows_is_refused(memory):
     with pytest.raises(InputError, match="offsets must rise from 0 to the number of tokens, 115, but there is only one offset"):
         _dispatch.run("recurrence", "triton", call_of([0], 64, 1))
