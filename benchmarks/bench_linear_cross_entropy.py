@@ -134,6 +134,21 @@ def test_forward_and_backward(compare, M, N):
     compare("cross entropy, both", f"M{M} N{N} D{D}", training_runs(M, N, sizes), CHECK, rounds=7)
 
 
+@pytest.mark.parametrize(("J", "M"), [(4, 1024)])
+def test_batched_forward_and_backward(compare, J, M):
+    """The contrastive losses of phase 1: J catalogs of M items, one target a row."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, items = (F.normalize(torch.randn(J, M, D, generator=generator), dim=-1).requires_grad_() for _ in range(2))
+    target = torch.arange(M).expand(J, M)
+    runs = {
+        "torch eager": lambda: F.cross_entropy((hidden @ items.mT / 0.07).flatten(0, 1), target.flatten()),
+        "native": lambda: ops.linear_cross_entropy(hidden, items, target, scale=1 / 0.07, backend="native"),
+    }
+    runs = {name: lambda loss=loss: torch.autograd.grad(loss(), (hidden, items)) for name, loss in runs.items()}
+    assert agree(runs["native"](), runs["torch eager"]())
+    compare("cross entropy of catalogs, both", f"J{J} M{M} N{M} D{D}", runs, CHECK, rounds=7)
+
+
 @pytest.mark.large
 def test_share_of_peak(note):
     hidden, items, target = case(1024, 24_588)

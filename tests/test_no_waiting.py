@@ -1,5 +1,7 @@
 """On a GPU no op makes the CPU wait, neither in its checks nor for the arguments of its kernels. Compilers trace every op."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -63,6 +65,10 @@ def catalog():
     return leaf(B, D), leaf(N, D), to_fake_device(torch.tensor([1, 69, 5]))
 
 
+def catalogs():
+    return leaf(2, B, D), leaf(2, N, D), to_fake_device(torch.tensor([[1, 69, 5], [3, 2, 1]]))
+
+
 def excluded():
     return to_fake_device(torch.tensor([0, 1, 1, 3])), to_fake_device(torch.tensor([7, 8, 2]))
 
@@ -75,6 +81,10 @@ CALLS = {
     "linear_cross_entropy": lambda backend: ops.linear_cross_entropy(*catalog(), skip_pad=True, backend=backend),
     "target_logprob": lambda backend: ops.target_logprob(*catalog(), backend=backend),
     "target_logprob_and_rank": lambda backend: ops.target_logprob_and_rank(*catalog(), backend=backend)[0],
+    "linear_cross_entropy, batched": lambda backend: ops.linear_cross_entropy(*catalogs(), backend=backend),
+    "target_logprob, batched": lambda backend: ops.target_logprob(*catalogs(), skip_pad=True, backend=backend),
+    "target_logprob_and_rank, batched": lambda backend: ops.target_logprob_and_rank(*catalogs(), backend=backend)[0],
+    "target_logprob_and_rank, ranked": lambda backend: ops.target_logprob_and_rank(*catalogs(), ranked=4, backend=backend)[0],
     "topk": lambda backend: ops.topk(*catalog()[:2], 5, exclude=excluded(), backend=backend),
     "target_rank": lambda backend: ops.target_rank(*catalog(), backend=backend),
     "target_ranks": lambda backend: ops.target_ranks(*catalog(), excluded(), backend=backend),
@@ -278,6 +288,7 @@ def compiled_calls():
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
     query = torch.randn(P, H, D // H)
     hidden, items, target = torch.randn(B, D), torch.randn(N, D), torch.tensor([1, 69, 5])
+    batched = torch.randn(2, B, D), torch.randn(2, N, D), target.repeat(2, 1)
     exclude = (torch.tensor([0, 1, 1, 3]), torch.tensor([7, 8, 2]))
     tables = torch.randn(N, D), torch.randn(5, D), torch.randn(D), torch.randn(D)
     seed, places = seed_of((1, 2), torch.device("cpu")), torch.arange(1, P + 1)
@@ -291,6 +302,8 @@ def compiled_calls():
             (torch.randn(P, D), torch.tensor([0, 4, 6, 9])),
         ),
         "linear_cross_entropy": (ops.linear_cross_entropy, (hidden, items, target)),
+        "linear_cross_entropy, batched": (ops.linear_cross_entropy, batched),
+        "target_logprob_and_rank, ranked": (partial(ops.target_logprob_and_rank, ranked=4), batched),
         "target_logprob": (ops.target_logprob, (hidden, items, target)),
         "target_logprob_and_rank": (ops.target_logprob_and_rank, (hidden, items, target)),
         "topk": (lambda q, i: ops.topk(q, i, 5, exclude=exclude), (hidden, items)),
@@ -299,7 +312,7 @@ def compiled_calls():
     }
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [*OPS, "linear_cross_entropy, batched", "target_logprob_and_rank, ranked"])
 def test_compiles_without_a_break(name):
     function, tensors = compiled_calls()[name]
     with torch.no_grad():

@@ -25,13 +25,13 @@ def interpreted(monkeypatch):
 
 FORWARD, BACKWARD, SHARED = "linear_cross_entropy", "_catalog_backward", "_catalog"
 TRITON_BUGS = {
-    "one item too many": (FORWARD, "other & (item[None, :] < high)", "other & (item[None, :] <= high)"),
-    "the last tile unseen": (FORWARD, "if whole < high:", "if whole < low:"),
+    "one item too many": (FORWARD, "(item[None, :] < high) &", "(item[None, :] <= high) &"),
+    "the last tile unseen": (FORWARD, "range(low, high, S)", "range(low, high - S + 1, S)"),
     "PAD is not skipped": (FORWARD, "int(call.skip_pad)", "0"),
     "a part written to the first": (FORWARD, "tl.store(COUNT + place * M + row", "tl.store(COUNT + j * parts * M + row"),
     "sum not moved with its origin": (FORWARD, "total = total * shrink", "total = total * 1"),
     "items of the first catalog": (FORWARD, "items_at = ITEMS + j * N * D", "items_at = ITEMS + 0 * j * N * D"),
-    "rows of the first catalog": (FORWARD, "HIDDEN + j * M * D", "HIDDEN + 0 * j * M * D"),
+    "rows of the first catalog": (FORWARD, ".\n    hidden = load_rows(HIDDEN + j", "\n    hidden = load_rows(HIDDEN + 0 * j"),
     "targets of the first catalog": (FORWARD, "TARGET + j * M + row", "TARGET + 0 * j * M + row"),
     "ranks of too few rows": (FORWARD, "counts = j * M + start < ranked", "counts = start < ranked - S"),
     "own score without its scale": (SHARED, ".to(tl.float64) * scale\n    lse", ".to(tl.float64)\n    lse"),

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from lares_fast.kernels import _launch, _recurrence_backward
+from lares_fast.kernels import _launch, _recurrence_weights
 from triton.compiler import CompiledKernel
 
 from lares_fast import ops
@@ -242,10 +242,10 @@ _launch._ran.clear()
 x = {dtype: torch.ones(64, 64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
 slots, depth = torch.zeros(1, 5000), torch.ones(64, dtype=torch.int64)
 for dtype, place, rows in ((torch.float32, 0, 32), (torch.bfloat16, 16, 64), (torch.float32, 2**31, 2**40)):
-    arguments = (x[dtype], x[dtype], depth, slots, place, -1, 64, 3, slots.stride(0), rows)
+    arguments = (x[dtype], depth, depth, slots, 64, place, -1, 1, rows, 3, slots.stride(0))
     for _ in range(2):
-        constants = {"M": 64, "N": 64, "STRIDE": 64, "warps": 4, "maxnreg": 255}
-        _launch.launch(_recurrence_backward.weight_gradient, 1, *arguments, **constants)
+        constants = {"D": 64, "INNER": 64, "warps": 4, "maxnreg": 255}
+        _launch.launch(_recurrence_weights.weight_gradients, 1, *arguments, **constants)
     usual, short = given
     given.clear()
     assert [*usual[:6], *usual[9:]] == [*short[:6], *short[9:]], (usual, short)

@@ -90,8 +90,8 @@ PLANTED = {
     "last item lost": (
         "linear_cross_entropy",
         "linear_cross_entropy",
-        "other & (item[None, :] < high)",
-        "other & (item[None, :] < high - 1)",
+        "(item[None, :] < high) &",
+        "(item[None, :] < high - 1) &",
     ),
     "wrong target's slope": ("linear_cross_entropy", "_catalog_backward", "miss[:, None], p)", "-miss[:, None], p)"),
     "sequences see each other": ("recurrence", "_layers", "(column >= begin[:, :, None])", "(column >= 0 * begin[:, :, None])"),
