@@ -38,7 +38,8 @@ def _kernel_is_right(device: torch.device) -> bool:
     there = _triton.kernels("_pack").packed(*(x.to(device) for x in call), *sizes)
     right = all(torch.equal(x.cpu(), y) for x, y in zip(there, pack_by_torch(*call, *sizes), strict=True))
     if not right:
-        warnings.warn(f"the kernel that packs batches failed its check on {device}, so PyTorch packs them, which is slower.")
+        text = f"the kernel that packs batches failed its check on {device}, so PyTorch packs them, which is slower."
+        warnings.warn(text, stacklevel=3)
     return right
 
 
