@@ -8,12 +8,16 @@ operations of PyTorch run on tiny tensors of the CPU. Two processes, one for eac
 before), so that other programs slow both equally. The ratio of a round compares CPU times. A ratio above 1 means that AFTER is
 faster.
 
+Some of this time is not there on a GPU: on the CPU, the functions of PyTorch that update a list of tensors, and so Adam,
+compute one tensor after the other.
+
 A step has 8 rows, 2 + 2 layers of width 64, 5 steps of the recurrence in every pass, dropout, fp32 and Adam.
 """
 
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import os
 import shutil
 import statistics
@@ -25,6 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("spt", "rpt")
+PARTS = ("batch", "loss", "backward", "optimizer")
 ROWS = 8
 # Steps of one measurement, and steps before the first one, which compile the kernels.
 STEPS, WARM_UP = 5, 3
@@ -75,17 +80,22 @@ class Step:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **{optimizer: True})
         self.index, self.number = torch.arange(ROWS), 0
 
-    def __call__(self, around=contextlib.nullcontext) -> None:
-        """Make a step. All of it except the preparation of the batch runs in a block ``around()``."""
+    def __call__(self, around=contextlib.nullcontext) -> list[float]:
+        """Make a step, and return the CPU seconds of each of PARTS. All parts except the batch run in a block ``around()``."""
         self.number += 1
-        key = (self.number, 1)
+        key, times = (self.number, 1), [time.process_time()]
         batch = self.phase.batch(self.index, key)
+        times.append(time.process_time())
         with around():
             # Phases were not modules once, and their losses took the key.
             loss = self.phase.loss(batch, key)[0] if hasattr(self.phase, "loss") else self.phase(batch)
+            times.append(time.process_time())
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            times.append(time.process_time())
             self.optimizer.step()
+            times.append(time.process_time())
+        return [end - start for start, end in itertools.pairwise(times)]
 
 
 def launches(step: Step) -> tuple[int, int]:
@@ -108,7 +118,7 @@ def launches(step: Step) -> tuple[int, int]:
 
 
 def work(tree: Path, optimizer: str) -> None:
-    """Print the launches of each phase. Then read names of phases, make steps, and print the CPU seconds of a step."""
+    """Print the launches of each phase. Then read names of phases, make steps, and print the mean CPU seconds of each part."""
     open_checkout(tree)
     import torch
 
@@ -121,10 +131,8 @@ def work(tree: Path, optimizer: str) -> None:
             step()
     print("ready", *(number for step in steps.values() for number in launches(step)), flush=True)
     for line in sys.stdin:
-        step, began = steps[line.strip()], time.process_time()
-        for _ in range(STEPS):
-            step()
-        print((time.process_time() - began) / STEPS, flush=True)
+        step = steps[line.strip()]
+        print(*(sum(part) / STEPS for part in zip(*(step() for _ in range(STEPS)), strict=True)), flush=True)
 
 
 def build_stub(folder: Path) -> None:
@@ -161,25 +169,30 @@ def compare(trees: list[Path], optimizers: list[str], rounds: int) -> None:
             for tree, optimizer in zip(trees, optimizers, strict=True)
         ]  # fmt: skip
 
-        def seconds(worker: subprocess.Popen, phase: str) -> float:
-            worker.stdin.write(f"{phase}\n")
-            worker.stdin.flush()
-            return float(worker.stdout.readline())
+        def seconds(number: int, phase: str) -> list[float]:
+            workers[number].stdin.write(f"{phase}\n")
+            workers[number].stdin.flush()
+            return list(map(float, workers[number].stdout.readline().split()))
 
         counts = [worker.stdout.readline().split() for worker in workers]
         if any(count[:1] != ["ready"] for count in counts):
             sys.exit("a checkout does not run: see its error above.")
-        for number, phase in enumerate(PHASES):
-            times: list[tuple[float, float]] = []
+        for place, phase in enumerate(PHASES):
+            times, ratios = ([], []), []
             for _ in range(rounds):
-                a, b, more_b, more_a = (seconds(workers[i], phase) for i in (0, 1, 1, 0))
-                times.append(((a + more_a) / 2, (b + more_b) / 2))
-            ratios = [a / b for a, b in times]
-            for name, tree, of_tree, count in zip(("before", "after"), trees, zip(*times, strict=True), counts, strict=True):
-                kernels, operations = count[1 + 2 * number : 3 + 2 * number]
-                middle = 1e3 * statistics.median(of_tree)
-                print(f"{phase} {name:6} {middle:8.2f} ms, {kernels} kernels, {operations} operations of PyTorch ({tree})")
-            print(f"{phase} ratio  {statistics.median(ratios):8.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})", flush=True)
+                order = (0, 1, 1, 0)
+                found = [seconds(number, phase) for number in order]
+                for number in (0, 1):
+                    times[number].extend(parts for of, parts in zip(order, found, strict=True) if of == number)
+                before, after_once, after_again, before_again = map(sum, found)
+                ratios.append((before + before_again) / (after_once + after_again))
+            for name, tree, of_tree, count in zip(("before", "after"), trees, times, counts, strict=True):
+                kernels, operations = count[1 + 2 * place : 3 + 2 * place]
+                total = 1e3 * statistics.median(map(sum, of_tree))
+                parts = (1e3 * statistics.median(part) for part in zip(*of_tree, strict=True))
+                listed = ", ".join(f"{part} {value:.2f}" for part, value in zip(PARTS, parts, strict=True))
+                print(f"{phase} {name:6} {total:6.2f} ms ({listed}), {kernels} kernels, {operations} operations: {tree}")
+            print(f"{phase} ratio  {statistics.median(ratios):6.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})", flush=True)
         for worker in workers:
             worker.stdin.close()
             worker.wait()

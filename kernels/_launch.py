@@ -65,6 +65,11 @@ def rising(offsets):
     return torch.where((offsets[1:] < offsets[:-1]).any(), -1, offsets)
 
 
+def cdiv(a, b):
+    """Return ``a / b``, rounded up. On the host ``triton.cdiv`` takes longer than some launches."""
+    return -(-a // b)
+
+
 def choice(op, tensor, **sizes):
     """Return the launch settings that :data:`find` has for a call of ``op`` with tensors like ``tensor``, or the defaults."""
     return (find and find(op, tensor, sizes)) or SHIPPED

@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import launch
+from lares_fast.kernels._launch import cdiv, launch
 
 # The elements of a program.
 ROWS = 256
@@ -44,7 +44,7 @@ def packed(log, starts, offsets, n_tokens, n_targets):
     """Return the items [P] and the targets [B], int64: see ``lares_fast.ops._pack.pack``."""
     items, targets = (torch.empty(n, dtype=torch.int64, device=log.device) for n in (n_tokens, n_targets))
     S = len(starts)
-    programs = triton.cdiv(n_tokens, ROWS) + triton.cdiv(n_targets, ROWS)
+    programs = cdiv(n_tokens, ROWS) + cdiv(n_targets, ROWS)
     numbers = (len(log), S, n_tokens, n_targets, S.bit_length())
     launch(pack, programs, log, starts, offsets, items, targets, *numbers, warps=4, R=ROWS)
     return items, targets

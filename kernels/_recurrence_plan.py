@@ -13,7 +13,7 @@ be divided at the same time. The tiles of a segment have numbers that no other s
 
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import choice, launch
+from lares_fast.kernels._launch import cdiv, choice, launch
 from lares_fast.kernels._layers import LOG2E
 
 # The numbers at the beginning of the table. FITS: 1 if the offsets rise from 0 to P. VALID: 1 if all sequences are valid, too.
@@ -151,9 +151,9 @@ class Plan:
         B, rows = call.batch, 16 * self.groups
         # The number of tiles. Two neighbours in a segment together have more rows than one tile holds, and a sequence takes at
         # most 4 rows more than it has. So there cannot be more tiles, but some of them may have no sequences.
-        self.tiles = min(B, 2 * (len(call.h) + 4 * B) // rows + triton.cdiv(B, SEGMENT.value))
+        self.tiles = min(B, 2 * (len(call.h) + 4 * B) // rows + cdiv(B, SEGMENT.value))
         # The words of the table, a multiple of 4.
-        self.words = triton.cdiv(HEAD.value + 3 * B + 1 + self.tiles + 1, 4) * 4
+        self.words = cdiv(HEAD.value + 3 * B + 1 + self.tiles + 1, 4) * 4
 
     def fill(self, table, most):
         """Launch the kernel that fills ``table``. ``most`` is the largest depth that is valid."""

@@ -7,7 +7,7 @@ each tile. One program computes an element of such a sum, always in the same ord
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import WARPS, launch
+from lares_fast.kernels._launch import WARPS, cdiv, launch
 from lares_fast.kernels._recurrence_plan import DEEPEST, VALID
 
 # The smallest number of rows of a slot, and the number of programs from which on there are no more slots.
@@ -152,13 +152,13 @@ class WeightGradients:
         # The tiles of all weights that are matrices.
         elements = self.layers * (4 * self.D + 2 * self.inner) * self.D + joins * 2 * self.D**2
         self.tiles = elements // SIDE.value**2
-        self.slots = max(1, min(triton.cdiv(P, SLOT_ROWS), triton.cdiv(MOST_PROGRAMS, self.tiles)))
-        self.rows = triton.cdiv(triton.cdiv(P, self.slots), 32) * 32
+        self.slots = max(1, min(cdiv(P, SLOT_ROWS), cdiv(MOST_PROGRAMS, self.tiles)))
+        self.rows = cdiv(cdiv(P, self.slots), 32) * 32
 
         def buffer(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=call.h.device)
 
-        self.sums = buffer(self.slots, triton.cdiv(len(call.weights), 16) * 16)
+        self.sums = buffer(self.slots, cdiv(len(call.weights), 16) * 16)
         self.factors = buffer(P * (self.layers * (8 * self.D + 2 * self.inner) + joins * 3 * self.D), dtype=plan.products.dtype)
         self.partial = buffer(plan.tiles, (4 * self.layers + 2) * self.D + 64)
 
@@ -173,7 +173,7 @@ class WeightGradients:
     def collect(self, out):
         """Store the gradients of all weights in the flat tensor ``out``."""
         launch(
-            collect_gradients, triton.cdiv(len(out), COLUMNS.value), self.sums, self.partial, self.tape.table, out,
+            collect_gradients, cdiv(len(out), COLUMNS.value), self.sums, self.partial, self.tape.table, out,
             self.layers, self.slots, len(self.partial), self.sums.shape[1], len(out),
             D=self.D, INNER=self.inner, KIND=self.plan.call.adapter, warps=4,
         )  # fmt: skip

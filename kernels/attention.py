@@ -12,7 +12,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import WARPS, choice, launch, ready, rising
+from lares_fast.kernels._launch import WARPS, cdiv, choice, launch, ready, rising
 from lares_fast.kernels._tiles import dropout_factor, load_rows, store_rows, visible
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -187,7 +187,7 @@ def _plan(call):
     P, H, E = call.query.shape
     chosen = choice("attention", call.query, width=E, longest=call.longest)
     S = chosen.rows or tile_size(call.longest, E * call.query.element_size())
-    tiles = triton.cdiv(call.longest, S)
+    tiles = cdiv(call.longest, S)
     if P and len(call.offsets) == 1:
         raise ValueError(f"offsets must rise from 0 to {P}, the rows of query, but there is only one offset.")
     programs = (len(call.offsets) - 1) * H * tiles if P else 0

@@ -10,7 +10,7 @@ no sequence. There are no atomics, so results do not depend on the order of prog
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import launch, ready
+from lares_fast.kernels._launch import cdiv, launch, ready
 from lares_fast.kernels._packed import halvings, sequence_of
 from lares_fast.kernels._random import keep_hidden_row
 
@@ -137,7 +137,7 @@ def forward(call):
     P, D = len(call.items), constants["D"]
     out = torch.empty(P, D, dtype=call.item_table.dtype, device=call.item_table.device)
     bias = ready(call.bias.detach())
-    programs = triton.cdiv(P, constants["R"])
+    programs = cdiv(P, constants["R"])
     launch(embedding_forward, programs, *tensors[:5], bias, *tensors[5:], out, *numbers, warps=4, **constants)
     return out
 
@@ -148,15 +148,15 @@ def backward(call, grad):
     P, S, N, L, *_ = numbers
     D, table = constants["D"], tensors[2]
     # The tiles are shared out evenly.
-    tiles = triton.cdiv(P, constants["R"])
-    each = triton.cdiv(tiles, MOST_PARTS)
-    parts = triton.cdiv(tiles, each) if tiles else 0
+    tiles = cdiv(P, constants["R"])
+    each = cdiv(tiles, MOST_PARTS)
+    parts = cdiv(tiles, each) if tiles else 0
     d_sum, places = torch.empty(P, D, dtype=table.dtype, device=table.device), torch.empty_like(tensors[0])
     partial = torch.empty(parts, 2, D, dtype=torch.float32, device=table.device)
     d_positions, d_norm = torch.empty_like(tensors[3]), torch.empty(2, D, dtype=table.dtype, device=table.device)
     launch(embedding_backward_rows, parts, *tensors, ready(grad), d_sum, places, partial, *numbers, each, warps=4, **constants)
     launch(
-        embedding_backward_sums, (L + 2) * triton.cdiv(D, COLUMNS), tensors[1], d_sum, partial, d_positions, d_norm, P, S, L,
+        embedding_backward_sums, (L + 2) * cdiv(D, COLUMNS), tensors[1], d_sum, partial, d_positions, d_norm, P, S, L,
         parts, warps=8, D=D, C=COLUMNS, R=SUMMED,
     )  # fmt: skip
     # This operation sorts the rows by their place and adds them in this order. It uses no atomics.

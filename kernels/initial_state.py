@@ -6,7 +6,7 @@ The host does not read OFFSETS. Rows from the last offset on are 0, and other ro
 import torch
 import triton
 import triton.language as tl
-from lares_fast.kernels._launch import launch, ready
+from lares_fast.kernels._launch import cdiv, launch, ready
 from lares_fast.kernels._packed import halvings, sequence_of
 from lares_fast.kernels._random import state_normal
 
@@ -36,5 +36,5 @@ def forward(call):
     C = max(16, triton.next_power_of_2(D))
     R = TILE // C
     tensors = (*map(ready, (call.offsets, call.rows, call.seed)), out)
-    launch(initial_state, triton.cdiv(P, R), *tensors, P, S, halvings(S), call.std, warps=4, D=D, C=C, R=R)
+    launch(initial_state, cdiv(P, R), *tensors, P, S, halvings(S), call.std, warps=4, D=D, C=C, R=R)
     return out

@@ -25,7 +25,7 @@ from lares_fast.kernels._catalog import (
     target_scores,
 )
 from lares_fast.kernels._catalog_backward import NUMBERS, prepare_backward, softmax_backward_hidden, softmax_backward_items
-from lares_fast.kernels._launch import WARPS, choice, launch, ready
+from lares_fast.kernels._launch import WARPS, cdiv, choice, launch, ready
 
 # This many programs keep any GPU busy. The number of parts follows from this constant, so results do not depend on the GPU.
 PROGRAMS = 1024
@@ -123,7 +123,7 @@ def forward(call):
     sizes = (M, N, tiles, parts, first, part, ranked, base)
     run(softmax_forward, J * tiles * parts, hidden, items, target, own, sums, count, *sizes, RANK=ranks)
     logprob, lse = hidden.new_empty(target.shape), new(target.shape, dtype=torch.float64)
-    tiles = triton.cdiv(M, SUMS["R"])
+    tiles = cdiv(M, SUMS["R"])
     sizes = (M, tiles, parts, ranked, call.scale, base)
     launch(merge_sums, J * tiles, own, sums, count, logprob, lse, rank, *sizes, warps=4, **SUMS, RANK=ranks > 0)
     return logprob, new(0) if rank is None and call.ties else rank, lse
@@ -150,10 +150,10 @@ def backward(call):
         run(softmax_backward_hidden, J * tiles * parts, hidden, items, target, row, added, *sizes)
         if parts > 1:
             D = hidden.shape[-1]
-            blocks = triton.cdiv(M * D, GRADIENTS["E"])
+            blocks = cdiv(M * D, GRADIENTS["E"])
             launch(merge_gradients, J * blocks, added, d_hidden, M, blocks, parts, warps=4, D=D, **GRADIENTS)
     if call.need_items:
-        d_items, tiles = torch.empty_like(items), triton.cdiv(N, run.keywords["S"])
+        d_items, tiles = torch.empty_like(items), cdiv(N, run.keywords["S"])
         run(softmax_backward_items, J * tiles, hidden, items, target, row, d_items, M, N, tiles, first, base)
     return d_hidden, d_items
 
@@ -165,12 +165,12 @@ def _plan(call, hidden, items):
     products = hidden.new_empty(0, dtype=torch.bfloat16) if call.bf16 else hidden
     chosen = choice("linear_cross_entropy", products, width=D)
     S = chosen.rows or tile_size(D * products.element_size())
-    tiles, item_tiles = triton.cdiv(M, S), triton.cdiv(N - first, S)
+    tiles, item_tiles = cdiv(M, S), cdiv(N - first, S)
     parts = max(1, min(item_tiles // SHORTEST_PART, PROGRAMS // max(1, J * tiles)))
-    part = triton.cdiv(item_tiles, parts) * S
+    part = cdiv(item_tiles, parts) * S
     constants = {"D": D, "C": max(16, triton.next_power_of_2(D)), "S": S, "BF16": call.bf16}
     run = functools.partial(launch, warps=WARPS[products.dtype], choice=chosen, **constants)
-    return J, M, N, tiles, triton.cdiv(N - first, part), first, part, call.scale * math.log2(math.e), run
+    return J, M, N, tiles, cdiv(N - first, part), first, part, call.scale * math.log2(math.e), run
 
 
 def tile_size(row_bytes):

@@ -7,6 +7,7 @@ from the cache again for every use. Programs do not exchange data.
 import torch
 import triton
 import triton.language as tl
+from lares_fast.kernels._launch import cdiv
 from lares_fast.kernels._layers import (
     SITE_ATTENTION_OUT,
     SITE_FEED_FORWARD_OUT,
@@ -178,7 +179,7 @@ class Tape:
 
     def __init__(self, plan, words):
         h = plan.call.h
-        row_words = triton.cdiv(len(h), 4) * 4
+        row_words = cdiv(len(h), 4) * 4
         self.words = words
         self.table, row_steps, states = words.split((plan.words, row_words, len(words) - plan.words - row_words))
         self.row_steps = row_steps[: len(h)]
@@ -188,7 +189,7 @@ class Tape:
     def new(cls, plan, steps):
         """Return a tape for ``steps`` steps. Its numbers are not set."""
         h = plan.call.h
-        words = plan.words + triton.cdiv(len(h), 4) * 4 + steps * h.numel() * h.itemsize // 4
+        words = plan.words + cdiv(len(h), 4) * 4 + steps * h.numel() * h.itemsize // 4
         return cls(plan, h.new_empty(words, dtype=torch.int32))
 
 

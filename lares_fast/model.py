@@ -152,7 +152,7 @@ class LARES(reference.LARES):
             h,
             to_device(offsets, h.device),
             # A parameter that two layers share is listed twice.
-            [parameter for _, parameter in block.named_parameters(remove_duplicate=False)],
+            _modules.parameters(block),
             n_heads=config.n_heads,
             adapter=config.adapter,
             draw=draw,
@@ -227,7 +227,7 @@ def accelerate(model: reference.LARES, *, backend: str | None = None) -> str:
     calls: dict[str, tuple[Any, ...]] = {"linear_cross_entropy": (h, items, target), "topk": (h, items, 1)}
     if (why := cast(LARES, model)._padded_because()) is None:
         encode = "encode: packed sequences, ops.recurrence"
-        weights = [parameter for _, parameter in model.recurrence.named_parameters(remove_duplicate=False)]
+        weights = _modules.parameters(model.recurrence)
         calls = {"recurrence": (h, torch.tensor([0, 1]), weights), **calls}
     else:
         encode = f"encode: as before, because {why}"
