@@ -109,7 +109,8 @@ class _Steps:
         if call.output == "steps":
             # The number of rows of the output, and the row of each state [B, T] in it. States after the last step of their
             # sequence have a row after all others, which the output does not have.
-            self.rows_out = call.output_rows(B * call.steps if depth is None else 0 if call.deepest else int(depth.sum()))
+            total = B * call.steps if depth is None else 0 if call.deepest else int(depth.sum())
+            self.rows_out = int(call.output_rows(total))
             until = to_device(call.depths(), device)[:, None]
             step = torch.arange(self.count, device=device)
             self.row_out = torch.where(step < until, until.cumsum(0) - until + step, self.rows_out)
