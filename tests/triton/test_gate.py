@@ -248,7 +248,7 @@ def recurrence_stack(D, dtype, p, architecture):
 OTHER_STACK = {
     "plan": (0, 0, 0),
     # Its values for all phases of a step are in use at one time. Most of them are places of rows.
-    "step_backward": (640, 1600, 2400),
+    "step_backward": (640, 1200, 1504),
     "weight_gradients": (64, 64, 64),
     "collect_gradients": (0, 0, 0),
 }
