@@ -36,14 +36,14 @@ RANKS = {None: 0, "order": 1, "strict": 2}
 
 @triton.jit
 def _count(count, counts, raw, other, own, item, target, RANK: tl.constexpr):
-    """Return ``count`` plus the number of the ``other`` items of a tile that outrank the target, if ``counts`` is true."""
+    """Return ``count`` [S, S] plus 1 where one of the ``other`` items of a tile outranks the target, if ``counts`` is true."""
     if counts:
         better = raw > own[:, None]
         if RANK == 1:
             # A NaN score is the lowest.
             score = tl.where(raw == raw, raw, -float("inf"))
             better = better | ((score == own[:, None]) & (item[None, :] < target[:, None]))
-        count += tl.sum((better & other).to(tl.int32), 1)
+        count += (better & other).to(tl.int32)
     return count
 
 
@@ -78,7 +78,7 @@ def softmax_forward(
     total = tl.zeros((S,), tl.float32)
     lost = tl.zeros((S,), tl.float32)
     top = tl.full((S,), -float("inf"), tl.float32)
-    count = tl.zeros((S,), tl.int32)
+    count = tl.zeros((S, S), tl.int32)
     items_at += low.to(tl.int64) * D
     for begin in range(low, high, S):
         item = begin + tl.arange(0, S)
@@ -103,7 +103,7 @@ def softmax_forward(
     tl.store(SUM + 2 * place * M + row, origin, mask=row < M)
     tl.store(SUM + (2 * place + 1) * M + row, tl.log2(total), mask=row < M)
     if RANK:
-        count = tl.where(there, count, high - low)
+        count = tl.where(there, tl.sum(count, 1), high - low)
         tl.store(COUNT + place * M + row, count, mask=row < M)
 
 

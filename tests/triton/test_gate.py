@@ -36,7 +36,6 @@ ABOVE = {
     "3.6": {
         ("registers", "attention_backward_query", 32, torch.float32, True): 255,
         ("stack", "attention_backward_query", 32, torch.float32, True): 32,
-        ("stack", "softmax_backward_items", 64, torch.float32, False): 24,
         ("stack", "recurrence_forward", 128, torch.bfloat16, True): 808,
     },
 }
