@@ -1,6 +1,8 @@
 """The number of launches of a training step on a GPU, without CUDA graphs: forward, backward and the update of the weights."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lares_fast.train.steps import DeviceSteps, make_steps
 from tests.support import train_run
 from tests.support.fake_device import DEVICE, FakeDevice
 
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 # Phase -> (the depths T, the most launches).
 MOST = {"spt": ((5, 5, 5), 100), "rpt": ((3, 8, 5, 4), 130)}
 
@@ -44,7 +47,8 @@ def counted(name, monkeypatch, tmp_path, precision="fp32", **model):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MOST)
-def test_a_step_has_few_launches(name, precision, monkeypatch, tmp_path):
+def test_a_step_has_few_launches_and_the_page_says_how_many(name, precision, monkeypatch, tmp_path):
     launches = counted(name, monkeypatch, tmp_path, precision)
-    print(launches.table())
     assert launches.total() <= MOST[name][1], launches.table()
+    (row,) = re.findall(rf"^\| phase {1 + (name == 'rpt')}, T .* \| (\d+) \| (\d+) \|$", PAGE.read_text(), re.M)
+    assert int(row[precision == "bf16"]) == launches.total(), launches.table()
