@@ -9,6 +9,8 @@ from pathlib import Path
 
 from lares_fast._errors import InputError
 
+# The names of the precisions in which a model computes its products.
+PRECISIONS = ("fp32", "bf16")
 BACKENDS = ("auto", "reference", "native", "triton", "cuda", "layers")
 SIMD_LEVELS = ("auto", "generic", "avx2", "avx512", "amx")
 CUDA_PRODUCTS = ("3xtf32", "ffma")

@@ -21,6 +21,7 @@ from lares_fast import ops
 from lares_fast._device import enough_memory, require_memory, resolve
 from lares_fast._errors import InputError
 from lares_fast._numbers import whole
+from lares_fast._settings import PRECISIONS
 from lares_fast._transfer import to_device, to_host
 from lares_fast.model import LARES
 from lares_fast.ops._catalog_checks import native_obstacle
@@ -211,29 +212,36 @@ def _enough_memory(batch_size: int) -> AbstractContextManager[None]:
     return enough_memory(batch_size, setting="batch_size")
 
 
-def load(run: str | Path, device: str | torch.device = "auto") -> Recommender:
+def load(run: str | Path, device: str | torch.device = "auto", *, precision: str = "fp32") -> Recommender:
     """Return a recommender with the best model in the folder ``run``, which ``lares-fast train`` wrote on any device.
 
     ``device`` is ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: the first GPU whose kernels pass their self-test, else the CPU. A
     backend that is requested by name, such as ``LARES_FAST_BACKEND=reference``, takes the place of the kernels.
+    ``precision`` is ``fp32``, or ``bf16`` to round the operands of products with weights while the model encodes, see
+    :class:`LARES`. Scores are always fp32.
 
     Raises :class:`InputError` if a file is missing, is damaged, was written by another program, or does not fit the others.
-    It also raises it for an unknown device, and for a GPU that is missing, cannot be used, or has too little memory.
+    It also raises it for an unknown device or precision, and for a GPU that is missing, cannot be used, or has too little
+    memory.
     """
-    return load_about(run, device)[0]
+    return load_about(run, device, precision)[0]
 
 
-def load_about(run: str | Path, device: str | torch.device = "auto") -> tuple[Recommender, dict[str, str]]:
+def load_about(
+    run: str | Path, device: str | torch.device = "auto", precision: str = "fp32"
+) -> tuple[Recommender, dict[str, str]]:
     """Return the recommender of :func:`load`, and the metadata of the log that the model was trained on.
 
     ``lares_fast.train.identity`` describes the metadata, which are empty for a file of an older version. Raises the errors of
     :func:`load`.
     """
     run = Path(run)
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, but got {precision!r}.")
     weights, config, about = load_weights_about(run / "model.safetensors")
     if not fits(weights, config):
         raise InputError(f"{run / 'model.safetensors'} does not fit its own configuration: train again.")
-    model = LARES(config)
+    model = LARES(config, bf16=precision == "bf16")
     model.load_state_dict(weights)
     path = run / "item_ids.json"
     item_ids = _item_ids(path, about.get("item_ids"))

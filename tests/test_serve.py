@@ -12,6 +12,7 @@ from lares_fast import LARES, LARESConfig, _native, serve
 from lares_fast._errors import InputError
 from lares_fast.serve import Recommender
 from lares_fast.train.checkpoint import save_weights
+from tests.support import train_run
 
 N = 30
 
@@ -251,3 +252,13 @@ def test_ids_of_an_array_come_back_as_plain_numbers(model):
     for ids in (np.arange(N + 1), torch.arange(N + 1), np.arange(N + 1.0)):
         found = Recommender(model, ids).recommend([[5]]).ids[0]
         assert set(map(type, found)) == {int}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_is_loaded_in_the_precision_asked_for(precision, tmp_path):
+    train_run.train(tmp_path / "run", ("spt",), spt_epochs=1)
+    recommender = serve.load(tmp_path / "run", "cpu", precision=precision)
+    assert recommender.model.bf16 is (precision == "bf16")
+    assert recommender.recommend([recommender.item_ids[:3]], k=5).scores.dtype == torch.float32
+    with pytest.raises(InputError, match="precision must be one of fp32, bf16, but got 'fp16'"):
+        serve.load(tmp_path / "run", "cpu", precision="fp16")

@@ -67,7 +67,7 @@ _EVERY_T = {"evaluation.depth_ratios": [step / 4 for step in range(1, 17)]}
 _OWN_T = {"evaluation.depth_ratios": [1.0]}
 
 _NOISE = {f"noise-{seed}": ("--steps", "4", "--set", f"evaluation.noise_seed={seed}") for seed in (1, 2, 3, 4)}
-_FINAL = {**_NOISE, "bf16": ("--steps", "4", "--bf16")}
+_FINAL = {**_NOISE, "bf16": ("--steps", "4", "--precision", "bf16")}
 
 # The model is a causal transformer of 2 + 2 layers, without noise.
 _SASREC = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from lares_fast._device import choose
 from lares_fast._errors import InputError
 from lares_fast.cli import settings
-from lares_fast.cli.console import Console, add_device_argument, device_text, indented, notice
+from lares_fast.cli.console import Console, add_device_arguments, device_text, indented, notice
 from lares_fast.cli.inputs import open_log, split_log
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
 from lares_fast.data import InteractionLog, Rows, Split
@@ -30,8 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", metavar="PATH", help="the log of the run, if it has moved")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="rows to evaluate (default: test)")
     parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: all depths of the run)")
-    parser.add_argument("--bf16", action="store_true", help="round the operands of matrix products in the encoder to bf16")
-    add_device_argument(parser)
+    add_device_arguments(parser)
     parser.add_argument("--csv", metavar="FILE", type=Path, help="also write every metric to a CSV file")
     settings.add_set_argument(parser)
 
@@ -42,8 +41,7 @@ def command(arguments: Namespace) -> int:
         raise InputError(f"--steps must be at least 1, but got {arguments.steps}.")
     config = run_config(arguments.run, arguments.assignments)
     choice = choose(arguments.device)
-    recommender, about = load_about(arguments.run, choice.device)
-    recommender.model.bf16 = arguments.bf16
+    recommender, about = load_about(arguments.run, choice.device, arguments.precision)
     with Console() as console:
         if (text := device_text(choice)) is not None:
             console.say(text)

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from lares_fast._device import choose
 from lares_fast._errors import InputError, require
-from lares_fast.cli.console import Console, add_device_argument, counted, device_text, notice, with_flag
+from lares_fast.cli.console import Console, add_device_arguments, counted, device_text, notice, with_flag
 from lares_fast.cli.inputs import open_log
 from lares_fast.data import InteractionLog
 from lares_fast.data.readers import FORMATS
@@ -57,13 +57,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--keep-seen", action="store_true", help="also recommend items that are in the history")
     parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: the setting of the run)")
     parser.add_argument("--batch-size", metavar="N", type=int, default=256, help="histories in a batch (default: 256)")
-    add_device_argument(parser)
+    add_device_arguments(parser)
 
 
 def command(arguments: Namespace) -> int:
     """Run ``recommend``."""
     choice = choose(arguments.device)
-    recommender, about = load_about(arguments.run, choice.device)
+    recommender, about = load_about(arguments.run, choice.device, arguments.precision)
     if not 1 <= arguments.k <= len(recommender.item_ids):
         raise InputError(f"--k must be in 1..{len(recommender.item_ids)}, the number of items, but got {arguments.k}.")
     if arguments.steps is not None and arguments.steps < 1:

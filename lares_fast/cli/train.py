@@ -21,13 +21,13 @@ from lares_fast import __version__, _native, _settings
 from lares_fast._device import choose
 from lares_fast._errors import InputError, MissingExtraError
 from lares_fast.cli import settings, tensorboard
-from lares_fast.cli.console import Console, Event, add_device_argument, counted, device_text, indented, notice
+from lares_fast.cli.console import Console, Event, add_device_arguments, counted, device_text, indented, notice
 from lares_fast.cli.inputs import log_label, open_log, split_log
 from lares_fast.cli.plots import save_curves
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
 from lares_fast.data import InteractionLog, Split
 from lares_fast.train import Interrupted, RunConfig, Trainer
-from lares_fast.train.config import PHASES, PRECISIONS
+from lares_fast.train.config import PHASES
 
 _REDRAW_SECONDS = 60
 
@@ -39,8 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", metavar="PATH", help="interaction log; without it, a synthetic log is made")
     parser.add_argument("--phase", choices=(*PHASES, "both"), default="both", help="phases to run (default: both)")
     settings.add_set_argument(parser)
-    add_device_argument(parser, default=None)
-    parser.add_argument("--precision", choices=PRECISIONS, help="fp32, or on a GPU bf16 (default: the setting, fp32)")
+    add_device_arguments(parser, device=None, precision=None)
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/<data>-<config>-seed<seed>)")
     parser.add_argument("--resume", metavar="DIR", type=Path, help="continue the interrupted run in this folder")
     parser.add_argument("--start-from", metavar="DIR", type=Path, help="start a new run from the phase 1 model of this run")

@@ -17,11 +17,11 @@ import numpy as np
 
 from lares_fast._errors import InputError
 from lares_fast._numbers import number, whole
+from lares_fast._settings import PRECISIONS
 from lares_fast.config import LARESConfig
 from lares_fast.reference.rpt import REWARDS, SCORES
 
 PHASES = ("spt", "rpt")
-PRECISIONS = ("fp32", "bf16")
 SPLITS = ("leave-one-out", "temporal")
 
 

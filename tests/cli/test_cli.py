@@ -73,7 +73,7 @@ def test_eval_of_one_depth_on_validation_rows(cli, trained):
 def test_eval_encodes_in_bf16_where_asked(cli, trained, monkeypatch, asked):
     op, seen = ops.recurrence, []
     monkeypatch.setattr(ops, "recurrence", lambda *inputs, **options: seen.append(options["bf16"]) or op(*inputs, **options))
-    cli("eval", "--run", trained, "--steps", "2", *(["--bf16"] if asked else []))
+    cli("eval", "--run", trained, "--steps", "2", *(["--precision", "bf16"] if asked else []))
     assert set(seen) == {asked}
 
 
