@@ -38,6 +38,7 @@ ABOVE = {
         ("stack", "attention_backward_query", 32, torch.float32, True): 32,
         ("stack", "softmax_backward_items", 64, torch.float32, False): 24,
         ("stack", "recurrence_forward", 128, torch.bfloat16, True): 808,
+        ("stack", "step_backward", 128, torch.bfloat16, True): 1528,
     },
 }
 # The least warps of a multiprocessor: two for each of its four schedulers.
@@ -239,7 +240,7 @@ OTHER_STACK = {
     "plan": (0, 0, 0),
     # Its values for all phases of a step are in use at one time. Most of them are places of rows.
     "step_backward": (640, 1200, 1504),
-    "weight_gradients": (64, 64, 64),
+    "weight_gradients": (0, 0, 0),
     "collect_gradients": (0, 0, 0),
 }
 # The kernels that multiply no matrices.
