@@ -37,6 +37,7 @@ ABOVE = {
         ("registers", "attention_backward_query", 32, torch.float32, True): 255,
         ("stack", "attention_backward_query", 32, torch.float32, True): 32,
         ("stack", "recurrence_forward", 128, torch.bfloat16, True): 808,
+        ("stack", "step_backward", 128, torch.bfloat16, True): 1528,
     },
 }
 # The least warps of a multiprocessor: two for each of its four schedulers.
@@ -248,7 +249,7 @@ OTHER_STACK = {
     "plan": (0, 0, 0),
     # Its values for all phases of a step are in use at one time. Most of them are places of rows.
     "step_backward": (640, 1200, 1504),
-    "weight_gradients": (64, 64, 64),
+    "weight_gradients": (0, 0, 0),
     "collect_gradients": (0, 0, 0),
 }
 # The kernels that multiply no matrices.
