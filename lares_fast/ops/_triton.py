@@ -25,12 +25,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _anywhere = False
 
 
-@functools.cache
 def kernels(stem: str) -> ModuleType:
     """Return the module with the kernels of op ``stem``."""
+    _use_tuned_settings()
+    return importlib.import_module(f"lares_fast.kernels.{stem}")
+
+
+@functools.cache
+def _use_tuned_settings() -> None:
+    """Let launches ask the verifier for tuned settings."""
     launch: Any = importlib.import_module("lares_fast.kernels._launch")
     launch.find = lambda *call: _verifier().launch_settings(*call)
-    return importlib.import_module(f"lares_fast.kernels.{stem}")
 
 
 def refusal(op: str, tensor: Tensor, **variant: Any) -> str | None:
