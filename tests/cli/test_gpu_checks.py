@@ -33,7 +33,7 @@ PLANTED = {
         "graph_seeds:initial_state", "initial_state", "state_normal(tl.load(SEED),", "state_normal(0 * tl.load(SEED),",
     ),
     "a tile of items that is left out": (
-        "large_linear_cross_entropy", "linear_cross_entropy", "triton.cdiv(N, run.keywords", "-1 + triton.cdiv(N, run.keywords",
+        "large_linear_cross_entropy", "linear_cross_entropy", "cdiv(N, run.keywords", "-1 + cdiv(N, run.keywords",
     ),
     "a sequence that is left out": ("large_attention", "attention", "* H * tiles if P", "* H * tiles - 1 if P"),
     "tiles that are left out": (

@@ -161,7 +161,7 @@ PLANTED = {
     "gradient's slope forgotten": ("embedding", "+ x * (tl.sum(dx * x, 1) / D)[:, None]", ""),
     "gradient not dropped": ("embedding", "dout *= _dropout_factor", "dout += 0 * _dropout_factor"),
     "last tile lost": ("embedding", "for tile in range(tiles)", "for tile in range(tiles - 1)"),
-    "last position lost": ("embedding", "(L + 2) * triton.cdiv(D, COLUMNS)", "(L + 1) * triton.cdiv(D, COLUMNS)"),
+    "last position lost": ("embedding", "(L + 2) * cdiv(D, COLUMNS)", "(L + 1) * cdiv(D, COLUMNS)"),
     "next sequence counted": ("embedding", "(row < tl.load(OFFSETS + sequence + 1,", "(row <= tl.load(OFFSETS + sequence + 1,"),
     "wrong item": ("embedding", "tl.store(PLACES + row, item,", "tl.store(PLACES + row, item * 0 + 1,"),
 }

@@ -92,7 +92,7 @@ PLANTED = {
     "end from the rounded number": ("_random", "end * (2.0 - end)", "(1.0 - tl.abs(x)) * (1.0 + tl.abs(x))"),
     "wrong coefficient": ("_random", "3.4880209e-01", "3.4880409e-01"),
     "position of the batch": ("_packed", "position = row - begin", "position = row - tl.load(OFFSETS)"),
-    "last tile lost": ("initial_state", "triton.cdiv(P, R)", "P // R"),
+    "last tile lost": ("initial_state", "cdiv(P, R)", "P // R"),
     "no end": ("initial_state", "row >= tl.load(OFFSETS + S)", "row > tl.load(OFFSETS + S)"),
 }
 

@@ -52,7 +52,7 @@ TRITON_BUGS = {
     "places outside of the catalog": (BACKWARD, "tl.where(item[None, :] < high, slopes, 0.0)", "slopes"),
     "unit forgotten": (BACKWARD, "ditems * (unit * ", "ditems * ("),
     "PAD gets a gradient": (BACKWARD, "(item >= first)[:, None]", "(item >= 0)[:, None]"),
-    "a tile of items without gradient": (FORWARD, 'triton.cdiv(N, run.keywords["S"])', 'N // run.keywords["S"]'),
+    "a tile of items without gradient": (FORWARD, 'cdiv(N, run.keywords["S"])', 'N // run.keywords["S"]'),
     "a tile of rows unwritten": (FORWARD, "backward_hidden, J * tiles * parts,", "backward_hidden, J * tiles * parts - 1,"),
     "one gradient for all rows": (FORWARD, "any(call.grad.stride())", "False"),
 }  # fmt: skip
