@@ -38,6 +38,8 @@ class Machine:
         monkeypatch.setattr(torch.version, "cuda", build)
         monkeypatch.setattr(_device, "_probe", self.probe)
         monkeypatch.setattr(_triton, "_verifier", lambda: self)
+        # Answers of one machine must not be kept for the next one.
+        monkeypatch.setattr(_triton, "_obstacle_of", _triton._obstacle_of.__wrapped__)
         find_spec = _triton.importlib.util.find_spec
         monkeypatch.setattr(_triton.importlib.util, "find_spec", lambda name: name in self.packages or find_spec(name))
         monkeypatch.delenv("LARES_FAST_BACKEND", raising=False)
