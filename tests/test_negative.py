@@ -46,8 +46,8 @@ def detached_anchor(model, x, y):
     return reference.info_nce(model, x.detach(), y)
 
 
-def rank_by_id(hidden, items, target, *, ties):
-    logprob, rank = reference.target_logprob_and_rank(hidden, items, target, ties="order")
+def ranks_off_by_one(hidden, items, target, *, ties, ranked):
+    logprob, rank = reference.target_logprob_and_rank(hidden, items, target, ties=ties, ranked=ranked)
     return logprob, rank + 1
 
 
@@ -75,7 +75,7 @@ BUGS = {
         lambda golden: golden_file.check_rpt(golden, "recall"), ADD, plant(rpt, "group_advantage", torch.zeros_like)),
     "ranks off by one": (
         lambda golden: golden_file.check_rpt(golden, "ndcg"), ADD,
-        plant_in_head("target_logprob_and_rank", rank_by_id)),
+        plant_in_head("target_logprob_and_rank", ranks_off_by_one)),
 }  # fmt: skip
 
 
