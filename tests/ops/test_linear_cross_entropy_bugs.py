@@ -31,7 +31,9 @@ TRITON_BUGS = {
     "a part written to the first": (FORWARD, "tl.store(COUNT + place * M + row", "tl.store(COUNT + j * parts * M + row"),
     "sum not moved with its origin": (FORWARD, "total = total * shrink", "total = total * 1"),
     "items of the first catalog": (FORWARD, "items_at = ITEMS + j * N * D", "items_at = ITEMS + 0 * j * N * D"),
-    "rows of the first catalog": (FORWARD, ".\n    hidden = load_operand(HIDDEN + j", "\n    hidden = load_operand(HIDDEN + 0 * j"),
+    "rows of the first catalog": (
+        FORWARD, ".\n    hidden = load_operand(HIDDEN + j", "\n    hidden = load_operand(HIDDEN + 0 * j"
+    ),
     "targets of the first catalog": (FORWARD, "TARGET + j * M + row", "TARGET + 0 * j * M + row"),
     "ranks of too few rows": (FORWARD, "counts = j * M + start < ranked", "counts = start < ranked - S"),
     "own score without its scale": (SHARED, ".to(tl.float64) * scale\n    lse", ".to(tl.float64)\n    lse"),
