@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lares_fast.data import leave_one_out, make_batch, synthetic_log
-from lares_fast.ops import _triton
+from lares_fast.ops import _pack, _triton
 from lares_fast.ops._pack import pack, pack_by_torch
 
 HUGE, LOW = 2**62, -(2**63)
@@ -100,3 +100,15 @@ def test_a_planted_bug_is_found(bug, monkeypatch, tmp_path):
     triton_interpreter.plant(monkeypatch, tmp_path, ("_pack",), "_pack", *PLANTED[bug])
     with pytest.raises(AssertionError):
         check(_triton.kernels("_pack").packed, 257, 6)
+
+
+def test_a_kernel_that_fails_its_check_is_reported(monkeypatch):
+    class Wrong:
+        @staticmethod
+        def packed(log, starts, offsets, n_tokens, n_targets):
+            items, targets = _pack.pack_by_torch(log, starts, offsets, n_tokens, n_targets)
+            return items + 1, targets
+
+    monkeypatch.setattr(_triton, "kernels", lambda stem: Wrong)
+    with pytest.warns(UserWarning, match="packs batches failed its check on cpu, so PyTorch packs them"):
+        assert not _pack._kernel_is_right.__wrapped__(torch.device("cpu"))
