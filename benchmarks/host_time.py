@@ -11,11 +11,16 @@ faster.
 Some of this time is not there on a GPU: on the CPU, the functions of PyTorch that update a list of tensors, and so Adam,
 compute one tensor after the other.
 
+If AFTER can replay its steps from CUDA graphs, as training on a GPU does, its replayed steps are measured too, against the
+same steps of BEFORE. Captures and replays of the stand-in for graphs are empty. So the time of a replayed step has the batch,
+its copy and the search for the graph, but not the one call that starts the graph in the driver.
+
 A step has 8 rows, 2 + 2 layers of width 64, 5 steps of the recurrence in every pass, dropout, fp32 and Adam.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import os
@@ -26,12 +31,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("spt", "rpt")
 PARTS = ("batch", "loss", "backward", "optimizer")
+REPLAYED_PARTS = ("batch", "replay")
 ROWS = 8
-# Steps of one measurement, and steps before the first one, which compile the kernels.
+# Steps of one measurement, and steps before the first one. They compile the kernels.
 STEPS, WARM_UP = 5, 3
 
 
@@ -98,6 +105,34 @@ class Step:
         return [end - start for start, end in itertools.pairwise(times)]
 
 
+class Replayed(Step):
+    """The training steps of a phase as a GPU replays them. A stand-in takes the place of the graphs, and it does nothing."""
+
+    def __init__(self, phase: str, optimizer: str) -> None:
+        import torch
+
+        from lares_fast.train.device_log import DeviceLog
+        from lares_fast.train.graphs import Graphs
+        from lares_fast.train.steps import DeviceSteps
+
+        super().__init__(phase, optimizer)
+        cpu = torch.device("cpu")
+        self.phase.settings = dataclasses.replace(self.phase.settings, batch_size=ROWS)
+        run = SimpleNamespace(model=self.phase.model, device=cpu)
+        self.steps = DeviceSteps(run, self.phase, self.optimizer, DeviceLog(self.phase.log, cpu, free=2**40), None)
+        self.steps._graphs = Graphs(lambda content: None, cpu, lambda function: lambda: None, print)
+
+    def __call__(self) -> list[float]:
+        """Make a step, and return the CPU seconds of each of REPLAYED_PARTS."""
+        self.number += 1
+        times = [time.process_time()]
+        batch = self.steps.prepare(self.index, (self.number, 1))
+        times.append(time.process_time())
+        self.steps.make(batch, None)
+        times.append(time.process_time())
+        return [end - start for start, end in itertools.pairwise(times)]
+
+
 def launches(step: Step) -> tuple[int, int]:
     """Return the launches of kernels and the operations of PyTorch in a step, without the preparation of the batch."""
     from lares_fast.kernels import _launch
@@ -118,7 +153,10 @@ def launches(step: Step) -> tuple[int, int]:
 
 
 def work(tree: Path, optimizer: str) -> None:
-    """Print the launches of each phase. Then read names of phases, make steps, and print the mean CPU seconds of each part."""
+    """Print the launches of each phase, and whether steps can be replayed.
+
+    Then read names of phases, or "replayed" and a name, make steps, and print the mean CPU seconds of each part.
+    """
     open_checkout(tree)
     import torch
 
@@ -129,7 +167,11 @@ def work(tree: Path, optimizer: str) -> None:
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
-    print("ready", *(number for step in steps.values() for number in launches(step)), flush=True)
+    counts = [number for step in steps.values() for number in launches(step)]
+    replays = importlib.util.find_spec("lares_fast.train.graphs") is not None
+    if replays:
+        steps |= {f"replayed {phase}": Replayed(phase, optimizer) for phase in PHASES}
+    print("ready", *counts, int(replays), flush=True)
     for line in sys.stdin:
         step = steps[line.strip()]
         print(*(sum(part) / STEPS for part in zip(*(step() for _ in range(STEPS)), strict=True)), flush=True)
@@ -169,30 +211,34 @@ def compare(trees: list[Path], optimizers: list[str], rounds: int) -> None:
             for tree, optimizer in zip(trees, optimizers, strict=True)
         ]  # fmt: skip
 
-        def seconds(number: int, phase: str) -> list[float]:
-            workers[number].stdin.write(f"{phase}\n")
+        def measured(name: str, number: int) -> list[float]:
+            workers[number].stdin.write(f"{name}\n")
             workers[number].stdin.flush()
             return list(map(float, workers[number].stdout.readline().split()))
 
-        counts = [worker.stdout.readline().split() for worker in workers]
-        if any(count[:1] != ["ready"] for count in counts):
+        found = [worker.stdout.readline().split() for worker in workers]
+        if any(line[:1] != ["ready"] for line in found):
             sys.exit("a checkout does not run: see its error above.")
+        counts = [list(map(int, line[1:])) for line in found]
         for place, phase in enumerate(PHASES):
-            times, ratios = ([], []), []
-            for _ in range(rounds):
-                order = (0, 1, 1, 0)
-                found = [seconds(number, phase) for number in order]
+            for names in [(phase, phase), *([(phase, f"replayed {phase}")] if counts[1][-1] else [])]:
+                times, ratios = ([], []), []
+                for _ in range(rounds):
+                    totals = [0.0, 0.0]
+                    for number in (0, 1, 1, 0):
+                        times[number].append(measured(names[number], number))
+                        totals[number] += sum(times[number][-1])
+                    ratios.append(totals[0] / totals[1])
                 for number in (0, 1):
-                    times[number].extend(parts for of, parts in zip(order, found, strict=True) if of == number)
-                before, after_once, after_again, before_again = map(sum, found)
-                ratios.append((before + before_again) / (after_once + after_again))
-            for name, tree, of_tree, count in zip(("before", "after"), trees, times, counts, strict=True):
-                kernels, operations = count[1 + 2 * place : 3 + 2 * place]
-                total = 1e3 * statistics.median(map(sum, of_tree))
-                parts = (1e3 * statistics.median(part) for part in zip(*of_tree, strict=True))
-                listed = ", ".join(f"{part} {value:.2f}" for part, value in zip(PARTS, parts, strict=True))
-                print(f"{phase} {name:6} {total:6.2f} ms ({listed}), {kernels} kernels, {operations} operations: {tree}")
-            print(f"{phase} ratio  {statistics.median(ratios):6.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})", flush=True)
+                    kernels, operations = counts[number][2 * place : 2 * place + 2]
+                    parts = REPLAYED_PARTS if names[number] != phase else PARTS
+                    medians = (1e3 * statistics.median(part) for part in zip(*times[number], strict=True))
+                    listed = ", ".join(f"{part} {value:.2f}" for part, value in zip(parts, medians, strict=True))
+                    said = "one graph" if names[number] != phase else f"{kernels} kernels, {operations} operations"
+                    total = 1e3 * statistics.median(map(sum, times[number]))
+                    print(f"{names[number]:12} {total:6.2f} ms ({listed}), {said}: {trees[number]}")
+                low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+                print(f"{'ratio':12} {middle:6.2f} (min {low:.2f}, max {high:.2f})", flush=True)
         for worker in workers:
             worker.stdin.close()
             worker.wait()
