@@ -16,12 +16,15 @@ from lares_fast._errors import InputError
 from lares_fast.ops import _triton
 
 _CUDA = re.compile("cuda(:[0-9]{1,9})?")
-# The calls whose kernels decide whether a GPU is taken: an encoder without gradients, and the softmax over the items. A call
-# with other sizes has a self-test of its own before its first use.
+# The calls whose kernels decide whether a GPU is taken: an encoder of the published size without gradients, and the softmax
+# over the items. A call with other sizes has a self-test of its own before its first use.
 _PROBES: dict[str, dict[str, Any]] = {
-    "recurrence": {"drop": False, "train": False},
-    "linear_cross_entropy": {"train": False},
-}
+    "recurrence": {
+        "width": 64, "heads": 2, "inner": 256, "adapter": "add", "output": "last", "drop": False, "long": False, "bf16": False,
+        "train": False,
+    },
+    "linear_cross_entropy": {"width": 64, "bf16": False, "train": False},
+}  # fmt: skip
 
 
 class Choice(NamedTuple):

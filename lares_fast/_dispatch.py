@@ -40,7 +40,8 @@ _TABLE: dict[str, tuple[Backend, ...]] = {}
 # Op -> a function that builds its call from the arguments of the public function. The op of a backward pass has no entry,
 # because only operators call it.
 _BUILD: dict[str, Callable[..., Any]] = {}
-_CHOSEN: ContextVar[str | None] = ContextVar("lares_fast_backend", default=None)
+# The backend that :func:`backend` requests.
+CHOSEN: ContextVar[str | None] = ContextVar("lares_fast_backend", default=None)
 
 # (op, backend) -> the number of calls that this backend ran. Tests read it.
 calls: Counter[tuple[str, str]] = Counter()
@@ -58,7 +59,7 @@ def requested(argument: str | None) -> str:
 
     Raises :class:`InputError` for an unknown name.
     """
-    name = argument or _CHOSEN.get() or _settings.backend()
+    name = argument or CHOSEN.get() or _settings.backend()
     if name not in _settings.BACKENDS:
         raise InputError(f"backend must be one of {', '.join(_settings.BACKENDS)}, but got {name!r}.")
     return name
@@ -69,13 +70,13 @@ def backend(name: str) -> Iterator[None]:
     """Request the backend ``name`` for every op within the ``with`` block.
 
     An op raises :class:`BackendError` if it does not have this backend, or if the backend cannot run the call. An unknown
-    ``name`` raises :class:`InputError`.
+    ``name`` raises :class:`InputError`. The backward of an op requests what its forward requested, wherever it runs.
     """
-    token = _CHOSEN.set(requested(name))
+    token = CHOSEN.set(requested(name))
     try:
         yield
     finally:
-        _CHOSEN.reset(token)
+        CHOSEN.reset(token)
 
 
 def run(op: str, argument: str | None, *args: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lares_fast._dispatch import CHOSEN
+
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
 # Library.define and impl take less than a millisecond. torch.library.custom_op would import the compiler on its first call.
@@ -34,6 +36,8 @@ def register_op(
         save: ``save(ctx, inputs, output)`` keeps the values that ``backward`` needs.
     """
     name, run = schema.split("(")[0], without_autocast(run)
+    if backward is not None and save is not None:
+        save, backward = _same_request(save, backward)
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lares_fast::{name}", fake, lib=_LIBRARY)
@@ -100,6 +104,26 @@ def _function(
         return output
 
     return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+
+def _same_request(save: Callable[..., None], backward: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """Return both functions, changed so that the backward requests the backend that its forward requested.
+
+    The backward of a GPU runs in a thread of autograd, which does not know what the thread of the forward requested.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.requested = CHOSEN.get()
+        save(ctx, inputs, output)
+
+    def again(ctx: Any, *grads: Any) -> Any:
+        token = CHOSEN.set(ctx.requested)
+        try:
+            return backward(ctx, *grads)
+        finally:
+            CHOSEN.reset(token)
+
+    return keep, again
 
 
 def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:

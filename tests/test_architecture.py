@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "reference": {"_errors", "_numbers", "_random", "_transfer", "config", "sequences"},
     "_modules": LEAVES | {"reference"},
     "_dispatch": LEAVES,
-    "_library": LEAVES,
+    "_library": LEAVES | {"_dispatch"},
     "ops": LEAVES | {"reference", "sequences", "_dispatch", "_library", "kernels"},
     "catalog": LEAVES | {"reference", "sequences", "ops"},
     "convert": LEAVES | {"reference"},
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "verify": LEAVES | {"reference", "sequences", "ops", "model", "_dispatch", "kernels"},
     "data": LEAVES | {"sequences"},
     "_device": LEAVES | {"ops", "_dispatch"},
-    "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "_device"},
+    "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "_dispatch", "_device"},
     "serve": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "_device"},
     "gpu_bench": LEAVES | {"reference", "sequences", "ops", "model", "data", "train", "verify", "kernels"},
     "cli": LEAVES

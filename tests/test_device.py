@@ -10,6 +10,7 @@ import torch
 from lares_fast import _device
 from lares_fast._errors import InputError
 from lares_fast.ops import _triton
+from lares_fast.verify import cases
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver."
 
@@ -214,3 +215,8 @@ def test_too_little_memory_names_the_batch_size_to_try():
         raise RuntimeError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="something else"), _device.enough_memory(2):
         raise RuntimeError("something else")
+
+
+def test_the_kernels_that_decide_are_kernels_that_models_use():
+    """Kernels of other sizes would be compiled for this question alone."""
+    assert all(variant in cases.shipped(op) for op, variant in _device._PROBES.items())

@@ -268,8 +268,17 @@ def test_rows_are_cut_where_the_time_ends():
 def test_a_row_that_the_time_does_not_suffice_for_is_not_begun(monkeypatch):
     monkeypatch.setattr(worker, "run_row", lambda one, machine: (dict(PASSED), True))
     wanted, events = {"long": row(None, seconds=90), "short": row(None, seconds=9)}, []
-    worker.run(wanted, SimpleNamespace(rehearse=False), lambda **event: events.append(event), 60.0, lambda: 0.0)
+    worker.run(wanted, SimpleNamespace(rehearse=False, worn=False), lambda **event: events.append(event), 60.0, lambda: 0.0)
     assert [event["row"] for event in events] == ["short", "short"]
+
+
+def test_a_capture_that_failed_is_the_last_work_of_its_process():
+    def wears(machine):
+        machine.worn = True
+        return dict(PASSED)
+
+    events = worked({"a": row(wears), "b": row(lambda machine: dict(PASSED))})
+    assert [event["row"] for event in events] == ["a", "a"]
 
 
 FAKE = """

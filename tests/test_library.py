@@ -1,6 +1,7 @@
 """Calls of ops go past PyTorch's dispatcher, unless something watches or changes them."""
 
 import sys
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lares_fast import ops
+from lares_fast import LARESConfig, _dispatch, ops, reference
 
 HIDDEN, ITEMS, TARGET = torch.randn(3, 8), torch.randn(9, 8), torch.tensor([1, 2, 8])
 
@@ -126,3 +127,40 @@ def test_an_op_without_a_gradient_says_so_both_ways(mode):
         scores, _ = ops.topk(HIDDEN.clone().requires_grad_(), ITEMS, 2)
         with pytest.raises(NotImplementedError, match="topk has no gradient"):
             scores.sum().backward()
+
+
+def embedding(width=16):
+    tables = torch.randn(9, width), torch.randn(5, width), torch.ones(width), torch.zeros(width)
+    leaves = [x.requires_grad_() for x in tables]
+    return ops.embedding(torch.tensor([1, 2, 8]), torch.tensor([0, 1, 3]), *leaves)
+
+
+def recurrence(width=16):
+    weights = list(reference.Recurrence(LARESConfig(n_items=9, hidden_size=width, inner_size=32)).parameters())
+    return ops.recurrence(torch.randn(3, width), torch.tensor([0, 1, 3]), weights, n_heads=2, pre=torch.randn(3, width))
+
+
+BACKWARDS = {
+    "embedding": embedding,
+    "linear_cross_entropy_backward": lambda: call(HIDDEN.clone().requires_grad_()),
+    "recurrence_backward": recurrence,
+}
+
+
+@pytest.mark.parametrize("mode", [nullcontext, Mode])
+@pytest.mark.parametrize("op", BACKWARDS)
+def test_a_backward_in_another_thread_requests_what_its_forward_requested(op, mode):
+    """As on a GPU, where autograd has a thread of its own."""
+    with ops.backend("reference"), mode():
+        out = BACKWARDS[op]()
+    for request in (ops.backend("native"), nullcontext()):
+        _dispatch.calls.clear()
+
+        def run(request=request):
+            with request:
+                out.sum().backward(retain_graph=True)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert {backend for name, backend in _dispatch.calls if name == op} == {"reference"}

@@ -27,7 +27,10 @@ Emit = Callable[..., None]
 
 
 def run(rows: Mapping[str, Row], machine: Machine, emit: Emit, end: float, clock: Callable[[], float] = time.monotonic) -> None:
-    """Run ``rows`` until ``end``, and emit the events of each. An error that makes the GPU unusable ends the loop."""
+    """Run ``rows`` until ``end``, and emit the events of each. An error that makes the GPU unusable ends the loop.
+
+    So does a capture that failed. Another process then runs the rows that are left.
+    """
     for name, row in rows.items():
         left = end - clock()
         if left < LEAST_SECONDS:
@@ -41,7 +44,7 @@ def run(rows: Mapping[str, Row], machine: Machine, emit: Emit, end: float, clock
         result, usable = run_row(row, machine)
         faulthandler.cancel_dump_traceback_later()
         emit(event="end", row=name, result=result)
-        if not usable:
+        if not usable or machine.worn:
             return
 
 

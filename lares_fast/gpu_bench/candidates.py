@@ -69,17 +69,21 @@ class Candidates:
         if not faults:
             self.calls[name] = call
 
-    def add_captured(self, of: str, check: Check) -> None:
-        """Add the candidate ``of`` as a CUDA graph that is replayed. If it cannot be captured, the row says why."""
-        if self.machine.rehearse or of not in self.calls:
+    def add_captured(self, of: str, check: Check, call: Call | None = None) -> None:
+        """Add the candidate ``of`` as a CUDA graph that is replayed. If it cannot be captured, the row says why.
+
+        ``call`` is what is captured, if the candidate itself copies from the host. A rehearsal runs it and captures nothing.
+        """
+        if of not in self.calls or (self.machine.rehearse and call is None):
             return
-        name = f"{of}, {GRAPH}"
+        name, call = f"{of}, {GRAPH}", call or self.calls[of]
         try:
-            call = captured(self.calls[of])
+            call = call if self.machine.rehearse else captured(call)
         except RuntimeError as error:
             if is_fatal(error):
                 raise
             self.left_out[name] = str(error)[:300]
+            self.machine.worn = True
             return
         self.add(name, call, check)
 
@@ -114,9 +118,13 @@ def captured(call: Call) -> Call:
     for _ in range(WARM_UP):
         call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            out = call()
+    finally:
+        # A capture that fails may leave its own stream as the current one.
+        torch.cuda.set_stream(before)
 
     def replay() -> Any:
         graph.replay()
@@ -162,7 +170,9 @@ def with_gradients(call: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Cal
         out = call(*leaves)
         if not grad:
             grad.append(upstream(out))
-        return out, *torch.autograd.grad(out, leaves, grad[0])
+        # A result that is kept must not keep the graph of autograd, because later calls would then wait for the stream of
+        # this one.
+        return out.detach(), *torch.autograd.grad(out, leaves, grad[0])
 
     return run
 

@@ -68,7 +68,11 @@ def encode(machine: Machine, B: int, dtype: torch.dtype) -> Result:
         row.add(f"official way, compiled ({mode})", rounded(partial(compiled.encode, *on_device, T, given[1])), check)
     # Offsets on the CPU spare a wait for the GPU.
     row.add(OURS, partial(ours.encode, sequences.items.to(device), sequences.offsets, num_steps=T), check)
-    row.add_captured(OURS, check)
+    # A graph needs offsets, depths and random addresses on the device.
+    items, offsets = (x.to(device) for x in sequences)
+    draw, depth = exact._default_draw(B), torch.full((1, B), T, device=device)
+    draw = Draw(draw.seed(device), draw.rows.to(device))
+    row.add_captured(OURS, check, lambda: ours.trajectories(items, offsets, depth, draw=draw, deepest=T)[T - 1 :: T])
     tokens, bytes_each = len(sequences.items), 2 if dtype == BF16 else 4
     flops = encode_flops(config, tokens, config.n_pre_layers + T * config.n_core_layers)
     moved = bytes_each * config.hidden_size * (2 * tokens + B)

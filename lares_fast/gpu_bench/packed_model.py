@@ -28,7 +28,7 @@ def pack(item_seq: Tensor, item_seq_len: Tensor, device: torch.device | str = "c
     """Pack a padded batch on the CPU, and copy it to ``device``."""
     sequences = Sequences.from_padded(item_seq, item_seq_len)
     _, positions = sequences.row_positions()
-    plan = [(index.to(device), real.to(device), mask.to(device)) for index, real, mask in packed_torch.buckets(item_seq_len)]
+    plan = [group.to(device) for group in packed_torch.buckets(item_seq_len)]
     items, offsets = (x.to(device) for x in sequences)
     return Packed(items, positions.to(device), offsets, item_seq_len.to(device), plan)
 

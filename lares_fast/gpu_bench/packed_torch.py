@@ -8,30 +8,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# The groups of sequences that attention works on, see :func:`buckets`.
-Plan = Sequence[tuple[Tensor, Tensor, Tensor]]
 
+class Group(NamedTuple):
+    """Sequences with similar lengths, padded to [b, L].
 
-def buckets(lengths: Tensor, count: int = 7) -> Plan:
-    """Group sequences by length.
-
-    Return for each group (indices [b, L] of its tokens in the packed buffer, mask [b, L] of real tokens, additive mask
-    [b, 1, L, L]).
+    ``places`` [b, L] has the places of the tokens in the packed buffer. ``mask`` [b, 1, L, L] is added to scores. ``real`` [n]
+    has the places in [b * L] that are no padding, and ``real_places`` [n] the places of the same tokens in the packed buffer.
     """
+
+    places: Tensor
+    mask: Tensor
+    real: Tensor
+    real_places: Tensor
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Group:
+        """Return a copy on ``device`` with a mask of ``dtype``."""
+        return Group(*(x.to(device, dtype if x is self.mask else x.dtype) for x in self))
+
+
+# The groups that attention works on, see :func:`buckets`.
+Plan = Sequence[Group]
+
+
+def buckets(lengths: Tensor, count: int = 7) -> list[Group]:
+    """Group sequences by length, on the CPU."""
     starts = lengths.cumsum(0) - lengths
     result = []
     for group in lengths.argsort().tensor_split(count):
         longest = int(lengths[group].max())
         place = torch.arange(longest)
-        index = starts[group][:, None] + place.minimum(lengths[group][:, None] - 1)
+        places = starts[group][:, None] + place.minimum(lengths[group][:, None] - 1)
         real = place < lengths[group][:, None]
         visible = (place[:, None] >= place) & real[:, None, :]
-        result.append((index, real, torch.where(visible, 0.0, -torch.inf)[:, None]))
+        mask = torch.where(visible, 0.0, -torch.inf)[:, None]
+        result.append(Group(places, mask, real.flatten().nonzero().flatten(), places[real]))
     return result
 
 
@@ -76,20 +92,20 @@ def block(weights: Sequence[Tensor], plan: Plan, n_heads: int, p: float, *, sdpa
     """Return a function of packed tokens [P, D] that applies the layers. Each layer has 16 of the weights."""
     layers = [weights[i : i + 16] for i in range(0, len(weights), 16)]
     fused = [(torch.cat(list(layer[0:6:2])), torch.cat(list(layer[1:6:2]))) for layer in layers]
+    places = torch.cat([group.real_places for group in plan])
 
     def attend(qkv: Tensor) -> Tensor:
         context = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        parts, places = [], []
-        for index, real, mask in plan:
-            q, k, v = qkv[index].unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
+        parts = []
+        for group in plan:
+            q, k, v = qkv[group.places].unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
             if sdpa:
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, dropout_p=p)
             else:
-                probabilities = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask).softmax(-1)
+                probabilities = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + group.mask).softmax(-1)
                 y = F.dropout(probabilities, p) @ v
-            parts.append(y.transpose(1, 2).flatten(-2)[real])
-            places.append(index[real])
-        return context.index_copy(0, torch.cat(places), torch.cat(parts))
+            parts.append(y.transpose(1, 2).reshape(-1, context.shape[1]).index_select(0, group.real))
+        return context.index_copy(0, places, torch.cat(parts))
 
     def run(h: Tensor) -> Tensor:
         for layer, (weight, bias) in zip(layers, fused, strict=True):

@@ -67,7 +67,7 @@ def attention(machine: Machine, B: int, longest: int, kind: str) -> Result:
 
     def rival() -> tuple[Tensor, ...]:
         out = sdpa(*padded)
-        return out, *torch.autograd.grad(out, padded, grad)
+        return out.detach(), *torch.autograd.grad(out, padded, grad)
 
     row.add("SDPA, padded before", rival, lambda found: check(flat(found)))
     if not machine.rehearse:
@@ -101,8 +101,7 @@ def recurrence(machine: Machine, B: int, longest: int, kind: str, dtype: torch.d
     P, offsets, lengths_on_device = int(offsets[-1]), offsets.to(machine.device), lengths.to(machine.device)
     h, pre = (torch.randn(P, D, device=machine.device).to(dtype).requires_grad_(gradients) for _ in range(2))
     leaves = [h, pre, *weights]
-    groups = [tuple(x.to(machine.device) for x in group) for group in packed_torch.buckets(lengths)]
-    plan = [(index, real, mask.to(dtype)) for index, real, mask in groups]
+    plan = [group.to(machine.device, dtype) for group in packed_torch.buckets(lengths)]
 
     def ours(backend: str, h: Tensor, pre: Tensor, *weights: Tensor, bf16: bool = False) -> Tensor:
         how: dict[str, Any] = {"n_heads": 2, "depth": T, "longest": longest, "backend": machine.backend(backend), "bf16": bf16}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lares_fast import _device
+from lares_fast._dispatch import requested
 from lares_fast.train.parcel import Parcel
 
 # The most graphs that are kept. Each holds some memory on the GPU.
@@ -22,6 +24,9 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 class CudaCapture:
     """Captures graphs on one GPU. They share their memory, because only one of them runs at a time."""
 
+    # Graphs whose capture failed. PyTorch may still refer to them when it allocates memory.
+    failed: ClassVar[list[torch.cuda.CUDAGraph]] = []
+
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
@@ -31,15 +36,38 @@ class CudaCapture:
         try:
             with torch.cuda.device(self._device), torch.cuda.graph(graph, self._pool, self._stream):
                 function()
+        except RuntimeError:
+            self.failed.append(graph)
+            raise
         finally:
             # A capture that fails may leave its own stream as the current one.
             torch.cuda.set_stream(before)
         return graph.replay
 
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Run the launches of the ``with`` block on the stream of the captures, in order with the launches around the block.
 
-def capture_on(device: torch.device) -> Capture | None:
-    """Return what captures graphs on ``device``, or ``None`` if it is no GPU."""
-    return CudaCapture(device) if device.type == "cuda" else None
+        Autograd may keep the stream of a parameter's first gradient, and a capture must not wait for another stream. So the
+        steps that run launch by launch need the same stream.
+        """
+        around = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(around)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            around.wait_stream(self._stream)
+
+
+def capture_on(device: torch.device, backend: str | None) -> CudaCapture | None:
+    """Return what captures graphs on ``device``, for a model with this ``backend``.
+
+    It is ``None`` if the device is no GPU, if the kernels are not used, because other backends wait for the GPU, and after a
+    capture that failed in this process.
+    """
+    possible = device.type == "cuda" and requested(backend) in ("auto", "triton") and not CudaCapture.failed
+    return CudaCapture(device) if possible else None
 
 
 class Graphs:

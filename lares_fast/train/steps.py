@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -78,10 +79,22 @@ class Steps:
 
 
 class DeviceSteps(Steps):
-    """The steps of ``phase`` on a GPU. ``log`` is the log there, and ``capture`` captures graphs (``None``: no graphs)."""
+    """The steps of ``phase`` on a GPU. ``log`` is the log there, and ``capture`` captures graphs (``None``: no graphs).
 
-    def __init__(self, run: Run, phase: Phase, optimizer: torch.optim.Adam, log: DeviceLog, capture: Capture | None) -> None:
+    All steps run in a block ``stream()``.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        phase: Phase,
+        optimizer: torch.optim.Adam,
+        log: DeviceLog,
+        capture: Capture | None,
+        stream: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         super().__init__(run, phase, optimizer)
+        self._stream = stream
         self._log, self._padding = log, Padding.of(phase.sizes(), run.model.config.mean_depth)
         self._graphs = Graphs(self._step, run.device, capture, lambda text: run.events.record("notice", text=text))
         self._unread, self._read_at = 0, time.monotonic()
@@ -109,6 +122,10 @@ class DeviceSteps(Steps):
 
     def make(self, batch: Any, save: Callable[[], None] | None) -> None:
         """Do one step. With ``save`` the host waits for the numbers of the step before its update."""
+        with self._stream():
+            self._make(batch, save)
+
+    def _make(self, batch: Any, save: Callable[[], None] | None) -> None:
         parcel, full = batch
         if save is None:
             self._graphs.run(parcel, captured=full)
@@ -150,5 +167,7 @@ def make_steps(run: Run, phase: Phase, optimizer: torch.optim.Adam) -> Steps:
     """Return the steps of ``phase`` on the device of ``run``. Raises :class:`InputError` if its memory is not enough."""
     if run.device.type == "cpu":
         return Steps(run, phase, optimizer)
-    free = require_memory(run, phase)
-    return DeviceSteps(run, phase, optimizer, DeviceLog(run.log, run.device, free), capture_on(run.device))
+    log = DeviceLog(run.log, run.device, require_memory(run, phase))
+    if (capture := capture_on(run.device, run.model.backend)) is None:
+        return DeviceSteps(run, phase, optimizer, log, None)
+    return DeviceSteps(run, phase, optimizer, log, capture, capture.stream)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -73,6 +73,8 @@ def _nothing():
 class Replays:
     """A stand-in for captures. A replay computes again what was captured, from what is in the buffer by then."""
 
+    stream = nullcontext
+
     def __init__(self):
         self.captured = self.replayed = 0
 
@@ -137,7 +139,7 @@ def test_saves_within_an_epoch_change_nothing(whole, tmp_path, monkeypatch):
     """The step of such a save waits for its loss before it updates the weights."""
     saved, save = [], run_module.Run.save
     monkeypatch.setattr(run_module.Run, "save", lambda self: (saved.append(self.state.progress.step), save(self)))
-    train(tmp_path, phases=("spt",), checkpoint_minutes=0.0, also={"train.steps.DeviceSteps.make"})
+    train(tmp_path, phases=("spt",), checkpoint_minutes=0.0, also={"train.steps.DeviceSteps._make"})
     assert_same_first_phase(whole, tmp_path)
     # Before the first step, before the update of each step, after the epoch, and after the test.
     assert saved == [0, 0, 1, 2, 0, 0]
@@ -148,7 +150,7 @@ def test_replays_change_nothing(whole, tmp_path, monkeypatch):
     few = {"model": {"dropout": 0.2, "depth_sampling": "constant", "max_len": 1}, "spt_epochs": 2, "phases": ("spt",)}
     train(tmp_path / "whole", **few)
     replays = Replays()
-    monkeypatch.setattr(steps, "capture_on", lambda device: replays)
+    monkeypatch.setattr(steps, "capture_on", lambda device, backend: replays)
     train(tmp_path / "replayed", **few)
     assert (replays.captured, replays.replayed) == (1, 2 * 2 - 1)
     a, b = (load_state(tmp_path / name / "state.pt") for name in ("whole", "replayed"))

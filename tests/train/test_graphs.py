@@ -1,9 +1,12 @@
 """Which steps run launch by launch, which are captured and which are replayed, with a stand-in for a capture."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from lares_fast.train.graphs import Graphs
+from lares_fast import ops
+from lares_fast.train.graphs import CudaCapture, Graphs, capture_on
 from lares_fast.train.parcel import Parcel
 
 CPU = torch.device("cpu")
@@ -139,3 +142,80 @@ def test_a_mistake_in_the_step_is_not_hidden():
     graphs.run(parcel(5))
     with pytest.raises(KeyError):
         graphs.run(parcel(5))
+
+
+# The calls of CUDA.
+
+
+class Stream:
+    """A stand-in for a stream, with a log of the streams that it waited for."""
+
+    def __init__(self, *_):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Replace the streams and graphs of ``torch.cuda``, and return what has the current stream and the graphs."""
+
+    class Cuda:
+        current, graphs = Stream(), []
+
+    @contextmanager
+    def on(stream):
+        before, Cuda.current = Cuda.current, stream
+        yield
+        # As in PyTorch, an error leaves the stream as it is.
+        Cuda.current = before
+
+    class Graph:
+        def __init__(self):
+            Cuda.graphs.append(self)
+
+        def replay(self):
+            raise NotImplementedError
+
+    stand_ins = {
+        "Stream": Stream, "CUDAGraph": Graph, "graph_pool_handle": object, "current_stream": lambda device=None: Cuda.current,
+        "device": lambda device: on(Cuda.current), "stream": on, "graph": lambda graph, pool, stream: on(stream),
+        "set_stream": lambda stream: setattr(Cuda, "current", stream),
+    }  # fmt: skip
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(CudaCapture, "failed", [])
+    return Cuda
+
+
+GPU = torch.device("cuda", 0)
+
+
+def test_steps_and_captures_share_a_stream_that_keeps_the_order_of_launches(cuda):
+    capture, around, seen = CudaCapture(GPU), cuda.current, []
+    with capture.stream():
+        side = cuda.current
+        assert side is not around and side.waited == [around]
+        assert capture(lambda: seen.append(cuda.current)) == cuda.graphs[0].replay
+    assert seen == [side] and cuda.current is around and around.waited == [side]
+
+
+def test_no_capture_follows_one_that_failed(cuda):
+    capture, around = capture_on(GPU, None), cuda.current
+
+    def fail():
+        raise RuntimeError("not permitted")
+
+    with pytest.raises(RuntimeError):
+        capture(fail)
+    assert cuda.current is around
+    # PyTorch may still refer to the graph.
+    assert CudaCapture.failed == cuda.graphs and capture_on(GPU, None) is None
+
+
+def test_only_kernels_are_captured(cuda):
+    assert capture_on(GPU, "triton") is not None
+    assert capture_on(GPU, "reference") is None and capture_on(CPU, None) is None
+    with ops.backend("layers"):
+        assert capture_on(GPU, None) is None
