@@ -29,12 +29,14 @@ WORK = Path(tempfile.gettempdir()) / "lares_fast-gpu"
 # The rows of lares-fast gpu-bench that this run measures, the most valuable rows first. Here their names begin with "speed:".
 ROWS = (
     "ceilings",
+    "spt_step:bf16",
+    "rpt_step:bf16",
     "topk:B256-N1M-K100",
-    "recurrence:fp32-B2048",
     "recurrence:bf16-B2048",
     "recurrence:bf16-B1024-gradients",
-    "cross_entropy:fp32-N24588",
     "cross_entropy:bf16-N24588",
+    "recurrence:fp32-B2048",
+    "cross_entropy:fp32-N24588",
     "spt_step:fp32",
     "rpt_step:fp32",
     "target_rank:B256-N1M",
@@ -47,8 +49,6 @@ ROWS = (
     "recurrence:bf16-B2048-full",
     "recurrence:bf16-B256",
     "recurrence:fp32-B1024-gradients",
-    "spt_step:bf16",
-    "rpt_step:bf16",
     "rows_per_second",
 )
 ROW = "speed:"

@@ -124,21 +124,26 @@ _SPT = f"SPT step B {SPT_CASE.B} T 5"
 _RPT = f"RPT step B {RPT_CASE.B} G {len(RPT_CASE.depths)} T {'/'.join(map(str, RPT_CASE.depths))}"
 
 
-def _step(title: str, seconds: float, case: Case, *, bf16: bool) -> Row:
-    return Row(title, seconds, partial(training_step, case=case, bf16=bf16))
+def _step(case: Case, seconds: float, *, bf16: bool, compiled: bool = False) -> Row:
+    lengths = "2+2 layers, 20 items each" if case.full else _INSTRUMENTS
+    title = f"{_SPT if case.phase == 'spt' else _RPT} {lengths}, {'bf16' if bf16 else 'fp32'}"
+    run = partial(training_step, case=case, bf16=bf16, compiled=compiled)
+    return Row(f"{title}, against compiled steps" if compiled else title, seconds, run)
 
 
 ROWS: dict[str, Row] = {
     CEILINGS: Row("ceilings: copy, products, launch", 8, ceilings),
-    "spt_step:bf16": _step(f"{_SPT} {_INSTRUMENTS}, bf16", 150, SPT_CASE, bf16=True),
-    "rpt_step:bf16": _step(f"{_RPT} {_INSTRUMENTS}, bf16", 180, RPT_CASE, bf16=True),
+    "spt_step:bf16": _step(SPT_CASE, 40, bf16=True),
+    "rpt_step:bf16": _step(RPT_CASE, 50, bf16=True),
     "rows_per_second": Row("SPT rows a second", 60, rows_per_second),
+    "spt_step:bf16-compiled": _step(SPT_CASE, 130, bf16=True, compiled=True),
+    "rpt_step:bf16-compiled": _step(RPT_CASE, 150, bf16=True, compiled=True),
     "evaluation": Row("evaluation of 57,439 rows T 4 N 24,588, fp32", 30, evaluation),
     "run:synthetic": Row("both phases on a synthetic log", 60, synthetic_run),
     **_sequence_rows(),
-    "spt_step:fp32": _step(f"{_SPT} {_INSTRUMENTS}, fp32", 30, SPT_CASE, bf16=False),
-    "rpt_step:fp32": _step(f"{_RPT} {_INSTRUMENTS}, fp32", 40, RPT_CASE, bf16=False),
-    "spt_step:bf16-full": _step(f"{_SPT} 2+2 layers, 20 items each, bf16", 150, replace(SPT_CASE, full=True), bf16=True),
+    "spt_step:fp32": _step(SPT_CASE, 30, bf16=False),
+    "rpt_step:fp32": _step(RPT_CASE, 40, bf16=False),
+    "spt_step:bf16-full": _step(replace(SPT_CASE, full=True), 40, bf16=True),
     **_catalog_rows(),
 }
 

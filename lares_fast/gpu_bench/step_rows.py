@@ -25,11 +25,11 @@ RPT_CASE = Case("rpt", 400, (3, 8, 5, 4))
 _BOUNDS = {False: 1e-3, True: 1e-1}
 
 
-def training_step(machine: Machine, case: Case, *, bf16: bool) -> Result:
+def training_step(machine: Machine, case: Case, *, bf16: bool, compiled: bool = False) -> Result:
     """Time forward, backward and optimizer. The loss and the gradients of each candidate are checked without dropout.
 
-    The batch of the official way is ready on the device. With ``bf16`` it is also compiled, in every mode. lares_fast makes
-    the steps of the trainer, with a batch that is ready, and with the work of the CPU that prepares it.
+    The batch of the official way is ready on the device. With ``compiled`` it is compiled in every mode, which takes minutes.
+    lares_fast makes the steps of the trainer, with a batch that is ready, and with the work of the CPU that prepares it.
     """
     case = replace(case, B=machine.batch(case.B))
     log = log_of(machine)
@@ -56,11 +56,13 @@ def training_step(machine: Machine, case: Case, *, bf16: bool) -> Result:
         row.add(name, timed, near(truth, _BOUNDS[rounded]), checked.gradients)
 
     rival("official way", dead_work=True)
-    rival("official way, without dead work")
-    if bf16:
-        rival("official way, autocast bf16", rounded=True)
+    if compiled:
         for mode in () if machine.rehearse else MODES:
-            rival(f"official way, compiled ({mode}), bf16", mode=mode, rounded=True)
+            rival(f"official way, compiled ({mode})" + (", bf16" if bf16 else ""), mode=mode, rounded=bf16)
+    else:
+        rival("official way, without dead work")
+        if bf16:
+            rival("official way, autocast bf16", rounded=True)
     check, notices = near(truth, _BOUNDS[bf16]), list[str]()
     for name, prepare in ((f"{OURS}, batch ready", False), (f"{OURS}, with its batch", True)):
         checked, timed = (OurStep(machine, case, weights, dropout=p, bf16=bf16, prepare=prepare) for p in (False, True))
