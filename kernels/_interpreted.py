@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -64,9 +65,33 @@ def patch_tensor(tensor, *scope):
         tensor.__index__ = index
 
 
-stock_patch_tensor = interpreter._patch_lang_tensor
-# This patch changes no number, so it is never undone.
-interpreter._patch_lang_tensor = patch_tensor
+def patch_language(function):
+    """Patch the functions of Triton's language as Triton does, but once in a launch, and not for each device function."""
+    languages = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+    if any(tl.core.is_builtin(language.load) for language in languages):
+        return stock_patch_language(function)
+    # Triton 3.5 has no scopes, and never undoes its patches.
+    return interpreter._LangPatchScope() if hasattr(interpreter, "_LangPatchScope") else None
+
+
+def refuse_overflow(self, left, right, operation):
+    """Raise AssertionError if ``operation`` on integers of less than 64 bits overflows.
+
+    Triton computes this, too, and then throws the result away unless it debugs. That would take half of the time of a kernel.
+    """
+    scalar = left.type.scalar
+    if scalar.int_bitwidth >= 64:
+        return
+    function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
+    exact = function(left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
+    inside = (exact >= scalar.get_int_min_value()) & (exact <= scalar.get_int_max_value())
+    assert inside.all(), f"int{scalar.int_bitwidth} overflow detected for operation {operation.__name__}"
+
+
+stock_patch_tensor, stock_patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
+# These patches change no number, so they are never undone.
+interpreter._patch_lang_tensor, interpreter._patch_lang = patch_tensor, patch_language
+TritonSemantic.binary_op_sanitize_overflow_impl = refuse_overflow
 
 # Method of the interpreter -> its replacement.
 AS_ON_GPU = {"cast_impl": cast, "create_fp_to_fp": cast, "create_dot": dot, "binary_op": arithmetic}

@@ -66,7 +66,7 @@ def _normal(word):
     the nearer end, 1 - abs(x), comes from the word, because in 1 - x * x the rounding of x would be an error of 3e-6 there.
     """
     centred = word.to(tl.int32, bitcast=True) ^ -2147483648
-    to_end = tl.where(centred >= 0, 2147483647 - centred, centred ^ -2147483648)
+    to_end = centred ^ tl.where(centred >= 0, 2147483647, -2147483648)
     # E / 2**31 and 1 - E.
     x = (centred.to(tl.float32) + 0.5) * 4.644041e-10
     end = (to_end.to(tl.float32) + 0.5) * 4.644041e-10 + 0.0026997961

@@ -12,8 +12,8 @@ from lares_fast.kernels._recurrence_plan import DEEPEST, VALID
 
 # The smallest number of rows of a slot, and the number of programs from which on there are no more slots.
 SLOT_ROWS, MOST_PROGRAMS = 128, 1024
-# The side of a tile of a weight's gradient, and the columns of a program of ``collect_gradients`` and its rows at a time.
-SIDE, COLUMNS, ROWS = tl.constexpr(64), tl.constexpr(32), tl.constexpr(64)
+# The side of a tile of a weight's gradient, and the elements of a program of ``collect_gradients`` and its rows at a time.
+SIDE, ELEMENTS, ROWS = tl.constexpr(64), tl.constexpr(512), tl.constexpr(8)
 
 _SIZES = ["P", "t", "deepest", "layers", "rows", "slots", "tiles", "size", "total"]
 
@@ -110,13 +110,16 @@ def collect_gradients(
     SLOTS, PARTIAL, TABLE, OUT, layers, slots, tiles, size, total,
     D: tl.constexpr, INNER: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Set OUT [total], the gradients of the weights, to the sums over the slots, or over the tiles for norms and gate."""
+    """Set OUT [total], the gradients of the weights, to the sums over the slots, or over the tiles for norms and gate.
+
+    A program sums ELEMENTS elements.
+    """
     attention_size: tl.constexpr = 4 * D * D + 6 * D
     of_layer: tl.constexpr = attention_size + 2 * INNER * D + INNER + 3 * D
     feed: tl.constexpr = attention_size + INNER * D
-    first = tl.program_id(0) * COLUMNS
-    layer = tl.minimum(first // of_layer, layers)
-    inside = first - layer * of_layer
+    element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    layer = tl.minimum(element // of_layer, layers)
+    inside = element - layer * of_layer
     joins, attention, down = layer == layers, inside < attention_size, inside >= feed
     # The place in PARTIAL, or -1.
     of_tiles = (inside < 2 * D) | (KIND == "linear")
@@ -131,17 +134,20 @@ def collect_gradients(
     m, n = (inside - start) // columns, (inside - start) % columns
     tiled = start + (m // SIDE * (columns // SIDE) + n // SIDE) * SIDE * SIDE + m % SIDE * SIDE + n % SIDE
     inside = tl.where(inside < end, tiled, inside)
-    SOURCE, parts, width = SLOTS + layer * of_layer + inside, slots, size
-    if place >= 0:
-        SOURCE, parts, width = PARTIAL + place, tiles, (4 * layers + 2) * D + 64
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    here = first + column < total
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for r in range(0, parts, ROWS):
-        at = (r + row).to(tl.int64)[:, None] * width + column[None, :]
-        sums += tl.load(SOURCE + at, mask=(r + row < parts)[:, None] & here[None, :], other=0.0)
+    row, here, from_tiles = tl.arange(0, ROWS), element < total, place >= 0
+    sums = tl.zeros((ROWS, ELEMENTS), tl.float32)
+    SLOT, of_slots = SLOTS + layer * of_layer + inside, here & (from_tiles == 0)
+    for r in range(0, slots, ROWS):
+        at = (r + row).to(tl.int64)[:, None] * size
+        sums += tl.load(SLOT[None, :] + at, mask=(r + row < slots)[:, None] & of_slots[None, :], other=0.0)
+    # Most programs have no such element.
+    rows = tl.where(tl.max(from_tiles.to(tl.int32), 0) > 0, tiles, 0)
+    TILE = PARTIAL + place
+    for r in range(0, rows, ROWS):
+        at = (r + row).to(tl.int64)[:, None] * ((4 * layers + 2) * D + 64)
+        sums += tl.load(TILE[None, :] + at, mask=(r + row < tiles)[:, None] & (here & from_tiles)[None, :], other=0.0)
     found = tl.where(tl.load(TABLE + VALID) == 0, float("nan"), tl.sum(sums, 0))
-    tl.store(OUT + first + column, found.to(OUT.dtype.element_ty), mask=here)
+    tl.store(OUT + element, found.to(OUT.dtype.element_ty), mask=here)
 
 
 class WeightGradients:
@@ -179,7 +185,7 @@ class WeightGradients:
     def collect(self, out):
         """Store the gradients of all weights in the flat tensor ``out``."""
         launch(
-            collect_gradients, cdiv(len(out), COLUMNS.value), self.sums, self.partial, self.tape.table, out,
+            collect_gradients, cdiv(len(out), ELEMENTS.value), self.sums, self.partial, self.tape.table, out,
             self.layers, self.slots, len(self.partial), self.sums.shape[1], len(out),
             D=self.D, INNER=self.inner, KIND=self.plan.call.adapter, warps=4,
         )  # fmt: skip

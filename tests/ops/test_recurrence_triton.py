@@ -155,7 +155,7 @@ PLANTED = {
     "one step's gradient of pre": ("_recurrence_backward", "dpre += load_tile(DPRE", "dpre += 0 * load_tile(DPRE"),
     "sums of tiles do not begin at 0": ("_recurrence_backward", "if t + 1 == deepest:\n", "if t == deepest:\n"),
     "factors of another half": ("_recurrence_backward", "store_tile(F + 3 * D, dsum,", "store_tile(F + 3 * D, 2 * dsum,"),
-    "norms of the first tile alone": ("_recurrence_weights", "PARTIAL + place, tiles,", "PARTIAL + place, 1,"),
+    "norms of the first tile alone": ("_recurrence_weights", "(r + row < tiles)", "(r + row < 1)"),
 }  # fmt: skip
 
 

@@ -52,3 +52,17 @@ def normals(WORDS, OUT, S: tl.constexpr):
     """Store the numbers of h0 that belong to the random words."""
     at = tl.program_id(0) * S + tl.arange(0, S)
     tl.store(OUT + at, _random._normal(tl.load(WORDS + at).to(tl.uint32)))
+
+
+@triton.jit
+def _sum(x, y, OPERATION: tl.constexpr):
+    if OPERATION == "add":
+        return x + y
+    if OPERATION == "sub":
+        return x - y
+    return x * y
+
+
+@triton.jit
+def arithmetic(X, Y, OUT, OPERATION: tl.constexpr):
+    tl.store(OUT, _sum(tl.load(X), tl.load(Y), OPERATION))

@@ -51,6 +51,42 @@ def test_two_programs_that_store_to_one_element_are_caught(kernels, memory, erro
         kernels.overlap[(4,)](torch.empty(SIZE), 16)
 
 
+@pytest.mark.parametrize(
+    ("operation", "x", "y", "exact"),
+    [
+        ("add", 2**31 - 2, 1, 2**31 - 1),
+        ("add", 2**31 - 1, 1, None),
+        ("sub", -(2**31), 1, None),
+        ("sub", 1 - 2**31, 1, -(2**31)),
+        ("mul", 2**16, 2**15, None),
+        ("mul", -(2**16), 2**15, -(2**31)),
+    ],
+)
+def test_a_number_of_32_bits_that_overflows_is_caught(operation, x, y, exact, kernels, memory, error):
+    x, y = (torch.tensor([number], dtype=torch.int32) for number in (x, y))
+    out = torch.zeros_like(x)
+    if exact is None:
+        with pytest.raises(error, match=f"int32 overflow detected for operation {operation}"):
+            kernels.arithmetic[(1,)](x, y, out, operation)
+    else:
+        kernels.arithmetic[(1,)](x, y, out, operation)
+        assert out.item() == exact
+    out = torch.zeros(1, dtype=torch.int64)
+    kernels.arithmetic[(1,)](x.long(), y.long(), out, operation)
+    assert out.item() == {"add": x.long() + y, "sub": x.long() - y, "mul": x.long() * y}[operation]
+
+
+def test_after_a_launch_and_after_a_fault_the_language_is_that_of_triton(kernels, memory, error):
+    import triton.language as tl
+
+    before = vars(tl).copy()
+    one = torch.ones(1, dtype=torch.int32)
+    kernels.arithmetic[(1,)](one, one, one.clone(), "add")
+    with pytest.raises(error):
+        kernels.arithmetic[(1,)](one * 2**30, one * 2**30, one.clone(), "add")
+    assert vars(tl) == before
+
+
 def test_what_is_not_written_is_nan(memory):
     for made in (torch.empty(5), torch.empty_like(torch.ones(5)), torch.ones(2).new_empty(5)):
         assert made.isnan().all()
