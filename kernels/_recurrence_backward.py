@@ -74,6 +74,9 @@ def attention_backward(
     DTYPE: tl.constexpr = W.dtype.element_ty
     C: tl.constexpr = min(E, PIECE)
     BIAS = V + 4 * D * D
+    if DTYPE == tl.float32:
+        # Triton 3.6 cannot compile products in fp32 if the addresses in these loops are equal to addresses behind them.
+        source = tl.where(real, source, 0)
     for head in range(0, D // E):
         p = probabilities(x, W, BIAS, head, begin, scale, D, E, G)
         dp = tl.zeros((G, 16, 16 * G), tl.float32)

@@ -5,6 +5,7 @@ import torch
 
 from lares_fast import ops
 from lares_fast._random import Draw
+from lares_fast.verify import cases
 
 pytestmark = pytest.mark.compiled
 
@@ -288,6 +289,24 @@ def test_recurrence(D, H, dtype, p, longest, adapter, backward, architecture, mo
             assert kernel.products > 0, kernel
             assert kernel.products == kernel.count("HMMA"), kernel
             assert kernel.count("LDG.E.128") > 0, kernel
+
+
+@pytest.mark.older_triton
+@pytest.mark.hopper_triton
+@pytest.mark.parametrize(
+    "variant",
+    [one for one in cases.shipped("recurrence") if one["train"] and not one["bf16"]],
+    ids=lambda one: str(one["width"]),
+)
+def test_training_in_fp32_compiles(variant):
+    """Triton 3.6 once failed with an error of its own, and the cases above have no such kernel: it takes half a minute."""
+    from lares_fast.kernels._offline import compiling
+
+    from lares_fast.ops import _triton
+
+    with _triton.anywhere(), compiling(90) as compiled:
+        cases.case("recurrence", integers=False, **variant).results("triton", torch.float32)
+    assert {kernel.metadata.name for kernel in compiled} == {"plan", "recurrence_forward", *OTHER_STACK}
 
 
 # D, dtype, dropout; for which GPUs, and by which Triton.
