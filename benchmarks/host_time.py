@@ -236,7 +236,7 @@ def compare(trees: list[Path], optimizers: list[str], rounds: int) -> None:
                     listed = ", ".join(f"{part} {value:.2f}" for part, value in zip(parts, medians, strict=True))
                     said = "one graph" if names[number] != phase else f"{kernels} kernels, {operations} operations"
                     total = 1e3 * statistics.median(map(sum, times[number]))
-                    print(f"{names[number]:12} {total:6.2f} ms ({listed}), {said}: {trees[number]}")
+                    print(f"{names[number]:12} {total:6.2f} ms ({listed}), {said}, {('before', 'after')[number]}")
                 low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
                 print(f"{'ratio':12} {middle:6.2f} (min {low:.2f}, max {high:.2f})", flush=True)
         for worker in workers:

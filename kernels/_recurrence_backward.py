@@ -74,7 +74,7 @@ def attention_backward(
     DTYPE: tl.constexpr = W.dtype.element_ty
     C: tl.constexpr = min(E, PIECE)
     BIAS = V + 4 * D * D
-    if DTYPE == tl.float32:
+    if W.dtype.element_ty == tl.float32:
         # Triton 3.6 cannot compile products in fp32 if the addresses in these loops are equal to addresses behind them.
         source = tl.where(real, source, 0)
     for head in range(0, D // E):
