@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+# What compute-sanitizer says in some virtual machines.
+_REFUSAL = "Device not supported"
 # The processes that run now, and whether a signal ended them.
 _running: set[subprocess.Popen[str]] = set()
 _stopped = threading.Event()
@@ -29,9 +31,9 @@ def run_check(
 ) -> dict[str, Any]:
     """Run the check ``name`` of ``python -m lares_fast.verify`` in a new process, and return its result.
 
-    ``under`` is a command that runs the process, such as compute-sanitizer. The result has a ``status`` (``passed``,
-    ``skipped``, ``failed`` or ``hung``) and the ``seconds`` that the process took. If the process failed or took longer than
-    ``seconds``, the result holds the end of its log.
+    ``under`` is a command of compute-sanitizer that runs the process; if it refuses the GPU, the check is skipped. The result
+    has a ``status`` (``passed``, ``skipped``, ``failed`` or ``hung``) and the ``seconds`` that the process took. If the process
+    failed or took longer than ``seconds``, the result holds the end of its log.
     """
     command = [*under, sys.executable, "-P", "-m", "lares_fast.verify", name, json.dumps(arguments)]
     began = time.monotonic()
@@ -45,6 +47,8 @@ def run_check(
     if code is None:
         text = f"{without_folders(complaint)}\nit did not finish within {seconds:g} s"
         return {"status": "hung", "seconds": took, "log": text.lstrip()}
+    if under and code and any(_REFUSAL in line for line in [*printed, *complaint.splitlines()]):
+        return {"status": "skipped", "seconds": took, "why": "compute-sanitizer does not support the GPU of this machine"}
     results = [line for line in printed if line.startswith("{")]
     if code or not results:
         text = without_folders("\n".join(filter(None, [complaint.strip(), sanitizer_summary(printed)])))

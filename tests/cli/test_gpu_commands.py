@@ -108,6 +108,16 @@ def test_a_step_that_ends_badly_is_told():
     assert process.run_check("matmul", seconds=0.05, rehearse=True, quick=True)["status"] == "hung"
 
 
+def test_a_gpu_that_the_sanitizer_refuses_is_no_failure(tmp_path):
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text("#!/bin/sh\necho '========= COMPUTE-SANITIZER'\necho \"========= Error: $SAID\"\nexit 1\n")
+    sanitizer.chmod(0o755)
+    how = {"seconds": 60, "under": [str(sanitizer)]}
+    result = process.run_check("every_kernel", environ={"SAID": "Device not supported"}, **how)
+    assert (result["status"], result["why"]) == ("skipped", "compute-sanitizer does not support the GPU of this machine")
+    assert process.run_check("every_kernel", environ={"SAID": "Invalid read"}, **how)["status"] == "failed"
+
+
 def planned(*names):
     plan = gpu_plan.plan(rehearse=False, quick=True)
     return {name: plan[name] for name in names}
