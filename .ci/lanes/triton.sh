@@ -24,7 +24,7 @@ lane_gpu_commands() {
 }
 
 lane_triton_stub() {
-    python -m pytest -q -m compiled --durations=5 tests/triton/test_stub.py
+    python -m pytest -q -m "compiled and not hopper_triton" --durations=5 tests/triton/test_stub.py
 }
 
 lane_triton_interpreted() {
@@ -44,5 +44,5 @@ lane_triton_hopper() {
     use_triton "$hopper_triton"
     # NumPy 2.5 raises an error where older versions warn.
     python -m pytest -q -m interpreted -W "error:Conversion of an array:DeprecationWarning" tests/triton/test_interpreter.py
-    python -m pytest -q -m "compiled and hopper_triton" --durations=5 tests/triton/test_gate.py
+    python -m pytest -q -m "compiled and hopper_triton" --durations=5 tests/triton/test_gate.py tests/triton/test_stub.py
 }
