@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ PHASES = ("spt", "rpt")
 PARTS = ("batch", "loss", "backward", "optimizer")
 REPLAYED_PARTS = ("batch", "replay")
 ROWS = 8
-# Steps of one measurement, and steps before the first one. They compile the kernels.
+# Steps of one measurement, and steps before the first one, which compile the kernels.
 STEPS, WARM_UP = 5, 3
 
 
@@ -198,6 +199,24 @@ def environment(stub: Path) -> dict[str, str]:
     }
 
 
+def report(measured: Callable[[str, int], list[float]], names: tuple[str, str], launched: Sequence[str], rounds: int) -> None:
+    """Measure the steps ``names`` of the two workers in turns. Print the time of each, with what it launches, and the ratio."""
+    times, ratios = ([], []), []
+    for _ in range(rounds):
+        totals = [0.0, 0.0]
+        for number in (0, 1, 1, 0):
+            times[number].append(measured(names[number], number))
+            totals[number] += sum(times[number][-1])
+        ratios.append(totals[0] / totals[1])
+    for name, of_worker, what, which in zip(names, times, launched, ("before", "after"), strict=True):
+        parts = REPLAYED_PARTS if name.startswith("replayed") else PARTS
+        medians = (1e3 * statistics.median(part) for part in zip(*of_worker, strict=True))
+        listed = ", ".join(f"{part} {value:.2f}" for part, value in zip(parts, medians, strict=True))
+        print(f"{name:12} {1e3 * statistics.median(map(sum, of_worker)):6.2f} ms ({listed}), {what}, {which}")
+    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+    print(f"{'ratio':12} {middle:6.2f} (min {low:.2f}, max {high:.2f})", flush=True)
+
+
 def compare(trees: list[Path], optimizers: list[str], rounds: int) -> None:
     """Print the host time of each phase in both checkouts, their ratio, and their launches."""
     with tempfile.TemporaryDirectory() as folder:
@@ -221,24 +240,12 @@ def compare(trees: list[Path], optimizers: list[str], rounds: int) -> None:
             sys.exit("a checkout does not run: see its error above.")
         counts = [list(map(int, line[1:])) for line in found]
         for place, phase in enumerate(PHASES):
-            for names in [(phase, phase), *([(phase, f"replayed {phase}")] if counts[1][-1] else [])]:
-                times, ratios = ([], []), []
-                for _ in range(rounds):
-                    totals = [0.0, 0.0]
-                    for number in (0, 1, 1, 0):
-                        times[number].append(measured(names[number], number))
-                        totals[number] += sum(times[number][-1])
-                    ratios.append(totals[0] / totals[1])
-                for number in (0, 1):
-                    kernels, operations = counts[number][2 * place : 2 * place + 2]
-                    parts = REPLAYED_PARTS if names[number] != phase else PARTS
-                    medians = (1e3 * statistics.median(part) for part in zip(*times[number], strict=True))
-                    listed = ", ".join(f"{part} {value:.2f}" for part, value in zip(parts, medians, strict=True))
-                    said = "one graph" if names[number] != phase else f"{kernels} kernels, {operations} operations"
-                    total = 1e3 * statistics.median(map(sum, times[number]))
-                    print(f"{names[number]:12} {total:6.2f} ms ({listed}), {said}, {('before', 'after')[number]}")
-                low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-                print(f"{'ratio':12} {middle:6.2f} (min {low:.2f}, max {high:.2f})", flush=True)
+            launched = [
+                f"{kernels} kernels, {operations} operations" for kernels, operations in (c[2 * place :][:2] for c in counts)
+            ]
+            report(measured, (phase, phase), launched, rounds)
+            if counts[1][-1]:
+                report(measured, (phase, f"replayed {phase}"), (launched[0], "one graph"), rounds)
         for worker in workers:
             worker.stdin.close()
             worker.wait()

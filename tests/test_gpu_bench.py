@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from lares_fast.gpu_bench.official_step import depths_of
 from lares_fast.gpu_bench.our_step import log_of
 from lares_fast.train import optimizer as train_optimizer
 from lares_fast.train.device_log import DeviceLog
+from lares_fast.train.graphs import CudaCapture
 from lares_fast.train.steps import DeviceSteps
 from lares_fast.verify import gpu_report, process
 
@@ -223,6 +225,26 @@ def test_an_error_that_spoils_the_gpu_is_not_hidden(machine):
     assert not candidates.is_fatal(torch.cuda.OutOfMemoryError("CUDA error: out of memory"))
 
 
+def test_a_capture_runs_after_warm_up_and_its_replay_returns_the_result_of_the_capture(monkeypatch):
+    calls, replays = [], []
+
+    class Capture:
+        stream = staticmethod(nullcontext)
+
+        def __init__(self, device):
+            pass
+
+        def __call__(self, function):
+            function()
+            return lambda: replays.append(len(calls))
+
+    monkeypatch.setattr(candidates, "CudaCapture", Capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    replay = candidates.captured(lambda: calls.append(None) or len(calls))
+    captures = candidates.WARM_UP + 1
+    assert [replay(), replay()] == [captures] * 2 and replays == [captures] * 2
+
+
 # The process that runs rows.
 
 
@@ -268,16 +290,18 @@ def test_rows_are_cut_where_the_time_ends():
 def test_a_row_that_the_time_does_not_suffice_for_is_not_begun(monkeypatch):
     monkeypatch.setattr(worker, "run_row", lambda one, machine: (dict(PASSED), True))
     wanted, events = {"long": row(None, seconds=90), "short": row(None, seconds=9)}, []
-    worker.run(wanted, SimpleNamespace(rehearse=False, worn=False), lambda **event: events.append(event), 60.0, lambda: 0.0)
+    worker.run(wanted, SimpleNamespace(rehearse=False), lambda **event: events.append(event), 60.0, lambda: 0.0)
     assert [event["row"] for event in events] == ["short", "short"]
 
 
-def test_a_capture_that_failed_is_the_last_work_of_its_process():
-    def wears(machine):
-        machine.worn = True
+def test_a_capture_that_failed_is_the_last_work_of_its_process(monkeypatch):
+    monkeypatch.setattr(CudaCapture, "failed", [])
+
+    def fails(machine):
+        CudaCapture.failed.append("a graph")
         return dict(PASSED)
 
-    events = worked({"a": row(wears), "b": row(lambda machine: dict(PASSED))})
+    events = worked({"a": row(fails), "b": row(lambda machine: dict(PASSED))})
     assert [event["row"] for event in events] == ["a", "a"]
 
 

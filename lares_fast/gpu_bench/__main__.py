@@ -22,6 +22,7 @@ from lares_fast.gpu_bench.bench import marker
 from lares_fast.gpu_bench.candidates import Result, is_fatal
 from lares_fast.gpu_bench.machine import Machine, describe
 from lares_fast.gpu_bench.rows import LEAST_SECONDS, Row, table
+from lares_fast.train.graphs import CudaCapture
 
 Emit = Callable[..., None]
 
@@ -44,7 +45,8 @@ def run(rows: Mapping[str, Row], machine: Machine, emit: Emit, end: float, clock
         result, usable = run_row(row, machine)
         faulthandler.cancel_dump_traceback_later()
         emit(event="end", row=name, result=result)
-        if not usable or machine.worn:
+        # After a capture that failed, PyTorch may keep freed memory for ever.
+        if not usable or CudaCapture.failed:
             return
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lares_fast.gpu_bench.machine import WARM_UP, Call, Machine
+from lares_fast.train.graphs import CudaCapture
 
 # Result of a row: ``status`` (passed, failed or skipped) and what was found.
 Result = dict[str, Any]
@@ -83,7 +84,6 @@ class Candidates:
             if is_fatal(error):
                 raise
             self.left_out[name] = str(error)[:300]
-            self.machine.worn = True
             return
         self.add(name, call, check)
 
@@ -115,22 +115,18 @@ def is_fatal(error: Exception) -> bool:
 
 def captured(call: Call) -> Call:
     """Return ``call`` as a CUDA graph that is replayed. Raises the error of the capture."""
-    for _ in range(WARM_UP):
-        call()
+    capture, kept = CudaCapture(torch.device("cuda")), []
+    with capture.stream():
+        for _ in range(WARM_UP):
+            call()
     torch.cuda.synchronize()
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph):
-            out = call()
-    finally:
-        # A capture that fails may leave its own stream as the current one.
-        torch.cuda.set_stream(before)
+    replay = capture(lambda: kept.append(call()))
 
-    def replay() -> Any:
-        graph.replay()
-        return out
+    def run() -> Any:
+        replay()
+        return kept[0]
 
-    return replay
+    return run
 
 
 def near(truth: Iterable[Tensor], bound: float) -> Check:

@@ -33,8 +33,6 @@ class Machine:
     def __init__(self, *, rehearse: bool, stage: Callable[[str], None] = lambda name: None) -> None:
         self.rehearse, self.stage = rehearse, stage
         self.device = torch.device("cpu" if rehearse else "cuda")
-        # Whether a capture failed in this process. PyTorch may then keep freed memory for ever.
-        self.worn = False
 
     def batch(self, B: int) -> int:
         """Return the number of rows ``B``, or few rows in a rehearsal."""

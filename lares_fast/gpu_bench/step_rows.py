@@ -70,7 +70,6 @@ def training_step(machine: Machine, case: Case, *, bf16: bool, compiled: bool = 
         notices += checked.notices
     if notices:
         row.left_out[f"{OURS}, CUDA graphs"] = notices[0]
-        machine.worn = True
     return row.result(step_work(config, fixed, bf16=bf16), rows=case.B)
 
 

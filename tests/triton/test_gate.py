@@ -13,8 +13,8 @@ ALL = (80, 86, 90, 100, 120)
 # In CI two versions of Triton share the cases: the newest, and the version of the newest CUDA build of torch
 # (-m older_triton). Triton 3.6, the version of torch 2.10 and 2.11, compiles the cases for Hopper (-m hopper_triton).
 NEWEST, OLDER, BOTH = "newest", "older", "both"
-# D/H, dtype, dropout, longest; for which GPUs, and by which Triton. These are pairs and not all combinations, because products
-# in fp32 take minutes to compile.
+# D/H, dtype, dropout, longest; for which GPUs, and by which Triton. These are pairs and not all combinations, because the
+# recurrence in fp32 takes up to a minute to compile.
 CASES = [
     (16, torch.bfloat16, 0.2, 200, (86, 100), NEWEST),
     (32, torch.bfloat16, 0.2, 50, ALL, BOTH),
