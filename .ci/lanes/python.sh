@@ -20,6 +20,10 @@ lane_benchmarks() {
     python -m pytest -q benchmarks --benchmark-only --benchmark-disable-gc -m "not large" -k "not train_step"
 }
 
+lane_reliability() {
+    python -m tests.reliability --quick
+}
+
 lane_docs() {
     local example
     mkdocs build --strict --site-dir "$TMPDIR/site"
