@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lares_fast._errors import InputError, require
+from lares_fast._files import write_text
 from lares_fast.config import LARESConfig
 from lares_fast.train.config import SECTIONS, RunConfig
-from lares_fast.train.files import write_text
 
 # (source, dotted key, value). The source is the name of a file or an argument. Errors show it.
 Setting = tuple[str, str, Any]

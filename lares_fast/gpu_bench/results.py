@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lares_fast._errors import InputError
+from lares_fast._files import write_text
 from lares_fast.gpu_bench.candidates import Result
 from lares_fast.gpu_bench.rows import ROWS, WITH_LOG
 from lares_fast.gpu_bench.table import text_of
-from lares_fast.train.files import write_text
 
 FORMAT = "lares_fast gpu-bench 1"
 BEGUN = "begun"
