@@ -7,11 +7,14 @@ against T and against the number of tokens; a line shows the time that would be 
 import argparse
 import csv
 import re
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot
+
+from lares_fast._files import atomic_write
 
 _COST = "ns a token and layer application, by "
 
@@ -59,7 +62,7 @@ def main(kind: str, source: str, target: str) -> None:
     """Draw ``source``, a file of harness.append, into ``target``."""
     with open(source) as file:
         figure = {"ratios": ratios, "cost": cost}[kind](list(csv.DictReader(file)))
-    figure.savefig(target, metadata={"Date": None})
+    atomic_write(Path(target), lambda out: figure.savefig(out, format="svg", metadata={"Date": None}))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import json
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -66,8 +67,17 @@ def phases(total, rehearse=False):
     return {name: latest if rehearse else min(until, latest) for name, until in UNTIL.items()}
 
 
+def claim(folder):
+    """Create ``folder``, or stop if another account owns it or may write to it: code is built there and then run."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        sys.exit(f"first.py: {folder} is not a folder that only this account can write to: remove it.")
+
+
 def assemble():
     """Copy the package to a folder that comes first on the path. Triton's kernels need no native module, so it has none."""
+    claim(WORK)
     package = WORK / "site" / "lares_fast"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "lares_fast", package, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json"))
@@ -267,6 +277,7 @@ def main(argv=None):
     package = None if given.rehearse else assemble()
     # The package is on the path only now.
     from lares_fast._errors import InputError
+    from lares_fast._files import open_log, write_text
     from lares_fast.cli.console import notice
     from lares_fast.verify import gpu_plan, gpu_report
     from lares_fast.verify.process import leaving_no_processes
@@ -300,9 +311,9 @@ def main(argv=None):
             speed(chosen_rows, report, given.out, began + ends["speed"], given.rehearse)
     found = report.found
     text = f"{heading(found, given.commit or checked_out())}\n\n{tables(found)}\n"
-    (given.out / "table.txt").write_text(text)
-    with (given.out / "logs.txt").open("a") as logs:
-        logs.writelines(f"\n== {name}\n{one['log']}\n" for name, one in found.items() if "log" in one)
+    write_text(given.out / "table.txt", text)
+    with open_log(given.out / "logs.txt") as logs:
+        logs.writelines(f"\n== {name}\n{one['log']}\n".encode() for name, one in found.items() if "log" in one)
     print(f"{text}\n{time.monotonic() - began:.0f} s in all")
     return int(not all(gpu_report.is_well(found[name]) for name in report.found))
 

@@ -10,6 +10,7 @@ import matplotlib
 
 from benchmarks.reproduction.experiments import Experiment
 from benchmarks.reproduction.runs import USUAL, Run
+from lares_fast._files import atomic_write
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "lares_fast"
@@ -84,5 +85,5 @@ def _finish(figure: Any, axes: Any, x: str, y: str, path: Path) -> None:
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
+    atomic_write(path, lambda out: figure.savefig(out, format="svg", metadata={"Date": None}))
     pyplot.close(figure)

@@ -18,6 +18,7 @@ from benchmarks.reproduction.experiments import DATA, EXPERIMENTS, Experiment
 from benchmarks.reproduction.pictures import draw, picture
 from benchmarks.reproduction.published import PUBLISHED
 from benchmarks.reproduction.runs import USUAL, Run, collect
+from lares_fast._files import write_text
 from lares_fast.cli.console import counted
 from lares_fast.train.evaluate import MASKED, NOT_MASKED
 
@@ -343,7 +344,7 @@ def main() -> None:
         collect(arguments.runs, _COPIES, EXPERIMENTS)
     runs = {experiment.name: Run(experiment, _COPIES / experiment.name) for experiment in EXPERIMENTS}
     findings = _FINDINGS.read_text() if _FINDINGS.is_file() else ""
-    (_ROOT / "docs" / "results.md").write_text(document(runs, EXPERIMENTS, findings))
+    write_text(_ROOT / "docs" / "results.md", document(runs, EXPERIMENTS, findings))
     draw(runs, EXPERIMENTS, _ROOT / "docs" / "results")
 
 

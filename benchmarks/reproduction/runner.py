@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reproduction.experiments import DATA, EXPERIMENTS, Experiment
+from lares_fast._files import open_log, write_text
 
 RECORD = "experiment.json"
 FINISHED, STOPPED, FAILED, RUNNING = "finished", "stopped", "failed", "running"
@@ -128,7 +129,7 @@ class Runner:
         _write(folder, record)
         _say(experiment, made)
         environment = {**os.environ, **_MEMORY, "OMP_NUM_THREADS": str(self.threads)}
-        with (folder / "log.txt").open("a") as log:
+        with open_log(folder / "log.txt") as log:
             # The child inherits the lock and keeps it if the runner is killed.
             child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "lares_fast", *words],
@@ -219,9 +220,7 @@ def _locked(folder: Path) -> Iterator[int | None]:
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
-    temporary = folder / f".{RECORD}"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(folder / RECORD)
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def _now() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any
 
 from benchmarks.reproduction.experiments import Experiment
 from benchmarks.reproduction.runner import FINISHED, RECORD, RUNNING, is_finished, is_trained, read_record
+from lares_fast._files import write_text
 from lares_fast.train.evaluate import MASKED, NOT_MASKED
 
 _PHASES = ("spt", "rpt")
@@ -33,12 +33,12 @@ def collect(runs: Path, copies: Path, experiments: Sequence[Experiment]) -> None
         # The folder of the data has no meaning elsewhere. The checksum in the first line no longer fits when it is replaced.
         settings = re.sub(r"\A#.*\n", "", (source / "config.yaml").read_text())
         settings = re.sub(r"(?m)^(  path: ).*$", rf"\g<1>{experiment.data}", settings)
-        (target / "config.yaml").write_text(settings)
+        write_text(target / "config.yaml", settings)
         for name in ("metrics", *experiment.evaluations):
             if (source / f"{name}.csv").is_file():
-                shutil.copyfile(source / f"{name}.csv", target / f"{name}.csv")
+                write_text(target / f"{name}.csv", (source / f"{name}.csv").read_text())
         if (source / RECORD).is_file():
-            shutil.copyfile(source / RECORD, target / RECORD)
+            write_text(target / RECORD, (source / RECORD).read_text())
 
 
 class Run:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from lares_fast._errors import InputError
+from lares_fast._files import LOCK, locked
 from lares_fast.cli import settings
 from lares_fast.cli.train import train
 from lares_fast.data import InteractionLog
 from lares_fast.serve import load
 from lares_fast.train.config import PHASES
-from lares_fast.train.files import LOCK, locked
 
 _FILES = ("config.yaml", "metrics.csv", "events.jsonl", "curves.png", "model.safetensors", "item_ids.json", "state.pt")
 _SHOWN_USERS, _SHOWN_HISTORY, _SHOWN_ITEMS = 3, 6, 5

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lares_fast._device import choose
 from lares_fast._errors import InputError
+from lares_fast._files import write_text
 from lares_fast.cli import settings
 from lares_fast.cli.console import Console, add_device_arguments, device_text, indented, notice
 from lares_fast.cli.inputs import open_log, split_log
@@ -17,7 +18,6 @@ from lares_fast.data import InteractionLog, Rows, Split
 from lares_fast.model import LARES
 from lares_fast.serve import Recommender, load_about
 from lares_fast.train import EvalConfig, RunConfig, model_ranks
-from lares_fast.train.files import write_text
 from lares_fast.train.identity import log_identity
 from lares_fast.train.keys import evaluation_key
 from lares_fast.train.metrics import rows_csv

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from lares_fast._errors import InputError
+from lares_fast._files import locked
 from lares_fast.cli.console import clock_text, counted, notice
 from lares_fast.gpu_bench.bench import NOT_REACHED, Bench, Listener
 from lares_fast.gpu_bench.candidates import Result
 from lares_fast.gpu_bench.results import BEGUN, Results
 from lares_fast.gpu_bench.rows import Row, chosen, table
-from lares_fast.train.files import locked
 from lares_fast.verify.process import leaving_no_processes
 
 # Seconds of rows that are taken to run at the guessed pace.

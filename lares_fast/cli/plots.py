@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lares_fast._errors import require
+from lares_fast._files import atomic_write
 from lares_fast.train.config import PHASES
 from lares_fast.train.evaluate import NOT_MASKED
-from lares_fast.train.files import atomic_write
 from lares_fast.train.results import Row
 
 _LOSSES = {"spt": ("loss", "ce", "trajectory", "step"), "rpt": ("reward", "kl", "adv-nonzero")}

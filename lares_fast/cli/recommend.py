@@ -17,13 +17,13 @@ from typing import IO, Any
 
 from lares_fast._device import choose
 from lares_fast._errors import InputError, require
+from lares_fast._files import replacing
 from lares_fast.cli.console import Console, add_device_arguments, counted, device_text, notice, with_flag
 from lares_fast.cli.inputs import open_log
 from lares_fast.data import InteractionLog
 from lares_fast.data.readers import FORMATS
 from lares_fast.serve import Recommender, load_about
 from lares_fast.train.config import DataConfig
-from lares_fast.train.files import replacing
 from lares_fast.train.identity import events_digest
 
 _CHUNK = 4096

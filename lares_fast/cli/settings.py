@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import io
 import re
 import reprlib
 from argparse import ArgumentParser
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lares_fast._errors import InputError, require
+from lares_fast._files import read_small, write_text
 from lares_fast.config import LARESConfig
 from lares_fast.train.config import SECTIONS, RunConfig
-from lares_fast.train.files import write_text
 
 # (source, dotted key, value). The source is the name of a file or an argument. Errors show it.
 Setting = tuple[str, str, Any]
@@ -24,12 +25,15 @@ Setting = tuple[str, str, Any]
 _TOP = ("seed", "checkpoint_minutes", "device", "precision")
 _PRESETS = Path(__file__).parent / "configs"
 _FEATURE = "reading settings"
+# A file with all settings has two kilobytes, two levels and a few lists.
+_MOST_BYTES = 100_000
+_DEEPEST = 8
+_MOST_BRACKETS = 1000
 
 # Training writes this line first. Files that users write, and files of earlier versions, have no such line.
 _MARK = "# The sha256 of the lines below is "
 _MARKED = re.compile(re.escape(_MARK) + r"([0-9a-f]{64}); change settings with --set\n")
-# Parts of that line that may remain in a damaged file.
-_REST_OF_MARK = re.compile(r"sha256|#.*[0-9a-f]{16}")
+_DIGITS = re.compile(r"[0-9a-f]{16}")
 
 
 def add_set_argument(parser: ArgumentParser) -> None:
@@ -94,7 +98,10 @@ def _read(path: Path) -> dict[str, Any]:
     yaml = require("yaml", "train", _FEATURE)
     loader = require("jsonargparse", "train", _FEATURE).get_loader("yaml")
     try:
-        values = loader(_verified(path, path.read_text(encoding="utf-8")))
+        text = io.StringIO(read_small(path, _MOST_BYTES).decode(), newline=None).read()
+        text = _verified(path, text)
+        _require_small(text)
+        values = loader(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
@@ -113,15 +120,40 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def _require_small(text: str) -> None:
+    """Raise the errors of PyYAML if a YAML text has aliases or is nested deeply: a few lines of them can take gigabytes.
+
+    An alias that no anchor defines is left to the loader, because ``*name`` may be a name.
+    """
+    yaml = require("yaml", "train", _FEATURE)
+    if text.count("[") + text.count("{") > _MOST_BRACKETS:
+        raise yaml.composer.ComposerError(problem="it has too many brackets")
+    depth, anchors, problem = 0, False, None
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if anchors and isinstance(event, yaml.AliasEvent):
+            problem = f"aliases such as *{event.anchor:.20} are refused: write the value itself"
+        anchors |= getattr(event, "anchor", None) is not None
+        if depth > _DEEPEST:
+            problem = "it is nested too deeply"
+        if problem:
+            raise yaml.composer.ComposerError(problem=problem, problem_mark=event.start_mark)
+
+
 def _verified(path: Path, text: str) -> str:
     """Return ``text`` without the line of its checksum. Raise :class:`InputError` if the checksum is wrong."""
     if match := _MARKED.match(text):
         text = text[match.end() :]
-    if (match and match[1] != _checksum(text)) or _REST_OF_MARK.search(text):
+    if (match and match[1] != _checksum(text)) or _has_rest_of_mark(text):
         raise InputError(
             f"{path} was edited or is damaged: change settings with --set, or remove its first line to use the file as it is."
         )
     return text
+
+
+def _has_rest_of_mark(text: str) -> bool:
+    """Return whether a part of the line of the checksum remains in ``text``, as in a damaged file."""
+    return "sha256" in text or any(_DIGITS.search(line.partition("#")[2]) for line in text.split("\n"))
 
 
 def _checksum(text: str) -> str:
@@ -156,7 +188,25 @@ def _flat(source: str, key: str, value: Any) -> Any:
     inner = value if isinstance(value, list) else [value]
     if any(isinstance(item, dict | list | set | tuple) for item in inner):
         raise InputError(f"{source}: {_short(key)} must be a value or a list of values, but got {_short(value)}.")
+    for item in inner:
+        _require_plain(source, key, item)
     return value
+
+
+def _require_plain(source: str, key: str, value: Any) -> None:
+    """Raise :class:`InputError` for a number beyond every setting, and for a text that would be a large YAML structure."""
+    # Python cannot print some of these numbers. jsonargparse reads a text as YAML.
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise InputError(f"{source}: {_short(key)} is a number that is too large for any setting.")
+    if isinstance(value, str):
+        yaml = require("yaml", "train", _FEATURE)
+        try:
+            _require_small(value)
+        except yaml.composer.ComposerError as error:
+            raise InputError(f"{source}: {_short(key)} has a text that is not read ({error.problem}).") from None
+        except yaml.YAMLError:
+            # This is an ordinary text.
+            pass
 
 
 def _example(section: str) -> str:
@@ -167,6 +217,7 @@ def _assignment(text: str) -> Setting:
     key, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"--set {text} must have the form section.key=value, for example --set spt.lr=0.001.")
+    _require_plain(f"--set {_short(text)}", key.strip(), value.strip())
     return f"--set {text}", key.strip(), value.strip()
 
 
@@ -216,7 +267,8 @@ def _typed(settings: list[Setting]) -> dict[str, Any]:
         for setting in settings:
             _typed([setting])
         raise
-    for _, key, _ in settings:
+    for source, key, _ in settings:
+        _require_plain(source, key, parsed[key])
         section, _, name = key.rpartition(".")
         (nested[section] if section else nested)[name] = parsed[key]
     return nested

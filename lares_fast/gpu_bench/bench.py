@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lares_fast._files import open_log
 from lares_fast.gpu_bench.candidates import Result
 from lares_fast.gpu_bench.rows import LEAST_SECONDS, Row
 from lares_fast.verify.process import running, without_folders
@@ -73,7 +74,7 @@ class Bench:
     def _run_process(self, left: Sequence[str], rows: dict[str, Row], listener: Listener) -> str | None:
         """Run ``left`` in one process. Return the last row that it began, or ``None`` if there was no time for a row."""
         begun, ended = None, True
-        with self.logs.open("a") as log, running(self.command(left), out=subprocess.PIPE, log=log) as process:
+        with open_log(self.logs) as log, running(self.command(left), out=subprocess.PIPE, log=log) as process:
             place = log.tell()
             for line in process.stdout or ():
                 event: dict[str, Any] = json.loads(line)

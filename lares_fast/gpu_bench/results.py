@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lares_fast._errors import InputError
+from lares_fast._files import read_small, write_text
 from lares_fast.gpu_bench.candidates import Result
 from lares_fast.gpu_bench.rows import ROWS, WITH_LOG
 from lares_fast.gpu_bench.table import text_of
-from lares_fast.train.files import write_text
 
 FORMAT = "lares_fast gpu-bench 1"
 BEGUN = "begun"
 _FINISHED = ("passed", "skipped")
+_MOST_BYTES = 16 << 20
 
 
 class Results:
@@ -73,7 +74,9 @@ class Results:
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Result]]:
     remedy = "move it away, or choose another --out"
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_small(path, _MOST_BYTES))
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({str(error)[:100]}): {remedy}.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -21,9 +21,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from lares_fast._errors import InputError
+from lares_fast._files import atomic_write
 from lares_fast.config import LARESConfig
 from lares_fast.model import LARES
-from lares_fast.train.files import atomic_write
 from lares_fast.train.finite import NotFiniteError, all_finite
 
 _FORMAT = "lares_fast-1"

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from lares_fast._errors import InputError
+from lares_fast._files import append_line, locked, remove_leftovers, write_text
 from lares_fast.config import LARESConfig
 from lares_fast.train.checkpoint import Weights, load_weights_about, same_form, save_weights, sha256
-from lares_fast.train.files import append_line, locked, remove_leftovers, write_text
 from lares_fast.train.metrics import rows_csv
 from lares_fast.train.state import SavedRun, load_run, save_run
 
@@ -44,7 +44,7 @@ class RunFolder:
         """Lock the folder while the block runs, and remove temporary files of runs that were killed.
 
         Raises :class:`InputError` if another run holds the lock, or has changed the state since this object was made.
-        ``tell`` is used as in :func:`lares_fast.train.files.locked`.
+        ``tell`` is used as in :func:`lares_fast._files.locked`.
         """
         with locked(self.path, tell):
             if _stamp(self.state_file) != self._stamp:

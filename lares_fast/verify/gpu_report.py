@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lares_fast._errors import InputError
+from lares_fast._files import read_small, write_text
+
+# A report has at most some hundred kilobytes.
+_MOST_BYTES = 16 << 20
 
 
 class Report:
@@ -38,16 +41,16 @@ class Report:
         self._tell(f"{name}: {result['status']} ({result.get('seconds', 0)} s)")
 
     def _write(self) -> None:
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_text(json.dumps(self.found, indent=1))
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps(self.found, indent=1))
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """Read a report. Raises :class:`InputError` if the file is not a report."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(read_small(path, _MOST_BYTES))
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a report of gpu-day ({error}): give the JSON file that gpu-day wrote.") from error
     if not isinstance(found, dict) or not all(isinstance(one, dict) and "status" in one for one in found.values()):
         raise InputError(f"{path} is not a report of gpu-day: give the JSON file that gpu-day wrote.")

@@ -75,7 +75,7 @@ def run_command(
 
 @contextmanager
 def running(
-    command: Sequence[str], *, out: IO[str] | int, log: IO[str], environ: Mapping[str, str] | None = None
+    command: Sequence[str], *, out: IO[str] | int, log: IO[Any], environ: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     """Start ``command``, and end it with all processes that it started when the block ends.
 

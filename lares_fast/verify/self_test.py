@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lares_fast._errors import InputError
 from lares_fast._transfer import capturing
 from lares_fast.verify import cache
 from lares_fast.verify.tolerance import judge
@@ -80,7 +81,7 @@ def _result(op: str, device: torch.device, dtype: torch.dtype, variant: dict[str
     """Return the cached result, or run the self-test and cache its result."""
     key = {"op": op, "dtype": str(dtype), **variant, **identity(device)}
     stored = (cache.read(_CACHE, key) or {}).get("fault", 0)
-    if stored is None or isinstance(stored, str):
+    if stored is None or (isinstance(stored, str) and stored.isprintable()):
         return stored
     if capturing(device):
         raise _untested(op)
@@ -93,7 +94,7 @@ def _result(op: str, device: torch.device, dtype: torch.dtype, variant: dict[str
             raise
         return _cannot_compile(error)
     # If the result cannot be stored, the next process runs the self-test again.
-    with suppress(OSError):
+    with suppress(InputError):
         cache.write(_CACHE, key, {"fault": fault})
     return fault
 

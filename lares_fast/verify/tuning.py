@@ -10,6 +10,7 @@ import importlib
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any
 
 import torch
@@ -85,7 +86,10 @@ def of_device(device: torch.device) -> dict[str, Any]:
 
 
 def store(device: torch.device, found: Mapping[str, Any]) -> None:
-    """Store ``found`` (call -> settings as plain values) beside the settings of other calls. Raises OSError."""
+    """Store ``found`` (call -> settings as plain values) beside the settings of other calls.
+
+    Raises the errors of :func:`lares_fast.verify.cache.write`.
+    """
     calls = {**_read(device), **found}
     cache.write(_CACHE, self_test.identity(device), {"calls": calls})
     _known.clear()
@@ -109,7 +113,9 @@ def note(op: str, tensor: Tensor) -> str | None:
 def _read(device: torch.device) -> dict[str, Any]:
     stored = cache.read(_CACHE, self_test.identity(device)) or {}
     calls = stored.get("calls")
-    return calls if isinstance(calls, dict) else {}
+    if not isinstance(calls, dict):
+        return {}
+    return {call: how for call, how in calls.items() if call.partition(" ")[0] in KERNELS and call.isprintable()}
 
 
 def _choice(op: str, tensor: Tensor, sizes: Mapping[str, int], stored: Any) -> Any:
@@ -119,10 +125,13 @@ def _choice(op: str, tensor: Tensor, sizes: Mapping[str, int], stored: Any) -> A
     try:
         chosen_rows = stored["rows"]
         kernels = {name: tuple(how) for name, how in stored["kernels"].items()}
+        # True and 2.0 equal integers, but a compiler must not get them.
+        integers = all(type(number) is int for how in kernels.values() for number in how)
+        integers &= type(chosen_rows) in (int, NoneType)
         valid = chosen_rows in (None, *rows(op, sizes)) and kernels.keys() <= names and set(kernels.values()) <= set(allowed)
     except (AttributeError, KeyError, TypeError):
         return None
-    if not valid:
+    if not (integers and valid):
         return None
     return importlib.import_module("lares_fast.kernels._launch").Choice(chosen_rows, kernels)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import lares_fast
+from lares_fast import _files as files
 from lares_fast.cli import settings
-from lares_fast.train import files
 from lares_fast.train.checkpoint import load_state
 from tests.support.command_line import is_one_sentence, metrics_csv, python, refused, results_of
 

@@ -130,7 +130,7 @@ def test_a_damaged_file_is_refused(cli):
 
 
 def test_a_folder_in_use_is_refused(cli):
-    from lares_fast.train.files import locked
+    from lares_fast._files import locked
 
     with locked(Path("gpu-bench")):
         assert refused(cli("gpu-bench", "--rehearse", "--rows", "attention"), "gpu-bench is in use")

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import lares_fast
+from lares_fast import _files as files
 from lares_fast._errors import InputError
-from lares_fast.train import Trainer, files
+from lares_fast.train import Trainer
 from lares_fast.train.checkpoint import load_state
 from tests.support import train_run
 
@@ -139,7 +140,7 @@ def test_the_lock_is_exclusive_and_leaves_nothing(tmp_path):
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     other = start(
         """
-        import sys; from pathlib import Path; from lares_fast.train import files
+        import sys; from pathlib import Path; from lares_fast import _files as files
         with files.locked(Path(sys.argv[1])):
             print("held", flush=True); sys.stdin.read()
         """,

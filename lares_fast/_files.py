@@ -1,4 +1,4 @@
-"""Atomic writes, which leave a whole file or none, and the lock of a run folder."""
+"""Atomic writes, which leave a whole file or none, reading without waiting for a pipe, and the lock of a run folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,9 +32,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
     Until then the file has a random name in the same folder. It is synced to the disk before it is moved, its mode obeys
     the umask, and a link at ``path`` is replaced, not followed.
-    Raises :class:`InputError` if the file cannot be written, for example on a full disk. The previous file is then intact.
+    Raises :class:`InputError` if the file cannot be written, for example on a full disk. The previous file is then intact. Also
+    raises it at once for the name of a folder, a pipe or a device, which is never replaced.
     """
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
+    _require_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The system applies the umask to this mode.
@@ -65,6 +68,44 @@ def write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
+def open_regular(path: Path, *, follow: bool = True) -> IO[bytes]:
+    """Open the file ``path`` for reading. With ``follow=False``, a link raises OSError.
+
+    Raises :class:`InputError` for a folder, a pipe or a device, without waiting for it, and OSError if there is no file or it
+    cannot be opened.
+    """
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
+    flags = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is not a file, but a folder, a pipe or a device: give the name of a file.")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """Return the content of ``path``. Raises the errors of :func:`open_regular`, and InputError beyond ``most`` bytes."""
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise InputError(f"{path} is longer than {most:,} bytes, the most that is read of such a file: check its name.")
+    return data
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """Open the file ``path`` for reading and appending. It is made if it is missing. A link raises OSError.
+
+    Raises :class:`InputError` for a folder, a pipe or a device.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    flags |= sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOFOLLOW"))
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is not a file, but a folder, a pipe or a device: move it away.")
+    return os.fdopen(descriptor, "ab+")
+
+
 def append_line(path: Path, line: str) -> None:
     """Append ``line`` to the file ``path``.
 
@@ -73,7 +114,7 @@ def append_line(path: Path, line: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
+        with open_log(path) as file:
             if end := file.tell():
                 file.seek(end - 1)
                 if file.read(1) != b"\n":
@@ -146,6 +187,16 @@ def _is_open_at(descriptor: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     return False
+
+
+def _require_replaceable(path: Path) -> None:
+    """Raise :class:`InputError` if ``path`` names, directly or by a link, something other than a file."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} could not be written, because it is a folder, a pipe or a device: give the name of a file.")
 
 
 def _sync_folder(folder: Path) -> None:
