@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lares_fast import _settings
-from lares_fast._errors import BackendError, InputError
+from lares_fast._errors import BackendError
+from lares_fast._numbers import choice
 
 
 def _nothing(*_: Any) -> str | None:
@@ -59,10 +60,9 @@ def requested(argument: str | None) -> str:
 
     Raises :class:`InputError` for an unknown name.
     """
-    name = argument or CHOSEN.get() or _settings.backend()
-    if name not in _settings.BACKENDS:
-        raise InputError(f"backend must be one of {', '.join(_settings.BACKENDS)}, but got {name!r}.")
-    return name
+    if argument is None:
+        argument = CHOSEN.get() or _settings.backend()
+    return choice("backend", argument, _settings.BACKENDS)
 
 
 @contextmanager
@@ -118,8 +118,7 @@ def explain(op: str, *args: Any, backend: str | None = None, **options: Any) -> 
       native     would run
       reference  can run
     """
-    if op not in _BUILD:
-        raise InputError(f"op must be one of {', '.join(sorted(_BUILD))}, but got {op!r}.")
+    choice("op", op, sorted(_BUILD))
     call = _BUILD[op](*args, backend=backend, **options)
     name, chosen, lines = requested(backend), None, []
     for candidate in _TABLE[op]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lares_fast._dispatch import CHOSEN
+from lares_fast._errors import InputError
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -61,20 +62,29 @@ class _Op:
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _watched():
             return self._registered(*arguments)
-        needs_gradient = False
+        direct, needs_gradient = True, False
         for value in arguments:
             kind = type(value)
             if kind is Tensor or kind is torch.nn.Parameter:
-                if value.is_neg():
-                    return self._registered(*arguments)
+                # The memory of such a tensor does not hold its values.
+                direct = direct and not (value.is_neg() or value._is_zerotensor())
                 needs_gradient = needs_gradient or value.requires_grad
             elif kind not in _PLAIN:
-                return self._registered(*arguments)
+                direct = False
+                needs_gradient = needs_gradient or getattr(value, "requires_grad", False)
         if needs_gradient and torch.is_grad_enabled():
-            if self._differentiable is None:
-                return self._registered(*arguments)
-            return self._differentiable.apply(*arguments)
-        return self._run(*arguments)
+            self._require_normal(arguments)
+            if direct and self._differentiable is not None:
+                return self._differentiable.apply(*arguments)
+            return self._registered(*arguments)
+        return self._run(*arguments) if direct else self._registered(*arguments)
+
+    def _require_normal(self, arguments: tuple[Any, ...]) -> None:
+        """Raise :class:`InputError` for a tensor that was made in inference mode: autograd could not keep it."""
+        for at, value in enumerate(arguments):
+            if isinstance(value, Tensor) and value.is_inference():
+                name = self._registered.default._schema.arguments[at].name
+                raise InputError(f"{name} was made in inference mode, so a call with gradients cannot take it: clone it.")
 
 
 _PLAIN = {int, float, bool, str, type(None)}

@@ -1,10 +1,14 @@
-"""Checks of plain numbers that callers give. A number is used exactly as it is given, or an error is raised."""
+"""Checks of plain values that callers give. A value is used exactly as it is given, or an error is raised."""
 
 from __future__ import annotations
 
+import math
 import operator
+import reprlib
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,20 +16,26 @@ from lares_fast._errors import InputError
 
 
 def whole(name: str, value: Any) -> int:
-    """Return ``value`` as an integer. Raises :class:`InputError` for anything else, such as 2.7, ``"2"`` or ``True``."""
+    """Return ``value`` as an integer. Raises :class:`InputError` for anything else, such as 2.7, ``"2"`` or ``True``.
+
+    It also raises it for an integer that does not fit into 64 bits.
+    """
     if isinstance(value, torch.SymInt):
         # A compiler traces with symbols instead of numbers.
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
-        raise InputError(f"{name} must be an integer, but got {_shown(value)}.")
+        raise InputError(f"{name} must be an integer, but got {shown(value)}.")
     try:
-        return operator.index(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{name} must be an integer, but got {_shown(value)}.") from None
+        found = operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} must be an integer, but got {shown(value)}.") from None
+    if not -(2**63) <= found < 2**64:
+        raise InputError(f"{name} must be an integer of 64 bits, but got {shown(value)}.")
+    return found
 
 
 def number(name: str, value: Any) -> float:
-    """Return ``value`` as a float. Raises :class:`InputError` for anything that is not a number.
+    """Return ``value`` as a float. Raises :class:`InputError` for anything that is not a finite number.
 
     A tensor that requires a gradient is not accepted, because it would get none.
     """
@@ -34,11 +44,33 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.requires_grad:
         raise InputError(f"{name} is a plain number and gets no gradient: give {name}.item(), or multiply by it outside.")
     try:
-        if isinstance(value, bool | str | bytes) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        if isinstance(value, bool | np.bool_ | str | bytes) or (isinstance(value, Tensor) and value.dtype == torch.bool):
             raise TypeError
-        return float(value)
+        found = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise InputError(f"{name} must be a number, but got {_shown(value)}.") from None
+        raise InputError(f"{name} must be a number, but got {shown(value)}.") from None
+    if not -math.inf < found < math.inf:
+        raise InputError(f"{name} must be a finite number, but got {found}.")
+    return found
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return ``value`` as a truth value. Raises :class:`InputError` for anything but true, false, 1 and 0."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    try:
+        if (found := operator.index(value)) in (0, 1):
+            return bool(found)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise InputError(f"{name} must be true or false, but got {shown(value)}.")
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """Return ``value``. Raises :class:`InputError` unless it is one of the texts ``allowed``."""
+    if not isinstance(value, str) or value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, but got {shown(value)}.")
+    return value
 
 
 def is_integer(tensor: Tensor) -> bool:
@@ -46,8 +78,22 @@ def is_integer(tensor: Tensor) -> bool:
     return not (tensor.dtype == torch.bool or tensor.dtype.is_floating_point or tensor.dtype.is_complex)
 
 
-def _shown(value: Any) -> str:
-    """Return a short description of ``value`` for an error message."""
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)}" if value.numel() != 1 else f"the tensor {value.item()}"
-    return repr(value)[:40]
+def shown(value: Any) -> str:
+    """Return a short text for ``value`` in a message. It is one line of printable characters, whatever ``value`` is."""
+    try:
+        if isinstance(value, Tensor):
+            one = value.numel() == 1 and value.device.type != "meta"
+            return f"the tensor {value.item()}" if one else f"a {value.dtype} tensor of shape {list(value.shape)}"
+        if isinstance(value, np.ndarray):
+            return f"a {value.dtype} array of shape {list(value.shape)}"
+        text = reprlib.repr(value)
+    except Exception:
+        # For example an integer with thousands of digits, a nested tensor, or an object that cannot print itself.
+        return f"a value of type {type(value).__name__}"
+    line = " ".join(text.split())
+    if not line.isprintable():
+        line = ascii(line)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+
+
+_LONGEST = 60

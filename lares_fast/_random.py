@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
+from lares_fast._numbers import shown, whole
 from lares_fast._transfer import to_device
 
 Key = tuple[int, int]
@@ -228,12 +229,18 @@ class Draw:
     def seed(self, device: torch.device) -> Tensor:
         """Return the key as an int64 tensor [1] on ``device``; a key that is such a tensor is returned as it is.
 
-        Raises :class:`InputError` for a tensor of another shape or dtype.
+        Raises :class:`InputError` for any other key.
         """
         if not isinstance(self.key, Tensor):
-            return seed_of(self.key, device)
-        if self.key.shape != (1,) or self.key.dtype != torch.int64:
-            raise InputError(f"draw.key must be two integers or int64 [1], but got {self.key.dtype} {list(self.key.shape)}.")
+            key = self.key
+            if not isinstance(key, tuple | list) or len(key) != 2:
+                raise InputError(f"draw.key must be two integers or int64 [1], but got {shown(key)}.")
+            words = whole("draw.key", key[0]), whole("draw.key", key[1])
+            if not all(0 <= word <= _WORD for word in words):
+                raise InputError(f"draw.key must hold integers in 0..2^32-1, but got {words[0]} and {words[1]}.")
+            return seed_of(words, device)
+        if self.key.is_nested or self.key.shape != (1,) or self.key.dtype != torch.int64 or self.key.device.type == "meta":
+            raise InputError(f"draw.key must be two integers or int64 [1], but got {shown(self.key)}.")
         return to_device(self.key, device)
 
     def generator(self) -> torch.Generator:

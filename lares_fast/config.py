@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -118,7 +117,6 @@ class LARESConfig:
             value = whole(name, value)
         elif kind.startswith("float"):
             value = number(name, value)
-            _check(math.isfinite(value), name, value, "finite")
         else:
             _check(
                 isinstance(value, bool if kind == "bool" else str),

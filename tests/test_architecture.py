@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "_files": {"_errors"},
     "_settings": {"_errors"},
     "_numbers": {"_errors"},
-    "_random": {"_errors", "_transfer"},
+    "_random": {"_errors", "_numbers", "_transfer"},
     "_transfer": set(),
     "_watch": set(),
     "_native": {"_errors", "_settings", "_random"},

@@ -97,7 +97,7 @@ def test_a_model_takes_whole_steps(steps):
     ("n_items", "60", "n_items must be an integer"),
     ("mean_depth", True, "mean_depth must be an integer"),
     ("tau", "0.07", "tau must be a number"),
-    ("tau", float("inf"), "tau must be finite"),
+    ("tau", float("inf"), "tau must be a finite number"),
     ("dropout", None, "dropout must be a number"),
     ("pad_in_softmax", "no", "pad_in_softmax must be true or false"),
     ("adapter", 3, "adapter must be text"),

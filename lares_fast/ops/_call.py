@@ -7,6 +7,9 @@ from typing import Any, ClassVar, NamedTuple, Self, get_args, get_origin, get_ty
 
 from torch import Tensor
 
+from lares_fast import _settings
+from lares_fast._numbers import choice
+
 # Python type of a field -> its type in a schema. Lists of tensors are left out, because an exported package cannot pass one.
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -34,8 +37,8 @@ class Call:
     """The arguments of one call. Every step from the public function to a backend passes this object on.
 
     The public function builds and checks the call. The operator takes :meth:`arguments` and builds the call again from them. A
-    backend reads the fields. The calls of the catalog ops check their fields in ``__post_init__``, so that no invalid call
-    exists.
+    backend reads the fields. ``__post_init__`` checks the name of the backend. The calls of the catalog ops check all of their
+    fields there, so that no invalid call exists.
 
     A subclass lists the arguments as fields, with the names and the order of the public function, and ``backend`` is among
     them. A field has one of the types in ``_SCHEMA_TYPES``, or it is a group: a named tuple of tensors, or ``None``. A group
@@ -49,6 +52,10 @@ class Call:
     # The name of each field and the number of its members, which is 0 unless it is a group. :meth:`arguments` reads only these
     # constants, so that a compiler can trace it.
     _sizes: ClassVar[tuple[tuple[str, int], ...]]
+
+    def __post_init__(self) -> None:
+        if (backend := getattr(self, "backend", None)) is not None:
+            choice("backend", backend, _settings.BACKENDS)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

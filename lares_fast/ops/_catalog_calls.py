@@ -16,9 +16,17 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import number, whole
+from lares_fast._numbers import choice, flag, number, shown, whole
 from lares_fast.ops._call import Call
-from lares_fast.ops._catalog_checks import ExcludeLists, check_dense, check_exclude, check_ids, check_index, checked_exclude
+from lares_fast.ops._catalog_checks import (
+    ExcludeLists,
+    check_dense,
+    check_exclude,
+    check_floats,
+    check_ids,
+    check_index,
+    checked_exclude,
+)
 
 TIES = ("order", "strict")
 _LOWEST_SCALE, _HIGHEST_SCALE = 2.0**-100, 2.0**100
@@ -53,17 +61,17 @@ class CatalogCall(Call):
     backend: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         query, items, bias = self.query, self.items, self.bias
         check_dense("query", query)
         check_dense("items", items)
-        if query.dim() != 2 or not query.dtype.is_floating_point:
-            raise InputError(f"query must be a floating-point [B, D], but got {query.dtype} {list(query.shape)}.")
+        check_floats("query", query, 2, "[B, D]")
         if items.dim() != 2 or items.shape[1] != query.shape[1]:
             raise InputError(f"items must be [N, {query.shape[1]}] like query, but got {list(items.shape)}.")
         _check_like(query, "query", "items", items, items.shape)
         if bias is not None:
             check_dense("bias", bias)
-            _check_like(query, "query", "bias", bias, items.shape[:1])
+            _check_like(query, "query and items", "bias", bias, items.shape[:1])
         if self.exclude is not None:
             object.__setattr__(self, "exclude", check_exclude(self.exclude, query))
 
@@ -89,7 +97,10 @@ class TopkCall(CatalogCall):
         if not 1 <= self.k <= self.items.shape[0]:
             raise InputError(f"k must be in 1..{self.items.shape[0]}, the number of items, but got {self.k}.")
         if self.index is not None and not isinstance(self.index, IndexTables):
-            object.__setattr__(self, "index", self.index.tables(self.items))
+            tables = getattr(self.index, "tables", None)
+            if not callable(tables):
+                raise InputError(f"index must be a CatalogIndex, but got {shown(self.index)}.")
+            object.__setattr__(self, "index", tables(self.items))
 
 
 @dataclass(frozen=True)
@@ -133,14 +144,14 @@ class SoftmaxCall(Call):
     backend: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         hidden, items, target = self.hidden, self.items, self.target
         object.__setattr__(self, "scale", number("scale", self.scale))
-        object.__setattr__(self, "skip_pad", bool(self.skip_pad))
-        object.__setattr__(self, "bf16", bool(self.bf16))
+        object.__setattr__(self, "skip_pad", flag("skip_pad", self.skip_pad))
+        object.__setattr__(self, "bf16", flag("bf16", self.bf16))
         for name, value in (("hidden", hidden), ("items", items), ("target", target)):
             check_dense(name, value)
-        if hidden.dim() < 1 or not hidden.dtype.is_floating_point:
-            raise InputError(f"hidden must be a floating-point [..., D], but got {hidden.dtype} {list(hidden.shape)}.")
+        check_floats("hidden", hidden, max(1, hidden.dim()), "[..., D]")
         D = hidden.shape[-1]
         batched = items.dim() == 3 and items.shape[0] == hidden.shape[0] and hidden.dim() == 3
         if not (batched or items.dim() == 2) or items.shape[-1] != D or items.shape[-2] < 1 + self.skip_pad:
@@ -200,14 +211,18 @@ class LogprobCall(SoftmaxCall):
         """Return the call with hidden [M, D] and target [M], or the call itself if it has J catalogs."""
         if self.hidden.dim() == 2 or self.items.dim() == 3:
             return self
-        return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1]), target=self.target.reshape(-1))
+        return replace(self, hidden=self._flat_hidden(), target=self.target.reshape(-1))
+
+    def _flat_hidden(self) -> Tensor:
+        # With -1 for the number of rows, PyTorch could not tell it if D is 0.
+        return self.hidden.reshape(self.target.numel(), self.hidden.shape[-1])
 
     def parts(self) -> Iterator[tuple[slice, Self]]:
         """Yield the calls of parts of the rows, and the place of each part among all rows.
 
         A part has one catalog, and either all of its rows get a rank or none.
         """
-        hidden, target = self.hidden.reshape(-1, self.hidden.shape[-1]), self.target.reshape(-1)
+        hidden, target = self._flat_hidden(), self.target.reshape(-1)
         count, counted = len(target), self.counted()
         size = self.target.shape[-1] if self.items.dim() == 3 else count
         for start, end in pairwise(sorted({counted, *range(0, count + 1, max(1, size))})):
@@ -249,8 +264,7 @@ class LogprobBackwardCall(SoftmaxCall):
 
 def check_ties(ties: object) -> None:
     """Raise :class:`InputError` unless ``ties`` is one of ``TIES``."""
-    if ties not in TIES:
-        raise InputError(f"ties must be one of {', '.join(TIES)}, but got {ties!r}.")
+    choice("ties", ties, TIES)
 
 
 def _check_like(model: Tensor, model_name: str, name: str, value: Tensor, shape: torch.Size) -> None:

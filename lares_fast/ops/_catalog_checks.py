@@ -1,4 +1,4 @@
-"""Checks that several ops share. No check reads values on a GPU, because the CPU would have to wait for the GPU."""
+"""Checks of arguments that several ops share. No check reads values on a GPU, because the CPU would have to wait for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import Tensor
 
 from lares_fast import _native
 from lares_fast._errors import InputError
+from lares_fast._numbers import shown
+from lares_fast._random import Draw
+
+# The dtypes in which ops compute.
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class ExcludeLists(NamedTuple):
@@ -19,10 +24,41 @@ class ExcludeLists(NamedTuple):
 
 
 def check_dense(name: str, value: object) -> None:
-    """Raise :class:`InputError` unless ``value`` is a dense tensor, which means that its layout has strides."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        got = value.layout if isinstance(value, Tensor) else type(value).__name__
+    """Raise :class:`InputError` unless ``value`` is a dense tensor with values: its layout has strides, and it is not meta."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a dense tensor, but got {shown(value)}.")
+    if value.layout != torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else f"the layout {value.layout}"
         raise InputError(f"{name} must be a dense tensor, but got {got}.")
+    if value.device.type == "meta":
+        raise InputError(f"{name} must be a tensor with values, but is on the device meta, which has none.")
+
+
+def check_floats(name: str, value: Tensor, dims: int, shape: str) -> None:
+    """Raise :class:`InputError` unless ``value``, a dense tensor, has ``dims`` dimensions and one of :data:`DTYPES`.
+
+    ``shape`` describes the dimensions.
+    """
+    if value.dim() != dims or value.dtype not in DTYPES:
+        raise InputError(f"{name} must be a floating-point {shape} of 16, 32 or 64 bits, but got {shown(value)}.")
+
+
+def check_draw(draw: object, batch: int, device: torch.device, *, or_cpu: bool = False) -> Draw:
+    """Return ``draw``. Raises :class:`InputError` unless it is a draw for ``batch`` sequences on ``device``.
+
+    With ``or_cpu`` its rows may also be on the CPU. Its key is checked when it is used.
+    """
+    if not isinstance(draw, Draw):
+        raise InputError(f"draw must be a Draw, but got {shown(draw)}.")
+    check_dense("draw.rows", draw.rows)
+    rows = draw.rows
+    there = rows.device == device or (or_cpu and rows.device.type == "cpu")
+    if rows.shape != (batch,) or rows.dtype != torch.int64 or not there:
+        raise InputError(
+            f"draw.rows must be torch.int64 [{batch}] on {device}, one for each sequence of offsets, "
+            f"but got {rows.dtype} {list(rows.shape)} on {rows.device}."
+        )
+    return draw
 
 
 def check_index(name: str, value: Tensor, query: Tensor) -> None:
@@ -47,12 +83,14 @@ def check_ids(name: str, ids: Tensor, first: int, count: int) -> None:
 def check_exclude(exclude: object, query: Tensor) -> ExcludeLists:
     """Return ``exclude`` as lists for ``query`` [B, D]. Raises :class:`InputError` if a shape, dtype or device is wrong."""
     if not (isinstance(exclude, tuple | list) and len(exclude) == 2):
-        raise InputError(f"exclude must be a pair (offsets [B + 1], ids [E]), but got {type(exclude).__name__}.")
+        raise InputError(f"exclude must be a pair (offsets [B + 1], ids [E]), but got {shown(exclude)}.")
     offsets, ids = exclude
     check_index("exclude offsets", offsets, query)
     check_index("exclude ids", ids, query)
     if offsets.shape[0] != query.shape[0] + 1:
-        raise InputError(f"exclude offsets must have B + 1 = {query.shape[0] + 1} entries, but got {offsets.shape[0]}.")
+        raise InputError(
+            f"exclude offsets must have B + 1 = {query.shape[0] + 1} entries for query, but got {offsets.shape[0]}."
+        )
     return ExcludeLists(offsets, ids)
 
 

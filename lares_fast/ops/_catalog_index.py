@@ -34,8 +34,9 @@ class CatalogIndex:
     def __init__(self, items: Tensor) -> None:
         check_dense("items", items)
         fits = items.dim() == 2 and items.dtype == torch.float32 and items.device.type == "cpu" and items.is_contiguous()
-        if not fits or items.is_inference():
+        if not fits or items.is_inference() or items.is_neg():
             kind = "an inference tensor" if items.is_inference() else f"{items.dtype} {list(items.shape)} on {items.device}"
+            kind = "a negated view" if items.is_neg() else kind
             raise InputError(f"items must be a contiguous torch.float32 [N, D] on the CPU that tracks changes, but got {kind}.")
         # The index keeps the tensor, so that no other tensor can be allocated at its address.
         self._items = items.detach()

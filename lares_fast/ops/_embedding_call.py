@@ -11,7 +11,7 @@ from torch import Tensor
 from lares_fast._errors import InputError
 from lares_fast._random import Draw, drop_threshold
 from lares_fast.ops._call import Call
-from lares_fast.ops._catalog_checks import check_dense
+from lares_fast.ops._catalog_checks import check_dense, check_floats
 from lares_fast.reference.embedding import Saved, Tables
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -61,8 +61,9 @@ def check(call: EmbeddingCall) -> None:
     table = call.item_table
     for name in ("items", "offsets", "item_table", "position_table", "weight", "bias"):
         check_dense(name, getattr(call, name))
-    if table.dim() != 2 or not table.numel() or not table.dtype.is_floating_point:
-        raise InputError(f"item_table must be a floating-point [N, D], not empty, but got {table.dtype} {list(table.shape)}.")
+    check_floats("item_table", table, 2, "[N, D]")
+    if not table.numel():
+        raise InputError(f"item_table must not be empty, but is {list(table.shape)}.")
     for name, wanted in (("items", "[P]"), ("offsets", "[S + 1]")):
         index = getattr(call, name)
         if index.dim() != 1 or index.dtype != torch.int64 or index.device != table.device:
@@ -85,5 +86,7 @@ def check(call: EmbeddingCall) -> None:
                 f"{name} must be {table.dtype} {list(shape)} on {table.device} like item_table, "
                 f"but got {x.dtype} {list(x.shape)} on {x.device}."
             )
+    if call.eps < 0:
+        raise InputError(f"eps must be at least 0, but got {call.eps}.")
     if not 0 <= call.dropout < 1:
         raise InputError(f"dropout must be at least 0 and less than 1, but got {call.dropout}.")

@@ -12,7 +12,10 @@ from lares_fast._errors import InputError
 from lares_fast._numbers import number, whole
 from lares_fast._random import Draw
 from lares_fast.ops._call import Call
-from lares_fast.ops._catalog_checks import check_dense
+from lares_fast.ops._catalog_checks import check_dense, check_draw
+
+# A larger result fits into no memory, and its size in bytes must fit into 64 bits.
+_MOST_NUMBERS = 2**48
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,17 @@ def build_call(
     draw: Draw, offsets: Tensor, n_tokens: int, width: int, *, std: float = 1.0, backend: str | None = None
 ) -> InitialStateCall:
     """Build and check the call that the arguments of :func:`lares_fast.ops.initial_state` describe."""
-    for name, value in (("offsets", offsets), ("draw.rows", draw.rows)):
-        check_dense(name, value)
-        if value.dim() != 1 or value.dtype != torch.int64 or value.device != offsets.device:
-            raise InputError(
-                f"{name} must be 1-D torch.int64 on {offsets.device}, "
-                f"but got {value.dtype} {list(value.shape)} on {value.device}."
-            )
-    if not len(offsets):
-        raise InputError("offsets must have S + 1 entries, but are empty.")
-    if len(draw.rows) != len(offsets) - 1:
-        raise InputError(f"draw.rows must be [{len(offsets) - 1}], one for each sequence, but got {list(draw.rows.shape)}.")
+    check_dense("offsets", offsets)
+    if offsets.dim() != 1 or not len(offsets) or offsets.dtype != torch.int64:
+        raise InputError(f"offsets must be torch.int64 [S + 1], but got {offsets.dtype} {list(offsets.shape)}.")
+    check_draw(draw, len(offsets) - 1, offsets.device)
     n_tokens, width = whole("n_tokens", n_tokens), whole("width", width)
     if n_tokens < 0:
         raise InputError(f"n_tokens must be at least 0, but got {n_tokens}.")
     if width < 1:
         raise InputError(f"width must be at least 1, but got {width}.")
+    if n_tokens * width > _MOST_NUMBERS:
+        raise InputError(f"n_tokens times width must be at most 2^48, but got {n_tokens} and {width}.")
     return InitialStateCall(
         offsets=offsets,
         rows=draw.rows,

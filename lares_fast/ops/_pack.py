@@ -8,7 +8,10 @@ import warnings
 import torch
 from torch import Tensor
 
+from lares_fast._errors import InputError
+from lares_fast._numbers import shown, whole
 from lares_fast.ops import _triton
+from lares_fast.ops._catalog_checks import check_dense
 
 
 def pack(log: Tensor, starts: Tensor, offsets: Tensor, n_tokens: int, n_targets: int) -> tuple[Tensor, Tensor]:
@@ -18,7 +21,10 @@ def pack(log: Tensor, starts: Tensor, offsets: Tensor, n_tokens: int, n_targets:
     ``offsets[s + 1] - 1`` of the batch. ``starts`` [S] and ``offsets`` [S + 1] are int64 on the device of ``log``. ``n_tokens``
     is P, and ``n_targets`` is B. The host does not wait for the device, so the values are not checked. A place outside of the
     log gives its first or its last item.
+
+    Raises :class:`InputError` for a wrong type, shape, dtype or device.
     """
+    _check(log, starts, offsets, n_tokens, n_targets)
     if _triton.obstacle(log) is None and (log.device.type != "cuda" or _kernel_is_right(log.device)):
         items, targets = _triton.kernels("_pack").packed(log, starts, offsets, n_tokens, n_targets)
         return items, targets
@@ -41,6 +47,20 @@ def _kernel_is_right(device: torch.device) -> bool:
         text = f"the kernel that packs batches failed its check on {device}, so PyTorch packs them, which is slower."
         warnings.warn(text, stacklevel=3)
     return right
+
+
+def _check(log: Tensor, starts: Tensor, offsets: Tensor, n_tokens: int, n_targets: int) -> None:
+    for name, value, dtype in (("log", log, torch.int32), ("starts", starts, torch.int64), ("offsets", offsets, torch.int64)):
+        check_dense(name, value)
+        if value.dim() != 1 or value.dtype != dtype or value.device != log.device:
+            raise InputError(f"{name} must be {dtype} [...] on the device of log, but is {shown(value)} on {value.device}.")
+    if len(offsets) != len(starts) + 1:
+        raise InputError(f"offsets must have an entry more than starts, but have {len(offsets)} for {len(starts)} starts.")
+    for name, number, most in (("n_tokens", n_tokens, 2**48 * (len(starts) > 0)), ("n_targets", n_targets, len(starts))):
+        if not 0 <= whole(name, number) <= most:
+            raise InputError(f"{name} must be in 0..{most} for {len(starts)} starts, but got {number}.")
+    if not len(log) and (n_tokens or n_targets):
+        raise InputError("log must hold an item, but is empty.")
 
 
 def pack_by_torch(log: Tensor, starts: Tensor, offsets: Tensor, n_tokens: int, n_targets: int) -> tuple[Tensor, Tensor]:

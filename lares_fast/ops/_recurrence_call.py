@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
+from lares_fast._numbers import choice
 from lares_fast._random import MOST_STEPS, Draw, drop_threshold, key_of
 from lares_fast.ops._call import Call
+from lares_fast.ops._catalog_checks import check_dense
 from lares_fast.reference.weights import WeightLayout, layout_of
 
 OUTPUTS = ("last", "steps", "tokens")
@@ -116,16 +118,12 @@ def check(call: RecurrenceCall) -> None:
     The public function has checked ``h`` and the weights before.
     """
     h, offsets = call.h, call.offsets
-    if call.output not in OUTPUTS:
-        raise InputError(f"output must be one of {', '.join(OUTPUTS)}, but got {call.output!r}.")
+    choice("output", call.output, OUTPUTS)
     if call.n_heads < 1 or call.width % call.n_heads:
         raise InputError(f"n_heads must divide the width of h, {call.width}, but got {call.n_heads}.")
     for name, rate in (("dropout", call.dropout), ("attention_dropout", call.attention_dropout)):
         if not 0 <= rate < 1:
             raise InputError(f"{name} must be in [0, 1), but got {rate}.")
-    check_integers("offsets", offsets, None)
-    if not len(offsets):
-        raise InputError("offsets must have B + 1 entries, but are empty.")
     if offsets.device != h.device:
         raise InputError(f"offsets must be on {h.device} like h, but are on {offsets.device}.")
     if call.depth is not None:
@@ -137,8 +135,10 @@ def check(call: RecurrenceCall) -> None:
             raise InputError(f"deepest must be at least 1 and at most {MOST_STEPS:,}, but got {call.deepest}.")
         if call.steps > call.deepest:
             raise InputError(f"deepest must be at least every depth, up to {call.steps}, but got {call.deepest}.")
-    if call.rows is not None:
-        check_integers("draw.rows", call.rows, call)
+    if call.eps < 0:
+        raise InputError(f"eps must be at least 0, but got {call.eps}.")
+    if call.longest is not None and not 1 <= call.longest < 2**63:
+        raise InputError(f"longest must be at least 1 and an integer of 64 bits, but got {call.longest}.")
     if call.pre is not None:
         check_like_h("pre", call.pre, tuple(h.shape), h)
 
@@ -149,8 +149,9 @@ def check_integers(name: str, vector: Tensor, call: RecurrenceCall | None) -> No
     Without ``call`` neither the number of entries nor the device is checked.
     """
     wanted = "[B + 1]" if call is None else f"[{call.batch}] as offsets say"
-    if not isinstance(vector, Tensor):
-        raise InputError(f"{name} must be int64 {wanted}, but got {type(vector).__name__}.")
+    check_dense(name, vector)
+    if call is None and not vector.numel():
+        raise InputError(f"{name} must have B + 1 entries, but are empty.")
     if vector.dim() != 1 or vector.dtype != torch.int64 or (call is not None and len(vector) != call.batch):
         raise InputError(f"{name} must be int64 {wanted}, but got {vector.dtype} {list(vector.shape)}.")
     if call is not None and vector.device not in (call.h.device, _CPU):

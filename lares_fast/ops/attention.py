@@ -17,7 +17,7 @@ from lares_fast._numbers import number, whole
 from lares_fast._random import Draw, drop_threshold, key_of
 from lares_fast.ops import _triton
 from lares_fast.ops._call import Call
-from lares_fast.ops._catalog_checks import check_dense
+from lares_fast.ops._catalog_checks import check_dense, check_draw, check_floats
 from lares_fast.reference.attention import packed_attention_backward, packed_logsumexp
 
 LONGEST = 512
@@ -124,11 +124,7 @@ def _call(
     _check(call)
     if draw is None:
         return call
-    if draw.rows.shape != (len(offsets) - 1,) or draw.rows.device != query.device:
-        raise InputError(
-            f"draw.rows must be [{len(offsets) - 1}] on {query.device}, one for each sequence, "
-            f"but got {list(draw.rows.shape)} on {draw.rows.device}."
-        )
+    check_draw(draw, len(offsets) - 1, query.device)
     return replace(call, rows=draw.rows, seed=draw.seed(query.device)) if drop_threshold(call.dropout) else call
 
 
@@ -141,8 +137,7 @@ def _check(call: AttentionCall) -> None:
     query, offsets = call.query, call.offsets
     for name in ("query", "key", "value", "offsets"):
         check_dense(name, getattr(call, name))
-    if query.dim() != 3 or not query.dtype.is_floating_point:
-        raise InputError(f"query must be a floating-point [P, H, D/H], but got {query.dtype} {list(query.shape)}.")
+    check_floats("query", query, 3, "[P, H, D/H]")
     for name, x in (("key", call.key), ("value", call.value)):
         if x.shape != query.shape or x.dtype != query.dtype or x.device != query.device:
             raise InputError(
@@ -156,8 +151,8 @@ def _check(call: AttentionCall) -> None:
         )
     if len(query) and len(offsets) < 2:
         raise InputError(f"offsets must rise from 0 to {len(query)}, the rows of query, but there is only one offset.")
-    if call.longest < 1:
-        raise InputError(f"longest must be at least 1, but got {call.longest}.")
+    if not 1 <= call.longest < 2**63:
+        raise InputError(f"longest must be at least 1 and an integer of 64 bits, but got {call.longest}.")
     if not 0 <= call.dropout < 1:
         raise InputError(f"dropout must be at least 0 and less than 1, but got {call.dropout}.")
     for name, part in (("step", call.step), ("layer", call.layer)):

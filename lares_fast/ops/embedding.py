@@ -17,7 +17,7 @@ from lares_fast._library import no_gradient, register_op
 from lares_fast._numbers import number
 from lares_fast._random import Draw, drop_threshold, keep_hidden_at
 from lares_fast.ops import _embedding_torch, _embedding_triton
-from lares_fast.ops._catalog_checks import check_ids
+from lares_fast.ops._catalog_checks import check_draw, check_ids
 from lares_fast.ops._embedding_call import EmbeddingCall, Gradients, check
 from lares_fast.reference.embedding import Saved, Tables
 
@@ -100,11 +100,7 @@ def _call(items: Tensor, offsets: Tensor, tables: Tables, options: Mapping[str, 
     check(call)
     if draw is None:
         return call
-    if draw.rows.shape != (len(offsets) - 1,) or draw.rows.dtype != torch.int64 or draw.rows.device != items.device:
-        raise InputError(
-            f"draw.rows must be torch.int64 [{len(offsets) - 1}] on {items.device}, one for each sequence, "
-            f"but got {draw.rows.dtype} {list(draw.rows.shape)} on {draw.rows.device}."
-        )
+    check_draw(draw, len(offsets) - 1, items.device)
     return replace(call, rows=draw.rows, seed=draw.seed(items.device)) if drop_threshold(call.dropout) else call
 
 

@@ -13,12 +13,12 @@ from lares_fast import reference
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import Once, register_op
-from lares_fast._numbers import number, whole
+from lares_fast._numbers import choice, flag, number, shown, whole
 from lares_fast._random import Draw, drop_threshold
 from lares_fast.config import ADAPTERS
 from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton, _triton
-from lares_fast.ops._catalog_checks import check_dense
-from lares_fast.ops._recurrence_call import BACKENDS, RecurrenceCall, check, check_like_h, check_values
+from lares_fast.ops._catalog_checks import check_dense, check_draw, check_floats
+from lares_fast.ops._recurrence_call import BACKENDS, RecurrenceCall, check, check_integers, check_like_h, check_values
 from lares_fast.reference.weights import WeightLayout
 
 
@@ -106,8 +106,9 @@ def _call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], options: Mappin
     attention_dropout = dropout if attention_dropout is None else number("attention_dropout", attention_dropout)
     longest, deepest = (None if (x := options[name]) is None else whole(name, x) for name in ("longest", "deepest"))
     layout = _checked_layout(h, pre, weights, options["adapter"])
+    check_integers("offsets", offsets, None)
+    rows = None if draw is None else check_draw(draw, len(offsets) - 1, h.device, or_cpu=True).rows
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (h, pre, *weights) if x is not None)
-    rows = None if draw is None else draw.rows
     call = RecurrenceCall(
         h=h,
         pre=pre,
@@ -127,7 +128,7 @@ def _call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], options: Mappin
         eps=number("eps", options["eps"]),
         longest=longest,
         deepest=deepest,
-        bf16=options["bf16"],
+        bf16=flag("bf16", options["bf16"]),
         keep=keep,
         backend=options["backend"],
     )
@@ -140,14 +141,13 @@ def _checked_layout(h: Tensor, pre: Tensor | None, weights: Sequence[Tensor], ad
     """Check ``h``, ``pre`` and the weights. Return the layout of the weights."""
     for name, value in (("h", h), *(("pre", x) for x in (pre,) if x is not None)):
         check_dense(name, value)
-    if h.dim() != 2 or not h.dtype.is_floating_point:
-        raise InputError(f"h must be a floating-point [P, D], but got {h.dtype} {list(h.shape)}.")
-    if pre is not None and adapter not in ADAPTERS:
-        raise InputError(f"adapter must be one of {', '.join(ADAPTERS)}, but got {adapter!r}.")
-    # There are many weights, so a weight is checked in full only if a quick check fails.
+    check_floats("h", h, 2, "[P, D]")
+    if pre is not None:
+        choice("adapter", adapter, ADAPTERS)
+    if not isinstance(weights, list | tuple):
+        raise InputError(f"weights must be a list of tensors, but got {shown(weights)}.")
     for weight in weights:
-        if not isinstance(weight, Tensor) or weight.layout != torch.strided:
-            check_dense("weights", weight)
+        check_dense("weights", weight)
     layout = WeightLayout.of(weights, "none" if pre is None else adapter, h.shape[1])
     dtype, device = h.dtype, h.device
     for (name, shape), weight in zip(layout.shapes.items(), weights, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lares_fast._errors import InputError
+from lares_fast._numbers import choice
 from lares_fast.reference.target_rank import outranking
 from lares_fast.sequences import PAD
 
@@ -61,5 +61,4 @@ def reduced(loss: Tensor, reduction: str) -> Tensor:
 
 def check_reduction(reduction: str) -> None:
     """Raise :class:`InputError` unless ``reduction`` is one of ``REDUCTIONS``."""
-    if reduction not in REDUCTIONS:
-        raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, but got {reduction!r}.")
+    choice("reduction", reduction, REDUCTIONS)

@@ -264,7 +264,7 @@ def test_is_differentiated_once():
     ({"longest": 5}, "by at most longest = 5"),
     ({"longest": 0}, "longest must be at least 1"),
     ({"dropout": 1.0}, "dropout must be at least 0 and less than 1"),
-    ({"draw": Draw(KEY, torch.arange(2))}, r"draw.rows must be \[1\]"),
+    ({"draw": Draw(KEY, torch.arange(2))}, r"draw.rows must be torch.int64 \[1\]"),
     ({"backend": "fast"}, "backend must be one of"),
 ])  # fmt: skip
 def test_bad_arguments(change, message):

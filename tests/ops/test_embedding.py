@@ -347,7 +347,7 @@ def test_is_differentiated_once():
     ({"position_table": torch.ones(0, 8)}, "position_table must be .* with L at least 1"),
     ({"position_table": torch.ones(6, 7)}, "position_table must be torch.float32"),
     ({"item_table": torch.ones(N, 8, dtype=torch.int64)}, "item_table must be a floating-point"),
-    ({"item_table": torch.ones(0, 8)}, "item_table must be a floating-point .* not empty"),
+    ({"item_table": torch.ones(0, 8)}, "item_table must not be empty"),
     ({"weight": torch.ones(8).double()}, "weight must be torch.float32"),
     ({"bias": torch.ones(9)}, "bias must be torch.float32"),
     ({"dropout": 1.0}, "dropout must be at least 0 and less than 1"),

@@ -1,0 +1,61 @@
+"""Call the ops with random arguments, valid and not valid, and compare the outcome with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+
+from tests.reliability.counts import Counts
+from tests.reliability.fuzzing import outcomes
+from tests.reliability.fuzzing.children import run_child
+from tests.reliability.fuzzing.op_examples import OPS, calls
+from tests.reliability.fuzzing.values import Example
+
+# The number of examples of each kind in the long form.
+LONG = {
+    "topk": 45_000,
+    "target_rank": 35_000,
+    "softmax": 40_000,
+    "attention": 20_000,
+    "embedding": 20_000,
+    "initial_state": 20_000,
+    "recurrence": 12_000,
+    "pack": 8_000,
+    "CatalogIndex": 5_000,
+}
+# The examples of one child process. Hypothesis remembers all examples of a run, so a run must end at some time.
+BATCH = 2500
+
+
+def examples(what: str, seed: int, number: int, watch: Callable[[Any], None]) -> None:
+    """Call ``watch`` with ``number`` random examples of ``what``. Equal arguments give equal examples."""
+
+    @seeded(seed)
+    @settings(
+        max_examples=number, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(calls(what))
+    def each(example: Example) -> None:
+        watch(example)
+
+    each()
+
+
+fault = outcomes.fault
+
+
+def measure(counts: Counts) -> None:
+    """Count the examples of every op."""
+    for what, number in LONG.items():
+        goal = number // 1000 if counts.quick else number
+        for seed in range(0, goal, BATCH):
+            tried, faults = run_child(__name__, what, seed, min(BATCH, goal - seed))
+            counts.tried(what, tried, goal=goal)
+            for example, found in faults:
+                counts.failed(what, f"{example}: {found}", lost="raised" not in found and "message" not in found)
+
+
+__all__ = ["OPS", "examples", "fault", "measure"]

@@ -1,0 +1,193 @@
+"""Run random calls of the ops, and compare what they do with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lares_fast import ops
+from lares_fast._errors import BackendError, LaresFastError
+from lares_fast.ops._pack import pack
+from lares_fast.verify.tolerance import ROUNDING, judge
+from tests.reliability.fuzzing.values import Example, Floats
+
+_LONGEST_MESSAGE = 700
+
+# The functions, and the arguments of each whose gradients are compared.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(ops, name) for name in ops.__all__ if name not in ("backend", "explain")
+}
+FUNCTIONS["pack"] = pack
+DIFFERENTIABLE = {
+    "linear_cross_entropy": ("hidden", "items"),
+    "target_logprob": ("hidden", "items"),
+    "target_logprob_and_rank": ("hidden", "items"),
+    "attention": ("query", "key", "value"),
+    "embedding": ("item_table", "position_table", "weight", "bias"),
+    "recurrence": ("h", "pre", "weights"),
+}
+
+
+def sentence_fault(text: str) -> str | None:
+    """Return what keeps ``text`` from being one printable sentence of a reasonable length, or ``None``."""
+    if not text.endswith(".") or len(text) > _LONGEST_MESSAGE or not text.isprintable():
+        return f"the message is not one sentence: {text[:300]!r}"
+    return None
+
+
+def fault(example: Example) -> str | None:
+    """Run the call, and return what is wrong with its outcome, or ``None``."""
+    try:
+        result = run(example)
+    except LaresFastError as error:
+        return _error_fault(example, error)
+    except Exception as error:
+        return f"raised {type(error).__name__}: {str(error)[:200]!r}"
+    if example.refused:
+        return "accepted an argument that must be refused"
+    return _difference(example, result)
+
+
+def _error_fault(example: Example, error: LaresFastError) -> str | None:
+    message = str(error)
+    if (found := sentence_fault(message)) is not None:
+        return found
+    if example.right and not isinstance(error, BackendError) and "inference mode" not in message:
+        return f"refused a valid call: {message}"
+    if not isinstance(error, BackendError) and not any(name in message for name in (*example.arguments, "index")):
+        return f"the message names no argument: {message}"
+    return None
+
+
+class Result:
+    """The tensors that a call returns, and the gradients of its arguments."""
+
+    def __init__(self, found: Any, gradients: Mapping[str, Tensor]) -> None:
+        values = {f"result {at}": x for at, x in enumerate(found if isinstance(found, tuple) else (found,))}
+        tensors = {name: x.detach() for name, x in values.items() if isinstance(x, Tensor)}
+        self.forward = {name: x for name, x in tensors.items() if x.dtype.is_floating_point}
+        self.exact = {name: x for name, x in tensors.items() if not x.dtype.is_floating_point}
+        self.gradients = dict(gradients)
+
+
+def run(example: Example, dtype: str | None = None, **changes: Any) -> Result:
+    """Return what the call returns, in ``dtype`` if it is given, with ``changes`` of its arguments."""
+    arguments = example.make(dtype)
+    _add_index(example, arguments)
+    arguments |= changes
+    leaves = _leaves(example, arguments)
+    found = FUNCTIONS[example.name](**arguments)
+    if not leaves:
+        return Result(found, {})
+    out = found[0] if isinstance(found, tuple) else found
+    if not out.requires_grad:
+        return Result(found, {})
+    seed = torch.Generator().manual_seed(len(str(example.name)) + out.numel())
+    upstream = torch.randn(out.shape, generator=seed, dtype=torch.float32)
+    rounded = upstream.to(getattr(torch, _dtype(example))).to(out.dtype)
+    grads = torch.autograd.grad(out, list(leaves.values()), rounded, allow_unused=True)
+    return Result(found, {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None})
+
+
+def _dtype(example: Example) -> str:
+    return next((value.dtype for value in example.arguments.values() if isinstance(value, Floats)), "float32")
+
+
+def _add_index(example: Example, arguments: dict[str, Any]) -> None:
+    kind = example.notes.get("index")
+    if kind is None or not isinstance(arguments.get("items"), Tensor) or arguments["items"].dtype != torch.float32:
+        return
+    items = arguments["items"]
+    arguments["index"] = ops.CatalogIndex(items.clone() if kind == "other" else items)
+    if kind == "stale":
+        items.add_(1)
+
+
+def _leaves(example: Example, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Ask for the gradients of the arguments in every second valid call, and return these by name."""
+    if not example.right or (hash_of := sum(map(ord, str(example)))) % 2:
+        return {}
+    leaves: dict[str, Tensor] = {}
+    for name in DIFFERENTIABLE.get(example.name, ()):
+        value = arguments.get(name)
+        found = {f"{name}[{i}]": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
+        for part, x in found.items():
+            # Some of the arguments have no gradient.
+            if isinstance(x, Tensor) and not x.is_inference() and (hash_of := hash_of * 7 // 3 + 1) % 5:
+                leaves[part] = x.requires_grad_() if x.is_leaf else x
+    return leaves
+
+
+def _difference(example: Example, result: Result) -> str | None:
+    """Return how ``result`` differs from the results of the reference, or ``None``."""
+    if "backend" not in example.arguments:
+        return None
+    try:
+        twin = run(example, backend="reference", **({"index": None} if "index" in example.notes else {}))
+    except Exception as error:
+        return f"the reference raised {type(error).__name__} where the call gave a result: {str(error)[:200]!r}"
+    for name in twin.exact:
+        if not torch.equal(result.exact[name], twin.exact[name]) and (why := _inexact(example, name, result, twin)):
+            return why
+    for kind in ("forward", "gradients"):
+        found, expected = getattr(result, kind), getattr(twin, kind)
+        if found.keys() != expected.keys():
+            return f"{kind} of {sorted(found)} instead of {sorted(expected)}"
+        if all(_same(found[name], expected[name]) for name in found):
+            continue
+        if (why := _out_of_tolerance(example, kind, found, expected)) is not None:
+            return why
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _nearly(x: Tensor, truth: Tensor) -> bool:
+    """Return whether ``x`` differs from ``truth`` by no more than a few of the smallest normal numbers."""
+    return not x.numel() or bool((x.double() - truth).abs().max() <= 4 * torch.finfo(x.dtype).smallest_normal)
+
+
+def _inexact(example: Example, name: str, result: Result, twin: Result) -> str | None:
+    """Return how integers differ. Where sums are rounded, two backends may order nearly equal scores in two ways."""
+    fills = {value.fill for value in example.arguments.values() if isinstance(value, Floats)}
+    if result.exact[name].shape != twin.exact[name].shape or not fills & {"normal", "equal", "huge", "tiny"}:
+        return f"{name} differs: {result.exact[name].flatten()[:20].tolist()} instead of {twin.exact[name].flatten()[:20].tolist()}"
+    return None if example.name == "topk" else _rank_fault(example, name, result, twin)
+
+
+def _rank_fault(example: Example, name: str, result: Result, twin: Result) -> str | None:
+    truth = run(example, "float64", backend="reference")
+    off = (result.exact[name] - truth.exact[name]).abs().max(), (twin.exact[name] - truth.exact[name]).abs().max()
+    if int(off[0]) > 2 * int(off[1]) + 3:
+        return f"{name} differs from fp64 by {int(off[0])} places, and the reference by {int(off[1])}"
+    return None
+
+
+def _out_of_tolerance(example: Example, kind: str, found: dict[str, Tensor], twin: dict[str, Tensor]) -> str | None:
+    truth = getattr(run(example, "float64", backend="reference", **({"index": None} if "index" in example.notes else {})), kind)
+    for name, x in found.items():
+        if x.shape != twin[name].shape or x.dtype != twin[name].dtype:
+            return f"{name} is {x.dtype} {list(x.shape)} instead of {twin[name].dtype} {list(twin[name].shape)}"
+    finite = {name: x.isfinite() for name, x in truth.items()}
+    for name, x in found.items():
+        mask = finite[name] & twin[name].isfinite()
+        if not bool(x[mask].isfinite().all()):
+            return f"{name}: not finite where the reference is"
+        if bool((x.isfinite() & ~finite[name] & ~twin[name].isfinite()).any()):
+            return f"{name}: finite where the reference is not"
+        finite[name] = mask
+    if not all(x.dtype in ROUNDING for x in found.values()):
+        close = all(torch.allclose(x[finite[n]], truth[n][finite[n]], rtol=1e-8, atol=1e-10) for n, x in found.items())
+        return None if close else "fp64 results differ"
+    if all(_nearly(x[finite[name]], truth[name][finite[name]]) for name, x in found.items()):
+        return None
+    parts = [{name: x[finite[name]] for name, x in values.items()} for values in (found, twin, truth)]
+    if not any(x.numel() for x in parts[2].values()):
+        return None
+    verdicts = judge("forward" if kind == "forward" else "gradient", *parts)
+    return next((verdict.fault for verdict in verdicts if verdict.fault), None)
