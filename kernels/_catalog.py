@@ -72,14 +72,17 @@ def merge_sums(
     OWN, SUM, COUNT, LOGPROB, LSE, RANKED, M, tiles, parts, ranked, scale, base,
     P: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of R rows: store LOGPROB [J, M], LSE [J, M] fp64, and the rank of the first rows in RANKED [ranked].
+    """Merge the parts of R rows: store LOGPROB [J, M], LSE [J, M, 2] fp64, and the rank of the first rows in RANKED [ranked].
 
-    A row of a program belongs to one catalog, and ``tiles`` programs share a catalog.
+    LSE holds a product r of the row and log(sum(exp(scale * (products - r)))). A row of a program belongs to one catalog, and
+    ``tiles`` programs share a catalog.
     """
     j = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles).to(tl.int64) * R + tl.arange(0, R)
     scale, base = tl.cast(scale, tl.float64), tl.cast(base, tl.float64)
-    top = tl.full((R,), -float("inf"), tl.float64)
+    own_at = tl.where(row < M, j * M + row, -1)
+    own = tl.load(OWN + own_at, mask=row < M, other=0.0).to(tl.float64)
+    top = tl.where(tl.abs(own) < float("inf"), own, -float("inf"))
     origin = tl.zeros((R,), tl.float64)
     total = tl.zeros((R,), tl.float64)
     count = tl.zeros((R,), tl.int64)
@@ -88,22 +91,26 @@ def merge_sums(
         inside = (number[:, None] < parts) & (row[None, :] < M)
         place = j * parts + number[:, None]
         at = SUM + 2 * place * M + row[None, :]
-        found = tl.load(at, mask=inside, other=-float("inf")).to(tl.float64)
-        found = (found + tl.load(at + M, mask=inside, other=0.0).to(tl.float64)) * (scale / base)
-        top = tl.maximum(top, tl.max(found, 0))
+        found = tl.load(at, mask=inside, other=0.0).to(tl.float64)
+        power = tl.load(at + M, mask=inside, other=-float("inf")).to(tl.float64) * (scale / base)
+        # A part without a finite product has no origin.
+        top = tl.maximum(top, tl.max(tl.where(power == -float("inf"), -float("inf"), found), 0))
         moved = tl.where(tl.abs(top) == float("inf"), 0.0, top)
-        total = total * tl.where(total > 0, tl.exp(origin - moved), 0.0) + tl.sum(tl.exp(found - moved[None, :]), 0)
+        shrink = tl.where(total > 0, tl.exp((origin - moved) * scale), 0.0)
+        total = total * shrink + tl.sum(tl.exp((found - moved[None, :]) * scale + power), 0)
         origin = moved
         if RANK:
             inside = inside & (j * M + row[None, :] < ranked)
             count += tl.sum(tl.load(COUNT + place * M + row[None, :], mask=inside, other=0).to(tl.int64), 0)
-    others = origin + tl.log(total)
-    row = tl.where(row < M, j * M + row, -1)
-    own = tl.load(OWN + row, mask=row >= 0, other=0.0).to(tl.float64) * scale
-    lse = _log_of_sum(others, own)
-    # The difference own - lse would lose the digits of a log-probability near 0.
-    logprob = tl.where(tl.abs(own) < float("inf"), -_log_of_sum(tl.zeros((R,), tl.float64), others - own), own - lse)
-    tl.store(LSE + row, lse, mask=row >= 0)
+    # Logarithms of the sums, relative to the origin.
+    others = tl.log(total)
+    mine = (own - origin) * scale
+    lse = _log_of_sum(others, mine)
+    # The difference mine - lse would lose the digits of a log-probability near 0.
+    logprob = tl.where(tl.abs(own) < float("inf"), -_log_of_sum(tl.zeros((R,), tl.float64), others - mine), mine - lse)
+    row = own_at
+    tl.store(LSE + 2 * row, origin, mask=row >= 0)
+    tl.store(LSE + 2 * row + 1, lse, mask=row >= 0)
     tl.store(LOGPROB + row, logprob.to(tl.float32).to(LOGPROB.dtype.element_ty), mask=row >= 0)
     if RANK:
         tl.store(RANKED + row, count, mask=(row >= 0) & (row < ranked))

@@ -7,8 +7,9 @@ from lares_fast.kernels._tiles import store_rows
 
 # Probabilities are multiplied by 2^WIDER before they are rounded, because half precision loses digits below 2^-14.
 WIDER = tl.constexpr(15)
-# Numbers of ROW for each row: minus log2 of its probabilities' factor in two parts, its target's slope, and its gradient.
-FACTOR, REST, MISS, SLOPE, NUMBERS = map(tl.constexpr, range(5))
+# Numbers of ROW for each row: the product next to its log-sum-exp, minus log2 of the factor that remains, its target's slope,
+# and its gradient.
+NEAR, REST, MISS, SLOPE, NUMBERS = map(tl.constexpr, range(5))
 EXPONENT = tl.constexpr(0x7F800000)
 
 
@@ -19,8 +20,8 @@ def prepare_backward(
 ):  # fmt: skip
     """Store the numbers of each row in ROW [J, 4, M]; a row whose log-sum-exp is not finite gets NaN.
 
-    GRAD [J, M] is the gradient of the log-probabilities; with ``step`` 0 it is one number for all rows. The log-sum-exp is
-    stored as two numbers: rounded to one number, it would change all probabilities of its row in the same direction.
+    GRAD [J, M] is the gradient of the log-probabilities; with ``step`` 0 it is one number for all rows. LSE [J, M, 2] is that of
+    ``merge_sums``. The product next to the log-sum-exp makes powers near 1 of the largest probabilities.
     """
     j = (tl.program_id(0) // tiles).to(tl.int64)
     row, column = (tl.program_id(0) % tiles).to(tl.int64) * S + tl.arange(0, S), tl.arange(0, C)
@@ -28,28 +29,36 @@ def prepare_backward(
     hidden = load_operand(HIDDEN + j * M * D, row, column, D, M, D, BF16)
     target = tl.load(TARGET + j * M + row, mask=inside, other=-1)
     there = (target >= first) & (target < N)
-    own = target_scores(hidden, ITEMS + j * N * D, target, there, column, D, S).to(tl.float64) * scale
-    lse = tl.load(LSE + j * M + row, mask=inside, other=0.0)
+    own = target_scores(hidden, ITEMS + j * N * D, target, there, column, D, S).to(tl.float64)
+    origin = tl.load(LSE + 2 * (j * M + row), mask=inside, other=0.0)
+    lse = tl.load(LSE + 2 * (j * M + row) + 1, mask=inside, other=0.0)
     grad = tl.load(GRAD + (j * M + row) * step, mask=inside, other=0.0).to(tl.float32)
-    slope = tl.where(tl.abs(lse) < float("inf"), (grad * scale).to(tl.float32), float("nan"))
-    power = lse * (tl.cast(base, tl.float64) / scale) - WIDER
-    factor = power.to(tl.float32)
-    at = ROW + NUMBERS * j * M + row
-    tl.store(at + FACTOR * M, factor, mask=inside)
-    tl.store(at + REST * M, (power - factor.to(tl.float64)).to(tl.float32), mask=inside)
+    near = (origin + lse / scale).to(tl.float32)
+    near = tl.where(tl.abs(near) < float("inf"), near, origin.to(tl.float32))
+    unit = scale / tl.cast(base, tl.float64)
+    power = (lse - (near.to(tl.float64) - origin) * scale) / unit - WIDER
+    rest = power.to(tl.float32)
+    # The rounding of `rest` would change all probabilities of the row in the same direction. The gradient takes it back.
+    rounding = tl.exp((rest.to(tl.float64) - power) * unit)
+    slope = tl.where(tl.abs(lse) < float("inf"), (grad * scale * rounding).to(tl.float32), float("nan"))
     # 1 - p at the target, with the sign of the slopes.
-    tl.store(at + MISS * M, (expm1(own - lse) * 2.0**WIDER).to(tl.float32), mask=inside)
+    miss = expm1((own - origin) * scale - lse) * 2.0**WIDER / rounding
+    at = ROW + NUMBERS * j * M + row
+    tl.store(at + NEAR * M, near, mask=inside)
+    tl.store(at + REST * M, rest, mask=inside)
+    tl.store(at + MISS * M, miss.to(tl.float32), mask=inside)
     tl.store(at + SLOPE * M, slope, mask=inside)
 
 
 @triton.jit
-def _slopes(hidden, items, item, target, factor, rest, miss, base):
+def _slopes(hidden, items, item, target, near, rest, miss, base):
     """Return -2^WIDER times the derivatives of the log-probabilities by the scores of a tile.
 
     A derivative is 1 - p at the target, and -p elsewhere.
     """
     raw = tl.dot(hidden, tl.trans(items), input_precision="ieee")
-    p = tl.exp2(tl.fma(raw, base, -factor[:, None]) - rest[:, None])
+    # Products are subtracted before they are scaled: the difference is nearly exact, and a scaled large product is not.
+    p = tl.exp2(tl.fma(raw - near[:, None], base, -rest[:, None]))
     return tl.where(item[None, :] == target[:, None], miss[:, None], p)
 
 
@@ -66,7 +75,7 @@ def softmax_backward_hidden(
     # A target that is not there has NaN in all its numbers.
     target = tl.load(TARGET + j * M + row, mask=inside, other=-1).to(tl.int32)
     at = ROW + NUMBERS * j * M + row
-    factor = tl.load(at + FACTOR * M, mask=inside, other=0.0)
+    near = tl.load(at + NEAR * M, mask=inside, other=0.0)
     rest = tl.load(at + REST * M, mask=inside, other=0.0)
     miss = tl.load(at + MISS * M, mask=inside, other=0.0)
     dhidden = tl.zeros((S, C), tl.float32)
@@ -74,13 +83,13 @@ def softmax_backward_hidden(
     for begin in range(low, high, S):
         item = begin + tl.arange(0, S)
         items = load_operand(items_at, tl.arange(0, S), column, D, high - begin, D, BF16)
-        slopes = _slopes(hidden, items, item, target, factor, rest, miss, base)
+        slopes = _slopes(hidden, items, item, target, near, rest, miss, base)
         # The power of a score outside of the catalog may be infinite.
         slopes = tl.where(item[None, :] < high, slopes, 0.0)
         dhidden += tl.dot(slopes.to(items.dtype), items, input_precision="ieee")
         items_at += S * D
     # The gradient is multiplied after the product: in half precision a small gradient times a probability would become 0.
-    dhidden *= (tl.load(at + SLOPE * M, mask=inside, other=0.0) * -(2.0**-WIDER))[:, None]
+    dhidden = (dhidden * -(2.0**-WIDER)) * tl.load(at + SLOPE * M, mask=inside, other=0.0)[:, None]
     store_rows(DHIDDEN + place * M * D, dhidden, row, column, D, M, D)
 
 
@@ -122,10 +131,10 @@ def softmax_backward_items(
         hidden = load_operand(hidden_at, tl.arange(0, S), column, D, M - begin, D, BF16)
         target = tl.load(TARGET + j * M + row, mask=inside, other=-1).to(tl.int32)
         at = ROW + NUMBERS * j * M + row
-        factor = tl.load(at + FACTOR * M, mask=inside, other=0.0)
+        near = tl.load(at + NEAR * M, mask=inside, other=0.0)
         rest = tl.load(at + REST * M, mask=inside, other=0.0)
         miss = tl.load(at + MISS * M, mask=inside, other=0.0)
-        slopes = _slopes(hidden, items, item, target, factor, rest, miss, base)
+        slopes = _slopes(hidden, items, item, target, near, rest, miss, base)
         # Outside of the matrix the gradient is 0.
         slopes *= (tl.load(at + SLOPE * M, mask=inside, other=0.0) * inverse)[:, None]
         ditems += tl.dot(tl.trans(slopes.to(hidden.dtype)), hidden, input_precision="ieee")

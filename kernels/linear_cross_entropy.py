@@ -54,8 +54,8 @@ def softmax_forward(
 ):  # fmt: skip
     """Store the sum of the powers over the items of a part without the target, and the number of items that outrank the target.
 
-    SUM [J, parts, 2, M] holds the origin and log2 of the sum as two numbers, because their sum would lose digits for scores of
-    thousands. COUNT [J, parts, M] holds the number for the first ``ranked`` of all rows. OWN [J, M] gets the target's product.
+    SUM [J, parts, 2, M] holds the product that is the origin of the powers, and log2 of their sum. One number would lose digits
+    for scores of thousands. COUNT [J, parts, M] holds the number for the first ``ranked`` of all rows. OWN [J, M] gets the target's product.
     It is NaN for a target that is not among the items ``first`` .. N - 1; then all items outrank it.
     """
     j, place, start, low, high = part_of_program(tiles, parts, first, part, N, S)
@@ -90,11 +90,12 @@ def softmax_forward(
         scores = tl.where(other, raw, -float("inf"))
         top = tl.maximum(top, tl.max(scores, 1))
         # An infinite maximum cannot be the origin. With the origin 0, the sum becomes infinite or NaN as it should.
-        moved = tl.where(tl.abs(top) == float("inf"), 0.0, top) * base
-        shrink = tl.where(total > 0, tl.exp2(origin - moved), 0.0)
+        moved = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+        # Products are subtracted before they are scaled: the difference is nearly exact, and a scaled large product is not.
+        shrink = tl.where(total > 0, tl.exp2((origin - moved) * base), 0.0)
         total = total * shrink
         # The sum is compensated, because a plain fp32 sum over a large catalog drifts.
-        added = tl.sum(tl.exp2(tl.fma(scores, base, -moved[:, None])), 1) - lost * shrink
+        added = tl.sum(tl.exp2((scores - moved[:, None]) * base), 1) - lost * shrink
         summed = total + added
         lost = tl.where(tl.abs(summed) < float("inf"), (summed - total) - added, 0.0)
         total = summed
@@ -108,10 +109,10 @@ def softmax_forward(
 
 
 def forward(call):
-    """Return the log-probability, the rank or None, and the log-sum-exp in fp64.
+    """Return the log-probability, the rank or None, and the log-sum-exp as in ``LogprobBackwardCall``.
 
-    ``call`` is a ``LogprobCall`` with ``hidden`` [M, D] and ``items`` [N, D], or with [J, M, D] and [J, N, D]. The results have
-    the shape of ``target``, but the rank has ``call.counted()`` entries. A target that is not an item of the softmax gets the
+    ``call`` is a ``LogprobCall`` with ``hidden`` [M, D] and ``items`` [N, D], or with [J, M, D] and [J, N, D]. The
+    log-probability has the shape of ``target``, and the rank has ``call.counted()`` entries. A target that is not an item of the softmax gets the
     log-probability NaN and a rank behind all items.
     """
     hidden, items, target = map(ready, (call.hidden, call.items, call.target))
@@ -122,7 +123,7 @@ def forward(call):
     count, rank = (new((J, parts, M), dtype=torch.int32), new(ranked)) if ranked else (None, None)
     sizes = (M, N, tiles, parts, first, part, ranked, base)
     run(softmax_forward, J * tiles * parts, hidden, items, target, own, sums, count, *sizes, RANK=ranks)
-    logprob, lse = hidden.new_empty(target.shape), new(target.shape, dtype=torch.float64)
+    logprob, lse = hidden.new_empty(target.shape), new((*target.shape, 2), dtype=torch.float64)
     tiles = cdiv(M, SUMS["R"])
     sizes = (M, tiles, parts, ranked, call.scale, base)
     launch(merge_sums, J * tiles, own, sums, count, logprob, lse, rank, *sizes, warps=4, **SUMS, RANK=ranks > 0)

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -18,10 +19,14 @@ namespace {
 constexpr std::int64_t BLOCK_ROWS = 4096;
 // A thread joins these buffers for this many rows at a time.
 constexpr std::int64_t JOINED_ROWS = 64;
+constexpr double HIGHEST = static_cast<double>(std::numeric_limits<float>::max());
+
+float product(double factor, float x) { return static_cast<float>(factor * static_cast<double>(x)); }
 
 // The rows [first, first + B) of the call, prepared for all parts of the catalog.
-// d logprob / d s_j = scale ([j = target] - p_j), where p_j = 2^(base (s_j - reference)) exp(scale reference - lse). The last
-// factor, the row's gradient, the scale and the sign are multiplied into `factor`.
+// d logprob / d s_j = scale ([j = target] - p_j), where p_j = 2^(base (s_j - reference)) exp(scale (reference - r) - log_sum),
+// and r and log_sum are the two numbers of lse. The last factor, the row's gradient, the scale and the sign are multiplied into
+// `factor`. Factors are fp64, because a small factor times a large row may be a number of fp32 where the factor is none.
 struct RowBlock {
     RowBlock(const TargetLogprobBackward& call, const SoftmaxView& view, const CrossEntropyKernel& kernel, std::int64_t first_row)
         : first(first_row), B(std::min(BLOCK_ROWS, view.softmax.M - first)), columns(kernel.columns),
@@ -30,18 +35,20 @@ struct RowBlock {
           weighted(static_cast<std::size_t>(B * width)) {
         const Softmax& s = view.softmax;
         for (std::int64_t b = 0; b < B; ++b) {
-            const double lse = call.lse[first + b], gradient = s.scale * static_cast<double>(call.grad[first + b]);
+            const double r = call.lse[2 * (first + b)], log_sum = call.lse[2 * (first + b) + 1];
+            const double gradient = s.scale * static_cast<double>(call.grad[first + b]);
             const float* hidden = s.hidden + (first + b) * s.D;
             const std::int64_t target = s.target[first + b];
-            const double own = s.scale * static_cast<double>(kernel.score(hidden, s.items + target * s.D, s.D));
-            const bool finite = std::isfinite(lse);
-            const float near = finite ? static_cast<float>(lse / s.scale) : 0.0f;
+            const double own = static_cast<double>(kernel.score(hidden, s.items + target * s.D, s.D));
+            const bool finite = std::isfinite(r) && std::isfinite(log_sum);
+            // The score next to log-sum-exp. It is at least the highest score, so no power exceeds 1.
+            const float near = finite ? static_cast<float>(std::min(r + log_sum / s.scale, HIGHEST)) : 0.0f;
             const double nan = std::numeric_limits<double>::quiet_NaN();
             reference.push_back(near);
-            factor.push_back(static_cast<float>(finite ? -gradient * std::exp(s.scale * static_cast<double>(near) - lse) : nan));
+            factor.push_back(finite ? -gradient * std::exp(s.scale * (static_cast<double>(near) - r) - log_sum) : nan);
             // 1 - p of the target, without cancellation.
-            own_factor.push_back(static_cast<float>(finite ? -gradient * std::expm1(own - lse) : nan));
-            for (std::int64_t d = 0; d < s.D; ++d) weighted[place(b, d)] = factor.back() * hidden[d];
+            own_factor.push_back(finite ? -gradient * std::expm1(s.scale * (own - r) - log_sum) : nan);
+            for (std::int64_t d = 0; d < s.D; ++d) weighted[place(b, d)] = product(factor.back(), hidden[d]);
         }
         by_target.resize(static_cast<std::size_t>(B));
         std::iota(by_target.begin(), by_target.end(), first);
@@ -70,8 +77,8 @@ struct RowBlock {
     }
 
     std::int64_t first, B, columns, width;
-    std::vector<float> query, weighted;
-    std::vector<float> reference, factor, own_factor;
+    std::vector<float> query, weighted, reference;
+    std::vector<double> factor, own_factor;
     // The numbers of the rows in the order of their targets.
     std::vector<std::int64_t> by_target;
 };
@@ -81,8 +88,8 @@ void add_own_terms(const RowBlock& block, const Softmax& s, std::int64_t from, s
     auto row = std::lower_bound(block.by_target.begin(), block.by_target.end(), from,
                                 [&](std::int64_t m, std::int64_t item) { return s.target[m] < item; });
     for (; row != block.by_target.end() && s.target[*row] < to; ++row) {
-        const float factor = block.own_factor[static_cast<std::size_t>(*row - block.first)];
-        for (std::int64_t d = 0; d < s.D; ++d) d_items[s.target[*row] * s.D + d] += factor * s.hidden[*row * s.D + d];
+        const double factor = block.own_factor[static_cast<std::size_t>(*row - block.first)];
+        for (std::int64_t d = 0; d < s.D; ++d) d_items[s.target[*row] * s.D + d] += product(factor, s.hidden[*row * s.D + d]);
     }
 }
 
@@ -94,8 +101,10 @@ void join_row(const RowBlock& block, const SoftmaxView& view, const float* sums,
     for (std::int64_t part = 0; part < view.parts; ++part, sums += block.B * block.width) {
         for (std::int64_t d = 0; d < s.D; ++d) out[d] += sums[block.place(b, d)];
     }
-    const float factor = block.factor[static_cast<std::size_t>(b)], own_factor = block.own_factor[static_cast<std::size_t>(b)];
-    for (std::int64_t d = 0; d < s.D; ++d) out[d] = factor * out[d] + own_factor * own[d];
+    const double factor = block.factor[static_cast<std::size_t>(b)], own_factor = block.own_factor[static_cast<std::size_t>(b)];
+    for (std::int64_t d = 0; d < s.D; ++d) {
+        out[d] = static_cast<float>(factor * static_cast<double>(out[d]) + own_factor * static_cast<double>(own[d]));
+    }
 }
 
 }  // namespace

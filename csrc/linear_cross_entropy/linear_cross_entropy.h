@@ -16,24 +16,25 @@ struct Softmax {
     bool skip_pad;
 };
 
-// logprob[m] is the log of the target's probability, and lse[m] = log sum_i exp(scale s_mi). Unless rank is null, rank[m]
-// is the number of items of the softmax that outrank the target, as in target_rank.h. A score s has the bits of topk. Each
-// exponential is relative to a score of its row. The sums are fp32 over 64 panels and fp64 beyond, and leave out the
-// target's own term: logprob = -log1p(others / own). The number of threads changes no bit.
+// logprob[m] is the log of the target's probability. lse[m] is the log-sum-exp as two numbers: a score r, which is at least the
+// target's, and log sum_i exp(scale (s_mi - r)). Their sum would lose the digits of the logarithm where scores are large.
+// Unless rank is null, rank[m] is the number of items of the softmax that outrank the target, as in target_rank.h. A score s
+// has the bits of topk. Each exponential is relative to a score of its row. The sums are fp32 over 64 panels and fp64 beyond,
+// and leave out the target's own term: logprob = -log1p(others / own). The number of threads changes no bit.
 struct TargetLogprob {
     Softmax softmax;
     float* logprob;      // [M]
-    double* lse;         // [M]
+    double* lse;         // [M, 2]
     std::int64_t* rank;  // [M] or null
     bool ties_by_id;
 };
 
-// The gradients of sum_m grad[m] logprob[m]. A row whose lse is not finite makes d_hidden[m] and all of d_items NaN.
+// The gradients of sum_m grad[m] logprob[m]. A row with a number of lse that is not finite makes d_hidden[m] and all of d_items NaN.
 // Sums have a fixed order, so the number of threads changes no bit.
 struct TargetLogprobBackward {
     Softmax softmax;
     const float* grad;  // [M]
-    const double* lse;  // [M]
+    const double* lse;  // [M, 2]
     float* d_hidden;    // [M, D] or null
     float* d_items;     // [N, D] or null
 };

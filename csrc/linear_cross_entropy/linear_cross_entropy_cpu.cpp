@@ -53,31 +53,35 @@ struct RowBlock {
 };
 
 struct RowResult {
-    double logprob, lse;
+    double logprob;
+    // The two numbers of lse.
+    double origin, log_sum;
 };
+
+// Returns log(exp(a) + exp(b)).
+double log_of_sum(double a, double b) {
+    const double high = std::max(a, b), low = std::min(a, b);
+    return std::isinf(high) ? high : high + std::log1p(std::exp(low - high));
+}
 
 // Joins the parts of row m. `own` is the target's score. Infinities and NaN give the results that logsumexp would give.
 RowResult finish(const SoftmaxView& view, const std::vector<PartialSums>& parts, std::size_t m, float own) {
-    const double scale = view.softmax.scale, base = static_cast<double>(view.base), unit = view.unit();
+    const double scale = view.softmax.scale, base = static_cast<double>(view.base);
     float top = LOWEST;
     for (const PartialSums& part : parts) {
         if (!(part.reference[m] <= top) && top == top) top = part.reference[m];
     }
-    const double own_score = scale * static_cast<double>(own);
-    if (!std::isfinite(top) || top == LOWEST) {
-        const double lse = top == LOWEST ? -std::numeric_limits<double>::infinity() : static_cast<double>(top);
-        return {own_score - lse, lse};
-    }
+    const double origin = static_cast<double>(top);
+    if (!std::isfinite(top)) return {scale * static_cast<double>(own) - origin, origin, 0.0};
     double others = 0.0;
     for (const PartialSums& part : parts) {
-        others += part.sum[m] * std::exp2(base * (static_cast<double>(part.reference[m]) - static_cast<double>(top)));
+        others += part.sum[m] * std::exp2(base * (static_cast<double>(part.reference[m]) - origin));
     }
-    // log2 of others / own.
-    const double odds = std::log2(others) - base * (static_cast<double>(own) - static_cast<double>(top));
-    const double ln2 = std::log(2.0);
-    const double logprob = 0.0 - unit * (odds > 0 ? odds + std::log1p(std::exp2(-odds)) / ln2 : std::log1p(std::exp2(odds)) / ln2);
-    const double lse = std::isfinite(own) ? own_score - logprob : scale * static_cast<double>(top) + unit * std::log2(others);
-    return {logprob, lse};
+    // Logarithms of the sums, relative to the origin. Scores are subtracted before they are scaled, because the difference is
+    // nearly exact, and a product of large scores is not.
+    const double of_others = view.unit() * std::log2(others), of_own = scale * (static_cast<double>(own) - origin);
+    const double log_sum = log_of_sum(of_others, of_own);
+    return {std::isfinite(own) ? 0.0 - log_of_sum(of_others - of_own, 0.0) : of_own - log_sum, origin, log_sum};
 }
 
 }  // namespace
@@ -139,7 +143,8 @@ void target_logprob_cpu(const TargetLogprob& call, std::int64_t threads) {
     for (std::size_t m = 0; m < size; ++m) {
         const RowResult row = finish(view, parts, m, own[m]);
         call.logprob[m] = static_cast<float>(row.logprob);
-        call.lse[m] = row.lse;
+        call.lse[2 * m] = row.origin;
+        call.lse[2 * m + 1] = row.log_sum;
         if (call.rank) call.rank[m] = rank[m];
     }
 }

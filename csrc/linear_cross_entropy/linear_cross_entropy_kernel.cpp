@@ -38,7 +38,7 @@ __attribute__((noinline)) void raise(const SumScan& s, std::int64_t b, const flo
     if (top <= s.limit[b]) return;
     float* lanes = s.lanes + b * MAX_LANES;
     Vec factor[1] = {broadcast((s.reference[b] - top) * s.base)};
-    exp2(factor);
+    exp2_or_zero(factor);
     float factors[W];
     store(factors, factor[0]);
     store(lanes, mul(load(lanes), factor[0]));
@@ -87,7 +87,7 @@ struct Terms {
                 const Vec own = broadcast(reference[r + i]);
                 for (int v = 0; v < VECS; ++v) term[i * VECS + v] = mul(sub(sums[r + i][v], own), base);
             }
-            exp2(term);
+            exp2_or_zero(term);
             for (int i = 0; i < G; ++i) {
                 Vec total = load(lanes + (r + i) * MAX_LANES);
                 for (int v = 0; v < VECS; ++v) total = add(total, keep(r + i, v, term[i * VECS + v]));
@@ -187,7 +187,7 @@ void terms_of_tile(const GradientScan& s, const float* panels, std::int64_t item
                     const Vec reference = broadcast(s.reference[b + r + i]);
                     for (int v = 0; v < VECS; ++v) term[i * VECS + v] = mul(sub(scores[r + i][v], reference), base);
                 }
-                exp2(term);
+                exp2_or_zero(term);
                 for (int i = 0; i < G; ++i) {
                     for (int v = 0; v < VECS; ++v) {
                         Vec t = term[i * VECS + v];

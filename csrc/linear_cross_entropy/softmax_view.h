@@ -40,8 +40,9 @@ class SoftmaxView {
     std::int64_t parts = 0;  // the results of parts are added in order, so that the number of threads changes no bit
     float base = 0.0f;       // exp(scale s) = 2^(base s) up to rounding; see `unit`
 
-    // The unit of logarithms to the base 2^(base / scale). The rounding of `base` changes the temperature of the softmax by
-    // up to a factor of 1 + 2^-24. A change of the logarithm's unit corrects that up to 2^-24 times the entropy.
+    // The factor that turns log2 of a sum of powers of two into its natural logarithm. The rounding of `base` changes the
+    // temperature of the softmax by up to a factor of 1 + 2^-24. This factor, instead of ln 2, corrects that up to 2^-24 times
+    // the entropy.
     double unit() const { return softmax.scale / static_cast<double>(base); }
 
    private:

@@ -81,6 +81,21 @@ struct Backward : BlockWorker {
         });
     }
 
+    // Returns the sum of grad (state - pre). It is one number with a term for every element, and its terms may cancel, so
+    // terms and sums are fp64.
+    double share_gradient(std::int64_t tokens) const {
+        double lanes[COLUMNS] = {};
+        for (std::int64_t p = 0; p < panels; ++p) {
+            for (std::int64_t m = 0; m < tokens; ++m) {
+                const float *const g = w.grad.at(p, m), *const state = w.middle.at(p, m), *const base = w.base.at(p, m);
+                for (std::int64_t c = 0; c < COLUMNS; ++c) lanes[c] += double{g[c]} * (double{state[c]} - double{base[c]});
+            }
+        }
+        double total = 0.0;
+        for (const double lane : lanes) total += lane;
+        return total;
+    }
+
     // Turns the gradient of a step's x into the gradient of the state before, for the first `tokens`. `middle` holds that
     // state.
     void enter_backward(std::int64_t tokens, const AdapterGradients& sums) {
@@ -88,21 +103,13 @@ struct Backward : BlockWorker {
         if (model.shape.adapter == Adapter::none) return;
         normalise_backward(w.grad, {w.normal, w.inverse}, a.scale, tokens, panels, site(0, 0, 0), {}, w.grad, {}, {sums.scale, sums.shift, nullptr});
         if (model.shape.adapter == Adapter::concat) accumulate(w.grad, panels, w.middle, panels, tokens, sums.state);
-        // This is one number with a term for every element, so it is summed in fp64.
-        double share_grad = 0;
-        for (std::int64_t m = 0; m < tokens; ++m) {
-            Vec of_row = broadcast(0.0f);
-            for_each_vec(panels, m, 1, [&](std::int64_t p, std::int64_t, int v) {
-                const Vec g = load(w.grad.at(p, m) + v * W);
-                float* const place = w.base_grad.at(p, m) + v * W;
-                store(place, add(load(place), g));
-                if (model.shape.adapter == Adapter::concat) return;
-                of_row = fma(g, sub(load(w.middle.at(p, m) + v * W), load(w.base.at(p, m) + v * W)), of_row);
-                store(w.grad.at(p, m) + v * W, mul(g, broadcast(a.share)));
-            });
-            share_grad += sum(of_row);
-        }
-        if (model.shape.adapter == Adapter::linear) *sums.share += static_cast<float>(share_grad);
+        if (model.shape.adapter == Adapter::linear) *sums.share += share_gradient(tokens);
+        for_each_vec(panels, 0, tokens, [&](std::int64_t p, std::int64_t m, int v) {
+            const Vec g = load(w.grad.at(p, m) + v * W);
+            float* const place = w.base_grad.at(p, m) + v * W;
+            store(place, add(load(place), g));
+            if (model.shape.adapter != Adapter::concat) store(w.grad.at(p, m) + v * W, mul(g, broadcast(a.share)));
+        });
         if (model.shape.adapter == Adapter::concat) {
             product(w.grad, panels, a.state_back, nullptr, panels, 0, tokens, to(w.residual));
             swap(w.grad, w.residual);

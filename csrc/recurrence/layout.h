@@ -52,7 +52,7 @@ struct LayerGradients {
 
 struct AdapterGradients {
     float *state, *pre, *bias;  // concat
-    float* share;
+    double* share;              // linear
     float *scale, *shift;
 };
 
@@ -89,7 +89,6 @@ inline LayerGradients carve_gradients(Carver& c, const Shape& s) {
 inline AdapterGradients carve_adapter_gradients(Carver& c, const Shape& s) {
     AdapterGradients g{};
     if (s.adapter == Adapter::concat) g.state = c.take(s.D * s.D), g.pre = c.take(s.D * s.D), g.bias = c.take(s.D);
-    if (s.adapter == Adapter::linear) g.share = c.take(1);
     if (s.adapter != Adapter::none) g.scale = c.take(s.D), g.shift = c.take(s.D);
     return g;
 }

@@ -146,8 +146,9 @@ void unpack(const Shape& s, const float* const* weights, const GradientSlot& fro
     const SamePlaces same;
     const AdapterGradients& a = from.adapter;
     if (s.adapter == Adapter::linear) {
-        const float share = 1 / (1 + std::exp(-**weights));
-        **grads++ = *a.share * share * (1 - share);
+        // With an exponential that does not overflow, 1 - share keeps its digits. The gradient is the same for -gate.
+        const double power = std::exp(-std::abs(static_cast<double>(**weights)));
+        **grads++ = static_cast<float>(*a.share * power / ((1 + power) * (1 + power)));
     }
     if (s.adapter == Adapter::concat) {
         for (std::int64_t o = 0; o < D; ++o) {

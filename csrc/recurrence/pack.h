@@ -16,6 +16,8 @@ struct PackedModel {
 struct GradientSlot {
     std::vector<LayerGradients> layers;
     AdapterGradients adapter;
+    // The sum that adapter.share points to. It is one number with a term for every element of every step.
+    double share = 0.0;
 };
 
 inline PackedModel carve_model(Carver& c, const Shape& s) {

@@ -129,6 +129,7 @@ void recurrence_backward(const Recurrence& call, const float* out_grad, float* h
         Carver c(memory.get() + i * floats);
         slots.push_back(carve_slot(c, call.shape));
     }
+    for (GradientSlot& slot : slots) slot.adapter.share = &slot.share;
     if (call.B > 0) {
         const Run run(call, true);
         std::atomic<std::int64_t> next{0};
@@ -143,6 +144,7 @@ void recurrence_backward(const Recurrence& call, const float* out_grad, float* h
             }
         });
         for (std::int64_t slot = 1; slot < SLOTS; ++slot) {
+            slots[0].share += slots[static_cast<std::size_t>(slot)].share;
             for (std::int64_t i = 0; i < floats; ++i) memory[static_cast<std::size_t>(i)] += memory[static_cast<std::size_t>(slot * floats + i)];
         }
     }

@@ -18,21 +18,40 @@ LARES_INLINE void polynomial(const float (&factors)[N], const Vec (&x)[R], Vec (
 
 constexpr float LOWEST_POWER = -125.0f;
 
+// Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
+constexpr float SHIFT = 12582912.0f;
+
+// Replaces x by 2^(x - n) for the integer n next to x, and sets `whole` to n + SHIFT.
+template <int R>
+LARES_INLINE void exp2_of_fraction(Vec (&x)[R], Vec (&whole)[R]) {
+    const Vec shift = broadcast(SHIFT);
+    // The polynomial of degree 6 with p(0) = 1 that has the least maximum relative error for f in [-1/2, 1/2].
+    constexpr float FACTORS[] = {0.0001535336190842864f, 0.0013398874414117072f, 0.009618437357673572f, 0.055503324711259225f,
+                                 0.2402264791362874f,    0.6931472028550651f,    1.0f};
+    Vec p[R];
+    for (int r = 0; r < R; ++r) whole[r] = add(x[r], shift);
+    for (int r = 0; r < R; ++r) x[r] = sub(x[r], sub(whole[r], shift));
+    polynomial(FACTORS, x, p);
+    for (int r = 0; r < R; ++r) x[r] = p[r];
+}
+
 // Replaces x by 2^x within 1 ulp for x in [-125, 127]. 2^0 is exactly 1, and NaN stays NaN if its payload is zero. Each
 // step is done for all registers before the next step, because a single register would make the processor wait for every
 // result.
 template <int R>
 LARES_INLINE void exp2_in_range(Vec (&x)[R]) {
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
-    const Vec shift = broadcast(12582912.0f);
-    // The polynomial of degree 6 with p(0) = 1 that has the least maximum relative error for f in [-1/2, 1/2].
-    constexpr float FACTORS[] = {0.0001535336190842864f, 0.0013398874414117072f, 0.009618437357673572f, 0.055503324711259225f,
-                                 0.2402264791362874f,    0.6931472028550651f,    1.0f};
-    Vec whole[R], p[R];
-    for (int r = 0; r < R; ++r) whole[r] = add(x[r], shift);
-    for (int r = 0; r < R; ++r) x[r] = sub(x[r], sub(whole[r], shift));
-    polynomial(FACTORS, x, p);
-    for (int r = 0; r < R; ++r) x[r] = times_power(p[r], whole[r]);
+    Vec whole[R];
+    exp2_of_fraction(x, whole);
+    for (int r = 0; r < R; ++r) x[r] = times_power(x[r], whole[r]);
+}
+
+// Works for every x up to 127, and gives 0 for x below -125.5.
+template <int R>
+LARES_INLINE void exp2_or_zero(Vec (&x)[R]) {
+    Vec whole[R];
+    exp2_of_fraction(x, whole);
+    const Vec lowest = broadcast(SHIFT + LOWEST_POWER);
+    for (int r = 0; r < R; ++r) x[r] = zero_below(times_power(x[r], whole[r]), whole[r], lowest);
 }
 
 // Works for every x up to 127, and gives 2^-125 for x below -125.

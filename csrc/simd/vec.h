@@ -18,6 +18,7 @@
 //   Excess, excess(a, b), either, any(...)
 //                            not_less_equal of many pairs of registers, when only any(...) is needed
 //   select(keep, v)          the lanes of v in `keep`, zeros in the others
+//   zero_below(v, x, y)      v, with zeros in the lanes where x is below y; a lane where x or y is NaN keeps v
 //   times_power(v, power)    v * 2^n; n is in the lowest bits of `power`, a float in [2^23, 2^24); v and the result are normal
 //   compress(to, keep, v)    the lanes of v in `keep`, one after the other from `to` on; writes up to W lanes whatever `keep` is
 //   compress_ids(to, keep, first or from)

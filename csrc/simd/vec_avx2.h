@@ -45,6 +45,7 @@ LARES_INLINE Vec select(Mask keep, Vec v) {
     const __m256i kept = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(keep)), lane);
     return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(kept, lane)), v);
 }
+LARES_INLINE Vec zero_below(Vec v, Vec x, Vec y) { return _mm256_and_ps(v, _mm256_cmp_ps(x, y, _CMP_NLT_UQ)); }
 LARES_INLINE Vec times_power(Vec v, Vec power) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_castps_si256(power), 23)));
 }

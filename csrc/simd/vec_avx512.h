@@ -35,6 +35,7 @@ LARES_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_G
 LARES_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 LARES_INLINE Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 LARES_INLINE Vec select(Mask keep, Vec v) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(keep), v); }
+LARES_INLINE Vec zero_below(Vec v, Vec x, Vec y) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, y, _CMP_NLT_UQ), v); }
 LARES_INLINE Vec times_power(Vec v, Vec power) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), _mm512_slli_epi32(_mm512_castps_si512(power), 23)));
 }

@@ -58,6 +58,7 @@ LARES_INLINE Vec select(Mask keep, Vec v) {
     const Ints lane{1, 2, 4, 8};
     return (Vec)((Ints)v & ((lane & Ints{kept, kept, kept, kept}) == lane));
 }
+LARES_INLINE Vec zero_below(Vec v, Vec x, Vec y) { return (Vec)((Words)v & ~(Words)(x < y)); }
 LARES_INLINE Vec times_power(Vec v, Vec power) { return (Vec)((Words)v + ((Words)power << 23)); }
 LARES_INLINE Mask not_less_equal(Vec a, Vec b) { return bits(~(a <= b)); }
 using Excess = Ints;

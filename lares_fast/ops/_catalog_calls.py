@@ -236,8 +236,9 @@ class LogprobCall(SoftmaxCall):
 class LogprobBackwardCall(SoftmaxCall):
     """The arguments of the gradients of ``target_logprob``, with hidden [M, D] and target [M], or with J catalogs.
 
-    ``grad`` is the gradient of the log-probabilities, and ``lse`` is the log-sum-exp of the forward, in fp64. Both have the
-    shape of ``target``. ``need_hidden`` and ``need_items`` say which gradients are computed.
+    ``grad`` is the gradient of the log-probabilities, with the shape of ``target``. ``lse`` [..., 2] is the log-sum-exp of the
+    forward, in fp64: a product r of the row, and log(sum(exp(scale * (products - r)))). Their sum would lose the digits of the
+    logarithm where scores are large. ``need_hidden`` and ``need_items`` say which gradients are computed.
     """
 
     op: ClassVar[str] = "linear_cross_entropy_backward"
@@ -251,8 +252,9 @@ class LogprobBackwardCall(SoftmaxCall):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_like(self.hidden, "hidden", "grad", self.grad, self.target.shape)
-        if self.lse.dtype != torch.float64 or self.lse.shape != self.target.shape:
-            raise InputError(f"lse must be torch.float64 {list(self.target.shape)}, but got {self.lse.dtype}.")
+        shape = [*self.target.shape, 2]
+        if self.lse.dtype != torch.float64 or list(self.lse.shape) != shape:
+            raise InputError(f"lse must be torch.float64 {shape}, but got {self.lse.dtype} {list(self.lse.shape)}.")
 
     def each(self) -> list[Self]:
         """Return a call for each catalog, with ``items`` [N, D]."""

@@ -17,18 +17,18 @@ def obstacle(call: SoftmaxCall) -> str | None:
 
 
 def forward(call: LogprobCall, threads: int | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities, the ranks or ``None`` without ``call.ties``, and the log-sum-exp in fp64.
+    """Return the log-probabilities, the ranks or ``None`` without ``call.ties``, and the log-sum-exp as in ``LogprobBackwardCall``.
 
-    The results have the shape of ``target``, but the ranks are [``call.counted()``]. Neither the number of threads nor the
+    The log-probabilities have the shape of ``target``, and the ranks are [``call.counted()``]. Neither the number of threads nor the
     number of ranks changes a bit.
     """
     call, count = call.rounded(), call.target.numel()
-    logprob, lse = call.hidden.new_empty(count), call.hidden.new_empty(count, dtype=torch.float64)
+    logprob, lse = call.hidden.new_empty(count), call.hidden.new_empty(count, 2, dtype=torch.float64)
     rank = None if call.ties is None else call.target.new_empty(call.counted())
     for rows, part in call.parts():
         own = {"logprob": logprob[rows], "lse": lse[rows], "rank": None if part.ties is None or rank is None else rank[rows]}
         _run("target_logprob", part, threads, **own, ties_by_id=call.ties == "order")
-    return logprob.view(call.target.shape), rank, lse.view(call.target.shape)
+    return logprob.view(call.target.shape), rank, lse.view(*call.target.shape, 2)
 
 
 def backward(call: LogprobBackwardCall, threads: int | None = None) -> tuple[Tensor | None, Tensor | None]:

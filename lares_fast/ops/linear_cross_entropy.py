@@ -127,7 +127,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = LogprobCall.of(*arguments)
     hidden, rows = call.hidden, call.target.shape
     rank = call.target.new_empty(call.counted())
-    return hidden.new_empty(rows), rank, hidden.new_empty(rows, dtype=torch.float64)
+    return hidden.new_empty(rows), rank, hidden.new_empty((*rows, 2), dtype=torch.float64)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lares_fast._numbers import choice
@@ -18,7 +19,10 @@ def target_logprob(hidden: Tensor, items: Tensor, target: Tensor, *, scale: floa
     are J catalogs: ``hidden`` is [J, M, D] and ``target`` [J, M]. ``skip_pad`` leaves row 0 out of the softmax; then no target
     may be 0. The scores [..., N] are stored in memory.
     """
-    scores = hidden @ items.mT * scale
+    products = hidden @ items.mT
+    # Large products are subtracted before they are scaled. Otherwise the log-sum-exp would lose digits.
+    top = products.detach()[..., PAD + 1 if skip_pad else PAD :].amax(dim=-1, keepdim=True)
+    scores = (products - torch.where(top.isfinite(), top, 0.0)) * scale
     own = scores.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return own - (scores[..., PAD + 1 :] if skip_pad else scores).logsumexp(dim=-1)
 

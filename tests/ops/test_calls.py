@@ -21,7 +21,7 @@ CALLS = {
     "target_rank": lambda: calls.TargetRankCall.build(*TENSORS, TARGET, exclude=list(EXCLUDE), ties="strict"),
     "logprob": lambda: calls.LogprobCall.build(*TENSORS, TARGET, scale=2, skip_pad=True, ties="order", backend="native"),
     "backward": lambda: calls.LogprobBackwardCall.build(
-        *TENSORS, TARGET, grad=torch.randn(2), lse=torch.randn(2).double(), need_hidden=True, need_items=False
+        *TENSORS, TARGET, grad=torch.randn(2), lse=torch.randn(2, 2).double(), need_hidden=True, need_items=False
     ),
 }
 

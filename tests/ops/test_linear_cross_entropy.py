@@ -207,7 +207,8 @@ def test_opcheck(J, backend):
         call = LogprobCall.build(hidden, items, target, scale=0.5, ties=ties, ranked=ranked, backend=backend)
         torch.library.opcheck(torch.ops.lares_fast.target_logprob, call.arguments())
     hidden, items = hidden.detach(), items.detach()
-    lse = (hidden.double() @ items.double().mT).logsumexp(-1)
+    products = hidden.double() @ items.double().mT
+    lse = torch.stack((products.amax(-1), (products - products.amax(-1, keepdim=True)).logsumexp(-1)), -1)
     needs = {"need_hidden": True, "need_items": False}
     backward = LogprobBackwardCall.build(hidden, items, target, grad=grad, lse=lse, **needs, backend=backend)
     torch.library.opcheck(torch.ops.lares_fast.target_logprob_backward, backward.arguments())
