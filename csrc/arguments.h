@@ -4,11 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 namespace lares_fast {
@@ -76,12 +79,30 @@ private:
     std::size_t left_;
 };
 
+// Takes the interpreter's lock again. When the interpreter ends, Python (before 3.14) ends the threads that want its lock here,
+// by unwinding their stacks. That would run destructors of Python objects without the lock, and a destructor that takes the lock
+// would end the process with an error. Such a thread waits for the end of the process instead.
+inline void lock_again(PyThreadState* state) {
+    try {
+        PyEval_RestoreThread(state);
+    } catch (...) {
+        for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+}
+
 // Calls `work` without the interpreter's lock, so that other Python threads can run.
 template <class Work>
-auto unlocked(const Arguments& arguments, const Work& work) {
+void unlocked(const Arguments& arguments, const Work& work) {
     arguments.end();
-    const pybind11::gil_scoped_release release;
-    return work();
+    PyThreadState* const state = PyEval_SaveThread();
+    std::exception_ptr error;
+    try {
+        work();
+    } catch (...) {
+        error = std::current_exception();
+    }
+    lock_again(state);
+    if (error) std::rethrow_exception(error);
 }
 
 }  // namespace lares_fast

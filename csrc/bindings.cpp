@@ -39,7 +39,8 @@ using std::uintptr_t;
 // This number rises whenever the arguments of a function change. lares_fast/_native.py does not load a module with another one.
 constexpr int ABI = 10;
 
-py::dict build_info() {
+py::dict build_info(Arguments& arguments) {
+    arguments.end();
     namespace build = lares_fast::build;
     py::list archs;
     std::string arch;
@@ -64,7 +65,9 @@ py::dict build_info() {
     return info;
 }
 
-py::tuple index_shape(int64_t N, int64_t D) {
+py::tuple index_shape(Arguments& arguments) {
+    const int64_t N = arguments.take<int64_t>("N"), D = arguments.take<int64_t>("D");
+    arguments.end();
     const lares_fast::IndexShape shape = lares_fast::index_shape(N, D);
     return py::make_tuple(shape.panel, shape.panels, shape.coded_panel, shape.coded_panels, shape.code_bytes, shape.lane_bytes);
 }
@@ -92,8 +95,7 @@ void read_catalog(Arguments& arguments, Call& call) {
         .read("D", call.D);
 }
 
-void build_index(const py::kwargs& given) {
-    Arguments arguments(given);
+void build_index(Arguments& arguments) {
     lares_fast::IndexTables tables{};
     const float* const items = arguments.tensor<float>("items");
     const int64_t N = arguments.take<int64_t>("N"), D = arguments.take<int64_t>("D"), threads = arguments.take<int64_t>("threads");
@@ -101,8 +103,7 @@ void build_index(const py::kwargs& given) {
     unlocked(arguments, [&] { lares_fast::build_index(items, N, D, tables, threads); });
 }
 
-void topk(const py::kwargs& given) {
-    Arguments arguments(given);
+void topk(Arguments& arguments) {
     lares_fast::Topk call{};
     read_catalog(arguments, call);
     arguments.read("k", call.k).read("scores", call.scores).read("ids", call.ids);
@@ -111,8 +112,7 @@ void topk(const py::kwargs& given) {
     unlocked(arguments, [&] { lares_fast::topk_cpu(call, threads); });
 }
 
-void target_rank(const py::kwargs& given) {
-    Arguments arguments(given);
+void target_rank(Arguments& arguments) {
     lares_fast::TargetRank call{};
     read_catalog(arguments, call);
     arguments.read("target", call.target).read("ties_by_id", call.ties_by_id);
@@ -132,8 +132,7 @@ void read_softmax(Arguments& arguments, lares_fast::Softmax& softmax) {
         .read("skip_pad", softmax.skip_pad);
 }
 
-void target_logprob(const py::kwargs& given) {
-    Arguments arguments(given);
+void target_logprob(Arguments& arguments) {
     lares_fast::TargetLogprob call{};
     read_softmax(arguments, call.softmax);
     arguments.read("logprob", call.logprob).read("lse", call.lse).read("rank", call.rank).read("ties_by_id", call.ties_by_id);
@@ -141,8 +140,7 @@ void target_logprob(const py::kwargs& given) {
     unlocked(arguments, [&] { lares_fast::target_logprob_cpu(call, threads); });
 }
 
-void target_logprob_backward(const py::kwargs& given) {
-    Arguments arguments(given);
+void target_logprob_backward(Arguments& arguments) {
     lares_fast::TargetLogprobBackward call{};
     read_softmax(arguments, call.softmax);
     arguments.read("grad", call.grad).read("lse", call.lse).read("d_hidden", call.d_hidden).read("d_items", call.d_items);
@@ -181,6 +179,8 @@ struct RecurrenceArguments {
             .read("tape", call.tape)
             .read("bf16", call.bf16)
             .read("threads", threads);
+        // Beyond this number of layers the number of weights could overflow.
+        if (call.shape.layers < 1 || call.shape.layers > 65535) throw std::invalid_argument("the number of layers must be in 1..65535");
         weights = pointers(arguments, "weights");
         call.weights = weights.data();
     }
@@ -195,15 +195,13 @@ struct RecurrenceArguments {
     }
 };
 
-void recurrence_forward(const py::kwargs& given) {
-    Arguments arguments(given);
+void recurrence_forward(Arguments& arguments) {
     const RecurrenceArguments shared(arguments);
     float* const out = arguments.tensor<float>("out");
     unlocked(arguments, [&] { lares_fast::recurrence_forward(shared.call, out, shared.threads); });
 }
 
-void recurrence_backward(const py::kwargs& given) {
-    Arguments arguments(given);
+void recurrence_backward(Arguments& arguments) {
     const RecurrenceArguments shared(arguments);
     const float* const out_grad = arguments.tensor<float>("out_grad");
     float* const h_grad = arguments.tensor<float>("h_grad");
@@ -219,8 +217,17 @@ using DeviceLimits = std::array<int64_t, 3>;
 
 lares_fast::DeviceLimits limits_of(const DeviceLimits& limits) { return {limits[0], limits[1], limits[2]}; }
 
-DeviceLimits device_limits(int device) {
-    const lares_fast::DeviceLimits limits = lares_fast::device_limits(device);
+std::string capability(Arguments& arguments) {
+    const int device = arguments.take<int>("device");
+    std::string answer;
+    unlocked(arguments, [&] { answer = lares_fast::capability(device); });
+    return answer;
+}
+
+DeviceLimits device_limits(Arguments& arguments) {
+    const int device = arguments.take<int>("device");
+    lares_fast::DeviceLimits limits{};
+    unlocked(arguments, [&] { limits = lares_fast::device_limits(device); });
     return {limits.multiprocessors, limits.shared_a_block, limits.shared_a_multiprocessor};
 }
 
@@ -230,8 +237,20 @@ py::dict walk_plan(const lares_fast::ScanPlan& walk) {
                     "chunks"_a = walk.chunks, "resident"_a = walk.resident, "shared_bytes"_a = walk.shared_bytes);
 }
 
-py::dict plan_topk(int64_t B, int64_t N, int64_t D, int64_t k, const DeviceLimits& limits) {
-    const lares_fast::TopkPlan plan = lares_fast::plan_topk(B, N, D, k, limits_of(limits));
+struct Sizes {
+    int64_t B, N, D;
+    DeviceLimits limits;
+
+    explicit Sizes(Arguments& arguments) {
+        arguments.read("B", B).read("N", N).read("D", D).read("limits", limits);
+    }
+};
+
+py::dict plan_topk(Arguments& arguments) {
+    const Sizes sizes(arguments);
+    const int64_t k = arguments.take<int64_t>("k");
+    arguments.end();
+    const lares_fast::TopkPlan plan = lares_fast::plan_topk(sizes.B, sizes.N, sizes.D, k, limits_of(sizes.limits));
     py::dict all = walk_plan(plan.scan);
     all["stride"] = plan.stride;
     all["step"] = plan.step;
@@ -241,8 +260,10 @@ py::dict plan_topk(int64_t B, int64_t N, int64_t D, int64_t k, const DeviceLimit
     return all;
 }
 
-py::dict plan_target_rank(int64_t B, int64_t N, int64_t D, const DeviceLimits& limits) {
-    return walk_plan(lares_fast::plan_target_rank(B, N, D, limits_of(limits)));
+py::dict plan_target_rank(Arguments& arguments) {
+    const Sizes sizes(arguments);
+    arguments.end();
+    return walk_plan(lares_fast::plan_target_rank(sizes.B, sizes.N, sizes.D, limits_of(sizes.limits)));
 }
 
 struct Launch {
@@ -254,25 +275,26 @@ struct Launch {
         : limits(arguments.take<DeviceLimits>("limits")), device(arguments.take<int>("device")), stream(arguments.take<uintptr_t>("stream")) {}
 };
 
-std::string topk_cuda(const py::kwargs& given) {
-    Arguments arguments(given);
+std::string topk_cuda(Arguments& arguments) {
     lares_fast::TopkCuda call{};
     read_catalog(arguments, call);
     arguments.read("E", call.E).read("k", call.k).read("plain", call.plain);
     arguments.read("scores", call.scores).read("ids", call.ids).read("workspace", call.workspace);
     const Launch launch(arguments);
-    return unlocked(arguments, [&] { return lares_fast::topk_cuda(call, limits_of(launch.limits), launch.device, launch.stream); });
+    std::string answer;
+    unlocked(arguments, [&] { answer = lares_fast::topk_cuda(call, limits_of(launch.limits), launch.device, launch.stream); });
+    return answer;
 }
 
-std::string target_rank_cuda(const py::kwargs& given) {
-    Arguments arguments(given);
+std::string target_rank_cuda(Arguments& arguments) {
     lares_fast::TargetRankCuda call{};
     read_catalog(arguments, call);
     arguments.read("E", call.E).read("plain", call.plain).read("ties_by_id", call.ties_by_id);
     arguments.read("target", call.target).read("of_all", call.of_all).read("of_kept", call.of_kept);
     const Launch launch(arguments);
-    return unlocked(arguments,
-                    [&] { return lares_fast::target_rank_cuda(call, limits_of(launch.limits), launch.device, launch.stream); });
+    std::string answer;
+    unlocked(arguments, [&] { answer = lares_fast::target_rank_cuda(call, limits_of(launch.limits), launch.device, launch.stream); });
+    return answer;
 }
 
 using Words2 = std::array<std::uint32_t, 2>;
@@ -287,8 +309,7 @@ MaskAddress mask_address(Arguments& arguments) {
     return address;
 }
 
-void keep_hidden(const py::kwargs& given) {
-    Arguments arguments(given);
+void keep_hidden(Arguments& arguments) {
     const MaskAddress address = mask_address(arguments);
     const int64_t* const positions = arguments.tensor<int64_t>("positions");
     std::uint8_t* const keep = arguments.tensor<std::uint8_t>("keep");
@@ -296,8 +317,7 @@ void keep_hidden(const py::kwargs& given) {
     unlocked(arguments, [&] { lares_fast::keep_hidden(address, positions, site, P, D, keep); });
 }
 
-void state_uniforms(const py::kwargs& given) {
-    Arguments arguments(given);
+void state_uniforms(Arguments& arguments) {
     const Key key = key_of(arguments.take<Words2>("key"));
     const int64_t* const rows = arguments.tensor<int64_t>("rows");
     const int64_t* const positions = arguments.tensor<int64_t>("positions");
@@ -306,47 +326,74 @@ void state_uniforms(const py::kwargs& given) {
     unlocked(arguments, [&] { lares_fast::state_uniforms(key, rows, positions, P, D, uniforms); });
 }
 
-void keep_attention(const py::kwargs& given) {
-    Arguments arguments(given);
+void keep_attention(Arguments& arguments) {
     const MaskAddress address = mask_address(arguments);
     std::uint8_t* const keep = arguments.tensor<std::uint8_t>("keep");
     const int64_t B = arguments.take<int64_t>("B"), H = arguments.take<int64_t>("H"), L = arguments.take<int64_t>("L");
     unlocked(arguments, [&] { lares_fast::keep_attention(address, B, H, L, keep); });
 }
 
-Words4 philox(const Words4& counter, const Words2& key) {
+Words4 philox(Arguments& arguments) {
+    const auto counter = arguments.take<Words4>("counter");
+    const Key key = key_of(arguments.take<Words2>("key"));
+    arguments.end();
     const std::uint32_t first[1] = {counter[0]};
     std::uint32_t words[4][1];
-    lares_fast::philox(first, counter[1], counter[2], counter[3], key_of(key), words);
+    lares_fast::philox(first, counter[1], counter[2], counter[3], key, words);
     return {words[0][0], words[1][0], words[2][0], words[3][0]};
+}
+
+void use_level(Arguments& arguments) {
+    const auto name = arguments.take<std::string>("name");
+    arguments.end();
+    lares_fast::use_level(name);
+}
+
+std::string level(Arguments& arguments) {
+    arguments.end();
+    return lares_fast::level_name();
+}
+
+bool has_bf16(Arguments& arguments) {
+    arguments.end();
+    return lares_fast::has(lares_fast::InstructionSet::avx512bf16);
+}
+
+// Adds `function` to the module. All functions take their arguments in one way, because the message of pybind11 about wrong
+// arguments ends the process if a keyword cannot be encoded.
+template <auto function>
+void add(py::module_& module, const char* name) {
+    module.def(name, [](const py::args& positional, const py::kwargs& given) {
+        if (!positional.empty()) throw py::type_error("arguments are passed by keyword");
+        Arguments arguments(given);
+        return function(arguments);
+    });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-    using py::arg;
-    using Release = py::call_guard<py::gil_scoped_release>;
     m.attr("ABI") = ABI;
-    m.def("build_info", &build_info);
-    m.def("use_level", &lares_fast::use_level, py::kw_only(), arg("name"));
-    m.def("level", &lares_fast::level_name);
-    m.def("has_bf16", [] { return lares_fast::has(lares_fast::InstructionSet::avx512bf16); });
-    m.def("capability", &lares_fast::capability, py::kw_only(), arg("device"), Release());
-    m.def("device_limits", &device_limits, py::kw_only(), arg("device"), Release());
-    m.def("plan_topk", &plan_topk, py::kw_only(), arg("B"), arg("N"), arg("D"), arg("k"), arg("limits"));
-    m.def("plan_target_rank", &plan_target_rank, py::kw_only(), arg("B"), arg("N"), arg("D"), arg("limits"));
-    m.def("topk_cuda", &topk_cuda);
-    m.def("target_rank_cuda", &target_rank_cuda);
-    m.def("topk", &topk);
-    m.def("index_shape", &index_shape, py::kw_only(), arg("N"), arg("D"));
-    m.def("build_index", &build_index);
-    m.def("target_rank", &target_rank);
-    m.def("recurrence_forward", &recurrence_forward);
-    m.def("recurrence_backward", &recurrence_backward);
-    m.def("target_logprob", &target_logprob);
-    m.def("target_logprob_backward", &target_logprob_backward);
-    m.def("keep_hidden", &keep_hidden);
-    m.def("state_uniforms", &state_uniforms);
-    m.def("keep_attention", &keep_attention);
-    m.def("philox", &philox, py::kw_only(), arg("counter"), arg("key"));
+    add<build_info>(m, "build_info");
+    add<use_level>(m, "use_level");
+    add<level>(m, "level");
+    add<has_bf16>(m, "has_bf16");
+    add<capability>(m, "capability");
+    add<device_limits>(m, "device_limits");
+    add<plan_topk>(m, "plan_topk");
+    add<plan_target_rank>(m, "plan_target_rank");
+    add<topk_cuda>(m, "topk_cuda");
+    add<target_rank_cuda>(m, "target_rank_cuda");
+    add<topk>(m, "topk");
+    add<index_shape>(m, "index_shape");
+    add<build_index>(m, "build_index");
+    add<target_rank>(m, "target_rank");
+    add<recurrence_forward>(m, "recurrence_forward");
+    add<recurrence_backward>(m, "recurrence_backward");
+    add<target_logprob>(m, "target_logprob");
+    add<target_logprob_backward>(m, "target_logprob_backward");
+    add<keep_hidden>(m, "keep_hidden");
+    add<state_uniforms>(m, "state_uniforms");
+    add<keep_attention>(m, "keep_attention");
+    add<philox>(m, "philox");
 }

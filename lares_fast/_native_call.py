@@ -19,12 +19,15 @@ def call_native(function: str, **arguments: object) -> None:
     not check them.
 
     Raises:
-        InputError: the native code found a value out of range, or a number too large for its type.
+        InputError: the native code found a value out of range, or a number too large for its type, or its workspace does not
+            fit into memory.
         NotBuiltError: there is no native module.
     """
     call = getattr(_native.load(), function)
     try:
         call(**addresses(arguments))
+    except MemoryError as error:
+        raise InputError(f"{function}: there is not enough memory for the workspace: pass fewer rows or threads.") from error
     except (ValueError, TypeError) as error:
         sentence = str(error).partition("\n")[0]
         raise InputError(f"{function}: {sentence}.") from error

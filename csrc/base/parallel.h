@@ -1,6 +1,7 @@
 // Runs one function on several threads. There is no thread pool, so no thread waits in the background at a fork or an exit.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <mutex>
@@ -8,6 +9,9 @@
 #include <vector>
 
 namespace lares_fast {
+
+// The most threads of one call. More would only take memory.
+constexpr std::int64_t MOST_THREADS = 1024;
 
 // Runs `work` on up to `threads` threads, the calling thread included, and rethrows the first exception.
 // `work` must take its tasks from a shared counter: if the system grants fewer threads, they still do all tasks.
@@ -23,10 +27,11 @@ void run_on_threads(std::int64_t threads, const Work& work) {
             if (!error) error = std::current_exception();
         }
     };
+    const auto wanted = static_cast<std::size_t>(std::clamp<std::int64_t>(threads, 1, MOST_THREADS) - 1);
     std::vector<std::thread> helpers;
     try {
-        helpers.reserve(static_cast<std::size_t>(threads - 1));
-        while (static_cast<std::int64_t>(helpers.size()) < threads - 1) helpers.emplace_back(guarded);
+        helpers.reserve(wanted);
+        while (helpers.size() < wanted) helpers.emplace_back(guarded);
     } catch (const std::exception&) {
         // The system grants no more threads. The running threads take the remaining tasks.
     }

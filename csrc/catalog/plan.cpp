@@ -33,7 +33,8 @@ std::int64_t mixing_stride(std::int64_t tiles) {
 
 ScanPlan plan_scan(std::int64_t B, std::int64_t N, std::int64_t D, std::int64_t tiles_a_split, const DeviceLimits& limits) {
     require(B >= 1 && N >= 0 && D >= 0, "B must be at least 1, and N and D must not be negative");
-    require(limits.multiprocessors >= 1, "the number of multiprocessors must be at least 1");
+    require(limits.multiprocessors >= 1 && limits.multiprocessors <= std::numeric_limits<std::int32_t>::max(),
+            "the number of multiprocessors must be in 1..2^31 - 1");
     // Keys keep the inverted id in their lower half, and all zeros there mean "no item".
     require(N < std::numeric_limits<std::uint32_t>::max(), "N must stay below 2^32 - 1");
     const std::int64_t width = std::max<std::int64_t>(D, 1);

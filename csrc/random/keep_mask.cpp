@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -17,8 +18,14 @@ void check(const std::int64_t* values, std::int64_t count, const std::string& na
     }
 }
 
-void check(const MaskAddress& address, std::int64_t B) {
-    require(B >= 0, "the number of rows must not be negative");
+// `width` is the number of elements of a row. It is checked first.
+void check_rows(std::int64_t rows, std::int64_t width) {
+    require(rows >= 0, "the number of rows must not be negative");
+    require(rows <= std::numeric_limits<std::int64_t>::max() / 8 / std::max<std::int64_t>(width, 1), "there are too many rows");
+}
+
+void check(const MaskAddress& address, std::int64_t B, std::int64_t width) {
+    check_rows(B, width);
     require(address.threshold >= 0 && address.threshold <= 65536, "threshold must be in [0, 65536]");
     require(address.step >= 0 && address.step < 65536, "step must be in [0, 65536)");
     require(address.layer >= 0 && address.layer < 65536, "layer must be in [0, 65536)");
@@ -33,10 +40,10 @@ std::uint32_t step_and_layer(const MaskAddress& address) {
 
 void keep_hidden(const MaskAddress& address, const std::int64_t* positions, std::int64_t site, std::int64_t P, std::int64_t D,
                  std::uint8_t* keep) {
-    check(address, P);
-    check(positions, P, "positions");
     require(site >= 0 && site < 65536, "site must be in [0, 65536)");
     require(D >= 0 && D <= 64 * 8192, "width must be in [0, 524288]");
+    check(address, P, D);
+    check(positions, P, "positions");
     if (P == 0 || D == 0) return;
     require(keep != nullptr, "out must not be a null pointer");
     std::uint8_t tile[4][16];
@@ -51,10 +58,10 @@ void keep_hidden(const MaskAddress& address, const std::int64_t* positions, std:
 }
 
 void state_uniforms(Key key, const std::int64_t* rows, const std::int64_t* positions, std::int64_t P, std::int64_t D, double* out) {
-    require(P >= 0, "the number of rows must not be negative");
+    require(D >= 0 && D <= 4 * 65536, "width must be in [0, 262144]");
+    check_rows(P, D);
     check(rows, P, "rows");
     check(positions, P, "positions");
-    require(D >= 0 && D <= 4 * 65536, "width must be in [0, 262144]");
     if (P == 0 || D == 0) return;
     require(out != nullptr, "out must not be a null pointer");
     constexpr std::int64_t CALLS = 8;
@@ -71,9 +78,9 @@ void state_uniforms(Key key, const std::int64_t* rows, const std::int64_t* posit
 }
 
 void keep_attention(const MaskAddress& address, std::int64_t B, std::int64_t H, std::int64_t L, std::uint8_t* keep) {
-    check(address, B);
     require(H >= 0 && H <= 8192, "heads must be in [0, 8192]");
     require(L >= 0 && L <= 4 * 65536, "length must be in [0, 262144]");
+    check(address, B, H * L * L);
     if (B == 0 || H == 0 || L == 0) return;
     require(keep != nullptr, "out must not be a null pointer");
     std::uint8_t tile[4][16];

@@ -24,7 +24,7 @@ namespace {
 constexpr std::int64_t SLOTS = 8;
 constexpr std::int64_t MAX_WIDTH = 256, MAX_LENGTH = 512, MAX_STEPS = 65535;
 
-bool all_there(float* const* pointers, std::int64_t count) {
+bool all_there(const float* const* pointers, std::int64_t count) {
     return pointers && std::find(pointers, pointers + count, nullptr) == pointers + count;
 }
 
@@ -37,8 +37,8 @@ void check(const Recurrence& c, std::int64_t threads) {
     require(s.layers >= 1 && s.layers < 65536, "the number of layers must be in 1..65535");
     require(c.dropout.hidden < 65536 && c.dropout.attention < 65536, "dropout thresholds must be in [0, 65536)");
     require(!c.bf16 || !c.tape, "bf16 has no backward: tape must be a null pointer");
-    require(c.B >= 0, "B must not be negative");
-    require(c.weights, "weights must not be a null pointer");
+    require(c.B >= 0 && c.B <= std::numeric_limits<std::int32_t>::max(), "B must be in 0..2^31 - 1");
+    require(all_there(c.weights, weight_count(s)), "weights must not be null pointers");
     if (c.B == 0) return;
     require(c.offsets && c.depth && c.h, "offsets, depth and h must not be null pointers");
     require(c.pre || s.adapter == Adapter::none, "pre must not be a null pointer");

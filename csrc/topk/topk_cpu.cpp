@@ -30,6 +30,14 @@ constexpr std::int64_t SAMPLE = 2048, SAMPLE_SPREAD = 12;
 // Up to this many keys, comparing all pairs is faster than a sort.
 constexpr std::size_t FEW_KEYS = 384;
 
+void check_index(const Topk& t) {
+    const IndexTables& index = t.index;
+    if (!index.codes) return;
+    const bool complete = index.centre && index.scale && index.panels && index.start && index.bounds;
+    require(complete, "the tables of the index must not be null pointers");
+    require(index_shape(t.N, t.D).coded_panels > 0, "an index of this size and SIMD level has no codes");
+}
+
 void check(const Topk& t, std::int64_t threads) {
     check_sizes(t.B, t.N, t.D, threads);
     require(t.k >= 1, "k must be at least 1");
@@ -37,6 +45,7 @@ void check(const Topk& t, std::int64_t threads) {
     if (t.B == 0) return;
     check_inputs(t.query, t.items, t.N, t.D);
     require(t.scores && t.ids, "the outputs must not be null pointers");
+    check_index(t);
     check_exclude(t.exclude_offsets, t.exclude_ids, t.B, t.N);
 }
 
@@ -45,6 +54,7 @@ void check(const Topk& t, std::int64_t threads) {
 std::vector<float> guess_thresholds(const QueryBlock& block) {
     const std::int64_t panel = block.kernel.panel, N = block.call.N;
     const std::int64_t panels = std::min(SAMPLE, N / SAMPLE_SPREAD) / panel;
+    if (panels == 0) return {};
     std::int64_t most = 0;
     for (std::int64_t b = 0; b < block.B; ++b) most = std::max(most, block.excluded.count(block.rows[b]));
     // The number of the best K and of the excluded items that are in the sample is about Poisson.
@@ -88,7 +98,7 @@ std::vector<std::int64_t> answer(const QueryBlock& block, const std::vector<floa
     // Each thread takes parts of the catalog with ascending ids. The order of results is total, so the parts do not matter.
     const std::int64_t part = std::max<std::int64_t>(std::min(TASK_ITEMS, N / threads) / TASK_UNIT, 1) * TASK_UNIT;
     const std::int64_t parts = (N + part - 1) / part;
-    const std::int64_t workers = std::clamp<std::int64_t>(std::min(threads, parts), 1, 1024);
+    const std::int64_t workers = std::clamp<std::int64_t>(std::min(threads, parts), 1, MOST_THREADS);
     std::vector<std::unique_ptr<BlockSelection>> selections(static_cast<std::size_t>(workers));
     std::atomic<std::int64_t> next_selection{0}, next_part{0};
     run_on_threads(workers, [&] {

@@ -12,12 +12,7 @@
 
 namespace {
 
-using op_test::OpTest;
-
 bool vnni = false;
-
-const OpTest* const OPS[] = {&op_test::topk, &op_test::build_index, &op_test::target_rank, &op_test::linear_cross_entropy,
-                             &op_test::recurrence};
 
 struct Count {
     std::int64_t valid = 0, invalid = 0;
@@ -27,7 +22,7 @@ Count round_of_calls(std::int64_t calls, std::int64_t large, std::uint64_t seed)
     op_test::Random random(seed);
     Count count;
     for (std::int64_t call = 0; call < calls; ++call) {
-        for (const OpTest* op : OPS) {
+        for (const op_test::OpTest* op : op_test::OPS) {
             if (random.chance(0.5)) {
                 op->invalid(random);
                 ++count.invalid;
@@ -80,7 +75,7 @@ int main(int argc, char** argv) {
         }
         for (std::thread& other : others) other.join();
         if (!failure.empty()) op_test::fail(failure);
-        std::printf("level %s, %d ops: %lld valid, %lld invalid\n", argv[1], static_cast<int>(std::size(OPS)),
+        std::printf("level %s, %d ops: %lld valid, %lld invalid\n", argv[1], static_cast<int>(std::size(op_test::OPS)),
                     static_cast<long long>(total.valid), static_cast<long long>(total.invalid));
     } catch (const std::exception& error) {
         return std::fprintf(stderr, "%s\n", error.what()), 1;

@@ -26,8 +26,9 @@ float number(Random& random, const std::string& kind) {
 }
 
 std::vector<float> numbers(Random& random, const std::string& kind, std::int64_t n) {
+    Random own = random.bulk();
     std::vector<float> values(static_cast<std::size_t>(n));
-    for (float& value : values) value = number(random, kind);
+    for (float& value : values) value = number(own, kind);
     return values;
 }
 

@@ -1,8 +1,9 @@
 // The definition of a test of one op, and what all these tests share: random sizes and numbers, scores summed one by one,
-// and failures. To add an op, add an OpTest in tests/cpp/<stem>.cpp and a line in main.cpp.
+// and failures. To add an op, add an OpTest in tests/cpp/<stem>.cpp and its name to OPS.
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <random>
@@ -23,11 +24,23 @@ class Random {
    public:
     explicit Random(std::uint64_t seed) : engine_(seed) {}
 
+    // The bytes of a fuzzer decide while there are any, so that a change of one byte changes one decision. They must outlive
+    // this object and its copies.
+    Random(const std::uint8_t* bytes, std::size_t size) : engine_(size), next_(bytes), end_(bytes + size) {}
+
     // From first to last, both included.
     std::int64_t between(std::int64_t first, std::int64_t last) {
-        return std::uniform_int_distribution<std::int64_t>(first, last)(engine_);
+        if (next_ == end_) return std::uniform_int_distribution<std::int64_t>(first, last)(engine_);
+        const std::uint64_t range = static_cast<std::uint64_t>(last) - static_cast<std::uint64_t>(first);
+        std::uint64_t value = 0;
+        for (std::uint64_t rest = range; rest > 0 && next_ != end_; rest >>= 8) value = value << 8 | *next_++;
+        return static_cast<std::int64_t>(static_cast<std::uint64_t>(first) + (range + 1 ? value % (range + 1) : value));
     }
-    bool chance(double share) { return std::bernoulli_distribution(share)(engine_); }
+    bool chance(double share) {
+        return next_ == end_ ? std::bernoulli_distribution(share)(engine_) : *next_++ < share * 256;
+    }
+    // Many numbers that depend on one decision: the bytes of a fuzzer would not suffice.
+    Random bulk() { return Random(static_cast<std::uint64_t>(between(0, 0xFFFF))); }
     // Nearly normal: the sum of four uniform numbers of 16 bits. The library's own distribution took half of the program's
     // time.
     float normal() {
@@ -42,6 +55,7 @@ class Random {
 
    private:
     std::mt19937_64 engine_;
+    const std::uint8_t *next_ = nullptr, *end_ = nullptr;
 };
 
 // Exclusion lists in the form that the ops take: unsorted, with repeats.
@@ -114,7 +128,8 @@ struct OpTest {
     void (*invalid)(Random&);
 };
 
-extern const OpTest topk, build_index, target_rank, linear_cross_entropy, recurrence;
+extern const OpTest topk, build_index, target_rank, linear_cross_entropy, recurrence, masks, plans;
+inline const OpTest* const OPS[] = {&topk, &build_index, &target_rank, &linear_cross_entropy, &recurrence, &masks, &plans};
 
 // Planted bugs that must end the program: a wrong order in the expectation, an output of linear_cross_entropy that is
 // expected 0.1 % too large, a call with one item more than exists, and two calls that write one output.

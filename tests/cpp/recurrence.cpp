@@ -151,6 +151,7 @@ const std::vector<Spoiler<Recurrence>> SPOILERS = {
     {"no rows", [](Recurrence& r) { r.rows = nullptr, r.dropout.attention = 1; }},
     {"no weights", [](Recurrence& r) { r.weights = nullptr; }},
     {"B < 0", [](Recurrence& r) { r.B = -1; }},
+    {"B of 2^31", [](Recurrence& r) { r.B = std::int64_t{1} << 31; }},
     {"the least B", [](Recurrence& r) { r.B = std::numeric_limits<std::int64_t>::min(); }},
     {"D = 0", [](Recurrence& r) { r.shape.D = 0; }},
     {"D < 0", [](Recurrence& r) { r.shape.D = -16; }},
@@ -223,6 +224,11 @@ void invalid(Random& random) {
                     what = spoiler.name;
                     spoiler.spoil(call);
                 }
+                break;
+            }
+            if (random.chance(0.05)) {
+                what = "one weight missing";
+                call.weights[place(random.between(0, static_cast<std::int64_t>(call.weights.size()) - 1))] = nullptr;
                 break;
             }
             const Spoiler<Recurrence> spoiler = random.one_of(SPOILERS);

@@ -9,8 +9,9 @@ namespace op_test {
 namespace {
 
 Tensor numbers(Random& random, std::int64_t n, float mean, float deviation) {
+    Random own = random.bulk();
     Tensor values(place(n));
-    for (float& value : values) value = mean + deviation * random.normal();
+    for (float& value : values) value = mean + deviation * own.normal();
     return values;
 }
 

@@ -82,6 +82,15 @@ void valid_topk(Random& random, bool large, std::int64_t threads) {
     Topk call = call_of(c, k, plain);
     lares_fast::topk_cpu(call, threads);
     compare(c, k, plain, "");
+    if (random.chance(0.05)) {
+        // No items at all: every place is empty.
+        Topk none = call;
+        none.N = 0, none.items = nullptr, none.exclude_offsets = nullptr;
+        Output empty(c.B * k);
+        none.scores = empty.scores.data(), none.ids = empty.ids.data();
+        lares_fast::topk_cpu(none, threads);
+        if (std::count(empty.ids.begin(), empty.ids.end(), -1) != c.B * k) fail("topk found an item in an empty catalog");
+    }
     Index index(c, random, threads);
     call.scores = indexed.scores.data();
     call.ids = indexed.ids.data();
@@ -107,6 +116,11 @@ const std::vector<Spoiler<Topk>> TOPK_SPOILERS = {
     {"k = 0", [](Topk& t) { t.k = 0; }},
     {"k < 0", [](Topk& t) { t.k = -9; }},
     {"k huge", [](Topk& t) { t.k = HUGE_SIZE; }},
+    {"codes, but no other table", [](Topk& t) { t.index.codes = reinterpret_cast<std::int8_t*>(t.ids); }},
+    {"codes of a small catalog", [](Topk& t) {
+         float* const some = t.scores;
+         t.index = {some, some, some, reinterpret_cast<std::int8_t*>(some), some, some};
+     }},
 };
 
 // A call of at least one query, item, dimension and exclusion, so that each spoiler has an effect.
