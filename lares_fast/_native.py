@@ -22,6 +22,8 @@ _REMEDY = "run pip install . in the source folder"
 @functools.cache
 def _attempt() -> tuple[ModuleType | None, str]:
     """Return the module, or ``None`` and why it cannot be loaded, as a clause without a full stop."""
+    if _settings.strict():
+        _settings.check_strict(importlib.import_module("torch").backends.cpu.get_cpu_capability())
     try:
         module = importlib.import_module("lares_fast._C")
     # A foreign or damaged file may raise any error. The package must work without it.
@@ -76,7 +78,8 @@ def build_info() -> dict[str, Any]:
     always there. A module adds keys for its file, SIMD level, bf16 products (bool), version, compiler, flags, build type, CPU
     architecture, CUDA architectures and nvcc version.
 
-    Raises :class:`InputError` only if ``LARES_FAST_SIMD`` is not valid.
+    Raises :class:`InputError` only if ``LARES_FAST_SIMD`` or ``LARES_FAST_STRICT`` is not valid, or if a variable is missing
+    that the latter needs.
     """
     module, reason = _attempt()
     if module is None:

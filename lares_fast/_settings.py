@@ -14,6 +14,8 @@ PRECISIONS = ("fp32", "bf16")
 BACKENDS = ("auto", "reference", "native", "triton", "cuda", "layers")
 SIMD_LEVELS = ("auto", "generic", "avx2", "avx512", "amx")
 CUDA_PRODUCTS = ("3xtf32", "ffma")
+# With these values, our kernels, torch and MKL run the same instructions on every x86-64 CPU.
+STRICT = {"LARES_FAST_SIMD": "generic", "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
 
 def backend() -> str:
@@ -30,6 +32,38 @@ def simd() -> str:
     if value not in SIMD_LEVELS:
         raise InputError(f"LARES_FAST_SIMD must be one of {', '.join(SIMD_LEVELS)}, but got {value!r}.")
     return value
+
+
+def strict() -> bool:
+    """Return ``LARES_FAST_STRICT``: whether CPU results must not depend on the kind of x86-64 CPU."""
+    value = os.environ.get("LARES_FAST_STRICT") or "0"
+    if value not in ("0", "1"):
+        raise InputError(f"LARES_FAST_STRICT must be 0 or 1, but got {value!r}.")
+    return value == "1"
+
+
+def set_strict() -> None:
+    """With ``LARES_FAST_STRICT=1``, set the variables of :data:`STRICT` that are not set.
+
+    This has an effect only before torch is imported. Raises :class:`InputError` for another value of ``LARES_FAST_STRICT``.
+    """
+    if strict():
+        for name, value in STRICT.items():
+            os.environ.setdefault(name, value)
+
+
+def check_strict(cpu_capability: str) -> None:
+    """Raise :class:`InputError` if a variable that ``LARES_FAST_STRICT=1`` needs is missing, or was set too late for torch.
+
+    ``cpu_capability`` is the instruction set that torch uses.
+    """
+    wrong = [f"{name}={value}" for name, value in STRICT.items() if os.environ.get(name) != value]
+    if not wrong and cpu_capability != "DEFAULT":
+        wrong = ["ATEN_CPU_CAPABILITY=default"]
+    if not os.environ.get("OMP_NUM_THREADS"):
+        wrong.append("OMP_NUM_THREADS (one number for all machines)")
+    if wrong:
+        raise InputError(f"LARES_FAST_STRICT=1 needs {', '.join(wrong)} in the environment before Python starts.")
 
 
 def cuda_products() -> str:

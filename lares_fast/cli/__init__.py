@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _settings.set_passive_omp()
     try:
+        _settings.set_strict()
         return _run(list(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)

@@ -2,6 +2,7 @@
 // This program makes CALLS random calls of each op of csrc/, valid and invalid, without Python. LEVEL is generic, avx2, avx512
 // (without VNNI), avx512vnni or amx. One call in LARGE has work for several threads. CALLERS threads make such rounds of calls
 // at the same time. The last line says how many calls were made. With a planted BUG the program must not reach that line.
+// With "bits" as BUG it prints hashes of results instead, and with "level" the level that it chose (LEVEL is then auto).
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -50,6 +51,8 @@ int main(int argc, char** argv) {
         vnni = level == "avx512vnni";
         lares_fast::use_level(vnni ? "avx512" : level);
         if (vnni && !lares_fast::has(lares_fast::InstructionSet::avx512vnni)) op_test::fail("this CPU has no avx512vnni");
+        if (bug == "level") return std::printf("%s\n", lares_fast::level_name()), 0;
+        if (bug == "bits") return op_test::print_bits(calls, seed), 0;
         if (bug == "ties") op_test::ties_to_the_larger_id = true;
         for (const char* output : {"logprob", "d_hidden", "d_items"}) {
             if (bug == output) op_test::too_large = bug;

@@ -138,4 +138,7 @@ extern std::string too_large;
 void read_beyond_the_items();
 void write_one_output_twice();
 
+// Prints a hash of the results of each op that a training step calls, over `calls` random calls.
+void print_bits(std::int64_t calls, std::uint64_t seed);
+
 }  // namespace op_test
