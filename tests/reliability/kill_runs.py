@@ -81,7 +81,7 @@ class Place:
 
     def finish(self, out: Path, *more: str, faulty: str = "") -> list[str]:
         """Continue the run in ``out`` to its end. Return what differs from an uninterrupted run."""
-        ended = self.start(self.again(out, *more), out, Plan(fault=faulty)).wait()
+        self.last = ended = self.start(self.again(out, *more), out, Plan(fault=faulty)).wait()
         if ended.code:
             return [f"the run does not continue (code {ended.code}): {ended.err[-300:]}"]
         if not (faults := differences(self.whole(*more)[0], out)):
