@@ -7,8 +7,8 @@ import shlex
 import signal
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from lares_fast import __version__, _native, _settings
 from lares_fast._device import choose
 from lares_fast._errors import InputError, MissingExtraError
-from lares_fast.cli import settings, tensorboard
+from lares_fast.cli import settings, signals, tensorboard
 from lares_fast.cli.console import Console, Event, add_device_arguments, counted, device_text, indented, notice
 from lares_fast.cli.inputs import log_label, open_log, split_log
 from lares_fast.cli.plots import save_curves
@@ -102,17 +102,17 @@ def train(
 
     SIGINT and SIGTERM save the run before it ends. If the input is bad, no file is written.
     """
-    with _signals() as stop:
-        try:
+    stop = _Stop()
+    again = f"lares-fast train --resume {shlex.quote(str(out))}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
+    try:
+        with signals.handling(stop):
             return _train(config, out, phases, stop, start_from, use_tensorboard)
-        except (Interrupted, KeyboardInterrupt) as error:
-            saved = isinstance(error, Interrupted)
-            again = f"lares-fast train --resume {shlex.quote(str(out))}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
-            if saved:
-                raise Interrupted(f"stopped and saved; resume with: {again}") from None
-            if (out / "state.pt").exists():
-                raise Interrupted(f"aborted; resume from the last saved state with: {again}") from None
-            raise Interrupted("aborted before a state was saved; begin the run again.") from None
+    except Interrupted:
+        raise Interrupted(f"stopped and saved; resume with: {again}") from None
+    except KeyboardInterrupt:
+        if (out / "state.pt").exists():
+            raise Interrupted(f"aborted; resume from the last saved state with: {again}") from None
+        raise Interrupted("aborted before a state was saved; begin the run again.") from None
 
 
 def _train(
@@ -232,15 +232,3 @@ class _Stop:
         # This fails if the signal interrupts another line on stderr.
         with suppress(RuntimeError):
             notice(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to abort without saving")
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Handle SIGINT and SIGTERM by a :class:`_Stop` until the block ends."""
-    stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

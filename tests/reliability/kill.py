@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.reliability import kill_moments
+from tests.reliability import kill_disk, kill_folder, kill_moments, kill_planted, kill_recommend, kill_signals
 from tests.reliability.counts import Counts
 from tests.reliability.kill_runs import place
 
@@ -10,4 +10,5 @@ from tests.reliability.kill_runs import place
 def measure(counts: Counts) -> None:
     """Count what was tried and what failed."""
     with place() as somewhere:
-        kill_moments.measure(counts, somewhere)
+        for kind in (kill_moments, kill_signals, kill_disk, kill_folder, kill_recommend, kill_planted):
+            kind.measure(counts, somewhere)

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class Plan:
         ``before`` the call, ``after`` it, or in the ``middle`` of it, when half of the bytes of a write are written.
     ``action``
         ``kill``; ``power``: kill, and lose the bytes that were not synced; ``signal``: send ``signals``; ``fail``: the call
-        raises the error ``code``.
+        raises the error ``code``; ``move``, ``remove``, ``replace``: the folder named run is renamed to moved, or removed, or
+        renamed and followed by an empty folder.
     ``kinds``
         With ``fail``: all later calls of these kinds fail as well.
     ``fault``
@@ -62,7 +64,7 @@ class Calls:
 
     def __init__(self, folder: str, plan: Plan, report: str) -> None:
         self._folder, self._plan, self._report = os.path.realpath(folder), plan, report
-        self._at = plan.at
+        self._at, self._half = plan.at, False
         self.calls: list[Call] = []
         # File -> the SHA-256 of what was last renamed to it.
         self._published: dict[str, str] = {}
@@ -89,9 +91,7 @@ class Calls:
 
         Events.show, Run.enter = shown, entered
 
-    def reach(
-        self, kind: str, path: str, do: Callable[[], Any] = lambda: None, half: Callable[[], Any] | None = None
-    ) -> Any:
+    def reach(self, kind: str, path: str, do: Callable[[], Any] = lambda: None, half: Callable[[], Any] | None = None) -> Any:
         """Do one call, and act as the plan says."""
         number, plan = len(self.calls), self._plan
         name = path if kind == "event" else os.path.basename(path)
@@ -101,9 +101,9 @@ class Calls:
             raise OSError(plan.code, os.strerror(plan.code), path)
         if number != self._at:
             return do()
-        if plan.when == "middle" and half is not None:
-            result = half()
-            if plan.action == "fail":
+        if plan.when == "middle" and half is not None and not self._half:
+            result, self._half = half(), True
+            if plan.action == "fail" and result:
                 # As on a real disk, a part is written first, and the call for the rest fails.
                 self._at += 1
                 return result
@@ -119,6 +119,15 @@ class Calls:
         if plan.action == "signal":
             for number in plan.signals:
                 os.kill(os.getpid(), number)
+            return
+        if plan.action in ("move", "remove", "replace"):
+            run = os.path.join(self._folder, "run")
+            if plan.action == "remove":
+                shutil.rmtree(run)
+            else:
+                self._replace(run, os.path.join(self._folder, "moved"))
+            if plan.action == "replace":
+                self._mkdir(run)
             return
         if plan.action == "power":
             draw = random.Random(self._at)

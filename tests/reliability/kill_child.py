@@ -140,10 +140,10 @@ def _main(words: list[str], folder: str, plan: Plan, files: tuple[str, str, str]
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if plan.fault:
-        FAULTS[plan.fault]()
     calls = Calls(folder, plan, files[2])
     calls.install()
+    if plan.fault:
+        FAULTS[plan.fault]()
     ready.close()
     code = 1
     try:

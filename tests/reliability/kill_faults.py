@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lares_fast.cli import recommend
-from lares_fast.train import files, folder
+from lares_fast.train import checkpoint, files, folder
 from lares_fast.train.run import Run
 
 
@@ -62,9 +62,7 @@ def _hide_errors() -> None:
         with contextlib.suppress(files.InputError):
             write(path, fill)
 
-    for module in (files, folder):
-        if hasattr(module, "atomic_write"):
-            module.atomic_write = quiet
+    files.atomic_write = checkpoint.atomic_write = quiet
 
 
 FAULTS: dict[str, Callable[[], None]] = {

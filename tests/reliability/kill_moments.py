@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from tests.reliability.counts import Counts
@@ -22,9 +21,15 @@ SEVERAL = "two to five SIGKILLs in one run"
 POWER = "SIGKILL, and bytes that were not synced are lost, as in a power cut"
 
 # Kind of moment -> (number of tries in the short form, number in the long form).
-_TRIES = {INSIDE: (3, 50), BEFORE: (2, 40), BETWEEN: (2, 40), EVENT: (2, 40), POWER: (1, 30), SEVERAL: (1, 20), OUTSIDE: (2, 40)}
-# In the long form, every fourth process that is killed from outside is a new interpreter.
-_FORKS = 4
+_TRIES = {
+    INSIDE: (3, 40),
+    BEFORE: (2, 30),
+    BETWEEN: (2, 30),
+    EVENT: (2, 37),
+    POWER: (1, 20),
+    SEVERAL: (1, 15),
+    OUTSIDE: (2, 28),
+}
 
 
 def measure(counts: Counts, place: Place) -> None:
@@ -40,11 +45,14 @@ def measure(counts: Counts, place: Place) -> None:
             call = whole.calls[plan.at]
             count(counts, what, f"{plan.when} call {plan.at}, {call.kind} {call.name}", killed_at(place, plan), goal=number)
     for number in range(_TRIES[SEVERAL][not counts.quick]):
-        plans = [Plan(at=draw.randrange(len(whole.calls)), when=draw.choice(["before", "middle"])) for _ in range(2 + number % 4)]
+        plans = [
+            Plan(at=draw.randrange(len(whole.calls)), when=draw.choice(["before", "middle"])) for _ in range(2 + number % 4)
+        ]
         about = f"at calls {', '.join(str(plan.at) for plan in plans)}"
         count(counts, SEVERAL, about, killed_at(place, *plans), goal=_TRIES[SEVERAL][1])
     for number in range(_TRIES[OUTSIDE][not counts.quick]):
-        while (faults := _killed_from_outside(place, draw, own=not counts.quick and number % _FORKS == 0)) is None:
+        # In the long form, every fourth process is a new interpreter.
+        while (faults := _killed_from_outside(place, draw, own=not counts.quick and number % 4 == 0)) is None:
             pass
         count(counts, OUTSIDE, f"try {number}", faults, goal=_TRIES[OUTSIDE][1])
 
@@ -98,12 +106,3 @@ def _killed_from_outside(place: Place, draw: random.Random, *, own: bool) -> lis
     child.signal(signal.SIGKILL)
     ended = child.wait()
     return None if ended.code == 0 else torn(out) + place.finish(out)
-
-
-def planted(place: Place, fault: str, calls: list[Call]) -> list[str]:
-    """Return what is found wrong in a run in which ``fault`` is planted."""
-    writes = [n for n, call in enumerate(calls) if call == Call("write", "state.pt", True)]
-    if fault in ("write in place", "no sync"):
-        plan = Plan(at=writes[len(writes) // 2], when="middle", action="power" if fault == "no sync" else "kill")
-        return killed_at(place, replace(plan, fault=fault))
-    return killed_at(place, Plan(at=writes[len(writes) // 4], when="middle"), resumed_with=fault)

@@ -85,7 +85,7 @@ class Place:
         if ended.code:
             return [f"the run does not continue (code {ended.code}): {ended.err[-300:]}"]
         if not (faults := differences(self.whole(*more)[0], out)):
-            shutil.rmtree(out.parent)
+            shutil.rmtree(out, ignore_errors=True)
         return faults
 
 

@@ -17,9 +17,9 @@ import tests.reliability.kill_faults
 from lares_fast.train.files import atomic_write
 
 
-
 def draw_nothing(path: Path, history: object, title: str) -> None:
     """Write a small file in place of the plot, which takes half of the time of a small run."""
     atomic_write(path, lambda file: file.write(b"IEND\xaeB\x60\x82"))
+
 
 __all__ = ["jsonargparse", "lares_fast", "matplotlib", "pyarrow", "tests", "torch"]

@@ -16,7 +16,7 @@ TWO = "two signals at once at a chosen moment"
 OUTSIDE = "one or two signals from outside at a random moment"
 
 _PAIRS = [(first, second) for first in (signal.SIGTERM, signal.SIGINT) for second in (signal.SIGTERM, signal.SIGINT)]
-_TRIES = {ONE: (2, 40), TWO: (1, 40), OUTSIDE: (1, 40)}
+_TRIES = {ONE: (2, 30), TWO: (1, 32), OUTSIDE: (1, 24)}
 
 
 def measure(counts: Counts, place: Place) -> None:
