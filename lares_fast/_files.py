@@ -48,13 +48,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
             raise
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        if (cause := _cause(error)) is None:
-            raise
-        raise InputError(_not_written(path, cause)) from error
+        cause = _cause(error)
+        if isinstance(cause, OSError):
+            raise InputError(_not_written(path, cause)) from error
+        raise cause or error
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -80,6 +81,7 @@ def open_regular(path: Path, *, follow: bool = True) -> IO[bytes]:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise InputError(f"{path} is not a file, but a folder, a pipe or a device: give the name of a file.")
+
     return os.fdopen(descriptor, "rb")
 
 
@@ -137,8 +139,11 @@ def remove_leftovers(folder: Path, names: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def locked(folder: Path, tell: Callable[[str], Any] = lambda _: None) -> Iterator[None]:
+def locked(folder: Path, tell: Callable[[str], Any] = lambda _: None) -> Iterator[Callable[[], None]]:
     """Hold the lock of ``folder`` until the block or the process ends; a missing folder is made.
+
+    Gives a function to call before each write. It raises :class:`InputError` if the folder has been moved or removed: at
+    its old place there may be a folder of another run now.
 
     Raises :class:`InputError` if the lock is already held, by this process or another, or if the folder cannot be written.
     If the file system has no locks, ``tell`` is called with a sentence that says so, and the block runs without a lock.
@@ -148,14 +153,24 @@ def locked(folder: Path, tell: Callable[[str], Any] = lambda _: None) -> Iterato
         descriptor = _acquire(folder, tell)
     except OSError as error:
         raise InputError(_not_written(folder / LOCK, error)) from error
+
+    def check() -> None:
+        if descriptor is not None and not _is_open_at(descriptor, folder / LOCK):
+            raise InputError(
+                f"{folder} was moved or removed while a run wrote into it, so the run has stopped: resume from the place where "
+                "the folder is now, or begin again."
+            )
+
     try:
-        yield
+        yield check
     finally:
         if descriptor is not None:
             # The file is removed before the lock is released. A process that opened the file and now gets the lock finds that
             # the file is gone, and makes a new one.
-            (folder / LOCK).unlink(missing_ok=True)
+            if _is_open_at(descriptor, folder / LOCK):
+                _remove(folder / LOCK)
             os.close(descriptor)
+            descriptor = None
 
 
 def _acquire(folder: Path, tell: Callable[[str], Any]) -> int | None:
@@ -174,7 +189,7 @@ def _acquire(folder: Path, tell: Callable[[str], Any]) -> int | None:
             ) from None
         except OSError as error:
             os.close(descriptor)
-            path.unlink(missing_ok=True)
+            _remove(path)
             if error.errno not in _NO_LOCKS:
                 raise
             break
@@ -184,7 +199,7 @@ def _acquire(folder: Path, tell: Callable[[str], Any]) -> int | None:
 
 def _is_open_at(descriptor: int, path: Path) -> bool:
     """Return whether ``path`` still names the open file; its last holder may have removed it."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     return False
 
@@ -199,19 +214,30 @@ def _require_replaceable(path: Path) -> None:
         raise InputError(f"{path} could not be written, because it is a folder, a pipe or a device: give the name of a file.")
 
 
+def _remove(path: Path) -> None:
+    """Remove a file that is of no use any more. If that fails, an error that has come before it is more important."""
+    with suppress(OSError):
+        path.unlink()
+
+
 def _sync_folder(folder: Path) -> None:
     """Write the names of the files in ``folder`` to the disk, where the system can sync a folder."""
-    with suppress(OSError):
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise InputError(
+                f"{folder} could not be synced ({error.strerror}), so its newest file may be lost: check the disk, and try again."
+            ) from error
 
 
-def _cause(error: BaseException | None) -> OSError | None:
-    """Return the system's error that caused ``error``, if any. torch and arrow raise other errors in its place."""
-    while error is not None and not isinstance(error, OSError):
+def _cause(error: BaseException | None) -> OSError | KeyboardInterrupt | None:
+    """Return the error of the system or the interruption behind ``error``, if any. torch and arrow raise others instead."""
+    while error is not None and not isinstance(error, OSError | KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error
 

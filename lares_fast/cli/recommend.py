@@ -18,6 +18,7 @@ from typing import IO, Any
 from lares_fast._device import choose
 from lares_fast._errors import InputError, require
 from lares_fast._files import replacing
+from lares_fast.cli import signals
 from lares_fast.cli.console import Console, add_device_arguments, counted, device_text, notice, with_flag
 from lares_fast.cli.inputs import open_log
 from lares_fast.data import InteractionLog
@@ -78,7 +79,7 @@ def command(arguments: Namespace) -> int:
         users, total, user_kind = _users(arguments, recommender, about, console)
         counts = {"users": 0, "unknown": 0, "empty": 0}
         began = time.monotonic()
-        with _writer(arguments.output, user_kind, _kind(recommender.item_ids)) as write:
+        with signals.handling(signals.abort), _writer(arguments.output, user_kind, _kind(recommender.item_ids)) as write:
             for chunk in _chunks(users):
                 write(_recommend(recommender, chunk, arguments, counts))
                 console.progress("recommending", counts["users"], total)

@@ -7,8 +7,8 @@ import shlex
 import signal
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from lares_fast import __version__, _native, _settings
 from lares_fast._device import choose
 from lares_fast._errors import InputError, MissingExtraError
-from lares_fast.cli import settings, tensorboard
+from lares_fast.cli import settings, signals, tensorboard
 from lares_fast.cli.console import Console, Event, add_device_arguments, counted, device_text, indented, notice
 from lares_fast.cli.inputs import log_label, open_log, split_log
 from lares_fast.cli.plots import save_curves
@@ -102,6 +102,27 @@ def train(
 
     SIGINT and SIGTERM save the run before it ends. If the input is bad, no file is written.
     """
+    stop = _Stop()
+    again = f"lares-fast train --resume {shlex.quote(str(out))}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
+    try:
+        with signals.handling(stop):
+            return _train(config, out, phases, stop, start_from, use_tensorboard)
+    except Interrupted:
+        raise Interrupted(f"stopped and saved; resume with: {again}") from None
+    except KeyboardInterrupt:
+        if (out / "state.pt").exists():
+            raise Interrupted(f"aborted; resume from the last saved state with: {again}") from None
+        raise Interrupted("aborted before a state was saved; begin the run again.") from None
+
+
+def _train(
+    config: RunConfig,
+    out: Path,
+    phases: tuple[str, ...],
+    stop: _Stop,
+    start_from: Path | None,
+    use_tensorboard: bool,
+) -> InteractionLog:
     start_tensorboard = tensorboard.listener(out / "tensorboard") if use_tensorboard else None
     with Console() as console:
         console.say(header(config.seed))
@@ -134,13 +155,14 @@ def train(
         listeners.append(begin)
         curves = _Curves(trainer, f"{log.name}, seed {config.seed}")
         listeners.append(curves)
+        stop.trainer = trainer
         try:
-            with _stopping_on_signals(trainer):
-                rows = trainer.run(phases)
+            rows = trainer.run(phases)
         except Interrupted:
             curves.draw()
-            again = f"lares-fast train --resume {shlex.quote(str(out))}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
-            raise Interrupted(f"stopped and saved; resume with: {again}") from None
+            raise
+        finally:
+            stop.trainer = None
         curves.draw()
         console.say("\n" + run_table(rows, log, split, config))
         names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
@@ -195,22 +217,18 @@ class _Curves:
             notice(str(error))
 
 
-@contextmanager
-def _stopping_on_signals(trainer: Trainer) -> Iterator[None]:
-    """Have SIGINT and SIGTERM save the run after the current step; a second SIGINT aborts at once."""
+class _Stop:
+    """What SIGINT and SIGTERM do. ``trainer`` is the trainer that is running, if any."""
+
+    trainer: Trainer | None = None
     requested = False
 
-    def handle(number: int, _: FrameType | None) -> None:
-        nonlocal requested
-        if requested and number == signal.SIGINT:
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        """Have the trainer save the run after the current step. A second SIGINT, or no trainer, aborts at once."""
+        if self.trainer is None or (self.requested and number == signal.SIGINT):
             raise KeyboardInterrupt
-        requested = True
-        trainer.request_stop()
-        notice(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to abort without saving")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        self.requested = True
+        self.trainer.request_stop()
+        # This fails if the signal interrupts another line on stderr.
+        with suppress(RuntimeError):
+            notice(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to abort without saving")

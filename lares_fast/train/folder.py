@@ -30,6 +30,8 @@ class RunFolder:
         self.state_file = path / "state.pt"
         # Identifies the state file that this object found when it was made, or that it wrote last.
         self._stamp = _stamp(self.state_file)
+        # Raises an error if the folder is locked and has been moved or removed.
+        self._check: Callable[[], None] = lambda: None
 
     def has_state(self) -> bool:
         """Return whether the folder held a state when this object was made, or this object has written one."""
@@ -46,7 +48,7 @@ class RunFolder:
         Raises :class:`InputError` if another run holds the lock, or has changed the state since this object was made.
         ``tell`` is used as in :func:`lares_fast._files.locked`.
         """
-        with locked(self.path, tell):
+        with locked(self.path, tell) as self._check:
             if _stamp(self.state_file) != self._stamp:
                 raise InputError(f"another run has changed {self.path} since this run read it: start again from the new state.")
             remove_leftovers(self.path, _FILES)
@@ -54,6 +56,7 @@ class RunFolder:
 
     def save(self, saved: SavedRun) -> None:
         """Write state.pt, and the table of results as metrics.csv."""
+        self._check()
         save_run(self.state_file, saved)
         self._stamp = _stamp(self.state_file)
         write_text(self.path / "metrics.csv", rows_csv(saved.state.history))
@@ -64,6 +67,7 @@ class RunFolder:
         about = {**about, "item_ids": sha256(text.encode())}
         if self._exported(weights, config, about):
             return
+        self._check()
         write_text(self.path / "item_ids.json", text)
         save_weights(self.path / "model.safetensors", weights, config, about)
 
@@ -78,6 +82,7 @@ class RunFolder:
 
     def add_event(self, record: dict[str, Any]) -> None:
         """Append ``record`` and the current time to events.jsonl."""
+        self._check()
         append_line(self.path / "events.jsonl", json.dumps({"time": round(time.time(), 3), **record}))
 
 

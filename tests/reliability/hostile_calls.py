@@ -67,7 +67,9 @@ class Memory:
     def check(self, refused: bool) -> None:
         """Raise :class:`AssertionError` if a guard has changed, or an output of a refused call."""
         for whole in self.arrays.values():
-            assert (whole[:GUARD] == 0xA5).all() and (whole[len(whole) - GUARD :] == 0xA5).all(), "memory beside an array changed"
+            assert (whole[:GUARD] == 0xA5).all() and (whole[len(whole) - GUARD :] == 0xA5).all(), (
+                "memory beside an array changed"
+            )
         if refused:
             assert all(inner.tobytes() == before for inner, before in self.written), "a refused call wrote an output"
 
@@ -207,7 +209,17 @@ def keep_attention(m: Memory) -> Arguments:
     """Return a call of ``keep_attention``."""
     B, H, L = m.rng.randint(0, 3), m.rng.randint(0, 2), m.rng.choice([0, 1, 17])
     keep = m.out(B * H * L * L, "u1")
-    return {"key": (1, 2), "threshold": 6554, "step": 3, "layer": 1, "rows": m.ids(B, 2**32), "B": B, "H": H, "L": L, "keep": keep}
+    return {
+        "key": (1, 2),
+        "threshold": 6554,
+        "step": 3,
+        "layer": 1,
+        "rows": m.ids(B, 2**32),
+        "B": B,
+        "H": H,
+        "L": L,
+        "keep": keep,
+    }
 
 
 LIMITS = (132, 232448, 233472)

@@ -56,7 +56,9 @@ def hostile(rng: random.Random, arguments: dict[str, Any]) -> None:
     for _ in range(rng.randint(1, 3)):
         kind = rng.random()
         if kind < 0.08 or not arguments:
-            arguments[rng.choice(["seed", "", "B ", "\ud800", "x" * 1000, "query", "N", "name"])] = rng.choice([0, wrong_type(rng)])
+            arguments[rng.choice(["seed", "", "B ", "\ud800", "x" * 1000, "query", "N", "name"])] = rng.choice(
+                [0, wrong_type(rng)]
+            )
             continue
         name = rng.choice(list(arguments))
         if kind < 0.16:

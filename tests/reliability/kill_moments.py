@@ -1,0 +1,108 @@
+"""SIGKILL at chosen and at random moments of a run. The run continues and must end as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+from tests.reliability.counts import Counts
+from tests.reliability.kill_calls import CHANGE, Call, Plan
+from tests.reliability.kill_child import Ended
+from tests.reliability.kill_runs import Place, changed, count, torn
+
+INSIDE = "SIGKILL inside a write"
+BEFORE = "SIGKILL between a written file and its rename"
+BETWEEN = "SIGKILL between two files of one save"
+EVENT = "SIGKILL in evaluation, in the row filter, at the change of phase or between steps"
+OUTSIDE = "SIGKILL from outside at a random moment"
+SEVERAL = "two to five SIGKILLs in one run"
+POWER = "SIGKILL, and bytes that were not synced are lost, as in a power cut"
+
+# Kind of moment -> (number of tries in the short form, number in the long form).
+_TRIES = {
+    INSIDE: (3, 40),
+    BEFORE: (2, 30),
+    BETWEEN: (2, 30),
+    EVENT: (2, 37),
+    POWER: (1, 20),
+    SEVERAL: (1, 15),
+    OUTSIDE: (2, 28),
+}
+
+
+def measure(counts: Counts, place: Place) -> None:
+    """Kill, continue and compare."""
+    _, whole = place.whole()
+    draw = random.Random(3)
+    unseen = 0 if whole.unseen is None else whole.unseen
+    count(counts, INSIDE, "the uninterrupted run", [f"{unseen} bytes were written by calls without a number"] if unseen else [])
+    for what in (INSIDE, BEFORE, BETWEEN, EVENT, POWER):
+        plans = moments(what, whole.calls)
+        number = min(_TRIES[what][not counts.quick], len(plans))
+        for plan in sample(draw, plans, number):
+            call = whole.calls[plan.at]
+            count(counts, what, f"{plan.when} call {plan.at}, {call.kind} {call.name}", killed_at(place, plan), goal=number)
+    for number in range(_TRIES[SEVERAL][not counts.quick]):
+        plans = [
+            Plan(at=draw.randrange(len(whole.calls)), when=draw.choice(["before", "middle"])) for _ in range(2 + number % 4)
+        ]
+        about = f"at calls {', '.join(str(plan.at) for plan in plans)}"
+        count(counts, SEVERAL, about, killed_at(place, *plans), goal=_TRIES[SEVERAL][1])
+    for number in range(_TRIES[OUTSIDE][not counts.quick]):
+        # In the long form, every fourth process is a new interpreter.
+        while (faults := _killed_from_outside(place, draw, own=not counts.quick and number % 4 == 0)) is None:
+            pass
+        count(counts, OUTSIDE, f"try {number}", faults, goal=_TRIES[OUTSIDE][1])
+
+
+def moments(what: str, calls: list[Call]) -> list[Plan]:
+    """Return the plans of one kind of moment of a run that makes these calls."""
+    numbers = {
+        INSIDE: [(n, "middle") for n, call in enumerate(calls) if call.kind == "write"],
+        BEFORE: [(n, "before") for n, call in enumerate(calls) if call.kind in ("sync", "rename")],
+        BETWEEN: [(n, "after") for n, call in enumerate(calls) if call.kind in ("rename", "sync folder")],
+        EVENT: [(n, "before") for n, call in enumerate(calls) if call.kind == "event"],
+        POWER: [(n, when) for n, call in enumerate(calls) if call.kind in CHANGE for when in ("before", "after")],
+    }[what]
+    return [Plan(at=at, when=when, action="power" if what == POWER else "kill") for at, when in numbers]
+
+
+def sample(draw: random.Random, plans: list[Plan], number: int) -> list[Plan]:
+    """Return ``number`` of the plans, such that every part of the run has its share."""
+    size = len(plans) / number
+    return [plans[int((n + draw.random()) * size)] for n in range(number)]
+
+
+def killed_at(place: Place, *plans: Plan, resumed_with: str = "") -> list[str]:
+    """Run, and kill the run at the moment of each plan in turn; then continue it to its end. Return what is wrong."""
+    out = place.new()
+    faults: list[str] = []
+    before: dict[str, str] = {}
+    for number, plan in enumerate(plans):
+        ended = place.start(place.first(out) if not number else place.again(out), out, plan).wait()
+        if number and ended.code == 0:
+            break
+        if ended.code != -signal.SIGKILL:
+            return [*faults, f"the process ended with {ended.code}: {ended.err[-300:]}"]
+        faults += after_a_kill(ended, out, before)
+        before = {**before, **ended.published}
+    return faults + place.finish(out, faulty=resumed_with)
+
+
+def after_a_kill(ended: Ended, out: Path, before: dict[str, str]) -> list[str]:
+    """Return what is wrong in the folder ``out`` of a killed run."""
+    return changed(ended, before, out)
+
+
+def _killed_from_outside(place: Place, draw: random.Random, *, own: bool) -> list[str] | None:
+    """Kill a run at a random moment. Return what is wrong, or ``None`` if the run ended before that moment."""
+    out = place.new()
+    child = place.start(place.first(out), out, own=own)
+    while child.running and not out.exists():
+        time.sleep(0.005)
+    time.sleep(draw.random() * place.seconds)
+    child.signal(signal.SIGKILL)
+    ended = child.wait()
+    return None if ended.code == 0 else torn(out) + place.finish(out)

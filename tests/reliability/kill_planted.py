@@ -1,0 +1,50 @@
+"""Plant faults, each of which one kind of try must find."""
+
+from __future__ import annotations
+
+import errno
+import random
+
+from tests.reliability.counts import Counts
+from tests.reliability.kill_calls import NEED_ROOM, Call, Plan
+from tests.reliability.kill_disk import refused
+from tests.reliability.kill_folder import two_new_runs
+from tests.reliability.kill_moments import killed_at
+from tests.reliability.kill_recommend import killed_output
+from tests.reliability.kill_runs import Place, count
+
+PLANTED = "planted faults, which must be found"
+
+_QUICK = ("write in place", "forget a step")
+
+
+def measure(counts: Counts, place: Place) -> None:
+    """Plant each fault."""
+    _, whole = place.whole()
+    found = {
+        "write in place": lambda fault: killed_at(place, Plan(_of(whole.calls, "write", "state.pt", 9), "middle", fault=fault)),
+        "write the output in place": lambda _: killed_output(place, "write in place"),
+        "no sync": lambda fault: killed_at(place, Plan(len(whole.calls) // 2, action="power", fault=fault)),
+        "forget a step": lambda fault: killed_at(place, _third_step(whole.calls), resumed_with=fault),
+        "forget the moments": lambda fault: killed_at(place, _third_step(whole.calls), resumed_with=fault),
+        "keep leftovers": lambda fault: killed_at(
+            place, Plan(_of(whole.calls, "write", "state.pt", 9), "middle"), resumed_with=fault
+        ),
+        "no lock": lambda fault: two_new_runs(place, random.Random(0), fault),
+        "hide errors": lambda fault: _refused(place, whole.calls, fault),
+    }
+    for fault in _QUICK if counts.quick else found:
+        count(counts, PLANTED, fault, [] if found[fault](fault) else ["it was not found"], goal=len(found))
+
+
+def _of(calls: list[Call], kind: str, name: str, number: int) -> int:
+    return [n for n, call in enumerate(calls) if (call.kind, call.name) == (kind, name)][number]
+
+
+def _third_step(calls: list[Call]) -> Plan:
+    return Plan(_of(calls, "event", "step spt", 2))
+
+
+def _refused(place: Place, calls: list[Call], fault: str) -> list[str]:
+    at = _of(calls, "write", "state.pt", 9)
+    return refused(place, Plan(at, action="fail", code=errno.ENOSPC, kinds=NEED_ROOM, fault=fault), calls[at])

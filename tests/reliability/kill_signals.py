@@ -1,0 +1,87 @@
+"""SIGTERM and SIGINT at any moment of a run. The run saves its state, says how to resume, and loses no step."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+from tests.reliability.counts import Counts
+from tests.reliability.kill_calls import Call, Plan
+from tests.reliability.kill_child import Ended
+from tests.reliability.kill_runs import Place, count, torn
+
+ONE = "SIGTERM or SIGINT at a chosen moment"
+TWO = "two signals at once at a chosen moment"
+OUTSIDE = "one or two signals from outside at a random moment"
+
+_PAIRS = [(first, second) for first in (signal.SIGTERM, signal.SIGINT) for second in (signal.SIGTERM, signal.SIGINT)]
+_TRIES = {ONE: (2, 30), TWO: (1, 32), OUTSIDE: (1, 24)}
+
+
+def measure(counts: Counts, place: Place) -> None:
+    """Interrupt, continue and compare."""
+    _, whole = place.whole()
+    draw = random.Random(4)
+    for what, choices in ((ONE, [(signal.SIGTERM,), (signal.SIGINT,)]), (TWO, _PAIRS)):
+        for number in range(goal := _TRIES[what][not counts.quick]):
+            signals = choices[number % len(choices)]
+            plan = Plan(at=draw.randrange(len(whole.calls)), action="signal", signals=signals)
+            count(counts, what, f"{_names(signals)} at call {plan.at}", _interrupted_at(place, plan, whole.calls), goal=goal)
+    for number in range(goal := _TRIES[OUTSIDE][not counts.quick]):
+        signals = [(signal.SIGTERM,), (signal.SIGINT,), *_PAIRS][number % 6]
+        faults = _interrupted_from_outside(place, draw, signals, own=not counts.quick and number % 4 == 0)
+        count(counts, OUTSIDE, _names(signals), faults, goal=goal)
+
+
+def _names(signals: tuple[int, ...]) -> str:
+    return " and ".join(signal.Signals(number).name for number in signals)
+
+
+def _interrupted_at(place: Place, plan: Plan, calls: list[Call]) -> list[str]:
+    out = place.new()
+    ended = place.start(place.first(out), out, plan).wait()
+    faults = _ending(ended, out, plan.signals)
+    if faults or not out.exists():
+        return faults
+    faults = place.finish(out)
+    # An aborted run makes again the steps after its last checkpoint.
+    if not faults and "stopped and saved" in ended.err and _steps(ended.calls) + _steps(place.last.calls) != _steps(calls):
+        faults.append(f"{_steps(ended.calls)} and {_steps(place.last.calls)} steps were made instead of {_steps(calls)}")
+    return faults
+
+
+def _interrupted_from_outside(place: Place, draw: random.Random, signals: tuple[int, ...], *, own: bool) -> list[str]:
+    out = place.new()
+    child = place.start(place.first(out), out, own=own)
+    while child.running and not (out / "config.yaml").exists():
+        time.sleep(0.005)
+    time.sleep(draw.random() * place.seconds)
+    for number in signals:
+        child.signal(number)
+        time.sleep(draw.choice([0.0, 0.001, 0.02]))
+    ended = child.wait()
+    return _ending(ended, out, signals) or torn(out) or place.finish(out)
+
+
+def _ending(ended: Ended, out: object, signals: tuple[int, ...]) -> list[str]:
+    """Return what is wrong with the way in which an interrupted process ended."""
+    last = ended.err.strip().splitlines()[-1:] or [""]
+    if "Traceback" in ended.err:
+        return [f"a traceback: {ended.err[-400:]}"]
+    if ended.code == 0:
+        # The signal came after the last moment at which the run looks for it.
+        return [] if "saved    " in ended.out else ["it ended as if it were finished"]
+    if ended.code != 130:
+        return [f"the exit code is {ended.code}: {ended.err[-300:]}"]
+    sentences = [f"stopped and saved; resume with: lares-fast train --resume {out}"]
+    if signals[-1] == signal.SIGINT or len(signals) == 1:
+        sentences += [f"aborted; resume from the last saved state with: lares-fast train --resume {out}"]
+        sentences += ["aborted before a state was saved; begin the run again."]
+    if not any(last[0] == f"lares-fast: {sentence}" for sentence in sentences):
+        return [f"the last line does not say how to resume: {last[0]}"]
+    return []
+
+
+def _steps(calls: list[Call]) -> int:
+    return sum(call.kind == "event" and call.name.startswith("step ") for call in calls)
