@@ -224,3 +224,28 @@ def test_a_cut_line_of_events_swallows_no_other(tmp_path):
     files.append_line(path, "two")
     files.append_line(path, "three")
     assert path.read_text().splitlines() == ["one", '{"cut', "two", "three"]
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(os.devnull)], ids=["pipe", "folder", "link"]
+)
+def test_only_a_file_is_replaced_or_appended_to(tmp_path, make):
+    """A pipe, a folder or a device is refused before anything is computed."""
+    make(tmp_path / "out")
+    reached = []
+    with pytest.raises(InputError, match="it is a folder, a pipe or a device"), files.replacing(tmp_path / "out"):
+        reached.append("the block")
+    with pytest.raises((InputError, OSError)):
+        files.open_log(tmp_path / "out")
+    assert reached == [] and names(tmp_path) == ["out"]
+
+
+def test_reading_neither_waits_nor_fills_the_memory(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path(os.devnull)):
+        with pytest.raises(InputError, match="not a file"):
+            files.read_small(path, 10)
+    (tmp_path / "long").write_bytes(b"x" * 11)
+    with pytest.raises(InputError, match="longer than 10 bytes"):
+        files.read_small(tmp_path / "long", 10)
+    assert files.read_small(tmp_path / "long", 11) == b"x" * 11

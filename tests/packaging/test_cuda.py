@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import elf
+
 pytestmark = pytest.mark.packaging
 
 REPORT = "import json, lares_fast._native as n; print(json.dumps([n.build_info(), n.capability()]))"
@@ -82,6 +84,7 @@ def test_cuda_build(sources, builder, runner, needed, nvcc, environ, tmp_path):
 
     (module,) = (tmp_path / "unpacked" / "lares_fast").glob("_C.*.so")
     assert "libcuda" not in needed(module)
+    assert elf.faults(module) == []
 
     if (cuobjdump := find_cuobjdump()) is None:
         pytest.skip("the images were not checked: pip install nvidia-cuda-cuobjdump")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import elf
+
 pytestmark = pytest.mark.packaging
 
 TOPK = "import torch, lares_fast.ops as o; print(o.topk(torch.ones(1, 2), torch.ones(3, 2), 2, backend='native')[1].tolist())"
@@ -38,6 +40,7 @@ def test_module_needs_neither_cuda_nor_torch(wheel, needed, tmp_path):
     (module,) = (tmp_path / "lares_fast").glob("_C.*.so")
     for foreign in ("libcuda", "libtorch", "libc10", "libpython", "PATH"):
         assert foreign not in needed(module)
+    assert elf.faults(module) == []
 
 
 def test_sdist_builds_the_same_wheel(sdist, wheel, builder, tmp_path):

@@ -13,5 +13,5 @@ PARTS: dict[str, str] = {
     "soak": "trains, evaluates and recommends for two hours and watches the memory",
     "numerics": "computes with very large, very small and non-finite numbers",
     "hosts": "tests other processors and other versions of torch and NumPy",
-    "security": "attacks outputs, caches and settings from a second account's view",
+    "security": "attacks outputs, the cache, settings and input paths, and checks the protection of the native module",
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lares_fast.kernels import _launch
 
-from lares_fast import explain, ops
+from lares_fast import _files, explain, ops
 from lares_fast.cli import doctor, main
 from lares_fast.config import LARESConfig
 from lares_fast.ops import _triton
@@ -51,6 +51,9 @@ def test_what_is_found_is_used_for_its_call_alone(gpu):
     {"rows": 16, "kernels": {"attention_forward": [4, 9]}}, {"rows": 16, "kernels": {"softmax_forward": [4, 1]}},
     {"rows": 16, "kernels": {"attention_forward": 4}}, {"rows": 16, "kernels": {"attention_forward": [[4], 1]}},
     {"rows": 16}, {"rows": [16], "kernels": {}}, [16], "16",
+    # These equal allowed numbers, but are no integers.
+    {"rows": 16.0, "kernels": {}}, {"rows": 16, "kernels": {"attention_forward": [True, True]}},
+    {"rows": 16, "kernels": {"attention_forward": [4.0, 2]}},
 ], ids=str)  # fmt: skip
 def test_what_may_not_be_tried_is_not_used(stored, gpu):
     tuning.store(CPU, {KEY: stored})
@@ -89,11 +92,11 @@ def test_another_driver_has_another_file(gpu, monkeypatch):
 
 def test_a_write_is_whole_or_not_at_all(gpu, monkeypatch):
     tuning.store(CPU, {KEY: FOUND})
-    monkeypatch.setattr(tuning.cache.json, "dump", lambda value, file, **_: (file.write("{"), 1 / 0))
+    monkeypatch.setattr(_files.os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tuning.store(CPU, {KEY: {"rows": 32, "kernels": {}}})
     tuning._known.clear()
-    assert found().rows == 16
+    assert found().rows == 16 and len(list(gpu.iterdir())) == 1
 
 
 class Recorder:
