@@ -70,9 +70,8 @@ class RunFolder:
             try:
                 saved = load_run(self.older_file)
             except StateError as older:
-                raise InputError(
-                    f"{self.state_file} {newest.fault}, and {self.older_file} {older.fault}: continue from a copy, or train again."
-                ) from None
+                faults = f"{newest.fault}, and {self.older_file} {older.fault}"
+                raise StateError(self.state_file, faults) from None
             notice = f"{self.state_file} {newest.fault}: the run continues from the checkpoint before it, {OLDER}."
         self._exported = (saved.files or {}).get("model", "")
         return saved, notice
@@ -124,7 +123,7 @@ class RunFolder:
         files = saved.files
         if files and sha256(self._events()[: files["events_bytes"]]) != files["events"]:
             texts.append(
-                f"{self.path / EVENTS} is damaged or lacks lines before the checkpoint; it stays as it is, and new lines follow."
+                f"{self.path / EVENTS} is damaged or lacks lines that it had; it stays as it is, and new lines follow."
             )
         return texts
 
