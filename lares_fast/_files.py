@@ -55,7 +55,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         cause = _cause(error)
         if isinstance(cause, OSError):
             raise InputError(_not_written(path, cause)) from error
-        raise cause or error
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -231,7 +233,7 @@ def _sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno == errno.EIO:
             raise InputError(
-                f"{folder} could not be synced ({error.strerror}), so its newest file may be lost: check the disk, and try again."
+                f"{folder} could not be synced ({error.strerror}), so its newest file may be lost: check the disk and try again."
             ) from error
 
 

@@ -15,8 +15,9 @@ from lares_fast.cli.train import train
 from lares_fast.data import InteractionLog
 from lares_fast.serve import load
 from lares_fast.train.config import PHASES
+from lares_fast.train.folder import EVENTS, ITEMS, METRICS, MODEL, NEWEST, OLDER
 
-_FILES = ("config.yaml", "metrics.csv", "events.jsonl", "curves.png", "model.safetensors", "item_ids.json", "state.pt")
+_FILES = ("config.yaml", "curves.png", NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS)
 _SHOWN_USERS, _SHOWN_HISTORY, _SHOWN_ITEMS = 3, 6, 5
 
 

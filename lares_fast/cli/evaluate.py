@@ -18,6 +18,7 @@ from lares_fast.data import InteractionLog, Rows, Split
 from lares_fast.model import LARES
 from lares_fast.serve import Recommender, load_about
 from lares_fast.train import EvalConfig, RunConfig, model_ranks
+from lares_fast.train.folder import foreign_model
 from lares_fast.train.identity import log_identity
 from lares_fast.train.keys import evaluation_key
 from lares_fast.train.metrics import rows_csv
@@ -42,6 +43,8 @@ def command(arguments: Namespace) -> int:
     config = run_config(arguments.run, arguments.assignments)
     choice = choose(arguments.device)
     recommender, about = load_about(arguments.run, choice.device, arguments.precision)
+    if (text := foreign_model(arguments.run)) is not None:
+        notice(text)
     with Console() as console:
         if (text := device_text(choice)) is not None:
             console.say(text)

@@ -25,6 +25,7 @@ from lares_fast.data import InteractionLog
 from lares_fast.data.readers import FORMATS
 from lares_fast.serve import Recommender, load_about
 from lares_fast.train.config import DataConfig
+from lares_fast.train.folder import foreign_model
 from lares_fast.train.identity import events_digest
 
 _CHUNK = 4096
@@ -65,6 +66,8 @@ def command(arguments: Namespace) -> int:
     """Run ``recommend``."""
     choice = choose(arguments.device)
     recommender, about = load_about(arguments.run, choice.device, arguments.precision)
+    if (text := foreign_model(arguments.run)) is not None:
+        notice(text)
     if not 1 <= arguments.k <= len(recommender.item_ids):
         raise InputError(f"--k must be in 1..{len(recommender.item_ids)}, the number of items, but got {arguments.k}.")
     if arguments.steps is not None and arguments.steps < 1:
@@ -281,7 +284,7 @@ def _parquet(file: IO[bytes], user_kind: type, item_kind: type) -> Iterator[Call
     kinds = {int: arrow.int64(), str: arrow.string()}
     types = (kinds[user_kind], arrow.int32(), kinds[item_kind], arrow.float32())
     schema = arrow.schema(list(zip(_COLUMNS, types, strict=True)))
-    writer = parquet.ParquetWriter(file, schema)
+    writer = parquet.ParquetWriter(file, schema, write_page_checksum=True)
 
     def write(lines: list[Line]) -> None:
         columns = list(zip(*lines, strict=True)) or [()] * len(_COLUMNS)

@@ -28,6 +28,7 @@ from lares_fast.cli.tables import bound_rows, protocol_text, results_text
 from lares_fast.data import InteractionLog, Split
 from lares_fast.train import Interrupted, RunConfig, Trainer
 from lares_fast.train.config import PHASES
+from lares_fast.train.folder import holds_run
 
 _REDRAW_SECONDS = 60
 
@@ -59,7 +60,7 @@ def command(arguments: Namespace) -> int:
         )
     if arguments.start_from and arguments.resume:
         raise InputError("--start-from starts a new run and --resume continues an old one: give one of them.")
-    if not arguments.resume and (out / "state.pt").exists():
+    if not arguments.resume and holds_run(out):
         raise InputError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out.")
     phases = PHASES if arguments.phase == "both" else (arguments.phase,)
     train(config, out, phases, start_from=arguments.start_from, use_tensorboard=arguments.tensorboard)
@@ -73,7 +74,7 @@ def _config_and_folder(arguments: Namespace) -> tuple[RunConfig, Path]:
         for name in ("config", "out"):
             if getattr(arguments, name) is not None:
                 raise InputError(f"--{name} cannot be combined with --resume {arguments.resume}: leave --{name} out.")
-        if not (arguments.resume / "state.pt").is_file():
+        if not holds_run(arguments.resume):
             raise InputError(f"{arguments.resume} has no state.pt: give --resume the folder of a run.")
     source = arguments.resume / "config.yaml" if arguments.resume else arguments.config
     if arguments.resume and not source.is_file():

@@ -88,7 +88,8 @@ def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
     parquet = require("pyarrow.parquet", "train", FEATURE)
     with _one_sentence(path, arrow):
         # Buffering ahead would hold the whole file in memory.
-        file = parquet.ParquetFile(_opened(path, arrow), pre_buffer=False)
+        # Pages without a checksum, which most programs write, are read without this check.
+        file = parquet.ParquetFile(_opened(path, arrow), pre_buffer=False, page_checksum_verification=True)
         present = file.schema_arrow.names
         rows = file.metadata.num_rows
     wanted = check_columns(path, names, present)
@@ -103,6 +104,9 @@ def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
             done += len(batch)
             if progress:
                 progress(min(total * done // max(rows, 1), total), total)
+        # No checksum covers the footer, which also counts the rows of each part.
+        if done != rows:
+            raise InputError(f"{path} is damaged: it counts {rows} rows, but holds {done}.")
 
     return _collect(path, names, batches(), _add_times, arrow)
 

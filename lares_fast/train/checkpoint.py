@@ -13,7 +13,7 @@ import os
 import zipfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -31,44 +31,88 @@ _FORMAT = "lares_fast-1"
 Weights = dict[str, Tensor]
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path`` atomically; it holds tensors and plain values only."""
-    atomic_write(path, lambda file: torch.save({"format": _FORMAT, **state}, file))
+class StateError(InputError):
+    """The file ``path`` is missing, or is no usable state; ``fault`` says why, as the rest of a sentence about the file."""
+
+    def __init__(self, path: Path, fault: str, remedy: str = "continue from a copy, or train again") -> None:
+        super().__init__(f"{path} {fault}: {remedy}.")
+        self.fault = fault
+
+
+def save_state(path: Path, state: dict[str, Any], older: Path | None = None) -> None:
+    """Write ``state`` to ``path`` atomically; it holds tensors and plain values only.
+
+    The file that was at ``path`` stays under the name ``older``. There is a whole state at ``path`` or at ``older`` at any
+    time.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        torch.save({"format": _FORMAT, **state}, file)
+        if older is not None:
+            # The new file is on the disk before the oldest one goes.
+            file.flush()
+            os.fsync(file.fileno())
+            _rename_to_older(path, older)
+
+    atomic_write(path, write)
+
+
+def _rename_to_older(path: Path, older: Path) -> None:
+    """Give the file ``path``, if there is one, the name ``older`` too, and remove the file that had that name."""
+    if not os.path.isfile(path):
+        return
+    older.unlink(missing_ok=True)
+    try:
+        os.link(path, older)
+    except OSError:
+        # The file system has no hard links. Until the new file is moved to ``path``, only ``older`` is there.
+        os.replace(path, older)
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read the file that :func:`save_state` wrote, onto the CPU.
 
-    Raises :class:`InputError` if the file is missing or damaged, or if something else wrote it.
+    Raises :class:`StateError` if the file is missing or damaged, or if something else wrote it.
     """
-    _require_file(path)
+    if not os.path.isfile(path):
+        raise StateError(path, "is not a file" if os.path.exists(path) else "does not exist", "name the folder of a run")
     try:
         with zipfile.ZipFile(path) as archive:
             # torch.load does not check the checksums.
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path} is not a readable lares_fast state: it is truncated, or another program wrote it.") from error
+        raise StateError(path, "is not a readable state (it is truncated, or another program wrote it)") from error
     if damaged:
-        raise InputError(
-            f"{path} is damaged ({damaged!r:.80} does not have its checksum): continue from a copy, or train again."
-        )
+        raise StateError(path, f"is damaged ({damaged!r:.80} does not have its checksum)")
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise InputError(f"{path} is not a state of this version ({_FORMAT}): train again, or use the version that wrote it.")
+        raise StateError(path, f"is not a state of this version of the format ({_FORMAT})")
     return state
+
+
+def peek(path: Path, entry: str) -> Any:
+    """Return ``entry`` of the state ``path`` without reading its tensors, or ``None`` if it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # Reading the record of everything but tensors verifies its checksum.
+            archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(entry)
+    except Exception:
+        return None
 
 
 def save_weights(path: Path, weights: Weights, config: LARESConfig, about: dict[str, str] | None = None) -> None:
     """Write a safetensors file to ``path`` atomically.
 
-    Its metadata holds ``config``, ``about`` (entries on the log and the split) and a SHA-256 of them and the weights.
+    Its metadata holds ``config``, ``about`` (entries on the log and the split) and :func:`weights_digest`.
     Raises :class:`NotFiniteError` for weights that are not finite.
     """
     if not all_finite(weights.values()):
         raise NotFiniteError(f"{path} is not written: the weights are not finite; train with a lower lr.")
-    content: dict[str, Any] = {"config": config.to_dict(), "about": about or {}}
+    about = about or {}
+    content = {"config": config.to_dict(), "about": about, "sha256": weights_digest(weights, config, about)}
     # One entry, because safetensors writes several entries in no fixed order, and equal runs must give equal files.
-    metadata = {_FORMAT: json.dumps({**content, "sha256": _digest(weights, content)})}
+    metadata = {_FORMAT: json.dumps(content)}
     data = safetensors_bytes({name: value.contiguous() for name, value in weights.items()}, metadata)
     atomic_write(path, lambda file: file.write(data))
 
@@ -101,6 +145,21 @@ def load_weights_about(path: Path) -> tuple[Weights, LARESConfig, dict[str, str]
     if not all_finite(weights.values()):
         raise NotFiniteError(f"{path} holds weights that are not finite: its model has diverged; train again with a lower lr.")
     return weights, config, about
+
+
+def weights_digest(weights: Weights, config: LARESConfig, about: dict[str, str]) -> str:
+    """Return the SHA-256 of everything that :func:`save_weights` writes with these arguments."""
+    return _digest(weights, {"config": config.to_dict(), "about": about})
+
+
+def stored_digest(path: Path) -> str | None:
+    """Return :func:`weights_digest` as the file ``path`` holds it, not verified, or ``None`` if there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {})[_FORMAT])["sha256"]
+    except Exception:
+        return None
+    return found if isinstance(found, str) else None
 
 
 def sha256(data: bytes) -> str:

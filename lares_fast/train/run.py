@@ -15,11 +15,11 @@ from lares_fast._random import root_key
 from lares_fast.config import LARESConfig
 from lares_fast.data import InteractionLog, Split
 from lares_fast.model import LARES
-from lares_fast.train.checkpoint import Weights, check_weights, load_into, weights_of
+from lares_fast.train.checkpoint import StateError, Weights, check_weights, load_into, weights_of
 from lares_fast.train.config import PhaseConfig, RunConfig, needs_start
 from lares_fast.train.events import Event, Events, Listener
 from lares_fast.train.finite import NotFiniteError, all_finite
-from lares_fast.train.folder import RunFolder
+from lares_fast.train.folder import ITEMS, MODEL, NEWEST, OLDER, RunFolder
 from lares_fast.train.identity import ABOUT, identity_of, require_same
 from lares_fast.train.keys import initial_weights_seed
 from lares_fast.train.optimizer import adam, moments, saved_state
@@ -87,8 +87,10 @@ class Run:
         self._optimizer: torch.optim.Adam | None = None
         # The loaded state of the optimizer, until an optimizer takes it over.
         self._loaded_optimizer: dict[str, Any] | None = None
+        # The loaded state, until the files of the folder have been compared with it.
+        self._loaded: SavedRun | None = None
         if self.folder.has_state():
-            self._resume(self.folder.load())
+            self._resume(*self.folder.load())
 
     @property
     def best(self) -> Weights:
@@ -101,8 +103,15 @@ class Run:
             raise InputError(
                 f"{self.folder.path} holds a run already: a run that starts from another's model needs a new folder."
             )
-        path = run / "state.pt"
-        saved = load_run(path)
+        path = run / NEWEST
+        try:
+            saved = load_run(path)
+        except StateError as error:
+            if not (run / OLDER).is_file():
+                raise
+            raise InputError(
+                f"{path} {error.fault}: lares-fast train --resume {run} continues that run from {OLDER}; start from it then."
+            ) from None
         # The other run may have any seed.
         require_same({**saved.state.identity, "seed": self.config.seed}, self.state.identity, run, "start from")
         weights = saved.start if needs_start(saved.state.phase) else saved.state.progress.best
@@ -134,15 +143,31 @@ class Run:
             start=None if self.start is None else weights_of(self.start),
             settings=settings_of(self.config),
             environment=environment(self.device),
+            files=self.folder.checksums(),
         )
         if not all_finite([*saved.model.values(), *moments(saved.optimizer)]):
             raise self.diverged("the weights or Adam's moments are not finite")
         self.folder.save(saved)
 
-    def export_best(self) -> None:
-        """Write the best model for serving."""
+    def export_best(self) -> bool:
+        """Write the best model for serving, and return ``False`` if its files were there already."""
         about = {name: self.state.identity[name] for name in ABOUT}
-        self.folder.export(self.best, self.model.config, self.log.item_ids.tolist(), about)
+        return self.folder.export(self.best, self.model.config, self.log.item_ids.tolist(), about)
+
+    def mend_folder(self) -> None:
+        """Compare the files of the folder with the state that was loaded, and write again what differs, once.
+
+        The folder must be locked.
+        """
+        if self._loaded is None:
+            return
+        texts = self.folder.mend(self._loaded)
+        if self.best and self.export_best():
+            texts.append(
+                f"{self.folder.path / MODEL} or {ITEMS} did not have the best model of the state, so both were written again."
+            )
+        self.news += [{"event": "notice", "text": text} for text in texts]
+        self._loaded = None
 
     def diverged(self, found: str) -> NotFiniteError:
         """Return the error of a run that has diverged; ``found`` says what is not finite."""
@@ -165,10 +190,12 @@ class Run:
     def _optimizer_state(self) -> dict[str, Any] | None:
         return self._loaded_optimizer if self._optimizer is None else saved_state(self._optimizer)
 
-    def _resume(self, saved: SavedRun) -> None:
-        path = self.folder.state_file
+    def _resume(self, saved: SavedRun, notice: str | None) -> None:
+        path = self.folder.state_file if notice is None else self.folder.older_file
         require_same(saved.state.identity, self.state.identity, self.folder.path, "resume with")
-        self.news = resume_events(saved, self.config, self.device, self.folder.path)
+        if notice is not None:
+            self.news.append({"event": "notice", "text": notice})
+        self.news += resume_events(saved, self.config, self.device, self.folder.path)
         load_into(self.model, saved.model, path, "model")
         if saved.start:
             self.start = copy.deepcopy(self.model)
@@ -179,4 +206,4 @@ class Run:
             raise InputError(f"{path} holds numbers of the optimizer that are not finite: begin a new run.")
         # An earlier version wrote a shorter identity.
         self.state = replace(saved.state, identity=self.state.identity)
-        self._loaded_optimizer = saved.optimizer
+        self._loaded_optimizer, self._loaded = saved.optimizer, saved

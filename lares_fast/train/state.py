@@ -11,8 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from lares_fast._errors import InputError
-from lares_fast.train.checkpoint import Weights, load_state, save_state
+from lares_fast.train.checkpoint import StateError, Weights, load_state, save_state
 from lares_fast.train.config import PHASES, PhaseConfig, needs_start
 
 
@@ -107,6 +106,9 @@ class SavedRun:
     ``settings, environment``
         The settings and the software that the run had: see :mod:`lares_fast.train.resume`. ``None`` in a file of an
         earlier version.
+    ``files``
+        The checksums of other files in the folder: see :meth:`lares_fast.train.folder.RunFolder.checksums`. ``None`` in a
+        file of an earlier version.
     """
 
     state: RunState
@@ -115,6 +117,7 @@ class SavedRun:
     start: Weights | None
     settings: dict[str, Any] | None
     environment: dict[str, Any] | None
+    files: dict[str, Any] | None
 
 
 # In the file, the fields of the three classes are entries of one dictionary.
@@ -123,28 +126,28 @@ _HINTS: dict[str, Any] = {
     name: hint for kind in (RunState, Progress, SavedRun) for name, hint in get_type_hints(kind).items() if name not in _NESTED
 }
 # Files of an earlier version lack these entries.
-_NEWER = ("restarts", "seconds", "waited", "settings", "environment")
+_NEWER = ("restarts", "seconds", "waited", "settings", "environment", "files")
 
 
-def save_run(path: Path, saved: SavedRun) -> None:
-    """Write ``saved`` to ``path`` atomically."""
+def save_run(path: Path, saved: SavedRun, older: Path | None = None) -> None:
+    """Write ``saved`` to ``path`` atomically, and keep the former file under the name ``older``."""
     state = saved.state
     rest = {name: value for name, value in vars(saved).items() if name not in _NESTED}
     outer = {name: value for name, value in vars(state).items() if name not in _NESTED}
-    save_state(path, {**outer, **vars(state.progress), **rest})
+    save_state(path, {**outer, **vars(state.progress), **rest}, older)
 
 
 def load_run(path: Path) -> SavedRun:
     """Read the file that :func:`save_run` wrote.
 
-    Raises :class:`InputError` if the file is missing or damaged, lacks an entry or has a wrong one. No entry is replaced
+    Raises :class:`StateError` if the file is missing or damaged, lacks an entry or has a wrong one. No entry is replaced
     by a default value, except the entries that files of an earlier version lack.
     """
     values = load_state(path)
     if fault := _fault(values):
-        raise InputError(f"{path} is not a usable state of a run ({fault}): continue from a copy, or train again.")
+        raise StateError(path, f"is not a usable state of a run ({fault})")
     state = RunState(**_fields_of(RunState, values), progress=Progress(**_fields_of(Progress, values)))
-    return SavedRun(state=state, **{"settings": None, "environment": None, **_fields_of(SavedRun, values)})
+    return SavedRun(state=state, **{"settings": None, "environment": None, "files": None, **_fields_of(SavedRun, values)})
 
 
 def _fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -158,8 +161,8 @@ def _fault(values: dict[str, Any]) -> str | None:
 
 
 def _wrong_type(values: dict[str, Any]) -> str | None:
-    # A file with settings must have the other newer entries too. The two times may be missing in any file.
-    optional = ("seconds", "waited") if "settings" in values else _NEWER
+    # A file with settings must have the newer entries before it too. The others may be missing in any file.
+    optional = ("seconds", "waited", "files") if "settings" in values else _NEWER
     for name, hint in _HINTS.items():
         if name not in values:
             if name in optional:
@@ -199,7 +202,7 @@ def _wrong_structure(values: dict[str, Any]) -> str | None:
             return f"{name!r} holds something other than tensors"
     if not all(isinstance(row, dict) and {"phase", "split", "history"} <= row.keys() for row in values["history"]):
         return "'history' is not a table of results"
-    optimizer, kept, identity = values["optimizer"], values["kept"], values["identity"]
+    optimizer, kept, identity, files = values["optimizer"], values["kept"], values["identity"], values.get("files")
     if optimizer is not None and not (isinstance(optimizer.get("state"), dict) and _all_are(optimizer["state"].values(), dict)):
         return "'optimizer' is not the state of an optimizer"
     if kept is not None and not (
@@ -210,11 +213,15 @@ def _wrong_structure(values: dict[str, Any]) -> str | None:
         return "'kept' is not a list of rows"
     if not all(isinstance(identity.get(name), kind) for name, kind in _IDENTITY.items()):
         return "'identity' does not describe the run"
+    if files is not None and not all(isinstance(files.get(name), kind) for name, kind in _FILES.items()):
+        return "'files' does not describe the other files"
     return None
 
 
 # The entries of ``identity`` that every version has written.
 _IDENTITY: dict[str, type] = {"model": dict, "seed": int, "data": str, "split": str}
+# The entries of ``files``.
+_FILES: dict[str, type] = {"model": str, "events": str, "events_bytes": int}
 
 
 def _all_are(values: Iterable[Any], kind: type) -> bool:

@@ -46,7 +46,8 @@ class Trainer:
 
         ``out`` may hold the state of an earlier run of the same model, data and seed that was interrupted or was shorter.
         :meth:`run` then continues it, and emits a ``changed`` event for every setting that has another value now.
-        Raises :class:`InputError` if the state is damaged or belongs to another run, or if a setting has changed that
+        If ``state.pt`` is damaged or missing, the run continues from the checkpoint before it, and a ``notice`` event says so.
+        Raises :class:`InputError` if both are damaged, if the state belongs to another run, or if a setting has changed that
         the state depends on.
         """
         self.config, self.log, self.split, self.out = config, log, split, Path(out)
@@ -99,6 +100,7 @@ class Trainer:
 
     def _train(self, wanted: set[str]) -> None:
         run = self._run
+        run.mend_folder()
         while run.news:
             run.events.record(**run.news.pop(0))
         rank_baselines(run)

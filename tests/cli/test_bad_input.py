@@ -87,6 +87,7 @@ def test_bad_requests_for_recommendations(cli, trained, arguments, expected):
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "item_ids.json"])
 def test_damaged_files_of_a_run(cli, damaged, name, how):
     path = damaged / name
+    (damaged / "state.previous.pt").unlink()
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if how == "truncated" else b'{"some": "thing else"}')
     before = {path.name: path.read_bytes() for path in damaged.iterdir()}
     arguments = ["train", "--resume", damaged] if name == "state.pt" else ["recommend", "--run", damaged, "--history", "i1"]

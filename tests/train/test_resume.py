@@ -102,7 +102,7 @@ def test_the_state_file_holds_exactly_these_entries(whole):
     """Other versions read them by these names."""
     names = (
         "format identity phase restarts history epoch step steps sums seconds waited best_value best_epoch bad_epochs best "
-        "kept optimizer model start settings environment"
+        "kept optimizer model start settings environment files"
     )
     state = load_state(whole / "state.pt")
     assert list(state) == names.split()

@@ -1,0 +1,100 @@
+"""Continue runs with other software: threads, instruction set, backend, versions. Each difference is shown and logged."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import lares_fast
+from lares_fast.train.checkpoint import load_state, save_state
+from tests.reliability.counts import Counts
+from tests.support.damage import plain
+
+SOFTWARE = "other threads, instruction set, backend or version for the second part of a run"
+SAME = "the same software for the second part of a run: equal bits"
+_RUN = ["--config", "tiny", "--set", "data.synthetic_users=300", "--set", "spt.batch_size=64", "--phase", "spt"]
+
+# Environment variable, its value, and the entry that changes.
+CHANGES = (
+    ("OMP_NUM_THREADS", "2", "threads"),
+    ("LARES_FAST_SIMD", "generic", "simd"),
+    ("LARES_FAST_SIMD", "avx2", "simd"),
+    ("LARES_FAST_BACKEND", "reference", "backend"),
+)
+# Entries that are edited in state.pt, as if an earlier part had had them.
+EDITED = {"torch": "2.99.0", "lares_fast": "0.0.1", "device": "NVIDIA H100", "threads": 64, "simd": "amx", "backend": "native"}
+
+
+def measure(counts: Counts, folder: Path) -> None:
+    """Stop a run after one epoch, change the software, and continue it."""
+    start = folder / "first-part"
+    command("--out", start, "--set", "spt.epochs=1", *_RUN)
+    edited = list(EDITED.items())[:: 6 if counts.quick else 1]
+    for entry, old in edited:
+        copy = shutil.copytree(start, folder / "edited")
+        state = load_state(copy / "state.pt")
+        now = state["environment"][entry]
+        state["environment"][entry] = old
+        save_state(copy / "state.pt", state)
+        judge(counts, entry, copy, command("--resume", copy, "--set", "spt.epochs=2"), {entry: (old, now)})
+        shutil.rmtree(copy)
+    if counts.quick:
+        return
+    whole = weights(folder / "whole", "--out", folder / "whole", "--set", "spt.epochs=2", *_RUN)
+    for repeat in range(3):
+        counts.tried(SAME)
+        copy = shutil.copytree(start, folder / "same")
+        if weights(copy, "--resume", copy, "--set", "spt.epochs=2") != whole:
+            counts.failed(SAME, f"try {repeat} gave other bits", lost=True)
+        shutil.rmtree(copy)
+    found = []
+    for variable, value, entry in CHANGES:
+        copy = shutil.copytree(start, folder / "other")
+        now = load_state(copy / "state.pt")["environment"][entry]
+        if (text := command("--resume", copy, "--set", "spt.epochs=2", **{variable: value}, fail=False)) is None:
+            # This processor does not have the instruction set.
+            shutil.rmtree(copy)
+            continue
+        judge(counts, f"{variable}={value}", copy, text, {entry: (now, int(value) if entry == "threads" else value)})
+        state = load_state(copy / "state.pt")
+        found.append(f"{variable}={value} gave {'the same' if plain(state['model']) == whole else 'other'} bits")
+        shutil.rmtree(copy)
+    counts.note(SOFTWARE, "; ".join(found))
+
+
+def judge(counts, what, copy, text, expected):
+    """Count a failure unless exactly the ``expected`` differences were printed, and logged."""
+    counts.tried(SOFTWARE)
+    lines = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
+    logged = {line["name"]: (line["old"], line["new"]) for line in lines if line["event"] == "changed"}
+    logged.pop("spt.epochs", None)
+    printed = all(f"changed  environment {name}: {old} -> {new}" in text for name, (old, new) in expected.items())
+    if logged != expected or not printed:
+        counts.failed(SOFTWARE, f"{what}: logged {logged}, {'printed' if printed else 'not printed'}", lost=True)
+
+
+def weights(folder, *arguments):
+    """Call the command line, and return the weights of the model in ``folder``."""
+    command(*arguments)
+    return plain(load_state(folder / "state.pt")["model"])
+
+
+def command(*arguments, fail=True, **environ):
+    """Call ``lares-fast train`` in a process of its own, and return what it printed; ``None`` if it failed and may fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lares_fast", "train", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "200",
+            "PYTHONPATH": str(Path(lares_fast.__file__).parents[1]),
+            **environ,
+        },
+    )
+    assert not fail or done.returncode == 0, done.stdout + done.stderr
+    return None if done.returncode else done.stdout
