@@ -20,7 +20,7 @@ from torch import Tensor
 from lares_fast import ops
 from lares_fast._device import enough_memory, require_memory, resolve
 from lares_fast._errors import InputError
-from lares_fast._numbers import whole
+from lares_fast._numbers import choice, shown, whole
 from lares_fast._settings import PRECISIONS
 from lares_fast._transfer import to_device, to_host
 from lares_fast.model import LARES
@@ -235,9 +235,10 @@ def load_about(
     ``lares_fast.train.identity`` describes the metadata, which are empty for a file of an older version. Raises the errors of
     :func:`load`.
     """
+    if not isinstance(run, str | os.PathLike):
+        raise InputError(f"run must be the path of a folder, but got {shown(run)}.")
     run = Path(run)
-    if precision not in PRECISIONS:
-        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, but got {precision!r}.")
+    choice("precision", precision, PRECISIONS)
     weights, config, about = load_weights_about(run / "model.safetensors")
     if not fits(weights, config):
         raise InputError(f"{run / 'model.safetensors'} does not fit its own configuration: train again.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import os
 import re
 import reprlib
 from argparse import ArgumentParser
@@ -15,6 +16,7 @@ from typing import Any
 
 from lares_fast._errors import InputError, require
 from lares_fast.config import LARESConfig
+from lares_fast.data._text import printable
 from lares_fast.train.config import SECTIONS, RunConfig
 from lares_fast.train.files import write_text
 
@@ -58,7 +60,7 @@ def build(config: str | Path | None = None, assignments: Iterable[str] = ()) -> 
     settings: list[Setting] = []
     if config is not None:
         source = _find(config)
-        settings += _flatten(str(source), _read(source))
+        settings += _flatten(printable(str(source)), _read(source))
     settings += [_assignment(text) for text in assignments]
     return _run_config(settings)
 
@@ -83,11 +85,14 @@ def known_keys() -> list[str]:
 
 
 def _find(config: str | Path) -> Path:
-    if Path(config).is_file():
+    # Unlike Path.is_file, this raises no error for a name that is too long.
+    if os.path.isfile(config):
         return Path(config)
     if str(config) in presets():
         return _PRESETS / f"{config}.yaml"
-    raise InputError(f"--config {config} is neither a file nor a preset (presets: {', '.join(presets())}).")
+    raise InputError(
+        f"--config {printable(str(config), 100)} is neither a file nor a preset (presets: {', '.join(presets())})."
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -165,9 +170,10 @@ def _example(section: str) -> str:
 
 def _assignment(text: str) -> Setting:
     key, equals, value = text.partition("=")
+    shown = printable(text, 100)
     if not equals:
-        raise InputError(f"--set {text} must have the form section.key=value, for example --set spt.lr=0.001.")
-    return f"--set {text}", key.strip(), value.strip()
+        raise InputError(f"--set {shown} must have the form section.key=value, for example --set spt.lr=0.001.")
+    return f"--set {shown}", key.strip(), value.strip()
 
 
 def _run_config(settings: list[Setting]) -> RunConfig:

@@ -43,6 +43,12 @@ def check_floats(name: str, value: Tensor, dims: int, shape: str) -> None:
         raise InputError(f"{name} must be a floating-point {shape} of 16, 32 or 64 bits, but got {shown(value)}.")
 
 
+def check_rows(rows: Tensor | None) -> None:
+    """Raise :class:`InputError` unless the rows of a draw have 32 bits, as in an address. Rows on a GPU are not read."""
+    if rows is not None:
+        check_ids("draw.rows", rows, 0, 2**32)
+
+
 def check_draw(draw: object, batch: int, device: torch.device, *, or_cpu: bool = False) -> Draw:
     """Return ``draw``. Raises :class:`InputError` unless it is a draw for ``batch`` sequences on ``device``.
 
