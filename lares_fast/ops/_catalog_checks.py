@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lares_fast import _native
 from lares_fast._errors import InputError
-from lares_fast._numbers import shown
+from lares_fast._numbers import check_dense, shown
 from lares_fast._random import Draw
 
 # The dtypes in which ops compute.
@@ -21,17 +21,6 @@ class ExcludeLists(NamedTuple):
 
     offsets: Tensor
     ids: Tensor
-
-
-def check_dense(name: str, value: object) -> None:
-    """Raise :class:`InputError` unless ``value`` is a dense tensor with values: its layout has strides, and it is not meta."""
-    if not isinstance(value, Tensor):
-        raise InputError(f"{name} must be a dense tensor, but got {shown(value)}.")
-    if value.layout != torch.strided or value.is_nested:
-        got = "a nested tensor" if value.is_nested else f"the layout {value.layout}"
-        raise InputError(f"{name} must be a dense tensor, but got {got}.")
-    if value.device.type == "meta":
-        raise InputError(f"{name} must be a tensor with values, but is on the device meta, which has none.")
 
 
 def check_floats(name: str, value: Tensor, dims: int, shape: str) -> None:

@@ -154,9 +154,10 @@ def serve(draw: Any) -> Example:
     """Return a call of the recommender."""
     source = Source(draw)
     name = draw(st.sampled_from(("recommend", "recommend", "encode", "knows")))
+    notes = {"fixed": ("backend",), "loose": ("histories", "item")}
     if name == "knows":
         item = source.random.choice((1, "2", 3.0, 99, "x", Ints((4,), ())))
-        return Example("Recommender.knows", {"item": item, "backend": None}, right=True, notes={"fixed": ("backend",)})
+        return Example("Recommender.knows", {"item": item, "backend": None}, right=True, notes=notes)
     kinds = (list, tuple, lambda ids: list(map(str, ids)), source.index, lambda ids: [*ids, 77, "unknown"])
     histories = [
         source.random.choice(kinds)(source.ids(source.random.randint(1, 14), 1, ITEMS)) for _ in range(draw(st.integers(0, 4)))
@@ -166,7 +167,7 @@ def serve(draw: Any) -> Example:
     if name == "recommend":
         arguments["k"] = source.random.randint(1, ITEMS - 1)
         arguments |= source.options(exclude_seen=(True, False))
-    return Example(f"Recommender.{name}", arguments, right=True, notes={"fixed": ("backend",)})
+    return Example(f"Recommender.{name}", arguments, right=True, notes=notes)
 
 
 @st.composite

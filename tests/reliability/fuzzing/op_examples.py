@@ -308,7 +308,8 @@ OPS: dict[str, Any] = {
 
 def _inner_damage(example: Example, random: Random) -> Example:
     """Return ``example`` with a part of a group changed: a member of ``draw`` or ``exclude``, or one of the weights."""
-    groups = [name for name, value in example.arguments.items() if isinstance(value, Drawn | Weights | tuple)]
+    names = ("draw", "weights", "exclude")
+    groups = [name for name in names if isinstance(example.arguments.get(name), Drawn | Weights | tuple)]
     if not groups:
         return damaged(example, random)
     name = random.choice(groups)
