@@ -1,4 +1,4 @@
-"""Checks of plain values that callers give. A value is used exactly as it is given, or an error is raised."""
+"""Checks of values that callers give. A value is used exactly as it is given, or an error is raised."""
 
 from __future__ import annotations
 
@@ -71,6 +71,17 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(allowed)}, but got {shown(value)}.")
     return value
+
+
+def check_dense(name: str, value: object) -> None:
+    """Raise :class:`InputError` unless ``value`` is a dense tensor with values: its layout has strides, and it is not meta."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a dense tensor, but got {shown(value)}.")
+    if value.layout != torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else f"the layout {value.layout}"
+        raise InputError(f"{name} must be a dense tensor, but got {got}.")
+    if value.device.type == "meta":
+        raise InputError(f"{name} must be a tensor with values, but is on the device meta, which has none.")
 
 
 def is_integer(tensor: Tensor) -> bool:

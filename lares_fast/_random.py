@@ -90,6 +90,16 @@ def seed_of(key: Key, device: torch.device) -> Tensor:
     return torch.full((1,), packed - (packed >> 63 << 64), dtype=torch.int64, device=device)
 
 
+def checked_key(name: str, key: object) -> Key:
+    """Return ``key``. Raises :class:`InputError` unless it is a pair of integers of 32 bits."""
+    if not isinstance(key, tuple | list) or len(key) != 2:
+        raise InputError(f"{name} must be two integers or int64 [1], but got {shown(key)}.")
+    words = whole(name, key[0]), whole(name, key[1])
+    if not all(0 <= word <= _WORD for word in words):
+        raise InputError(f"{name} must hold integers in 0..2^32-1, but got {words[0]} and {words[1]}.")
+    return words
+
+
 def key_of(seed: Tensor) -> Key:
     """Return the key in ``seed``, the result of :func:`seed_of`. If ``seed`` is on a GPU, the host waits for it."""
     packed = int(seed)
@@ -232,13 +242,7 @@ class Draw:
         Raises :class:`InputError` for any other key.
         """
         if not isinstance(self.key, Tensor):
-            key = self.key
-            if not isinstance(key, tuple | list) or len(key) != 2:
-                raise InputError(f"draw.key must be two integers or int64 [1], but got {shown(key)}.")
-            words = whole("draw.key", key[0]), whole("draw.key", key[1])
-            if not all(0 <= word <= _WORD for word in words):
-                raise InputError(f"draw.key must hold integers in 0..2^32-1, but got {words[0]} and {words[1]}.")
-            return seed_of(words, device)
+            return seed_of(checked_key("draw.key", self.key), device)
         if self.key.is_nested or self.key.shape != (1,) or self.key.dtype != torch.int64 or self.key.device.type == "meta":
             raise InputError(f"draw.key must be two integers or int64 [1], but got {shown(self.key)}.")
         return to_device(self.key, device)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import number, whole
+from lares_fast._numbers import choice, number, shown, whole
 
 ADAPTERS = ("add", "concat", "linear")
 DEPTH_SAMPLINGS = ("poisson-lognormal", "poisson-unbounded", "poisson-bounded", "uniform", "constant", "non-recurrent")
@@ -106,7 +106,7 @@ class LARESConfig:
             ("state_init", STATE_INITS),
             ("similarity", SIMILARITIES),
         ):
-            _check(getattr(self, name) in allowed, name, repr(getattr(self, name)), f"one of {', '.join(allowed)}")
+            _check(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
 
     def _take(self, name: str, kind: str) -> None:
         """Convert the field ``name`` to its declared type. Raises :class:`InputError` if that fails."""
@@ -121,7 +121,7 @@ class LARESConfig:
             _check(
                 isinstance(value, bool if kind == "bool" else str),
                 name,
-                repr(value),
+                value,
                 "true or false" if kind == "bool" else "text",
             )
         object.__setattr__(self, name, value)
@@ -137,9 +137,7 @@ class LARESConfig:
 
         ``overrides`` must have ``n_items``. Raises :class:`InputError` for another name.
         """
-        if name not in PRESETS:
-            raise InputError(f"preset must be one of {', '.join(PRESETS)}, but got {name!r}.")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{**PRESETS[choice("preset", name, list(PRESETS))], **overrides})
 
     @classmethod
     def preview(cls, **settings: Any) -> LARESConfig:
@@ -152,9 +150,11 @@ class LARESConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LARESConfig:
         """Return the configuration from the plain values of :meth:`to_dict`. Raises :class:`InputError` for an unknown key."""
+        if not isinstance(values, dict):
+            raise InputError(f"values must be a dictionary of settings, but got {shown(values)}.")
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise InputError(f"unknown model setting {unknown[0]!r}; the known settings are {', '.join(sorted(known))}.")
+        if unknown := sorted(set(values) - known, key=str):
+            raise InputError(f"unknown model setting {shown(unknown[0])}; the known settings are {', '.join(sorted(known))}.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,4 +182,4 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _check(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise InputError(f"{name} must be {expected}, but got {value}.")
+        raise InputError(f"{name} must be {expected}, but got {shown(value)}.")

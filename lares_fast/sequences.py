@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import is_integer
+from lares_fast._numbers import check_dense, is_integer
 from lares_fast._transfer import to_device
 
 # The item id of padding. Its row in the item table is row 0.
@@ -50,9 +50,9 @@ class Sequences(NamedTuple):
         Raises :class:`InputError` for sequences that are not like this.
         """
         for name, value in (("item_seq", item_seq), ("item_seq_len", item_seq_len)):
-            if not isinstance(value, Tensor) or not is_integer(value):
-                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise InputError(f"{name} must be a tensor of integers, but got {got}.")
+            check_dense(name, value)
+            if not is_integer(value):
+                raise InputError(f"{name} must be a tensor of integers, but got {value.dtype}.")
         if item_seq.dim() == 1:
             _check_offsets(item_seq, item_seq_len, max_len)
             sequences = cls(item_seq.to(torch.int64), item_seq_len.to(torch.int64))
@@ -123,11 +123,11 @@ def _check_offsets(items: Tensor, offsets: Tensor, max_len: int) -> None:
         # A check on a GPU would make the CPU wait.
         return
     if offsets.dim() != 1 or not len(offsets) or int(offsets[0]) or int(offsets[-1]) != len(items):
-        raise InputError(f"the offsets of packed sequences must be [B + 1] from 0 to {len(items)}, the number of items.")
+        raise InputError(f"item_seq_len must be the offsets [B + 1] from 0 to {len(items)}, the number of packed items.")
     lengths = offsets.diff()
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= max_len:
         raise InputError(
-            f"packed sequences must have 1..{max_len} items, but they have {int(lengths.min())}..{int(lengths.max())}."
+            f"item_seq_len must give every sequence 1..{max_len} items, but gives {int(lengths.min())}..{int(lengths.max())}."
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import operator
 import os
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from lares_fast import ops
 from lares_fast._device import enough_memory, require_memory, resolve
 from lares_fast._errors import InputError
-from lares_fast._numbers import whole
+from lares_fast._numbers import choice, flag, shown, whole
 from lares_fast._settings import PRECISIONS
 from lares_fast._transfer import to_device, to_host
 from lares_fast.model import LARES
@@ -68,6 +67,10 @@ class Recommender:
         The ids are texts or integers, from any array library. The attribute :attr:`item_ids` leaves PAD out. Raises
         :class:`InputError` for anything else, for ids that occur twice, and for a model with weights that are not finite.
         """
+        if not isinstance(model, LARES):
+            raise InputError(f"model must be a lares_fast.LARES, but got {shown(model)}.")
+        if isinstance(item_ids, str | bytes) or not _can_be_read(item_ids) or not hasattr(item_ids, "__len__"):
+            raise InputError(f"item_ids must be a list of raw ids, but got {shown(item_ids)}.")
         if len(item_ids) != model.config.n_items:
             raise InputError(
                 f"item_ids must have {model.config.n_items} entries, one for each item row, but has {len(item_ids)}."
@@ -112,6 +115,7 @@ class Recommender:
         a call, 12 k bytes for each history, until the end of the call.
         """
         k, num_steps, batch_size = whole("k", k), _steps(num_steps), whole("batch_size", batch_size)
+        exclude_seen = flag("exclude_seen", exclude_seen)
         if not 1 <= k <= len(self.item_ids):
             raise InputError(f"k must be in 1..{len(self.item_ids)}, the number of items, but got {k}.")
         known, unknown = self._known(histories)
@@ -180,7 +184,7 @@ class Recommender:
     def _known(self, histories: Iterable[History]) -> tuple[list[list[int]], int]:
         """Return the item ids of each history, and the number of unknown items."""
         if isinstance(histories, str | bytes | Mapping | Set) or not _can_be_read(histories):
-            raise InputError(f"histories must be a list of histories, but are {reprlib.repr(histories)}.")
+            raise InputError(f"histories must be a list of histories, but are {shown(histories)}.")
         known, unknown = [], 0
         for number, history in enumerate(histories):
             rows = [self._rows.get(str(raw), PAD) for raw in _raw_ids(history, f"history {number}")]
@@ -235,9 +239,10 @@ def load_about(
     ``lares_fast.train.identity`` describes the metadata, which are empty for a file of an older version. Raises the errors of
     :func:`load`.
     """
+    if not isinstance(run, str | os.PathLike):
+        raise InputError(f"run must be the path of a folder, but got {shown(run)}.")
     run = Path(run)
-    if precision not in PRECISIONS:
-        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, but got {precision!r}.")
+    choice("precision", precision, PRECISIONS)
     weights, config, about = load_weights_about(run / "model.safetensors")
     if not fits(weights, config):
         raise InputError(f"{run / 'model.safetensors'} does not fit its own configuration: train again.")
@@ -285,6 +290,8 @@ def _item_ids(path: Path, checksum: str | None) -> list[Any]:
 
 def _can_be_read(values: Any) -> bool:
     """Return whether ``values`` can be iterated. An array without dimensions looks iterable, but raises an error."""
+    if isinstance(values, Tensor) and (values.layout != torch.strided or values.device.type == "meta"):
+        return False
     return isinstance(values, Iterable) and getattr(values, "ndim", 1) != 0
 
 
@@ -293,7 +300,7 @@ def _raw_ids(history: Any, where: str) -> Iterator[int | str]:
     if isinstance(history, str | bytes):
         raise InputError(f"{where} must be a sequence of raw item ids, but is the text {history!r:.40}.")
     if isinstance(history, Mapping | Set) or not _can_be_read(history) or getattr(history, "ndim", 1) != 1:
-        raise InputError(f"{where} must be a sequence of raw item ids, but is {reprlib.repr(history)}.")
+        raise InputError(f"{where} must be a sequence of raw item ids, but is {shown(history)}.")
     for place, raw in enumerate(history):
         yield raw if type(raw) is str or type(raw) is int else _raw_id(raw, f"item {place} of {where}")
 
@@ -305,6 +312,8 @@ def _raw_id(raw: Any, where: str) -> int | str:
         try:
             # item() would turn a time of NumPy into an integer.
             value = None if raw.ndim or isinstance(raw, np.datetime64 | np.timedelta64) else raw.item()
+            if isinstance(raw, Tensor) and raw.is_quantized:
+                value = None
         except (RuntimeError, ValueError):
             value = None
     if isinstance(value, str):
@@ -316,7 +325,7 @@ def _raw_id(raw: Any, where: str) -> int | str:
             return operator.index(value)
         except TypeError:
             pass
-    raise InputError(f"{where} must be a raw id, which is text or a whole number, but is {reprlib.repr(raw)}.")
+    raise InputError(f"{where} must be a raw id, which is text or a whole number, but is {shown(raw)}.")
 
 
 def _exact_below(number: Any) -> float:

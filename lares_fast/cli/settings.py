@@ -6,6 +6,7 @@ import difflib
 import functools
 import hashlib
 import io
+import os
 import re
 import reprlib
 from argparse import ArgumentParser
@@ -17,6 +18,7 @@ from typing import Any
 from lares_fast._errors import InputError, require
 from lares_fast._files import read_small, write_text
 from lares_fast.config import LARESConfig
+from lares_fast.data._text import printable
 from lares_fast.train.config import SECTIONS, RunConfig
 
 # (source, dotted key, value). The source is the name of a file or an argument. Errors show it.
@@ -62,7 +64,7 @@ def build(config: str | Path | None = None, assignments: Iterable[str] = ()) -> 
     settings: list[Setting] = []
     if config is not None:
         source = _find(config)
-        settings += _flatten(str(source), _read(source))
+        settings += _flatten(printable(str(source)), _read(source))
     settings += [_assignment(text) for text in assignments]
     return _run_config(settings)
 
@@ -87,11 +89,14 @@ def known_keys() -> list[str]:
 
 
 def _find(config: str | Path) -> Path:
-    if Path(config).is_file():
+    # Unlike Path.is_file, this raises no error for a name that is too long.
+    if os.path.isfile(config):
         return Path(config)
     if str(config) in presets():
         return _PRESETS / f"{config}.yaml"
-    raise InputError(f"--config {config} is neither a file nor a preset (presets: {', '.join(presets())}).")
+    raise InputError(
+        f"--config {printable(str(config), 100)} is neither a file nor a preset (presets: {', '.join(presets())})."
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -215,10 +220,11 @@ def _example(section: str) -> str:
 
 def _assignment(text: str) -> Setting:
     key, equals, value = text.partition("=")
+    shown = printable(text, 100)
     if not equals:
-        raise InputError(f"--set {text} must have the form section.key=value, for example --set spt.lr=0.001.")
-    _require_plain(f"--set {_short(text)}", key.strip(), value.strip())
-    return f"--set {text}", key.strip(), value.strip()
+        raise InputError(f"--set {shown} must have the form section.key=value, for example --set spt.lr=0.001.")
+    _require_plain(f"--set {shown}", key.strip(), value.strip())
+    return f"--set {shown}", key.strip(), value.strip()
 
 
 def _run_config(settings: list[Setting]) -> RunConfig:

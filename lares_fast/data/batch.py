@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lares_fast import _random
 from lares_fast._errors import InputError
+from lares_fast._native_call import allocation
+from lares_fast._numbers import shown, whole
 from lares_fast.data.log import InteractionLog
 from lares_fast.data.split import Rows
 from lares_fast.sequences import Sequences
@@ -93,13 +95,29 @@ class Places:
 def make_batch(log: InteractionLog, rows: Rows, index: Tensor | NDArray[Any], max_len: int) -> Batch:
     """Return the rows ``index`` [B] as a batch, each input cut to its last ``max_len`` items.
 
-    ``index`` holds integers in 0..R-1, as a CPU tensor or an array.
+    ``index`` holds integers in 0..R-1, as a CPU tensor or an array. Raises :class:`InputError` for any other ``index``, and for
+    a ``max_len`` below 1.
     """
-    chosen = np.asarray(index, dtype=np.int64)
+    if (max_len := whole("max_len", max_len)) < 1:
+        raise InputError(f"max_len must be at least 1, but got {max_len}.")
+    chosen = _checked_index(index, len(rows))
     ends, users = rows.ends[chosen], rows.users[chosen].astype(np.int64)
     items, offsets = log.events(np.maximum(log.offsets[users], ends - max_len), ends)
     target = log.items[ends].astype(np.int64)
     return Batch(*map(torch.from_numpy, (items, offsets, target, chosen.copy(), users)))
+
+
+def _checked_index(index: Any, count: int) -> NDArray[np.int64]:
+    """Return ``index`` as an array [B]. Raises :class:`InputError` unless it holds integers in 0..``count`` - 1."""
+    try:
+        found = np.asarray(index.resolve_neg() if isinstance(index, Tensor) else index)
+    except (RuntimeError, TypeError, ValueError):
+        raise InputError(f"index must be a tensor on the CPU or an array, but got {shown(index)}.") from None
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise InputError(f"index must hold integers [B], but got {shown(index)}.")
+    if found.size and not 0 <= found.min() <= found.max() < count:
+        raise InputError(f"index must be in 0..{count - 1}, the rows, but spans {found.min()}..{found.max()}.")
+    return found.astype(np.int64)
 
 
 def input_lengths(log: InteractionLog, rows: Rows, max_len: int) -> NDArray[np.int64]:
@@ -112,6 +130,7 @@ def epoch_order(n_rows: int, key: _random.Key) -> Tensor:
 
     Raises :class:`InputError` if there is no row.
     """
-    if n_rows < 1:
+    if (n_rows := whole("n_rows", n_rows)) < 1:
         raise InputError("n_rows must be at least 1, but there is no row to train on: give a split with training rows.")
-    return torch.randperm(n_rows, generator=_random.generator(key))
+    with allocation(f"a permutation of n_rows {n_rows}"):
+        return torch.randperm(n_rows, generator=_random.generator(_random.checked_key("key", key)))

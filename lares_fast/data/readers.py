@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lares_fast._errors import InputError
+from lares_fast._numbers import choice, shown, whole
 from lares_fast.data._ids import IdColumn
 from lares_fast.data._tables import Events, Names, check_columns, finish, read_csv, read_parquet
 from lares_fast.data._text import Block, Progress, cells, check_file, decode, printable, readable, words
@@ -75,9 +76,11 @@ def read_log(
     Raises :class:`InputError`, one sentence with the file and the line, row or column, for everything that cannot be read in
     the given format, and :class:`MissingExtraError` for CSV and parquet without pyarrow.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path must be the path of a file, but got {shown(path)}.")
     source = Path(path)
-    if format not in ("auto", *FORMATS):
-        raise InputError(f"format must be auto or one of {', '.join(FORMATS)}, but got {format!r}.")
+    choice("format", format, ("auto", *FORMATS))
+    min_events = whole("min_events", min_events)
     check_file(source)
     chosen = _detect(source) if format == "auto" else format
     if chosen in ("sequences", "pairs", "json"):
@@ -97,6 +100,9 @@ def log_from_sequences(sequences: Mapping[Any, Sequence[Any]], *, name: str = "m
 
     The items are integers greater than 0, or strings. Raises :class:`InputError` for everything else.
     """
+    if not isinstance(sequences, Mapping):
+        raise InputError(f"sequences must be a mapping of user -> items, but got {shown(sequences)}.")
+    min_events = whole("min_events", min_events)
     return assemble(*_from_lists(sequences.items(), name), None, name=name, min_events=min_events)
 
 
@@ -111,9 +117,14 @@ def _detect(path: Path) -> str:
 
 
 def _column_names(columns: Mapping[str, str | None] | None) -> dict[str, str | None]:
+    if columns is not None and not isinstance(columns, Mapping):
+        raise InputError(f"columns must be a mapping of user, item and time to names, but got {shown(columns)}.")
     names = {**COLUMNS, **(columns or {})}
-    if unknown := sorted(set(names) - set(COLUMNS)):
-        raise InputError(f"columns must name {', '.join(COLUMNS)}, but got {unknown[0]!r}.")
+    for role, name in names.items():
+        if name is not None and not isinstance(name, str):
+            raise InputError(f"columns must name the {shown(role)} column by a text, but got {shown(name)}.")
+    if unknown := sorted(set(names) - set(COLUMNS), key=str):
+        raise InputError(f"columns must name {', '.join(COLUMNS)}, but got {shown(unknown[0])}.")
     for role in ("user", "item"):
         if names[role] is None:
             raise InputError(f"columns must name the {role} column; only the time column can be None.")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lares_fast import _native
 from lares_fast._errors import InputError
-from lares_fast._numbers import shown
+from lares_fast._numbers import check_dense, shown
 from lares_fast._random import Draw
 
 # The dtypes in which ops compute.
@@ -23,17 +23,6 @@ class ExcludeLists(NamedTuple):
     ids: Tensor
 
 
-def check_dense(name: str, value: object) -> None:
-    """Raise :class:`InputError` unless ``value`` is a dense tensor with values: its layout has strides, and it is not meta."""
-    if not isinstance(value, Tensor):
-        raise InputError(f"{name} must be a dense tensor, but got {shown(value)}.")
-    if value.layout != torch.strided or value.is_nested:
-        got = "a nested tensor" if value.is_nested else f"the layout {value.layout}"
-        raise InputError(f"{name} must be a dense tensor, but got {got}.")
-    if value.device.type == "meta":
-        raise InputError(f"{name} must be a tensor with values, but is on the device meta, which has none.")
-
-
 def check_floats(name: str, value: Tensor, dims: int, shape: str) -> None:
     """Raise :class:`InputError` unless ``value``, a dense tensor, has ``dims`` dimensions and one of :data:`DTYPES`.
 
@@ -41,6 +30,12 @@ def check_floats(name: str, value: Tensor, dims: int, shape: str) -> None:
     """
     if value.dim() != dims or value.dtype not in DTYPES:
         raise InputError(f"{name} must be a floating-point {shape} of 16, 32 or 64 bits, but got {shown(value)}.")
+
+
+def check_rows(rows: Tensor | None) -> None:
+    """Raise :class:`InputError` unless the rows of a draw have 32 bits, as in an address. Rows on a GPU are not read."""
+    if rows is not None:
+        check_ids("draw.rows", rows, 0, 2**32)
 
 
 def check_draw(draw: object, batch: int, device: torch.device, *, or_cpu: bool = False) -> Draw:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
+from lares_fast._native_call import allocation
 from lares_fast._numbers import shown, whole
 from lares_fast.ops import _triton
 from lares_fast.ops._catalog_checks import check_dense
@@ -28,7 +29,8 @@ def pack(log: Tensor, starts: Tensor, offsets: Tensor, n_tokens: int, n_targets:
     if _triton.obstacle(log) is None and (log.device.type != "cuda" or _kernel_is_right(log.device)):
         items, targets = _triton.kernels("_pack").packed(log, starts, offsets, n_tokens, n_targets)
         return items, targets
-    return pack_by_torch(log, starts, offsets, n_tokens, n_targets)
+    with allocation(f"n_tokens {n_tokens}"):
+        return pack_by_torch(log, starts, offsets, n_tokens, n_targets)
 
 
 @functools.cache

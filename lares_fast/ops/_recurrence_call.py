@@ -13,7 +13,7 @@ from lares_fast._errors import InputError
 from lares_fast._numbers import choice
 from lares_fast._random import MOST_STEPS, Draw, drop_threshold, key_of
 from lares_fast.ops._call import Call
-from lares_fast.ops._catalog_checks import check_dense
+from lares_fast.ops._catalog_checks import check_dense, check_rows
 from lares_fast.reference.weights import WeightLayout, layout_of
 
 OUTPUTS = ("last", "steps", "tokens")
@@ -177,6 +177,8 @@ def check_values(call: RecurrenceCall) -> None:
             raise InputError(f"depth must be at least 1 and at most {MOST_STEPS:,}, but spans {least}..{most}.")
         if call.deepest is not None and most > call.deepest:
             raise InputError(f"deepest must be at least every depth, up to {most}, but got {call.deepest}.")
+    if call.seed is not None:
+        check_rows(call.rows)
     if call.offsets.device != _CPU:
         return
     lengths = call.offsets.diff()

@@ -17,7 +17,7 @@ from lares_fast._numbers import number, whole
 from lares_fast._random import Draw, drop_threshold, key_of
 from lares_fast.ops import _triton
 from lares_fast.ops._call import Call
-from lares_fast.ops._catalog_checks import check_dense, check_draw, check_floats
+from lares_fast.ops._catalog_checks import check_dense, check_draw, check_floats, check_rows
 from lares_fast.reference.attention import packed_attention_backward, packed_logsumexp
 
 LONGEST = 512
@@ -167,6 +167,7 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
         lengths = offsets.diff()
         if int(offsets[0]) or int(offsets[-1]) != rows or bool((lengths < 0).any()) or bool((lengths > longest).any()):
             raise InputError(f"offsets must rise from 0 to {rows}, the rows of query, by at most longest = {longest}.")
+    check_rows(call.rows)
     call = replace(call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach())
     out, lse = run("attention", call.backend, call)
     return out, lse

@@ -17,7 +17,7 @@ from lares_fast._library import no_gradient, register_op
 from lares_fast._numbers import number
 from lares_fast._random import Draw, drop_threshold, keep_hidden_at
 from lares_fast.ops import _embedding_torch, _embedding_triton
-from lares_fast.ops._catalog_checks import check_draw, check_ids
+from lares_fast.ops._catalog_checks import check_draw, check_ids, check_rows
 from lares_fast.ops._embedding_call import EmbeddingCall, Gradients, check
 from lares_fast.reference.embedding import Saved, Tables
 
@@ -114,6 +114,7 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
                 f"offsets must rise from 0 to {rows}, the number of items, by at most {longest}, the rows of position_table."
             )
         check_ids("items", call.items, 1, len(call.item_table))
+    check_rows(call.rows)
     out, saved = run("embedding", call.backend, call)
     return out, *(call.nothing() if saved is None else saved)
 

@@ -11,8 +11,10 @@ from lares_fast import reference
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import register_op
+from lares_fast._native_call import allocation
 from lares_fast._random import Draw
 from lares_fast.ops import _initial_state_native, _initial_state_triton
+from lares_fast.ops._catalog_checks import check_rows
 from lares_fast.ops._initial_state_call import InitialStateCall, build_call
 
 
@@ -53,8 +55,14 @@ def _run(*arguments: Any) -> Tensor:
         int(offsets[0]) or int(offsets[-1]) > call.n_tokens or bool((offsets.diff() < 0).any())
     ):
         raise InputError(f"offsets must rise from 0 to at most n_tokens = {call.n_tokens}.")
+    check_rows(call.rows)
     out: Tensor = run("initial_state", call.backend, call)
     return out
+
+
+def _native(call: InitialStateCall) -> Tensor:
+    with allocation(f"n_tokens {call.n_tokens} times width {call.width}"):
+        return _initial_state_native.forward(call)
 
 
 def _fake(*arguments: Any) -> Tensor:
@@ -63,13 +71,14 @@ def _fake(*arguments: Any) -> Tensor:
 
 
 def _reference(call: InitialStateCall) -> Tensor:
-    return reference.initial_state(call.draw(), call.offsets, call.n_tokens, call.width, std=call.std)
+    with allocation(f"n_tokens {call.n_tokens} times width {call.width}"):
+        return reference.initial_state(call.draw(), call.offsets, call.n_tokens, call.width, std=call.std)
 
 
 register(
     "initial_state",
     Backend("triton", _initial_state_triton.forward, _initial_state_triton.obstacle),
-    Backend("native", _initial_state_native.forward, _initial_state_native.obstacle),
+    Backend("native", _native, _initial_state_native.obstacle),
     # A whole model may request ``layers``, which the recurrence has. Here it is the reference.
     Backend("reference", _reference),
     Backend("layers", _reference),

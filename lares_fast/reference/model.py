@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import is_integer, number, whole
+from lares_fast._numbers import check_dense, flag, is_integer, number, shown, whole
 from lares_fast._random import MOST_STEPS, SITE_INPUT, Draw, root_key
 from lares_fast._transfer import to_device
 from lares_fast.config import LARESConfig
@@ -92,6 +92,7 @@ class LARES(nn.Module):
         GPU are not checked: there ``lares_fast.LARES`` returns NaN for a sequence with a PAD inside.
         """
         sequences = self._sequences(item_seq, item_seq_len)
+        return_all_steps = flag("return_all_steps", return_all_steps)
         depth, state, draw = self._choices(item_seq, sequences, 1, num_steps, state, draw)
         states = self._encode(sequences, 1, depth, state, draw, return_all_steps)
         return _rectangle(states, depth) if return_all_steps else states
@@ -118,7 +119,7 @@ class LARES(nn.Module):
         sequences = self._sequences(item_seq, item_seq_len)
         batch = sequences.batch
         if not isinstance(num_steps, Tensor) or num_steps.dim() != 2 or num_steps.shape[1] != batch or not len(num_steps):
-            got = list(num_steps.shape) if isinstance(num_steps, Tensor) else repr(num_steps)[:40]
+            got = list(num_steps.shape) if isinstance(num_steps, Tensor) else shown(num_steps)
             raise InputError(f"num_steps must be [G, {batch}] with a row for each of G passes, but got {got}.")
         passes = len(num_steps)
         deepest = None if deepest is None else whole("deepest", deepest)
@@ -146,12 +147,16 @@ class LARES(nn.Module):
         the caller put it if ``deepest`` is given.
         """
         rows = passes * sequences.batch
-        draw = draw or self._default_draw(rows)
+        draw = self._default_draw(rows) if draw is None else draw
+        if not isinstance(draw, Draw):
+            raise InputError(f"draw must be a Draw, but got {shown(draw)}.")
+        check_dense("draw.rows", draw.rows)
         if draw.rows.shape != (rows,) or not is_integer(draw.rows):
             raise InputError(
                 f"draw.rows must be int64 [{rows}], one for each sequence, but got {draw.rows.dtype} {list(draw.rows.shape)}."
             )
         if state is not None:
+            check_dense("state", state)
             shape = (passes * len(item_seq), *item_seq.shape[1:], self.config.hidden_size)
             if state.shape != shape or not state.dtype.is_floating_point:
                 raise InputError(f"state must be floating-point {list(shape)}, but got {state.dtype} {list(state.shape)}.")
@@ -219,7 +224,11 @@ class LARES(nn.Module):
         if num_steps is None:
             num_steps = sample_batch_depth(self.config, batch, draw.generator()) if self.training else self.config.steps
         if not isinstance(num_steps, Tensor):
-            num_steps = torch.tensor(whole("num_steps", num_steps))
+            steps = whole("num_steps", num_steps)
+            if not 1 <= steps <= MOST_STEPS:
+                raise InputError(f"num_steps must be at least 1 and at most {MOST_STEPS:,}, but got {steps}.")
+            num_steps = torch.tensor(steps)
+        check_dense("num_steps", num_steps)
         if not is_integer(num_steps) or num_steps.shape not in ((), (1,), (batch,)):
             raise InputError(
                 f"num_steps must be an integer or int64 [{batch}], but got {num_steps.dtype} {list(num_steps.shape)}."

@@ -285,7 +285,7 @@ def test_missing_file_and_folder_are_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ({"format": "xml"}, "format must be auto or one of .* but got 'xml'"),
+        ({"format": "xml"}, "format must be one of auto, .* but got 'xml'"),
         ({"columns": {"user": "u"}}, "columns name the columns of inter, csv and parquet files"),
         ({"format": "csv", "columns": {"rating": "r"}}, "columns must name user, item, time, but got 'rating'"),
         ({"format": "csv", "columns": {"item": None}}, "columns must name the item column"),

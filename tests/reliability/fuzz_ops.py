@@ -9,37 +9,46 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
 from tests.reliability.counts import Counts
-from tests.reliability.fuzzing import outcomes
+from tests.reliability.fuzzing import model_examples, outcomes
 from tests.reliability.fuzzing.children import run_child
-from tests.reliability.fuzzing.op_examples import OPS, calls
+from tests.reliability.fuzzing.op_examples import DAMAGED, OPS, calls
 from tests.reliability.fuzzing.values import Example
 
 # The number of examples of each kind in the long form.
 LONG = {
-    "topk": 45_000,
-    "target_rank": 35_000,
+    "topk": 50_000,
+    "target_rank": 40_000,
     "softmax": 40_000,
     "attention": 20_000,
     "embedding": 20_000,
     "initial_state": 20_000,
-    "recurrence": 12_000,
-    "pack": 8_000,
+    "recurrence": 6_000,
+    "pack": 9_000,
     "CatalogIndex": 5_000,
+    "model": 6_000,
+    "recommender": 8_000,
+    "batches": 4_000,
+    "configuration": 10_000,
 }
 # The examples of one child process. Hypothesis remembers all examples of a run, so a run must end at some time.
-BATCH = 2500
+BATCH = 5000
 
 
 def examples(what: str, seed: int, number: int, watch: Callable[[Any], None]) -> None:
-    """Call ``watch`` with ``number`` random examples of ``what``. Equal arguments give equal examples."""
+    """Call ``watch`` with at least ``number`` random examples of ``what``. Equal arguments give equal examples."""
 
     @seeded(seed)
     @settings(
-        max_examples=number, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        max_examples=-(-number // (DAMAGED + 1)),
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )
-    @given(calls(what))
-    def each(example: Example) -> None:
-        watch(example)
+    @given(calls({**OPS, **model_examples.MODELS}[what]))
+    def each(found: list[Example]) -> None:
+        for example in found:
+            watch(example)
 
     each()
 
@@ -52,10 +61,7 @@ def measure(counts: Counts) -> None:
     for what, number in LONG.items():
         goal = number // 1000 if counts.quick else number
         for seed in range(0, goal, BATCH):
-            tried, faults = run_child(__name__, what, seed, min(BATCH, goal - seed))
-            counts.tried(what, tried, goal=goal)
-            for example, found in faults:
-                counts.failed(what, f"{example}: {found}", lost="raised" not in found and "message" not in found)
-
-
-__all__ = ["OPS", "examples", "fault", "measure"]
+            found = run_child(__name__, what, seed, min(BATCH, goal - seed))
+            counts.tried(what, found.tried, goal=goal)
+            for example, text in found.faults:
+                counts.failed(what, f"{example}: {text}", lost="raised" not in text and "message" not in text)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.reliability.counts import ROOT
 # No example may take longer, in seconds. The machine may be busy.
 LONGEST = 60
 # The address space of a child in bytes.
-MEMORY = 12 << 30
+MEMORY = 8 << 30
 
 
 class Watcher:
@@ -44,8 +45,21 @@ class Watcher:
             self.faults.append((text[:1500], found))
 
 
-def run_child(module: str, what: str, seed: int, number: int) -> tuple[int, list[tuple[str, str]]]:
-    """Try ``number`` examples of ``what`` in a child. Return the number of tried examples, and (example, fault) of each failure.
+@dataclass
+class Found:
+    """What a child found: how many examples it tried, and (example, fault) of each failure.
+
+    ``peak`` is its largest memory in MiB. ``notes`` are those of the module's function ``notes``, if it has one.
+    """
+
+    tried: int
+    faults: list[tuple[str, str]]
+    peak: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+def run_child(module: str, what: str, seed: int, number: int) -> Found:
+    """Try ``number`` examples of ``what`` in a child process.
 
     ``module`` has a function ``examples(what, seed, number, watch)``, which calls ``watch`` with each example, and a function
     ``fault(example)``.
@@ -56,15 +70,14 @@ def run_child(module: str, what: str, seed: int, number: int) -> tuple[int, list
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": folder}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 0:
-            tried, faults = json.loads(done.stdout.splitlines()[-1])
-            return tried, [(example, found) for example, found in faults]
+            return Found(**json.loads(done.stdout.splitlines()[-1]))
         if not state.exists():
-            return 1, [("the start of the child", f"ended with {done.returncode}: {done.stderr[-1500:]}")]
+            return Found(1, [("the start of the child", f"ended with {done.returncode}: {done.stderr[-1500:]}")])
         tried, example = json.loads(state.read_text())
         if done.returncode == -signal.SIGALRM:
-            return tried + 1, [(example, f"took longer than {LONGEST} s")]
+            return Found(tried + 1, [(example, f"took longer than {LONGEST} s")])
         reason = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
-        return tried + 1, [(example, f"ended the process with {reason}: {done.stderr[-1500:]}")]
+        return Found(tried + 1, [(example, f"ended the process with {reason}: {done.stderr[-1500:]}")])
 
 
 def main() -> None:
@@ -75,8 +88,16 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     module = importlib.import_module(name)
     watcher = Watcher(state, module.fault)
+    os.chdir(Path(state).parent)
     module.examples(what, int(seed), int(number), watcher)
-    print(json.dumps([watcher.tried, watcher.faults]))
+    report(watcher, module)
+
+
+def report(watcher: Watcher, module: Any) -> None:
+    """Print what the child found as JSON."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    notes = module.notes() if hasattr(module, "notes") else {}
+    print(json.dumps({"tried": watcher.tried, "faults": watcher.faults, "peak": peak, "notes": notes}), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,12 @@ from tests.reliability.fuzzing.values import (
     Ints,
     damaged,
     made,
-    odd_values,
-    odd_versions,
+    odd_value,
+    odd_version,
 )
+
+# The number of calls with wrong arguments for each valid call.
+DAMAGED = 9
 
 BACKENDS = st.sampled_from((None, None, "auto", "native", "reference"))
 _WIDTHS = st.sampled_from((0, 1, 2, 3, 8, 15, 16, 17, 33, 64))
@@ -75,7 +78,7 @@ class Weights:
         return weights
 
 
-class _Source:
+class Source:
     """Choices for one example. Hypothesis makes those that shape the call, and a seed that it draws makes all others."""
 
     def __init__(self, draw: Any) -> None:
@@ -140,7 +143,7 @@ class _Source:
 @st.composite
 def topk(draw: Any) -> Example:
     """Return a call of ``topk``, in one of five cases with an index."""
-    source = _Source(draw)
+    source = Source(draw)
     arguments = source.catalog()
     arguments |= source.exclude(arguments)
     arguments["k"] = source.random.randint(1, arguments["items"].shape[0])
@@ -157,7 +160,7 @@ def topk(draw: Any) -> Example:
 @st.composite
 def target_rank(draw: Any) -> Example:
     """Return a call of ``target_rank`` or ``target_ranks``."""
-    source = _Source(draw)
+    source = Source(draw)
     arguments = source.catalog()
     arguments |= source.exclude(arguments)
     query, items = arguments["query"], arguments["items"]
@@ -170,7 +173,7 @@ def target_rank(draw: Any) -> Example:
 @st.composite
 def softmax(draw: Any) -> Example:
     """Return a call of ``linear_cross_entropy``, ``target_logprob`` or ``target_logprob_and_rank``."""
-    source = _Source(draw)
+    source = Source(draw)
     name = draw(st.sampled_from(("linear_cross_entropy", "target_logprob", "target_logprob_and_rank")))
     arguments = source.catalog("hidden")
     fills = ("normal", "normal", "normal", "integers", "special", "tiny", "zero", "equal")
@@ -205,7 +208,7 @@ def softmax(draw: Any) -> Example:
 @st.composite
 def attention(draw: Any) -> Example:
     """Return a call of ``attention``."""
-    source = _Source(draw)
+    source = Source(draw)
     offsets = source.offsets(draw(st.integers(0, 5)), 0, source.random.choice((1, 5, 20)))
     shape = (offsets[-1], draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((1, 2, 8, 16, 17))))
     dtype, fills = draw(_DTYPES), ("normal", "normal", "normal", "integers", "zero", "special", "huge")
@@ -220,7 +223,7 @@ def attention(draw: Any) -> Example:
 @st.composite
 def embedding(draw: Any) -> Example:
     """Return a call of ``embedding``."""
-    source = _Source(draw)
+    source = Source(draw)
     offsets = source.offsets(draw(st.integers(0, 5)), 0, 6)
     count, width, dtype = draw(st.sampled_from((2, 3, 40))), draw(st.sampled_from((1, 2, 16, 17, 64, 65))), draw(_DTYPES)
     fills = ("normal", "normal", "normal", "integers", "special", "equal")
@@ -235,7 +238,7 @@ def embedding(draw: Any) -> Example:
 @st.composite
 def initial_state(draw: Any) -> Example:
     """Return a call of ``initial_state``."""
-    source = _Source(draw)
+    source = Source(draw)
     offsets = source.offsets(draw(st.integers(0, 5)), 0, 6)
     arguments = {
         "draw": source.drawn(len(offsets) - 1),
@@ -250,7 +253,7 @@ def initial_state(draw: Any) -> Example:
 @st.composite
 def recurrence(draw: Any) -> Example:
     """Return a call of ``recurrence``."""
-    source = _Source(draw)
+    source = Source(draw)
     offsets = source.offsets(draw(st.integers(0, 4)), 1, source.random.choice((1, 4, 9)))
     batch, width, dtype = len(offsets) - 1, draw(st.sampled_from((1, 2, 6, 16, 16, 32))), draw(_DTYPES)
     adapter = draw(st.sampled_from(("none", "add", "concat", "linear")))
@@ -274,7 +277,7 @@ def recurrence(draw: Any) -> Example:
 @st.composite
 def pack(draw: Any) -> Example:
     """Return a call of ``pack``."""
-    source = _Source(draw)
+    source = Source(draw)
     log = source.ids(draw(st.integers(1, 30)), 0, 100)
     offsets = source.offsets(draw(st.integers(1, 5)), 1, 5)
     starts = source.ids(len(offsets) - 1, 0, len(log) + 3)
@@ -285,7 +288,7 @@ def pack(draw: Any) -> Example:
 @st.composite
 def catalog_index(draw: Any) -> Example:
     """Return a call of ``CatalogIndex``."""
-    source = _Source(draw)
+    source = Source(draw)
     shape = (draw(st.sampled_from((0, 1, 7, 130))), draw(_WIDTHS))
     return Example("CatalogIndex", {"items": source.floats(shape, draw(_DTYPES), _EXACT)})
 
@@ -303,38 +306,38 @@ OPS: dict[str, Any] = {
 }
 
 
-@st.composite
-def _inner_damage(draw: Any, example: Example) -> Example:
+def _inner_damage(example: Example, random: Random) -> Example:
     """Return ``example`` with a part of a group changed: a member of ``draw`` or ``exclude``, or one of the weights."""
-    groups = [name for name, value in example.arguments.items() if isinstance(value, Drawn | Weights | tuple)]
+    names = ("draw", "weights", "exclude")
+    groups = [name for name in names if isinstance(example.arguments.get(name), Drawn | Weights | tuple)]
     if not groups:
-        return draw(damaged(example))
-    name = draw(st.sampled_from(sorted(groups)))
+        return damaged(example, random)
+    name = random.choice(groups)
     value = example.arguments[name]
-    new, odd = draw(odd_values())
+    new, odd = odd_value(random)
     if isinstance(value, Weights):
-        changed: Any = replace(value, change=(draw(st.integers(0, 40)), new))
+        changed: Any = replace(value, change=(random.randrange(40), new))
         odd = odd and new is not None
     elif isinstance(value, Drawn):
-        part = draw(st.sampled_from(("key", "rows")))
-        if part == "rows" and draw(st.booleans()):
-            new, odd = draw(odd_versions(value.rows)), False
+        part = random.choice(("key", "rows"))
+        if part == "rows" and random.random() < 0.5:
+            new, odd = odd_version(value.rows, random), False
         changed = replace(value, **{part: new})
         # The key of a draw is not read if nothing is dropped.
         odd = odd and part == "rows"
     else:
-        at = draw(st.integers(0, 1))
-        if draw(st.booleans()):
-            new, odd = draw(odd_versions(value[at])), False
+        at = random.randrange(2)
+        if random.random() < 0.5:
+            new, odd = odd_version(value[at], random), False
         changed = (*value[:at], new, *value[at + 1 :])
     return replace(example, arguments={**example.arguments, name: changed}, wrong=(name,), refused=odd, right=False)
 
 
 @st.composite
-def calls(draw: Any, op: str) -> Example:
-    """Return a call of ``op``; three of five have wrong arguments."""
-    example = draw(OPS[op])
-    kind = draw(st.integers(0, 9))
-    if kind < 4 or example.refused:
-        return example
-    return draw(_inner_damage(example) if kind == 9 else damaged(example))
+def calls(draw: Any, valid: Any) -> list[Example]:
+    """Return a call that the strategy ``valid`` makes, and ``DAMAGED`` versions of it."""
+    example = draw(valid)
+    random = Random(draw(SEEDS))
+    if example.refused:
+        return [example]
+    return [example, *((_inner_damage if i == 0 else damaged)(example, random) for i in range(DAMAGED))]
