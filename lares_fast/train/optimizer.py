@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
+from lares_fast._settings import strict
 from lares_fast.model import LARES
 from lares_fast.train.config import PhaseConfig
 
 # The entries of a group that choose an implementation of Adam, with their values on the CPU. On a GPU all tensors are updated
 # by a few launches, and no number is read from the host.
 _CPU = {"foreach": None, "fused": None, "capturable": False}
+# In strict mode: the other implementations take square roots from MKL, which are not exact and differ between Intel and AMD.
+_STRICT = {"foreach": None, "fused": True, "capturable": False}
 _GPU = {"foreach": None, "fused": True, "capturable": True}
 
 
@@ -24,7 +27,7 @@ def adam(model: LARES, settings: PhaseConfig, saved: dict[str, Any] | None, path
 
     Raises :class:`InputError` if ``saved`` is not the state of an optimizer of ``model``.
     """
-    kind: dict[str, Any] = _CPU if next(model.parameters()).device.type == "cpu" else _GPU
+    kind: dict[str, Any] = _GPU if next(model.parameters()).device.type != "cpu" else _STRICT if strict() else _CPU
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, **kind)
     # Steps that run launch by launch need no warning.
     optimizer._warned_capturable_if_run_uncaptured = True
