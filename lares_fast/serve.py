@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lares_fast import ops
-from lares_fast._device import enough_memory, require_memory, resolve
+from lares_fast._device import require_memory, resolve
 from lares_fast._errors import InputError
+from lares_fast._memory import allocating, enough_memory
 from lares_fast._numbers import whole
 from lares_fast._settings import PRECISIONS
 from lares_fast._transfer import to_device, to_host
@@ -235,9 +236,13 @@ def load_about(
     ``lares_fast.train.identity`` describes the metadata, which are empty for a file of an older version. Raises the errors of
     :func:`load`.
     """
-    run = Path(run)
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, but got {precision!r}.")
+    with allocating(f"the model in {run}", "end other programs, or train a smaller model"):
+        return _load(Path(run), device, precision)
+
+
+def _load(run: Path, device: str | torch.device, precision: str) -> tuple[Recommender, dict[str, str]]:
     weights, config, about = load_weights_about(run / "model.safetensors")
     if not fits(weights, config):
         raise InputError(f"{run / 'model.safetensors'} does not fit its own configuration: train again.")
