@@ -39,7 +39,9 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    return max(0, min(_available(), *_left_by_groups(), *_left_by_limits()))
+    if device.type != "cpu":
+        return sys.maxsize
+    return max(0, min([_available(), *_left_by_groups(), *_left_by_limits()]))
 
 
 def resident_bytes() -> int:

@@ -63,13 +63,11 @@ def plan(arguments: Namespace) -> dict[str, Any]:
     model = LARESConfig.from_dict({**config.model, "n_items": sizes.items})
     lines: list[Line] = []
     host = [Need("Python and PyTorch", program), log_needs(sizes)]
-    if device.type == "cpu":
-        for phase in PHASES:
-            lines += _lines(f"phase {phase}", [*host, *training_needs(phase, config, model, sizes, "cpu")])
-    else:
-        for phase in PHASES:
-            lines += _lines(f"phase {phase}", training_needs(phase, config, model, sizes, "cuda"))
-    lines += _lines("recommend", [Need("Python and PyTorch", serving), *serving_needs(model, sizes)])
+    for phase in PHASES:
+        needs = training_needs(phase, config, model, sizes, device.type)
+        lines += _lines(f"phase {phase}", [*host, *needs] if device.type == "cpu" else needs)
+    host = [Need("Python and PyTorch", serving), log_needs(sizes)]
+    lines += _lines("recommend", [*host, *serving_needs(model, sizes, users=sizes.users)])
     return {
         "sizes": asdict(sizes),
         "device": str(device),

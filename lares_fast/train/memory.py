@@ -171,14 +171,14 @@ class _Batch:
 def training_needs(
     phase: str, config: RunConfig, model: LARESConfig, sizes: LogSizes, device: str, there: int = 0
 ) -> list[Need]:
-    """Return the parts of ``phase`` in the memory of ``device`` (``cpu`` or ``cuda``), without the log and the program.
+    """Return the parts of ``phase`` in the memory of ``device`` (its type, such as ``cpu``), without the log and the program.
 
     ``there`` are bytes of the model that the process has already.
     """
     weights, batch = _Weights.of(model), _Batch.of(phase, config, model, sizes)
     # The model and Adam's two moments; in phase 2 also the frozen model.
     copies = 4 if needs_start(phase) else 3
-    if device == "cuda":
+    if device != "cpu":
         kept = (copies + 1) * weights.all - there
         step = 2 * (_gpu_states(model, batch) + _NUMBER * 2 * model.hidden_size * (_GPU_ROWS + batch.scored))
         return [Need("model, gradients, Adam", kept), Need("step", 0, step)]
