@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from lares_fast import _dispatch
 from lares_fast._errors import InputError
+from lares_fast._memory import as_size, free_bytes
 from lares_fast.ops import _triton
 
 _CUDA = re.compile("cuda(:[0-9]{1,9})?")
@@ -172,35 +171,9 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def require_memory(device: torch.device, needed: int, what: str) -> None:
-    """Raise :class:`InputError` if the free memory of the GPU ``device`` is less than ``needed`` bytes, for ``what``.
-
-    The CPU is not asked.
-    """
-    if device.type == "cuda" and (free := torch.cuda.mem_get_info(device)[0]) < needed:
+    """Raise :class:`InputError` if the memory of ``device`` that is free is less than ``needed`` bytes, for ``what``."""
+    if (free := free_bytes(device)) < needed:
+        where, others = ("", "other programs") if device.type == "cpu" else (f" on {device}", "other processes on this GPU")
         raise InputError(
-            f"{what} needs {needed / 2**30:.2f} GiB on {device}, where {free / 2**30:.2f} GiB are free: end other processes on "
-            "this GPU, or choose another device."
+            f"{what} needs {as_size(needed)}{where}, where {as_size(free)} are free: end {others}, or choose another device."
         )
-
-
-@contextmanager
-def enough_memory(batch_size: int, name: str = "batch_size", setting: str | None = None) -> Iterator[None]:
-    """Turn an out-of-memory error of a GPU within the ``with`` block into an :class:`InputError`.
-
-    The message names ``batch_size`` by ``name``, and a value to try, half of it. ``setting`` is the dotted setting of the
-    batch size, which the command line shows as a flag.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        half = batch_size // 2
-        if not half:
-            raise InputError(
-                f"the memory of the GPU is not enough for {name} 1: end other processes on the GPU, or choose the device 'cpu'."
-            ) from None
-        raise InputError(
-            f"the memory of the GPU is not enough for {name} {batch_size}: try {name} {half}.",
-            setting and f"{setting}={half}",
-        ) from None

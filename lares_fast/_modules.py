@@ -94,8 +94,8 @@ def parameters(module: nn.Module) -> list[nn.Parameter]:
 
 @functools.lru_cache(maxsize=64)
 def _expected(config: LARESConfig) -> list[_Expected]:
+    model = reference.without_numbers(config.replace(backbone="transformer"))
     with torch.device("meta"):
-        model = reference.LARES(config.replace(backbone="transformer"))
         # The name "transformer" may be registered for other blocks by now.
         model.pre_block = TransformerBlock(config, config.n_pre_layers)
         model.recurrence.core = TransformerBlock(config, config.n_core_layers)

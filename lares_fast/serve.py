@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lares_fast import ops
-from lares_fast._device import enough_memory, require_memory, resolve
+from lares_fast._device import require_memory, resolve
 from lares_fast._errors import InputError
+from lares_fast._memory import allocating, enough_memory
 from lares_fast._numbers import choice, flag, shown, whole
 from lares_fast._settings import PRECISIONS
 from lares_fast._transfer import to_device, to_host
@@ -241,8 +242,12 @@ def load_about(
     """
     if not isinstance(run, str | os.PathLike):
         raise InputError(f"run must be the path of a folder, but got {shown(run)}.")
-    run = Path(run)
     choice("precision", precision, PRECISIONS)
+    with allocating(f"the model in {run}", "end other programs, or train a smaller model"):
+        return _load(Path(run), device, precision)
+
+
+def _load(run: Path, device: str | torch.device, precision: str) -> tuple[Recommender, dict[str, str]]:
     weights, config, about = load_weights_about(run / "model.safetensors")
     if not fits(weights, config):
         raise InputError(f"{run / 'model.safetensors'} does not fit its own configuration: train again.")

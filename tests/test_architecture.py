@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEAVES = {"_errors", "_files", "_numbers", "_settings", "_random", "_transfer", "_watch", "config"}
-LEAVES |= {"_native", "_native_call", "_native_random"}
+LEAVES |= {"_native", "_native_call", "_native_random", "_memory"}
 
 # Part -> parts of lares_fast that it may import, besides itself. A part is a module or a package right below lares_fast.
 MAY_IMPORT = {
@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "_files": {"_errors"},
     "_settings": {"_errors"},
     "_numbers": {"_errors"},
+    "_memory": {"_errors"},
     "_random": {"_errors", "_numbers", "_transfer"},
     "_transfer": set(),
     "_watch": set(),

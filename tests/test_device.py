@@ -1,5 +1,6 @@
 """The choice of the device. A stand-in for ``torch.cuda`` plays machines with and without GPUs."""
 
+import errno
 import re
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lares_fast import _device
+from lares_fast import _device, _memory
 from lares_fast._errors import InputError
 from lares_fast.ops import _triton
 from lares_fast.verify import cases
@@ -199,22 +200,45 @@ def test_an_import_does_not_touch_a_gpu():
 
 def test_too_little_memory_for_the_model_is_named_before_it_moves(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**29, 2**33))
-    _device.require_memory(torch.device("cpu"), 2**60, "the model")
+    with pytest.raises(InputError, match=r"the model needs 1073741824.00 GiB, where .* are free: end other programs"):
+        _device.require_memory(torch.device("cpu"), 2**60, "the model")
     _device.require_memory(torch.device("cuda", 1), 2**29, "the model")
     with pytest.raises(InputError, match=r"the model needs 3.00 GiB on cuda:1, where 0.50 GiB are free: end other processes"):
         _device.require_memory(torch.device("cuda", 1), 3 * 2**30, "the model")
 
 
-def test_too_little_memory_names_the_batch_size_to_try():
-    for error in (torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory")):
-        with pytest.raises(InputError) as found, _device.enough_memory(257, setting="evaluation.batch_size"):
-            raise error
-        assert str(found.value) == "the memory of the GPU is not enough for batch_size 257: try batch_size 128."
-        assert found.value.setting == "evaluation.batch_size=128"
-    with pytest.raises(InputError, match="not enough for --batch-size 1: end other"), _device.enough_memory(1, "--batch-size"):
+@pytest.mark.parametrize(
+    ("error", "where", "size"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "the memory of the GPU", ""),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB."), "the memory of the GPU", "3.00 GiB"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "the memory of the GPU", ""),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 409600 bytes."),
+            "the free memory",
+            "0.4 MiB",
+        ),
+        (MemoryError("std::bad_alloc"), "the free memory", ""),
+        (MemoryError("Unable to allocate 7.45 GiB for an array with shape (1000000000,)"), "the free memory", "7.45 GiB"),
+        (MemoryError("malloc of size 268435456 failed"), "the free memory", "0.25 GiB"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "the free memory", ""),
+        (ImportError("lib.so: failed to map segment from shared object"), "the free memory", ""),
+    ],
+)
+def test_too_little_memory_names_the_batch_size_to_try(error, where, size):
+    with pytest.raises(InputError) as found, _memory.enough_memory(257, setting="evaluation.batch_size"):
+        raise error
+    end = f"; {size} could not be allocated." if size else "."
+    assert str(found.value) == f"{where} is not enough for batch_size 257: try batch_size 128{end}"
+    assert found.value.setting == "evaluation.batch_size=128"
+
+
+def test_an_error_about_something_else_is_not_about_memory():
+    with pytest.raises(InputError, match="not enough for --batch-size 1: end other"), _memory.enough_memory(1, "--batch-size"):
         raise RuntimeError("CUDA out of memory")
-    with pytest.raises(RuntimeError, match="something else"), _device.enough_memory(2):
-        raise RuntimeError("something else")
+    for error in (RuntimeError("something else"), OSError(errno.ENOSPC, "No space left"), InputError("out of memory")):
+        with pytest.raises(type(error), match=str(error)[-9:]), _memory.enough_memory(2):
+            raise error
 
 
 def test_the_kernels_that_decide_are_kernels_that_models_use():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import NoReturn
 
 from lares_fast import __version__, _settings
 from lares_fast._errors import InputError, LaresFastError
+from lares_fast._memory import missing_memory
 from lares_fast.cli.console import with_flag
 
 # Command -> (its module in this package, what it does). A module is imported when its command is chosen.
@@ -67,29 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of the output has closed the pipe. Keep the interpreter from flushing into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        return _system_error(error)
+
+
+def _system_error(error: Exception) -> int:
+    """Complain about missing memory or an error of the operating system. Return the exit code, or raise another error again."""
+    if (missing := missing_memory(error)) is not None:
+        clause = f" ({missing})" if missing else ""
+        _complain(f"there is not enough memory{clause}: use smaller batches, a smaller model or a smaller log.", "error: ")
+    elif isinstance(error, OSError):
         _complain(f"{error.filename or 'writing'}: {error.strerror or error}.", "error: ")
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if (size := _missing_memory(error)) is None:
-            raise
-        _complain(f"there is not enough memory{size}: use smaller batches, a smaller model or a smaller log.", "error: ")
-        return 2
-
-
-def _missing_memory(error: Exception) -> str | None:
-    """Return in words how much memory could not be allocated, or ``None`` if ``error`` has another cause.
-
-    If the amount is not known, the text is empty.
-    """
-    text = str(error)
-    if found := re.search(r"tried to allocate ([\d.]+ ?\w+)|allocate ([\d.]+ \w+)", text, re.IGNORECASE):
-        size = found[1] or found[2]
-        number, _, unit = size.partition(" ")
-        return f" for {int(number):,} bytes" if unit == "bytes" and number.isdigit() else f" for {size}"
-    if isinstance(error, MemoryError) or re.search(r"out of memory|calculation overflowed|multiplication overflow", text):
-        return ""
-    return None
+    else:
+        raise error
+    return 2
 
 
 def _run(argv: list[str]) -> int:

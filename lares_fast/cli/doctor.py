@@ -1,4 +1,4 @@
-"""``lares-fast doctor``: show what is installed, what was built, and which backends run and why."""
+"""``lares-fast doctor``: show what is installed, what was built, and which backends run and why, or predict memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from lares_fast import LARESConfig, __version__, _native, _settings, explain, reference
 from lares_fast._device import choose
 from lares_fast._random import Draw
+from lares_fast.cli import plan
 from lares_fast.cli.console import counted
 from lares_fast.verify import tuning
 
@@ -31,12 +32,14 @@ _EXTRAS = {
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``doctor``."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    plan.add_arguments(parser)
 
 
 def command(arguments: Namespace) -> int:
     """Run ``doctor``."""
-    report = diagnose()
-    print(json.dumps(report, indent=2) if arguments.json else _text(report))
+    report = diagnose() if arguments.plan is None else plan.plan(arguments)
+    text = _text if arguments.plan is None else plan.text
+    print(json.dumps(report, indent=2) if arguments.json else text(report))
     return 0
 
 

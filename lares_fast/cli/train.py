@@ -29,6 +29,7 @@ from lares_fast.data import InteractionLog, Split
 from lares_fast.train import Interrupted, RunConfig, Trainer
 from lares_fast.train.config import PHASES
 from lares_fast.train.folder import holds_run
+from lares_fast.train.memory import require_memory
 
 _REDRAW_SECONDS = 60
 
@@ -127,7 +128,8 @@ def _train(
     start_tensorboard = tensorboard.listener(out / "tensorboard") if use_tensorboard else None
     with Console() as console:
         console.say(header(config.seed))
-        if (text := device_text(choose(config.device))) is not None:
+        choice = choose(config.device)
+        if (text := device_text(choice)) is not None:
             console.say(f"{text}; precision {config.precision}")
         log = open_log(config.data, progress=partial(console.progress, "reading"))
         split = split_log(config.data, log)
@@ -141,6 +143,9 @@ def _train(
             for listen in listeners:
                 listen(event)
 
+        if not (out / "state.pt").exists():
+            # A model that is too large is not even made. A run that continues knows what is left to do, and asks later.
+            require_memory(config, log, split, phases, choice.device)
         trainer = Trainer(config, log, split, out, emit=emit)
         if start_from is not None:
             trainer.start_from(start_from)

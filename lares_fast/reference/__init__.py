@@ -6,7 +6,7 @@ from lares_fast.reference.depth import sample_depth
 from lares_fast.reference.embedding import embedding
 from lares_fast.reference.initial_state import initial_state
 from lares_fast.reference.linear_cross_entropy import linear_cross_entropy, target_logprob, target_logprob_and_rank
-from lares_fast.reference.model import LARES
+from lares_fast.reference.model import LARES, without_numbers
 from lares_fast.reference.recurrence import Recurrence, recurrence
 from lares_fast.reference.rpt import RPTLoss, RPTRows, group_advantage, ranking_reward, rpt_loss, rpt_rows
 from lares_fast.reference.spt import Pass, SPTLoss, info_nce, spt_loss, spt_terms
@@ -42,4 +42,5 @@ __all__ = [
     "target_logprob_and_rank",
     "target_rank",
     "topk",
+    "without_numbers",
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lares_fast._errors import InputError
 from lares_fast._numbers import check_dense, flag, is_integer, number, shown, whole
@@ -264,6 +266,19 @@ class LARES(nn.Module):
     def forward(self, item_seq: Tensor, item_seq_len: Tensor, *, num_steps: int | Tensor | None = None) -> Tensor:
         """Return the scores [B, N] of every row of the item table, PAD included. The arguments are as in :meth:`encode`."""
         return self.queries(self.encode(item_seq, item_seq_len, num_steps=num_steps)) @ self.item_table().T
+
+
+def without_numbers(config: LARESConfig) -> LARES:
+    """Return a model on the device ``meta``: it has modules and shapes, but no numbers, and it takes no memory."""
+    with torch.device("meta"), _NoDraws():
+        return LARES(config)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leave new parameters without initial values: a draw on the device ``meta`` makes PyTorch import its compiler, 150 MiB."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def _rectangle(states: Tensor, depth: Tensor) -> Tensor:

@@ -17,18 +17,21 @@ from typing import IO, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from lares_fast._errors import InputError
 from lares_fast._files import atomic_write
+from lares_fast._memory import missing_memory
 from lares_fast.config import LARESConfig
 from lares_fast.model import LARES
+from lares_fast.reference import without_numbers
 from lares_fast.train.finite import NotFiniteError, all_finite
 
 _FORMAT = "lares_fast-1"
 
 Weights = dict[str, Tensor]
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class StateError(InputError):
@@ -82,6 +85,8 @@ def load_state(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if missing_memory(error) is not None:
+            raise
         raise StateError(path, "is not a readable state (it is truncated, or another program wrote it)") from error
     if damaged:
         raise StateError(path, f"is damaged ({damaged!r:.80} does not have its checksum)")
@@ -113,8 +118,27 @@ def save_weights(path: Path, weights: Weights, config: LARESConfig, about: dict[
     content = {"config": config.to_dict(), "about": about, "sha256": weights_digest(weights, config, about)}
     # One entry, because safetensors writes several entries in no fixed order, and equal runs must give equal files.
     metadata = {_FORMAT: json.dumps(content)}
-    data = safetensors_bytes({name: value.contiguous() for name, value in weights.items()}, metadata)
-    atomic_write(path, lambda file: file.write(data))
+    atomic_write(path, lambda file: _write_tensors(file, weights, metadata))
+
+
+def _write_tensors(file: IO[bytes], weights: Weights, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, tensor by tensor. ``safetensors.torch.save`` would need twice the memory of the weights."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, value in sorted(weights.items()):
+        begin, end = end, end + value.nbytes
+        header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, value in sorted(weights.items()):
+        file.write(_bytes_of(value))
+
+
+def _bytes_of(value: Tensor) -> memoryview:
+    """Return the numbers of ``value``, without a copy if it is contiguous on the CPU."""
+    data: memoryview = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def load_weights(path: Path) -> tuple[Weights, LARESConfig]:
@@ -137,6 +161,8 @@ def load_weights_about(path: Path) -> tuple[Weights, LARESConfig, dict[str, str]
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:
+        if missing_memory(error) is not None:
+            raise
         raise InputError(f"{path} is not a readable safetensors file: it is truncated or has another format.") from error
     if _FORMAT not in metadata:
         raise InputError(f"{path} was not written by lares_fast ({_FORMAT}): convert official weights with lares_fast.convert.")
@@ -174,9 +200,9 @@ def same_form(weights: Weights, other: Weights) -> bool:
     }
 
 
-def weights_of(model: LARES) -> Weights:
-    """Return a copy of the parameters by name, on the CPU."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+def weights_of(model: LARES, *, copy: bool = True) -> Weights:
+    """Return a copy of the parameters by name, on the CPU. With ``copy=False`` those of a model on the CPU are no copies."""
+    return {name: value.detach().to("cpu", copy=copy) for name, value in model.state_dict().items()}
 
 
 def check_weights(model: LARES, weights: Weights, path: Path, part: str) -> None:
@@ -198,8 +224,7 @@ def fits(weights: Weights, config: LARESConfig) -> bool:
     if config.n_pre_layers + config.n_core_layers > len(weights):
         return False
     try:
-        with torch.device("meta"):
-            expected = LARES(config).state_dict()
+        expected = without_numbers(config).state_dict()
     except (InputError, RuntimeError, OverflowError):
         # The backbone is not registered, or a size is too large for any tensor.
         return False
@@ -228,7 +253,7 @@ def _digest(weights: Weights, content: dict[str, Any]) -> str:
     forms = [(name, str(value.dtype), list(value.shape)) for name, value in sorted(weights.items())]
     digest = hashlib.sha256(json.dumps([content, forms], sort_keys=True).encode())
     for _, value in sorted(weights.items()):
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes_of(value))
     return digest.hexdigest()
 
 

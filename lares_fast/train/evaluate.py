@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lares_fast import ops, reference
-from lares_fast._device import enough_memory
+from lares_fast._memory import enough_memory
 from lares_fast._random import Draw, Key
 from lares_fast._transfer import to_device, to_host
 from lares_fast.catalog import Catalog

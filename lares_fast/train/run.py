@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lares_fast._device import resolve
 from lares_fast._errors import InputError
@@ -134,13 +135,21 @@ class Run:
         self._loaded_optimizer = None
         return self._optimizer
 
+    def held_bytes(self) -> int:
+        """Return the bytes on the device that training will not need again: the models, and on the CPU what was loaded."""
+        models = [model for model in (self.model, self.start) if model is not None]
+        parts: list[Tensor] = [value for model in models for value in model.parameters()]
+        if self.device.type == "cpu":
+            parts += [*self.best.values(), *moments(self._loaded_optimizer)]
+        return sum(value.nbytes for value in parts)
+
     def save(self) -> None:
         """Write state.pt and metrics.csv. Raises :class:`NotFiniteError` for weights or moments that are not finite."""
         saved = SavedRun(
             state=self.state,
             optimizer=self._optimizer_state(),
-            model=weights_of(self.model),
-            start=None if self.start is None else weights_of(self.start),
+            model=weights_of(self.model, copy=False),
+            start=None if self.start is None else weights_of(self.start, copy=False),
             settings=settings_of(self.config),
             environment=environment(self.device),
             files=self.folder.checksums(),

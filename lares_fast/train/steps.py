@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lares_fast._memory import free_bytes
 from lares_fast._random import Key
 from lares_fast.train.device_log import DeviceLog
 from lares_fast.train.graphs import Capture, Graphs, capture_on, sent
-from lares_fast.train.memory import require_memory
 from lares_fast.train.padding import EXACT, Padding
 from lares_fast.train.parcel import Parcel
 from lares_fast.train.phases import Phase
@@ -55,6 +55,8 @@ class Steps:
         if save is not None:
             save()
         self.optimizer.step()
+        # Gradients are as large as the weights. Evaluation, and the loss of the next step, can use their memory.
+        self.optimizer.zero_grad(set_to_none=True)
         self.run.state.progress.add_step(values)
 
     def read(self) -> None:
@@ -164,10 +166,10 @@ class DeviceSteps(Steps):
 
 
 def make_steps(run: Run, phase: Phase, optimizer: torch.optim.Adam) -> Steps:
-    """Return the steps of ``phase`` on the device of ``run``. Raises :class:`InputError` if its memory is not enough."""
+    """Return the steps of ``phase`` on the device of ``run``."""
     if run.device.type == "cpu":
         return Steps(run, phase, optimizer)
-    log = DeviceLog(run.log, run.device, require_memory(run, phase))
+    log = DeviceLog(run.log, run.device, free_bytes(run.device))
     if (capture := capture_on(run.device, run.model.backend)) is None:
         return DeviceSteps(run, phase, optimizer, log, None)
     return DeviceSteps(run, phase, optimizer, log, capture, capture.stream)

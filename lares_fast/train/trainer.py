@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lares_fast._device import enough_memory
 from lares_fast._errors import InputError
+from lares_fast._memory import allocating, enough_memory
 from lares_fast.data import InteractionLog, Split
 from lares_fast.model import LARES
 from lares_fast.train.config import PHASES, RunConfig, checked_phases, needs_start
 from lares_fast.train.epoch import train_epoch
 from lares_fast.train.events import Event, Interrupted
 from lares_fast.train.keys import epoch_key, phase_key
+from lares_fast.train.memory import require_memory
 from lares_fast.train.phases import Phase, make_phase
 from lares_fast.train.run import Run
 from lares_fast.train.state import RunState
@@ -51,7 +52,8 @@ class Trainer:
         the state depends on.
         """
         self.config, self.log, self.split, self.out = config, log, split, Path(out)
-        self._run = Run(config, log, split, self.out, emit)
+        with allocating("the model and its saved state", "lower model.hidden_size", "model.hidden_size"):
+            self._run = Run(config, log, split, self.out, emit)
 
     @property
     def model(self) -> LARES:
@@ -82,12 +84,14 @@ class Trainer:
 
         ``rpt`` alone needs a folder with a finished ``spt`` phase, or :meth:`start_from`. While this method runs, no other run
         can write into the folder.
-        Raises :class:`InputError` for another phase, for a folder that is in use, and for a model that diverges; its
-        state is not saved then.
+        Raises :class:`InputError` for another phase, for a folder that is in use, for a phase that needs more memory than is
+        free, and for a model that diverges; its state is not saved then.
         """
         wanted, run = checked_phases(phases), self._run
         if all(map(needs_start, wanted)) and not needs_start(run.state.phase) and not run.best:
             raise InputError(f"{self.out} holds no model of phase spt: run --phase spt or both first.")
+        left = [phase for phase in PHASES[PHASES.index(run.state.phase) :] if phase in wanted and not self._is_over(phase)]
+        require_memory(self.config, self.log, self.split, left, run.device, run.held_bytes())
         with run.folder.holding(tell=lambda text: run.news.append({"event": "notice", "text": text})):
             # The listener may write the first file of the run now.
             run.events.show("begin")
@@ -97,6 +101,11 @@ class Trainer:
                 run.save()
                 raise
         return run.state.history
+
+    def _is_over(self, phase: str) -> bool:
+        """Return whether the current phase is ``phase`` and needs no further step."""
+        state = self._run.state
+        return phase == state.phase and not state.progress.step and state.progress.is_over(getattr(self.config, phase))
 
     def _train(self, wanted: set[str]) -> None:
         run = self._run
@@ -112,10 +121,13 @@ class Trainer:
                     run.events.record("notice", text=f"phase {phase} is finished in {self.out}: there is nothing to train.")
                 continue
             if phase != run.state.phase:
-                run.enter(phase)
-            _train_phase(run, make_phase(run))
-            if self.config.evaluation.test:
-                rank_test_rows(run)
+                with allocating("the frozen model of phase rpt", "lower model.hidden_size", "model.hidden_size"):
+                    run.enter(phase)
+            setting = f"{phase}.batch_size"
+            with enough_memory(getattr(self.config, phase).batch_size, setting, setting):
+                _train_phase(run, make_phase(run))
+                if self.config.evaluation.test:
+                    rank_test_rows(run)
         if run.best:
             run.export_best()
 
@@ -131,7 +143,5 @@ def _train_phase(run: Run, phase: Phase) -> None:
         # A run that diverges in its first epoch goes back to this state.
         run.save()
     # An interrupted epoch ends with its validation even if it has made the last step of the phase.
-    size, setting = phase.settings.batch_size, f"{phase.name}.batch_size"
     while progress.step or not progress.is_over(phase.settings):
-        with enough_memory(size, setting, setting):
-            train_epoch(run, steps, epoch_key(key, progress.epoch))
+        train_epoch(run, steps, epoch_key(key, progress.epoch))
