@@ -201,7 +201,7 @@ def test_opcheck_and_compile():
     ({"offsets": torch.tensor([0, 7])}, "offsets must rise from 0 to at most n_tokens = 6"),
     ({"offsets": torch.tensor([1, 6])}, "offsets must rise from 0 to at most n_tokens = 6"),
     ({"offsets": torch.tensor([0, 5, 4]), "draw": Draw(KEY, torch.arange(2))}, "offsets must rise from 0"),
-    ({"offsets": torch.zeros(0, dtype=torch.int64), "draw": Draw(KEY, torch.arange(0))}, r"offsets must be torch\.int64 \[S \+ 1\]"),
+    ({"offsets": torch.zeros(0, dtype=torch.int64), "draw": Draw(KEY, torch.arange(0))}, r"offsets must be .* \[S \+ 1\]"),
     ({"draw": Draw(KEY, torch.arange(2))}, r"draw.rows must be torch.int64 \[1\]"),
     ({"draw": Draw(KEY, torch.zeros(1))}, r"draw.rows must be torch.int64 \[1\]"),
     ({"draw": Draw(torch.zeros(1), torch.arange(1))}, r"draw.key must be two integers or int64 \[1\]"),

@@ -71,13 +71,19 @@ def run_child(module: str, what: str, seed: int, number: int) -> Found:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return Found(**json.loads(done.stdout.splitlines()[-1]))
-        if not state.exists():
-            return Found(1, [("the start of the child", f"ended with {done.returncode}: {done.stderr[-1500:]}")])
-        tried, example = json.loads(state.read_text())
-        if done.returncode == -signal.SIGALRM:
-            return Found(tried + 1, [(example, f"took longer than {LONGEST} s")])
-        reason = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
-        return Found(tried + 1, [(example, f"ended the process with {reason}: {done.stderr[-1500:]}")])
+        return ended(done.returncode, done.stderr, state)
+
+
+def ended(code: int, errors: str, state: Path) -> Found:
+    """Return what is known of a child that ended too early with ``code``, after it wrote ``errors``."""
+    if not state.exists():
+        return Found(1, [("the start of the child", f"ended with {code}: {errors[-1500:]}")])
+    tried, example = json.loads(state.read_text())
+    reason = f"signal {-code}" if code < 0 else f"code {code}"
+    text = f"ended the process with {reason}: {errors[-1500:]}"
+    if code == -signal.SIGALRM:
+        text = f"took longer than {LONGEST} s"
+    return Found(tried + 1, [(example, text)])
 
 
 def main() -> None:
