@@ -1,6 +1,10 @@
 #include "op_test.h"
 
 #include <algorithm>
+#include <cstring>
+
+// For features.h.
+bool shown(const char* feature) { return !op_test::hide_vnni || std::strcmp(feature, "avx512vnni") != 0; }
 
 namespace op_test {
 namespace {
@@ -35,6 +39,7 @@ std::vector<float> numbers(Random& random, const std::string& kind, std::int64_t
 }  // namespace
 
 bool ties_to_the_larger_id = false;
+bool hide_vnni = false;
 
 float Catalog::score(std::int64_t b, std::int64_t item) const {
     float score = with_bias ? bias[static_cast<std::size_t>(item)] : 0.0f;

@@ -131,6 +131,9 @@ struct OpTest {
 extern const OpTest topk, build_index, target_rank, linear_cross_entropy, recurrence, masks, plans;
 inline const OpTest* const OPS[] = {&topk, &build_index, &target_rank, &linear_cross_entropy, &recurrence, &masks, &plans};
 
+// Whether features.h hides avx512vnni.
+extern bool hide_vnni;
+
 // Planted bugs that must end the program: a wrong order in the expectation, an output of linear_cross_entropy that is
 // expected 0.1 % too large, a call with one item more than exists, and two calls that write one output.
 extern bool ties_to_the_larger_id;
@@ -140,5 +143,7 @@ void write_one_output_twice();
 
 // Prints a hash of the results of each op that a training step calls, over `calls` random calls.
 void print_bits(std::int64_t calls, std::uint64_t seed);
+// Forks `forks` times while other threads use the pool of memory. Each child uses it too.
+void take_memory_after_forks(std::int64_t forks);
 
 }  // namespace op_test

@@ -19,7 +19,7 @@ struct Case {
 
     explicit Case(Random& random)
         : B(size(random, 30)), N(size(random, 31)), D(size(random, 20)), k(random.between(1, lares_fast::TOPK_LIMIT)),
-          limits{random.between(1, 300), random.one_of<std::int64_t>({49152, 101376, 166912, 232448}), 0} {
+          limits{random.between(1, 300), random.one_of<std::int64_t>({101376, 166912, 232448}), 0} {
         limits.shared_a_multiprocessor = limits.shared_a_block + random.one_of<std::int64_t>({1024, 4096});
     }
 

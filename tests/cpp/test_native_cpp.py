@@ -4,8 +4,6 @@ AVX-512 is emulated on a CPU without it. The tests take minutes, so they run onl
 with the reason, if the machine lacks a program that it needs.
 """
 
-import contextlib
-import fcntl
 import os
 import platform
 import re
@@ -16,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support import native_program
+from tests.support.native_program import ROOT
+
 CPUINFO = Path("/proc/cpuinfo")
 FLAGS = set(CPUINFO.read_text().split()) if CPUINFO.exists() and platform.machine() in ("x86_64", "AMD64") else set()
 HAS_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= FLAGS
@@ -30,28 +30,9 @@ def need(*programs):
         pytest.skip(f"{' and '.join(missing)} not found")
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Let one process at a time work in ``folder``, because workers of pytest-xdist share the builds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def build(name, *options, compiler="g++"):
-    """Return the command of the program of tests/cpp, which is built once in build/native_tests-<name>."""
     need("cmake", "ninja", compiler)
-    folder = ROOT / "build" / f"native_tests-{name}"
-    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DNATIVE_TESTS=ON", "-DLARES_FAST_CUDA=0"]
-    with locked(folder):
-        for command in (
-            [*configure, f"-DCMAKE_CXX_COMPILER={compiler}", *options],
-            ["cmake", "--build", folder, "--parallel", "2"],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return [folder / "native_tests"]
+    return native_program.build(name, *options, compiler=compiler)
 
 
 def run(program, level, calls, *, large, callers=1, bug=()):
@@ -179,7 +160,7 @@ def run_with_plant(bug, checked, folder):
     file.write_text(file.read_text().replace(text, instead))
     spoilt = "plan.cpp" if name == "plan.cpp" else "recurrence_kernel.cpp"
     target = "native_tests.dir" if name == "plan.cpp" else "lares_fast_generic.dir"
-    objects = [x for x in checked[0].parent.rglob("*.o") if x.name != f"{spoilt}.o" or target not in str(x)]
+    objects = [x for x in Path(checked[0]).parent.rglob("*.o") if x.name != f"{spoilt}.o" or target not in str(x)]
     flags = ["-std=c++17", "-ffp-contract=off", "-DLARES_INSTRUCTION_SET=generic", f"-I{folder / 'csrc'}"]
     # The wrong results show without sanitizers and optimisation, which would take most of the time.
     for command in (
@@ -205,11 +186,8 @@ def test_a_bug_planted_in_the_recurrence_is_found(bug, planted):
 
 @pytest.fixture(scope="module")
 def raced():
-    # The runtime of gcc 12 does not know the address layout of newer kernels: do not randomise addresses, if that is allowed.
-    fixed = ["setarch", "-R"]
-    allowed = shutil.which("setarch") and subprocess.run([*fixed, "true"], capture_output=True, check=False).returncode == 0
-    options = ("-DOPTIMISE=-O1", "-DCMAKE_CXX_FLAGS=-fsanitize=thread -g1", "-DUP_TO_AVX2=ON")
-    return [*(fixed if allowed else []), *build("thread", *options)]
+    need("cmake", "ninja", "g++")
+    return native_program.build_thread_program()
 
 
 @pytest.mark.parametrize("level", ["generic", "avx2"])

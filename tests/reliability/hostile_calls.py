@@ -1,10 +1,10 @@
 """Call every function of the native module with hostile arguments: ``python -m tests.reliability.hostile_calls SEED CALLS``.
 
 A call starts from valid arguments in memory of exactly their size. Then some arguments become another type, a number out of
-range, a null address, or a wrong value in an array, and some are left out or added. A size is never made larger than its memory,
-except beyond the limits of the native code: the module trusts its caller about addresses and the memory behind them, and checks
-everything else. The program ends with an error if memory around an array changes, if a refused call writes, or if an error has
-an unexpected type. Call number i depends on SEED and i alone, and is written to the file ``--at`` before it is made.
+range, a null address, or a wrong value in an array, and some are left out or added. The module trusts its caller about
+addresses and the memory behind them, and checks everything else. So a size becomes smaller, or larger than the limits of the
+native code. The program ends with an error if memory around an array changes, if a refused call writes, or if an error has an
+unexpected type. Call number i depends on SEED and i alone, and is written to the file ``--at`` before it is made.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ class Memory:
     def check(self, refused: bool) -> None:
         """Raise :class:`AssertionError` if a guard has changed, or an output of a refused call."""
         for whole in self.arrays.values():
-            assert (whole[:GUARD] == 0xA5).all() and (whole[len(whole) - GUARD :] == 0xA5).all(), (
-                "memory beside an array changed"
-            )
+            guards = np.concatenate([whole[:GUARD], whole[len(whole) - GUARD :]])
+            assert (guards == 0xA5).all(), "memory beside an array changed"
         if refused:
             assert all(inner.tobytes() == before for inner, before in self.written), "a refused call wrote an output"
 
@@ -208,18 +207,8 @@ def state_uniforms(m: Memory) -> Arguments:
 def keep_attention(m: Memory) -> Arguments:
     """Return a call of ``keep_attention``."""
     B, H, L = m.rng.randint(0, 3), m.rng.randint(0, 2), m.rng.choice([0, 1, 17])
-    keep = m.out(B * H * L * L, "u1")
-    return {
-        "key": (1, 2),
-        "threshold": 6554,
-        "step": 3,
-        "layer": 1,
-        "rows": m.ids(B, 2**32),
-        "B": B,
-        "H": H,
-        "L": L,
-        "keep": keep,
-    }
+    where = {"threshold": 6554, "step": 3, "layer": 1, "rows": m.ids(B, 2**32)}
+    return {"key": (1, 2), **where, "B": B, "H": H, "L": L, "keep": m.out(B * H * L * L, "u1")}
 
 
 LIMITS = (132, 232448, 233472)
