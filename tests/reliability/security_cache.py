@@ -33,8 +33,8 @@ Read = Callable[[str, dict[str, Any]], Any]
 def measure(counts: Counts, folder: Path) -> None:
     """Attack the cache."""
     kinds(counts, folder, cache.read)
-    contents(counts, folder, cache.read, 100 if counts.quick else 50_000)
-    launch_settings(counts, tuning._choice, 300 if counts.quick else 200_000)
+    contents(counts, folder, cache.read, 100 if counts.quick else 10_000)
+    launch_settings(counts, tuning._choice, 300 if counts.quick else 100_000)
     if can_change_account():
         accounts(counts, folder, cache.read)
     else:

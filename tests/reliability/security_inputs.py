@@ -53,7 +53,7 @@ def _limited(seconds: float) -> Iterator[None]:
 
 def measure(counts: Counts, folder: Path) -> None:
     """Attack the settings, then the paths."""
-    bombs(counts, folder, settings.build, 15 if counts.quick else 1000)
+    bombs(counts, folder, settings.build, 15 if counts.quick else 400)
     paths(counts, folder, main)
 
 
