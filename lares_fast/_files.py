@@ -233,7 +233,7 @@ def _sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno == errno.EIO:
             raise InputError(
-                f"{folder} could not be synced ({error.strerror}), so its newest file may be lost: check the disk and try again."
+                f"{folder} could not be synced ({error.strerror}), so its newest file may be lost: check the disk."
             ) from error
 
 
