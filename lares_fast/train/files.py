@@ -49,10 +49,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             raise
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        cause = _cause(error)
-        if isinstance(cause, OSError):
-            raise InputError(_not_written(path, cause)) from error
-        raise cause or error
+        if (cause := _cause(error)) is None:
+            raise
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise InputError(_not_written(path, cause)) from error
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -179,7 +180,7 @@ def _sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno == errno.EIO:
             raise InputError(
-                f"{folder} could not be synced ({error.strerror}), so its newest file may be lost: check the disk, and try again."
+                f"{folder} could not be synced ({error.strerror}), so its newest file may be lost: check the disk."
             ) from error
 
 
