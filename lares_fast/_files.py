@@ -52,12 +52,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             raise
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        cause = _cause(error)
-        if isinstance(cause, OSError):
-            raise InputError(_not_written(path, cause)) from error
-        if cause is None:
+        if (cause := _cause(error)) is None:
             raise
-        raise cause from None
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise InputError(_not_written(path, cause)) from error
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:

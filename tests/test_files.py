@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -249,3 +250,66 @@ def test_reading_neither_waits_nor_fills_the_memory(tmp_path):
     with pytest.raises(InputError, match="longer than 10 bytes"):
         files.read_small(tmp_path / "long", 10)
     assert files.read_small(tmp_path / "long", 11) == b"x" * 11
+
+
+def test_an_error_of_the_cleaning_up_hides_no_other(tmp_path, monkeypatch):
+    """On a file system that has become read-only, the temporary file and the lock cannot be removed."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.raises(InputError, match=r"state\.pt could not be written \(No space left"), files.locked(tmp_path):
+        monkeypatch.setattr(files.os, "unlink", refuse)
+        with files.replacing(tmp_path / "state.pt"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_interruption_inside_a_save_stays_one(tmp_path):
+    """torch raises another error in its place."""
+
+    class Interrupting:
+        def write(self, data):
+            raise KeyboardInterrupt
+
+        def flush(self):
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        files.atomic_write(tmp_path / "state.pt", lambda _: torch.save({"x": torch.zeros(99)}, Interrupting()))
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_the_disk_when_the_folder_is_synced(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    # Some file systems cannot sync a folder.
+    code = errno.EINVAL
+    files.write_text(tmp_path / "file", "one")
+    code = errno.EIO
+    with pytest.raises(InputError, match="could not be synced"):
+        files.write_text(tmp_path / "file", "two")
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_run_does_not_write_where_its_folder_was(tmp_path, how):
+    """The folder that is there now may belong to another run."""
+    out, seen = tmp_path / "run", []
+
+    def take_away(event):
+        if event["event"] == "step" and not seen:
+            seen.append(out.rename(tmp_path / "moved"))
+            if how == "removed":
+                shutil.rmtree(tmp_path / "moved")
+            if how == "replaced":
+                out.mkdir()
+
+    trainer = Trainer(train_run.config(spt_epochs=1), train_run.log(), train_run.split(), out, take_away)
+    with pytest.raises(InputError, match="run was moved or removed"):
+        trainer.run(("spt",))
+    assert not out.exists() or names(out) == []

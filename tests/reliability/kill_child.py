@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from typing import Any
 from tests.reliability.counts import ROOT
 from tests.reliability.kill_calls import Call, Plan
 
-_SECONDS = 180
+_SECONDS = 300
+# Processes are started and asked for their end by one thread at a time: multiprocessing asks about all at every start.
+_LOCK = threading.Lock()
 
 
 @dataclass
@@ -37,6 +40,11 @@ class Ended:
     calls: list[Call] = field(default_factory=list)
     published: dict[str, str] = field(default_factory=dict)
     unseen: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of training."""
+        return sum(call.kind == "event" and call.name.startswith("step ") for call in self.calls)
 
     @property
     def sentence(self) -> bool:
@@ -62,14 +70,18 @@ class Child:
             with open(self._files[0], "w") as out, open(self._files[1], "w") as err:
                 environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "lares_fast", *words], stdout=out, stderr=err, stdin=subprocess.DEVNULL,
-                    env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-                )  # fmt: skip
+                    [sys.executable, "-m", "lares_fast", *words],
+                    stdout=out,
+                    stderr=err,
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
+                )
         else:
-            began, ready = _context().Pipe(duplex=False)
-            self._process = _context().Process(target=_main, args=(words, str(folder), plan or Plan(), self._files, ready))
-            self._process.start()
-            ready.close()
+            with _LOCK:
+                began, ready = _context().Pipe(duplex=False)
+                self._process = _context().Process(target=_main, args=(words, str(folder), plan or Plan(), self._files, ready))
+                self._process.start()
+                ready.close()
             # After this, every signal meets the command line.
             began.poll(_SECONDS)
             began.close()
@@ -83,24 +95,19 @@ class Child:
     @property
     def running(self) -> bool:
         """Whether the process has not ended."""
-        return self._process.poll() is None if isinstance(self._process, subprocess.Popen) else self._process.is_alive()
+        with _LOCK:
+            return self._process.poll() is None if isinstance(self._process, subprocess.Popen) else self._process.is_alive()
 
     def wait(self) -> Ended:
         """Wait for the end of the process. It is killed when it takes too long; its code is then 999."""
-        hung = False
-        if isinstance(self._process, subprocess.Popen):
-            try:
-                code = self._process.wait(_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                code, hung = self._process.wait(), True
-        else:
-            self._process.join(_SECONDS)
-            if hung := self._process.is_alive():
-                self._process.kill()
-                self._process.join()
-            code = self._process.exitcode
-            self._process.close()
+        end = time.monotonic() + _SECONDS
+        while self.running and time.monotonic() < end:
+            time.sleep(0.005)
+        if hung := self.running:
+            self._process.kill()
+            while self.running:
+                time.sleep(0.005)
+        code = self._process.returncode if isinstance(self._process, subprocess.Popen) else self._process.exitcode
         out, err = (Path(name).read_text(errors="replace") if os.path.exists(name) else "" for name in self._files[:2])
         report = json.loads(Path(self._files[2]).read_text()) if os.path.exists(self._files[2]) else {"calls": []}
         for name in self._files:

@@ -6,8 +6,7 @@ import errno
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from tests.reliability.counts import Counts
@@ -25,7 +24,7 @@ SMALL = "a real file system that is too small"
 # Kind -> (error, whether later calls fail too, kinds of calls, number of tries in the short form, number in the long form).
 _KINDS = {
     FULL: (errno.ENOSPC, True, NEED_ROOM, 2, 10_000),
-    ONCE: (errno.ENOSPC, False, NEED_ROOM, 1, 40),
+    ONCE: (errno.ENOSPC, False, NEED_ROOM, 0, 40),
     BROKEN: (errno.EIO, False, (*CHANGE, "sync folder", "lock"), 1, 50),
     READ_ONLY: (errno.EROFS, True, CHANGE, 1, 24),
 }
@@ -44,18 +43,21 @@ def measure(counts: Counts, place: Place) -> None:
             for at, call in enumerate(whole.calls)
             if call.kind in kinds
         ]
-        number = min(few if counts.quick else many, len(plans))
-        for plan in sample(draw, plans, number):
+        tries = []
+        for plan in sample(draw, plans, min(few if counts.quick else many, len(plans))):
             call = whole.calls[plan.at]
-            count(counts, what, f"call {plan.at}, {call.kind} {call.name}", refused(place, plan, call, *more), goal=number)
-    with _small_file_system(place) as resize:
-        if resize is None:
-            counts.note(SMALL, "not tried: this account cannot mount a file system")
-            return
-        size = sum(path.stat().st_size for path in place.whole()[0].iterdir())
-        for _ in range(goal := _SIZES[not counts.quick]):
-            room = draw.randrange(8_000, 2 * size)
-            count(counts, SMALL, f"{room:,} bytes", _too_small(place, resize, room), goal=goal)
+            tries.append((f"call {plan.at}, {call.kind} {call.name}", partial(refused, place, plan, call, *more)))
+        count(counts, what, tries)
+    size = sum(path.stat().st_size for path in place.whole()[0].iterdir())
+    tries = []
+    for number in range(_SIZES[not counts.quick]):
+        room = draw.randrange(8_000, 2 * size)
+        tries.append((f"{room:,} bytes", partial(_too_small, place, place.folder / f"small-{number}", room)))
+    if _mount(place.folder / "small", "size=64m"):
+        _unmount(place.folder / "small")
+        count(counts, SMALL, tries)
+    else:
+        counts.note(SMALL, "not tried: this account cannot mount a file system")
 
 
 def refused(place: Place, plan: Plan, call: Call, *more: str) -> list[str]:
@@ -82,39 +84,29 @@ def _ending(ended: Ended, call: Call, out: Path) -> list[str]:
     return []
 
 
-def _too_small(place: Place, resize: object, room: int) -> list[str]:
+def _too_small(place: Place, folder: Path, room: int) -> list[str]:
     """Run on a file system of ``room`` bytes, then enlarge it and continue. Return what is wrong."""
-    folder = resize(f"{room}")
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    out = folder / "run"
-    ended = place.start(place.first(out), out).wait()
-    if ended.code == 0:
-        return []
-    faults = [] if ended.code == 2 and ended.sentence and str(out) in ended.err else [f"code {ended.code}: {ended.err[-500:]}"]
-    faults += changed(ended, {}, out)
-    resize("64m")
-    return faults + place.finish(out)
-
-
-@contextmanager
-def _small_file_system(place: Place) -> Iterator[object]:
-    """Mount a file system in memory. Give a function that changes its size and returns its folder, or ``None``."""
-    folder = place.folder / "small"
-    folder.mkdir()
-
-    def mount(options: str) -> bool:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
-        return shutil.which("mount") is not None and not subprocess.run(command, capture_output=True, check=False).returncode
-
-    def resize(size: str) -> Path:
-        assert mount(f"remount,size={size}")
-        return folder
-
-    if not mount("size=64m"):
-        yield None
-        return
+    assert _mount(folder, f"size={room}")
     try:
-        yield resize
+        out = folder / "run"
+        ended = place.start(place.first(out), out).wait()
+        if ended.code == 0:
+            return []
+        good = ended.code == 2 and ended.sentence and str(out) in ended.err
+        faults = [] if good else [f"the code is {ended.code}: {ended.err[-500:]}"]
+        faults += changed(ended, {}, out)
+        assert _mount(folder, "remount,size=64m")
+        return faults + place.finish(out)
     finally:
-        subprocess.run(["umount", folder], check=True)
+        _unmount(folder)
+
+
+def _mount(folder: Path, options: str) -> bool:
+    """Mount a file system in memory, and return whether that is possible."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    return shutil.which("mount") is not None and not subprocess.run(command, capture_output=True, check=False).returncode
+
+
+def _unmount(folder: Path) -> None:
+    subprocess.run(["umount", folder], check=True)

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +25,41 @@ FRESH = "two new runs with other settings in one folder"
 RESUMED = "two resumes of one run"
 
 _RATES = (("--set", "spt.lr=0.001"), ("--set", "spt.lr=0.01"))
-_TRIES = {READ_ONLY: (1, 6), GONE: (1, 24), FRESH: (1, 16), RESUMED: (1, 16)}
+_TRIES = {READ_ONLY: (1, 6), GONE: (1, 24), FRESH: (1, 16), RESUMED: (0, 16)}
 
 
 def measure(counts: Counts, place: Place) -> None:
     """Disturb, continue and compare."""
     draw = random.Random(6)
     goals = {what: numbers[not counts.quick] for what, numbers in _TRIES.items()}
-    for number in range(goals[READ_ONLY]):
-        if (faults := _read_only(place, draw, resume=number % 2 == 1)) is None:
-            counts.note(READ_ONLY, "not tried: this account cannot make a folder read-only")
-            break
-        count(counts, READ_ONLY, ("a new run", "a resume")[number % 2], faults, goal=goals[READ_ONLY])
     _, whole = place.whole()
     held = next(n for n, call in enumerate(whole.calls) if call.kind == "event")
     free = next(n for n, call in enumerate(whole.calls) if call.kind == "remove")
+    if _can_be_made_read_only(place.new().parent):
+        tries = [
+            (("a new run", "a resume")[number % 2], partial(_read_only, place, random.Random(number), resume=number % 2 == 1))
+            for number in range(goals[READ_ONLY])
+        ]
+        count(counts, READ_ONLY, tries)
+    else:
+        counts.note(READ_ONLY, "not tried: this account cannot make a folder read-only")
+    tries = []
     for number in range(goals[GONE]):
         plan = Plan(at=draw.randrange(held, free - 1), action=("move", "remove", "replace")[number % 3])
-        count(counts, GONE, f"{plan.action} at call {plan.at}", _gone(place, plan), goal=goals[GONE])
-    for _ in range(goals[FRESH]):
-        count(counts, FRESH, "two rates", two_new_runs(place, draw), goal=goals[FRESH])
-    for _ in range(goals[RESUMED]):
-        count(counts, RESUMED, "a killed run", _two_resumes(place, draw), goal=goals[RESUMED])
+        tries.append((f"{plan.action} at call {plan.at}", partial(_gone, place, plan)))
+    count(counts, GONE, tries)
+    for what, function in ((FRESH, two_new_runs), (RESUMED, _two_resumes)):
+        count(counts, what, [(f"try {n}", partial(function, place, random.Random(n))) for n in range(goals[what])])
 
 
-def _read_only(place: Place, draw: random.Random, *, resume: bool) -> list[str] | None:
+def _read_only(place: Place, draw: random.Random, *, resume: bool) -> list[str]:
     out = place.new()
     if resume:
         place.start(place.first(out), out, Plan(at=draw.randrange(100, 400))).wait()
     else:
         out.mkdir()
     before = published(out)
-    with _without_writing(out) as possible:
-        if not possible:
-            return None
+    with _without_writing(out):
         ended = place.start(place.again(out), out).wait()
     faults = _refusal(ended, str(out))
     if published(out) != before:
@@ -66,23 +68,27 @@ def _read_only(place: Place, draw: random.Random, *, resume: bool) -> list[str] 
 
 
 @contextmanager
-def _without_writing(folder: Path) -> Iterator[bool]:
-    """Make ``folder`` read-only. Give whether that is possible."""
+def _without_writing(folder: Path) -> Iterator[None]:
+    """Make ``folder`` read-only. An administrator may write to any folder, and needs a read-only file system."""
     if os.geteuid():
         folder.chmod(0o555)
-        yield True
+        yield
         folder.chmod(0o755)
         return
-    commands = [["mount", "--bind", folder, folder], ["mount", "-o", "remount,ro,bind", folder]]
-    done = [
-        shutil.which("mount") and not subprocess.run(command, capture_output=True, check=False).returncode
-        for command in commands
-    ]
+    subprocess.run(["mount", "--bind", folder, folder], check=True, capture_output=True)
     try:
-        yield all(done)
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True, capture_output=True)
+        yield
     finally:
-        if done[0]:
-            subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", folder], check=True)
+
+
+def _can_be_made_read_only(folder: Path) -> bool:
+    try:
+        with _without_writing(folder):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
 
 
 def _gone(place: Place, plan: Plan) -> list[str]:

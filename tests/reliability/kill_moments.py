@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 from tests.reliability.counts import Counts
@@ -12,6 +13,7 @@ from tests.reliability.kill_calls import CHANGE, Call, Plan
 from tests.reliability.kill_child import Ended
 from tests.reliability.kill_runs import Place, changed, count, torn
 
+WHOLE = "no kill: every byte is written by a numbered call, and synced before its file gets its name"
 INSIDE = "SIGKILL inside a write"
 BEFORE = "SIGKILL between a written file and its rename"
 BETWEEN = "SIGKILL between two files of one save"
@@ -28,7 +30,7 @@ _TRIES = {
     EVENT: (2, 37),
     POWER: (1, 20),
     SEVERAL: (1, 15),
-    OUTSIDE: (2, 28),
+    OUTSIDE: (1, 28),
 }
 
 
@@ -36,25 +38,37 @@ def measure(counts: Counts, place: Place) -> None:
     """Kill, continue and compare."""
     _, whole = place.whole()
     draw = random.Random(3)
-    unseen = 0 if whole.unseen is None else whole.unseen
-    count(counts, INSIDE, "the uninterrupted run", [f"{unseen} bytes were written by calls without a number"] if unseen else [])
+    count(counts, WHOLE, [("the run", lambda: _disorder(whole))])
     for what in (INSIDE, BEFORE, BETWEEN, EVENT, POWER):
         plans = moments(what, whole.calls)
-        number = min(_TRIES[what][not counts.quick], len(plans))
-        for plan in sample(draw, plans, number):
-            call = whole.calls[plan.at]
-            count(counts, what, f"{plan.when} call {plan.at}, {call.kind} {call.name}", killed_at(place, plan), goal=number)
+        chosen = sample(draw, plans, min(_TRIES[what][not counts.quick], len(plans)))
+        count(counts, what, [(_about(plan, whole.calls), partial(killed_at, place, plan)) for plan in chosen])
+    tries = []
     for number in range(_TRIES[SEVERAL][not counts.quick]):
-        plans = [
-            Plan(at=draw.randrange(len(whole.calls)), when=draw.choice(["before", "middle"])) for _ in range(2 + number % 4)
-        ]
-        about = f"at calls {', '.join(str(plan.at) for plan in plans)}"
-        count(counts, SEVERAL, about, killed_at(place, *plans), goal=_TRIES[SEVERAL][1])
-    for number in range(_TRIES[OUTSIDE][not counts.quick]):
-        # In the long form, every fourth process is a new interpreter.
-        while (faults := _killed_from_outside(place, draw, own=not counts.quick and number % 4 == 0)) is None:
-            pass
-        count(counts, OUTSIDE, f"try {number}", faults, goal=_TRIES[OUTSIDE][1])
+        plans = [Plan(draw.randrange(len(whole.calls)), draw.choice(["before", "middle"])) for _ in range(2 + number % 4)]
+        tries.append((f"calls {', '.join(str(plan.at) for plan in plans)}", partial(killed_at, place, *plans)))
+    count(counts, SEVERAL, tries)
+    # In the long form, every fourth process is a new interpreter.
+    outside = [
+        (f"try {number}", partial(_killed_from_outside, place, random.Random(number), own=not counts.quick and number % 4 == 0))
+        for number in range(_TRIES[OUTSIDE][not counts.quick])
+    ]
+    count(counts, OUTSIDE, outside)
+
+
+def _disorder(whole: Ended) -> list[str]:
+    """Return what was written by other calls than the numbered ones, and which files were renamed before they were synced."""
+    faults = [f"{whole.unseen} bytes were written by calls without a number"] if whole.unseen else []
+    for n, call in enumerate(whole.calls):
+        if call.kind == "rename":
+            around = [whole.calls[n - 1], whole.calls[n + 1].kind]
+            if around != [Call("sync", call.name, True), "sync folder"]:
+                faults.append(f"call {n} renames to {call.name} without a sync before and after it")
+    return faults
+
+
+def _about(plan: Plan, calls: list[Call]) -> str:
+    return f"{plan.when} call {plan.at}, {calls[plan.at].kind} {calls[plan.at].name}"
 
 
 def moments(what: str, calls: list[Call]) -> list[Plan]:
@@ -71,7 +85,7 @@ def moments(what: str, calls: list[Call]) -> list[Plan]:
 
 def sample(draw: random.Random, plans: list[Plan], number: int) -> list[Plan]:
     """Return ``number`` of the plans, such that every part of the run has its share."""
-    size = len(plans) / number
+    size = len(plans) / max(number, 1)
     return [plans[int((n + draw.random()) * size)] for n in range(number)]
 
 
@@ -96,13 +110,15 @@ def after_a_kill(ended: Ended, out: Path, before: dict[str, str]) -> list[str]:
     return changed(ended, before, out)
 
 
-def _killed_from_outside(place: Place, draw: random.Random, *, own: bool) -> list[str] | None:
-    """Kill a run at a random moment. Return what is wrong, or ``None`` if the run ended before that moment."""
-    out = place.new()
-    child = place.start(place.first(out), out, own=own)
-    while child.running and not out.exists():
-        time.sleep(0.005)
-    time.sleep(draw.random() * place.seconds)
-    child.signal(signal.SIGKILL)
-    ended = child.wait()
-    return None if ended.code == 0 else torn(out) + place.finish(out)
+def _killed_from_outside(place: Place, draw: random.Random, *, own: bool) -> list[str]:
+    """Kill a run at a random moment. Return what is wrong."""
+    while True:
+        out = place.new()
+        child = place.start(place.first(out), out, own=own)
+        while child.running and not out.exists():
+            time.sleep(0.005)
+        time.sleep(draw.random() * place.seconds)
+        child.signal(signal.SIGKILL)
+        # The run may have ended before that moment.
+        if child.wait().code:
+            return torn(out) + place.finish(out)

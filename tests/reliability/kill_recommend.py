@@ -7,11 +7,14 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.reliability.counts import Counts
 from tests.reliability.kill_calls import NEED_ROOM, Plan
+from tests.reliability.kill_moments import sample
 from tests.reliability.kill_runs import Place, count, differences
 
 KILLED = "recommend --output: SIGKILL at any call"
@@ -29,29 +32,31 @@ def measure(counts: Counts, place: Place) -> None:
     draw = random.Random(7)
     goals = {what: numbers[not counts.quick] for what, numbers in _TRIES.items()}
     people = people_of(place)
+    killed, hindered = [], []
     for ending in ("csv", "parquet"):
         expected, calls = _whole(place, people, ending)
         places = [n for n, call in enumerate(calls) if call.kind != "event"]
-        number = min(goals[KILLED] // 2, len(places))
-        for n in range(number):
-            at = places[int((n + draw.random()) * len(places) / number)]
-            plan = Plan(at=at, when=draw.choice(["before", "middle", "after"]))
-            about = f"{ending}, {plan.when} call {at}, {calls[at].kind}"
-            count(counts, KILLED, about, _one(place, people, ending, plan, expected), goal=2 * number)
+        one = partial(_one, place, people, ending, expected)
+        for plan in sample(draw, [Plan(at) for at in places], min(goals[KILLED] // 2, len(places))):
+            plan = replace(plan, when=draw.choice(["before", "middle", "after"]))
+            killed.append((f"{ending}, {plan.when} call {plan.at}, {calls[plan.at].kind}", partial(one, plan)))
         for n in range(goals[HINDERED] // 2):
-            at = places[draw.randrange(len(places))]
+            at = draw.choice(places)
             if n % 2 == (ending == "csv"):
-                plan = Plan(at, "before", "signal", signals=(draw.choice([signal.SIGINT, signal.SIGTERM]),))
+                plan = Plan(at, action="signal", signals=(draw.choice([signal.SIGINT, signal.SIGTERM]),))
             else:
                 code = draw.choice([errno.ENOSPC, errno.EIO, errno.EROFS])
                 plan = Plan(at, draw.choice(["before", "middle"]), "fail", code=code, kinds=NEED_ROOM)
-            about = f"{ending}, {plan.action} {errno.errorcode.get(plan.code, plan.signals)} at call {at}, {calls[at].kind}"
-            count(counts, HINDERED, about, _one(place, people, ending, plan, expected), goal=goals[HINDERED])
-    for number in range(goals[TWICE]):
-        ending = ("csv", "parquet")[number % 2]
-        count(counts, TWICE, ending, two_at_once(place, people, ending, draw), goal=goals[TWICE])
-    for number in range(goals[READING]):
-        count(counts, READING, f"try {number}", _while_training(place, people, draw), goal=goals[READING])
+            about = f"{ending}, {plan.action} {plan.code or plan.signals} at call {at}, {calls[at].kind}"
+            hindered.append((about, partial(one, plan)))
+    count(counts, KILLED, killed)
+    count(counts, HINDERED, hindered)
+    twice = [(n, ("csv", "parquet")[n % 2]) for n in range(goals[TWICE])]
+    count(counts, TWICE, [(end, partial(two_at_once, place, people, end, random.Random(n))) for n, end in twice])
+    if goals[READING]:
+        allowed = set(_answers(place, people))
+        reading = partial(_while_training, place, people, allowed)
+        count(counts, READING, [(f"try {n}", partial(reading, random.Random(n))) for n in range(goals[READING])])
 
 
 def people_of(place: Place) -> Path:
@@ -67,7 +72,7 @@ def killed_output(place: Place, fault: str) -> list[str]:
     people = people_of(place)
     expected, calls = _whole(place, people, "csv")
     at = [n for n, call in enumerate(calls) if call.kind == "write"][1]
-    return _one(place, people, "csv", Plan(at, "middle", fault=fault), expected)
+    return _one(place, people, "csv", expected, Plan(at, "middle", fault=fault))
 
 
 def arguments(run: Path, people: Path, output: Path, k: int = 10) -> list[Any]:
@@ -84,7 +89,7 @@ def _whole(place: Place, people: Path, ending: str, k: int = 10) -> tuple[bytes,
     return out.read_bytes(), ended.calls
 
 
-def _one(place: Place, people: Path, ending: str, plan: Plan, expected: bytes) -> list[str]:
+def _one(place: Place, people: Path, ending: str, expected: bytes, plan: Plan) -> list[str]:
     """Disturb one process that replaces an older output. Return what is wrong."""
     out = place.new().with_suffix(f".{ending}")
     out.write_bytes(_OLD)
@@ -117,10 +122,9 @@ def two_at_once(place: Place, people: Path, ending: str, draw: random.Random, fa
     return faults if out.read_bytes() in whole else [*faults, "the output is a mixture"]
 
 
-def _while_training(place: Place, people: Path, draw: random.Random) -> list[str]:
+def _while_training(place: Place, people: Path, allowed: set[bytes], draw: random.Random) -> list[str]:
     """Recommend again and again from a run that is being trained. Return what is wrong."""
     out = place.new()
-    allowed = set(_answers(place, people))
     training = place.start(place.first(out), out)
     faults: list[str] = []
     while training.running and not faults:
@@ -137,15 +141,11 @@ def _while_training(place: Place, people: Path, draw: random.Random) -> list[str
 
 def _answers(place: Place, people: Path) -> Iterator[bytes]:
     """Give the output from each model that an uninterrupted run exports, in any order."""
-    _, whole = place.whole()
-    if not hasattr(place, "answers"):
-        place.answers = []
-        exports = [n for n, call in enumerate(whole.calls) if (call.kind, call.name) == ("rename", "model.safetensors")]
-        for at in exports:
-            out = place.new()
-            place.start(place.first(out), out, Plan(at=at, when="after")).wait()
-            output = place.new().with_suffix(".csv")
-            ended = place.start(arguments(out, people, output), output).wait()
-            assert ended.code == 0, ended.err
-            place.answers.append(output.read_bytes())
-    yield from place.answers
+    calls = place.whole()[1].calls
+    for at in [n for n, call in enumerate(calls) if (call.kind, call.name) == ("rename", "model.safetensors")]:
+        out = place.new()
+        place.start(place.first(out), out, Plan(at, "after")).wait()
+        output = place.new().with_suffix(".csv")
+        ended = place.start(arguments(out, people, output), output).wait()
+        assert ended.code == 0, ended.err
+        yield output.read_bytes()

@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,16 +47,13 @@ class Place:
         draw = random.Random(1)
         rows = [f"{user},{item},{n}" for user in range(60) for n, item in enumerate(draw.sample(range(40), draw.randint(6, 9)))]
         self.log.write_text("\n".join(["user_id,item_id,timestamp", *rows, ""]))
-        self._number = 0
         # The time that the last uninterrupted run took.
         self.seconds = 0.0
         self._whole: dict[tuple[str, ...], tuple[Path, Ended]] = {}
 
     def new(self) -> Path:
         """Return a path in a new empty folder. Nothing is there."""
-        self._number += 1
-        (self.folder / str(self._number)).mkdir()
-        return self.folder / str(self._number) / "run"
+        return Path(tempfile.mkdtemp(dir=self.folder)) / "run"
 
     def first(self, out: Path, *more: str) -> list[Any]:
         """Return the arguments that begin a run in the folder ``out``."""
@@ -79,12 +78,19 @@ class Place:
             self._whole[more] = out, ended
         return self._whole[more]
 
-    def finish(self, out: Path, *more: str, faulty: str = "") -> list[str]:
-        """Continue the run in ``out`` to its end. Return what differs from an uninterrupted run."""
-        self.last = ended = self.start(self.again(out, *more), out, Plan(fault=faulty)).wait()
+    def finish(self, out: Path, *more: str, faulty: str = "", steps: int | None = None) -> list[str]:
+        """Continue the run in ``out`` to its end. Return what differs from an uninterrupted run.
+
+        With ``steps``, the number of the steps that are already made, no step may be lost or made again.
+        """
+        ended = self.start(self.again(out, *more), out, Plan(fault=faulty)).wait()
         if ended.code:
             return [f"the run does not continue (code {ended.code}): {ended.err[-300:]}"]
-        if not (faults := differences(self.whole(*more)[0], out)):
+        folder, whole = self.whole(*more)
+        faults = differences(folder, out)
+        if steps is not None and steps + ended.steps != whole.steps:
+            faults.append(f"{steps} and {ended.steps} steps were made instead of {whole.steps}")
+        if not faults:
             shutil.rmtree(out, ignore_errors=True)
         return faults
 
@@ -101,11 +107,23 @@ def place() -> Iterator[Place]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def count(counts: Counts, what: str, about: str, faults: list[str], *, goal: int = 0, lost: bool = True) -> None:
-    """Count one try, which failed if ``faults`` holds something."""
-    counts.tried(what, goal=goal)
-    if faults:
-        counts.failed(what, f"{about}: {'; '.join(faults)}"[:600], lost=lost)
+def count(counts: Counts, what: str, tries: list[tuple[str, Callable[[], list[str]]]]) -> None:
+    """Make each try and count it. A try is a text about it and a function that returns what is wrong.
+
+    Two tries run at the same time, in processes of their own.
+    """
+    if not tries:
+        return
+    with ThreadPoolExecutor(2) as pool:
+        for (about, _), faults in zip(tries, pool.map(lambda one: one[1](), tries), strict=True):
+            counts.tried(what, goal=len(tries))
+            if faults:
+                counts.failed(what, f"{about}: {'; '.join(faults)}"[:600], lost=_is_loss(faults))
+
+
+def _is_loss(faults: list[str]) -> bool:
+    """Return whether a fault is more than a wrong message, a wrong exit code or a file that is left."""
+    return not all(re.search(r"is left$|the code is|error|does not say|traceback|exit code", text) for text in faults)
 
 
 def differences(whole: Path, out: Path) -> list[str]:
