@@ -1,8 +1,13 @@
 """A damaged file of a run raises an error that names it, or is read as the intact file: never as another model."""
 
+import errno
 import json
+import os
+import random
 import shutil
+from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -12,9 +17,12 @@ from lares_fast.cli import settings
 from lares_fast.train import Trainer
 from lares_fast.train.checkpoint import load_state, load_weights, save_state, save_weights
 from lares_fast.train.finite import NotFiniteError
+from lares_fast.train.folder import RunFolder
 from lares_fast.train.state import load_run
+from tests.reliability import corrupt, corrupt_tables
+from tests.reliability.counts import Counts
 from tests.support import train_run
-from tests.support.damage import finished_run, served
+from tests.support.damage import configured, finished_run, results, served
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +192,136 @@ def test_a_finished_run_repairs_its_exported_files(run, copy, harm):
     train_run.train(copy, spt_epochs=1, rpt_epochs=1)
     for name in ("model.safetensors", "item_ids.json"):
         assert (copy / name).read_bytes() == (run / name).read_bytes()
+
+
+# The older state
+
+
+def test_a_damaged_or_missing_state_costs_one_checkpoint(copy, tmp_path):
+    """The run continues from the state before it, says so, keeps that state until a new one is whole, and ends the same."""
+    whole = results(copy)
+    harms = (Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-9]))
+    for number, harm in enumerate(harms):
+        folder, seen = shutil.copytree(copy, tmp_path / str(number)), []
+        newest, older = folder / "state.pt", folder / "state.previous.pt"
+        harm(newest)
+        kept = older.read_bytes()
+        trainer = Trainer(train_run.config(spt_epochs=1, rpt_epochs=1), train_run.log(), train_run.split(), folder, seen.append)
+        trainer.run(train_run.BOTH)
+        # The results of the newer state get a notice too.
+        text = next(event["text"] for event in seen if event["event"] == "notice")
+        assert str(newest) in text and "state.previous.pt" in text
+        assert text in [json.loads(line).get("text") for line in (folder / "events.jsonl").read_text().splitlines()]
+        assert results(folder) == whole
+        assert older.read_bytes() == kept and load_run(newest)
+
+
+def test_two_states_are_kept_on_every_file_system(tmp_path, monkeypatch):
+    """Without hard links, the older state gets its name by a move."""
+
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links")
+
+    for links in (True, False):
+        folder = tmp_path / str(links)
+        folder.mkdir()
+        if not links:
+            monkeypatch.setattr(os, "link", refuse)
+        for number in range(4):
+            save_state(folder / "state.pt", {"number": number}, folder / "state.previous.pt")
+            assert load_state(folder / "state.pt")["number"] == number
+            assert not number or load_state(folder / "state.previous.pt")["number"] == number - 1
+        assert len(list(folder.iterdir())) == 2
+
+
+def test_a_write_that_fails_leaves_both_states(tmp_path):
+    for number in range(2):
+        save_state(tmp_path / "state.pt", {"number": number}, tmp_path / "state.previous.pt")
+    with pytest.raises(Exception, match="pickle"):
+        save_state(tmp_path / "state.pt", {"number": lambda: None}, tmp_path / "state.previous.pt")
+    found = [load_state(tmp_path / name)["number"] for name in ("state.pt", "state.previous.pt")]
+    assert found == [1, 0] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_two_damaged_states_are_named_in_one_sentence(copy):
+    for name in ("state.pt", "state.previous.pt"):
+        (copy / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"state\.pt is not .*, and .*state\.previous\.pt is not .*: continue from a copy"):
+        RunFolder(copy).load()
+
+
+def test_a_new_run_does_not_start_from_the_older_state_of_another(copy, tmp_path):
+    (copy / "state.pt").unlink()
+    trainer = Trainer(train_run.config(), train_run.log(), train_run.split(), tmp_path / "new")
+    with pytest.raises(InputError, match=r"state\.pt does not exist: lares-fast train --resume .* from state\.previous\.pt"):
+        trainer.start_from(copy)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "state.previous.pt", "metrics.csv", "events.jsonl", "model.safetensors"])
+def test_a_folder_in_the_place_of_a_file_is_refused_at_once(copy, name):
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    with pytest.raises(InputError, match=rf"{name} is not a file: move it away"):
+        train_run.train(copy, spt_epochs=1, rpt_epochs=1)
+
+
+# The harness of random damage
+
+
+def test_the_harness_counts_a_reader_without_a_checksum(run, tmp_path, monkeypatch):
+    def metadata(path, text, weights):
+        return json.loads(text)["config"], json.loads(text)["about"]
+
+    stored = served(run)[3]["item_ids"]
+    plants = {
+        "state.pt": ("zipfile.ZipFile.testzip", lambda self: None),
+        "model.safetensors": ("lares_fast.train.checkpoint._verified", metadata),
+        "item_ids.json": ("lares_fast.serve.sha256", lambda data: stored),
+        "config.yaml": ("lares_fast.cli.settings._verified", lambda path, text: text.partition("\n")[2]),
+        "metrics.csv": ("lares_fast.train.folder.RunFolder.mend", lambda self, saved: []),
+        "events.jsonl": ("lares_fast.train.folder.RunFolder.mend", lambda self, saved: []),
+    }
+    measures = {
+        "state.pt": lambda counts: corrupt.damage_state(counts, run, 5),
+        "model.safetensors": lambda counts: corrupt.damage_file(counts, run, "model.safetensors", served, 5),
+        "item_ids.json": lambda counts: corrupt.damage_file(counts, run, "item_ids.json", served, 5),
+        "config.yaml": lambda counts: corrupt.damage_file(counts, run, "config.yaml", configured, 8),
+        "metrics.csv": lambda counts: corrupt.damage_results(counts, run, 5),
+        "events.jsonl": lambda counts: corrupt.damage_events(counts, run, 5),
+    }
+    for name, measure in measures.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(*plants[name])
+            counts = Counts("corrupt")
+            measure(counts)
+        assert counts.rows[name].lost and not counts.passed, name
+    # Without the plant, the same tries pass.
+    counts = Counts("corrupt")
+    measures["model.safetensors"](counts)
+    assert counts.passed
+
+
+def test_the_harness_counts_pages_without_a_checksum(tmp_path, monkeypatch):
+    path = corrupt_tables.foreign(tmp_path, True)[0]
+    whole = pyarrow.parquet.ParquetFile
+
+    def without_checksums(*arguments, page_checksum_verification, **options):
+        return whole(*arguments, **options)
+
+    for verified in (True, False):
+        if not verified:
+            monkeypatch.setattr(pyarrow.parquet, "ParquetFile", without_checksums)
+        counts = Counts("corrupt")
+        corrupt_tables.damage(counts, corrupt_tables.CHECKED, path, corrupt_tables._NAMES, 20, random.Random(0))
+        assert counts.passed == verified
+
+
+def test_a_parquet_file_that_lacks_rows_is_refused(tmp_path, monkeypatch):
+    """No checksum covers the footer, where a flipped bit can hide rows."""
+    path = corrupt_tables.foreign(tmp_path, False)[0]
+    whole = pyarrow.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile, "iter_batches", lambda self, **options: (part[:-1] for part in whole(self, **options))
+    )
+    with pytest.raises(InputError, match="is damaged: it counts 600 rows, but holds 599"):
+        corrupt_tables.content_of(path, corrupt_tables._NAMES)
