@@ -132,5 +132,7 @@ def epoch_order(n_rows: int, key: _random.Key) -> Tensor:
     """
     if (n_rows := whole("n_rows", n_rows)) < 1:
         raise InputError("n_rows must be at least 1, but there is no row to train on: give a split with training rows.")
+    if n_rows >= 2**63:
+        raise InputError(f"n_rows must be less than 2^63, but got {n_rows}.")
     with allocation(f"a permutation of n_rows {n_rows}"):
         return torch.randperm(n_rows, generator=_random.generator(_random.checked_key("key", key)))

@@ -10,7 +10,7 @@ from hypothesis import seed as seeded
 
 from tests.reliability.counts import Counts
 from tests.reliability.fuzzing import model_examples, outcomes
-from tests.reliability.fuzzing.children import run_child
+from tests.reliability.fuzzing.children import count
 from tests.reliability.fuzzing.op_examples import DAMAGED, OPS, calls
 from tests.reliability.fuzzing.values import Example
 
@@ -32,6 +32,8 @@ LONG = {
 }
 # The examples of one child process. Hypothesis remembers all examples of a run, so a run must end at some time.
 BATCH = 5000
+# The examples of each kind in the quick form.
+QUICK = 50
 
 
 def examples(what: str, seed: int, number: int, watch: Callable[[Any], None]) -> None:
@@ -58,10 +60,4 @@ fault = outcomes.fault
 
 def measure(counts: Counts) -> None:
     """Count the examples of every op."""
-    for what, number in LONG.items():
-        goal = number // 1000 if counts.quick else number
-        for seed in range(0, goal, BATCH):
-            found = run_child(__name__, what, seed, min(BATCH, goal - seed))
-            counts.tried(what, found.tried, goal=goal)
-            for example, text in found.faults:
-                counts.failed(what, f"{example}: {text}", lost="raised" not in text and "message" not in text)
+    count(counts, __name__, LONG, BATCH, [(what, QUICK) for what in LONG])

@@ -13,7 +13,7 @@ from lares_fast._errors import LaresFastError
 from lares_fast.data import read_log
 from tests.reliability.counts import Counts
 from tests.reliability.fuzzing import log_files, log_parsers, settings_files, strange_paths
-from tests.reliability.fuzzing.children import run_child
+from tests.reliability.fuzzing.children import count
 from tests.reliability.fuzzing.outcomes import sentence_fault
 
 # The number of inputs of each kind in the long form.
@@ -30,10 +30,13 @@ LONG = {
     "--set": 1500,
     "item_ids.json": 1500,
     "paths": 400,
-    "guided by coverage": 20000,
 }
 # The inputs of one child process.
 BATCH = 1000
+# The inputs of each kind in the quick form.
+QUICK = 25
+# Logs and settings that a search for new lines of the readers makes, in one child process.
+GUIDED = 20_000
 KINDS = {"log.txt": "sequences", "pairs.txt": "pairs", "log.json": "json", "log.inter": "inter"}
 KINDS |= {"log.csv": "csv", "log.tsv": "tsv", "log.parquet": "parquet"}
 # The share of damaged logs that both parsers read, for the note in the table.
@@ -54,10 +57,6 @@ class File:
 
 def examples(what: str, seed: int, number: int, watch: Callable[[Any], None]) -> None:
     """Call ``watch`` with ``number`` inputs of ``what``. Equal arguments give equal inputs."""
-    if what == "guided by coverage":
-        guided = importlib.import_module("tests.reliability.fuzzing.guided")
-        guided.run(seed, number, watch)
-        return
     random = Random(f"{what} {seed}")
     for _ in range(number):
         watch(_example(what, random))
@@ -106,19 +105,15 @@ def file_fault(file: File, read: Callable[..., Any] = read_log) -> str | None:
 
 def measure(counts: Counts) -> None:
     """Count the inputs of every kind."""
-    for what, number in LONG.items():
-        if what == "guided by coverage" and (counts.quick or importlib.util.find_spec("atheris") is None):
-            # The Atheris package is made for few versions of Python, so it is no requirement.
-            continue
-        goal, both, peak = number // 60 if counts.quick else number, 0, 0
-        size = goal if what == "guided by coverage" else BATCH
-        for seed in range(0, goal, size):
-            found = run_child(__name__, what, seed, min(size, goal - seed))
-            counts.tried(what, found.tried, goal=goal)
-            both, peak = both + found.notes.get("compared", 0), max(peak, found.peak)
-            for example, text in found.faults:
-                counts.failed(what, f"{example}: {text}", lost="raised" not in text and "message" not in text)
-        counts.note(what, f"{f'{both:,} compared with a simple parser, ' if both else ''}peak memory {peak} MiB")
+    searches = [(__name__, LONG, BATCH)]
+    # Atheris is made for few versions of Python, so it is no requirement.
+    if not counts.quick and importlib.util.find_spec("atheris"):
+        searches.append(("tests.reliability.fuzzing.guided", {"guided by coverage": GUIDED}, GUIDED))
+    for module, long, batch in searches:
+        for what, results in count(counts, module, long, batch, [(what, QUICK) for what in LONG]).items():
+            both, peak = sum(found.notes.get("compared", 0) for found in results), max(found.peak for found in results)
+            compared_text = f"{both:,} compared with a simple parser, " if both and not counts.quick else ""
+            counts.note(what, f"{compared_text}peak memory {peak} MiB")
 
 
 def notes() -> dict[str, int]:

@@ -78,11 +78,11 @@ def test_a_crash_of_a_child_leaves_its_example(tmp_path):
     state = tmp_path / "state"
     code = "import os, sys, tests.reliability.fuzzing.children as c; w = c.Watcher(sys.argv[1], lambda e: os.abort()); w('bad')"
     subprocess.run([sys.executable, "-c", code, str(state)], cwd=ROOT, stderr=subprocess.DEVNULL, check=False)
-    assert json.loads(state.read_text()) == [0, "bad"]
+    assert json.loads(state.read_text()) == ["", {"": 1}, "bad"]
     for code, text in ((-signal.SIGABRT, "signal 6"), (-signal.SIGALRM, "longer than"), (1, "code 1: why")):
         found = ended(code, "why", state)
-        assert (found.tried, found.faults[0][0]) == (1, "bad")
-        assert text in found.faults[0][1]
+        assert (found.tried, found.faults[0][:2]) == ({"": 1}, ("", "bad"))
+        assert text in found.faults[0][2]
 
 
 @pytest.mark.parametrize(("change", "expected"), [
@@ -139,7 +139,8 @@ FOUND = {
     "a log of nothing": (lambda: log_from_sequences(3), "sequences must be a mapping"),
     "a number as a path": (lambda: read_log(3), "path must be the path of a file"),
     "a number as a run": (lambda: load(3), "run must be the path of a folder"),
-    "a time column of 3": (lambda: read_log(__file__, format="csv", columns={"time": 3}), "columns must name the 'time' column by a text"),
+    "a time column of 3": (
+        lambda: read_log(__file__, format="csv", columns={"time": 3}), "columns must name the 'time' column by a text"),
     "a long name": (lambda: settings.build("x" * 5000), "neither a file nor a preset"),
     "an escape sequence": (lambda: settings.build(None, ["spt.lr=\x1b[31m"]), "\N{REPLACEMENT CHARACTER}"),
     "no model": (lambda: Recommender(3, [1, 2]), "model must be a lares_fast.LARES"),

@@ -1,58 +1,60 @@
 """Logs and settings that Atheris makes: it keeps inputs that reach new lines of the readers, and changes them further.
 
-The child process runs this module by ``run``, before it imports the readers a second time with their lines counted.
+Only the child process that searches imports this module.
 """
 
 from __future__ import annotations
 
-import importlib
+import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import atheris
 
-_COUNTED = ("lares_fast.data", "lares_fast.cli.settings")
+# The readers must be imported here for the first time, because their lines are counted.
+with atheris.instrument_imports(include=["lares_fast.data", "lares_fast.cli.settings"]):
+    from tests.reliability import fuzz_readers
+from tests.reliability.fuzzing import log_files, settings_files
+from tests.reliability.fuzzing.children import Watcher, report
+
+fault, notes = fuzz_readers.fault, fuzz_readers.notes
+
 # Longer inputs make the search slow.
 _MOST_BYTES = 2048
+# The first byte of an input says what it is: a log of one of these formats, or settings.
+_NAMES = list(fuzz_readers.KINDS)
 
 
-def run(seed: int, number: int, watch: Callable[[Any], None]) -> None:
-    """Call ``watch`` with ``number`` inputs. The process ends then, after it has printed what was found."""
-    for name in [name for name in sys.modules if name.startswith(_COUNTED) or name.startswith("tests.reliability.f")]:
-        del sys.modules[name]
-    with atheris.instrument_imports(include=list(_COUNTED)):
-        readers = importlib.import_module("tests.reliability.fuzz_readers")
-    from tests.reliability.fuzzing import children, log_files, settings_files
-
-    names = list(readers.KINDS)
-    corpus = Path("corpus")
-    corpus.mkdir()
-    random = Random(seed)
-    for at in range(60):
-        for kind, (name, content) in enumerate(log_files.files(random, (None, log_files.ODD, log_files.LARGE)[at % 3])):
-            assert names[kind] == name
-            (corpus / f"{at} {name}").write_bytes(bytes([kind]) + content)
-        (corpus / f"{at} config").write_bytes(bytes([len(names)]) + settings_files.example("config.yaml", random).value)
+def examples(_: str, seed: int, number: int, watch: Watcher) -> None:
+    """Call ``watch`` with ``number`` inputs, print what was found, and end the process, because the search has no end."""
+    _write_corpus(Path("corpus"), Random(seed))
 
     def check(data: bytes) -> None:
-        kind = data[0] % (len(names) + 1) if data else 0
-        if kind == len(names):
-            watch_it = settings_files.Input("config.yaml", data[1:], settings_files.check_config)
-        else:
-            watch_it = readers.File(names[kind], data[1:])
-        watcher.check(watch_it)
-        if watcher.tried >= number:
-            children.report(watcher, readers)
-            sys.stdout.flush()
-            # The search would go on, and its end would replace the exit code.
-            import os
-
+        watch(_example(data))
+        if watch.tried[watch.what] >= number:
+            report(watch, sys.modules[__name__])
             os._exit(0)
 
-    watcher = watch
-    arguments = [sys.argv[0], str(corpus), f"-seed={seed + 1}", f"-max_len={_MOST_BYTES}", "-rss_limit_mb=0", "-timeout=0"]
-    atheris.Setup(arguments, check)
+    # The child has limits of its own.
+    limits = [f"-max_len={_MOST_BYTES}", "-rss_limit_mb=0", "-timeout=0", "-verbosity=0"]
+    atheris.Setup([sys.argv[0], "corpus", f"-seed={seed + 1}", *limits], check)
     atheris.Fuzz()
+
+
+def _write_corpus(folder: Path, random: Random) -> None:
+    folder.mkdir()
+    for at in range(60):
+        histories = (None, log_files.ODD, log_files.LARGE)[at % 3]
+        for kind, (name, content) in enumerate(log_files.files(random, histories)):
+            (folder / f"{at} {name}").write_bytes(bytes([kind]) + content)
+        config = settings_files.example("config.yaml", random).value
+        (folder / f"{at} config").write_bytes(bytes([len(_NAMES)]) + config)
+
+
+def _example(data: bytes) -> Any:
+    kind = data[0] % (len(_NAMES) + 1) if data else 0
+    if kind == len(_NAMES):
+        return settings_files.Input("config.yaml", data[1:], settings_files.check_config)
+    return fuzz_readers.File(_NAMES[kind], data[1:])

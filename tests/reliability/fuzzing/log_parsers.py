@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def parse(path: Path, kind: str, timed: bool) -> Events | None:
         if kind == "pairs":
             return [(user, item, None) for user, item in words]
         return [(user, item, None) for user, *items in words for item in items]
-    except (ValueError, IndexError, csv.Error, InvalidOperation, pyarrow.ArrowException, OSError, RecursionError):
+    except (ValueError, IndexError, csv.Error, pyarrow.ArrowException, OSError, RecursionError):
         return None
 
 
@@ -78,15 +78,15 @@ def time_of(text: str) -> Any:
     """Return the time as an exact number. Dates are counted in seconds."""
     text = text.strip(" \t\n\r\v\f")
     if re.fullmatch(r"[+-]?[0-9]{1,30}", text):
-        return Decimal(text)
+        return Fraction(text)
     if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", text):
-        return Decimal(float(text))
+        return Fraction(float(text))
     whole, point, fraction = text.partition(".")
     zone = "Z" if fraction.endswith("Z") else ""
     moment = datetime.fromisoformat(whole + zone)
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    seconds = Decimal((moment - datetime(1970, 1, 1, tzinfo=UTC)) // (datetime(1, 1, 1, 0, 0, 1) - datetime(1, 1, 1)))
-    return seconds + (Decimal(f"0.{fraction.rstrip('Z')}") if point else 0)
+    seconds = Fraction((moment - datetime(1970, 1, 1, tzinfo=UTC)) // (datetime(1, 1, 1, 0, 0, 1) - datetime(1, 1, 1)))
+    return seconds + (Fraction(f"0.{fraction.rstrip('Z')}") if point else 0)
 
 
 def _json(text: str) -> Events:
@@ -103,7 +103,7 @@ def _parquet(path: Path, timed: bool) -> Events:
         if pyarrow.types.is_temporal(column.type):
             column = column.cast(pyarrow.int32()) if pyarrow.types.is_date32(column.type) else column
             column = column.cast(pyarrow.int64())
-        times = [Decimal(value) for value in column.to_pylist()]
+        times = [Fraction(value) for value in column.to_pylist()]
     return list(zip(*columns, times, strict=True))
 
 
@@ -124,21 +124,21 @@ def difference(log: InteractionLog, events: Events, min_events: int) -> str | No
     for user, entries in expected.items():
         if log.times is not None:
             entries = sorted(entries, key=lambda entry: entry[1])
-            if [time * ticks for _, time in entries] != [Decimal(time) for _, time in found[user]]:
+            if [time * ticks for _, time in entries] != [Fraction(time) for _, time in found[user]]:
                 return f"user {user!r:.60}: times {found[user][:5]} instead of {entries[:5]}"
         if [item for item, _ in entries] != [item for item, _ in found[user]]:
             return f"user {user!r:.60}: {found[user][:5]} instead of {entries[:5]}"
     return None
 
 
-def _ticks(log: InteractionLog, events: Events) -> Decimal:
+def _ticks(log: InteractionLog, events: Events) -> Fraction:
     """Return the factor from the parsed times to those of ``log``, which counts dates in days, seconds or nanoseconds."""
     if log.times is None:
-        return Decimal(1)
-    parsed = max((abs(time) for _, _, time in events), default=Decimal(1))
-    largest = max(abs(Decimal(time)) for time in log.times.tolist()) if len(log.times) else Decimal(1)
-    factors = (Decimal(1), Decimal(10) ** 9, 1 / Decimal(86400))
-    return min(factors, key=lambda factor: abs(parsed * factor - largest)) if parsed else Decimal(1)
+        return Fraction(1)
+    parsed = max((abs(time) for _, _, time in events), default=Fraction(1))
+    largest = max(abs(Fraction(time)) for time in log.times.tolist()) if len(log.times) else Fraction(1)
+    factors = (Fraction(1), Fraction(10**9), Fraction(1, 86400))
+    return min(factors, key=lambda factor: abs(parsed * factor - largest)) if parsed else Fraction(1)
 
 
 def breach(log: InteractionLog, min_events: int) -> str | None:
