@@ -200,14 +200,18 @@ class LogprobCall(SoftmaxCall):
         """Return the call with hidden [M, D] and target [M], or the call itself if it has J catalogs."""
         if self.hidden.dim() == 2 or self.items.dim() == 3:
             return self
-        return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1]), target=self.target.reshape(-1))
+        return replace(self, hidden=self._flat_hidden(), target=self.target.reshape(-1))
+
+    def _flat_hidden(self) -> Tensor:
+        # The number of rows is given, because it cannot be inferred if a row has no columns.
+        return self.hidden.reshape(self.target.numel(), self.hidden.shape[-1])
 
     def parts(self) -> Iterator[tuple[slice, Self]]:
         """Yield the calls of parts of the rows, and the place of each part among all rows.
 
         A part has one catalog, and either all of its rows get a rank or none.
         """
-        hidden, target = self.hidden.reshape(-1, self.hidden.shape[-1]), self.target.reshape(-1)
+        hidden, target = self._flat_hidden(), self.target.reshape(-1)
         count, counted = len(target), self.counted()
         size = self.target.shape[-1] if self.items.dim() == 3 else count
         for start, end in pairwise(sorted({counted, *range(0, count + 1, max(1, size))})):

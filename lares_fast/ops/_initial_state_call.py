@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -55,12 +56,15 @@ def build_call(
         raise InputError(f"n_tokens must be at least 0, but got {n_tokens}.")
     if width < 1:
         raise InputError(f"width must be at least 1, but got {width}.")
+    std = number("std", std)
+    if not -math.inf < std < math.inf:
+        raise InputError(f"std must be a finite number, but got {std}.")
     return InitialStateCall(
         offsets=offsets,
         rows=draw.rows,
         seed=draw.seed(offsets.device),
         n_tokens=n_tokens,
         width=width,
-        std=number("std", std),
+        std=std,
         backend=backend,
     )
