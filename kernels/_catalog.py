@@ -107,7 +107,7 @@ def merge_sums(
     mine = (own - origin) * scale
     lse = _log_of_sum(others, mine)
     # The difference mine - lse would lose the digits of a log-probability near 0.
-    logprob = tl.where(tl.abs(own) < float("inf"), -_log_of_sum(tl.zeros((R,), tl.float64), others - mine), mine - lse)
+    logprob = tl.where(tl.abs(own) < float("inf"), 0.0 - _log_of_sum(tl.zeros((R,), tl.float64), others - mine), mine - lse)
     row = own_at
     tl.store(LSE + 2 * row, origin, mask=row >= 0)
     tl.store(LSE + 2 * row + 1, lse, mask=row >= 0)

@@ -1,12 +1,13 @@
-"""Kernels of the gradients of the softmax over catalogs. The exponentials are computed again."""
+"""Kernels of the gradients of the softmax over catalogs. The exponentials are computed again.
+
+Probabilities are multiplied by 2^WIDER before they are rounded to the dtype of the products.
+"""
 
 import triton
 import triton.language as tl
 from lares_fast.kernels._catalog import SIZES, expm1, load_operand, part_of_program, target_scores
 from lares_fast.kernels._tiles import store_rows
 
-# Probabilities are multiplied by 2^WIDER before they are rounded, because half precision loses digits below 2^-14.
-WIDER = tl.constexpr(15)
 # Numbers of ROW for each row: the product next to its log-sum-exp, minus log2 of the factor that remains, its target's slope,
 # and its gradient.
 NEAR, REST, MISS, SLOPE, NUMBERS = map(tl.constexpr, range(5))
@@ -16,7 +17,7 @@ EXPONENT = tl.constexpr(0x7F800000)
 @triton.jit(do_not_specialize=SIZES)
 def prepare_backward(
     HIDDEN, ITEMS, TARGET, LSE, GRAD, ROW, M, N, tiles, first, step, scale, base,
-    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr, WIDER: tl.constexpr,
 ):  # fmt: skip
     """Store the numbers of each row in ROW [J, 4, M]; a row whose log-sum-exp is not finite gets NaN.
 
@@ -65,7 +66,7 @@ def _slopes(hidden, items, item, target, near, rest, miss, base):
 @triton.jit(do_not_specialize=SIZES)
 def softmax_backward_hidden(
     HIDDEN, ITEMS, TARGET, ROW, DHIDDEN, M, N, tiles, parts, first, part, base,
-    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr, WIDER: tl.constexpr,
 ):  # fmt: skip
     """Store the sums over the items of a part, times the gradients of the rows, in DHIDDEN [J, parts, M, D]."""
     j, place, start, low, high = part_of_program(tiles, parts, first, part, N, S)
@@ -113,7 +114,7 @@ def _unit(SLOPE_OF, M, B: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def softmax_backward_items(
     HIDDEN, ITEMS, TARGET, ROW, DITEMS, M, N, tiles, first, base,
-    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr, WIDER: tl.constexpr,
 ):  # fmt: skip
     """Store DITEMS [J, N, D] of one tile of items, summed over all rows of its catalog; ``tiles`` programs share a catalog.
 

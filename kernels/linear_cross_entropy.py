@@ -140,6 +140,8 @@ def backward(call):
     # The gradient of a sum is one number for all rows.
     step = int(any(call.grad.stride()))
     grad = ready(call.grad if step else call.grad.as_strided((min(1, J * M),), (1,)))
+    # Half precision loses digits of probabilities below 2^-14.
+    run = functools.partial(run, WIDER=0 if hidden.dtype == torch.float32 and not call.bf16 else 15)
     new = functools.partial(target.new_empty, dtype=torch.float32)
     row, sizes = new((J, NUMBERS.value, M)), (M, N, tiles, first, step, call.scale, base)
     run(prepare_backward, J * tiles, hidden, items, target, lse, grad, row, *sizes)

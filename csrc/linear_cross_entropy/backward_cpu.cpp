@@ -24,7 +24,7 @@ constexpr double HIGHEST = static_cast<double>(std::numeric_limits<float>::max()
 float product(double factor, float x) { return static_cast<float>(factor * static_cast<double>(x)); }
 
 // The rows [first, first + B) of the call, prepared for all parts of the catalog.
-// d logprob / d s_j = scale ([j = target] - p_j), where p_j = 2^(base (s_j - reference)) exp(scale (reference - r) - log_sum),
+// d logprob / d s_j = scale ([j = target] - p_j), where p_j = exp(scale (s_j - reference)) exp(scale (reference - r) - log_sum),
 // and r and log_sum are the two numbers of lse. The last factor, the row's gradient, the scale and the sign are multiplied into
 // `factor`. Factors are fp64, because a small factor times a large row may be a number of fp32 where the factor is none.
 struct RowBlock {
@@ -72,6 +72,7 @@ struct RowBlock {
         scan.target = view.softmax.target + first;
         scan.B = B;
         scan.base = view.base;
+        scan.base_rest = view.base_rest;
         scan.add = first > 0;
         return scan;
     }

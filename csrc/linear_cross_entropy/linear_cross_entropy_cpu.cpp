@@ -41,6 +41,7 @@ struct RowBlock {
         sums.B = std::min(BLOCK_ROWS, s.M - first);
         sums.target = s.target + first;
         sums.base = view.base;
+        sums.base_rest = view.base_rest;
         if (!call.rank) return;
         ranks.catalog = sums.catalog;
         ranks.rows = s.hidden + first * s.D;
@@ -66,7 +67,7 @@ double log_of_sum(double a, double b) {
 
 // Joins the parts of row m. `own` is the target's score. Infinities and NaN give the results that logsumexp would give.
 RowResult finish(const SoftmaxView& view, const std::vector<PartialSums>& parts, std::size_t m, float own) {
-    const double scale = view.softmax.scale, base = static_cast<double>(view.base);
+    const double scale = view.softmax.scale;
     float top = LOWEST;
     for (const PartialSums& part : parts) {
         if (!(part.reference[m] <= top) && top == top) top = part.reference[m];
@@ -75,11 +76,11 @@ RowResult finish(const SoftmaxView& view, const std::vector<PartialSums>& parts,
     if (!std::isfinite(top)) return {scale * static_cast<double>(own) - origin, origin, 0.0};
     double others = 0.0;
     for (const PartialSums& part : parts) {
-        others += part.sum[m] * std::exp2(base * (static_cast<double>(part.reference[m]) - origin));
+        others += part.sum[m] * std::exp(scale * (static_cast<double>(part.reference[m]) - origin));
     }
     // Logarithms of the sums, relative to the origin. Scores are subtracted before they are scaled, because the difference is
     // nearly exact, and a product of large scores is not.
-    const double of_others = view.unit() * std::log2(others), of_own = scale * (static_cast<double>(own) - origin);
+    const double of_others = std::log(others), of_own = scale * (static_cast<double>(own) - origin);
     const double log_sum = log_of_sum(of_others, of_own);
     return {std::isfinite(own) ? 0.0 - log_of_sum(of_others - of_own, 0.0) : of_own - log_sum, origin, log_sum};
 }

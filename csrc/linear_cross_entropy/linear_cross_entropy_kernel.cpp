@@ -37,8 +37,8 @@ __attribute__((noinline)) void raise(const SumScan& s, std::int64_t b, const flo
     }
     if (top <= s.limit[b]) return;
     float* lanes = s.lanes + b * MAX_LANES;
-    Vec factor[1] = {broadcast((s.reference[b] - top) * s.base)};
-    exp2_or_zero(factor);
+    Vec factor[1] = {broadcast(s.reference[b] - top)};
+    exp2_of_product(factor, broadcast(s.base), broadcast(s.base_rest));
     float factors[W];
     store(factors, factor[0]);
     store(lanes, mul(load(lanes), factor[0]));
@@ -77,7 +77,7 @@ struct Terms {
 
     template <int R, class Keep>
     LARES_INLINE void add_terms(std::int64_t b, const Vec (&sums)[R][VECS], const Keep& keep) const {
-        const Vec base = broadcast(s.base);
+        const Vec base = broadcast(s.base), base_rest = broadcast(s.base_rest);
         const float* reference = s.reference + b;
         float* lanes = s.lanes + b * MAX_LANES;
         constexpr int G = R < GROUP ? R : GROUP;
@@ -85,9 +85,9 @@ struct Terms {
             Vec term[G * VECS];
             for (int i = 0; i < G; ++i) {
                 const Vec own = broadcast(reference[r + i]);
-                for (int v = 0; v < VECS; ++v) term[i * VECS + v] = mul(sub(sums[r + i][v], own), base);
+                for (int v = 0; v < VECS; ++v) term[i * VECS + v] = sub(sums[r + i][v], own);
             }
-            exp2_or_zero(term);
+            exp2_of_product(term, base, base_rest);
             for (int i = 0; i < G; ++i) {
                 Vec total = load(lanes + (r + i) * MAX_LANES);
                 for (int v = 0; v < VECS; ++v) total = add(total, keep(r + i, v, term[i * VECS + v]));
@@ -171,7 +171,7 @@ LARES_INLINE void product(const float* a, const float* b, std::int64_t rows, std
 // Computes terms [rows][TILE] of the queries [first_row, last_row) with the `items` items from `item` on.
 void terms_of_tile(const GradientScan& s, const float* panels, std::int64_t item, std::int64_t items, std::int64_t first_row,
                    std::int64_t last_row, float* terms) {
-    const Vec base = broadcast(s.base);
+    const Vec base = broadcast(s.base), base_rest = broadcast(s.base_rest);
     const auto tile = [&](auto rows, std::int64_t b) __attribute__((always_inline)) {
         constexpr int R = decltype(rows)::value;
         const float* panel = panels;
@@ -185,9 +185,9 @@ void terms_of_tile(const GradientScan& s, const float* panels, std::int64_t item
                 Vec term[G * VECS];
                 for (int i = 0; i < G; ++i) {
                     const Vec reference = broadcast(s.reference[b + r + i]);
-                    for (int v = 0; v < VECS; ++v) term[i * VECS + v] = mul(sub(scores[r + i][v], reference), base);
+                    for (int v = 0; v < VECS; ++v) term[i * VECS + v] = sub(scores[r + i][v], reference);
                 }
-                exp2_or_zero(term);
+                exp2_of_product(term, base, base_rest);
                 for (int i = 0; i < G; ++i) {
                     for (int v = 0; v < VECS; ++v) {
                         Vec t = term[i * VECS + v];

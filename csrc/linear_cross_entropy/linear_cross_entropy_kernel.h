@@ -15,7 +15,7 @@ struct SumScan {
     const float* query;  // [B, D] as tiles, csrc/catalog/query_tiles.h
     std::int64_t B;
     const std::int64_t* target;  // [B]: the item that is left out of the sum
-    float base;                  // the terms are 2^(base (score - reference))
+    float base, base_rest;       // the terms are 2^((base + base_rest) (score - reference)); base_rest is the rounding of base
     float* reference;  // [B]: a score, raised when a term exceeds 2^24; NaN after a NaN score
     double* sum;       // [B]: the terms are added
     float* limit;      // [B] workspace: the score above which the reference is raised
@@ -34,9 +34,9 @@ struct GradientScan {
     const float* reference;  // [B]
     const std::int64_t* target;  // [B]: the item that is left out
     std::int64_t B;
-    float base;
-    float* d_hidden;  // [B, width] in panels: sum_j 2^(base (s_bj - reference_b)) items[j] is added; or null
-    float* d_items;   // [N, D]: sum_b 2^(base (s_bj - reference_b)) weighted[b], or null
+    float base, base_rest;   // the terms t_bj are 2^((base + base_rest) (s_bj - reference_b))
+    float* d_hidden;  // [B, width] in panels: sum_j t_bj items[j] is added; or null
+    float* d_items;   // [N, D]: sum_b t_bj weighted[b], or null
     bool add;         // add to the values in d_items instead of replacing them
     float* scratch;   // as many floats as gradient_scratch returns
 };

@@ -30,6 +30,7 @@ class SoftmaxView {
         panels_ = (softmax.N + panel - 1) / panel;
         parts = std::clamp<std::int64_t>(softmax.N / PART_ITEMS, 1, PARTS);
         base = static_cast<float>(call.scale * LOG2E);
+        base_rest = static_cast<float>(call.scale * LOG2E - static_cast<double>(base));
     }
 
     // The first item of a part. The last part ends at N.
@@ -38,12 +39,7 @@ class SoftmaxView {
     Softmax softmax;
     std::vector<std::int64_t> target;
     std::int64_t parts = 0;  // the results of parts are added in order, so that the number of threads changes no bit
-    float base = 0.0f;       // exp(scale s) = 2^(base s) up to rounding; see `unit`
-
-    // The factor that turns log2 of a sum of powers of two into its natural logarithm. The rounding of `base` changes the
-    // temperature of the softmax by up to a factor of 1 + 2^-24. This factor, instead of ln 2, corrects that up to 2^-24 times
-    // the entropy.
-    double unit() const { return softmax.scale / static_cast<double>(base); }
+    float base = 0.0f, base_rest = 0.0f;  // exp(scale s) = 2^((base + base_rest) s)
 
    private:
     static constexpr std::int64_t PARTS = 16, PART_ITEMS = 512;

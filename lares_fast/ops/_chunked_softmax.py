@@ -1,6 +1,7 @@
 """The ``reference`` backend of ``linear_cross_entropy``: PyTorch on one part of the catalog at a time, any dtype and device.
 
-Products have the dtype of the tensors, but the products of a float16 backward are float32. A value that is computed from a
+Products have the dtype of the tensors. In a backward, products of float16 are float32, and products of float32 on a CPU are
+float64, because that costs little there. A value that is computed from a
 score is fp64: in a narrower dtype the rounding of the log-sum-exp would hide a log-probability near 0 and its gradient.
 """
 
@@ -38,7 +39,7 @@ def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
     of_others = torch.stack([(top - origin) * call.scale + one for top, one in zip(tops, sums, strict=True)]).logsumexp(0)
     of_own = (own - origin) * call.scale
     log_sum = torch.logaddexp(of_others, of_own)
-    logprob = torch.where(own.isfinite(), -torch.logaddexp(of_others - of_own, torch.zeros_like(own)), of_own - log_sum)
+    logprob = torch.where(own.isfinite(), 0.0 - torch.logaddexp(of_others - of_own, torch.zeros_like(own)), of_own - log_sum)
     return logprob.to(call.hidden.dtype), None if call.ties is None else _ranks(call), torch.stack((origin, log_sum), -1)
 
 
@@ -61,8 +62,11 @@ def backward(call: LogprobBackwardCall) -> tuple[Tensor | None, Tensor | None]:
     """
     call = call.rounded()
     hidden, items = call.hidden, call.items
-    narrow = hidden.dtype in (torch.float16, torch.bfloat16)
-    d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32 if narrow else None) if call.need_hidden else None
+    # float16 has too few exponents.
+    precise = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    if hidden.dtype == torch.float32 and hidden.device.type == "cpu":
+        precise = torch.float64
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(precise, torch.float32)) if call.need_hidden else None
     d_items = torch.zeros_like(items) if call.need_items else None
     origin, log_sum = call.lse.unbind(-1)
     factor = torch.where(log_sum.isfinite(), -(call.grad.double() * call.scale), torch.nan)[..., None]
@@ -70,8 +74,6 @@ def backward(call: LogprobBackwardCall) -> tuple[Tensor | None, Tensor | None]:
     sizes = torch.where(factor.isfinite(), factor.abs(), 0.0)
     unit = sizes.amax() if sizes.numel() else sizes.sum()
     unit = torch.where(unit > 0, unit, 1.0)
-    # float16 has too few exponents.
-    precise = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     for start, chunk, products, is_target in _chunks(call):
         logprob = (products - origin[..., None]) * call.scale - log_sum[..., None]
         weight = torch.where(is_target, logprob.expm1(), logprob.exp())

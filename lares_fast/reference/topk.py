@@ -28,7 +28,8 @@ def topk(
         new = query @ chunk.T
         if bias is not None:
             new = new + bias[start : start + len(chunk)]
-        new = new.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        # Adding 0 makes 0.0 of -0.0.
+        new = new.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
         new_ids = torch.arange(start, start + len(chunk), device=query.device).expand(batch, -1)
         if exclude is not None:
             gone = mask_excluded(exclude, batch, start, len(chunk))

@@ -46,7 +46,7 @@ TRITON_BUGS = {
     "a part's gradient lost": (SHARED, "(number[:, None] < parts) & (at[None", "(number[:, None] < parts - 1) & (at[None"),
     "gradients of the first catalog": (SHARED, "PART + (j * parts + number", "PART + (0 * j * parts + number"),
     "scale forgotten in the backward": (BACKWARD, "(grad * scale * rounding)", "(grad * rounding)"),
-    "the part of log-sum-exp beyond a product": (BACKWARD, "-rest[:, None]", "WIDER + 0.0 * rest[:, None]"),
+    "the part of log-sum-exp beyond a product": (BACKWARD, "-rest[:, None]", "15.0 + 0.0 * rest[:, None]"),
     "origins of the parts ignored": (SHARED, "(found - moved[None, :]) * scale + power", "power"),
     "the target's own column": (BACKWARD, "miss[:, None], p)", "p, p)"),
     "1 - p with the wrong sign": (BACKWARD, "miss = expm1(", "miss = -expm1("),

@@ -11,7 +11,7 @@ PARTS: dict[str, str] = {
     "threads": "calls the native code from several threads, and after forks",
     "memory": "compares predicted and measured peak memory",
     "soak": "trains, evaluates and recommends for two hours and watches the memory",
-    "numerics": "computes with very large, very small and non-finite numbers",
+    "numerics": "calls every op with very large, very small, subnormal and non-finite numbers, and with no rows",
     "hosts": "tests other processors and other versions of torch and NumPy",
     "security": "attacks outputs, the cache, settings and input paths, and checks the protection of the native module",
 }
