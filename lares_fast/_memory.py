@@ -44,6 +44,15 @@ def free_bytes(device: torch.device) -> int:
     return max(0, min([_available(), *_left_by_groups(), *_left_by_limits()]))
 
 
+def require_room(size: int, what: str) -> None:
+    """Raise :class:`InputError` if less than ``size`` bytes of memory are free for ``what``.
+
+    Call it before code that may end the process when memory is short, such as the import of a large library.
+    """
+    if (free := free_bytes(torch.device("cpu"))) < size:
+        raise InputError(f"{what} needs about {as_size(size)} of memory, and {as_size(free)} are free: end other programs.")
+
+
 def resident_bytes() -> int:
     """Return the bytes of memory that this process has now, or 0 where the system does not say it."""
     return _field("self/status", "VmRSS")
@@ -140,8 +149,9 @@ def _left_in(group: Path, limit: str, usage: str) -> int:
         most, used = ((group / name).read_text().strip() for name in (limit, usage))
         if most != "max":
             # The system gives up pages of files when memory is short.
-            pages = re.search(r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-            return int(most) - int(used) + (int(pages[1]) if pages else 0)
+            pages = re.findall(r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+            # The last line counts the groups inside this one, too.
+            return int(most) - int(used) + int(pages[-1] if pages else 0)
     return sys.maxsize
 
 

@@ -25,7 +25,7 @@ _COMMANDS = {
     "tune": ("tune", "benchmark launch settings on this GPU and store the fastest"),
     "gpu-day": ("gpu_day", "run all GPU checks and write one report"),
     "gpu-bench": ("gpu_bench", "measure the speed on this GPU against the best rivals in PyTorch"),
-    "doctor": ("doctor", "show what is installed, what was built and which backends run"),
+    "doctor": ("doctor", "show what is installed, what was built and which backends run, or predict memory"),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -57,8 +56,8 @@ def plan(arguments: Namespace) -> dict[str, Any]:
     source = Path(arguments.plan)
     config = settings.build(source / "config.yaml" if source.is_dir() else arguments.plan, arguments.assignments)
     device = choose(arguments.device).device
-    program = program_bytes(resident_bytes(), "torch._dynamo" in sys.modules)
-    serving = program_bytes(resident_bytes(), imported=True)
+    # The log is not there yet.
+    program, serving = (program_bytes(resident_bytes(), trains=trains) for trains in (True, False))
     sizes = _sizes(config, arguments)
     model = LARESConfig.from_dict({**config.model, "n_items": sizes.items})
     lines: list[Line] = []

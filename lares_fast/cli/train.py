@@ -20,6 +20,7 @@ import torch
 from lares_fast import __version__, _native, _settings
 from lares_fast._device import choose
 from lares_fast._errors import InputError, MissingExtraError
+from lares_fast._memory import require_room
 from lares_fast.cli import settings, signals, tensorboard
 from lares_fast.cli.console import Console, Event, add_device_arguments, counted, device_text, indented, notice
 from lares_fast.cli.inputs import log_label, open_log, split_log
@@ -32,6 +33,8 @@ from lares_fast.train.folder import holds_run
 from lares_fast.train.memory import require_memory
 
 _REDRAW_SECONDS = 60
+# A plot and its libraries take less.
+_DRAWING = 192 * 2**20
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -215,6 +218,12 @@ class _Curves:
     def draw(self) -> None:
         self._drawn = time.monotonic()
         if not self._possible:
+            return
+        try:
+            # NumPy's OpenBLAS ends the process if it gets no memory.
+            require_room(_DRAWING, "curves.png is not drawn, because it")
+        except InputError as error:
+            notice(str(error))
             return
         try:
             save_curves(self._trainer.out / "curves.png", self._trainer.state.history, self._title)

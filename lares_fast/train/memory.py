@@ -21,8 +21,9 @@ from lares_fast.train.config import PHASES, RunConfig, needs_start
 from lares_fast.train.device_log import SHARE
 
 _MIB = 2**20
-# The modules that PyTorch's optimizers import, and the parts of PyTorch's libraries that the first step reads from the disk.
-_COMPILER, _CODE = 148 * _MIB, 45 * _MIB
+# The modules that PyTorch's optimizers import, and the parts of PyTorch's libraries that the first step and the first
+# recommendation read from the disk. They were measured with PyTorch 2.13 and Python 3.11.
+_COMPILER, _STEP_CODE, _SERVING_CODE = 148 * _MIB, 45 * _MIB, 25 * _MIB
 _NUMBER, _INTEGER = 4, 8
 # The native code divides the catalog into so many parts, takes so many rows of a softmax at a time, has so many sets of
 # gradients, and makes blocks of so many tokens.
@@ -199,12 +200,14 @@ def log_needs(sizes: LogSizes) -> Need:
     return Need("log, split", kept, 70 * sizes.events)
 
 
-def program_bytes(resident: int, imported: bool) -> int:
-    """Return the bytes of Python and PyTorch while a run trains.
+def program_bytes(resident: int, *, trains: bool) -> int:
+    """Return the bytes of Python and PyTorch in a process that trains or serves.
 
-    ``resident`` are those of a process that has imported the package. ``imported`` tells whether PyTorch's compiler is in it.
+    ``resident`` are the bytes of this process, after it has imported the package.
     """
-    return resident + _CODE + (0 if imported else _COMPILER)
+    if not trains:
+        return resident + _SERVING_CODE
+    return resident + _STEP_CODE + (0 if "torch._dynamo" in sys.modules else _COMPILER)
 
 
 def serving_needs(model: LARESConfig, sizes: LogSizes, batch_size: int = 256, users: int = 1) -> list[Need]:
@@ -217,7 +220,7 @@ def serving_needs(model: LARESConfig, sizes: LogSizes, batch_size: int = 256, us
     return [
         # The file is mapped until its weights are copied into the model.
         Need("model, raw ids", weights.all + ids, weights.all),
-        Need("recommend", index, queries),
+        Need("recommend", index + _pool(model, weights), queries),
     ]
 
 
@@ -249,7 +252,7 @@ def _needed(
     sizes = LogSizes.of(log, split, model.max_len)
     needed = peak(training_needs(phase, config, model, sizes, device.type, there))
     if device.type == "cpu":
-        return needed + program_bytes(0, "torch._dynamo" in sys.modules)
+        return needed + program_bytes(0, trains=True)
     return needed + (log.items.nbytes if log.items.nbytes <= SHARE * free else 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lares_fast._device import resolve
 from lares_fast._errors import InputError
+from lares_fast._memory import require_room
 from lares_fast._random import root_key
 from lares_fast.config import LARESConfig
 from lares_fast.data import InteractionLog, Split
@@ -26,6 +28,9 @@ from lares_fast.train.keys import initial_weights_seed
 from lares_fast.train.optimizer import adam, moments, saved_state
 from lares_fast.train.resume import environment, resume_events, settings_of
 from lares_fast.train.state import Progress, RunState, SavedRun, load_run
+
+# An import of PyTorch's compiler takes less.
+_COMPILER = 224 * 2**20
 
 
 def checked_device(config: RunConfig) -> torch.device:
@@ -131,6 +136,8 @@ class Run:
 
     def make_optimizer(self, settings: PhaseConfig) -> torch.optim.Adam:
         """Return the optimizer of the current phase, which continues from the state that was loaded, if any."""
+        if "torch._dynamo" not in sys.modules:
+            require_room(_COMPILER, "PyTorch's compiler, which its optimizers import,")
         self._optimizer = adam(self.model, settings, self._optimizer_state(), self.folder.state_file)
         self._loaded_optimizer = None
         return self._optimizer

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.reliability.counts import ROOT, Counts
+from tests.reliability.counts import Counts
+from tests.reliability.limited import ENVIRONMENT, Done, Limited
 
 MIB = 2**20
 # The largest error of a prediction, as a share of the measured peak.
 TOLERANCE = 0.15
+# The code that a process reads from the disk in its first step, as the plan counts it.
+READ = 45 * MIB
 PREDICTED, REFUSED, ACCEPTED = "predictions of a peak", "runs that cannot fit", "runs that fit"
 LIMITED, PLANTED = "commands with too little memory", "planted faults"
 
@@ -63,7 +65,13 @@ CASES = (
 )
 
 
-class Done(NamedTuple):
+# For runs that are repeated with many limits.
+TRIED = _case("tried", (150, 16, 2_000), "mean_depth=2", (96, 48, 64))
+# With less than this a run draws no curves, which need more than the rest.
+NOT_DRAWN = 190 * MIB
+
+
+class Ended(NamedTuple):
     """The end of a command: its exit code, its output, its errors, and the largest resident size of its process in bytes."""
 
     code: int
@@ -74,34 +82,32 @@ class Done(NamedTuple):
 
 def measure(counts: Counts) -> None:
     """Count predictions, refusals and allocation failures."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, Limited() as limited:
         folder = Path(name)
-        _predict(counts, folder, CASES[:1] if counts.quick else CASES)
-        _refuse(counts, folder, CASES[:1] if counts.quick else CASES[:4])
-        _limit(counts, folder)
         _plant(counts)
+        _predict(counts, folder, CASES[:1] if counts.quick else CASES)
+        _refuse(counts, limited, folder, CASES[1:2] if counts.quick else CASES[1:5])
+        _limit(counts, limited, folder)
 
 
-def run(*arguments: object, limit: int | None = None, code: str | None = None) -> Done:
-    """Run the command line in a process, with at most ``limit`` bytes of address space. ``code`` replaces the command line."""
-
-    def restrict() -> None:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-    start = ["-m", "lares_fast"] if code is None else ["-c", code]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def run(*arguments: object) -> Ended:
+    """Run the command line in a process of its own."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        command = [sys.executable, *start, *map(str, arguments)]
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, preexec_fn=restrict)
+        command = [sys.executable, "-m", "lares_fast", *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=ENVIRONMENT)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read())
-    return Done(process.returncode, texts[0], texts[1], usage.ru_maxrss * 1024)
+    return Ended(process.returncode, texts[0], texts[1], usage.ru_maxrss * 1024)
+
+
+def plan(case: Case, log: Path) -> dict[str, Any]:
+    """Return the plan of a case."""
+    report: dict[str, Any] = json.loads(run("doctor", "--json", "--plan", "instruments", "--data", log, *case.arguments()).out)
+    return report
 
 
 def write_log(path: Path, case: Case) -> Path:
@@ -126,17 +132,29 @@ def _predict(counts: Counts, folder: Path, cases: Sequence[Case]) -> None:
     errors, largest = [], 0
     for case in cases:
         log, out = write_log(folder / "log.txt", case), folder / f"run-{case.name.replace(' ', '-')}"
-        peaks = json.loads(run("doctor", "--json", "--plan", "instruments", "--data", log, *case.arguments()).out)["peaks"]
-        for what, measured in _peaks(case, log, out).items():
-            errors.append(compare(counts, f"{case.name}, {what}", peaks[what], measured))
-            largest = max(largest, measured)
+        peaks = plan(case, log)["peaks"]
+        measured = _quick_peaks(case, log, out) if counts.quick else _peaks(case, log, out)
+        for parts, size in measured.items():
+            errors.append(compare(counts, f"{case.name}, {' and '.join(parts)}", max(peaks[part] for part in parts), size))
+            largest = max(largest, size)
     worst = max(errors, key=abs)
     counts.note(PREDICTED, f"worst error {worst:+.1%}, largest measured peak {largest / MIB:,.0f} MiB")
 
 
-def _peaks(case: Case, log: Path, out: Path) -> dict[str, int]:
+def _train(case: Case, log: Path, out: Path) -> tuple[object, ...]:
+    return ("train", "--config", "instruments", "--data", log, "--out", out, *case.arguments())
+
+
+def _quick_peaks(case: Case, log: Path, out: Path) -> dict[tuple[str, ...], int]:
+    """Return the measured peak of a short run of both phases."""
+    done = run(*_train(case, log, out), "--set", "spt.max_steps=1", "--set", "rpt.max_steps=1")
+    assert done.code == 0, done
+    return {("phase spt", "phase rpt"): done.peak}
+
+
+def _peaks(case: Case, log: Path, out: Path) -> dict[tuple[str, ...], int]:
     """Return the measured peak of each phase, and of recommending to all users."""
-    train = ("train", "--config", "instruments", "--data", log, "--out", out, *case.arguments())
+    train = _train(case, log, out)
     again = ("train", "--resume", out)
     done = [
         run(*train, "--phase", "spt", "--set", "spt.max_steps=1"),
@@ -147,48 +165,11 @@ def _peaks(case: Case, log: Path, out: Path) -> dict[str, int]:
     ]
     for each in done:
         assert each.code == 0, each
-    return {"phase spt": max(done[0].peak, done[1].peak), "phase rpt": done[2].peak, "recommend": done[3].peak}
+    return {("phase spt",): max(done[0].peak, done[1].peak), ("phase rpt",): done[2].peak, ("recommend",): done[3].peak}
 
 
-_SIZE = (
-    "import sys, re; from lares_fast.cli import main; code = main(sys.argv[1:]) if sys.argv[1:] else 0;"
-    "import lares_fast.cli.train; from lares_fast import _native; _native.available();"
-    "print('VmPeak', re.search(r'VmPeak:\\s+(\\d+)', open('/proc/self/status').read())[1]); sys.exit(code)"
-)
-# The estimate is turned off, so that allocations fail.
-_BLIND = (
-    "import sys; from lares_fast import _device, _memory; from lares_fast.train import memory;"
-    "memory.free_bytes = _device.free_bytes = lambda device: sys.maxsize;"
-    "from lares_fast.cli import main; sys.exit(main(sys.argv[1:]))"
-)
-_API = """
-import sys
-from lares_fast import load
-from lares_fast._errors import LaresFastError
-from lares_fast.data import leave_one_out, read_log
-from lares_fast.cli import settings
-from lares_fast.train import Trainer, memory
-memory.free_bytes = lambda device: sys.maxsize
-log_file, out, *assignments = sys.argv[1:]
-try:
-    log = read_log(log_file)
-    Trainer(settings.build("instruments", assignments), log, leave_one_out(log), out).run(("spt",))
-    load(out).recommend([log.item_ids[log.history(user)] for user in range(log.n_users)])
-except LaresFastError as error:
-    print(f"lares-fast: error: {error}", file=sys.stderr)
-    sys.exit(2)
-"""
-
-
-def _address_space(*arguments: object) -> int:
-    """Return the largest address space that a command takes, in bytes, or that the imports take without arguments."""
-    done = run(*arguments, code=_SIZE)
-    assert done.code == 0, done
-    return int(done.out.split()[-1]) * 1024
-
-
-def _refuse(counts: Counts, folder: Path, cases: Sequence[Case]) -> None:
-    start = _address_space()
+def _refuse(counts: Counts, limited: Limited, folder: Path, cases: Sequence[Case]) -> None:
+    """Give runs less and more memory than the plan says, and count the answers that are wrong."""
     for case in cases:
         log = write_log(folder / "log.txt", case)
         train = (
@@ -197,25 +178,26 @@ def _refuse(counts: Counts, folder: Path, cases: Sequence[Case]) -> None:
             "instruments",
             "--data",
             log,
-            "--set",
-            "spt.max_steps=1",
             *case.arguments(),
             "--phase",
             "spt",
+            "--set",
+            "spt.max_steps=1",
         )
-        report = json.loads(run("doctor", "--json", "--plan", "instruments", "--data", log, *case.arguments()).out)
-        lines = [line for line in report["lines"] if line["part"] == "phase spt"]
-        needed = max(line["peak"] for line in lines) - lines[0]["kept"]
+        report = plan(case, log)
+        # What the plan counts besides the process as it is after its imports.
+        needed = report["peaks"]["phase spt"] - next(line["kept"] for line in report["lines"]) + READ
         out = folder / "refused"
         counts.tried(REFUSED)
-        done = run(*train, "--out", out, limit=start + needed // 3)
+        done = limited.run(*train, "--out", out, extra=6 * needed // 10)
         sentence = done.err.strip().splitlines()[-1:] or [""]
         if done.code != 2 or "needs about" not in sentence[0] or "are free: lower " not in sentence[0] or out.exists():
             counts.failed(REFUSED, f"{case.name}: {done.code}, {done.err[-300:]!r}")
         if counts.quick:
             continue
         counts.tried(ACCEPTED)
-        done = run(*train, "--out", folder / f"accepted-{case.name}", limit=start + 2 * needed + 512 * MIB)
+        # Address space is more than memory: PyTorch's compiler and libraries take some of it, too.
+        done = limited.run(*train, "--out", folder / f"accepted-{case.name}", extra=needed + 512 * MIB)
         if done.code:
             counts.failed(ACCEPTED, f"{case.name}: {done.code}, {done.err[-300:]!r}")
 
@@ -227,48 +209,41 @@ def judge(counts: Counts, what: str, done: Done) -> str:
     if done.code == 0:
         return "succeeded"
     if done.code == 2 and lines and lines[-1].startswith("lares-fast: error: ") and "Traceback" not in done.err:
-        return "refused" if "needs about" in lines[-1] else "told"
+        return "refused before the first step" if "needs about" in lines[-1] else "ended with a sentence"
     counts.failed(LIMITED, f"{what}: code {done.code}, {done.err[-500:]!r}")
     return "failed"
 
 
-def _limit(counts: Counts, folder: Path) -> None:
-    case = CASES[0]
-    log, out = write_log(folder / "log.txt", case), folder / "limited"
-    settings = case.arguments()
-    train = (
-        "train",
-        "--config",
-        "instruments",
-        "--data",
-        log,
-        "--set",
-        "spt.max_steps=1",
-        "--set",
-        "rpt.max_steps=1",
-        *settings,
-    )
-    # The imports that every command needs must succeed.
-    low, high = _address_space(), _address_space(*train, "--out", out)
-    tries = {
-        "train": (4 if counts.quick else 30, None, [*train, "--out"]),
-        "train without the estimate": (0 if counts.quick else 40, _BLIND, [*train, "--out"]),
-        "eval": (0 if counts.quick else 20, _BLIND, ["eval", "--run", out, "--csv"]),
-        "recommend": (0 if counts.quick else 20, _BLIND, ["recommend", "--run", out, "--input", log, "--output"]),
-        "Trainer and Recommender": (0 if counts.quick else 20, _API, None),
-    }
+def _limit(counts: Counts, limited: Limited, folder: Path) -> None:
+    """Run commands with amounts of memory from nothing more than the imports take to what the whole command takes."""
+    case = TRIED
+    log, out = write_log(folder / "log.txt", case), folder / "whole"
+    steps = ("spt.max_steps=1", "rpt.max_steps=1")
+    settings = [*case.arguments(), *(word for setting in steps for word in ("--set", setting))]
+    train = ["train", "--config", "instruments", "--data", log, *settings, "--out"]
+    serve = ["recommend", "--run", out, "--input", log, "--output"]
+    api = [log, *(word for word in settings if word != "--set")]
+    whole = limited.run(*train, out, extra=NOT_DRAWN)
+    assert whole.code == 0, whole
+    tries: list[tuple[int, str, dict[str, bool], Callable[[Path], list[object]]]] = [
+        (0 if counts.quick else 20, "train", {}, lambda path: [*train, path]),
+        (3 if counts.quick else 40, "train without the estimate", {"blind": True}, lambda path: [*train, path]),
+        (0 if counts.quick else 20, "eval", {}, lambda path: ["eval", "--run", out, "--csv", path.with_suffix(".csv")]),
+        (0 if counts.quick else 20, "recommend", {}, lambda path: [*serve, path.with_suffix(".csv")]),
+        (0 if counts.quick else 20, "Trainer", {"blind": True, "api": True}, lambda path: [api[0], path, *api[1:]]),
+    ]
     ends: dict[str, int] = {}
-    goal = sum(number for number, *_ in tries.values())
-    for what, (number, code, command) in tries.items():
-        for at, limit in enumerate(np.linspace(low, high, number).astype(int).tolist()):
-            name = folder / f"limited-{what.replace(' ', '-')}-{at}"
-            if command is None:
-                words = [word for word in settings if word != "--set"]
-                arguments: list[object] = [log, name, "spt.max_steps=1", *words]
-            else:
-                arguments = [*command, name.with_suffix(".csv") if command[0] != "train" else name]
-            done = run(*arguments, limit=limit, code=code)
-            end = judge(counts, f"{what} in {limit / MIB:,.0f} MiB of address space", done)
+    goal = sum(number for number, *_ in tries)
+    for number, what, how, arguments in tries:
+        most = (
+            whole.grown
+            if not number or "train" in what
+            else limited.run(*arguments(folder / f"all-{what}"), extra=NOT_DRAWN, **how).grown
+        )
+        for at in range(number):
+            extra = most * (at + 1) // (number + 1) if counts.quick else most * at // (number - 1)
+            done = limited.run(*arguments(folder / f"limited-{what.replace(' ', '-')}-{at}"), extra=extra, **how)
+            end = judge(counts, f"{what} with {extra / MIB:,.0f} of {most / MIB:,.0f} MiB", done)
             ends[end] = ends.get(end, 0) + 1
             counts.tried(LIMITED, 0, goal=goal)
     counts.note(LIMITED, ", ".join(f"{number} {end}" for end, number in sorted(ends.items())))
@@ -278,8 +253,8 @@ def _plant(counts: Counts) -> None:
     """Check that wrong results are counted."""
     planted = Counts("planted", quick=True)
     compare(planted, "a planted prediction that is 16 % off", 116, 100)
-    judge(planted, "a planted traceback", Done(1, "", "Traceback (most recent call last):", 0))
-    judge(planted, "a planted crash", Done(-11, "", "", 0))
+    judge(planted, "a planted traceback", Done(1, "Traceback (most recent call last):", 0))
+    judge(planted, "a planted crash", Done(-11, "", 0))
     counts.tried(PLANTED, 3)
     if sum(row.failed for row in planted.rows.values()) != 3:
         counts.failed(PLANTED, "a planted fault was not counted")

@@ -44,7 +44,11 @@ class Case:
     def __init__(self, seed: int) -> None:
         draw = random.Random(seed)
         self.kind = KINDS[seed % len(KINDS)]
-        M, N, D = draw.choice((1, 2, 3, 6)), draw.choice((1, 2, 3, 7, 20, 49, 97, 1100 if seed % 5 == 0 else 30)), draw.choice((1, 2, 5))
+        M, N, D = (
+            draw.choice((1, 2, 3, 6)),
+            draw.choice((1, 2, 3, 7, 20, 49, 97, 1100 if seed % 5 == 0 else 30)),
+            draw.choice((1, 2, 5)),
+        )
         if self.kind == "offset":
             D = max(2, D)
         self.skip_pad = N > 1 and draw.random() < 0.3
@@ -74,7 +78,9 @@ class Case:
         self.exponents = (one := draw.randint(max(-136, both - 100), min(100, both + 136)), both - one)
         self.scale = draw.choice((1.0, 1 / 0.07, 2.0 ** draw.randint(-100, 100), 2.0**-both * draw.choice((0.01, 0.3, 1, 3))))
         self.scale = min(max(self.scale, 2.0**-100), 2.0**100)
-        self.hidden, self.items = (x.ldexp(torch.tensor(e)).float() for x, e in zip((hidden, items), self.exponents, strict=True))
+        self.hidden, self.items = (
+            x.ldexp(torch.tensor(e)).float() for x, e in zip((hidden, items), self.exponents, strict=True)
+        )
         self.target = target
         self.grad = torch.randn(M, generator=generator) * 10 ** draw.choice((0, 0, draw.uniform(-30, 30)))
         self.products = self.hidden.double() @ self.items.double().T
