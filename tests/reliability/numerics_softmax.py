@@ -25,10 +25,10 @@ PROBABILITY, NORMAL, SMALLEST = 2.0**-125, 2.0**-126, 2.0**-149
 class Truth:
     """The exact results of a call by name, in fp64.
 
-    ``terms`` holds the sums of the absolute terms, and ``least`` the errors that come from numbers too small for fp32. A result
-    need not be finite where ``free`` is true: there a product, a gradient or a log-probability is near the end of fp32. It is not
-    compared where ``unknown`` is true: there a sum of several products leaves fp32 on the way, and what it becomes depends on the
-    order of its terms.
+    ``terms`` holds the sums of the absolute terms, and ``least`` the errors that come from numbers too small for fp32. A
+    result need not be finite where ``free`` is true: there a product, a gradient or a log-probability is near the end of fp32.
+    It is not compared where ``unknown`` is true: there a sum of several products leaves fp32 on the way, and what it becomes
+    depends on the order of its terms.
     """
 
     values: dict[str, Tensor]
