@@ -1,7 +1,6 @@
-"""Errors outside the input: interruptions, a full disk, a folder in use, missing memory, diverging runs, pipes, bugs."""
+"""Errors outside the input: interruptions, a folder in use, missing memory, diverging runs, pipes, bugs."""
 
 import os
-import resource
 import shutil
 import signal
 import threading
@@ -11,9 +10,8 @@ import pytest
 
 import lares_fast
 from lares_fast import _files as files
-from lares_fast.cli import settings
 from lares_fast.train.checkpoint import load_state
-from tests.support.command_line import is_one_sentence, metrics_csv, python, refused, results_of
+from tests.support.command_line import metrics_csv, python, refused, results_of
 
 
 def test_a_folder_in_use_is_one_sentence(cli, runs, tmp_path, small_settings):
@@ -30,20 +28,6 @@ def test_a_folder_in_use_is_one_sentence(cli, runs, tmp_path, small_settings):
         assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
     with files.locked(Path("runs/demo")):
         assert refused(cli("demo"), "in use")
-
-
-def test_two_runs_at_once_make_one(runs, tmp_path, small_settings):
-    _, log = runs["integers"]
-    out = tmp_path / "both"
-    common = ["-m", "lares_fast", "train", *small_settings, "--data", log, "--phase", "spt", "--out", out]
-    processes = [python(*common, "--set", f"spt.lr={lr}") for lr in ("0.001", "0.01")]
-    results = [process.communicate(timeout=120) for process in processes]
-    codes = [process.returncode for process in processes]
-    # One process trains. The other one finds the folder in use, or a finished run.
-    assert sorted(codes) == [0, 2], results
-    (lr,) = {state for state in (load_state(out / "state.pt")["settings"]["spt.lr"],)}
-    assert lr == (0.001, 0.01)[codes.index(0)] == settings.build(out / "config.yaml").spt.lr
-    assert "Traceback" not in results[0][1] + results[1][1]
 
 
 def test_a_diverging_run_is_one_sentence(cli, runs, tmp_path, small_settings):
@@ -123,16 +107,29 @@ def test_sigterm_saves_and_says_how_to_resume(cli, small_settings, log_file, tmp
     assert len(epochs) == len(set(epochs)) * 2
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(damaged):
-    state = damaged / "state.pt"
-    before, room = state.read_bytes(), state.stat().st_size // 2
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_state(cli, small_settings, log_file, monkeypatch, number):
+    monkeypatch.setattr("lares_fast.cli.train.split_log", lambda *_: os.kill(os.getpid(), number))
+    result = cli("train", *small_settings, "--data", log_file, "--out", "run")
+    assert (result.code, result.written) == (130, [])
+    assert result.err == "lares-fast: aborted before a state was saved; begin the run again.\n"
 
-    def little_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
-    running = python("-m", "lares_fast", "train", "--resume", damaged, "--set", "rpt.epochs=2", prepare=little_room)
-    _, err = running.communicate(timeout=60)
-    assert running.returncode == 2 and is_one_sentence(err), err
-    assert "state.pt could not be written" in err
-    assert state.read_bytes() == before and load_state(state)["phase"] == "rpt"
-    assert not list(damaged.glob(".*"))
+def test_an_aborted_run_says_how_to_resume(cli, damaged, monkeypatch):
+    """The second Ctrl-C aborts."""
+
+    def press_twice(trainer, _):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("lares_fast.train.Trainer.run", press_twice)
+    result = cli("train", "--resume", damaged)
+    assert result.code == 130
+    last = f"lares-fast: aborted; resume from the last saved state with: lares-fast train --resume {damaged}"
+    assert result.err.splitlines()[-1] == last
+
+
+def test_sigterm_removes_a_partly_written_output(cli, runs, monkeypatch):
+    monkeypatch.setattr(lares_fast.Recommender, "recommend", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    result = cli("recommend", "--run", runs["integers"][0], "--item", "5", "--output", "out.csv")
+    assert (result.code, result.written) == (130, [])

@@ -3,15 +3,13 @@
 import csv
 import random
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
 import lares_fast
-from tests.support.command_line import events, python, refused, write_csv
+from tests.support.command_line import events, refused, write_csv
 
 # What recommend reads
 
@@ -136,23 +134,3 @@ def test_an_output_that_is_a_link_is_not_followed(cli, runs, tmp_path):
         Path(name).symlink_to(victim)
     assert cli("recommend", "--run", run, "--item", "5", "--output", "out.csv").code == 0
     assert victim.read_text() == "mine" and not Path("out.csv").is_symlink()
-
-
-@pytest.mark.parametrize("ending", ["parquet"])
-def test_ctrl_c_leaves_no_temporary_and_no_traceback(runs, tmp_path, ending):
-    run, _ = runs["integers"]
-    path = write_csv(tmp_path / "new.csv", [(user, user % 40 + 1, 1) for user in range(1, 20_001)])
-    folder = tmp_path / "out"
-    folder.mkdir()
-    running = python(
-        "-m", "lares_fast", "recommend", "--run", run, "--input", path, "--output", folder / f"o.{ending}", "--batch-size", 1
-    )
-    for _ in range(600):
-        if list(folder.iterdir()):
-            break
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
-    assert (running.returncode, out) == (130, "")
-    assert err == "lares-fast: aborted; everything that was saved before is intact.\n"
-    assert not list(folder.iterdir())
