@@ -81,3 +81,52 @@ def test_a_run_of_an_earlier_version_is_taken_with_a_notice(cli, runs, tmp_path)
     for command in (["eval", "--steps", "1"], ["recommend", "--user", "1"]):
         result = cli(command[0], "--run", old, *command[1:])
         assert result.code == 0 and "is of an earlier version" in result.err
+
+
+def test_a_whole_model_that_the_state_does_not_name_gives_a_notice(cli, runs, tmp_path):
+    from lares_fast.train.checkpoint import load_weights_about, save_weights
+
+    run, _ = runs["integers"]
+    copy = shutil.copytree(run, tmp_path / "copy")
+    weights, config, about = load_weights_about(run / "model.safetensors")
+    save_weights(copy / "model.safetensors", {name: value * 0.5 for name, value in weights.items()}, config, about)
+    for command in (["eval", "--steps", "1"], ["recommend", "--item", "5"]):
+        assert "is not the best model that state.pt names" in cli(command[0], "--run", copy, *command[1:]).err
+        assert cli(command[0], "--run", run, *command[1:]).err == ""
+    # A state that cannot be read names no model.
+    (copy / "state.pt").write_bytes(b"")
+    assert cli("recommend", "--run", copy, "--item", "5").err == ""
+    assert cli("train", "--resume", copy, "--phase", "spt").code == 0
+    assert (copy / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
+def test_an_edited_configuration_is_reported_by_every_command(cli, runs, tmp_path):
+    run, _ = runs["integers"]
+    copy = shutil.copytree(run, tmp_path / "copy")
+    path = copy / "config.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("checkpoint_minutes: 10.0", "checkpoint_minutes: 3.0"))
+    assert path.read_text() != text
+    for command in (["eval", "--run"], ["recommend", "--user", "1", "--run"], ["train", "--resume"]):
+        assert refused(cli(*command, copy), "config.yaml was edited or is damaged: undo the edit", "remove its first line")
+    assert refused(cli("train", "--config", path), "config.yaml was edited or is damaged")
+    # The remedy works, and the changed setting is announced.
+    path.write_text(path.read_text().partition("\n")[2])
+    result = cli("train", "--resume", copy, "--phase", "spt")
+    assert result.code == 0 and "changed  setting checkpoint_minutes: 10.0 -> 3.0" in result.out
+
+
+def test_a_damaged_state_costs_one_checkpoint(cli, runs, tmp_path):
+    run, log = runs["integers"]
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "state.pt").write_bytes((run / "state.pt").read_bytes()[:-1])
+    result = cli("train", "--resume", copy, "--phase", "spt")
+    assert result.code == 0 and "the run continues from the checkpoint before it, state.previous.pt" in result.out
+    for name in ("state.pt", "state.previous.pt"):
+        (copy / name).write_bytes(b"")
+    assert refused(
+        cli("train", "--resume", copy), "state.pt is not a readable state", "state.previous.pt is not", "from a copy"
+    )
+    # A folder with the older state alone holds a run too.
+    (copy / "state.pt").unlink()
+    assert refused(cli("train", "--data", log, "--out", copy), "already holds a run", "--resume")

@@ -3,7 +3,7 @@
 # A part is a module of this folder with a function ``measure(counts)``. ``counts.quick`` asks for a short form.
 PARTS: dict[str, str] = {
     "kill": "kills and interrupts runs, fills disks, takes away rights, and resumes",
-    "corrupt": "damages the files of a run, and input files",
+    "corrupt": "damages, swaps and takes away the files of a run, and damages parquet logs",
     "diverge": "makes runs diverge, and changes settings and software between two parts of a run",
     "fuzz_ops": "calls the ops with random arguments, valid and not valid",
     "fuzz_readers": "reads mutated logs and settings",
