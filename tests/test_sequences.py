@@ -73,13 +73,13 @@ def test_a_batch_gives_its_sequences():
 
 
 @pytest.mark.parametrize(("items", "offsets", "message"), [
-    (ITEMS, [0, 2, 3, 6], "the offsets of packed sequences must be \\[B \\+ 1\\] from 0 to 7, the number of items"),
-    (ITEMS, [1, 2, 3, 7], "the offsets of packed sequences must be"),
-    (ITEMS, [[0, 7]], "the offsets of packed sequences must be"),
+    (ITEMS, [0, 2, 3, 6], "item_seq_len must be the offsets \\[B \\+ 1\\] from 0 to 7, the number of packed items"),
+    (ITEMS, [1, 2, 3, 7], "item_seq_len must be the offsets"),
+    (ITEMS, [[0, 7]], "item_seq_len must be the offsets"),
     (ITEMS, [], "item_seq_len must be a tensor of integers, but got torch.float32"),
-    (ITEMS, [0, 7], r"packed sequences must have 1\.\.6 items, but they have 7\.\.7"),
-    (ITEMS, [0, 2, 2, 7], r"packed sequences must have 1\.\.6 items, but they have 0\.\.5"),
-    (ITEMS, [0, 3, 2, 7], r"packed sequences must have 1\.\.6 items, but they have -1\.\.5"),
+    (ITEMS, [0, 7], r"item_seq_len must give every sequence 1\.\.6 items, but gives 7\.\.7"),
+    (ITEMS, [0, 2, 2, 7], r"item_seq_len must give every sequence 1\.\.6 items, but gives 0\.\.5"),
+    (ITEMS, [0, 3, 2, 7], r"item_seq_len must give every sequence 1\.\.6 items, but gives -1\.\.5"),
     (ITEMS + 1, [0, 2, 3, 7], r"item_seq must hold ids in 0\.\.9, but it spans 4\.\.10"),
     (ITEMS - 4, [0, 2, 3, 7], r"item_seq must hold ids in 0\.\.9, but it spans -1\.\.5"),
     (ITEMS - 3, [0, 2, 3, 7], r"item_seq holds PAD \(0\) inside a sequence, at position 0 of sequence 0: padding must follow"),
