@@ -37,7 +37,7 @@ using std::int64_t;
 using std::uintptr_t;
 
 // This number rises whenever the arguments of a function change. lares_fast/_native.py does not load a module with another one.
-constexpr int ABI = 10;
+constexpr int ABI = 11;
 
 py::dict build_info(Arguments& arguments) {
     arguments.end();

@@ -14,7 +14,7 @@ from lares_fast._errors import InputError, NotBuiltError
 
 # This must equal ABI in csrc/bindings.cpp. Python passes addresses to the module, so it must not call a module that was built
 # from other sources.
-ABI = 10
+ABI = 11
 
 _REMEDY = "run pip install . in the source folder"
 

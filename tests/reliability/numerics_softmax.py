@@ -126,7 +126,8 @@ class Case:
         }
         # The rows with a product, or a sum on the way to it, that leaves fp32.
         leaves = ((hidden.abs() @ items.abs().T) > LARGEST).any(-1)
-        near = (terms["hidden"] > LARGEST / 64).any(-1), (upstream.abs() * hidden.abs() > LARGEST / 64).any()
+        large = upstream.abs() > LARGEST / 64
+        near = (large | (terms["hidden"] > LARGEST / 64)).any(-1), (large | (upstream.abs() * hidden.abs() > LARGEST / 64)).any()
         free = {
             "logprob": leaves | (logprob < -LARGEST),
             "hidden": (leaves | near[0])[:, None],
