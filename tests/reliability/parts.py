@@ -12,6 +12,6 @@ PARTS: dict[str, str] = {
     "memory": "compares predicted and measured peak memory",
     "soak": "trains, evaluates and recommends for two hours and watches the memory",
     "numerics": "computes with very large, very small and non-finite numbers",
-    "hosts": "tests other processors and other versions of torch and NumPy",
+    "hosts": "imports, trains and calls the ops on other processors and with other versions of Python, torch and NumPy",
     "security": "attacks outputs, caches and settings from a second account's view",
 }
