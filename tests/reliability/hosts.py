@@ -46,7 +46,7 @@ import lares_fast
 MORE
 print(json.dumps(seen + ["a thread"] * (count() - before)))
 # A planted write and a planted thread must be seen.
-open(os.devnull, "w")
+open(os.devnull, "w").close()
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 print(json.dumps(["to write" in seen[-1], count() > before]))
 """
