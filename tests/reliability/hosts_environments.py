@@ -66,7 +66,7 @@ def measure(counts: Counts) -> None:
                 break
             base = Path(folder) / str(i)
             base.mkdir()
-            versions = check(counts, environment, base, Path(folder) / "cache")
+            versions = check(counts, environment, base, Path(folder))
             shutil.rmtree(base)
             found.append(f"Python {environment.python} with {versions}")
     counts.note(WHAT, "; ".join(found))
@@ -77,20 +77,23 @@ def interpreter(version: str) -> Path:
     return Path.home() / ".pyenv" / "versions" / version / "bin" / "python"
 
 
-def check(counts: Counts, environment: Environment, base: Path, cache: Path) -> str:
-    """Make one environment, use the package in it, and return the versions."""
+def check(counts: Counts, environment: Environment, base: Path, folder: Path) -> str:
+    """Make one environment in ``base``, use the package in it, and return the versions.
+
+    ``folder`` keeps the wheels, one for each Python, and the downloads.
+    """
     constraints = base / "constraints.txt"
     constraints.write_text("\n".join(environment.pins) + "\n")
-    how = {"PIP_CONSTRAINT": constraints, "PIP_CACHE_DIR": cache, "LARES_FAST_CUDA": 0, "TMPDIR": base}
+    how = {"PIP_CONSTRAINT": constraints, "PIP_CACHE_DIR": folder / "cache", "LARES_FAST_CUDA": 0, "TMPDIR": base}
     if shutil.which("ccache"):
         how["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
     python = base / "venv" / "bin" / "python"
-    wheels = base / "wheels"
+    wheels = folder / f"wheels-{environment.python}"
     build = (python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", wheels, ROOT)
     code = "import torch, lares_fast; assert lares_fast.build_info()['native']"
     steps = [
         lambda: (interpreter(environment.python), "-m", "venv", base / "venv"),
-        lambda: build,
+        *([] if wheels.exists() else [lambda: build]),
         lambda: (python, "-m", "pip", "install", "-q", f"{next(wheels.glob('*.whl'))}[train]"),
         lambda: (python, "-W", "error", "-c", code),
         *(lambda command=command: (python, "-m", "lares_fast", *command) for command in COMMANDS),

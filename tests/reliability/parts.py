@@ -12,6 +12,6 @@ PARTS: dict[str, str] = {
     "memory": "compares predicted and measured peak memory",
     "soak": "trains, evaluates and recommends for two hours and watches the memory",
     "numerics": "calls every op with very large, very small, subnormal and non-finite numbers, and with no rows",
-    "hosts": "tests other processors and other versions of torch and NumPy",
+    "hosts": "imports, trains and calls the ops on other processors and with other versions of Python, torch and NumPy",
     "security": "attacks outputs, the cache, settings and input paths, and checks the protection of the native module",
 }
