@@ -1,12 +1,15 @@
 """The loader of the native module: its report, its reasons for a missing module, and how it takes arguments."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lares_fast import _native
 from lares_fast._errors import InputError, NotBuiltError
 from lares_fast._native_call import call_native
+from lares_fast.ops._catalog_calls import IndexTables
 from tests.support.catalog_cases import needs_native
 
 BUILT = _native.available()[0]
@@ -120,3 +123,53 @@ def test_a_missing_argument_is_named_and_positions_are_not_taken():
         call_native("state_uniforms", P=0)
     with pytest.raises(TypeError):
         _native.load().topk(1, 2, 3)
+
+
+@needs_native
+@pytest.mark.parametrize("function", ["topk", "index_shape", "use_level", "philox", "level", "build_info"])
+def test_a_keyword_that_cannot_be_encoded_is_an_error(function):
+    """In the message of pybind11 about wrong arguments, such a keyword would end the process."""
+    with pytest.raises(TypeError):
+        getattr(_native.load(), function)("\ud800", **{"\ud800": 3})
+
+
+@needs_native
+def test_topk_of_an_empty_catalog_finds_nothing():
+    query, scores, ids = torch.ones(2, 8), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    rest = {"items": None, "bias": None, "exclude_offsets": None, "exclude_ids": None, "threads": 2}
+    call_native("topk", query=query, B=2, N=0, D=8, k=3, scores=scores, ids=ids, **rest)
+    assert (ids == -1).all() and (scores == -torch.inf).all()
+
+
+@needs_native
+def test_codes_of_an_index_need_the_other_tables():
+    query, items, scores, ids = torch.ones(1, 8), torch.ones(9, 8), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.int64)
+    call = {"query": query, "items": items, "B": 1, "N": 9, "D": 8, "k": 3, "scores": scores, "ids": ids, "threads": 1}
+    rest = dict.fromkeys(["bias", "exclude_offsets", "exclude_ids"])
+    index = {f"index_{name}": items for name in IndexTables._fields}
+    with pytest.raises(InputError, match="an index of this size and SIMD level has no codes"):
+        call_native("topk", **call, **rest, **index)
+    with pytest.raises(InputError, match="the tables of the index must not be null"):
+        call_native("topk", **call, **rest, **{**index, "index_bounds": None})
+
+
+@needs_native
+@pytest.mark.parametrize(("weights", "message"), [
+    ([0] * 16, "weights must not be null pointers"), ([1] * 15, "the number of weights is wrong"), ([0] * 2**20, "layers"),
+])  # fmt: skip
+def test_weights_of_the_recurrence_are_checked(weights, message):
+    layers = 2**60 if len(weights) > 16 else 1
+    none = dict.fromkeys(["h", "pre", "offsets", "depth", "rows", "tape", "out"])
+    sizes = {"batch": 0, "width": 16, "n_heads": 1, "inner_size": 16, "n_layers": layers, "threads": 1}
+    rest = {"hidden_threshold": 0, "attention_threshold": 0, "first_step": 0, "eps": 0.0, "key": (0, 0), "bf16": False}
+    with pytest.raises(InputError, match=message):
+        call_native("recurrence_forward", adapter="none", output="last", weights=weights, **none, **sizes, **rest)
+
+
+def test_too_little_memory_is_an_input_error(monkeypatch):
+    def refuse(**_):
+        raise MemoryError
+
+    monkeypatch.setattr(_native, "load", lambda: SimpleNamespace(topk=refuse))
+    with pytest.raises(InputError, match="topk: there is not enough memory"):
+        call_native("topk")

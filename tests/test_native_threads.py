@@ -14,6 +14,7 @@ import torch
 from lares_fast.ops import _linear_cross_entropy_native as softmax
 from lares_fast.ops._catalog_calls import LogprobBackwardCall, LogprobCall
 from lares_fast.ops._catalog_index import build_index
+from tests.reliability.threads import EXIT, environment
 from tests.support.catalog_cases import native_ranks, native_topk, needs_native, same, whole_numbers
 
 pytestmark = needs_native
@@ -69,6 +70,14 @@ def test_works_after_a_fork():
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_interpreter_may_end_while_daemon_threads_are_inside_calls():
+    command = [sys.executable, "-c", EXIT, "0.05"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @contextlib.contextmanager

@@ -103,6 +103,21 @@ def test_fuzz_under_address_and_undefined_behaviour_sanitizers(level, fuzzed):
     check(fuzzed[level], level, CALLS[level])
 
 
+def run_kind(program, kind, calls):
+    """Return (exit code, output) of calls that choose their level themselves."""
+    done = subprocess.run([*program, kind, str(calls), "1"], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_calls_of_random_bytes(checked):
+    """The target of libFuzzer works, as tests/reliability/fuzz_native.py needs it."""
+    assert run_kind(checked, "bytes", 500) == (0, "bytes: 500 calls\n")
+
+
+def test_a_forked_child_can_take_memory_from_the_pool(checked):
+    assert run_kind(checked, "forks", 200) == (0, "forks: 200 calls\n")
+
+
 @pytest.mark.parametrize(
     ("bug", "report"),
     [
@@ -115,6 +130,17 @@ def test_a_planted_bug_ends_the_program(bug, report, checked):
     code, output = run(checked, levels()[-1], 300, large=0, bug=[bug])
     assert code != 0
     assert report in output
+
+
+def test_a_pool_without_care_for_forks_is_found(checked, tmp_path):
+    text = "pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); })"
+    source = (ROOT / "csrc" / "memory" / "pool.cpp").read_text()
+    assert source.count(text) == 1, "pool.cpp has changed: plant the bug elsewhere"
+    (tmp_path / "pool.cpp").write_text(source.replace(text, "0"))
+    link(checked, tmp_path, tmp_path / "pool.cpp", ROOT / "csrc", "pool.cpp.o")
+    code, output = run_kind([tmp_path / "native_tests"], "forks", 20_000)
+    assert code == 1
+    assert "waits for the lock" in output
 
 
 # name: (file of csrc/recurrence, text that the file has once, text instead of it)
@@ -160,16 +186,21 @@ def run_with_plant(bug, checked, folder):
     file.write_text(file.read_text().replace(text, instead))
     spoilt = "plan.cpp" if name == "plan.cpp" else "recurrence_kernel.cpp"
     target = "native_tests.dir" if name == "plan.cpp" else "lares_fast_generic.dir"
-    objects = [x for x in Path(checked[0]).parent.rglob("*.o") if x.name != f"{spoilt}.o" or target not in str(x)]
-    flags = ["-std=c++17", "-ffp-contract=off", "-DLARES_INSTRUCTION_SET=generic", f"-I{folder / 'csrc'}"]
+    link(checked, folder, file.parent / spoilt, folder / "csrc", f"{target}/csrc/recurrence/{spoilt}.o")
+    return run([folder / "native_tests"], "generic", 300, large=0)
+
+
+def link(program, folder, source, include, instead):
+    """Build ``program`` in ``folder`` with ``source`` instead of its object whose path ends with ``instead``."""
+    objects = [x for x in Path(program[0]).parent.rglob("*.o") if not str(x).endswith(instead)]
+    flags = ["-std=c++17", "-ffp-contract=off", "-DLARES_INSTRUCTION_SET=generic", f"-I{include}"]
     # The wrong results show without sanitizers and optimisation, which would take most of the time.
     for command in (
-        ["g++", *flags, "-c", folder / "csrc" / "recurrence" / spoilt, "-o", folder / "spoilt.o"],
+        ["g++", *flags, "-c", source, "-o", folder / "spoilt.o"],
         ["g++", "-fsanitize=address,undefined", folder / "spoilt.o", *objects, "-pthread", "-o", folder / "native_tests"],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-    return run([folder / "native_tests"], "generic", 300, large=0)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +225,7 @@ def raced():
 def test_several_threads_under_the_thread_sanitizer(level, raced):
     if level not in levels():
         pytest.skip(f"this CPU has no {level}")
-    check(run(raced, level, 30, large=10, callers=3), level, 30, callers=3)
+    check(run(raced, level, 12, large=6, callers=8), level, 12, callers=8)
 
 
 def test_a_planted_race_is_reported(raced):

@@ -266,8 +266,8 @@ def main() -> None:
         if place is not None:
             place[:] = i.to_bytes(8, "little")
         if given.plant == "crash" and i == given.first + given.calls - 1:
-            # A size that is larger than its memory, which the module cannot notice.
-            _native.load().target_rank(**target_rank(Memory(random.Random(1))) | {"B": 2**40, "D": 0, "exclude_offsets": 0})
+            # An address without memory, which the module cannot notice.
+            _native.load().state_uniforms(key=(1, 2), rows=8, positions=8, P=1, D=1, uniforms=8)
         total[one_call(f"{given.seed}/{i}", given.plant)] += 1
     for what, count in sorted(total.items()):
         print(what, count)

@@ -37,6 +37,7 @@ def measure(counts: Counts) -> None:
     """Count the cases of thread_cases.py, ends of the interpreter, and calls under the thread sanitizer."""
     cases(counts)
     ends(counts, 3 if counts.quick else 100)
+    served(counts, 1 if counts.quick else 10)
     if not counts.quick:
         sanitized(counts)
 
@@ -71,6 +72,31 @@ def ends(counts: Counts, number: int) -> None:
         counts.tried(what, goal=number)
         if done.returncode != 0 or done.stderr:
             counts.failed(what, f"exit code {done.returncode}: {done.stderr[-300:]}")
+
+
+# The threads of the main process and of a forked worker, as docs/tutorial.md advises. 0 threads of the main process: it has no
+# model. The first pair is what the page warns of.
+WARNING, *ADVICE = [("2", "0"), ("1", "0"), ("1", "2"), ("0", "2")]
+
+
+def served(counts: Counts, number: int) -> None:
+    """Serve in forked workers ``number`` times for each advice of docs/tutorial.md."""
+    what = "forked workers that follow the advice of docs/tutorial.md"
+    for _ in range(number):
+        for pair in ADVICE if not counts.quick else ADVICE[1:2]:
+            found = _serve(*pair)
+            counts.tried(what)
+            if found != "works":
+                counts.failed(what, f"{pair[0]} threads, then {pair[1]}: {found}")
+    if not counts.quick:
+        hung = sum("hangs" in _serve(*WARNING) for _ in range(3))
+        counts.note(what, f"without the advice {hung} of 3 workers waited forever for threads of PyTorch")
+
+
+def _serve(*pair: str) -> str:
+    command = [sys.executable, "-m", "tests.reliability.serve_after_fork", *pair]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    return done.stdout.strip() or done.stderr[-300:]
 
 
 def sanitized(counts: Counts) -> None:
