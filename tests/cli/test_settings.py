@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import time
 
 import pytest
 
@@ -144,6 +146,43 @@ def test_odd_files_are_one_short_sentence(text, tmp_path):
     with pytest.raises(InputError) as error:
         settings.build(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < len(str(path)) + 300
+
+
+ALIASES = "a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))
+MERGES = "a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 12))
+
+
+@pytest.mark.parametrize("text", [
+    "\n".join(ALIASES), "\n".join(MERGES), f"seed: '{{{', '.join(ALIASES)}}}'", f"seed: '{{{', '.join(MERGES)}}}'",
+    "[" * 99_000, "a: " + "{" * 9_000, "seed: '" + "[" * 90_000 + "'", "- " * 40_000, "#" * 99_000, "# 01234567" * 9_000,
+    "device: " + "x" * 5_000_000, "seed: 0x" + "f" * 50_000, "seed: '0x" + "f" * 50_000 + "'",
+    "seed: " + "1:" * 10_000 + "1", "spt: {batch_size: 0b" + "1" * 90_000 + "}",
+], ids=lambda text: text[:20])  # fmt: skip
+def test_settings_that_would_grow_are_refused_at_once(text, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(InputError) as error:
+        settings.build(path)
+    assert time.process_time() - began < 5
+    assert "\n" not in str(error.value) and len(str(error.value)) < len(str(path)) + 300
+
+
+def test_a_text_that_looks_like_an_alias_is_a_text(tmp_path):
+    path = tmp_path / "mine.yaml"
+    for name in ("*name", "logs/*.csv", "a & b"):
+        path.write_text(f"data: {{path: '{name}'}}")
+        assert settings.build(path).data.path == name
+        assert settings.build(None, [f"data.path={name}"]).data.path == name
+
+
+def test_a_pipe_as_configuration_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", os.devnull, "/dev/zero"):
+        with pytest.raises(InputError, match="neither a file nor a preset"):
+            settings.build(path)
+    with pytest.raises(InputError, match="is not a file"):
+        settings._read(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1e400", "[" * 5000, "9" * 5000, "x" * 100_000, "{a: 1}"])

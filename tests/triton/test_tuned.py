@@ -83,6 +83,12 @@ def test_a_damaged_file_is_none(damage, gpu):
     assert found() is None
 
 
+def test_odd_names_of_calls_are_left_out(gpu):
+    tuning.store(CPU, {"": FOUND, " ": FOUND, "attention\x1b[2J": FOUND, "unknown float32": FOUND, KEY: FOUND})
+    assert list(tuning.of_device(CPU)) == [KEY]
+    assert tuning.note("attention", torch.empty(0)).endswith("for float32 longest=50 width=32")
+
+
 def test_another_driver_has_another_file(gpu, monkeypatch):
     tuning.store(CPU, {KEY: FOUND})
     monkeypatch.setattr(self_test, "identity", lambda device: {"gpu": "none", "driver": "newer"})
