@@ -251,6 +251,8 @@ def _load(run: Path, device: str | torch.device, precision: str) -> tuple[Recomm
     weights, config, about = load_weights_about(run / "model.safetensors")
     if not fits(weights, config):
         raise InputError(f"{run / 'model.safetensors'} does not fit its own configuration: train again.")
+    size = sum(value.nbytes for value in weights.values())
+    require_memory(torch.device("cpu"), size, "the model")
     model = LARES(config, bf16=precision == "bf16")
     model.load_state_dict(weights)
     path = run / "item_ids.json"
@@ -258,7 +260,8 @@ def _load(run: Path, device: str | torch.device, precision: str) -> tuple[Recomm
     if len(item_ids) != config.n_items:
         raise InputError(f"{path} does not list the {config.n_items} item rows of model.safetensors: they belong to two runs.")
     device = resolve(device)
-    require_memory(device, sum(value.nbytes for value in weights.values()), "the model")
+    if device.type != "cpu":
+        require_memory(device, size, "the model")
     try:
         return Recommender(model.to(device), item_ids), about
     except NotFiniteError:

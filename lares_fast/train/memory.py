@@ -88,8 +88,8 @@ class LogSizes:
             events=log.n_events,
             rows=len(split.train),
             ranked=max(len(split.valid), len(split.test)),
-            mean_length=float(lengths.mean()),
-            longest=int(lengths.max()),
+            mean_length=float(lengths.mean()) if len(lengths) else 0.0,
+            longest=int(lengths.max(initial=0)),
             id_bytes=sum(_bytes_of_ids(ids) for ids in (log.user_ids, log.item_ids)),
             times=log.times is not None,
         )

@@ -217,14 +217,12 @@ def judge(counts: Counts, what: str, done: Done) -> str:
 def _limit(counts: Counts, limited: Limited, folder: Path) -> None:
     """Run commands with amounts of memory from nothing more than the imports take to what the whole command takes."""
     case = TRIED
-    log, out = write_log(folder / "log.txt", case), folder / "whole"
+    log, out = write_log(folder / "log.txt", case), folder / "whole-train"
     steps = ("spt.max_steps=1", "rpt.max_steps=1")
     settings = [*case.arguments(), *(word for setting in steps for word in ("--set", setting))]
     train = ["train", "--config", "instruments", "--data", log, *settings, "--out"]
     serve = ["recommend", "--run", out, "--input", log, "--output"]
     api = [log, *(word for word in settings if word != "--set")]
-    whole = limited.run(*train, out, extra=NOT_DRAWN)
-    assert whole.code == 0, whole
     tries: list[tuple[int, str, dict[str, bool], Callable[[Path], list[object]]]] = [
         (0 if counts.quick else 20, "train", {}, lambda path: [*train, path]),
         (3 if counts.quick else 40, "train without the estimate", {"blind": True}, lambda path: [*train, path]),
@@ -235,11 +233,11 @@ def _limit(counts: Counts, limited: Limited, folder: Path) -> None:
     ends: dict[str, int] = {}
     goal = sum(number for number, *_ in tries)
     for number, what, how, arguments in tries:
-        most = (
-            whole.grown
-            if not number or "train" in what
-            else limited.run(*arguments(folder / f"all-{what}"), extra=NOT_DRAWN, **how).grown
-        )
+        if not number:
+            continue
+        whole = limited.run(*arguments(folder / f"whole-{what.replace(' ', '-')}"), extra=NOT_DRAWN, **how)
+        assert whole.code == 0, whole
+        most = whole.grown
         for at in range(number):
             extra = most * (at + 1) // (number + 1) if counts.quick else most * at // (number - 1)
             done = limited.run(*arguments(folder / f"limited-{what.replace(' ', '-')}-{at}"), extra=extra, **how)

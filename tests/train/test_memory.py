@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lares_fast import LARES, LARESConfig, _memory, reference
+from lares_fast import LARES, LARESConfig, _memory, ops, reference
 from lares_fast._errors import InputError
 from lares_fast.cli import main
 from lares_fast.train import Trainer, checkpoint, memory
@@ -184,6 +184,14 @@ def test_a_plan_has_a_line_for_each_part(capsys, tmp_path):
     assert main(["doctor", "--plan", "tiny", "--data", str(tmp_path / "log.txt"), "--users", "3"]) == 2
     assert main(["doctor", "--plan", "tiny", "--users", "3", "--events", "4"]) == 2
     assert main(["doctor", "--plan", "no such preset"]) == 2
+
+
+def test_attention_needs_no_memory_for_a_bound():
+    """The bound of the lengths may be huge. Scores of that size would need 2**64 bytes."""
+    query = torch.randn(5, 2, 16, requires_grad=True)
+    found = ops.attention(query, query, query, torch.tensor([0, 2, 5]), 2**31)
+    assert torch.equal(found, ops.attention(query, query, query, torch.tensor([0, 2, 5]), 3))
+    found.sum().backward()
 
 
 def test_a_plan_for_a_gpu_leaves_the_host_out():
