@@ -127,7 +127,8 @@ class Case:
         # The rows with a product, or a sum on the way to it, that leaves fp32.
         leaves = ((hidden.abs() @ items.abs().T) > LARGEST).any(-1)
         large = upstream.abs() > LARGEST / 64
-        near = (large | (terms["hidden"] > LARGEST / 64)).any(-1), (large | (upstream.abs() * hidden.abs() > LARGEST / 64)).any()
+        products = upstream.abs() * hidden.abs() > LARGEST / 64
+        near = (large | (terms["hidden"] > LARGEST / 64)).any(-1), (large | products).any()
         free = {
             "logprob": leaves | (logprob < -LARGEST),
             "hidden": (leaves | near[0])[:, None],
