@@ -139,7 +139,7 @@ def test_the_snippets_of_the_training_loop_run_one_after_the_other(capsys):
 
 def test_the_snippets_of_the_tutorial_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    log, serve = snippets("tutorial.md")
+    log, serve = snippets("tutorial.md")[:2]
     exec(log.replace("n_users=1000", "n_users=60"), {})
     settings = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)[1]
     Path("movies.yaml").write_text(settings.replace("epochs: 5", "epochs: 1"))

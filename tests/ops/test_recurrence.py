@@ -355,8 +355,9 @@ def test_padding_of_the_reference_has_no_gradient_of_its_own(dtype):
     ({"speed": 3}, "an unknown argument was given"),
 ])  # fmt: skip
 def test_the_native_function_takes_each_argument_by_its_name(change, message):
+    weight = torch.zeros(256)
     numbers = {"batch": 0, "width": 16, "n_heads": 1, "inner_size": 16, "n_layers": 1, "eps": 1e-12, "threads": 1}
-    words = {"adapter": "none", "output": "last", "bf16": False, "key": (0, 0), "weights": [0] * 16}
+    words = {"adapter": "none", "output": "last", "bf16": False, "key": (0, 0), "weights": [weight.data_ptr()] * 16}
     dropout = {"hidden_threshold": 0, "attention_threshold": 0, "first_step": 0}
     tensors = dict.fromkeys(("h", "pre", "offsets", "depth", "rows", "tape", "out"), 0)
     right = {**numbers, **words, **dropout, **tensors}
