@@ -137,8 +137,9 @@ def _write(log: InteractionLog, path: Path) -> Path:
 
 
 def _memory() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    """Return the process's own memory in MiB. The system takes pages of files away and brings them back, so they do not count."""
+    sizes = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(sizes[name].split()[0]) for name in ("RssAnon", "VmSwap")) / 1024
 
 
 READINGS: dict[str, Callable[[], float]] = {
