@@ -98,7 +98,7 @@ def test_files_of_an_earlier_version_are_read(run, copy):
 def test_an_edited_configuration_says_how_to_change_settings(copy):
     path = copy / "config.yaml"
     path.write_text(path.read_text().replace("epochs: 1", "epochs: 7"))
-    with pytest.raises(InputError, match=r"config\.yaml .*damaged.*: change settings with --set"):
+    with pytest.raises(InputError, match=r"config\.yaml .*damaged.*: undo the edit and change settings with --set"):
         settings.build(path)
     assert settings.build(without_checksum(path)).spt.epochs == 7
 
