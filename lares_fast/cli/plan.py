@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from lares_fast import LARESConfig
 from lares_fast._device import choose
 from lares_fast._errors import InputError
@@ -73,7 +71,6 @@ def plan(arguments: Namespace) -> dict[str, Any]:
         "lines": [line._asdict() for line in lines],
         "peaks": {part: max(line.peak for line in lines if line.part == part) for part in dict.fromkeys(x.part for x in lines)},
         "free": free_bytes(device),
-        "free_cpu": free_bytes(torch.device("cpu")),
     }
 
 

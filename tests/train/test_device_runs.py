@@ -217,11 +217,11 @@ def test_a_step_that_is_not_finite_does_not_reach_the_weights(at, what, tmp_path
 
 
 def test_too_little_memory_is_known_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 2**20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 25 * 2**20)
     with on_device():
         trainer = Trainer(config(), train_run.log(), train_run.split(), tmp_path)
         with pytest.raises(
-            InputError, match=r"needs about \d+\.\d MiB of memory on .*, where 3\.0 MiB are free: lower"
+            InputError, match=r"needs about \d+\.\d MiB of memory on .*, where 25\.0 MiB are free: lower"
         ) as error:
             trainer.run(("spt",))
     assert error.value.setting.startswith("spt.batch_size=")
