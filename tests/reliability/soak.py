@@ -137,7 +137,7 @@ def _write(log: InteractionLog, path: Path) -> Path:
 
 
 def _memory() -> float:
-    """Return the process's own memory in MiB. The system takes pages of files away and brings them back, so they do not count."""
+    """Return the process's own memory in MiB. Pages of files do not count: they come and go."""
     sizes = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(sizes[name].split()[0]) for name in ("RssAnon", "VmSwap")) / 1024
 
