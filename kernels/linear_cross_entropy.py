@@ -55,8 +55,8 @@ def softmax_forward(
     """Store the sum of the powers over the items of a part without the target, and the number of items that outrank the target.
 
     SUM [J, parts, 2, M] holds the product that is the origin of the powers, and log2 of their sum. One number would lose digits
-    for scores of thousands. COUNT [J, parts, M] holds the number for the first ``ranked`` of all rows. OWN [J, M] gets the target's product.
-    It is NaN for a target that is not among the items ``first`` .. N - 1; then all items outrank it.
+    for scores of thousands. COUNT [J, parts, M] holds the number for the first ``ranked`` of all rows. OWN [J, M] gets the
+    target's product. It is NaN for a target that is not among the items ``first`` .. N - 1; then all items outrank it.
     """
     j, place, start, low, high = part_of_program(tiles, parts, first, part, N, S)
     row, column = start + tl.arange(0, S), tl.arange(0, C)
@@ -112,8 +112,8 @@ def forward(call):
     """Return the log-probability, the rank or None, and the log-sum-exp as in ``LogprobBackwardCall``.
 
     ``call`` is a ``LogprobCall`` with ``hidden`` [M, D] and ``items`` [N, D], or with [J, M, D] and [J, N, D]. The
-    log-probability has the shape of ``target``, and the rank has ``call.counted()`` entries. A target that is not an item of the softmax gets the
-    log-probability NaN and a rank behind all items.
+    log-probability has the shape of ``target``, and the rank has ``call.counted()`` entries. A target that is not an item of
+    the softmax gets the log-probability NaN and a rank behind all items.
     """
     hidden, items, target = map(ready, (call.hidden, call.items, call.target))
     J, M, N, tiles, parts, first, part, base, run = _plan(call, hidden, items)
