@@ -21,8 +21,8 @@ def prepare_backward(
 ):  # fmt: skip
     """Store the numbers of each row in ROW [J, 4, M]; a row whose log-sum-exp is not finite gets NaN.
 
-    GRAD [J, M] is the gradient of the log-probabilities; with ``step`` 0 it is one number for all rows. LSE [J, M, 2] is
-    that of ``merge_sums``. The product next to the log-sum-exp makes powers near 1 of the largest probabilities.
+    GRAD [J, M] is the gradient of the log-probabilities; with ``step`` 0 it is one number for all rows. LSE [J, M, 2] comes
+    from ``merge_sums``. The product next to the log-sum-exp makes powers near 1 of the largest probabilities.
     """
     j = (tl.program_id(0) // tiles).to(tl.int64)
     row, column = (tl.program_id(0) % tiles).to(tl.int64) * S + tl.arange(0, S), tl.arange(0, C)

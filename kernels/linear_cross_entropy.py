@@ -112,8 +112,8 @@ def forward(call):
     """Return the log-probability, the rank or None, and the log-sum-exp as in ``LogprobBackwardCall``.
 
     ``call`` is a ``LogprobCall`` with ``hidden`` [M, D] and ``items`` [N, D], or with [J, M, D] and [J, N, D]. The
-    log-probability has the shape of ``target``, and the rank has ``call.counted()`` entries. A target that is not an
-    item of the softmax gets the log-probability NaN and a rank behind all items.
+    log-probability has the shape of ``target``, and the rank has ``call.counted()`` entries. A target that is not an item of
+    the softmax gets the log-probability NaN and a rank behind all items.
     """
     hidden, items, target = map(ready, (call.hidden, call.items, call.target))
     J, M, N, tiles, parts, first, part, base, run = _plan(call, hidden, items)

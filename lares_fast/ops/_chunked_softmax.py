@@ -19,7 +19,7 @@ _SCORES = 2**22
 
 
 def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities, the ranks or ``None`` without ``call.ties``, and ``lse`` of ``LogprobBackwardCall``.
+    """Return the log-probabilities, the ranks or ``None`` without ``call.ties``, and ``lse`` as in ``LogprobBackwardCall``.
 
     The log-probabilities have the shape of ``target``, and the ranks are [``call.counted()``]. The log-probability and the
     log-sum-exp are NaN for a target that is no item of the softmax.

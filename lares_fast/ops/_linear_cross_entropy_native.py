@@ -17,10 +17,10 @@ def obstacle(call: SoftmaxCall) -> str | None:
 
 
 def forward(call: LogprobCall, threads: int | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities, the ranks or ``None`` without ``call.ties``, and ``lse`` of ``LogprobBackwardCall``.
+    """Return the log-probabilities, the ranks or ``None`` without ``call.ties``, and ``lse`` as in ``LogprobBackwardCall``.
 
-    The log-probabilities have the shape of ``target``, and the ranks are [``call.counted()``]. Neither the number of threads
-    nor the number of ranks changes a bit.
+    The log-probabilities have the shape of ``target``, and the ranks are [``call.counted()``]. Neither the number of
+    threads nor the number of ranks changes a bit.
     """
     call, count = call.rounded(), call.target.numel()
     logprob, lse = call.hidden.new_empty(count), call.hidden.new_empty(count, 2, dtype=torch.float64)

@@ -30,7 +30,7 @@ def note(call: SoftmaxCall) -> str | None:
 
 
 def forward(call: LogprobCall) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the log-probabilities, the ranks or ``None`` without ``call.ties``, and ``lse`` of ``LogprobBackwardCall``."""
+    """Return the log-probabilities, the ranks or ``None`` without ``call.ties``, and ``lse`` as in ``LogprobBackwardCall``."""
     logprob, rank, lse = _triton.kernels(_STEM).forward(call)
     return logprob, rank, lse
 

@@ -25,10 +25,10 @@ PROBABILITY, NORMAL, SMALLEST = 2.0**-125, 2.0**-126, 2.0**-149
 class Truth:
     """The exact results of a call by name, in fp64.
 
-    ``terms`` holds the sums of the absolute terms, and ``least`` the errors that come from numbers too small for fp32. A
-    result need not be finite where ``free`` is true: there a product, a gradient or a log-probability is near the end of fp32.
-    It is not compared where ``unknown`` is true: there a sum of several products leaves fp32 on the way, and what it becomes
-    depends on the order of its terms.
+    ``terms`` holds the sums of the absolute terms, and ``least`` the errors that come from numbers too small for fp32. A result
+    need not be finite where ``free`` is true: there a product, a gradient or a log-probability is near the end of fp32. It is
+    not compared where ``unknown`` is true: there a sum of several products leaves fp32 on the way, and what it becomes depends
+    on the order of its terms.
     """
 
     values: dict[str, Tensor]
@@ -44,13 +44,9 @@ class Case:
     def __init__(self, seed: int) -> None:
         draw = random.Random(seed)
         self.kind = KINDS[seed % len(KINDS)]
-        M, N, D = (
-            draw.choice((1, 2, 3, 6)),
-            draw.choice((1, 2, 3, 7, 20, 49, 97, 1100 if seed % 5 == 0 else 30)),
-            draw.choice((1, 2, 5)),
-        )
-        if self.kind == "offset":
-            D = max(2, D)
+        sizes = (1, 2, 3, 6), (1, 2, 3, 7, 20, 49, 97, 1100 if seed % 5 == 0 else 30), (1, 2, 5)
+        M, N, D = map(draw.choice, sizes)
+        D = max(2, D) if self.kind == "offset" else D
         self.skip_pad = N > 1 and draw.random() < 0.3
         generator = torch.Generator().manual_seed(seed)
 
@@ -127,8 +123,10 @@ class Case:
         # The rows with a product, or a sum on the way to it, that leaves fp32.
         leaves = ((hidden.abs() @ items.abs().T) > LARGEST).any(-1)
         large = upstream.abs() > LARGEST / 64
-        products = upstream.abs() * hidden.abs() > LARGEST / 64
-        near = (large | (terms["hidden"] > LARGEST / 64)).any(-1), (large | products).any()
+        near = (
+            (large | (terms["hidden"] > LARGEST / 64)).any(-1),
+            (large | (upstream.abs() * hidden.abs() > LARGEST / 64)).any(),
+        )
         free = {
             "logprob": leaves | (logprob < -LARGEST),
             "hidden": (leaves | near[0])[:, None],

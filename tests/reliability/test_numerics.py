@@ -1,4 +1,4 @@
-"""The part ``numerics`` finds planted faults: wrong numbers, non-finite numbers, and results that are not documented."""
+"""The part ``numerics`` finds planted faults: wrong numbers, numbers that are not finite, and undocumented results."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch
 from lares_fast import _native, ops
 from tests.reliability import numerics, numerics_softmax
 from tests.reliability.counts import Counts
-from tests.support import special_numbers
 
 needs_native = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
 
@@ -35,12 +34,12 @@ def test_a_wrong_gate_is_found():
 
 
 def test_a_result_that_is_not_documented_is_found(monkeypatch):
-    right = ops.topk
+    topk = ops.topk
 
-    def turned(*arguments, **options):
-        scores, items = right(*arguments, **options)
-        return scores, items.flip(1)
+    def wrong(*arguments, **options):
+        scores, ids = topk(*arguments, **options)
+        return scores, ids.flip(1)
 
-    monkeypatch.setattr(ops, "topk", turned)
-    faults = list(numerics._special(special_numbers.check_topk, "reference", 3))
+    monkeypatch.setattr(ops, "topk", wrong)
+    faults = list(numerics._special("topk", "reference", 3))
     assert any(faults)
