@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import choice, flag, number, shown, whole
+from lares_fast._numbers import check_dense, choice, flag, number, shown, whole
 from lares_fast.ops._call import Call
 from lares_fast.ops._catalog_checks import (
     ExcludeLists,
-    check_dense,
     check_exclude,
     check_floats,
     check_ids,

@@ -8,9 +8,9 @@ from torch import Tensor
 from lares_fast import _native
 from lares_fast._errors import InputError
 from lares_fast._native_call import call_native, thread_count
+from lares_fast._numbers import check_dense
 from lares_fast._watch import Watch
 from lares_fast.ops._catalog_calls import IndexTables
-from lares_fast.ops._catalog_checks import check_dense
 
 
 class CatalogIndex:

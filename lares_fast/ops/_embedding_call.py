@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
+from lares_fast._numbers import check_dense
 from lares_fast._random import Draw, drop_threshold
 from lares_fast.ops._call import Call
-from lares_fast.ops._catalog_checks import check_dense, check_floats
+from lares_fast.ops._catalog_checks import check_floats
 from lares_fast.reference.embedding import Saved, Tables
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import number, whole
+from lares_fast._numbers import check_dense, number, whole
 from lares_fast._random import Draw
 from lares_fast.ops._call import Call
-from lares_fast.ops._catalog_checks import check_dense, check_draw
+from lares_fast.ops._catalog_checks import check_draw
 
 # A larger result fits into no memory, and its size in bytes must fit into 64 bits.
 _MOST_NUMBERS = 2**48

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from lares_fast._errors import InputError
 from lares_fast._native_call import allocation
-from lares_fast._numbers import shown, whole
+from lares_fast._numbers import check_dense, shown, whole
 from lares_fast.ops import _triton
-from lares_fast.ops._catalog_checks import check_dense
 
 
 def pack(log: Tensor, starts: Tensor, offsets: Tensor, n_tokens: int, n_targets: int) -> tuple[Tensor, Tensor]:

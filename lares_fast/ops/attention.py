@@ -13,11 +13,11 @@ from lares_fast import reference
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import no_gradient, register_op
-from lares_fast._numbers import number, whole
+from lares_fast._numbers import check_dense, number, whole
 from lares_fast._random import Draw, drop_threshold, key_of
 from lares_fast.ops import _triton
 from lares_fast.ops._call import Call
-from lares_fast.ops._catalog_checks import check_dense, check_draw, check_floats, check_rows
+from lares_fast.ops._catalog_checks import check_draw, check_floats, check_rows
 from lares_fast.reference.attention import packed_attention_backward, packed_logsumexp
 
 LONGEST = 512

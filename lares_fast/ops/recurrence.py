@@ -13,11 +13,11 @@ from lares_fast import reference
 from lares_fast._dispatch import Backend, register, run
 from lares_fast._errors import InputError
 from lares_fast._library import Once, register_op
-from lares_fast._numbers import choice, flag, number, shown, whole
+from lares_fast._numbers import check_dense, choice, flag, number, shown, whole
 from lares_fast._random import Draw, drop_threshold
 from lares_fast.config import ADAPTERS
 from lares_fast.ops import _recurrence_layers, _recurrence_native, _recurrence_triton, _triton
-from lares_fast.ops._catalog_checks import check_dense, check_draw, check_floats
+from lares_fast.ops._catalog_checks import check_draw, check_floats
 from lares_fast.ops._recurrence_call import BACKENDS, RecurrenceCall, check, check_integers, check_like_h, check_values
 from lares_fast.reference.weights import WeightLayout
 
