@@ -67,23 +67,27 @@ class _Op:
             kind = type(value)
             if kind is Tensor or kind is torch.nn.Parameter:
                 # The memory of such a tensor does not hold its values.
-                direct = direct and not (value.is_neg() or value._is_zerotensor())
+                direct = direct and not (value.is_neg() or value._is_zerotensor() or value.is_meta)
                 needs_gradient = needs_gradient or value.requires_grad
             elif kind not in _PLAIN:
                 direct = False
                 needs_gradient = needs_gradient or getattr(value, "requires_grad", False)
-        if needs_gradient and torch.is_grad_enabled():
-            self._require_normal(arguments)
-            if direct and self._differentiable is not None:
-                return self._differentiable.apply(*arguments)
-            return self._registered(*arguments)
-        return self._run(*arguments) if direct else self._registered(*arguments)
+        needs_gradient = needs_gradient and torch.is_grad_enabled()
+        if needs_gradient or not direct:
+            self._check(arguments, needs_gradient)
+        if direct and not needs_gradient:
+            return self._run(*arguments)
+        if direct and self._differentiable is not None:
+            return self._differentiable.apply(*arguments)
+        return self._registered(*arguments)
 
-    def _require_normal(self, arguments: tuple[Any, ...]) -> None:
-        """Raise :class:`InputError` for a tensor that was made in inference mode: autograd could not keep it."""
+    def _check(self, arguments: tuple[Any, ...], needs_gradient: bool) -> None:
+        """Raise :class:`InputError` for a tensor without values, and for one that autograd could not keep."""
         for at, value in enumerate(arguments):
-            if isinstance(value, Tensor) and value.is_inference():
+            if isinstance(value, Tensor) and (value.is_meta or (needs_gradient and value.is_inference())):
                 name = self._registered.default._schema.arguments[at].name
+                if value.is_meta:
+                    raise InputError(f"{name} must be a tensor with values, but is on the device meta, which has none.")
                 raise InputError(f"{name} was made in inference mode, so a call with gradients cannot take it: clone it.")
 
 

@@ -74,13 +74,17 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
 
 
 def check_dense(name: str, value: object) -> None:
-    """Raise :class:`InputError` unless ``value`` is a dense tensor with values: its layout has strides, and it is not meta."""
+    """Raise :class:`InputError` unless ``value`` is a dense tensor, which means that its layout has strides."""
     if not isinstance(value, Tensor):
-        raise InputError(f"{name} must be a dense tensor, but got {shown(value)}.")
+        raise InputError(f"{name} must be a dense tensor, but got {type(value).__name__}.")
     if value.layout != torch.strided or value.is_nested:
-        got = "a nested tensor" if value.is_nested else f"the layout {value.layout}"
-        raise InputError(f"{name} must be a dense tensor, but got {got}.")
-    if value.device.type == "meta":
+        raise InputError(f"{name} must be a dense tensor, but got {'nested' if value.is_nested else value.layout}.")
+
+
+def check_stored(name: str, value: object) -> None:
+    """Raise :class:`InputError` unless ``value`` is a dense tensor with values, which a tensor on the device meta has not."""
+    check_dense(name, value)
+    if getattr(value, "is_meta", False):
         raise InputError(f"{name} must be a tensor with values, but is on the device meta, which has none.")
 
 

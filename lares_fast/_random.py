@@ -243,7 +243,7 @@ class Draw:
         """
         if not isinstance(self.key, Tensor):
             return seed_of(checked_key("draw.key", self.key), device)
-        if self.key.is_nested or self.key.shape != (1,) or self.key.dtype != torch.int64 or self.key.device.type == "meta":
+        if self.key.is_nested or self.key.shape != (1,) or self.key.dtype != torch.int64 or self.key.is_meta:
             raise InputError(f"draw.key must be two integers or int64 [1], but got {shown(self.key)}.")
         return to_device(self.key, device)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import check_dense, is_integer
+from lares_fast._numbers import check_stored, is_integer
 from lares_fast._transfer import to_device
 
 # The item id of padding. Its row in the item table is row 0.
@@ -50,9 +50,10 @@ class Sequences(NamedTuple):
         Raises :class:`InputError` for sequences that are not like this.
         """
         for name, value in (("item_seq", item_seq), ("item_seq_len", item_seq_len)):
-            check_dense(name, value)
-            if not is_integer(value):
-                raise InputError(f"{name} must be a tensor of integers, but got {value.dtype}.")
+            if not isinstance(value, Tensor) or not is_integer(value):
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(f"{name} must be a tensor of integers, but got {got}.")
+            check_stored(name, value)
         if item_seq.dim() == 1:
             _check_offsets(item_seq, item_seq_len, max_len)
             sequences = cls(item_seq.to(torch.int64), item_seq_len.to(torch.int64))

@@ -298,7 +298,7 @@ def _item_ids(path: Path, checksum: str | None) -> list[Any]:
 
 def _can_be_read(values: Any) -> bool:
     """Return whether ``values`` can be iterated. An array without dimensions looks iterable, but raises an error."""
-    if isinstance(values, Tensor) and (values.layout != torch.strided or values.device.type == "meta"):
+    if isinstance(values, Tensor) and (values.layout != torch.strided or values.is_meta):
         return False
     return isinstance(values, Iterable) and getattr(values, "ndim", 1) != 0
 

@@ -29,7 +29,9 @@ def check_floats(name: str, value: Tensor, dims: int, shape: str) -> None:
     ``shape`` describes the dimensions.
     """
     if value.dim() != dims or value.dtype not in DTYPES:
-        raise InputError(f"{name} must be a floating-point {shape} of 16, 32 or 64 bits, but got {shown(value)}.")
+        raise InputError(
+            f"{name} must be a floating-point {shape}, of 16, 32 or 64 bits, but got {value.dtype} {list(value.shape)}."
+        )
 
 
 def check_rows(rows: Tensor | None) -> None:
@@ -78,14 +80,12 @@ def check_ids(name: str, ids: Tensor, first: int, count: int) -> None:
 def check_exclude(exclude: object, query: Tensor) -> ExcludeLists:
     """Return ``exclude`` as lists for ``query`` [B, D]. Raises :class:`InputError` if a shape, dtype or device is wrong."""
     if not (isinstance(exclude, tuple | list) and len(exclude) == 2):
-        raise InputError(f"exclude must be a pair (offsets [B + 1], ids [E]), but got {shown(exclude)}.")
+        raise InputError(f"exclude must be a pair (offsets [B + 1], ids [E]), but got {type(exclude).__name__}.")
     offsets, ids = exclude
     check_index("exclude offsets", offsets, query)
     check_index("exclude ids", ids, query)
     if offsets.shape[0] != query.shape[0] + 1:
-        raise InputError(
-            f"exclude offsets must have B + 1 = {query.shape[0] + 1} entries for query, but got {offsets.shape[0]}."
-        )
+        raise InputError(f"exclude offsets must have B + 1 = {query.shape[0] + 1} entries, but got {offsets.shape[0]}.")
     return ExcludeLists(offsets, ids)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import check_dense, flag, is_integer, number, shown, whole
+from lares_fast._numbers import check_stored, flag, is_integer, number, shown, whole
 from lares_fast._random import MOST_STEPS, SITE_INPUT, Draw, root_key
 from lares_fast._transfer import to_device
 from lares_fast.config import LARESConfig
@@ -152,13 +152,13 @@ class LARES(nn.Module):
         draw = self._default_draw(rows) if draw is None else draw
         if not isinstance(draw, Draw):
             raise InputError(f"draw must be a Draw, but got {shown(draw)}.")
-        check_dense("draw.rows", draw.rows)
+        check_stored("draw.rows", draw.rows)
         if draw.rows.shape != (rows,) or not is_integer(draw.rows):
             raise InputError(
                 f"draw.rows must be int64 [{rows}], one for each sequence, but got {draw.rows.dtype} {list(draw.rows.shape)}."
             )
         if state is not None:
-            check_dense("state", state)
+            check_stored("state", state)
             shape = (passes * len(item_seq), *item_seq.shape[1:], self.config.hidden_size)
             if state.shape != shape or not state.dtype.is_floating_point:
                 raise InputError(f"state must be floating-point {list(shape)}, but got {state.dtype} {list(state.shape)}.")
@@ -230,7 +230,7 @@ class LARES(nn.Module):
             if not 1 <= steps <= MOST_STEPS:
                 raise InputError(f"num_steps must be at least 1 and at most {MOST_STEPS:,}, but got {steps}.")
             num_steps = torch.tensor(steps)
-        check_dense("num_steps", num_steps)
+        check_stored("num_steps", num_steps)
         if not is_integer(num_steps) or num_steps.shape not in ((), (1,), (batch,)):
             raise InputError(
                 f"num_steps must be an integer or int64 [{batch}], but got {num_steps.dtype} {list(num_steps.shape)}."

@@ -260,7 +260,7 @@ BATCH = {"hidden": torch.ones(2, 4, 3), "items": torch.ones(2, 5, 3)}
     ({"target": torch.tensor([-1, 1])}, r"target must be in 0\.\.4, but got values in -1\.\.1"),
     ({"target": torch.tensor([0, 1]), "skip_pad": True}, r"target must be in 1\.\.4, but got values in 0\.\.1"),
     ({"scale": 0.0}, "scale must be a positive number"),
-    ({"scale": float("nan")}, "scale must be a positive number"),
+    ({"scale": float("nan")}, "scale must be a finite number"),
     ({"reduction": "max"}, "reduction must be one of none, mean, sum, but got 'max'"),
     ({"backend": "fast"}, "backend must be one of"),
 ])  # fmt: skip

@@ -133,7 +133,7 @@ def test_opcheck_and_compile():
     ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
     ({"weights": [torch.ones(16)] * 4}, "weights must have 2 tensors of the adapter"),
     ({"weights": [torch.ones(3)] * 18}, "norm.weight must be"),
-    ({"draw": Draw((0, 0), torch.arange(3))}, r"draw\.rows must be int64 \[2\]"),
+    ({"draw": Draw((0, 0), torch.arange(3))}, r"draw\.rows must be torch\.int64 \[2\]"),
     ({"longest": 2}, "longest must be at least every length, up to 3, but got 2"),
     ({"depth": 4, "deepest": 3}, "deepest must be at least every depth, up to 4, but got 3"),
     ({"depth": torch.tensor([1, 4]), "deepest": 3}, "deepest must be at least every depth, up to 4, but got 3"),

@@ -42,11 +42,10 @@ class Floats:
 
     def _values(self) -> Tensor:
         random = np.random.default_rng(self.seed)
-        if self.fill in ("normal", "equal", "zero"):
-            shape = self.shape if self.fill == "normal" else ()
-            return torch.full(self.shape, self.size * (self.fill != "zero")) * torch.from_numpy(
-                np.asarray(random.standard_normal(shape))
-            )
+        if self.fill == "normal":
+            return torch.from_numpy(np.asarray(random.standard_normal(self.shape))) * self.size
+        if self.fill in ("equal", "zero"):
+            return torch.full(self.shape, random.integers(1, 9) / 4 * (self.fill == "equal"))
         values = torch.from_numpy(random.integers(-3, 4, self.shape)).double()
         if self.fill == "special":
             kinds = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf], dtype=torch.float64)
@@ -175,7 +174,9 @@ def odd_value(random: Random) -> tuple[Any, bool]:
     """Return a value for any argument, and whether every argument must refuse it."""
     kind = random.randrange(4)
     if kind < 2:
-        return Odd(random.choice(list(ODD))), True
+        name = random.choice(list(ODD))
+        # Its values are zeros, although no memory holds them.
+        return Odd(name), name != "no memory"
     if kind == 2:
         return random.choice((*ODD_NUMBERS, *ODD_TEXTS)), False
     return odd_tensor(random), False
