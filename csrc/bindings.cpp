@@ -1,6 +1,7 @@
 // The module lares_fast._C. Only this file and arguments.h know Python. Tensors arrive as addresses, which Python allocates after it
-// has checked dtypes, devices and shapes (lares_fast/_native_call.py). All arguments are passed by keyword, so none can take the
-// place of another.
+// has checked dtypes, devices and shapes (lares_fast/_native_call.py). The module trusts its caller that an address other than null
+// is the memory that the sizes describe. Everything else is checked here or in the functions that it calls: types, sizes, and all
+// indices in arrays. All arguments are passed by keyword, so none can take the place of another.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

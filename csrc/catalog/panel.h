@@ -11,7 +11,9 @@ constexpr int PANEL = VECS * W;
 
 // Copies the first `rows` of PANEL rows [rows, D] to a panel [D][PANEL]. Missing rows become zeros.
 inline void pack_panel(const float* from, std::int64_t rows, std::int64_t D, float* panel) {
-    if (rows < PANEL && D > 0) std::memset(panel, 0, sizeof(float) * PANEL * static_cast<std::size_t>(D));
+    // Without columns there is no memory behind the pointers.
+    if (D == 0) return;
+    if (rows < PANEL) std::memset(panel, 0, sizeof(float) * PANEL * static_cast<std::size_t>(D));
     std::int64_t row = 0;
     for (; row + W <= rows; row += W) {
         const float* first = from + row * D;

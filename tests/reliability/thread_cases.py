@@ -262,7 +262,7 @@ def main(quick: bool) -> None:
     data_loader(expected, 2 if quick else 40)
     for method in ["fork"] if quick else ["fork", "spawn", "forkserver"]:
         processes(method, expected, 2 if quick else 20)
-    python_threads(160 if quick else 20_000, expected)
+    python_threads(160 if quick else 12_000, expected)
     fork_beside_calls(4 if quick else 200, expected)
 
 

@@ -36,7 +36,7 @@ time.sleep(float(sys.argv[1]))
 def measure(counts: Counts) -> None:
     """Count the cases of thread_cases.py, ends of the interpreter, and calls under the thread sanitizer."""
     cases(counts)
-    ends(counts, 3 if counts.quick else 100)
+    ends(counts, 3 if counts.quick else 60)
     served(counts, 1 if counts.quick else 10)
     if not counts.quick:
         sanitized(counts)
