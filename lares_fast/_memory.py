@@ -8,10 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lares_fast._errors import InputError
+
+if TYPE_CHECKING:
+    # The command line uses this module before it imports torch, which takes seconds.
+    import torch
 
 try:
     import resource
@@ -37,10 +40,14 @@ def free_bytes(device: torch.device) -> int:
     and of what its limits on address space and data leave.
     """
     if device.type == "cuda":
+        import torch
+
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    if device.type != "cpu":
-        return sys.maxsize
+    return _free_of_the_host() if device.type == "cpu" else sys.maxsize
+
+
+def _free_of_the_host() -> int:
     return max(0, min([_available(), *_left_by_groups(), *_left_by_limits()]))
 
 
@@ -49,7 +56,7 @@ def require_room(size: int, what: str) -> None:
 
     Call it before code that may end the process when memory is short, such as the import of a large library.
     """
-    if (free := free_bytes(torch.device("cpu"))) < size:
+    if (free := _free_of_the_host()) < size:
         raise InputError(f"{what} needs about {as_size(size)} of memory, and {as_size(free)} are free: end other programs.")
 
 
@@ -112,7 +119,7 @@ def enough_memory(batch_size: int, name: str = "batch_size", setting: str | None
 
 
 def _of_a_gpu(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
+    return type(error).__name__ == "OutOfMemoryError" or "CUDA" in str(error)
 
 
 def _available() -> int:

@@ -103,7 +103,7 @@ def zeros(query, dtype=torch.int64):
 
 
 def backward_call(query, items):
-    left = {"grad": zeros(query, torch.float32), "lse": zeros(query, torch.float64)}
+    left = {"grad": zeros(query, torch.float32), "lse": torch.zeros(len(query), 2, dtype=torch.float64)}
     return LogprobBackwardCall.build(query, items, zeros(query), **left, need_hidden=True, need_items=True)
 
 

@@ -107,7 +107,11 @@ class OurStep:
         run.model.load_state_dict(weights[0])
         self._run, phase = run, make_phase(run).train()
         self._choice = case.choice(phase)
-        self._steps = make_steps(run, phase, run.make_optimizer(phase.settings))
+        optimizer = run.make_optimizer(phase.settings)
+        # On the CPU, a step frees its gradients.
+        self._gradients = list[Tensor]()
+        optimizer.register_step_post_hook(self._keep_gradients)
+        self._steps = make_steps(run, phase, optimizer)
         self._batch = None if prepare else self._steps.prepare(*self._choice)
 
     def __call__(self) -> None:
@@ -123,8 +127,13 @@ class OurStep:
             # A batch that is ready has the place of the first step in the numbers of many steps.
             self._steps.read()
         loss = torch.tensor(self._run.state.progress.means()["loss"])
+        if self._run.device.type != "cpu":
+            self._keep_gradients()
+        return [loss.to(self._run.device), *self._gradients]
+
+    def _keep_gradients(self, *_: Any) -> None:
         gradients = [parameter.grad for _, parameter in sorted(self._run.model.named_parameters())]
-        return [loss.to(self._run.device), *(gradient for gradient in gradients if gradient is not None)]
+        self._gradients = [gradient for gradient in gradients if gradient is not None]
 
     def _listen(self, event: Result) -> None:
         if event["event"] == "notice":
