@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
@@ -112,13 +111,7 @@ def after_a_kill(ended: Ended, out: Path, before: dict[str, str]) -> list[str]:
 
 def _killed_from_outside(place: Place, draw: random.Random, *, own: bool) -> list[str]:
     """Kill a run at a random moment. Return what is wrong."""
-    while True:
-        out = place.new()
-        child = place.start(place.first(out), out, own=own)
-        while child.running and not out.exists():
-            time.sleep(0.005)
-        time.sleep(draw.random() * place.seconds)
-        child.signal(signal.SIGKILL)
-        # The run may have ended before that moment.
-        if child.wait().code:
-            return torn(out) + place.finish(out)
+    out, child = place.running(draw, own=own)
+    child.signal(signal.SIGKILL)
+    child.wait()
+    return torn(out) + place.finish(out)

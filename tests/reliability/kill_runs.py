@@ -67,6 +67,23 @@ class Place:
         """Start a process, whose calls in the parent folder of ``out`` are numbered."""
         return Child(argv, self.folder, out.parent, plan, own=own)
 
+    def running(self, draw: random.Random, *, own: bool) -> tuple[Path, Child]:
+        """Start a run, and return its folder and its process at a random moment after the folder is made."""
+        span = self.seconds
+        while True:
+            out = self.new()
+            child = self.start(self.first(out), out, own=own)
+            while child.running and not out.exists():
+                time.sleep(0.002)
+            began, part = time.monotonic(), draw.random()
+            while child.running and time.monotonic() - began < part * span:
+                time.sleep(0.002)
+            if child.running:
+                return out, child
+            # The machine is less busy than it was.
+            span = time.monotonic() - began
+            child.wait()
+
     def whole(self, *more: str) -> tuple[Path, Ended]:
         """Return the folder of an uninterrupted run, and how it ended."""
         if more not in self._whole:

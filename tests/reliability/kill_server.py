@@ -1,20 +1,19 @@
-"""Everything that a forked process of the command line would import. The fork server imports this module."""
+"""Prepare a server whose forks run the command line at once: everything is imported, and one run has been trained.
 
+The server imports this module when it starts.
+"""
+
+import contextlib
+import gc
+import io
 from pathlib import Path
 
-import jsonargparse
-import matplotlib.backends.backend_agg
-import matplotlib.figure
-import pyarrow.parquet
-import torch
-import torch._dynamo
+import torch._dynamo  # noqa: F401 - optimizers import it when they are made
 
-import lares_fast.cli.evaluate
-import lares_fast.cli.recommend
-import lares_fast.cli.train
-import tests.reliability.kill_calls
-import tests.reliability.kill_faults
 from lares_fast._files import atomic_write
+from lares_fast.cli import main, train
+from tests.reliability import kill_faults  # noqa: F401 - forks import it
+from tests.reliability.kill_runs import place
 
 
 def draw_nothing(path: Path, history: object, title: str) -> None:
@@ -22,4 +21,15 @@ def draw_nothing(path: Path, history: object, title: str) -> None:
     atomic_write(path, lambda file: file.write(b"IEND\xaeB\x60\x82"))
 
 
-__all__ = ["jsonargparse", "lares_fast", "matplotlib", "pyarrow", "tests", "torch"]
+train.save_curves = draw_nothing
+with place() as somewhere, contextlib.redirect_stdout(io.StringIO()):
+    run = somewhere.new()
+    for words in (
+        somewhere.first(run),
+        ["recommend", "--run", run, "--input", somewhere.log, "--output", run / "out.parquet"],
+    ):
+        if code := main([str(word) for word in words]):
+            raise RuntimeError(f"the command line has ended with code {code}")
+gc.collect()
+# Forks share the memory of objects that the collector does not visit.
+gc.freeze()

@@ -55,11 +55,7 @@ def _interrupted_at(place: Place, plan: Plan) -> list[str]:
 
 
 def _interrupted_from_outside(place: Place, draw: random.Random, signals: tuple[int, ...], *, own: bool) -> list[str]:
-    out = place.new()
-    child = place.start(place.first(out), out, own=own)
-    while child.running and not (out / "config.yaml").exists():
-        time.sleep(0.005)
-    time.sleep(draw.random() * place.seconds)
+    out, child = place.running(draw, own=own)
     for number in signals:
         child.signal(number)
         time.sleep(draw.choice([0.0, 0.001, 0.02]))
