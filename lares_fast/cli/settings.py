@@ -119,8 +119,8 @@ def _verified(path: Path, text: str) -> str:
         text = text[match.end() :]
     if (match and match[1] != _checksum(text)) or _REST_OF_MARK.search(text):
         raise InputError(
-            f"{path} was edited or is damaged: undo the edit and change settings with --set, or remove its first line to use it "
-            "as it is."
+            f"{path} was edited or is damaged: undo the edit and change settings with --set, or remove its first line to use "
+            "it as it is."
         )
     return text
 
