@@ -7,7 +7,9 @@ products, is computed in fp64, and subtracts products before it scales them.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,14 +89,24 @@ class Case:
         return f"{self.kind}, M={M}, N={N}, D={D}, 2^{one} * 2^{other}, scale {self.scale:.3g}{', without PAD' * self.skip_pad}"
 
     def run(self, backend: str) -> dict[str, Tensor]:
-        """Return the log-probability and the gradients that ``backend`` computes; ``twin`` is the reference in fp32."""
+        """Return the log-probability and the gradients that ``backend`` computes."""
+        return self._differentiated(partial(ops.target_logprob, backend=backend), self.grad)
+
+    def twins(self) -> list[dict[str, Tensor]]:
+        """Return what the reference computes in fp32, with three upstream gradients, and divided by their factors again.
+
+        In a few numbers the error of one run may be small by chance.
+        """
+        runs = []
+        for factor in (1.0, 0.7, 1.3):
+            values = self._differentiated(reference.target_logprob, self.grad * factor)
+            runs.append({name: x.double() if name == "logprob" else x.double() / factor for name, x in values.items()})
+        return runs
+
+    def _differentiated(self, function: Callable[..., Tensor], grad: Tensor) -> dict[str, Tensor]:
         hidden, items = self.hidden.clone().requires_grad_(), self.items.clone().requires_grad_()
-        options = {"scale": self.scale, "skip_pad": self.skip_pad}
-        if backend == "twin":
-            value = reference.target_logprob(hidden, items, self.target, **options)
-        else:
-            value = ops.target_logprob(hidden, items, self.target, **options, backend=backend)
-        value.backward(self.grad)
+        value = function(hidden, items, self.target, scale=self.scale, skip_pad=self.skip_pad)
+        value.backward(grad)
         return {"logprob": value.detach(), "hidden": hidden.grad, "items": items.grad}
 
     def truth(self) -> Truth:
@@ -136,7 +148,7 @@ class Case:
         return Truth(values, terms, least, free, {"logprob": lost, "hidden": lost[:, None], "items": lost.any()})
 
 
-def faults(case: Case, found: dict[str, Tensor], twin: dict[str, Tensor], truth: Truth) -> list[tuple[str, bool]]:
+def faults(case: Case, found: dict[str, Tensor], twins: list[dict[str, Tensor]], truth: Truth) -> list[tuple[str, bool]]:
     """Return each fault of ``found`` as (text, whether a finite number is wrong)."""
     result = []
     for name, wanted in truth.values.items():
@@ -145,10 +157,13 @@ def faults(case: Case, found: dict[str, Tensor], twin: dict[str, Tensor], truth:
         if bool((~finite & ~truth.free[name]).any()):
             result.append((f"{case}: {name} is not finite, and should be", False))
         compared = finite & ~truth.unknown[name]
-        ours, theirs, exact = (torch.where(compared, x.double(), 0.0) for x in (value, twin[name], wanted))
+        ours, exact, *theirs = (torch.where(compared, x.double(), 0.0) for x in (value, wanted, *(run[name] for run in twins)))
+        # A run that leaves fp32 does not count. If all do, only the ceiling of the tolerance holds.
+        finite_runs = [x for x in theirs if x.isfinite().all()] or theirs[:1]
+        twin = max(finite_runs, key=lambda x: (x - exact).abs().max().item())
         # A sum that cancels has errors of the size of its terms. So the terms count like the truth.
         floor = 10 * torch.where(compared, truth.terms[name], 0.0)
-        verdict = judge(kind, {name: ours.float()}, {name: theirs.float()}, {name: exact, "terms": floor})[0]
+        verdict = judge(kind, {name: ours.float()}, {name: twin}, {name: exact, "terms": floor})[0]
         if verdict.fault and bool(((ours - exact).abs() > truth.least[name]).any()):
             result.append((f"{case}: {verdict.fault}", True))
     return result
@@ -157,4 +172,4 @@ def faults(case: Case, found: dict[str, Tensor], twin: dict[str, Tensor], truth:
 def check(seed: int, backend: str) -> list[tuple[str, bool]]:
     """Return the faults of ``backend`` for the case of ``seed``."""
     case = Case(seed)
-    return faults(case, case.run(backend), case.run("twin"), case.truth())
+    return faults(case, case.run(backend), case.twins(), case.truth())

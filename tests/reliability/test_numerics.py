@@ -19,7 +19,7 @@ def test_a_wrong_gradient_is_lost_and_a_missing_one_has_failed(capsys):
     results["not finite"]["items"] = found["items"] * torch.nan
     counts = Counts("numerics", quick=True)
     for what, result in results.items():
-        numerics._count(counts, what, [numerics_softmax.faults(case, result, case.run("twin"), truth)], 1)
+        numerics._count(counts, what, [numerics_softmax.faults(case, result, case.twins(), truth)], 1)
     assert {what: (row.failed, row.lost) for what, row in counts.rows.items()} == {
         "right": (0, 0), "wrong": (1, 1), "not finite": (1, 0),
     }  # fmt: skip
