@@ -13,7 +13,7 @@ from tests.reliability.counts import ROOT, Counts
 
 WHAT = "environments: install, import, doctor, train (both phases), eval, recommend, report"
 PYTHONS = ("3.11.7", "3.12.1", "3.13.0")
-SETTINGS = ("data.synthetic_users=60", "data.synthetic_items=40", "spt.epochs=1", "rpt.epochs=1")
+SETTINGS = ("data.synthetic_users=60", "data.synthetic_items=200", "spt.epochs=1", "rpt.epochs=1")
 TRAIN = [word for setting in SETTINGS for word in ("--set", setting)]
 VERSIONS = "import torch, numpy; print(torch.__version__, numpy.__version__, torch.version.cuda, torch.cuda.is_available())"
 # The steps after the installation, as arguments of ``python -m lares_fast``.
