@@ -79,7 +79,12 @@ def test_a_crash_of_a_child_leaves_its_example(tmp_path):
     code = "import os, sys, tests.reliability.fuzzing.children as c; w = c.Watcher(sys.argv[1], lambda e: os.abort()); w('bad')"
     subprocess.run([sys.executable, "-c", code, str(state)], cwd=ROOT, stderr=subprocess.DEVNULL, check=False)
     assert json.loads(state.read_text()) == ["", {"": 1}, "bad"]
-    for code, text in ((-signal.SIGABRT, "signal 6"), (-signal.SIGALRM, "longer than"), (1, "code 1: why")):
+    for code, text in (
+        (-signal.SIGABRT, "signal 6"),
+        (-signal.SIGALRM, "longer than"),
+        (-signal.SIGPROF, "of processor time"),
+        (1, "code 1: why"),
+    ):
         found = ended(code, "why", state)
         assert (found.tried, found.faults[0][:2]) == ({"": 1}, ("", "bad"))
         assert text in found.faults[0][2]

@@ -19,8 +19,9 @@ from typing import Any
 
 from tests.reliability.counts import ROOT, Counts
 
-# No example may take longer, in seconds. The machine may be busy.
-LONGEST = 60
+# The most seconds of processor time that an example may take, and of time by the clock, in which it may also wait. The
+# second number is large, because a machine may be busy, or pause its processes.
+LONGEST, LONGEST_WAIT = 60, 1800
 # The address space of a child in bytes.
 MEMORY = 8 << 30
 
@@ -45,10 +46,12 @@ class Watcher:
         text = str(example)
         self.tried[self.what] += 1
         os.pwrite(self._file, json.dumps([self.what, self.tried, text[:4000]]).encode().ljust(30_000), 0)
-        # The alarm ends the process, also while native code runs.
-        signal.setitimer(signal.ITIMER_REAL, LONGEST)
+        # These signals end the process, also while native code runs.
+        signal.setitimer(signal.ITIMER_PROF, LONGEST)
+        signal.setitimer(signal.ITIMER_REAL, LONGEST_WAIT)
         found = self._check(example)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         if found is not None:
             self.faults.append((self.what, text[:1500], found))
 
@@ -109,8 +112,10 @@ def ended(code: int, errors: str, state: Path) -> Found:
     what, tried, example = json.loads(state.read_text())
     reason = f"signal {-code}" if code < 0 else f"code {code}"
     text = f"ended the process with {reason}: {errors[-1500:]}"
+    if code == -signal.SIGPROF:
+        text = f"took longer than {LONGEST} s of processor time"
     if code == -signal.SIGALRM:
-        text = f"took longer than {LONGEST} s"
+        text = f"took longer than {LONGEST_WAIT} s"
     return Found(tried, [(what, example, text)])
 
 
