@@ -98,6 +98,7 @@ class LARESConfig:
         _check(self.eval_depth is None or self.eval_depth >= 1, "eval_depth", self.eval_depth, "at least 1")
         for name in ("layer_norm_eps", "initializer_range", "tau"):
             _check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+        _check(2.0**-100 <= self.tau <= 2.0**100, "tau", self.tau, "in 2^-100..2^100")
         for name in ("state_std", "state_scale"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or greater")
         for name, allowed in (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
 import sys
 import time
 
@@ -23,21 +24,27 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
-    failed = []
-    for name in arguments.parts or PARTS:
-        counts, began = Counts(name, arguments.quick), time.monotonic()
-        importlib.import_module(f"tests.reliability.{name}").measure(counts)
-        for row in counts.rows.values():
-            print(f"{name}: {row.what}: {row.tried:,} tried, {row.failed} failed, {row.lost} lost. {row.note}".rstrip())
-        print(f"{name}: {'passed' if counts.passed else 'FAILED'} after {time.monotonic() - began:.0f} s", flush=True)
-        if not counts.passed:
-            failed.append(name)
-        if not arguments.quick:
-            counts.save(RESULTS)
-            PAGE.write_text(page())
-    if failed:
+    parts = arguments.parts or list(PARTS)
+    if len(parts) == 1:
+        return int(not run(parts[0], quick=arguments.quick))
+    # Each part has a process of its own, because some parts measure their process.
+    same = [sys.executable, "-m", "tests.reliability", *(["--quick"] if arguments.quick else [])]
+    if failed := [name for name in parts if subprocess.run([*same, name], check=False).returncode]:
         print(f"failed: {', '.join(failed)}")
     return int(bool(failed))
+
+
+def run(name: str, *, quick: bool) -> bool:
+    """Run one part, and return whether it passed. Its long form writes the results and the page."""
+    counts, began = Counts(name, quick), time.monotonic()
+    importlib.import_module(f"tests.reliability.{name}").measure(counts)
+    for row in counts.rows.values():
+        print(f"{name}: {row.what}: {row.tried:,} tried, {row.failed} failed, {row.lost} lost. {row.note}".rstrip())
+    print(f"{name}: {'passed' if counts.passed else 'FAILED'} after {time.monotonic() - began:.0f} s", flush=True)
+    if not quick:
+        counts.save(RESULTS)
+        PAGE.write_text(page())
+    return counts.passed
 
 
 if __name__ == "__main__":

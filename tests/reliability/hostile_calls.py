@@ -138,7 +138,7 @@ def target_logprob(m: Memory) -> Arguments:
     call = softmax(m)
     M = call["M"]
     rank = m.rng.choice([0, m.out(M, "i8")])
-    return {**call, "logprob": m.out(M, "f4"), "lse": m.out(M, "f8"), "rank": rank, "ties_by_id": True}
+    return {**call, "logprob": m.out(M, "f4"), "lse": m.out(2 * M, "f8"), "rank": rank, "ties_by_id": True}
 
 
 def target_logprob_backward(m: Memory) -> Arguments:
@@ -146,7 +146,7 @@ def target_logprob_backward(m: Memory) -> Arguments:
     call = softmax(m)
     M, N, D = call["M"], call["N"], call["D"]
     outputs = {"d_hidden": m.out(M * D, "f4"), "d_items": m.out(N * D, "f4")}
-    return {**call, "grad": m.floats(M), "lse": m.floats(M, "f8"), **outputs}
+    return {**call, "grad": m.floats(M), "lse": m.floats(2 * M, "f8"), **outputs}
 
 
 ADAPTERS = {"none": [], "add": [16, 16], "linear": [1, 16, 16], "concat": [512, 16, 16, 16]}

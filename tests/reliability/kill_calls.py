@@ -162,9 +162,10 @@ class Calls:
 
     def fdopen(self, descriptor: int, mode: str = "r", *rest: Any, **named: Any) -> Any:
         path = self._inside(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if path is None or "w" not in mode:
+        if path is None or not set("wa+") & set(mode):
             return self._fdopen(descriptor, mode, *rest, **named)
-        return io.BufferedWriter(_Raw(descriptor, mode, self, path))
+        raw = _Raw(descriptor, mode, self, path)
+        return io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
 
     def path_open(self, path: Path, mode: str, *rest: Any, **named: Any) -> Any:
         found = self._inside(path) if set("wxa+") & set(mode) else None

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from lares_fast import _files as files
 from lares_fast.cli import recommend
-from lares_fast.train import checkpoint, files, folder
+from lares_fast.train import checkpoint, folder
 from lares_fast.train.run import Run
 
 
