@@ -75,9 +75,9 @@ class Calls:
     def install(self) -> None:
         """Replace the functions through which lares_fast changes files."""
         self._open, self._fdopen, self._fsync, self._replace, self._unlink = os.open, os.fdopen, os.fsync, os.replace, os.unlink
-        self._mkdir, self._path_open, self._flock = os.mkdir, Path.open, fcntl.flock
+        self._mkdir, self._link, self._path_open, self._flock = os.mkdir, os.link, Path.open, fcntl.flock
         os.open, os.fdopen, os.fsync, os.replace, os.unlink = self.open, self.fdopen, self.fsync, self.replace, self.unlink
-        os.mkdir, fcntl.flock = self.mkdir, self.flock
+        os.mkdir, os.link, fcntl.flock = self.mkdir, self.link, self.flock
         show, enter, calls = Events.show, Run.enter, self
         Path.open = lambda path, mode="r", *rest, **named: calls.path_open(path, mode, *rest, **named)
 
@@ -206,6 +206,12 @@ class Calls:
             self._synced.pop(found, None)
 
         return self.reach("remove", found, do)
+
+    def link(self, source: Any, target: Any, **named: Any) -> None:
+        found = self._inside(target)
+        if found is None:
+            return self._link(source, target, **named)
+        return self.reach("link", found, lambda: self._link(source, target, **named))
 
     def mkdir(self, path: Any, mode: int = 0o777, **named: Any) -> None:
         found = self._inside(path)
