@@ -142,9 +142,11 @@ class Calls:
         now = _written()
         unseen = None if now is None or self._counted is None else now - self._counted - self._bytes
         content = {"calls": self.calls, "published": self._published, "unseen": unseen}
-        descriptor = self._open(self._report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with self._fdopen(descriptor, "w") as file:
+        partly = f"{self._report}.partly"
+        with self._fdopen(self._open(partly, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(content, file)
+        # The process may be killed from outside even now.
+        self._replace(partly, self._report)
 
     # The functions that replace those of the same name.
 
