@@ -75,9 +75,9 @@ class Calls:
     def install(self) -> None:
         """Replace the functions through which lares_fast changes files."""
         self._open, self._fdopen, self._fsync, self._replace, self._unlink = os.open, os.fdopen, os.fsync, os.replace, os.unlink
-        self._mkdir, self._path_open, self._flock = os.mkdir, Path.open, fcntl.flock
+        self._mkdir, self._link, self._path_open, self._flock = os.mkdir, os.link, Path.open, fcntl.flock
         os.open, os.fdopen, os.fsync, os.replace, os.unlink = self.open, self.fdopen, self.fsync, self.replace, self.unlink
-        os.mkdir, fcntl.flock = self.mkdir, self.flock
+        os.mkdir, os.link, fcntl.flock = self.mkdir, self.link, self.flock
         show, enter, calls = Events.show, Run.enter, self
         Path.open = lambda path, mode="r", *rest, **named: calls.path_open(path, mode, *rest, **named)
 
@@ -142,9 +142,11 @@ class Calls:
         now = _written()
         unseen = None if now is None or self._counted is None else now - self._counted - self._bytes
         content = {"calls": self.calls, "published": self._published, "unseen": unseen}
-        descriptor = self._open(self._report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with self._fdopen(descriptor, "w") as file:
+        partly = f"{self._report}.partly"
+        with self._fdopen(self._open(partly, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(content, file)
+        # The process may be killed from outside even now.
+        self._replace(partly, self._report)
 
     # The functions that replace those of the same name.
 
@@ -206,6 +208,12 @@ class Calls:
             self._synced.pop(found, None)
 
         return self.reach("remove", found, do)
+
+    def link(self, source: Any, target: Any, **named: Any) -> None:
+        found = self._inside(target)
+        if found is None:
+            return self._link(source, target, **named)
+        return self.reach("link", found, lambda: self._link(source, target, **named))
 
     def mkdir(self, path: Any, mode: int = 0o777, **named: Any) -> None:
         found = self._inside(path)

@@ -19,7 +19,7 @@ from typing import Any
 from tests.reliability.counts import ROOT
 from tests.reliability.kill_calls import Call, Plan
 
-_SECONDS = 300
+_SECONDS, _TICK = 300, 0.005
 # Processes are started and asked for their end by one thread at a time: multiprocessing asks about all at every start.
 _LOCK = threading.Lock()
 
@@ -100,13 +100,14 @@ class Child:
 
     def wait(self) -> Ended:
         """Wait for the end of the process. It is killed when it takes too long; its code is then 999."""
-        end = time.monotonic() + _SECONDS
-        while self.running and time.monotonic() < end:
-            time.sleep(0.005)
+        # Time in which this process and its child are both stopped does not count.
+        left = _SECONDS / _TICK
+        while self.running and (left := left - 1) > 0:
+            time.sleep(_TICK)
         if hung := self.running:
             self._process.kill()
             while self.running:
-                time.sleep(0.005)
+                time.sleep(_TICK)
         code = self._process.returncode if isinstance(self._process, subprocess.Popen) else self._process.exitcode
         out, err = (Path(name).read_text(errors="replace") if os.path.exists(name) else "" for name in self._files[:2])
         report = json.loads(Path(self._files[2]).read_text()) if os.path.exists(self._files[2]) else {"calls": []}

@@ -15,7 +15,7 @@ from tests.reliability.kill_runs import Place, changed, count, torn
 WHOLE = "no kill: every byte is written by a numbered call, and synced before its file gets its name"
 INSIDE = "SIGKILL inside a write"
 BEFORE = "SIGKILL between a written file and its rename"
-BETWEEN = "SIGKILL between two files of one save"
+BETWEEN = "SIGKILL after a rename, a link or a removal, between two files of one save"
 EVENT = "SIGKILL in evaluation, in the row filter, at the change of phase or between steps"
 OUTSIDE = "SIGKILL from outside at a random moment"
 SEVERAL = "two to five SIGKILLs in one run"
@@ -75,7 +75,7 @@ def moments(what: str, calls: list[Call]) -> list[Plan]:
     numbers = {
         INSIDE: [(n, "middle") for n, call in enumerate(calls) if call.kind == "write"],
         BEFORE: [(n, "before") for n, call in enumerate(calls) if call.kind in ("sync", "rename")],
-        BETWEEN: [(n, "after") for n, call in enumerate(calls) if call.kind in ("rename", "sync folder")],
+        BETWEEN: [(n, "after") for n, call in enumerate(calls) if call.kind in ("rename", "sync folder", "link", "remove")],
         EVENT: [(n, "before") for n, call in enumerate(calls) if call.kind == "event"],
         POWER: [(n, when) for n, call in enumerate(calls) if call.kind in CHANGE for when in ("before", "after")],
     }[what]

@@ -3,9 +3,11 @@
 The server imports this module when it starts.
 """
 
+import atexit
 import contextlib
 import gc
 import io
+import os
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401 - optimizers import it when they are made
@@ -30,6 +32,8 @@ with place() as somewhere, contextlib.redirect_stdout(io.StringIO()):
     ):
         if code := main([str(word) for word in words]):
             raise RuntimeError(f"the command line has ended with code {code}")
+# At its end, the server says nothing about objects that other packages have not freed.
+atexit.register(os._exit, 0)
 gc.collect()
 # Forks share the memory of objects that the collector does not visit.
 gc.freeze()
