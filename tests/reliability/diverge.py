@@ -67,7 +67,7 @@ def _cases():
                     for what in HARMS:
                         yield phase, what, step, size, minutes
                 yield phase, "weight_decay", 1e36, size, minutes
-    for tau in (1e-30, 1e-38):
+    for tau in (1e-25, 1e-30):
         yield "spt", "tau", tau, 64, 10.0
 
 
