@@ -65,21 +65,6 @@ def write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
-def keep_as(path: Path, older: Path) -> None:
-    """Give the file ``path``, if there is one, the name ``older`` too; the file that had that name is removed.
-
-    The caller then replaces ``path``.
-    """
-    if not os.path.isfile(path):
-        return
-    older.unlink(missing_ok=True)
-    try:
-        os.link(path, older)
-    except OSError:
-        # The file system has no hard links. Until the new file is moved to ``path``, only ``older`` is there.
-        os.replace(path, older)
-
-
 def append_line(path: Path, line: str) -> None:
     """Append ``line`` to the file ``path``.
 
