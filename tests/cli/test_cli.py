@@ -16,7 +16,8 @@ from tests.support.command_line import is_one_sentence, metrics_csv, python, ref
 def test_a_run_leaves_its_files(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
-        *("config.yaml", "metrics.csv", "events.jsonl", "curves.png", "model.safetensors", "item_ids.json", "state.pt")
+        *("config.yaml", "metrics.csv", "events.jsonl", "curves.png", "model.safetensors", "item_ids.json", "state.pt"),
+        "state.previous.pt",
     }
     assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
     phases = {(row["phase"], row["split"]) for row in metrics_csv(trained)}
