@@ -43,11 +43,10 @@ def measure(counts: Counts) -> None:
         for number, case in enumerate(cases[::29] if counts.quick else cases):
             counts.tried(DIVERGED, goal=len(cases))
             try:
-                fault = diverged(folder / f"diverged-{number}", *case)
+                if fault := diverged(folder / f"diverged-{number}", *case):
+                    counts.failed(DIVERGED, f"{case}: {fault}", lost="names no remedy" not in fault)
             except Exception as error:
-                fault = f"raised {error!r:.300}"
-            if fault:
-                counts.failed(DIVERGED, f"{case}: {fault}", lost=True)
+                counts.failed(DIVERGED, f"{case} raised {error!r:.300}")
         planted(counts, folder)
         change_settings(counts, folder)
         diverge_software.measure(counts, folder)
