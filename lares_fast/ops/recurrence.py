@@ -144,7 +144,7 @@ def _checked_layout(h: Tensor, pre: Tensor | None, weights: Sequence[Tensor], ad
     check_floats("h", h, 2, "[P, D]")
     if pre is not None:
         choice("adapter", adapter, ADAPTERS)
-    if not isinstance(weights, list | tuple):
+    if not isinstance(weights, Sequence | torch.nn.ParameterList):
         raise InputError(f"weights must be a list of tensors, but got {shown(weights)}.")
     for weight in weights:
         check_dense("weights", weight)
