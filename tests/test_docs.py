@@ -139,7 +139,7 @@ def test_the_snippets_of_the_training_loop_run_one_after_the_other(capsys):
 
 def test_the_snippets_of_the_tutorial_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    log, serve = snippets("tutorial.md")[:2]
+    log, serve, application, worker = snippets("tutorial.md")
     exec(log.replace("n_users=1000", "n_users=60"), {})
     settings = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)[1]
     Path("movies.yaml").write_text(settings.replace("epochs: 5", "epochs: 1"))
@@ -153,6 +153,15 @@ def test_the_snippets_of_the_tutorial_run(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     exec(serve, {})
     assert capsys.readouterr().out.startswith("[['")
+    before, names = torch.get_num_threads(), {}
+    try:
+        exec(application, names)
+        assert torch.get_num_threads() == 1 and names["recommender"].item_ids
+        exec(worker, names)
+        names["post_fork"](None, None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 # Numbers

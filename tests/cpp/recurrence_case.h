@@ -86,6 +86,8 @@ struct Call {
           out(to.out.data()), h_grad(to.h_grad.data()), pre_grad(to.pre_grad.data()), out_grad(c.out_grad.data()) {
         for (const Tensor& weight : c.weights) weights.push_back(weight.data());
         for (Tensor& grad : to.weight_grads) grads.push_back(grad.data());
+        // Memory of exactly their size shows a read beyond them.
+        weights.shrink_to_fit(), grads.shrink_to_fit();
         call.weights = weights.data();
         weight_grads = grads.data();
     }

@@ -53,14 +53,13 @@ def wrong_type(rng: random.Random) -> Any:
 
 def hostile(rng: random.Random, arguments: dict[str, Any]) -> None:
     """Spoil one to three of ``arguments`` in place, or leave one out, or add one."""
-    for _ in range(rng.randint(1, 3)):
+    for name in rng.sample(list(arguments), min(len(arguments), rng.randint(1, 3))) or [""]:
         kind = rng.random()
-        if kind < 0.08 or not arguments:
-            name = rng.choice(["seed", "", "B ", "\ud800", "x" * 1000, "query", "N", "name"])
-            arguments[name] = rng.choice([0, wrong_type(rng)])
-            continue
-        name = rng.choice(list(arguments))
-        if kind < 0.16:
+        if kind < 0.08 or not name:
+            other = rng.choice(["seed", "", "B ", "\ud800", "x" * 1000, "query", "N", "name"])
+            # An argument that is there is spoilt once only.
+            arguments.setdefault(other, rng.choice([0, wrong_type(rng)]))
+        elif kind < 0.16:
             del arguments[name]
         elif kind < 0.45:
             arguments[name] = wrong_type(rng)
@@ -77,10 +76,7 @@ def spoilt(rng: random.Random, name: str, value: Any) -> Any:
     if isinstance(value, str):
         return rng.choice(["", "Last", "last", "steps", "tokens", "none", "add", "concat\0", "é" * 100, "x" * 100_000])
     if isinstance(value, tuple | list):
-        return spoilt_list(rng, list(value))
-    if not isinstance(value, int):
-        # It is spoilt already.
-        return wrong_type(rng)
+        return spoilt_list(rng, list(value), addresses="weight" in name)
     if name == "threads":
         return rng.choice([0, -1, -(2**63), 2**62, 2**63 - 1, 2**63, 5])
     if name in {"first_step", "hidden_threshold", "attention_threshold", "threshold", "step", "layer", "site", "n_heads"}:
@@ -92,8 +88,8 @@ def spoilt(rng: random.Random, name: str, value: Any) -> Any:
     return rng.choice(NUMBERS) if value <= 0 or rng.random() < 0.6 else rng.randrange(value)
 
 
-def spoilt_list(rng: random.Random, values: list[Any]) -> Any:
-    """Return ``values`` with another length, a null address, or a number out of range."""
+def spoilt_list(rng: random.Random, values: list[Any], *, addresses: bool) -> Any:
+    """Return ``values`` with another length, a null address, or a number out of range or, among addresses, of a wrong type."""
     if not values:
         return rng.choice([[0], None, [None]])
     place = rng.randrange(len(values))
@@ -106,5 +102,6 @@ def spoilt_list(rng: random.Random, values: list[Any]) -> Any:
         return [0] * rng.choice([0, 1, 70_000])
     if kind == 3:
         return Odd(2**62)
-    values[place] = 0 if kind == 4 else rng.choice([*NUMBERS, None, "1", 1.5])
+    wrong = [None, "1", 1.5, -1, 2**64, *([] if addresses else NUMBERS)]
+    values[place] = 0 if kind == 4 else rng.choice(wrong)
     return values

@@ -225,7 +225,7 @@ def _limit(counts: Counts, limited: Limited, folder: Path) -> None:
     api = [log, *(word for word in settings if word != "--set")]
     tries: list[tuple[int, str, dict[str, bool], Callable[[Path], list[object]]]] = [
         (0 if counts.quick else 20, "train", {}, lambda path: [*train, path]),
-        (3 if counts.quick else 40, "train without the estimate", {"blind": True}, lambda path: [*train, path]),
+        (2 if counts.quick else 40, "train without the estimate", {"blind": True}, lambda path: [*train, path]),
         (0 if counts.quick else 20, "eval", {}, lambda path: ["eval", "--run", out, "--csv", path.with_suffix(".csv")]),
         (0 if counts.quick else 20, "recommend", {}, lambda path: [*serve, path.with_suffix(".csv")]),
         (0 if counts.quick else 20, "Trainer", {"blind": True, "api": True}, lambda path: [api[0], path, *api[1:]]),

@@ -121,9 +121,9 @@ def python_threads(number: int, expected: dict[str, str]) -> None:
         time.sleep(0.001)
     torch.set_num_threads(1)
     what = "calls from 8 Python threads"
-    tell(what, number=number // 8 * 8 - len(problems))
     for problem in problems:
-        tell(what, failed=problem, lost="differs" in problem)
+        tell(what, failed=problem, lost="differs" in problem, number=0)
+    tell(what, number=number // 8 * 8)
 
 
 def fork_beside_calls(number: int, expected: dict[str, str]) -> None:
@@ -244,6 +244,17 @@ def interrupted(after: float, expected: dict[str, str]) -> None:
     tell("Ctrl-C during calls", failed=problem, lost="differs" in problem)
 
 
+def planted(expected: dict[str, str]) -> None:
+    """Check that a wrong result, a child that hangs and a child that crashes are noticed."""
+    wrong = dict.fromkeys(expected, "another digest")
+    for sign, problem in [
+        ("differs", forked(lambda: same_as(wrong))),
+        ("hung", forked(lambda: time.sleep(600), limit=0.5)),
+        ("exit code -6", forked(os.abort)),
+    ]:
+        tell("planted faults are noticed", failed="" if sign in problem else f"{sign} is missing in {problem!r}")
+
+
 def main(quick: bool) -> None:
     """Run all cases. Those that need a process without a call come first."""
     # No thread of PyTorch is started, because its threads do not survive a fork.
@@ -254,6 +265,7 @@ def main(quick: bool) -> None:
     for _ in range(2 if quick else 60):
         for name in CALLS:
             without_memory(name, rng.choice([0, 10_000, 100_000, 1_000_000, 3_000_000, 10_000_000, 40_000_000]), expected)
+    planted(expected)
     forks("forks after use", 2 if quick else 100, all_digests())
     for _ in range(1 if quick else 10):
         without_new_threads(expected)

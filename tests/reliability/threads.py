@@ -115,7 +115,7 @@ def sanitized(counts: Counts) -> None:
             if done.returncode != 0 or not made:
                 counts.failed(what, (done.stdout + done.stderr)[-600:], lost="should be" in done.stderr)
     done = subprocess.run([*program, "generic", "0", "0", "1", "1", "race"], capture_output=True, text=True, check=False)
-    what = "a planted race is reported"
+    what = "planted faults are noticed"
     counts.tried(what)
     if "data race" not in done.stderr:
         counts.failed(what, done.stderr[-300:])
