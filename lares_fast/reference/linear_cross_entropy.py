@@ -22,7 +22,8 @@ def target_logprob(hidden: Tensor, items: Tensor, target: Tensor, *, scale: floa
     products = hidden @ items.mT
     # Large products are subtracted before they are scaled. Otherwise the log-sum-exp would lose digits.
     top = products.detach()[..., PAD + 1 if skip_pad else PAD :].amax(dim=-1, keepdim=True)
-    scores = (products - torch.where(top.isfinite(), top, 0.0)) * scale
+    largest = torch.finfo(top.dtype).max
+    scores = (products - top.clamp(-largest, largest)) * scale
     own = scores.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return own - (scores[..., PAD + 1 :] if skip_pad else scores).logsumexp(dim=-1)
 
