@@ -18,7 +18,8 @@ class InputError(LaresFastError, ValueError):
     """
 
     def __init__(self, message: str, setting: str | None = None) -> None:
-        super().__init__(message)
+        # A path or a name in a message may have characters that break the line or control a terminal.
+        super().__init__(printable(message, len(message)))
         self.setting = setting
 
 
@@ -32,6 +33,12 @@ class NotBuiltError(BackendError):
 
 class MissingExtraError(LaresFastError, ImportError):
     """A feature needs an optional dependency that is not installed."""
+
+
+def printable(text: str, most: int = 300) -> str:
+    """Return ``text`` for a message: cut to ``most`` characters, without characters that control a terminal."""
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
+    return shown if len(text) <= most else shown + "..."
 
 
 def require(module: str, extra: str, feature: str) -> ModuleType:

@@ -240,7 +240,7 @@ def test_an_issue_form_is_valid(path):
 
 
 def test_what_the_forms_ask_for_exists():
-    command = [sys.executable, "-m", "lares_fast", "doctor", "--json"]
+    command = [sys.executable, "-P", "-m", "lares_fast", "doctor", "--json"]
     assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

@@ -73,7 +73,7 @@ def test_works_after_a_fork():
 
 
 def test_the_interpreter_may_end_while_daemon_threads_are_inside_calls():
-    command = [sys.executable, "-c", EXIT, "0.05"]
+    command = [sys.executable, "-P", "-c", EXIT, "0.05"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
     )  # fmt: skip

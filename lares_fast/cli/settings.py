@@ -15,10 +15,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lares_fast._errors import InputError, require
+from lares_fast._errors import InputError, printable, require
 from lares_fast._files import read_small, write_text
 from lares_fast.config import LARESConfig
-from lares_fast.data._text import printable
 from lares_fast.train.config import SECTIONS, RunConfig
 
 # (source, dotted key, value). The source is the name of a file or an argument. Errors show it.

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lares_fast._errors import InputError, require
+from lares_fast._errors import InputError, printable, require
 from lares_fast.data._ids import IdColumn
 from lares_fast.data._quotes import spans_lines
-from lares_fast.data._text import Block, Progress, printable
+from lares_fast.data._text import Block, Progress
 from lares_fast.data._times import MAX_FLOAT_DIGITS, NUMBER, TOO_FINE, TimeColumn
 from lares_fast.data.log import Ids
 

@@ -182,7 +182,7 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         # A path with a NUL raises ValueError.
-        raise InputError(f"{printable(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def decode(path: Path, data: bytes, line: int = 1) -> str:
@@ -196,12 +196,6 @@ def decode(path: Path, data: bytes, line: int = 1) -> str:
     line += data.count(b"\n", 0, nul)
     remedy = "give another format, or unpack the file if it is compressed"
     raise InputError(f"{path}, line {line}: this is not UTF-8 text; {remedy}.")
-
-
-def printable(text: str, most: int = 300) -> str:
-    """Return ``text`` for a message: cut to ``most`` characters, without characters that control a terminal."""
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
-    return shown if len(text) <= most else shown + "..."
 
 
 def _text_pieces(path: Path, progress: Progress | None) -> Iterator[tuple[bytes, int]]:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lares_fast._errors import InputError
+from lares_fast._errors import InputError, printable
 from lares_fast._numbers import choice, shown, whole
 from lares_fast.data._ids import IdColumn
 from lares_fast.data._tables import Events, Names, check_columns, finish, read_csv, read_parquet
-from lares_fast.data._text import Block, Progress, cells, check_file, decode, printable, readable, words
+from lares_fast.data._text import Block, Progress, cells, check_file, decode, readable, words
 from lares_fast.data._times import TimeColumn
 from lares_fast.data.log import Ids, InteractionLog, assemble
 

@@ -86,7 +86,7 @@ def weights(folder, *arguments):
 def command(*arguments, fail=True, **environ):
     """Call ``lares-fast train`` in a process of its own, and return what it printed; ``None`` if it failed and may fail."""
     done = subprocess.run(
-        [sys.executable, "-m", "lares_fast", "train", *map(str, arguments)],
+        [sys.executable, "-P", "-m", "lares_fast", "train", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

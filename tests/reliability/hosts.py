@@ -108,12 +108,12 @@ def imports(counts: Counts, python: Any = sys.executable) -> None:
     """Import the package in new processes."""
     what = "imports: output, warnings, files, threads, child processes"
     for names in (NAMES,) if counts.quick else ("", NAMES):
-        done = run(python, "-B", "-W", "error", "-c", SILENT.replace("MORE", names))
+        done = run(python, "-P", "-B", "-W", "error", "-c", SILENT.replace("MORE", names))
         counts.tried(what)
         if done.returncode or done.stderr or done.stdout != "[]\n[true, true]\n":
             counts.failed(what, (done.stdout + done.stderr)[-500:])
     what = f"imports: less than {IMPORT_SECONDS} s of CPU time over torch (median)"
-    times = [tuple(map(float, run(python, "-c", TIMED).stdout.split())) for _ in range(1 if counts.quick else 15)]
+    times = [tuple(map(float, run(python, "-P", "-c", TIMED).stdout.split())) for _ in range(1 if counts.quick else 15)]
     counts.tried(what, len(times))
     package, names = (statistics.median(column) for column in zip(*times, strict=True))
     counts.note(what, f"{1000 * package:.1f} ms; all public names, which load on first use: {1000 * names:.0f} ms more")

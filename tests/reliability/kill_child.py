@@ -70,7 +70,7 @@ class Child:
             with open(self._files[0], "w") as out, open(self._files[1], "w") as err:
                 environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "lares_fast", *words],
+                    [sys.executable, "-P", "-m", "lares_fast", *words],
                     stdout=out,
                     stderr=err,
                     stdin=subprocess.DEVNULL,

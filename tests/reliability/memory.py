@@ -93,7 +93,7 @@ def measure(counts: Counts) -> None:
 def run(*arguments: object) -> Ended:
     """Run the command line in a process of its own."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        command = [sys.executable, "-m", "lares_fast", *map(str, arguments)]
+        command = [sys.executable, "-P", "-m", "lares_fast", *map(str, arguments)]
         process = subprocess.Popen(command, stdout=out, stderr=err, env=ENVIRONMENT)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

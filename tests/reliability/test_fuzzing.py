@@ -60,7 +60,7 @@ def test_an_argument_that_is_accepted_or_refused_wrongly_is_found(monkeypatch):
     assert "accepted" in outcomes.fault(wrong)
 
     def refuse(**_):
-        raise InputError("two\nlines")
+        raise InputError("no full stop")
 
     monkeypatch.setitem(outcomes.FUNCTIONS, "topk", refuse)
     assert "not one sentence" in outcomes.fault(wrong)

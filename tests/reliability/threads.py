@@ -67,7 +67,7 @@ def ends(counts: Counts, number: int) -> None:
     """End ``number`` interpreters while daemon threads are inside calls."""
     what = "ends of the interpreter beside daemon threads"
     for i in range(number):
-        command = [sys.executable, "-c", EXIT, str(0.02 + 0.01 * (i % 10))]
+        command = [sys.executable, "-P", "-c", EXIT, str(0.02 + 0.01 * (i % 10))]
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False)
         counts.tried(what, goal=number)
         if done.returncode != 0 or done.stderr:

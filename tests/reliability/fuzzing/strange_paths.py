@@ -30,8 +30,6 @@ def example(_: str, random: Random) -> Input:
     if choice[1] == "settings" and choice[0] in ("None", "a number", "bytes"):
         # The command line gives texts only.
         choice = choice[0], "load"
-    if choice == ("control characters", "load"):
-        choice = choice[0], "read_log"
     return Input("path", choice, check_path)
 
 
