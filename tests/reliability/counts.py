@@ -8,11 +8,14 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
+# The folder of the package that is tested, for the path of other processes. It need not be the one of these sources.
+PACKAGE = next(Path(place).parent for place in find_spec("lares_fast").submodule_search_locations)
 
 # The most failures that are kept with their text.
 _KEPT = 20

@@ -7,10 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lares_fast
 from lares_fast.train.checkpoint import load_state, save_state
 from tests.reliability.corrupt_places import called
-from tests.reliability.counts import Counts
+from tests.reliability.counts import PACKAGE, Counts
 from tests.support.damage import plain
 
 SOFTWARE = "other threads, instruction set, backend or version for the second part of a run"
@@ -94,7 +93,7 @@ def command(*arguments, fail=True, **environ):
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
-            "PYTHONPATH": str(Path(lares_fast.__file__).parents[1]),
+            "PYTHONPATH": str(PACKAGE),
             **environ,
         },
     )

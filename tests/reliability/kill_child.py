@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.reliability.counts import ROOT
+from tests.reliability.counts import PACKAGE
 from tests.reliability.kill_calls import Call, Plan
 
 _SECONDS, _TICK = 300, 0.005
@@ -68,7 +68,7 @@ class Child:
         self._process: Any
         if own:
             with open(self._files[0], "w") as out, open(self._files[1], "w") as err:
-                environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+                environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE)}
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "lares_fast", *words],
                     stdout=out,

@@ -15,10 +15,10 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.reliability.counts import ROOT
+from tests.reliability.counts import PACKAGE, ROOT
 
 # With one thread, torch has no threads that a fork would lose.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE)}
 
 
 class Done(NamedTuple):
