@@ -30,6 +30,8 @@ from lares_fast.train.checkpoint import fits, load_weights_about, sha256
 from lares_fast.train.finite import NotFiniteError, largest, require_finite_scores, require_usable
 
 History = Iterable[Any]
+# Python can be told to refuse the text of integers with more than 640 digits.
+_MOST_BITS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,7 +312,8 @@ def _raw_ids(history: Any, where: str) -> Iterator[int | str]:
     if isinstance(history, Mapping | Set) or not _can_be_read(history) or getattr(history, "ndim", 1) != 1:
         raise InputError(f"{where} must be a sequence of raw item ids, but is {shown(history)}.")
     for place, raw in enumerate(history):
-        yield raw if type(raw) is str or type(raw) is int else _raw_id(raw, f"item {place} of {where}")
+        plain = type(raw) is str or (type(raw) is int and raw.bit_length() <= _MOST_BITS)
+        yield raw if plain else _raw_id(raw, f"item {place} of {where}")
 
 
 def _raw_id(raw: Any, where: str) -> int | str:
@@ -330,7 +333,8 @@ def _raw_id(raw: Any, where: str) -> int | str:
         return int(value)
     if not isinstance(value, bool):
         try:
-            return operator.index(value)
+            if (found := operator.index(value)).bit_length() <= _MOST_BITS:
+                return found
         except TypeError:
             pass
     raise InputError(f"{where} must be a raw id, which is text or a whole number, but is {shown(raw)}.")

@@ -95,14 +95,15 @@ class Places:
 def make_batch(log: InteractionLog, rows: Rows, index: Tensor | NDArray[Any], max_len: int) -> Batch:
     """Return the rows ``index`` [B] as a batch, each input cut to its last ``max_len`` items.
 
-    ``index`` holds integers in 0..R-1, as a CPU tensor or an array. Raises :class:`InputError` for any other ``index``, and for
-    a ``max_len`` below 1.
+    ``index`` holds integers in 0..R-1, as a CPU tensor, an array or a list. Raises :class:`InputError` for any other
+    ``index``, and for a ``max_len`` below 1.
     """
     if (max_len := whole("max_len", max_len)) < 1:
         raise InputError(f"max_len must be at least 1, but got {max_len}.")
     chosen = _checked_index(index, len(rows))
     ends, users = rows.ends[chosen], rows.users[chosen].astype(np.int64)
-    items, offsets = log.events(np.maximum(log.offsets[users], ends - max_len), ends)
+    # A larger max_len cuts nothing.
+    items, offsets = log.events(np.maximum(log.offsets[users], ends - min(max_len, log.n_events)), ends)
     target = log.items[ends].astype(np.int64)
     return Batch(*map(torch.from_numpy, (items, offsets, target, chosen.copy(), users)))
 

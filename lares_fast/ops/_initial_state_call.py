@@ -49,8 +49,8 @@ def build_call(
     n_tokens, width = whole("n_tokens", n_tokens), whole("width", width)
     if n_tokens < 0:
         raise InputError(f"n_tokens must be at least 0, but got {n_tokens}.")
-    if width < 1:
-        raise InputError(f"width must be at least 1, but got {width}.")
+    if not 1 <= width <= _MOST_NUMBERS:
+        raise InputError(f"width must be between 1 and 2^48, but got {width}.")
     if n_tokens * width > _MOST_NUMBERS:
         raise InputError(f"n_tokens times width must be at most 2^48, but got {n_tokens} and {width}.")
     return InitialStateCall(

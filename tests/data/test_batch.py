@@ -15,7 +15,7 @@ def log():
     return synthetic_log(n_users=300, n_items=60)
 
 
-@pytest.mark.parametrize("max_len", [1, 3, 20, 200])
+@pytest.mark.parametrize("max_len", [1, 3, 20, 200, 2**64 - 1])
 @pytest.mark.parametrize("part", ["train", "valid", "test"])
 def test_batch_equals_a_loop_over_rows(log, part, max_len):
     rows = getattr(leave_one_out(log), part)

@@ -207,7 +207,8 @@ def test_opcheck_and_compile():
     ({"draw": Draw(torch.zeros(1), torch.arange(1))}, r"draw.key must be two integers or int64 \[1\]"),
     ({"n_tokens": -1}, "n_tokens must be at least 0"),
     ({"n_tokens": 2.5}, "n_tokens must be an integer"),
-    ({"width": 0}, "width must be at least 1"),
+    ({"width": 0}, "width must be between 1 and"),
+    ({"width": 2**63, "n_tokens": 0, "offsets": torch.zeros(2, dtype=torch.int64)}, "width must be between 1 and"),
     ({"std": "big"}, "std must be a number"),
     ({"backend": "fast"}, "backend must be one of"),
 ])  # fmt: skip

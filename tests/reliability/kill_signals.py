@@ -74,7 +74,8 @@ def _ending(ended: Ended, out: object, signals: tuple[int, ...]) -> list[str]:
     if ended.code != 130:
         return [f"the exit code is {ended.code}: {ended.err[-300:]}"]
     sentences = [f"stopped and saved; resume with: lares-fast train --resume {out}"]
-    if signals[-1] == signal.SIGINT or len(signals) == 1:
+    promised = "saving after this step" in ended.err
+    if not promised or (len(signals) > 1 and signals[-1] == signal.SIGINT):
         sentences += [f"aborted; resume from the last saved state with: lares-fast train --resume {out}"]
         sentences += ["aborted before a state was saved; begin the run again."]
     if not any(last[0] == f"lares-fast: {sentence}" for sentence in sentences):

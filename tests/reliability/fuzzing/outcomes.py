@@ -18,6 +18,7 @@ from tests.reliability.fuzzing.values import Example, Floats
 _LONGEST_MESSAGE = 700
 # The largest upstream gradient is about this.
 UPSTREAM = 3.0
+RANKS = ("target_rank", "target_logprob_and_rank")
 SOFTMAX = ("linear_cross_entropy", "target_logprob", "target_logprob_and_rank")
 
 # The functions, and the arguments of each whose gradients are compared.
@@ -172,7 +173,10 @@ def _all_finite(example: Example) -> bool:
 def _within_terms(
     example: Example, kind: str, found: dict[str, Tensor], truth: dict[str, Tensor], finite: dict[str, Tensor]
 ) -> bool:
-    """Return whether gradients differ by a few roundings of the largest term of their sums: the sums may cancel."""
+    """Return whether gradients differ by the roundings of the largest term of their sums: the sums may cancel.
+
+    The error of a sum of n rounded terms grows with the square root of n.
+    """
     if kind != "gradients":
         return False
     arguments = example.make("float64")
@@ -180,9 +184,11 @@ def _within_terms(
     other = {"hidden": arguments["items"], "items": arguments["hidden"]}
     for name, x in found.items():
         rows = 1 if name == "hidden" else arguments["target"].numel()
+        dtype = torch.finfo(x.dtype)
+        roundings = 4 + (len(arguments["items"]) if name == "hidden" else rows) ** 0.5
         most = other[name].nan_to_num(0.0, 0.0, 0.0).abs().max() * scale * UPSTREAM * rows
         error = (x.double() - truth[name])[finite[name]].abs()
-        if error.numel() and error.max() > 4 * torch.finfo(x.dtype).eps * most:
+        if error.numel() and error.max() > roundings * dtype.eps * (most + dtype.smallest_normal):
             return False
     return True
 
@@ -197,7 +203,7 @@ def _inexact(example: Example, name: str, result: Result, twin: Result) -> str |
     fills = {value.fill for value in example.arguments.values() if isinstance(value, Floats)}
     found, expected = (values.exact[name].flatten() for values in (result, twin))
     rounded = fills & {"normal", "huge", "tiny"} and result.exact[name].shape == twin.exact[name].shape
-    if not rounded or (example.name != "topk" and not _is_possible_rank(example, name, found)):
+    if not rounded or (example.name in RANKS and not _is_possible_rank(example, name, found)):
         return f"{name} differs: {found[:20].tolist()} instead of {expected[:20].tolist()}"
     return None
 
@@ -267,4 +273,6 @@ def _out_of_tolerance(example: Example, kind: str, found: dict[str, Tensor], twi
     if not any(x.numel() for x in parts[2].values()):
         return None
     verdicts = judge("forward" if kind == "forward" else "gradient", *parts)
-    return next((verdict.fault for verdict in verdicts if verdict.fault), None)
+    # The reference may be beyond the ceiling of the rule on random numbers. Then a result may be as far off.
+    faults = (verdict.fault for verdict in verdicts if not verdict.error <= 1.5 * verdict.twin_error)
+    return next(filter(None, faults), None)

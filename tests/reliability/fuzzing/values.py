@@ -111,7 +111,7 @@ ODD = {
     "long text": lambda: "x" * 10_000,
     "control characters": lambda: "a\n\x1b[31mb. c",
     "bytes": lambda: b"\xff",
-    "list": lambda: [1, 2, 3],
+    "list": lambda: [1, 2, "3"],
     "tuple": lambda: (1, (2, [3])),
     "dict": lambda: {"a": 1},
     "set": lambda: {1},
