@@ -25,6 +25,9 @@ LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 
+# Folder whose lock this process holds -> the open lock file.
+_HELD: dict[str, int] = {}
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
@@ -33,10 +36,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Until then the file has a random name in the same folder. It is synced to the disk before it is moved, its mode obeys
     the umask, and a link at ``path`` is replaced, not followed.
     Raises :class:`InputError` if the file cannot be written, for example on a full disk. The previous file is then intact. Also
-    raises it at once for the name of a folder, a pipe or a device, which is never replaced.
+    raises it at once for the name of a folder, a pipe or a device, which is never replaced, and the errors of
+    :func:`require_in_place`.
     """
-    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
+    temporary = _temporary(path)
     _require_replaceable(path)
+    require_in_place(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The system applies the umask to this mode.
@@ -46,6 +51,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            # If the folder is replaced after this, the temporary file is not in the new one, and cannot be moved there.
+            require_in_place(path.parent)
             os.replace(temporary, path)
         except BaseException:
             _remove(temporary)
@@ -63,6 +70,29 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Replace ``path`` with a file that ``write(file)`` fills. Raises the errors of :func:`replacing`."""
     with replacing(path) as file:
         write(file)
+
+
+def keep_as(path: Path, older: Path) -> None:
+    """Give the file ``path``, if there is one, the name ``older`` too. A file of this name is replaced.
+
+    Raises OSError if that fails, and the errors of :func:`require_in_place`.
+    """
+    if not os.path.isfile(path):
+        return
+    link = _temporary(older)
+    try:
+        os.link(path, link)
+    except OSError:
+        # The file system has no hard links. Until a new file is moved to ``path``, only ``older`` is there.
+        require_in_place(path.parent)
+        os.replace(path, older)
+        return
+    try:
+        require_in_place(path.parent)
+        os.replace(link, older)
+    finally:
+        # The link is still there if that failed, or if both names already were one file.
+        _remove(link)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,12 +125,13 @@ def read_small(path: Path, most: int) -> bytes:
     return data
 
 
-def open_log(path: Path) -> IO[bytes]:
-    """Open the file ``path`` for reading and appending. It is made if it is missing. A link raises OSError.
+def open_log(path: Path, make: int = os.O_CREAT) -> IO[bytes]:
+    """Open the file ``path`` for reading and appending. A link raises OSError.
 
+    ``make`` is a flag of :func:`os.open` for a missing file, which is made by default.
     Raises :class:`InputError` for a folder, a pipe or a device.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    flags = os.O_RDWR | os.O_APPEND | make
     flags |= sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOFOLLOW"))
     descriptor = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -110,14 +141,22 @@ def open_log(path: Path) -> IO[bytes]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append ``line`` to the file ``path``.
+    """Append ``line`` to the file ``path``, which is made if it is missing.
 
     It begins a new line even if a process was killed while it wrote the last line. Raises :class:`InputError` if the file
-    cannot be written.
+    cannot be written, and the errors of :func:`require_in_place`.
     """
+    require_in_place(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open_log(path) as file:
+        new = not os.path.lexists(path)
+        with open_log(path, os.O_CREAT | os.O_EXCL if new else 0) as file:
+            try:
+                require_in_place(path.parent)
+            except InputError:
+                if new:
+                    _remove(path)
+                raise
             if end := file.tell():
                 file.seek(end - 1)
                 if file.read(1) != b"\n":
@@ -140,11 +179,8 @@ def remove_leftovers(folder: Path, names: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def locked(folder: Path, tell: Callable[[str], Any] = lambda _: None) -> Iterator[Callable[[], None]]:
+def locked(folder: Path, tell: Callable[[str], Any] = lambda _: None) -> Iterator[None]:
     """Hold the lock of ``folder`` until the block or the process ends; a missing folder is made.
-
-    Gives a function to call before each write. It raises :class:`InputError` if the folder has been moved or removed: at
-    its old place there may be a folder of another run now.
 
     Raises :class:`InputError` if the lock is already held, by this process or another, or if the folder cannot be written.
     If the file system has no locks, ``tell`` is called with a sentence that says so, and the block runs without a lock.
@@ -155,23 +191,33 @@ def locked(folder: Path, tell: Callable[[str], Any] = lambda _: None) -> Iterato
     except OSError as error:
         raise InputError(_not_written(folder / LOCK, error)) from error
 
-    def check() -> None:
-        if descriptor is not None and not _is_open_at(descriptor, folder / LOCK):
-            raise InputError(
-                f"{folder} was moved or removed while a run wrote into it, so the run has stopped: resume from the place where "
-                "the folder is now, or begin again."
-            )
-
+    if descriptor is None:
+        yield
+        return
+    place = os.path.abspath(folder)
+    _HELD[place] = descriptor
     try:
-        yield check
+        yield
     finally:
-        if descriptor is not None:
-            # The file is removed before the lock is released. A process that opened the file and now gets the lock finds that
-            # the file is gone, and makes a new one.
-            if _is_open_at(descriptor, folder / LOCK):
-                _remove(folder / LOCK)
-            os.close(descriptor)
-            descriptor = None
+        del _HELD[place]
+        # The file is removed before the lock is released. A process that opened the file and now gets the lock finds that
+        # the file is gone, and makes a new one.
+        if _is_open_at(descriptor, folder / LOCK):
+            _remove(folder / LOCK)
+        os.close(descriptor)
+
+
+def require_in_place(folder: Path) -> None:
+    """Raise :class:`InputError` if this process has locked ``folder``, and the folder has been moved or removed since then.
+
+    At its old place there may be a folder of another run now.
+    """
+    descriptor = _HELD.get(os.path.abspath(folder))
+    if descriptor is not None and not _is_open_at(descriptor, folder / LOCK):
+        raise InputError(
+            f"{folder} was moved or removed while a run wrote into it, so the run has stopped: resume from the place where "
+            "the folder is now, or begin again."
+        )
 
 
 def _acquire(folder: Path, tell: Callable[[str], Any]) -> int | None:
@@ -203,6 +249,10 @@ def _is_open_at(descriptor: int, path: Path) -> bool:
     with suppress(FileNotFoundError, NotADirectoryError):
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     return False
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
 
 
 def _require_replaceable(path: Path) -> None:

@@ -138,6 +138,45 @@ def test_the_lock_is_exclusive_and_leaves_nothing(tmp_path):
     assert names(tmp_path / "run") == names(tmp_path / "other") == []
 
 
+def test_a_locked_folder_that_is_replaced_gets_no_file(tmp_path):
+    """Another folder takes its place before a write, in the middle of one, and before a line is appended."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+
+    def replace_it():
+        run.rename(moved)
+        run.mkdir()
+        (run / "events.jsonl").write_text("of another run\n")
+        (run / "state.previous.pt").write_text("of another run")
+
+    def in_the_middle(file):
+        file.write(b"1")
+        replace_it()
+
+    def after_another_line():
+        replace_it()
+        files.append_line(run / "events.jsonl", "2")
+
+    def with_an_older_file(file):
+        replace_it()
+        files.keep_as(run / "events.jsonl", run / "state.previous.pt")
+
+    for write in (
+        lambda: files.atomic_write(run / "state.pt", in_the_middle),
+        lambda: (replace_it(), files.write_text(run / "config.yaml", "1")),
+        lambda: (replace_it(), files.append_line(run / "new.jsonl", "1")),
+        lambda: files.atomic_write(run / "state.pt", with_an_older_file),
+        after_another_line,
+    ):
+        with pytest.raises(InputError, match=r"was moved or removed|could not be written"), files.locked(run):
+            files.append_line(run / "events.jsonl", "1")
+            write()
+        assert names(run) == ["events.jsonl", "state.previous.pt"]
+        assert {path.read_text().strip() for path in run.iterdir()} == {"of another run"}
+        assert (moved / "events.jsonl").read_text() == "1\n"
+        shutil.rmtree(run)
+        shutil.rmtree(moved)
+
+
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     other = start(
         """

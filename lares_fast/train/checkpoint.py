@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lares_fast._errors import InputError
-from lares_fast._files import atomic_write
+from lares_fast._files import atomic_write, keep_as
 from lares_fast._memory import missing_memory
 from lares_fast.config import LARESConfig
 from lares_fast.model import LARES
@@ -55,21 +55,9 @@ def save_state(path: Path, state: dict[str, Any], older: Path | None = None) -> 
             # The new file is on the disk before the oldest one goes.
             file.flush()
             os.fsync(file.fileno())
-            _rename_to_older(path, older)
+            keep_as(path, older)
 
     atomic_write(path, write)
-
-
-def _rename_to_older(path: Path, older: Path) -> None:
-    """Give the file ``path``, if there is one, the name ``older`` too, and remove the file that had that name."""
-    if not os.path.isfile(path):
-        return
-    older.unlink(missing_ok=True)
-    try:
-        os.link(path, older)
-    except OSError:
-        # The file system has no hard links. Until the new file is moved to ``path``, only ``older`` is there.
-        os.replace(path, older)
 
 
 def load_state(path: Path) -> dict[str, Any]:

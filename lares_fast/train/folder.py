@@ -33,7 +33,7 @@ from lares_fast.train.state import SavedRun, load_run, save_run
 NEWEST, OLDER = "state.pt", "state.previous.pt"
 METRICS, EVENTS, MODEL, ITEMS = "metrics.csv", "events.jsonl", "model.safetensors", "item_ids.json"
 
-_FILES = (NEWEST, METRICS, MODEL, ITEMS, "config.yaml", "curves.png")
+_FILES = (NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS, "config.yaml", "curves.png")
 
 
 class RunFolder:
@@ -48,8 +48,6 @@ class RunFolder:
         self._whole = False
         # The digest of the last exported model.
         self._exported = ""
-        # Raises an error if the folder is locked and has been moved or removed.
-        self._check: Callable[[], None] = lambda: None
 
     def has_state(self) -> bool:
         """Return whether the folder held a state when this object was made, or this object has written one."""
@@ -86,17 +84,16 @@ class RunFolder:
         something else is in the place of a file.
         ``tell`` is used as in :func:`lares_fast._files.locked`.
         """
-        with locked(self.path, tell) as self._check:
+        with locked(self.path, tell):
             if self._current_stamp() != self._stamp:
                 raise InputError(f"another run has changed {self.path} since this run read it: start again from the new state.")
-            for name in (*_FILES, OLDER, EVENTS):
+            for name in _FILES:
                 _require_no_other(self.path / name)
             remove_leftovers(self.path, _FILES)
             yield
 
     def save(self, saved: SavedRun) -> None:
         """Write state.pt, and the table of results as metrics.csv. The former state.pt becomes the older state."""
-        self._check()
         # A damaged file must not take the place of a whole one.
         save_run(self.state_file, saved, self.older_file if self._whole else None)
         self._whole, self._stamp = True, self._current_stamp()
@@ -137,7 +134,6 @@ class RunFolder:
         self._exported = weights_digest(weights, config, about)
         if self._is_exported() and sha256(_content(self.path / ITEMS)) == about["item_ids"]:
             return False
-        self._check()
         write_text(self.path / ITEMS, text)
         save_weights(self.path / MODEL, weights, config, about)
         return True
@@ -151,7 +147,6 @@ class RunFolder:
 
     def add_event(self, record: dict[str, Any]) -> None:
         """Append ``record`` and the current time to events.jsonl."""
-        self._check()
         append_line(self.path / EVENTS, json.dumps({"time": round(time.time(), 3), **record}))
 
     def _current_stamp(self) -> tuple[int, ...] | None:

@@ -15,6 +15,7 @@ from tests.support.damage import plain
 SOFTWARE = "other threads, instruction set, backend or version for the second part of a run"
 SAME = "the same software for the second part of a run: equal bits"
 _RUN = ["--config", "tiny", "--set", "data.synthetic_users=300", "--set", "spt.batch_size=64", "--phase", "spt"]
+_AGAIN = ["--phase", "spt", "--set", "spt.epochs=2"]
 
 # Environment variable, its value, and the entry that changes.
 CHANGES = (
@@ -39,7 +40,7 @@ def measure(counts: Counts, folder: Path) -> None:
         now = state["environment"][entry]
         state["environment"][entry] = old
         save_state(copy / "state.pt", state)
-        judge(counts, entry, copy, train("--resume", copy, "--set", "spt.epochs=2"), {entry: (old, now)})
+        judge(counts, entry, copy, train("--resume", copy, *_AGAIN), {entry: (old, now)})
         shutil.rmtree(copy)
     if counts.quick:
         return
@@ -47,14 +48,14 @@ def measure(counts: Counts, folder: Path) -> None:
     for repeat in range(3):
         counts.tried(SAME)
         copy = shutil.copytree(start, folder / "same")
-        if weights(copy, "--resume", copy, "--set", "spt.epochs=2") != whole:
+        if weights(copy, "--resume", copy, *_AGAIN) != whole:
             counts.failed(SAME, f"try {repeat} gave other bits", lost=True)
         shutil.rmtree(copy)
     found = []
     for variable, value, entry in CHANGES:
         copy = shutil.copytree(start, folder / "other")
         now = load_state(copy / "state.pt")["environment"][entry]
-        if (text := command("--resume", copy, "--set", "spt.epochs=2", **{variable: value}, fail=False)) is None:
+        if (text := command("--resume", copy, *_AGAIN, **{variable: value}, fail=False)) is None:
             # This processor does not have the instruction set.
             shutil.rmtree(copy)
             continue
