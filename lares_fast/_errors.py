@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+# Characters of a message.
+_LONGEST = 1000
+
 
 class LaresFastError(Exception):
     """Base class of every error that lares_fast raises on purpose."""
@@ -18,8 +21,10 @@ class InputError(LaresFastError, ValueError):
     """
 
     def __init__(self, message: str, setting: str | None = None) -> None:
-        # A path or a name in a message may have characters that break the line or control a terminal.
-        super().__init__(printable(message, len(message)))
+        # A path or a value in a message may be very long, and may have characters that break the line or control a terminal.
+        if len(message) > _LONGEST:
+            message = f"{message[:700]}...{message[-297:]}"
+        super().__init__(printable(message, _LONGEST))
         self.setting = setting
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lares_fast._errors import InputError, printable
+from lares_fast._errors import InputError
 
 Progress = Callable[[int, int], None]
 
@@ -182,7 +182,7 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         # A path with a NUL raises ValueError.
-        raise InputError(f"{printable(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def decode(path: Path, data: bytes, line: int = 1) -> str:

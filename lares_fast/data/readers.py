@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lares_fast._errors import InputError, printable
+from lares_fast._memory import allocating
 from lares_fast._numbers import choice, shown, whole
 from lares_fast.data._ids import IdColumn
 from lares_fast.data._tables import Events, Names, check_columns, finish, read_csv, read_parquet
@@ -82,6 +83,13 @@ def read_log(
     choice("format", format, ("auto", *FORMATS))
     min_events = whole("min_events", min_events)
     check_file(source)
+    with allocating(f"the log {source}", "end other programs, or read a part of the log"):
+        return _read(source, format, columns, min_events, progress)
+
+
+def _read(
+    source: Path, format: str, columns: Mapping[str, str | None] | None, min_events: int, progress: Progress | None
+) -> InteractionLog:
     chosen = _detect(source) if format == "auto" else format
     if chosen in ("sequences", "pairs", "json"):
         if columns is not None:

@@ -120,6 +120,8 @@ class LARES(nn.Module):
         """
         sequences = self._sequences(item_seq, item_seq_len)
         batch = sequences.batch
+        if isinstance(num_steps, Tensor):
+            check_stored("num_steps", num_steps)
         if not isinstance(num_steps, Tensor) or num_steps.dim() != 2 or num_steps.shape[1] != batch or not len(num_steps):
             got = list(num_steps.shape) if isinstance(num_steps, Tensor) else shown(num_steps)
             raise InputError(f"num_steps must be [G, {batch}] with a row for each of G passes, but got {got}.")

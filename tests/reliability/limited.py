@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,16 +64,15 @@ def _size(name: str) -> int:
     return int(found[1]) * 1024
 
 
-def _use_api(log_file: str, out: str, *assignments: str) -> int:
+def _use_api(config: Any, log_file: str, out: str) -> int:
     """Train and recommend by the Python API, and return the exit code that the command line would give."""
     from lares_fast import load
     from lares_fast._errors import LaresFastError
-    from lares_fast.cli import settings
     from lares_fast.data import leave_one_out, read_log
     from lares_fast.train import Trainer
 
     try:
-        config, log = settings.build("instruments", assignments), read_log(log_file)
+        log = read_log(log_file)
         Trainer(config, log, leave_one_out(log), out).run(("spt",))
         load(out).recommend([log.history(user).tolist() for user in range(log.n_users)])
     except LaresFastError as error:
@@ -84,11 +84,15 @@ def _use_api(log_file: str, out: str, *assignments: str) -> int:
 def _child(task: dict[str, Any], err: int, report: int) -> None:
     """Run a task, and end this process."""
     from lares_fast import _device
-    from lares_fast.cli import main
+    from lares_fast.cli import main, settings
     from lares_fast.train import memory
 
     os.dup2(err, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    work = partial(main, task["arguments"])
+    if task["api"]:
+        log_file, out, *assignments = task["arguments"]
+        work = partial(_use_api, settings.build("instruments", assignments), log_file, out)
     before, code = _size("VmSize"), 1
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if task["extra"] is not None:
@@ -96,7 +100,7 @@ def _child(task: dict[str, Any], err: int, report: int) -> None:
     if task["blind"]:
         memory.free_bytes = _device.free_bytes = lambda device: sys.maxsize
     try:
-        code = (_use_api(*task["arguments"])) if task["api"] else main(task["arguments"])
+        code = work()
     except BaseException:
         traceback.print_exc()
     sys.stderr.flush()

@@ -120,7 +120,7 @@ def difference(log: InteractionLog, events: Events, min_events: int) -> str | No
         found[str(user)] = list(zip(map(str, log.item_ids[log.items[rows]].tolist()), times, strict=True))
     if found.keys() != expected.keys():
         return f"users {sorted(found)[:5]} instead of {sorted(expected)[:5]}"
-    ticks = _ticks(log, events)
+    ticks = _ticks(log, [entry for entries in expected.values() for entry in entries])
     for user, entries in expected.items():
         if log.times is not None:
             entries = sorted(entries, key=lambda entry: entry[1])
@@ -131,11 +131,11 @@ def difference(log: InteractionLog, events: Events, min_events: int) -> str | No
     return None
 
 
-def _ticks(log: InteractionLog, events: Events) -> Fraction:
+def _ticks(log: InteractionLog, entries: list[tuple[str, Any]]) -> Fraction:
     """Return the factor from the parsed times to those of ``log``, which counts dates in days, seconds or nanoseconds."""
     if log.times is None:
         return Fraction(1)
-    parsed = max((abs(time) for _, _, time in events), default=Fraction(1))
+    parsed = max((abs(time) for _, time in entries), default=Fraction(1))
     largest = max(abs(Fraction(time)) for time in log.times.tolist()) if len(log.times) else Fraction(1)
     factors = (Fraction(1), Fraction(10**9), Fraction(1, 86400))
     return min(factors, key=lambda factor: abs(parsed * factor - largest)) if parsed else Fraction(1)

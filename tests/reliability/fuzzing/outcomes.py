@@ -15,7 +15,7 @@ from lares_fast.verify.tolerance import ROUNDING, judge
 from tests.reliability.fuzzing.model_examples import MODEL_FUNCTIONS
 from tests.reliability.fuzzing.values import Example, Floats
 
-_LONGEST_MESSAGE = 700
+_LONGEST_MESSAGE = 1000
 # The largest upstream gradient is about this.
 UPSTREAM = 3.0
 RANKS = ("target_rank", "target_logprob_and_rank")
