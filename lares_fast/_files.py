@@ -91,8 +91,9 @@ def keep_as(path: Path, older: Path) -> None:
         require_in_place(path.parent)
         os.replace(link, older)
     finally:
-        # The link is still there if that failed, or if both names already were one file.
-        _remove(link)
+        # It is still there if that failed, or if both names already were one file.
+        if os.path.lexists(link):
+            _remove(link)
 
 
 def write_text(path: Path, text: str) -> None:
