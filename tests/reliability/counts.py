@@ -54,11 +54,11 @@ class Counts:
         now = time.monotonic()
         if now - self._told > 10:
             self._told = now
-            left = f", {(goal - row.tried) * (now - self._began) / row.tried / 60:.1f} minutes left" if goal else ""
-            print(
-                f"{self.name}: {what}: {row.tried:,}{f' of {goal:,}' if goal else ''} tried, {row.failed} failed{left}",
-                flush=True,
-            )
+            of, left = "", ""
+            # A row may get tries of several kinds, each with a goal of its own.
+            if goal >= row.tried > 0:
+                of, left = f" of {goal:,}", f", {(goal - row.tried) * (now - self._began) / row.tried / 60:.1f} minutes left"
+            print(f"{self.name}: {what}: {row.tried:,}{of} tried, {row.failed} failed{left}", flush=True)
 
     def failed(self, what: str, text: str, *, lost: bool = False) -> None:
         """Count one failure, which ``text`` describes."""
