@@ -75,24 +75,24 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 def keep_as(path: Path, older: Path) -> None:
     """Give the file ``path``, if there is one, the name ``older`` too. A file of this name is replaced.
 
-    Raises OSError if that fails, and the errors of :func:`require_in_place`.
+    Raises :class:`InputError` if that fails, and the errors of :func:`require_in_place`.
     """
     if not os.path.isfile(path):
         return
     link = _temporary(older)
     try:
-        os.link(path, link)
-    except OSError:
-        # The file system has no hard links. Until a new file is moved to ``path``, only ``older`` is there.
-        require_in_place(path.parent)
-        os.replace(path, older)
-        return
-    try:
+        try:
+            os.link(path, link)
+        except OSError:
+            # The file system has no hard links. Until a new file is moved to ``path``, only ``older`` is there.
+            link = path
         require_in_place(path.parent)
         os.replace(link, older)
+    except OSError as error:
+        raise InputError(_not_written(older, error)) from error
     finally:
         # It is still there if that failed, or if both names already were one file.
-        if os.path.lexists(link):
+        if link != path and os.path.lexists(link):
             _remove(link)
 
 

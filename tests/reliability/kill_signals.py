@@ -71,6 +71,9 @@ def _ending(ended: Ended, out: object, signals: tuple[int, ...]) -> list[str]:
     if ended.code == 0:
         # The signal came after the last moment at which the run looks for it.
         return [] if "saved    " in ended.out else ["it ended as if it were finished"]
+    if ended.code == -signal.SIGTERM and signals == (signal.SIGTERM, signal.SIGTERM):
+        # The second signal came when the process was already ending.
+        return []
     if ended.code != 130:
         return [f"the exit code is {ended.code}: {ended.err[-300:]}"]
     sentences = [f"stopped and saved; resume with: lares-fast train --resume {out}"]
