@@ -45,6 +45,7 @@ class Counts:
     rows: dict[str, Row] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
+    _row_began: dict[str, float] = field(default_factory=dict)
     _told: float = 0.0
 
     def tried(self, what: str, number: int = 1, *, goal: int = 0) -> None:
@@ -52,12 +53,13 @@ class Counts:
         row = self._row(what)
         row.tried += number
         now = time.monotonic()
+        began = self._row_began.setdefault(what, now)
         if now - self._told > 10:
             self._told = now
             of, left = "", ""
             # A row may get tries of several kinds, each with a goal of its own.
             if goal >= row.tried > 0:
-                of, left = f" of {goal:,}", f", {(goal - row.tried) * (now - self._began) / row.tried / 60:.1f} minutes left"
+                of, left = f" of {goal:,}", f", {(goal - row.tried) * (now - began) / row.tried / 60:.1f} minutes left"
             print(f"{self.name}: {what}: {row.tried:,}{of} tried, {row.failed} failed{left}", flush=True)
 
     def failed(self, what: str, text: str, *, lost: bool = False) -> None:

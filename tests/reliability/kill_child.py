@@ -156,7 +156,8 @@ def _main(words: list[str], folder: str, plan: Plan, files: tuple[str, str, str]
         code = main(words)
     except BaseException:
         traceback.print_exc()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     calls.write_report()

@@ -71,7 +71,7 @@ def _ending(ended: Ended, out: object, signals: tuple[int, ...]) -> list[str]:
     if ended.code == 0:
         # The signal came after the last moment at which the run looks for it.
         return [] if "saved    " in ended.out else ["it ended as if it were finished"]
-    if ended.code == -signal.SIGTERM and signals == (signal.SIGTERM, signal.SIGTERM):
+    if ended.code == -signal.SIGTERM and len(signals) == 2 and signals[1] == signal.SIGTERM:
         # The second signal came when the process was already ending.
         return []
     if ended.code != 130:
