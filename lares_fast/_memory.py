@@ -27,7 +27,9 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _SIZE = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTP]i?B)|(?:malloc|realloc)\w* of size (\d+)()", re.IGNORECASE)
 _MISSING = re.compile(
     r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|unable to allocate|bad_alloc"
-    r"|failed to map segment|storage size calculation overflowed|multiplication overflow",
+    r"|failed to map segment|storage size calculation overflowed|multiplication overflow"
+    # Python raises SystemError with this text if it has no memory for the error.
+    r"|error return without exception set",
     re.IGNORECASE,
 )
 _UNITS = {"b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
@@ -96,7 +98,7 @@ def allocating(what: str, remedy: str, setting: str | None = None) -> Iterator[N
         return
     except InputError:
         raise
-    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+    except (MemoryError, RuntimeError, OSError, ImportError, SystemError) as error:
         if (missing := missing_memory(error)) is None:
             raise
         where = "the memory of the GPU" if _of_a_gpu(error) else "the free memory"

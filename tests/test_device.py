@@ -223,6 +223,7 @@ def test_too_little_memory_for_the_model_is_named_before_it_moves(monkeypatch):
         (MemoryError("malloc of size 268435456 failed"), "the free memory", "0.25 GiB"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "the free memory", ""),
         (ImportError("lib.so: failed to map segment from shared object"), "the free memory", ""),
+        (SystemError("error return without exception set"), "the free memory", ""),
     ],
 )
 def test_too_little_memory_names_the_batch_size_to_try(error, where, size):

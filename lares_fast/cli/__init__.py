@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of the output has closed the pipe. Keep the interpreter from flushing into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+    except (OSError, MemoryError, RuntimeError, ImportError, SystemError) as error:
         return _system_error(error)
 
 

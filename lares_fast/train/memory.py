@@ -146,6 +146,8 @@ class _Batch:
         How many passes encode the same packed items.
     ``dropout``
         Whether the phase has dropout.
+    ``normalised``
+        Whether the loss compares with normalised items.
     """
 
     rows: int
@@ -155,18 +157,29 @@ class _Batch:
     repeats: int
     depth: int
     dropout: bool
+    normalised: bool
 
     @classmethod
     def of(cls, phase: str, config: RunConfig, model: LARESConfig, sizes: LogSizes) -> _Batch:
+        cos = model.similarity == "cos"
         depth = max(1, _DEEPEST.get(model.depth_sampling, 3) * model.mean_depth)
         rows = min(getattr(config, phase).batch_size, sizes.rows)
         if needs_start(phase):
             group = config.rpt.group_size
             count = group * rows
-            return cls(rows, sizes.mean_length * count, count, count * depth, group, depth, config.rpt.dropout > 0)
+            return cls(
+                rows,
+                sizes.mean_length * count,
+                count,
+                count * depth,
+                group,
+                depth,
+                config.rpt.dropout > 0,
+                cos and config.rpt.scores == "model",
+            )
         count = rows * (3 if config.spt.alpha else 2 if config.spt.gamma else 1)
         dropout = model.dropout > 0 or (model.attention_dropout or 0) > 0
-        return cls(rows, sizes.mean_length * count, count, rows, 1, depth, dropout)
+        return cls(rows, sizes.mean_length * count, count, rows, 1, depth, dropout, cos)
 
 
 def training_needs(
@@ -293,7 +306,7 @@ def _forward_and_backward(config: LARESConfig, weights: _Weights, batch: _Batch)
     states = _NUMBER * width * tokens
     every_step = _NUMBER * width * trajectories * batch.depth
     scored = _NUMBER * width * batch.scored
-    cos = config.similarity == "cos"
+    cos = batch.normalised
     # The tape has two normalised rows and their deviations for each token, layer and step.
     tape = _NUMBER * (2 * width + 2)
     tapes = tape * tokens * config.n_core_layers * batch.depth - tape * (tokens - trajectories)
@@ -305,7 +318,8 @@ def _forward_and_backward(config: LARESConfig, weights: _Weights, batch: _Batch)
     losses = every_step + (scored if batch.repeats > 1 else 12 * _NUMBER * width * batch.rows) + cos * (weights.table + scored)
     frozen = max(3 * states, 2 * states + every_step + scored) if batch.repeats > 1 else 0
     block = _NUMBER * width * min(_ROWS, batch.scored)
-    softmax = weights.table * (1 + cos) + scored + (_PARTS + 3) * block
+    # The gradient of the items; PyTorch's gradient of a normalisation needs three more tables of this size.
+    softmax = weights.table * (1 + 3 * cos) + scored + (_PARTS + 3) * block
     # The gradients of the states of every step, of h0 and of the output of the pre-block.
     recurrence = weights.table + every_step + 2 * states
     sum_of_gradients = (2 + cos) * weights.table + 7 * states

@@ -96,7 +96,8 @@ class Trainer:
             # The listener may write the first file of the run now.
             run.events.show("begin")
             try:
-                self._train(wanted)
+                with allocating("the run", "end other programs, or choose a smaller model or a smaller log"):
+                    self._train(wanted)
             except Interrupted:
                 run.save()
                 raise
