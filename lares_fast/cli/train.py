@@ -115,7 +115,7 @@ def train(
     except Interrupted:
         raise Interrupted(f"stopped and saved; resume with: {again}") from None
     except KeyboardInterrupt:
-        if (out / "state.pt").exists():
+        if holds_run(out):
             raise Interrupted(f"aborted; resume from the last saved state with: {again}") from None
         raise Interrupted("aborted before a state was saved; begin the run again.") from None
 
@@ -146,7 +146,7 @@ def _train(
             for listen in listeners:
                 listen(event)
 
-        if not (out / "state.pt").exists():
+        if not holds_run(out):
             # A model that is too large is not even made. A run that continues knows what is left to do, and asks later.
             require_memory(config, log, split, phases, choice.device)
         trainer = Trainer(config, log, split, out, emit=emit)
