@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 from tests.reliability.counts import Counts
 from tests.reliability.kill_calls import Plan
@@ -63,7 +64,7 @@ def _interrupted_from_outside(place: Place, draw: random.Random, signals: tuple[
     return _ending(ended, out, signals) or torn(out) or place.finish(out)
 
 
-def _ending(ended: Ended, out: object, signals: tuple[int, ...]) -> list[str]:
+def _ending(ended: Ended, out: Path, signals: tuple[int, ...]) -> list[str]:
     """Return what is wrong with the way in which an interrupted process ended."""
     last = ended.err.strip().splitlines()[-1:] or [""]
     if "Traceback" in ended.err:
@@ -71,8 +72,8 @@ def _ending(ended: Ended, out: object, signals: tuple[int, ...]) -> list[str]:
     if ended.code == 0:
         # The signal came after the last moment at which the run looks for it.
         return [] if "saved    " in ended.out else ["it ended as if it were finished"]
-    if ended.code == -signal.SIGTERM and len(signals) == 2 and signals[1] == signal.SIGTERM:
-        # The second signal came when the process was already ending.
+    if ended.code == -signal.SIGTERM and not (out / ".lock").exists():
+        # The signal came when the run had released its folder and the process was already ending.
         return []
     if ended.code != 130:
         return [f"the exit code is {ended.code}: {ended.err[-300:]}"]
