@@ -1,7 +1,9 @@
 """Files are written whole or not at all, and reading a file never runs code."""
 
 import errno
+import gc
 import pickle
+import sys
 
 import pytest
 import torch
@@ -24,6 +26,22 @@ def test_round_trip(tmp_path):
     assert torch.equal(weights["a"], WEIGHTS["a"])
     assert config == CONFIG
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "state.pt"], "no temporary file is left"
+
+
+def test_weights_that_are_read_again_and_again_leave_no_objects(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_weights(path, {f"w{i}": torch.zeros(300 + i, 64) for i in range(20)}, CONFIG)
+
+    def blocks():
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    checkpoint.load_weights(path)
+    before = blocks()
+    for _ in range(100):
+        checkpoint.load_weights(path)
+    # safe_open of safetensors 0.8 leaves about 4,000.
+    assert blocks() - before < 1000
 
 
 @pytest.mark.parametrize("load", [checkpoint.load_state, checkpoint.load_weights])
