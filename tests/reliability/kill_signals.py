@@ -79,7 +79,8 @@ def _ending(ended: Ended, out: Path, signals: tuple[int, ...]) -> list[str]:
         return [f"the exit code is {ended.code}: {ended.err[-300:]}"]
     sentences = [f"stopped and saved; resume with: lares-fast train --resume {out}"]
     promised = "saving after this step" in ended.err
-    if not promised or (len(signals) > 1 and signals[-1] == signal.SIGINT):
+    # Two signals that come at once may arrive in the other order.
+    if not promised or (len(signals) > 1 and signal.SIGINT in signals):
         sentences += [f"aborted; resume from the last saved state with: lares-fast train --resume {out}"]
         sentences += ["aborted before a state was saved; begin the run again."]
     if not any(last[0] == f"lares-fast: {sentence}" for sentence in sentences):
