@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 def can_change_account() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+@contextmanager
+def folder_for_all() -> Iterator[Path]:
+    """Give an empty folder that every account may enter, and delete it at the end."""
+    usual = Path(tempfile.gettempdir()).resolve()
+    # The folder for temporary files may lie in a folder of one account.
+    open_to_all = all(part.stat().st_mode & stat.S_IXOTH for part in (usual, *usual.parents))
+    with tempfile.TemporaryDirectory(dir=usual if open_to_all else "/tmp") as scratch:
+        folder = Path(scratch)
+        folder.chmod(0o755)
+        yield folder
 
 
 @dataclass

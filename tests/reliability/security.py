@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from lares_fast import _native
 from tests.reliability import security_cache, security_inputs, security_outputs
+from tests.reliability.accounts import folder_for_all
 from tests.reliability.counts import Counts
 from tests.support import elf
 
@@ -15,9 +15,7 @@ MODULE, PLANTED = "protection of the built module", "planted faults that the att
 
 def measure(counts: Counts) -> None:
     """Run all attacks. Then run each attack against code that is wrong on purpose, which must be counted as a failure."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        folder.chmod(0o755)
+    with folder_for_all() as folder:
         for attack in (security_outputs, security_cache, security_inputs):
             place = folder / attack.__name__.rpartition(".")[2]
             place.mkdir()

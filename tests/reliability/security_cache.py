@@ -203,6 +203,8 @@ def accounts(counts: Counts, folder: Path, read: Read) -> None:
         os.chown(place, owner, -1)
         counts.tried(ACCOUNT)
         planted = not as_account(ATTACKER, partial(_force, place)).failed()
+        if planted != (owner == ATTACKER or mode != 0o755):
+            counts.failed(ACCOUNT, f"the account could {'' if planted else 'not '}write into a folder of mode {mode:o}")
         with mock.patch.object(_settings, "cache_folder", lambda place=place: place):
             cache._told.clear()
             found, _ = _read(read)
