@@ -48,7 +48,7 @@ def measure(counts: Counts, place: Place) -> None:
         plan = Plan(at=draw.randrange(held, free - 1), action=("move", "remove", "replace")[number % 3])
         tries.append((f"{plan.action} at call {plan.at}", partial(_gone, place, plan)))
     count(counts, GONE, tries)
-    for what, function in ((FRESH, two_new_runs), (RESUMED, _two_resumes)):
+    for what, function in ((FRESH, _two_new_runs_at_intervals), (RESUMED, _two_resumes)):
         count(counts, what, [(f"try {n}", partial(function, place, random.Random(n))) for n in range(goals[what])])
 
 
@@ -107,12 +107,19 @@ def _gone(place: Place, plan: Plan) -> list[str]:
     return faults + place.finish(moved)
 
 
-def two_new_runs(place: Place, draw: random.Random, fault: str = "") -> list[str]:
+def _two_new_runs_at_intervals(place: Place, draw: random.Random) -> list[str]:
     """Begin two runs in one folder. Return what is wrong, for example a folder with files of both."""
+    return _two_new_runs(place, _at_intervals(place, draw, _RATES))
+
+
+def two_new_runs_at_once(place: Place, fault: str) -> list[str]:
+    """Begin two runs in one folder at once, both with a planted fault. Return what is wrong."""
+    return _two_new_runs(place, iter(_RATES), fault)
+
+
+def _two_new_runs(place: Place, rates: Iterator[tuple[str, ...]], fault: str = "") -> list[str]:
     out = place.new()
-    began = [
-        (rate, place.start(place.first(out, *rate), out, Plan(fault=fault))) for rate in _at_intervals(place, draw, _RATES)
-    ]
+    began = [(rate, place.start(place.first(out, *rate), out, Plan(fault=fault))) for rate in rates]
     ended = [(rate, child.wait()) for rate, child in began]
     winners = [rate for rate, end in ended if end.code == 0]
     faults = [text for _, end in ended if end.code for text in _refusal(end, str(out))]
