@@ -39,7 +39,7 @@ void print_bits(std::int64_t calls, std::uint64_t seed) {
         std::vector<std::int64_t> target(place(M)), ranks(place(M));
         for (std::int64_t& t : target) t = random.between(1, N - 1);
         std::vector<float> own(place(M)), d_hidden(hidden.size()), d_items(items.size());
-        std::vector<double> lse(place(M));
+        std::vector<double> lse(place(2 * M));
         const lares_fast::Softmax softmax{hidden.data(), items.data(), target.data(), M, N, D, 0.3, true};
         lares_fast::target_logprob_cpu({softmax, own.data(), lse.data(), ranks.data(), true}, 1);
         lares_fast::target_logprob_backward_cpu({softmax, grad.data(), lse.data(), d_hidden.data(), d_items.data()}, 1);

@@ -103,6 +103,13 @@ def test_fuzz_under_address_and_undefined_behaviour_sanitizers(level, fuzzed):
     check(fuzzed[level], level, CALLS[level])
 
 
+def test_hashes_of_results(checked):
+    """tests/reliability/hosts.py compares the hashes that the program prints on two kinds of CPU."""
+    code, output = run(checked, "generic", 20, large=0, bug=["bits"])
+    assert code == 0, output
+    assert len(output.split()) == 10
+
+
 def run_kind(program, kind, calls):
     """Return (exit code, output) of calls that choose their level themselves."""
     done = subprocess.run([*program, kind, str(calls), "1"], capture_output=True, text=True, check=False)

@@ -209,7 +209,11 @@ def native_tests(counts: Counts, calls: int = 200) -> None:
         # A planted bug must end the program.
         if run_tests(program, level, calls, large=0, bug=["ties"])[0] == 0:
             counts.failed(what, f"{name}: a planted bug was not found")
-    both = [run(*program, "generic", 50, 0, 1, 1, "bits").stdout.split() for program in (x86, aarch64)]
-    pairs = [dict(zip(words[::2], words[1::2], strict=True)) for words in both]
-    equal = [op for op, value in pairs[0].items() if pairs[1].get(op) == value]
-    counts.note(what, f"equal bits on x86-64 generic and aarch64: {', '.join(equal) or 'none'} (of {', '.join(pairs[0])})")
+    both = [run_tests(program, "generic", 50, large=0, bug=["bits"]) for program in (x86, aarch64)]
+    if any(code for code, _ in both):
+        counts.failed(what, f"a program that hashes the results has failed: {both}")
+        return
+    words = [output.split() for _, output in both]
+    here, there = (dict(zip(hashes[::2], hashes[1::2], strict=True)) for hashes in words)
+    equal = [op for op, value in here.items() if there[op] == value]
+    counts.note(what, f"equal bits on x86-64 generic and aarch64: {', '.join(equal) or 'none'} (of {', '.join(here)})")
