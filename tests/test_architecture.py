@@ -49,7 +49,7 @@ MAY_IMPORT = {
 # The package itself loads every public module on first use, and its __main__ calls the command line.
 ROOTS = {"__init__", "__main__"}
 # Third-party packages that a part may import at module level. Other packages are imported where they are used.
-CORE = {"torch", "numpy", "safetensors"}
+CORE = {"torch", "numpy"}
 PACKAGES = {"reference": {"torch"}, "kernels": {"numpy", "torch", "triton"}, "_random": {"torch"}}
 # ops/_triton.py imports the package `verify` by its name, because `verify` itself calls the ops for the self-tests of kernels.
 PLUG_IN = ("lares_fast.ops._triton", "lares_fast.verify")

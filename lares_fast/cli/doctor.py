@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -51,7 +50,6 @@ def diagnose() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": numpy.__version__,
-            "safetensors": importlib.metadata.version("safetensors"),
             "platform": platform.platform(),
         },
         "cpu": {

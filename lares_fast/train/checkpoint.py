@@ -13,11 +13,10 @@ import os
 import zipfile
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
-import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lares_fast._errors import InputError
@@ -26,13 +25,12 @@ from lares_fast._memory import missing_memory
 from lares_fast.config import LARESConfig
 from lares_fast.model import LARES
 from lares_fast.reference import without_numbers
+from lares_fast.train._tensors import bytes_of, read_metadata, read_tensors, write_tensors
 from lares_fast.train.finite import NotFiniteError, all_finite
 
 _FORMAT = "lares_fast-1"
 
 Weights = dict[str, Tensor]
-
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class StateError(InputError):
@@ -51,7 +49,13 @@ def save_state(path: Path, state: dict[str, Any], older: Path | None = None) -> 
     """
 
     def write(file: IO[bytes]) -> None:
-        torch.save({"format": _FORMAT, **state}, file)
+        # If it is interrupted, PyTorch's writer writes once more when it is deleted. An error there ends the process, so what
+        # it then writes is only counted.
+        sink = SimpleNamespace(write=file.write, flush=file.flush)
+        try:
+            torch.save({"format": _FORMAT, **state}, sink)
+        finally:
+            sink.write = len
         if older is not None:
             # The new file is on the disk before the oldest one goes.
             file.flush()
@@ -107,27 +111,7 @@ def save_weights(path: Path, weights: Weights, config: LARESConfig, about: dict[
     content = {"config": config.to_dict(), "about": about, "sha256": weights_digest(weights, config, about)}
     # One entry, because safetensors writes several entries in no fixed order, and equal runs must give equal files.
     metadata = {_FORMAT: json.dumps(content)}
-    atomic_write(path, lambda file: _write_tensors(file, weights, metadata))
-
-
-def _write_tensors(file: IO[bytes], weights: Weights, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, tensor by tensor. ``safetensors.torch.save`` would need twice the memory of the weights."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, value in sorted(weights.items()):
-        begin, end = end, end + value.nbytes
-        header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for _, value in sorted(weights.items()):
-        file.write(_bytes_of(value))
-
-
-def _bytes_of(value: Tensor) -> memoryview:
-    """Return the numbers of ``value``, without a copy if it is contiguous on the CPU."""
-    data: memoryview = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return data
+    atomic_write(path, lambda file: write_tensors(file, weights, metadata))
 
 
 def load_weights(path: Path) -> tuple[Weights, LARESConfig]:
@@ -146,11 +130,7 @@ def load_weights_about(path: Path) -> tuple[Weights, LARESConfig, dict[str, str]
     """
     _require_file(path)
     try:
-        data = path.read_bytes()
-        # safe_open of safetensors 0.8 leaks two small objects for each tensor that it reads.
-        weights = safetensors.torch.load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
-        del data
+        weights, metadata = read_tensors(path)
     except Exception as error:
         if missing_memory(error) is not None:
             raise
@@ -172,8 +152,7 @@ def weights_digest(weights: Weights, config: LARESConfig, about: dict[str, str])
 def stored_digest(path: Path) -> str | None:
     """Return :func:`weights_digest` as the file ``path`` holds it, not verified, or ``None`` if there is none."""
     try:
-        with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {})[_FORMAT])["sha256"]
+        found = json.loads(read_metadata(path)[_FORMAT])["sha256"]
     except Exception:
         return None
     return found if isinstance(found, str) else None
@@ -244,7 +223,7 @@ def _digest(weights: Weights, content: dict[str, Any]) -> str:
     forms = [(name, str(value.dtype), list(value.shape)) for name, value in sorted(weights.items())]
     digest = hashlib.sha256(json.dumps([content, forms], sort_keys=True).encode())
     for _, value in sorted(weights.items()):
-        digest.update(_bytes_of(value))
+        digest.update(bytes_of(value))
     return digest.hexdigest()
 
 

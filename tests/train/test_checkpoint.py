@@ -2,15 +2,19 @@
 
 import errno
 import gc
+import json
 import pickle
+import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from lares_fast import LARESConfig
 from lares_fast._errors import InputError
 from lares_fast.train import checkpoint
+from lares_fast.train._tensors import read_metadata, read_tensors
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3)}
 CONFIG = LARESConfig.preset("tiny", n_items=5)
@@ -40,8 +44,74 @@ def test_weights_that_are_read_again_and_again_leave_no_objects(tmp_path):
     before = blocks()
     for _ in range(100):
         checkpoint.load_weights(path)
-    # safe_open of safetensors 0.8 leaves about 4,000.
+    # safe_open of safetensors 0.8 would leave about 4,000.
     assert blocks() - before < 1000
+
+
+def test_files_of_safetensors_are_read(tmp_path):
+    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+    tensors = {f"w{i}": torch.randn(3, i).to(dtype) for i, dtype in enumerate(dtypes)}
+    safetensors.torch.save_file(tensors, tmp_path / "file", {"a": "b"})
+    found, metadata = read_tensors(tmp_path / "file")
+    assert metadata == read_metadata(tmp_path / "file") == {"a": "b"}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())
+
+
+_ENTRY = {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"a": []},
+        {"a": {}},
+        {"a": {**_ENTRY, "dtype": "U8"}},
+        {"a": {**_ENTRY, "dtype": []}},
+        {"a": {**_ENTRY, "shape": 2}},
+        {"a": {**_ENTRY, "shape": [True, 2]}},
+        {"a": {**_ENTRY, "shape": [-1, -2]}},
+        {"a": {**_ENTRY, "shape": [10**30, 0]}},
+        {"a": {**_ENTRY, "shape": [2.0, 1]}},
+        {"a": {**_ENTRY, "data_offsets": [0, 8, 8]}},
+        {"a": {**_ENTRY, "data_offsets": [8, 0]}},
+        {"a": {**_ENTRY, "data_offsets": [0, 4]}},
+        {"a": _ENTRY, "b": _ENTRY},
+        {"a": {**_ENTRY, "shape": [1, 1], "data_offsets": [0, 4]}},
+        {"a": {**_ENTRY, "shape": [2, 2], "data_offsets": [0, 16]}},
+        {"a": _ENTRY, "__metadata__": {"lares_fast-1": 1}},
+        {"a": _ENTRY, "__metadata__": None},
+    ],
+)
+def test_a_header_that_does_not_fit_the_file_is_refused(header, tmp_path):
+    text = json.dumps(header).encode()
+    (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(InputError, match="is not a readable safetensors file"):
+        checkpoint.load_weights(tmp_path / "file")
+
+
+@pytest.mark.parametrize("call", ["_open_zipfile_writer_buffer.__exit__", "_open_zipfile_writer_buffer.__init__", "_save"])
+def test_an_interruption_while_a_state_is_written_does_not_end_the_process(call, tmp_path):
+    """PyTorch's writer writes once more when it is deleted. An error there ends the process."""
+    code = f"""
+import sys, torch
+from pathlib import Path
+from lares_fast.train.checkpoint import save_state
+
+def trace(frame, event, argument):
+    if event == "call" and frame.f_code.co_qualname == {call!r}:
+        sys.settrace(None)
+        raise KeyboardInterrupt
+
+sys.settrace(trace)
+try:
+    save_state(Path({str(tmp_path / "state.pt")!r}), {{"x": torch.zeros(100)}})
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (0, "interrupted\n", []), done.stderr
 
 
 @pytest.mark.parametrize("load", [checkpoint.load_state, checkpoint.load_weights])
