@@ -25,8 +25,10 @@ LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 
-# Folder whose lock this process holds -> the open lock file.
+# Folder whose lock this process holds -> the open lock file, or _OF_PARENT.
 _HELD: dict[str, int] = {}
+# The process that has forked this one holds the lock.
+_OF_PARENT = -1
 
 
 @contextmanager
@@ -183,6 +185,8 @@ def remove_leftovers(folder: Path, names: tuple[str, ...]) -> None:
 def locked(folder: Path, tell: Callable[[str], Any] = lambda _: None) -> Iterator[None]:
     """Hold the lock of ``folder`` until the block or the process ends; a missing folder is made.
 
+    A process that is forked meanwhile does not hold it, and must not write into the folder.
+
     Raises :class:`InputError` if the lock is already held, by this process or another, or if the folder cannot be written.
     If the file system has no locks, ``tell`` is called with a sentence that says so, and the block runs without a lock.
     """
@@ -195,25 +199,40 @@ def locked(folder: Path, tell: Callable[[str], Any] = lambda _: None) -> Iterato
     if descriptor is None:
         yield
         return
-    place = os.path.abspath(folder)
-    _HELD[place] = descriptor
+    # The block may change the working directory.
+    place = folder.absolute()
+    _HELD[os.path.abspath(place)] = descriptor
     try:
         yield
     finally:
-        del _HELD[place]
-        # The file is removed before the lock is released. A process that opened the file and now gets the lock finds that
-        # the file is gone, and makes a new one.
-        if _is_open_at(descriptor, folder / LOCK):
-            _remove(folder / LOCK)
-        os.close(descriptor)
+        if _HELD.pop(os.path.abspath(place)) != _OF_PARENT:
+            # The file is removed before the lock is released. A process that opened the file and now gets the lock finds that
+            # the file is gone, and makes a new one.
+            if _is_open_at(descriptor, place / LOCK):
+                _remove(place / LOCK)
+            os.close(descriptor)
+
+
+def _leave_locks_to_parent() -> None:
+    """In a process that was forked, close the lock files. Otherwise the locks would last until this process ends."""
+    for place, descriptor in _HELD.items():
+        if descriptor != _OF_PARENT:
+            os.close(descriptor)
+        _HELD[place] = _OF_PARENT
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks_to_parent)
 
 
 def require_in_place(folder: Path) -> None:
     """Raise :class:`InputError` if this process has locked ``folder``, and the folder has been moved or removed since then.
 
-    At its old place there may be a folder of another run now.
+    At its old place there may be a folder of another run now. Also raises it in a process that was forked since then.
     """
     descriptor = _HELD.get(os.path.abspath(folder))
+    if descriptor == _OF_PARENT:
+        raise InputError(f"a forked process must not write into {folder}: only the process that began the run may do that.")
     if descriptor is not None and not _is_open_at(descriptor, folder / LOCK):
         raise InputError(
             f"{folder} was moved or removed while a run wrote into it, so the run has stopped: resume from the place where "

@@ -197,6 +197,48 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_forked_process_leaves_the_lock_to_its_parent(tmp_path):
+    """It must not write, does not remove the lock when it ends, and does not hold it when only its parent was killed."""
+    run = tmp_path / "run"
+    other = start(
+        """
+        import os, sys; from pathlib import Path; from lares_fast import _files as files
+        run = Path(sys.argv[1])
+        with files.locked(run):
+            if not os.fork():
+                try:
+                    files.write_text(run / "state.pt", "1")
+                except files.InputError as error:
+                    print(error, flush=True)
+                sys.exit()
+            os.wait()
+            files.write_text(run / "state.pt", "2")
+            if child := os.fork():
+                print(child, flush=True)
+            sys.stdin.read()
+        """,
+        run,
+    )
+    assert other.stdout.readline().startswith(f"a forked process must not write into {run}")
+    child = int(other.stdout.readline())
+    assert (run / "state.pt").read_text() == "2"
+    with pytest.raises(InputError, match="is in use"), files.locked(run):
+        pass
+    other.kill()
+    other.wait()
+    with files.locked(run):
+        pass
+    os.kill(child, signal.SIGKILL)
+    other.communicate()
+
+
+def test_the_working_directory_may_change_while_a_folder_is_locked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with files.locked(Path("run")):
+        monkeypatch.chdir("/")
+    assert names(tmp_path / "run") == []
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks_gives_a_notice_and_the_run_continues(tmp_path, monkeypatch, code):
     def refuse(*_):

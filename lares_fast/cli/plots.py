@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lares_fast._errors import require
+from lares_fast._errors import printable, require
 from lares_fast._files import atomic_write
 from lares_fast.train.config import PHASES
 from lares_fast.train.evaluate import NOT_MASKED
@@ -33,7 +33,8 @@ def save_curves(path: Path, history: Sequence[Row], title: str) -> None:
         _losses(axis, rows, phase, f"{name}: training means")
     _validation(axes[1, 0], rows)
     _depths(axes[1, 1], rows)
-    figure.suptitle(title)
+    # A name may have dollar signs, which are no formula.
+    figure.suptitle(printable(title, 200), parse_math=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     atomic_write(path, lambda file: file.write(picture.getvalue()))

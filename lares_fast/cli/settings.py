@@ -10,7 +10,8 @@ import os
 import re
 import reprlib
 from argparse import ArgumentParser
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,48 @@ def build(config: str | Path | None = None, assignments: Iterable[str] = ()) -> 
 
 
 def dump(config: RunConfig) -> str:
-    """Return ``config`` as YAML with every setting, which :func:`build` can read."""
+    """Return ``config`` as YAML with every setting, which :func:`build` can read.
+
+    Raises :class:`InputError` for a text that YAML cannot hold.
+    """
     values = config.to_dict()
     values["model"] = {**_model_values(LARESConfig.preview()), **values["model"]}
-    return str(require("yaml", "train", _FEATURE).safe_dump(values, sort_keys=False))
+    yaml, load = require("yaml", "train", _FEATURE), _loader()
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[name-defined,misc]
+        """Quotes texts that would be read as something else, such as 1e3."""
+
+        def represent_str(self, data: str) -> Any:
+            try:
+                plain = load(data) == data
+            except (yaml.YAMLError, ValueError):
+                plain = False
+            return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if plain else "'")
+
+    Dumper.add_representer(str, Dumper.represent_str)
+    text = str(yaml.dump(values, Dumper=Dumper, sort_keys=False))
+    _require_same(values, text)
+    return text
+
+
+def _require_same(values: dict[str, Any], text: str) -> None:
+    """Raise :class:`InputError` unless the settings in ``text`` are read as ``values``."""
+    yaml, found = require("yaml", "train", _FEATURE), None
+    with suppress(yaml.YAMLError, ValueError):
+        found = _run_config(list(_flatten("", _loader()(text)))).to_dict()
+    if found == values:
+        return
+    for section, inner in values.items():
+        for key, value in inner.items() if isinstance(inner, dict) else ():
+            if isinstance(value, str) and (found[section][key] != value if found else not value.isprintable()):
+                raise InputError(f"config.yaml cannot hold {value!r} as {section}.{key}: rename the file or the column.")
+    raise InputError("config.yaml cannot hold the settings: please report this.")
+
+
+def _loader() -> Callable[[str], Any]:
+    """Return the function that reads YAML: numbers are those of jsonargparse."""
+    load: Callable[[str], Any] = require("jsonargparse", "train", _FEATURE).get_loader("yaml")
+    return load
 
 
 def save(path: Path, config: RunConfig) -> None:
@@ -100,7 +139,7 @@ def _find(config: str | Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     yaml = require("yaml", "train", _FEATURE)
-    loader = require("jsonargparse", "train", _FEATURE).get_loader("yaml")
+    loader = _loader()
     try:
         text = io.StringIO(read_small(path, _MOST_BYTES).decode(), newline=None).read()
         text = _verified(path, text)
@@ -146,9 +185,11 @@ def _require_small(text: str) -> None:
 
 def _verified(path: Path, text: str) -> str:
     """Return ``text`` without the line of its checksum. Raise :class:`InputError` if the checksum is wrong."""
-    if match := _MARKED.match(text):
-        text = text[match.end() :]
-    if (match and match[1] != _checksum(text)) or _has_rest_of_mark(text):
+    match = _MARKED.match(text)
+    rest = text[match.end() :] if match else text
+    if match and match[1] == _checksum(rest):
+        return rest
+    if match or _has_rest_of_mark(text):
         raise InputError(
             f"{path} was edited or is damaged: undo the edit and change settings with --set, or remove its first line to use "
             "it as it is."
@@ -157,8 +198,9 @@ def _verified(path: Path, text: str) -> str:
 
 
 def _has_rest_of_mark(text: str) -> bool:
-    """Return whether a part of the line of the checksum remains in ``text``, as in a damaged file."""
-    return "sha256" in text or any(_DIGITS.search(line.partition("#")[2]) for line in text.split("\n"))
+    """Return whether a comment in ``text`` has a part of the line of the checksum, as in a damaged file."""
+    comments = [line.partition("#")[2] for line in text.split("\n")]
+    return any("sha256" in comment or _DIGITS.search(comment) for comment in comments)
 
 
 def _checksum(text: str) -> str:

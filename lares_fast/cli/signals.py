@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do while a command works."""
+"""What SIGINT, SIGTERM and SIGHUP do while a command works."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ def abort(_: int, __: FrameType | None) -> NoReturn:
 
 @contextmanager
 def handling(handler: Handler) -> Iterator[None]:
-    """Call ``handler`` for SIGINT and SIGTERM until the block ends. Only the main thread of a program can do this."""
+    """Call ``handler`` for SIGINT, SIGTERM and SIGHUP until the block ends. Only the main thread of a program can do this.
+
+    A signal that is ignored stays ignored, as SIGHUP is below ``nohup``.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:

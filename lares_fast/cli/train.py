@@ -19,7 +19,7 @@ import torch
 
 from lares_fast import __version__, _native, _settings
 from lares_fast._device import choose
-from lares_fast._errors import InputError, MissingExtraError
+from lares_fast._errors import InputError, LaresFastError, MissingExtraError, printable
 from lares_fast._memory import require_room
 from lares_fast.cli import settings, signals, tensorboard
 from lares_fast.cli.console import Console, Event, add_device_arguments, counted, device_text, indented, notice
@@ -55,8 +55,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def command(arguments: Namespace) -> int:
     """Run ``train``."""
     config, out = _config_and_folder(arguments)
+    # Settings that config.yaml cannot hold are refused before anything else is done.
+    text = settings.dump(config)
     if arguments.print_config:
-        print(settings.dump(config), end="")
+        print(text, end="")
         return 0
     if arguments.phase == "rpt" and not (arguments.resume or arguments.start_from):
         raise InputError(
@@ -105,7 +107,7 @@ def train(
 ) -> InteractionLog:
     """Train into the folder ``out``, show progress, results and plots, and return the log.
 
-    SIGINT and SIGTERM save the run before it ends. If the input is bad, no file is written.
+    SIGINT, SIGTERM and SIGHUP, and a closed output, save the run before it ends. If the input is bad, no file is written.
     """
     stop = _Stop()
     again = f"lares-fast train --resume {shlex.quote(str(out))}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
@@ -140,7 +142,7 @@ def _train(
             console.say("no --data was given, so a synthetic log is made")
         console.say(f"data     {indented(log.summary())}")
         console.say(f"split    {split.summary()}")
-        listeners: list[Callable[[Event], None]] = [console]
+        listeners: list[Callable[[Event], None]] = [stop.if_unheard(console)]
 
         def emit(event: Event) -> None:
             for listen in listeners:
@@ -230,10 +232,15 @@ class _Curves:
         except MissingExtraError as error:
             self._possible = False
             notice(str(error))
+        except LaresFastError:
+            raise
+        except Exception as error:
+            # matplotlib has settings of the user, such as LaTeX. No picture is worth a run.
+            notice(printable(f"curves.png is not drawn, because matplotlib raised {type(error).__name__}: {error}"))
 
 
 class _Stop:
-    """What SIGINT and SIGTERM do. ``trainer`` is the trainer that is running, if any."""
+    """What signals do, and output that nobody reads. ``trainer`` is the trainer that is running, if any."""
 
     trainer: Trainer | None = None
     requested = False
@@ -244,6 +251,21 @@ class _Stop:
             raise KeyboardInterrupt
         self.requested = True
         self.trainer.request_stop()
-        # This fails if the signal interrupts another line on stderr.
-        with suppress(RuntimeError):
+        # This fails if the signal interrupts another line on stderr, or if the terminal is closed.
+        with suppress(RuntimeError, OSError):
             notice(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to abort without saving")
+
+    def if_unheard(self, console: Console) -> Callable[[Event], None]:
+        """Return a listener that shows events, and has the trainer save the run when the output cannot be written any more."""
+
+        def show(event: Event) -> None:
+            try:
+                console(event)
+            except OSError as error:
+                if self.trainer is None:
+                    raise
+                self.trainer.request_stop()
+                with suppress(OSError):
+                    notice(f"the output cannot be written any more ({error.strerror}): saving after this step")
+
+        return show

@@ -53,6 +53,10 @@ class Events:
         """Make the next :meth:`raise_if_stopping` raise."""
         self._stop_requested = True
 
+    def forget_stop(self) -> None:
+        """Withdraw the request to stop, because the run has stopped."""
+        self._stop_requested = False
+
     def raise_if_stopping(self) -> None:
         """Raise :class:`Interrupted` if a stop was requested."""
         if self._stop_requested:

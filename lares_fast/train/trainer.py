@@ -51,9 +51,20 @@ class Trainer:
         Raises :class:`InputError` if both are damaged, if the state belongs to another run, or if a setting has changed that
         the state depends on.
         """
-        self.config, self.log, self.split, self.out = config, log, split, Path(out)
+        # The listener may change the working directory.
+        self.config, self.log, self.split, self.out = config, log, split, Path(out).absolute()
+        self._emit = emit
+        self._start: Path | None = None
+        # Whether an error has ended the run. Its model and its table of results may not fit each other.
+        self._broken = False
+        self._run = self._new_run()
+
+    def _new_run(self) -> Run:
         with allocating("the model and its saved state", "lower model.hidden_size", "model.hidden_size"):
-            self._run = Run(config, log, split, self.out, emit)
+            run = Run(self.config, self.log, self.split, self.out, self._emit)
+            if self._start is not None and not run.folder.has_state():
+                run.start_from(self._start)
+        return run
 
     @property
     def model(self) -> LARES:
@@ -77,7 +88,9 @@ class Trainer:
         Raises :class:`InputError` if the other run has another model or other data or no such model, or if this run has
         already begun.
         """
-        self._run.start_from(Path(run))
+        start = Path(run).absolute()
+        self._run.start_from(start)
+        self._start = start
 
     def run(self, phases: Sequence[str]) -> list[dict[str, Any]]:
         """Train ``phases`` (of ``spt``, ``rpt``), test the best model of each, and return the rows of metrics.csv.
@@ -85,9 +98,13 @@ class Trainer:
         ``rpt`` alone needs a folder with a finished ``spt`` phase, or :meth:`start_from`. While this method runs, no other run
         can write into the folder.
         Raises :class:`InputError` for another phase, for a folder that is in use, for a phase that needs more memory than is
-        free, and for a model that diverges; its state is not saved then.
+        free, and for a model that diverges; its state is not saved then. After any error, also one of the listener, this method
+        continues from the last saved state, as a new trainer would, with a new :attr:`model`.
         """
-        wanted, run = checked_phases(phases), self._run
+        wanted = checked_phases(phases)
+        if self._broken:
+            self._run, self._broken = self._new_run(), False
+        run = self._run
         if all(map(needs_start, wanted)) and not needs_start(run.state.phase) and not run.best:
             raise InputError(f"{self.out} holds no model of phase spt: run --phase spt or both first.")
         left = [phase for phase in PHASES[PHASES.index(run.state.phase) :] if phase in wanted and not self._is_over(phase)]
@@ -100,6 +117,10 @@ class Trainer:
                     self._train(wanted)
             except Interrupted:
                 run.save()
+                run.events.forget_stop()
+                raise
+            except BaseException:
+                self._broken = True
                 raise
         return run.state.history
 

@@ -88,13 +88,18 @@ def test_advice_names_the_command(cli):
     assert refused(cli("eval", "--epochs", "3"), "lares-fast eval --help")
 
 
-def test_sigterm_saves_and_says_how_to_resume(cli, small_settings, log_file, tmp_path):
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP", "closed output"])
+def test_a_run_is_saved_and_says_how_to_resume(cli, small_settings, log_file, tmp_path, how):
     out = tmp_path / "cut"
     endless = ["--set", "spt.epochs=100000", "--set", "spt.patience=100000"]
     running = python("-m", "lares_fast", "train", *small_settings, *endless, "--data", log_file, "--out", out)
     for line in running.stdout:
         if line.startswith("SPT epoch 2 "):
-            running.send_signal(signal.SIGTERM)
+            if how == "closed output":
+                running.stdout.close()
+                running.stdout = None
+            else:
+                running.send_signal(getattr(signal, how))
             break
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130, err
@@ -105,6 +110,16 @@ def test_sigterm_saves_and_says_how_to_resume(cli, small_settings, log_file, tmp
     epochs = [row["epoch"] for row in metrics_csv(out) if (row["phase"], row["split"]) == ("spt", "valid")]
     # Each epoch has two rows, for the history masked and not masked. No epoch was trained twice.
     assert len(epochs) == len(set(epochs)) * 2
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(small_settings, log_file, tmp_path, monkeypatch):
+    """The user's settings of matplotlib may be wrong, or may need LaTeX."""
+    monkeypatch.setenv("MPLBACKEND", "unknown")
+    words = ["train", *small_settings, "--phase", "spt", "--data", log_file, "--out", tmp_path / "run"]
+    running = python("-m", "lares_fast", *words)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, "next     lares-fast recommend" in out) == (0, True), err
+    assert err.startswith("lares-fast: curves.png is not drawn, because matplotlib raised")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

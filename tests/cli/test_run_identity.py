@@ -4,6 +4,9 @@ import shutil
 
 import pytest
 
+from lares_fast._errors import InputError
+from lares_fast.cli.settings import build, dump
+from lares_fast.train import DataConfig, RunConfig
 from tests.support.command_line import refused, write_csv
 
 
@@ -114,6 +117,26 @@ def test_an_edited_configuration_is_reported_by_every_command(cli, runs, tmp_pat
     path.write_text(path.read_text().partition("\n")[2])
     result = cli("train", "--resume", copy, "--phase", "spt")
     assert result.code == 0 and "changed  setting checkpoint_minutes: 10.0 -> 3.0" in result.out
+
+
+def test_texts_that_look_like_something_else_are_read_again(cli, log_file, small_settings, tmp_path):
+    """A checksum, a number or a part of YAML as a text."""
+    folder = tmp_path / "sha256" / "#0123456789abcdef"
+    folder.mkdir(parents=True)
+    rows = [f"u{user},i{(user + n) % 20},{n}" for user in range(20) for n in range(6)]
+    (folder / "log.csv").write_text("\n".join(["1e3,item_id,timestamp", *rows]))
+    out = tmp_path / "run"
+    words = ["--data", folder / "log.csv", "--set", "data.user=1e3", "--phase", "spt", "--out", out]
+    assert cli("train", *small_settings, *words).code == 0
+    assert cli("recommend", "--run", out, "--user", "u3").code == 0
+    for name in ("*x", "a: b", "[x]", "'q'", "2020-01-01", "yes", "1_0", "0x1f", "é"):
+        (tmp_path / "other.yaml").write_text(dump(RunConfig(data=DataConfig(user=name))))
+        assert build(tmp_path / "other.yaml").data.user == name
+    for name in ("null ", "# x", "a\udcff"):
+        with pytest.raises(InputError, match=r"config\.yaml cannot hold .* as data\.user: rename"):
+            dump(RunConfig(data=DataConfig(user=name)))
+    train = ["train", "--data", tmp_path / "a\udcff.csv", "--out", tmp_path / "no"]
+    assert refused(cli(*train), "config.yaml", "rename the file") and not (tmp_path / "no").exists()
 
 
 def test_a_damaged_state_costs_one_checkpoint(cli, runs, tmp_path):

@@ -82,19 +82,32 @@ def test_a_stop_anywhere(event, count, whole, tmp_path):
     assert_same(whole, tmp_path)
 
 
-def test_a_trainer_runs_again_after_its_listener_has_raised(whole, tmp_path):
-    """The same trainer continues with the moments of its optimizer."""
-    failed = []
+@pytest.mark.parametrize(("event", "error"), [("begin", KeyError), ("step", KeyboardInterrupt), ("valid", KeyError)])
+def test_a_trainer_runs_again_after_its_listener_has_raised(event, error, whole, tmp_path, monkeypatch):
+    """It continues from the last saved state, in the same folder even if the working directory has changed."""
+    seen = []
 
-    def fail_once(record):
-        if record["event"] == "step" and record["step"] == 2 and not failed:
-            failed.append(record)
-            raise KeyError
+    def fail_at_the_second(record):
+        if record["event"] == event:
+            seen.append(record)
+            if len(seen) == (1 if event == "begin" else 2):
+                monkeypatch.chdir("/")
+                raise error
 
-    trainer = Trainer(train_run.config(), train_run.log(), train_run.split(), tmp_path, fail_once)
-    with pytest.raises(KeyError):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(train_run.config(), train_run.log(), train_run.split(), "run", fail_at_the_second)
+    with pytest.raises(error):
         trainer.run(train_run.BOTH)
     trainer.run(train_run.BOTH)
+    assert_same(whole, tmp_path / "run")
+
+
+def test_a_trainer_runs_again_after_a_stop(whole, tmp_path):
+    stop = train_run.Stop("step", 3)
+    stop.trainer = Trainer(train_run.config(), train_run.log(), train_run.split(), tmp_path, stop)
+    with pytest.raises(Interrupted):
+        stop.trainer.run(train_run.BOTH)
+    stop.trainer.run(train_run.BOTH)
     assert_same(whole, tmp_path)
 
 
