@@ -34,6 +34,7 @@ OF = {"save": {"torch", "np", "numpy"}, "dump": {"json", "yaml"}, "replace": {"o
 MAY_WRITE = {
     "lares_fast/_files.py": "it is the writer",
     "lares_fast/train/checkpoint.py: torch.save": "it writes into the file of atomic_write",
+    "lares_fast/cli/settings.py: yaml.dump": "it returns a text",
     "lares_fast/cli/plots.py: savefig": "it draws into memory",
     "lares_fast/cli/recommend.py: ParquetWriter": "it writes into the file of replacing",
     "lares_fast/cli/recommend.py: write_table": "it writes into the file of replacing",
