@@ -146,6 +146,7 @@ def _main(words: list[str], folder: str, plan: Plan, files: tuple[str, str, str]
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     calls = Calls(folder, plan, files[2])
     calls.install()
     if plan.fault:
@@ -156,7 +157,7 @@ def _main(words: list[str], folder: str, plan: Plan, files: tuple[str, str, str]
         code = main(words)
     except BaseException:
         traceback.print_exc()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at any moment of a run. The run saves its state, says how to resume, and loses no step."""
+"""SIGTERM, SIGHUP and SIGINT at any moment of a run. The run saves its state, says how to resume, and loses no step."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from tests.reliability.kill_calls import Plan
 from tests.reliability.kill_child import Ended
 from tests.reliability.kill_runs import Place, count, torn
 
-ONE = "SIGTERM or SIGINT at a chosen moment"
+ONE = "SIGTERM, SIGHUP or SIGINT at a chosen moment"
 TWO = "two signals at once at a chosen moment"
 OUTSIDE = "one or two signals from outside at a random moment"
 
-_PAIRS = [(first, second) for first in (signal.SIGTERM, signal.SIGINT) for second in (signal.SIGTERM, signal.SIGINT)]
-_TRIES = {ONE: (1, 30), TWO: (1, 32), OUTSIDE: (1, 24)}
+_ALONE = [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGHUP,)]
+_PAIRS = [first + second for first in _ALONE for second in _ALONE]
+_TRIES = {ONE: (1, 30), TWO: (1, 36), OUTSIDE: (1, 24)}
 
 
 def measure(counts: Counts, place: Place) -> None:
     """Interrupt, continue and compare."""
     _, whole = place.whole()
     draw = random.Random(4)
-    for what, choices in ((ONE, [(signal.SIGTERM,), (signal.SIGINT,)]), (TWO, _PAIRS)):
+    for what, choices in ((ONE, _ALONE), (TWO, _PAIRS)):
         tries = []
         for number in range(_TRIES[what][not counts.quick]):
             plan = Plan(draw.randrange(len(whole.calls)), action="signal", signals=choices[number % len(choices)])
@@ -33,7 +34,7 @@ def measure(counts: Counts, place: Place) -> None:
         count(counts, what, tries)
     tries = []
     for number in range(_TRIES[OUTSIDE][not counts.quick]):
-        signals = [(signal.SIGTERM,), (signal.SIGINT,), *_PAIRS][number % 6]
+        signals = [*_ALONE, *_PAIRS][number % 12]
         # In the long form, every fourth process is a new interpreter.
         own = not counts.quick and number % 4 == 0
         interrupt = partial(_interrupted_from_outside, place, random.Random(number), signals, own=own)
@@ -72,7 +73,7 @@ def _ending(ended: Ended, out: Path, signals: tuple[int, ...]) -> list[str]:
     if ended.code == 0:
         # The signal came after the last moment at which the run looks for it.
         return [] if "saved    " in ended.out else ["it ended as if it were finished"]
-    if ended.code == -signal.SIGTERM and not (out / ".lock").exists():
+    if ended.code in (-signal.SIGTERM, -signal.SIGHUP) and not (out / ".lock").exists():
         # The signal came when the run had released its folder and the process was already ending.
         return []
     if ended.code != 130:
