@@ -1,4 +1,4 @@
-"""Check that the modules of a model are as its configuration says.
+"""Check that the modules of a model are as its configuration says, and view a model in evaluation mode.
 
 The packed encoder computes from the parameters and does not call the modules. So its result would be wrong for a module that
 was changed.
@@ -7,7 +7,7 @@ was changed.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ _HOOKS = {
 }
 # Methods of the reference that a subclass or an attribute of the model may replace.
 _METHODS = ("initial_state", "_initial_state", "_states")
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class _Expected(NamedTuple):
@@ -90,6 +92,36 @@ def parameters(module: nn.Module) -> list[nn.Parameter]:
         if child is not None:
             found += parameters(child)
     return found
+
+
+def in_evaluation(module: _Module) -> _Module:
+    """Return ``module`` in evaluation mode, as a copy that shares every tensor and hook. The mode of ``module`` stays.
+
+    Another thread may train the module, or change its mode, in the meantime.
+    """
+    view = _evaluating(module)
+    # Most models are in evaluation mode already. A search for this is quicker than the copies.
+    if any(part.training for part in module.modules() if part is not module):
+        _copy_children(view, {})
+    return view
+
+
+def _evaluating(module: _Module) -> _Module:
+    # copy.copy fails for a parametrised module.
+    view = object.__new__(type(module))
+    vars(view).update(vars(module), training=False)
+    return view
+
+
+def _copy_children(view: nn.Module, copies: dict[nn.Module, nn.Module]) -> None:
+    """Replace the children of ``view`` by copies in evaluation mode. ``copies`` holds the copies so far: a child may be shared."""
+    view._modules = dict(view._modules)
+    for name, child in view._modules.items():
+        if child is not None:
+            if child not in copies:
+                copies[child] = _evaluating(child)
+                _copy_children(copies[child], copies)
+            view._modules[name] = copies[child]
 
 
 @functools.lru_cache(maxsize=64)
