@@ -114,7 +114,7 @@ def _evaluating(module: _Module) -> _Module:
 
 
 def _copy_children(view: nn.Module, copies: dict[nn.Module, nn.Module]) -> None:
-    """Replace the children of ``view`` by copies in evaluation mode. ``copies`` holds the copies so far: a child may be shared."""
+    """Replace the children of ``view`` by copies in evaluation mode. ``copies`` holds those that exist, for shared children."""
     view._modules = dict(view._modules)
     for name, child in view._modules.items():
         if child is not None:

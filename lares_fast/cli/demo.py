@@ -10,14 +10,12 @@ import torch
 
 from lares_fast._errors import InputError
 from lares_fast._files import LOCK, locked
-from lares_fast.cli import settings
+from lares_fast.cli import outputs, settings
 from lares_fast.cli.train import train
 from lares_fast.data import InteractionLog
 from lares_fast.serve import load
 from lares_fast.train.config import PHASES
-from lares_fast.train.folder import EVENTS, ITEMS, METRICS, MODEL, NEWEST, OLDER
 
-_FILES = ("config.yaml", "curves.png", NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS)
 _SHOWN_USERS, _SHOWN_HISTORY, _SHOWN_ITEMS = 3, 6, 5
 
 
@@ -36,7 +34,7 @@ def command(arguments: Namespace) -> int:
         raise InputError("the demo makes its own log and takes no data.path: use lares-fast train for your log.")
     _check_replaceable(out)
     with locked(out):
-        for name in _FILES:
+        for name in outputs.RUN_FILES:
             (out / name).unlink(missing_ok=True)
     # The demo's model is so small that a second thread would make it slower.
     torch.set_num_threads(1)
@@ -52,7 +50,7 @@ def _check_replaceable(out: Path) -> None:
     """Raise :class:`InputError` unless ``out`` is empty or holds an earlier demo."""
     if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
         return
-    if not (out / "config.yaml").is_file() or settings.build(out / "config.yaml").data.path is not None:
+    if not settings.is_written(out / "config.yaml") or settings.build(out / "config.yaml").data.path is not None:
         raise InputError(f"{out} holds files that are not from an earlier demo: choose another --out.")
 
 

@@ -13,6 +13,7 @@ from lares_fast._files import write_text
 from lares_fast.cli import settings
 from lares_fast.cli.console import Console, add_device_arguments, device_text, indented, notice
 from lares_fast.cli.inputs import open_log, split_log
+from lares_fast.cli.outputs import files_in, require_apart
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
 from lares_fast.data import InteractionLog, Rows, Split
 from lares_fast.model import LARES
@@ -41,6 +42,9 @@ def command(arguments: Namespace) -> int:
     if arguments.steps is not None and arguments.steps < 1:
         raise InputError(f"--steps must be at least 1, but got {arguments.steps}.")
     config = run_config(arguments.run, arguments.assignments)
+    if arguments.csv is not None:
+        own = [*files_in(arguments.run), None if arguments.data else config.data.path]
+        require_apart("--csv", [arguments.csv], {"--run": own, "--data": [arguments.data]})
     choice = choose(arguments.device)
     recommender, about = load_about(arguments.run, choice.device, arguments.precision)
     if (text := foreign_model(arguments.run)) is not None:

@@ -21,6 +21,7 @@ from lares_fast._files import replacing
 from lares_fast.cli import signals
 from lares_fast.cli.console import Console, add_device_arguments, counted, device_text, notice, with_flag
 from lares_fast.cli.inputs import open_log
+from lares_fast.cli.outputs import files_in, require_apart
 from lares_fast.data import InteractionLog
 from lares_fast.data.readers import FORMATS
 from lares_fast.serve import Recommender, load_about
@@ -76,6 +77,9 @@ def command(arguments: Namespace) -> int:
         raise InputError(f"--batch-size must be at least 1, but got {arguments.batch_size}.")
     if arguments.output and arguments.output.suffix not in (".csv", ".parquet"):
         raise InputError(f"--output {arguments.output} must end in .csv or .parquet.")
+    if arguments.output:
+        given = {"--run": files_in(arguments.run), "--input": [arguments.input], "--data": [arguments.data]}
+        require_apart("--output", [arguments.output], given)
     with Console(sys.stderr) as console:
         if (text := device_text(choice)) is not None:
             console.say(text)
@@ -108,6 +112,8 @@ def _users(
 
     data = run_config(arguments.run, []).data
     path = arguments.input or arguments.data
+    if path is None and arguments.output:
+        require_apart("--output", [arguments.output], {"--run": [data.path]})
     try:
         log = open_log(
             _reading_settings(data, None if path is None else Path(path), arguments),

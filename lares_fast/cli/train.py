@@ -21,7 +21,7 @@ from lares_fast import __version__, _native, _settings
 from lares_fast._device import choose
 from lares_fast._errors import InputError, MissingExtraError
 from lares_fast._memory import require_room
-from lares_fast.cli import settings, signals, tensorboard
+from lares_fast.cli import outputs, settings, signals, tensorboard
 from lares_fast.cli.console import Console, Event, add_device_arguments, counted, device_text, indented, notice
 from lares_fast.cli.inputs import log_label, open_log, split_log
 from lares_fast.cli.plots import save_curves
@@ -66,6 +66,12 @@ def command(arguments: Namespace) -> int:
         raise InputError("--start-from starts a new run and --resume continues an old one: give one of them.")
     if not arguments.resume and holds_run(out):
         raise InputError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out.")
+    written = outputs.files_in(out)
+    if arguments.resume:
+        outputs.require_apart("--resume", written, {"--data": [config.data.path]})
+    else:
+        outputs.require_apart("--out", written, {"--config": [arguments.config], "--data": [config.data.path]})
+        outputs.require_own_files("--out", out, outputs.RUN_FILES, begun=outputs.is_of_run(out))
     phases = PHASES if arguments.phase == "both" else (arguments.phase,)
     train(config, out, phases, start_from=arguments.start_from, use_tensorboard=arguments.tensorboard)
     user = "user-0001" if config.data.path is None else "USER"
