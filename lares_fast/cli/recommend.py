@@ -22,6 +22,7 @@ from lares_fast.cli import signals
 from lares_fast.cli.console import Console, add_device_arguments, counted, device_text, notice, with_flag
 from lares_fast.cli.inputs import open_log
 from lares_fast.cli.outputs import files_in, require_apart
+from lares_fast.cli.streams import unknown_characters
 from lares_fast.data import InteractionLog
 from lares_fast.data.readers import FORMATS
 from lares_fast.serve import Recommender, load_about
@@ -257,10 +258,11 @@ def _kind(ids: Sequence[Any]) -> type:
 def _writer(path: Path | None, user_kind: type, item_kind: type) -> Iterator[Callable[[list[Line]], None]]:
     """Return a function that writes lines to ``path`` or to the screen. If the run fails, ``path`` stays as it was."""
     if path is None:
-        text = csv.writer(sys.stdout, lineterminator="\n")
-        text.writerow(_COLUMNS)
-        yield text.writerows
-        sys.stdout.flush()
+        with unknown_characters("strict"):
+            text = csv.writer(sys.stdout, lineterminator="\n")
+            text.writerow(_COLUMNS)
+            yield text.writerows
+            sys.stdout.flush()
         return
     with replacing(path) as file:
         if path.suffix == ".parquet":
