@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lares_fast import ops
 from lares_fast._device import require_memory, resolve
-from lares_fast._errors import InputError
+from lares_fast._errors import InputError, with_path
 from lares_fast._memory import allocating, enough_memory
 from lares_fast._numbers import choice, flag, shown, whole
 from lares_fast._settings import PRECISIONS
@@ -286,7 +286,7 @@ def _item_ids(path: Path, checksum: str | None) -> list[Any]:
         if checksum is not None and sha256(data) != checksum:
             raise InputError(
                 f"{path} is damaged or belongs to another run (model.safetensors has another checksum for it): "
-                f"lares-fast train --resume {path.parent} writes it again."
+                f"lares-fast train {with_path('--resume', path.parent)} writes it again."
             )
         item_ids = json.loads(data)
     except OSError as error:

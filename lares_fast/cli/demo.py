@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lares_fast._errors import InputError
+from lares_fast._errors import InputError, with_path
 from lares_fast._files import LOCK, locked
 from lares_fast.cli import outputs, settings
 from lares_fast.cli.train import train
@@ -41,7 +41,7 @@ def command(arguments: Namespace) -> int:
     log = train(config, out, PHASES)
     print(_examples(out, log))
     print(f"\nplots    {out / 'curves.png'}\ntime     {time.monotonic() - began:.0f} s")
-    print(f"next     lares-fast recommend --run {out} --k 10 --user {log.user_ids[0]}")
+    print(f"next     lares-fast recommend {with_path('--run', out)} --k 10 --user {log.user_ids[0]}")
     print("         lares-fast train --data YOUR_LOG --config instruments")
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 import signal
 import time
 from argparse import ArgumentParser, Namespace
@@ -19,7 +18,7 @@ import torch
 
 from lares_fast import __version__, _native, _settings
 from lares_fast._device import choose
-from lares_fast._errors import InputError, MissingExtraError
+from lares_fast._errors import InputError, MissingExtraError, with_path
 from lares_fast._memory import require_room
 from lares_fast.cli import outputs, settings, signals, tensorboard
 from lares_fast.cli.console import Console, Event, add_device_arguments, counted, device_text, indented, notice
@@ -65,7 +64,7 @@ def command(arguments: Namespace) -> int:
     if arguments.start_from and arguments.resume:
         raise InputError("--start-from starts a new run and --resume continues an old one: give one of them.")
     if not arguments.resume and holds_run(out):
-        raise InputError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out.")
+        raise InputError(f"{out} already holds a run: continue it with {with_path('--resume', out)}, or choose another --out.")
     written = outputs.files_in(out)
     if arguments.resume:
         outputs.require_apart("--resume", written, {"--data": [config.data.path]})
@@ -75,7 +74,7 @@ def command(arguments: Namespace) -> int:
     phases = PHASES if arguments.phase == "both" else (arguments.phase,)
     train(config, out, phases, start_from=arguments.start_from, use_tensorboard=arguments.tensorboard)
     user = "user-0001" if config.data.path is None else "USER"
-    print(f"next     lares-fast recommend --run {shlex.quote(str(out))} --k 10 --user {user}")
+    print(f"next     lares-fast recommend {with_path('--run', out)} --k 10 --user {user}")
     return 0
 
 
@@ -114,7 +113,7 @@ def train(
     SIGINT and SIGTERM save the run before it ends. If the input is bad, no file is written.
     """
     stop = _Stop()
-    again = f"lares-fast train --resume {shlex.quote(str(out))}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
+    again = f"lares-fast train {with_path('--resume', out)}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
     try:
         with signals.handling(stop):
             return _train(config, out, phases, stop, start_from, use_tensorboard)
