@@ -18,6 +18,7 @@ from typing import IO, Any
 from lares_fast._device import choose
 from lares_fast._errors import InputError, require
 from lares_fast._files import replacing
+from lares_fast._random import MOST_STEPS
 from lares_fast.cli import signals
 from lares_fast.cli.console import Console, add_device_arguments, counted, device_text, notice, with_flag
 from lares_fast.cli.inputs import open_log
@@ -66,14 +67,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def command(arguments: Namespace) -> int:
     """Run ``recommend``."""
+    _require_used(arguments)
     choice = choose(arguments.device)
     recommender, about = load_about(arguments.run, choice.device, arguments.precision)
     if (text := foreign_model(arguments.run)) is not None:
         notice(text)
     if not 1 <= arguments.k <= len(recommender.item_ids):
         raise InputError(f"--k must be in 1..{len(recommender.item_ids)}, the number of items, but got {arguments.k}.")
-    if arguments.steps is not None and arguments.steps < 1:
-        raise InputError(f"--steps must be at least 1, but got {arguments.steps}.")
+    if arguments.steps is not None and not 1 <= arguments.steps <= MOST_STEPS:
+        raise InputError(f"--steps must be at least 1 and at most {MOST_STEPS:,}, but got {arguments.steps}.")
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, but got {arguments.batch_size}.")
     if arguments.output and arguments.output.suffix not in (".csv", ".parquet"):
@@ -100,6 +102,16 @@ def command(arguments: Namespace) -> int:
         answered = counted(counts["users"] - counts["empty"], "user")
         print(f"{arguments.output}: {answered}, {counts['users'] / seconds:,.0f} users/s")
     return 0
+
+
+def _require_used(arguments: Namespace) -> None:
+    """Raise :class:`InputError` for an option about a log that the other options do not read."""
+    if arguments.user is not None:
+        return
+    source = next(name for name in ("input", "history", "item") if getattr(arguments, name) is not None)
+    for option in ("data",) if source == "input" else ("data", "format", "columns"):
+        if getattr(arguments, option) is not None:
+            raise InputError(f"--{option} has no effect with --{source}: leave one of them out.")
 
 
 def _users(
