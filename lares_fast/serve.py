@@ -20,7 +20,7 @@ from lares_fast import ops
 from lares_fast._device import require_memory, resolve
 from lares_fast._errors import InputError, with_path
 from lares_fast._memory import allocating, enough_memory
-from lares_fast._numbers import choice, flag, shown, whole
+from lares_fast._numbers import choice, flag, is_masked, shown, whole
 from lares_fast._settings import PRECISIONS
 from lares_fast._transfer import to_device, to_host
 from lares_fast.model import LARES
@@ -326,7 +326,7 @@ def _raw_id(raw: Any, where: str) -> int | str:
     if hasattr(raw, "ndim"):
         try:
             # item() would turn a time of NumPy into an integer.
-            value = None if raw.ndim or isinstance(raw, np.datetime64 | np.timedelta64) else raw.item()
+            value = None if raw.ndim or is_masked(raw) or isinstance(raw, np.datetime64 | np.timedelta64) else raw.item()
             if isinstance(raw, Tensor) and raw.is_quantized:
                 value = None
         except (RuntimeError, ValueError):
