@@ -94,34 +94,23 @@ def parameters(module: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def in_evaluation(module: _Module) -> _Module:
+def in_evaluation(module: _Module, copies: dict[nn.Module, nn.Module] | None = None) -> _Module:
     """Return ``module`` in evaluation mode, as a copy that shares every tensor and hook. The mode of ``module`` stays.
 
-    Another thread may train the module, or change its mode, in the meantime.
+    Another thread may train the module, or change its mode, in the meantime. ``copies`` holds the copies of modules so far,
+    because two modules may share a child.
     """
-    view = _evaluating(module)
-    # Most models are in evaluation mode already. A search for this is quicker than the copies.
-    if any(part.training for part in module.modules() if part is not module):
-        _copy_children(view, {})
-    return view
-
-
-def _evaluating(module: _Module) -> _Module:
+    copies = {} if copies is None else copies
     # copy.copy fails for a parametrised module.
     view = object.__new__(type(module))
     vars(view).update(vars(module), training=False)
-    return view
-
-
-def _copy_children(view: nn.Module, copies: dict[nn.Module, nn.Module]) -> None:
-    """Replace the children of ``view`` by copies in evaluation mode. ``copies`` holds those that exist, for shared children."""
-    view._modules = dict(view._modules)
-    for name, child in view._modules.items():
+    copies[module] = view
+    children = dict(vars(module)["_modules"])
+    for name, child in children.items():
         if child is not None:
-            if child not in copies:
-                copies[child] = _evaluating(child)
-                _copy_children(copies[child], copies)
-            view._modules[name] = copies[child]
+            children[name] = copies[child] if child in copies else in_evaluation(child, copies)
+    vars(view)["_modules"] = children
+    return view
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,5 +1,6 @@
 """``LARES.recommend``: comparison with a sort of the scores, exclusion, backends, errors."""
 
+import threading
 import warnings
 
 import pytest
@@ -89,7 +90,26 @@ def test_the_mode_of_the_model_changes_no_answer_and_stays(backbone):
             made.recommend(*histories(), num_steps=0)
         lares_fast.Recommender(made, ["", *served.item_ids])
         assert [part.training for part in made.modules()] == modes
+    made.train()
     assert not torch.equal(made.encode(*histories()), made.encode(*histories())), "the model itself still trains"
+    _flip_while(made, lambda: [served.recommend([[3, 5], [7]], 5).ids for _ in range(20)] == [answers.ids] * 20)
+
+
+def _flip_while(model, holds):
+    """Assert that ``holds()`` while another thread changes the mode of ``model`` all the time."""
+    stop = threading.Event()
+
+    def flip():
+        while not stop.is_set():
+            model.train(not model.training)
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    try:
+        assert holds()
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_parametrised_model_in_training_mode_answers_as_in_evaluation_mode(model):

@@ -14,7 +14,7 @@ from lares_fast.cli import outputs, settings
 from lares_fast.cli.train import train
 from lares_fast.data import InteractionLog
 from lares_fast.serve import load
-from lares_fast.train.config import PHASES
+from lares_fast.train.config import PHASES, RunConfig
 
 _SHOWN_USERS, _SHOWN_HISTORY, _SHOWN_ITEMS = 3, 6, 5
 
@@ -32,7 +32,7 @@ def command(arguments: Namespace) -> int:
     config = settings.build("demo", arguments.assignments)
     if config.data.path is not None:
         raise InputError("the demo makes its own log and takes no data.path: use lares-fast train for your log.")
-    _check_replaceable(out)
+    _check_replaceable(out, config)
     with locked(out):
         for name in outputs.RUN_FILES:
             (out / name).unlink(missing_ok=True)
@@ -46,11 +46,13 @@ def command(arguments: Namespace) -> int:
     return 0
 
 
-def _check_replaceable(out: Path) -> None:
+def _check_replaceable(out: Path, config: RunConfig) -> None:
     """Raise :class:`InputError` unless ``out`` is empty or holds an earlier demo."""
     if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
         return
-    if not settings.is_written(out / "config.yaml") or settings.build(out / "config.yaml").data.path is not None:
+    # Other training without a log of one's own has other sizes of the synthetic log.
+    logs = (config.data, settings.build("demo").data)
+    if not settings.is_written(out / "config.yaml") or settings.build(out / "config.yaml").data not in logs:
         raise InputError(f"{out} holds files that are not from an earlier demo: choose another --out.")
 
 
