@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from types import ModuleType
 
 # Characters of a message.
@@ -44,6 +45,13 @@ def printable(text: str, most: int = 300) -> str:
     """Return ``text`` for a message: cut to ``most`` characters, without characters that control a terminal."""
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
     return shown if len(text) <= most else shown + "..."
+
+
+def with_path(option: str, path: object) -> str:
+    """Return ``option`` with a path, in the form that a shell reads."""
+    text = str(path)
+    # A path that begins with a dash would be read as an option.
+    return f"{option}{'=' if text.startswith('-') else ' '}{shlex.quote(text)}"
 
 
 def require(module: str, extra: str, feature: str) -> ModuleType:

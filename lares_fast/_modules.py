@@ -1,4 +1,4 @@
-"""Check that the modules of a model are as its configuration says.
+"""Check that the modules of a model are as its configuration says, and view a model in evaluation mode.
 
 The packed encoder computes from the parameters and does not call the modules. So its result would be wrong for a module that
 was changed.
@@ -7,7 +7,7 @@ was changed.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ _HOOKS = {
 }
 # Methods of the reference that a subclass or an attribute of the model may replace.
 _METHODS = ("initial_state", "_initial_state", "_states")
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class _Expected(NamedTuple):
@@ -90,6 +92,25 @@ def parameters(module: nn.Module) -> list[nn.Parameter]:
         if child is not None:
             found += parameters(child)
     return found
+
+
+def in_evaluation(module: _Module, copies: dict[nn.Module, nn.Module] | None = None) -> _Module:
+    """Return ``module`` in evaluation mode, as a copy that shares every tensor and hook. The mode of ``module`` stays.
+
+    Another thread may train the module, or change its mode, in the meantime. ``copies`` holds the copies of modules so far,
+    because two modules may share a child.
+    """
+    copies = {} if copies is None else copies
+    # copy.copy fails for a parametrised module.
+    view = object.__new__(type(module))
+    vars(view).update(vars(module), training=False)
+    copies[module] = view
+    children = dict(vars(module)["_modules"])
+    for name, child in children.items():
+        if child is not None:
+            children[name] = copies[child] if child in copies else in_evaluation(child, copies)
+    vars(view)["_modules"] = children
+    return view
 
 
 @functools.lru_cache(maxsize=64)

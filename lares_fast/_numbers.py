@@ -15,6 +15,11 @@ from torch import Tensor
 from lares_fast._errors import InputError
 
 
+def is_masked(value: Any) -> bool:
+    """Return whether ``value`` is a masked entry of NumPy, or an array with one. Its number has no meaning."""
+    return isinstance(value, np.ma.MaskedArray) and bool(np.ma.is_masked(value))
+
+
 def whole(name: str, value: Any) -> int:
     """Return ``value`` as an integer. Raises :class:`InputError` for anything else, such as 2.7, ``"2"`` or ``True``.
 
@@ -23,7 +28,11 @@ def whole(name: str, value: Any) -> int:
     if isinstance(value, torch.SymInt):
         # A compiler traces with symbols instead of numbers.
         return value  # type: ignore[return-value]
-    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
+    if (
+        isinstance(value, bool)
+        or is_masked(value)
+        or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool))
+    ):
         raise InputError(f"{name} must be an integer, but got {shown(value)}.")
     try:
         found = operator.index(value)
@@ -46,6 +55,8 @@ def number(name: str, value: Any) -> float:
     try:
         if isinstance(value, bool | np.bool_ | str | bytes) or (isinstance(value, Tensor) and value.dtype == torch.bool):
             raise TypeError
+        if is_masked(value):
+            raise TypeError
         found = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise InputError(f"{name} must be a number, but got {shown(value)}.") from None
@@ -59,7 +70,7 @@ def flag(name: str, value: Any) -> bool:
     if isinstance(value, bool | np.bool_):
         return bool(value)
     try:
-        if (found := operator.index(value)) in (0, 1):
+        if not is_masked(value) and (found := operator.index(value)) in (0, 1):
             return bool(found)
     except (TypeError, ValueError, RuntimeError):
         pass
@@ -100,7 +111,7 @@ def shown(value: Any) -> str:
             one = value.numel() == 1 and value.device.type != "meta"
             return f"the tensor {value.item()}" if one else f"a {value.dtype} tensor of shape {list(value.shape)}"
         if isinstance(value, np.ndarray):
-            return f"a {value.dtype} array of shape {list(value.shape)}"
+            return "masked" if value is np.ma.masked else f"a {value.dtype} array of shape {list(value.shape)}"
         text = reprlib.repr(value)
     except Exception:
         # For example an integer with thousands of digits, a nested tensor, or an object that cannot print itself.

@@ -7,6 +7,7 @@ from typing import Any
 
 from lares_fast._errors import InputError
 from lares_fast._numbers import choice, number, shown, whole
+from lares_fast._random import MOST_STEPS
 
 ADAPTERS = ("add", "concat", "linear")
 DEPTH_SAMPLINGS = ("poisson-lognormal", "poisson-unbounded", "poisson-bounded", "uniform", "constant", "non-recurrent")
@@ -95,7 +96,10 @@ class LARESConfig:
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
             _check(value is None or 0 <= value < 1, name, value, "in [0, 1)")
-        _check(self.eval_depth is None or self.eval_depth >= 1, "eval_depth", self.eval_depth, "at least 1")
+        # Training draws up to three times the mean depth.
+        _check(self.mean_depth <= MOST_STEPS // 3, "mean_depth", self.mean_depth, f"at most {MOST_STEPS // 3:,}")
+        depth = self.eval_depth
+        _check(depth is None or 1 <= depth <= MOST_STEPS, "eval_depth", depth, f"at least 1 and at most {MOST_STEPS:,}")
         for name in ("layer_norm_eps", "initializer_range", "tau"):
             _check(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
         _check(2.0**-100 <= self.tau <= 2.0**100, "tau", self.tau, "in 2^-100..2^100")

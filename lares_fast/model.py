@@ -39,13 +39,13 @@ class LARES(reference.LARES):
     Raises :class:`InputError` for an unknown backend.
 
     >>> model = LARES(LARESConfig(n_items=1000))  # doctest: +SKIP
-    >>> scores, ids = model.eval().recommend(item_seq, item_seq_len, k=10)  # doctest: +SKIP
+    >>> scores, ids = model.recommend(item_seq, item_seq_len, k=10)  # doctest: +SKIP
     """
 
     backend: str | None = None
     bf16: bool = False
-    # The last warning, which is not repeated.
-    _warned: str | None = None
+    # The warnings that were given. None is repeated, and a copy for evaluation shares them.
+    _warned: set[str]
     # The normalised item table, with cosine similarity.
     _kept_table: KeptTable | None = None
 
@@ -111,8 +111,8 @@ class LARES(reference.LARES):
         """Return why the model must run its modules on padded sequences, as the reference does, or ``None``."""
         if self.config.backbone not in _CAUSAL:
             return f"the backbone {self.config.backbone!r} is not causal"
-        if (why := _modules.changed(self)) is not None and why != self._warned:
-            self._warned = why
+        if (why := _modules.changed(self)) is not None and why not in vars(self).setdefault("_warned", set()):
+            self._warned.add(why)
             warnings.warn(f"LARES is encoded by its modules on padded sequences, which is slower, because {why}.", stacklevel=2)
         return why
 
@@ -165,6 +165,12 @@ class LARES(reference.LARES):
             **arguments,
         )
 
+    def in_evaluation(self) -> LARES:
+        """Return this model in evaluation mode, as a copy that shares every parameter. The mode of this model stays."""
+        # The copy shares this set.
+        vars(self).setdefault("_warned", set())
+        return _modules.in_evaluation(self)
+
     def catalog(self) -> Catalog:
         """Return the items as they are scored now, without gradients.
 
@@ -194,11 +200,13 @@ class LARES(reference.LARES):
 
         ``item_seq``, ``item_seq_len``, ``num_steps`` and ``state`` are as in :meth:`encode`. ``k`` is at most the number of
         items. ``exclude`` holds item ids, in the form that :func:`lares_fast.ops.topk` takes. The items are those of
-        :meth:`catalog`. Raises :class:`InputError` for arguments that do not fit.
+        :meth:`catalog`. The answer is that of evaluation mode, whatever the mode of the model is, and the mode stays.
+        Raises :class:`InputError` for arguments that do not fit.
         """
         if not 1 <= whole("k", k) <= self.config.n_items - 1:
             raise InputError(f"k must be in 1..{self.config.n_items - 1}, the number of items, but got {k}.")
-        queries = self.queries(self.encode(item_seq, item_seq_len, num_steps=num_steps, state=state))
+        model = self.in_evaluation()
+        queries = model.queries(model.encode(item_seq, item_seq_len, num_steps=num_steps, state=state))
         return self.catalog().topk(queries, k, exclude=exclude, backend=backend or self.backend)
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lares_fast import ops
 from lares_fast._device import require_memory, resolve
-from lares_fast._errors import InputError
+from lares_fast._errors import InputError, with_path
 from lares_fast._memory import allocating, enough_memory
-from lares_fast._numbers import choice, flag, shown, whole
+from lares_fast._numbers import choice, flag, is_masked, shown, whole
 from lares_fast._settings import PRECISIONS
 from lares_fast._transfer import to_device, to_host
 from lares_fast.model import LARES
@@ -55,7 +55,9 @@ class Recommendations:
 
 
 class Recommender:
-    """A model in evaluation mode, with the raw ids of its items.
+    """A model with the raw ids of its items.
+
+    The answers are those of evaluation mode, whatever the mode of the model is, and the mode stays.
 
     The model computes on the device where it is. All results are on the CPU. On a GPU, the CPU waits once for the answers of a
     call, and not for each batch.
@@ -65,7 +67,7 @@ class Recommender:
     """
 
     def __init__(self, model: LARES, item_ids: Sequence[Any]) -> None:
-        """Put ``model`` into evaluation mode, and take ``item_ids``: a placeholder for PAD, then the raw id of each item row.
+        """Take ``model`` and ``item_ids``: a placeholder for PAD, then the raw id of each item row.
 
         The ids are texts or integers, from any array library. The attribute :attr:`item_ids` leaves PAD out. Raises
         :class:`InputError` for anything else, for ids that occur twice, and for a model with weights that are not finite.
@@ -78,7 +80,7 @@ class Recommender:
             raise InputError(
                 f"item_ids must have {model.config.n_items} entries, one for each item row, but has {len(item_ids)}."
             )
-        self.model = model.eval()
+        self.model = model
         # Item id -> raw id. PAD has none.
         self._raw = {row: _raw_id(raw, f"item_ids[{row}]") for row, raw in enumerate(item_ids) if row != PAD}
         self.item_ids: list[Any] = list(self._raw.values())
@@ -126,12 +128,12 @@ class Recommender:
         ids: list[list[Any]] = [[] for _ in known]
         order, answers, largest_queries = list[int](), list[tuple[Tensor, Tensor]](), list[Tensor]()
         with _enough_memory(batch_size):
-            catalog = self.model.catalog()
+            model, catalog = self.model.in_evaluation(), self.model.catalog()
             catalog_index = _index(catalog.items) if sum(map(bool, known)) > batch_size else None
             for index, sequences in self._batches(known, batch_size):
                 seen = _packed([known[i] for i in index])
                 exclude = (seen.offsets, seen.items) if exclude_seen else None
-                queries = self._queries(sequences, num_steps)
+                queries = _queries(model, sequences, num_steps)
                 largest_queries.append(queries.abs().amax())
                 answers.append(catalog.topk(queries, k, exclude=exclude, index=catalog_index))
                 order += index
@@ -162,8 +164,9 @@ class Recommender:
         queries = torch.empty(len(known), self.model.config.hidden_size)
         order, found = list[int](), list[Tensor]()
         with _enough_memory(batch_size):
+            model = self.model.in_evaluation()
             for index, sequences in self._batches(known, batch_size):
-                found.append(self._queries(sequences, num_steps))
+                found.append(_queries(model, sequences, num_steps))
                 order += index
             if order:
                 self._require_finite([part.abs().amax() for part in found])
@@ -174,11 +177,6 @@ class Recommender:
         """Return the vectors [number of items, D] in the order of :attr:`item_ids`, for an index of nearest neighbours."""
         items = self.model.catalog().items
         return items.clone() if items.device.type == "cpu" else to_host(items)
-
-    def _queries(self, sequences: Sequences, num_steps: int | None) -> Tensor:
-        """Return the queries [B, D] on the device of the model."""
-        items = to_device(sequences.items, self.model.item_embedding.weight.device)
-        return self.model.queries(self.model.encode(items, sequences.offsets, num_steps=num_steps))
 
     def _require_finite(self, largest_queries: list[Tensor]) -> None:
         """Raise :class:`InputError` if a score could be infinite or NaN. ``largest_queries`` has a number for each batch."""
@@ -204,6 +202,12 @@ class Recommender:
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
             yield index, _packed([known[i][-longest:] for i in index])
+
+
+def _queries(model: LARES, sequences: Sequences, num_steps: int | None) -> Tensor:
+    """Return the queries [B, D] on the device of the model."""
+    items = to_device(sequences.items, model.item_embedding.weight.device)
+    return model.queries(model.encode(items, sequences.offsets, num_steps=num_steps))
 
 
 def _packed(lists: list[list[int]]) -> Sequences:
@@ -265,7 +269,7 @@ def _load(run: Path, device: str | torch.device, precision: str) -> tuple[Recomm
     if device.type != "cpu":
         require_memory(device, size, "the model")
     try:
-        return Recommender(model.to(device), item_ids), about
+        return Recommender(model.eval().to(device), item_ids), about
     except NotFiniteError:
         raise NotFiniteError(
             f"{run / 'model.safetensors'} holds weights too large to score with: train with a lower lr."
@@ -282,7 +286,7 @@ def _item_ids(path: Path, checksum: str | None) -> list[Any]:
         if checksum is not None and sha256(data) != checksum:
             raise InputError(
                 f"{path} is damaged or belongs to another run (model.safetensors has another checksum for it): "
-                f"lares-fast train --resume {path.parent} writes it again."
+                f"lares-fast train {with_path('--resume', path.parent)} writes it again."
             )
         item_ids = json.loads(data)
     except OSError as error:
@@ -322,7 +326,7 @@ def _raw_id(raw: Any, where: str) -> int | str:
     if hasattr(raw, "ndim"):
         try:
             # item() would turn a time of NumPy into an integer.
-            value = None if raw.ndim or isinstance(raw, np.datetime64 | np.timedelta64) else raw.item()
+            value = None if raw.ndim or is_masked(raw) or isinstance(raw, np.datetime64 | np.timedelta64) else raw.item()
             if isinstance(raw, Tensor) and raw.is_quantized:
                 value = None
         except (RuntimeError, ValueError):

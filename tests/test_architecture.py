@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "_native": {"_errors", "_settings", "_random"},
     "_native_call": {"_errors", "_native"},
     "_native_random": {"_errors", "_native_call", "_random"},
-    "config": {"_errors", "_numbers"},
+    "config": {"_errors", "_numbers", "_random"},
     "sequences": {"_errors", "_numbers", "_transfer"},
     "reference": {"_errors", "_numbers", "_random", "_transfer", "config", "sequences"},
     "_modules": LEAVES | {"reference"},

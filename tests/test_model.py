@@ -1,5 +1,8 @@
 """``LARES.recommend``: comparison with a sort of the scores, exclusion, backends, errors."""
 
+import threading
+import warnings
+
 import pytest
 import torch
 
@@ -54,6 +57,69 @@ def test_backends_agree(model):
 def test_k_out_of_range(model, k):
     with pytest.raises(InputError, match=r"k must be in 1\.\.39, the number of items"):
         model.recommend(*histories(), k=k)
+
+
+@pytest.mark.parametrize("backbone", ["transformer", "with a dropout of its own"])
+def test_the_mode_of_the_model_changes_no_answer_and_stays(backbone):
+    """A block of another backbone may read a mode of its own. Two names of one block are one block."""
+
+    class Dropout(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = self.again = torch.nn.Dropout(0.5)
+
+        def forward(self, x, mask, *, draw, step):
+            assert self.inner is self.again
+            return self.inner(x)
+
+    lares_fast.reference.register_backbone("with a dropout of its own", lambda config, n_layers: Dropout())
+    made = lares_fast.LARES(LARESConfig.preset("tiny", n_items=N, backbone=backbone, dropout=0.5)).eval()
+    served = lares_fast.Recommender(made, [""] + [str(n) for n in range(1, N)])
+    expected, answers = made.recommend(*histories(), k=5), served.recommend([[3, 5], [7]], 5)
+    queries = served.encode([[3, 5]])
+    for inner in (True, False):
+        made.train()
+        made.pre_block.train(inner)
+        modes = [part.training for part in made.modules()]
+        for found, sought in zip(made.recommend(*histories(), k=5), expected, strict=True):
+            assert torch.equal(found, sought)
+        again = served.recommend([[3, 5], [7]], 5)
+        assert again.ids == answers.ids and torch.equal(again.scores, answers.scores)
+        assert torch.equal(served.encode([[3, 5]]), queries)
+        with pytest.raises(InputError, match="num_steps"):
+            made.recommend(*histories(), num_steps=0)
+        lares_fast.Recommender(made, ["", *served.item_ids])
+        assert [part.training for part in made.modules()] == modes
+    made.train()
+    assert not torch.equal(made.encode(*histories()), made.encode(*histories())), "the model itself still trains"
+    _flip_while(made, lambda: [served.recommend([[3, 5], [7]], 5).ids for _ in range(20)] == [answers.ids] * 20)
+
+
+def _flip_while(model, holds):
+    """Assert that ``holds()`` while another thread changes the mode of ``model`` all the time."""
+    stop = threading.Event()
+
+    def flip():
+        while not stop.is_set():
+            model.train(not model.training)
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    try:
+        assert holds()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_parametrised_model_in_training_mode_answers_as_in_evaluation_mode(model):
+    torch.nn.utils.parametrizations.weight_norm(model.pre_block.layers[0].feed_forward.up)
+    with pytest.warns(UserWarning, match="encoded by its modules"):
+        expected = model.recommend(*histories(), k=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = model.train().recommend(*histories(), k=5)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_survives_deepcopy_and_torch_save(model, tmp_path):

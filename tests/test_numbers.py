@@ -17,7 +17,20 @@ def test_whole_numbers_of_any_library(value):
 
 
 @pytest.mark.parametrize(
-    "value", [5.0, 2.7, "5", b"5", True, None, torch.tensor(5.0), torch.tensor(True), torch.tensor([1, 2]), [5]]
+    "value",
+    [
+        5.0,
+        2.7,
+        "5",
+        b"5",
+        True,
+        None,
+        torch.tensor(5.0),
+        torch.tensor(True),
+        torch.tensor([1, 2]),
+        [5],
+        np.ma.array(5, mask=True),
+    ],
 )
 def test_what_is_no_integer(value):
     with pytest.raises(InputError, match=r"^n must be an integer, but got"):
@@ -30,7 +43,7 @@ def test_numbers_of_any_library(value):
     assert type(number("x", value)) is float
 
 
-@pytest.mark.parametrize("value", ["0.5", True, None, torch.ones(2), [0.5], torch.tensor(True), 10**400, 1j])
+@pytest.mark.parametrize("value", ["0.5", True, None, torch.ones(2), [0.5], torch.tensor(True), 10**400, 1j, np.ma.masked])
 def test_what_is_no_number(value):
     with pytest.raises(InputError, match=r"^x must be a number, but got"):
         number("x", value)

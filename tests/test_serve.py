@@ -73,6 +73,21 @@ def test_answers_are_those_of_the_model(recommender, model):
     torch.testing.assert_close(found.scores[0], best)
 
 
+def test_a_masked_entry_is_no_item():
+    """NumPy gives it the number 0, or the number that is under the mask."""
+    served = Recommender(LARES(LARESConfig.preset("tiny", n_items=4)), [-1, 0, 1, 2])
+    for history in (np.ma.array([1, 2], mask=[0, 1]), [1, np.ma.masked], [1, np.ma.array(2, mask=True)]):
+        with pytest.raises(InputError, match="item 1 of history 0 must be a raw id"):
+            served.recommend([history], 1)
+    with pytest.raises(InputError, match="item must be a raw id"):
+        served.knows(np.ma.masked)
+    with pytest.raises(InputError, match=r"item_ids\[1\] must be a raw id"):
+        Recommender(served.model, np.ma.array([-1, 0, 1, 2], mask=[0, 1, 0, 0]))
+    with pytest.raises(InputError, match="k must be an integer, but got masked"):
+        served.recommend([[1]], np.ma.array([1], mask=[1])[0])
+    assert served.recommend([np.ma.array([1, 2], mask=[0, 0])], 1).ids == served.recommend([[1, 2]], 1).ids
+
+
 def test_all_seen_items_stay_out_though_the_model_reads_the_last_ones_only(recommender):
     long = raw(*range(1, 26))
     found = recommender.recommend([long], N)

@@ -13,6 +13,7 @@ from lares_fast import __version__, _settings
 from lares_fast._errors import InputError, LaresFastError
 from lares_fast._memory import missing_memory
 from lares_fast.cli.console import with_flag
+from lares_fast.cli.streams import open_missing, unknown_characters
 
 # Command -> (its module in this package, what it does). A module is imported when its command is chosen.
 _COMMANDS = {
@@ -42,10 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     The code is 0 for success, 2 for an error that the user can correct, and 130 for an interrupted run. It is 1 if a check
     of ``report``, ``warmup`` or ``gpu-day`` or a row of ``gpu-bench`` failed, and if the reader of the output closed the pipe.
     """
+    open_missing()
     _settings.set_passive_omp()
     try:
         _settings.set_strict()
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        # A name of a file that the output cannot show is no reason to fail. Only ``recommend`` prints data.
+        with unknown_characters("backslashreplace"):
+            return _run(list(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
     except LaresFastError as error:
@@ -107,4 +111,5 @@ def _run(argv: list[str]) -> int:
 
 
 def _complain(text: str, kind: str = "") -> None:
-    print(f"lares-fast: {kind}{' '.join(text.split())}", file=sys.stderr)
+    # Two spaces in the name of a file stay two.
+    print(f"lares-fast: {kind}{' '.join(line.strip() for line in text.splitlines())}", file=sys.stderr)

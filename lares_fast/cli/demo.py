@@ -8,16 +8,14 @@ from pathlib import Path
 
 import torch
 
-from lares_fast._errors import InputError
+from lares_fast._errors import InputError, with_path
 from lares_fast._files import LOCK, locked
-from lares_fast.cli import settings
+from lares_fast.cli import outputs, settings
 from lares_fast.cli.train import train
 from lares_fast.data import InteractionLog
 from lares_fast.serve import load
-from lares_fast.train.config import PHASES
-from lares_fast.train.folder import EVENTS, ITEMS, METRICS, MODEL, NEWEST, OLDER
+from lares_fast.train.config import PHASES, RunConfig
 
-_FILES = ("config.yaml", "curves.png", NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS)
 _SHOWN_USERS, _SHOWN_HISTORY, _SHOWN_ITEMS = 3, 6, 5
 
 
@@ -34,25 +32,27 @@ def command(arguments: Namespace) -> int:
     config = settings.build("demo", arguments.assignments)
     if config.data.path is not None:
         raise InputError("the demo makes its own log and takes no data.path: use lares-fast train for your log.")
-    _check_replaceable(out)
+    _check_replaceable(out, config)
     with locked(out):
-        for name in _FILES:
+        for name in outputs.RUN_FILES:
             (out / name).unlink(missing_ok=True)
     # The demo's model is so small that a second thread would make it slower.
     torch.set_num_threads(1)
     log = train(config, out, PHASES)
     print(_examples(out, log))
     print(f"\nplots    {out / 'curves.png'}\ntime     {time.monotonic() - began:.0f} s")
-    print(f"next     lares-fast recommend --run {out} --k 10 --user {log.user_ids[0]}")
+    print(f"next     lares-fast recommend {with_path('--run', out)} --k 10 --user {log.user_ids[0]}")
     print("         lares-fast train --data YOUR_LOG --config instruments")
     return 0
 
 
-def _check_replaceable(out: Path) -> None:
+def _check_replaceable(out: Path, config: RunConfig) -> None:
     """Raise :class:`InputError` unless ``out`` is empty or holds an earlier demo."""
     if not out.exists() or not any(path.name != LOCK for path in out.iterdir()):
         return
-    if not (out / "config.yaml").is_file() or settings.build(out / "config.yaml").data.path is not None:
+    # Other training without a log of one's own has other sizes of the synthetic log.
+    logs = (config.data, settings.build("demo").data)
+    if not settings.is_written(out / "config.yaml") or settings.build(out / "config.yaml").data not in logs:
         raise InputError(f"{out} holds files that are not from an earlier demo: choose another --out.")
 
 

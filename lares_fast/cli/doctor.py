@@ -36,6 +36,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def command(arguments: Namespace) -> int:
     """Run ``doctor``."""
+    if arguments.plan is None:
+        plan.require_unused(arguments)
     report = diagnose() if arguments.plan is None else plan.plan(arguments)
     text = _text if arguments.plan is None else plan.text
     print(json.dumps(report, indent=2) if arguments.json else text(report))

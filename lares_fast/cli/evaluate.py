@@ -10,9 +10,11 @@ from pathlib import Path
 from lares_fast._device import choose
 from lares_fast._errors import InputError
 from lares_fast._files import write_text
+from lares_fast._random import MOST_STEPS
 from lares_fast.cli import settings
 from lares_fast.cli.console import Console, add_device_arguments, device_text, indented, notice
 from lares_fast.cli.inputs import open_log, split_log
+from lares_fast.cli.outputs import files_in, require_apart
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
 from lares_fast.data import InteractionLog, Rows, Split
 from lares_fast.model import LARES
@@ -23,6 +25,11 @@ from lares_fast.train.identity import log_identity
 from lares_fast.train.keys import evaluation_key
 from lares_fast.train.metrics import rows_csv
 from lares_fast.train.results import BASELINES, Row, result_rows
+
+# The settings that this command uses, besides those of the data.
+_USED = ("evaluation.batch_size", "evaluation.ks", "evaluation.depth_ratios", "evaluation.noise_seed")
+# The options that take the place of other settings.
+_INSTEAD = {"device": "--device", "precision": "--precision", "model.eval_depth": "--steps", "model.mean_depth": "--steps"}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,9 +45,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def command(arguments: Namespace) -> int:
     """Run ``eval``."""
-    if arguments.steps is not None and arguments.steps < 1:
-        raise InputError(f"--steps must be at least 1, but got {arguments.steps}.")
+    if arguments.steps is not None and not 1 <= arguments.steps <= MOST_STEPS:
+        raise InputError(f"--steps must be at least 1 and at most {MOST_STEPS:,}, but got {arguments.steps}.")
+    _require_used(arguments)
     config = run_config(arguments.run, arguments.assignments)
+    if arguments.csv is not None:
+        own = [*files_in(arguments.run), None if arguments.data else config.data.path]
+        require_apart("--csv", [arguments.csv], {"--run": own, "--data": [arguments.data]})
     choice = choose(arguments.device)
     recommender, about = load_about(arguments.run, choice.device, arguments.precision)
     if (text := foreign_model(arguments.run)) is not None:
@@ -57,6 +68,17 @@ def command(arguments: Namespace) -> int:
         console.say("\n" + results_text(rows, config.evaluation.ks))
         console.say("\n" + protocol_text(log, split, arguments.split, config.evaluation))
     return 0
+
+
+def _require_used(arguments: Namespace) -> None:
+    """Raise :class:`InputError` for a setting without an effect on this command."""
+    for key in (text.partition("=")[0].strip() for text in arguments.assignments):
+        if key in settings.known_keys() and key not in _USED and not key.startswith("data."):
+            remedy = f"give {_INSTEAD[key]} instead" if key in _INSTEAD else "leave it out"
+            raise InputError(f"--set {key} has no effect on eval: {remedy}.")
+        for option, other in (("steps", "evaluation.depth_ratios"), ("data", "data.path")):
+            if key == other and getattr(arguments, option) is not None:
+                raise InputError(f"--set {key} has no effect with --{option}: leave one of them out.")
 
 
 def _rows(

@@ -12,6 +12,7 @@ import torch
 from lares_fast._errors import InputError
 from lares_fast._files import locked
 from lares_fast.cli.console import clock_text, counted, notice
+from lares_fast.cli.outputs import files_in, require_apart, require_own_files
 from lares_fast.gpu_bench.bench import NOT_REACHED, Bench, Listener
 from lares_fast.gpu_bench.candidates import Result
 from lares_fast.gpu_bench.results import BEGUN, Results
@@ -60,6 +61,8 @@ def command(arguments: Namespace) -> int:
         return 0
     if not arguments.rehearse and not torch.cuda.is_available():
         raise InputError("gpu-bench needs a GPU, but no GPU is visible to torch: give --rehearse to run it on the CPU.")
+    require_apart("--out", files_in(out, ("logs.txt", "results.json", "table.txt")), {"--log": [log]})
+    require_own_files("--out", out, ("table.txt",), begun=(out / "results.json").exists())
     end = time.monotonic() + arguments.seconds if arguments.seconds else float("inf")
     with locked(out, notice), leaving_no_processes():
         results = Results(out)

@@ -39,6 +39,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="with --plan: the device that trains (default: cpu)")
 
 
+def require_unused(arguments: Namespace) -> None:
+    """Raise :class:`InputError` if an argument of the plan is given, for a call without ``--plan``."""
+    given = {name: getattr(arguments, name) is not None for name in ("data", "items", "events", "users")}
+    given |= {"set": bool(arguments.assignments), "device": arguments.device != "cpu"}
+    if (name := next((name for name, is_given in given.items() if is_given), None)) is not None:
+        raise InputError(f"--{name} has no effect without --plan: add --plan CONFIG, or leave --{name} out.")
+
+
 class Line(NamedTuple):
     """A line of the plan, in bytes: what the process holds after this part, and its peak during this part."""
 

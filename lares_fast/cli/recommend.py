@@ -18,9 +18,12 @@ from typing import IO, Any
 from lares_fast._device import choose
 from lares_fast._errors import InputError, require
 from lares_fast._files import replacing
+from lares_fast._random import MOST_STEPS
 from lares_fast.cli import signals
 from lares_fast.cli.console import Console, add_device_arguments, counted, device_text, notice, with_flag
 from lares_fast.cli.inputs import open_log
+from lares_fast.cli.outputs import files_in, require_apart
+from lares_fast.cli.streams import unknown_characters
 from lares_fast.data import InteractionLog
 from lares_fast.data.readers import FORMATS
 from lares_fast.serve import Recommender, load_about
@@ -64,18 +67,22 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def command(arguments: Namespace) -> int:
     """Run ``recommend``."""
+    _require_used(arguments)
     choice = choose(arguments.device)
     recommender, about = load_about(arguments.run, choice.device, arguments.precision)
     if (text := foreign_model(arguments.run)) is not None:
         notice(text)
     if not 1 <= arguments.k <= len(recommender.item_ids):
         raise InputError(f"--k must be in 1..{len(recommender.item_ids)}, the number of items, but got {arguments.k}.")
-    if arguments.steps is not None and arguments.steps < 1:
-        raise InputError(f"--steps must be at least 1, but got {arguments.steps}.")
+    if arguments.steps is not None and not 1 <= arguments.steps <= MOST_STEPS:
+        raise InputError(f"--steps must be at least 1 and at most {MOST_STEPS:,}, but got {arguments.steps}.")
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, but got {arguments.batch_size}.")
     if arguments.output and arguments.output.suffix not in (".csv", ".parquet"):
         raise InputError(f"--output {arguments.output} must end in .csv or .parquet.")
+    if arguments.output:
+        given = {"--run": files_in(arguments.run), "--input": [arguments.input], "--data": [arguments.data]}
+        require_apart("--output", [arguments.output], given)
     with Console(sys.stderr) as console:
         if (text := device_text(choice)) is not None:
             console.say(text)
@@ -97,6 +104,16 @@ def command(arguments: Namespace) -> int:
     return 0
 
 
+def _require_used(arguments: Namespace) -> None:
+    """Raise :class:`InputError` for an option about a log that the other options do not read."""
+    if arguments.user is not None:
+        return
+    source = next(name for name in ("input", "history", "item") if getattr(arguments, name) is not None)
+    for option in ("data",) if source == "input" else ("data", "format", "columns"):
+        if getattr(arguments, option) is not None:
+            raise InputError(f"--{option} has no effect with --{source}: leave one of them out.")
+
+
 def _users(
     arguments: Namespace, recommender: Recommender, about: dict[str, str], console: Console
 ) -> tuple[Iterable[tuple[Any, list[Any]]], int, type]:
@@ -108,6 +125,8 @@ def _users(
 
     data = run_config(arguments.run, []).data
     path = arguments.input or arguments.data
+    if path is None and arguments.output:
+        require_apart("--output", [arguments.output], {"--run": [data.path]})
     try:
         log = open_log(
             _reading_settings(data, None if path is None else Path(path), arguments),
@@ -251,10 +270,11 @@ def _kind(ids: Sequence[Any]) -> type:
 def _writer(path: Path | None, user_kind: type, item_kind: type) -> Iterator[Callable[[list[Line]], None]]:
     """Return a function that writes lines to ``path`` or to the screen. If the run fails, ``path`` stays as it was."""
     if path is None:
-        text = csv.writer(sys.stdout, lineterminator="\n")
-        text.writerow(_COLUMNS)
-        yield text.writerows
-        sys.stdout.flush()
+        with unknown_characters("strict"):
+            text = csv.writer(sys.stdout, lineterminator="\n")
+            text.writerow(_COLUMNS)
+            yield text.writerows
+            sys.stdout.flush()
         return
     with replacing(path) as file:
         if path.suffix == ".parquet":

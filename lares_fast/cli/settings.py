@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lares_fast._errors import InputError, printable, require
-from lares_fast._files import read_small, write_text
+from lares_fast._files import open_regular, read_small, write_text
 from lares_fast.config import LARESConfig
 from lares_fast.train.config import SECTIONS, RunConfig
 
@@ -118,6 +118,15 @@ def save(path: Path, config: RunConfig) -> None:
     """Atomically write ``config`` as YAML below a line with its checksum."""
     text = dump(config)
     write_text(path, f"{_MARK}{_checksum(text)}; change settings with --set\n{text}")
+
+
+def is_written(path: Path) -> bool:
+    """Return whether :func:`save` wrote the file ``path``, which may have been edited since then."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(_MARK)) == _MARK.encode()
+    except (OSError, InputError):
+        return False
 
 
 def known_keys() -> list[str]:

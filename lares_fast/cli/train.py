@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 import signal
 import time
 from argparse import ArgumentParser, Namespace
@@ -19,9 +18,9 @@ import torch
 
 from lares_fast import __version__, _native, _settings
 from lares_fast._device import choose
-from lares_fast._errors import InputError, LaresFastError, MissingExtraError, printable
+from lares_fast._errors import InputError, LaresFastError, MissingExtraError, printable, with_path
 from lares_fast._memory import require_room
-from lares_fast.cli import settings, signals, tensorboard
+from lares_fast.cli import outputs, settings, signals, tensorboard
 from lares_fast.cli.console import Console, Event, add_device_arguments, counted, device_text, indented, notice
 from lares_fast.cli.inputs import log_label, open_log, split_log
 from lares_fast.cli.plots import save_curves
@@ -67,11 +66,17 @@ def command(arguments: Namespace) -> int:
     if arguments.start_from and arguments.resume:
         raise InputError("--start-from starts a new run and --resume continues an old one: give one of them.")
     if not arguments.resume and holds_run(out):
-        raise InputError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out.")
+        raise InputError(f"{out} already holds a run: continue it with {with_path('--resume', out)}, or choose another --out.")
+    written = outputs.files_in(out)
+    if arguments.resume:
+        outputs.require_apart("--resume", written, {"--data": [config.data.path]})
+    else:
+        outputs.require_apart("--out", written, {"--config": [arguments.config], "--data": [config.data.path]})
+        outputs.require_own_files("--out", out, outputs.RUN_FILES, begun=outputs.is_of_run(out))
     phases = PHASES if arguments.phase == "both" else (arguments.phase,)
     train(config, out, phases, start_from=arguments.start_from, use_tensorboard=arguments.tensorboard)
     user = "user-0001" if config.data.path is None else "USER"
-    print(f"next     lares-fast recommend --run {shlex.quote(str(out))} --k 10 --user {user}")
+    print(f"next     lares-fast recommend {with_path('--run', out)} --k 10 --user {user}")
     return 0
 
 
@@ -110,7 +115,7 @@ def train(
     SIGINT, SIGTERM and SIGHUP, and a closed output, save the run before it ends. If the input is bad, no file is written.
     """
     stop = _Stop()
-    again = f"lares-fast train --resume {shlex.quote(str(out))}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
+    again = f"lares-fast train {with_path('--resume', out)}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
     try:
         with signals.handling(stop):
             return _train(config, out, phases, stop, start_from, use_tensorboard)

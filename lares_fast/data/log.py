@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lares_fast._errors import InputError
+from lares_fast._numbers import is_masked
 
 Ids = NDArray[Any]
 
@@ -162,6 +163,8 @@ class _Index:
             self._sorted = ids[self._order]
 
     def find(self, raw: Iterable[Any]) -> NDArray[np.int64]:
+        if is_masked(raw):
+            raise InputError(f"{self._what} are integers or strings; look up an array without masked entries.")
         wanted = raw.ravel() if isinstance(raw, np.ndarray) else list(raw)
         if self._table is not None:
             return np.array([self._table.get(str(_plain(value, self._what)), -1) for value in wanted], dtype=np.int64)
@@ -183,7 +186,7 @@ def _plain(value: Any, what: str) -> str | int:
     if isinstance(value, str):
         return value
     try:
-        if isinstance(value, bool | np.bool_):
+        if isinstance(value, bool | np.bool_) or is_masked(value):
             raise TypeError
         return operator.index(value)
     except TypeError:

@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from lares_fast._errors import InputError
+from lares_fast._errors import InputError, with_path
 from lares_fast._files import atomic_write, keep_as
 from lares_fast._memory import missing_memory
 from lares_fast.config import LARESConfig
@@ -214,7 +214,9 @@ def _verified(path: Path, text: str, weights: Weights) -> tuple[Any, dict[str, s
         return content, {}
     stored = content.pop("sha256", None)
     if set(content) != {"config", "about"} or stored != _digest(weights, content):
-        raise InputError(f"{path} is damaged (its checksum is wrong): lares-fast train --resume {path.parent} writes it again.")
+        raise InputError(
+            f"{path} is damaged (its checksum is wrong): lares-fast train {with_path('--resume', path.parent)} writes it again."
+        )
     return content["config"], content["about"]
 
 

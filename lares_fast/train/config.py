@@ -17,6 +17,7 @@ import numpy as np
 
 from lares_fast._errors import InputError
 from lares_fast._numbers import number, whole
+from lares_fast._random import MOST_STEPS
 from lares_fast._settings import PRECISIONS
 from lares_fast.config import LARESConfig
 from lares_fast.reference.rpt import REWARDS, SCORES
@@ -248,9 +249,14 @@ class EvalConfig:
         _positive(self, "batch_size")
         if 10 not in self.ks or min(self.ks) < 1:
             raise _wrong_value(self, "ks", "positive and hold 10, which early stopping watches", self.ks)
+        if min(self.depth_ratios, default=1) <= 0:
+            raise _wrong_value(self, "depth_ratios", "greater than 0", self.depth_ratios)
 
     def depths(self, mean_depth: int) -> list[int]:
-        """Return the numbers of steps T of the test, ascending."""
+        """Return the numbers of steps T of the test, ascending. Raises :class:`InputError` for more than a model can make."""
+        if max(self.depth_ratios, default=1) * mean_depth > MOST_STEPS:
+            most = f"at most {MOST_STEPS / mean_depth:g}, because a model makes at most {MOST_STEPS:,} steps"
+            raise _wrong_value(self, "depth_ratios", most, self.depth_ratios)
         return sorted({1, *(max(1, int(ratio * mean_depth)) for ratio in self.depth_ratios)})
 
 
@@ -291,6 +297,8 @@ class RunConfig:
                 raise _wrong_value(self, name, f"a {kind.__name__}", reprlib.repr(getattr(self, name)))
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in self.model.items()}
         object.__setattr__(self, "model", plain)
+        if type(depth := plain.get("mean_depth", LARESConfig.mean_depth)) is int:
+            self.evaluation.depths(depth)
         _not_negative(self, "checkpoint_minutes")
         if not 0 <= self.seed < 2**64:
             raise _wrong_value(self, "seed", "in 0..2**64-1", self.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lares_fast._errors import LaresFastError
+from lares_fast._errors import LaresFastError, with_path
 from lares_fast.train.folder import RunFolder
 
 Event = dict[str, Any]
@@ -60,4 +60,4 @@ class Events:
     def raise_if_stopping(self) -> None:
         """Raise :class:`Interrupted` if a stop was requested."""
         if self._stop_requested:
-            raise Interrupted(f"stopped and saved: resume with lares-fast train --resume {self._folder.path}")
+            raise Interrupted(f"stopped and saved: resume with lares-fast train {with_path('--resume', self._folder.path)}")

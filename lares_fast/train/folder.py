@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lares_fast._errors import InputError
+from lares_fast._errors import InputError, with_path
 from lares_fast._files import append_line, locked, remove_leftovers, write_text
 from lares_fast.config import LARESConfig
 from lares_fast.train.checkpoint import (
@@ -172,7 +172,7 @@ def foreign_model(folder: Path) -> str | None:
         return None
     return (
         f"{folder / MODEL} is not the best model that {NEWEST} names: it is older or newer, or of another run; "
-        f"lares-fast train --resume {folder} writes it again."
+        f"lares-fast train {with_path('--resume', folder)} writes it again."
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lares_fast._device import resolve
-from lares_fast._errors import InputError
+from lares_fast._errors import InputError, with_path
 from lares_fast._memory import require_room
 from lares_fast._random import root_key
 from lares_fast.config import LARESConfig
@@ -116,7 +116,8 @@ class Run:
             if not (run / OLDER).is_file():
                 raise
             raise InputError(
-                f"{path} {error.fault}: lares-fast train --resume {run} continues that run from {OLDER}; start from it then."
+                f"{path} {error.fault}: lares-fast train {with_path('--resume', run)} continues that run from {OLDER}; start "
+                "from it then."
             ) from None
         # The other run may have any seed.
         require_same({**saved.state.identity, "seed": self.config.seed}, self.state.identity, run, "start from")

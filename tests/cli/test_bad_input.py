@@ -83,6 +83,47 @@ def test_bad_requests_for_recommendations(cli, trained, arguments, expected):
     assert result.written == [] and result.out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("eval --run RUN --set model.state_std=0", ["--set model.state_std has no effect on eval", "leave it out"]),
+        ("eval --run RUN --set spt.lr=3", ["--set spt.lr"]),
+        ("eval --run RUN --set seed=4", ["--set seed"]),
+        ("eval --run RUN --set evaluation.test=false", ["--set evaluation.test"]),
+        ("eval --run RUN --set device=cuda", ["--set device", "--device"]),
+        ("eval --run RUN --set model.eval_depth=3", ["--set model.eval_depth", "--steps"]),
+        ("eval --run RUN --steps 2 --set evaluation.depth_ratios=[1]", ["--set evaluation.depth_ratios", "--steps"]),
+        ("eval --run RUN --data x --set data.path=y", ["--set data.path", "--data"]),
+        ("eval --run RUN --set model.hiden_size=4", ["did you mean 'model.hidden_size'"]),
+        ("eval --run RUN --steps 65535", ["--steps", "65,534"]),
+        ("recommend --run RUN --user u1 --steps 99999999999999999999", ["--steps", "65,534"]),
+        ("recommend --run RUN --history i1 --data nowhere", ["--data", "--history"]),
+        ("recommend --run RUN --history i1 --format json", ["--format", "--history"]),
+        ("recommend --run RUN --item i1 --columns user=a", ["--columns", "--item"]),
+        ("recommend --run RUN --input nowhere --data nowhere", ["--data", "--input"]),
+        ("doctor --data nowhere", ["--data", "--plan"]),
+        ("doctor --set spt.lr=3", ["--set", "--plan"]),
+    ],
+)
+def test_what_has_no_effect_is_refused(cli, trained, arguments, words):
+    assert refused(cli(*arguments.replace("RUN", str(trained)).split()), *words)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("evaluation.depth_ratios=[1e30]", ["evaluation.depth_ratios must be at most 32767", "65,534"]),
+        ("evaluation.depth_ratios=[1,-3]", ["evaluation.depth_ratios must be greater than 0"]),
+        ("evaluation.depth_ratios=[0]", ["evaluation.depth_ratios must be greater than 0"]),
+        ("model.eval_depth=1000000", ["model.eval_depth must be at least 1 and at most 65,534"]),
+        ("model.mean_depth=1000000000", ["model.mean_depth must be at most 21,844"]),
+    ],
+)
+def test_more_steps_than_a_model_can_make(cli, small_settings, setting, words):
+    result = cli("train", *small_settings, "--set", "evaluation.depth_ratios=[1]", "--set", setting, "--print-config")
+    assert refused(result, *words)
+
+
 @pytest.mark.parametrize("how", ["truncated", "foreign"])
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "item_ids.json"])
 def test_damaged_files_of_a_run(cli, damaged, name, how):

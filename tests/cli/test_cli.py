@@ -144,7 +144,8 @@ def test_demo_shows_a_table_plots_and_three_recommendations(cli):
 def test_demo_replaces_nothing_but_a_demo(cli, trained, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "novel.txt").write_text("chapter 1")
-    for folder in (trained, tmp_path / "mine"):
+    settings.save(tmp_path / "synthetic" / "config.yaml", settings.build("tiny"))
+    for folder in (trained, tmp_path / "mine", tmp_path / "synthetic"):
         before = sorted(folder.iterdir())
         result = cli("demo", "--out", folder)
         assert result.code == 2 and is_one_sentence(result.err) and str(folder) in result.err

@@ -334,6 +334,9 @@ def test_lookups_find_integers_as_numbers_and_as_text(tmp_path):
     assert log.lookup_items(["12", "5"]).tolist() == [4, 1]
     assert log.lookup_users(np.array([2, 3, 99])).tolist() == [2, 0, -1]
     assert log.lookup_items([]).tolist() == []
+    for masked in (np.ma.array([5, 12], mask=[0, 1]), [5, np.ma.masked], [np.ma.array(5, mask=True)]):
+        with pytest.raises(InputError, match="item ids of"):
+            log.lookup_items(masked)
     assert log.lookup_items(np.array([12, 2**63 + 5], np.uint64)).tolist() == [4, 0]
     for wrong in (["x"], [1.5], [None], ["1_2"], ["٥"], [True], [b"5"], np.array([5.0]), [""]):
         with pytest.raises(InputError, match=r"item ids of log\.txt are integers"):
