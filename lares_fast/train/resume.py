@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,6 @@ from lares_fast._errors import InputError
 from lares_fast.train.config import RunConfig
 from lares_fast.train.state import RunState, SavedRun
 
-# Variables of PyTorch's libraries. They choose instructions, the order of sums, or the precision of products.
-_LIBRARY_VARIABLES = (
-    "MKL_CBWR",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "MKL_DYNAMIC",
-    "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
-    "ONEDNN_CPU_ISA_HINTS",
-    "DNNL_CPU_ISA_HINTS",
-    "ONEDNN_DEFAULT_FPMATH_MODE",
-    "DNNL_DEFAULT_FPMATH_MODE",
-    "NVIDIA_TF32_OVERRIDE",
-    "CUBLAS_WORKSPACE_CONFIG",
-)
 _FILTER = ("rpt.data_filter", "rpt.filter_top", "rpt.filter_passes")
 _WATCHED = ("evaluation.noise_seed", "evaluation.watch_masked")
 
@@ -76,7 +61,7 @@ def _obstacle(name: str, state: RunState, changes: dict[str, tuple[Any, Any]], n
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what can change a bit of a result on ``device``: versions, threads, instruction sets, backend, device and so on."""
+    """Return what can change a bit of a result on ``device``: versions, threads, instruction sets, device and so on."""
     native = _native.build_info()
     on_gpu = device.type == "cuda"
     precision: Any = torch.backends.cuda if on_gpu else torch.backends.mkldnn
@@ -95,7 +80,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "backend": _settings.backend(),
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         **({"triton": _version("triton"), "cuda_products": _settings.cuda_products()} if on_gpu else {}),
-        **{name: os.environ.get(name) or "unset" for name in _LIBRARY_VARIABLES},
+        **_settings.of_libraries(),
     }
 
 
