@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 from lares_fast._dispatch import CHOSEN
 from lares_fast._errors import InputError
@@ -35,6 +37,8 @@ def register_op(
         backward: ``backward(ctx, *grads)`` returns one gradient for each argument. An op without a gradient gives
             :func:`no_gradient` here. An op that is itself a backward may give ``None``.
         save: ``save(ctx, inputs, output)`` keeps the values that ``backward`` needs.
+
+    An op has no forward-mode derivative: it raises NotImplementedError for a tensor with a tangent.
     """
     name, run = schema.split("(")[0], without_autocast(run)
     if backward is not None and save is not None:
@@ -42,8 +46,7 @@ def register_op(
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lares_fast::{name}", fake, lib=_LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(f"lares_fast::{name}", backward, setup_context=save, lib=_LIBRARY)
+    _LIBRARY.impl(name, _autograd_kernel(name, backward, save), "Autograd", with_keyset=True)
     differentiable = None if backward is None else _function(name, run, backward, save)
     return _Op(getattr(torch.ops.lares_fast, name), run, differentiable)
 
@@ -52,8 +55,8 @@ class _Op:
     """An op, which public functions call.
 
     PyTorch's dispatcher takes longer than most kernels. It is needed only if something watches or changes calls: a compiler, a
-    mode, a profiler, a transform of functions or a class of tensors. Any other call goes straight to the implementation, and to
-    autograd if a tensor needs a gradient.
+    mode, a profiler, a forward-mode derivative, a transform of functions or a class of tensors. Any other call goes straight to
+    the implementation, and to autograd if a tensor needs a gradient.
     """
 
     def __init__(self, registered: Any, run: Callable[..., Any], differentiable: type[torch.autograd.Function] | None) -> None:
@@ -91,14 +94,43 @@ class _Op:
                 raise InputError(f"{name} was made in inference mode, so a call with gradients cannot take it: clone it.")
 
 
+def _autograd_kernel(name: str, backward: Callable[..., Any] | None, save: Callable[..., None] | None) -> Callable[..., Any]:
+    """Return what the dispatcher calls first for the op ``name``; the arguments are as in :func:`register_op`.
+
+    ``torch.library.register_autograd`` registers the same without the check. It ignores tangents, so that a forward-mode
+    derivative would silently be zero.
+    """
+    op = getattr(torch.ops.lares_fast, name).default
+    differentiable = None if backward is None else make_autograd_impl(op, Info(backward, save))
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        # Inside a transform of functions, only this kernel sees the tensors that carry the tangents.
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative: use a derivative in reverse mode, such as torch.autograd.grad, or the "
+                "function of lares_fast.reference."
+            )
+        if differentiable is not None:
+            return differentiable(keyset, *arguments)
+        # Autograd stays active inside the op.
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    return kernel
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
 _PLAIN = {int, float, bool, str, type(None)}
 
 
 def _watched() -> bool:
-    """Return whether a mode, a profiler, a tracer or a transform of functions is active."""
+    """Return whether a mode, a profiler, a tracer, a forward-mode derivative or a transform of functions is active."""
     state: Any = torch._C
     return bool(
-        state._len_torch_dispatch_stack()
+        forward_ad._current_level >= 0
+        or state._len_torch_dispatch_stack()
         or state._len_torch_function_stack()
         or state._are_functorch_transforms_active()
         or state._get_tracing_state()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lares_fast._errors import InputError
 from lares_fast._numbers import shown, whole
@@ -122,6 +123,33 @@ def root_key(seed: int) -> Key:
 def generator(key: Key) -> torch.Generator:
     """Return a CPU generator seeded by ``key``, for draws that no kernel repeats (shuffles, depths, partners)."""
     return torch.Generator().manual_seed((key[1] << 31) ^ key[0])
+
+
+# The names of PyTorch's functions and methods that draw random numbers and take a generator.
+_DRAWS = {
+    "bernoulli", "bernoulli_", "cauchy_", "exponential_", "geometric_", "kaiming_uniform_", "log_normal_", "multinomial",
+    "normal", "normal_", "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm",
+    "random_", "uniform_",
+}  # fmt: skip
+
+
+class DrawFrom(TorchFunctionMode):
+    """Let PyTorch's functions draw from ``generator`` within the ``with`` block, in this thread only.
+
+    ``torch.manual_seed(s)`` and ``DrawFrom(torch.Generator().manual_seed(s))`` give the same numbers on the CPU. But the
+    former seeds the generator that all threads share.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self._generator = generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``func`` with the generator, unless the caller names one."""
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", None) in _DRAWS and kwargs.get("generator") is None:
+            kwargs["generator"] = self._generator
+        return func(*args, **kwargs)
 
 
 def drop_threshold(p: float) -> int:

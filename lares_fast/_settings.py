@@ -17,6 +17,20 @@ CUDA_PRODUCTS = ("3xtf32", "ffma")
 # With these values, our kernels, torch and MKL run the same instructions on every x86-64 CPU.
 STRICT = {"LARES_FAST_SIMD": "generic", "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
+# Variables that MKL, oneDNN and cuBLAS read. They choose instructions, the order of sums, or the precision of products.
+_OF_LIBRARIES = (
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_DYNAMIC",
+    *(
+        f"{library}_{name}"
+        for library in ("ONEDNN", "DNNL")
+        for name in ("MAX_CPU_ISA", "CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE")
+    ),
+    "NVIDIA_TF32_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+)
+
 
 def backend() -> str:
     """Return ``LARES_FAST_BACKEND``: the backend that every op must use, or ``auto``."""
@@ -72,6 +86,11 @@ def cuda_products() -> str:
     if value not in CUDA_PRODUCTS:
         raise InputError(f"LARES_FAST_CUDA_PRODUCTS must be one of {', '.join(CUDA_PRODUCTS)}, but got {value!r}.")
     return value
+
+
+def of_libraries() -> dict[str, str]:
+    """Return the variables of PyTorch's libraries that can change a bit of a result, or ``unset``."""
+    return {name: os.environ.get(name) or "unset" for name in _OF_LIBRARIES}
 
 
 def cache_folder() -> Path:

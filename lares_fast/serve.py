@@ -22,6 +22,7 @@ from lares_fast._errors import InputError, with_path
 from lares_fast._memory import allocating, enough_memory
 from lares_fast._numbers import choice, flag, is_masked, shown, whole
 from lares_fast._settings import PRECISIONS
+from lares_fast._torch_state import require_default_device, require_float32
 from lares_fast._transfer import to_device, to_host
 from lares_fast.model import LARES
 from lares_fast.ops._catalog_checks import native_obstacle
@@ -70,7 +71,7 @@ class Recommender:
         """Take ``model`` and ``item_ids``: a placeholder for PAD, then the raw id of each item row.
 
         The ids are texts or integers, from any array library. The attribute :attr:`item_ids` leaves PAD out. Raises
-        :class:`InputError` for anything else, for ids that occur twice, and for a model with weights that are not finite.
+        :class:`InputError` for anything else, for ids that occur twice, and for weights that are not fp32 or not finite.
         """
         if not isinstance(model, LARES):
             raise InputError(f"model must be a lares_fast.LARES, but got {shown(model)}.")
@@ -80,6 +81,7 @@ class Recommender:
             raise InputError(
                 f"item_ids must have {model.config.n_items} entries, one for each item row, but has {len(item_ids)}."
             )
+        require_float32(model)
         self.model = model
         # Item id -> raw id. PAD has none.
         self._raw = {row: _raw_id(raw, f"item_ids[{row}]") for row, raw in enumerate(item_ids) if row != PAD}
@@ -124,7 +126,7 @@ class Recommender:
         if not 1 <= k <= len(self.item_ids):
             raise InputError(f"k must be in 1..{len(self.item_ids)}, the number of items, but got {k}.")
         known, unknown = self._known(histories)
-        scores = torch.full((len(known), k), -torch.inf)
+        scores = torch.full((len(known), k), -torch.inf, dtype=torch.float32)
         ids: list[list[Any]] = [[] for _ in known]
         order, answers, largest_queries = list[int](), list[tuple[Tensor, Tensor]](), list[Tensor]()
         with _enough_memory(batch_size):
@@ -161,7 +163,7 @@ class Recommender:
         known, _ = self._known(histories)
         if empty := [i for i, items in enumerate(known) if not items]:
             raise InputError(f"history {empty[0]} holds no item that the model knows.")
-        queries = torch.empty(len(known), self.model.config.hidden_size)
+        queries = torch.empty(len(known), self.model.config.hidden_size, dtype=torch.float32)
         order, found = list[int](), list[Tensor]()
         with _enough_memory(batch_size):
             model = self.model.in_evaluation()
@@ -197,6 +199,7 @@ class Recommender:
         """Yield the indices and the cut sequences of the histories that are not empty, in order of length."""
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, but got {batch_size}.")
+        require_default_device()
         longest = self.model.config.max_len
         order = sorted((i for i, items in enumerate(known) if items), key=lambda i: min(len(known[i]), longest))
         for start in range(0, len(order), batch_size):
@@ -259,7 +262,9 @@ def _load(run: Path, device: str | torch.device, precision: str) -> tuple[Recomm
         raise InputError(f"{run / 'model.safetensors'} does not fit its own configuration: train again.")
     size = sum(value.nbytes for value in weights.values())
     require_memory(torch.device("cpu"), size, "the model")
-    model = LARES(config, bf16=precision == "bf16")
+    # A program may have chosen another default device or dtype.
+    with torch.device("cpu"):
+        model = LARES(config, bf16=precision == "bf16").float()
     model.load_state_dict(weights)
     path = run / "item_ids.json"
     item_ids = _item_ids(path, about.get("item_ids"))

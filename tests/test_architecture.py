@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEAVES = {"_errors", "_files", "_numbers", "_settings", "_random", "_transfer", "_watch", "config"}
-LEAVES |= {"_native", "_native_call", "_native_random", "_memory"}
+LEAVES |= {"_native", "_native_call", "_native_random", "_memory", "_torch_state"}
 
 # Part -> parts of lares_fast that it may import, besides itself. A part is a module or a package right below lares_fast.
 MAY_IMPORT = {
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "_settings": {"_errors"},
     "_numbers": {"_errors"},
     "_memory": {"_errors"},
+    "_torch_state": {"_errors"},
     "_random": {"_errors", "_numbers", "_transfer"},
     "_transfer": set(),
     "_watch": set(),

@@ -12,7 +12,7 @@ import torch
 
 from lares_fast import _random
 from lares_fast._errors import InputError
-from lares_fast._random import Draw
+from lares_fast._random import Draw, DrawFrom
 
 # Known answers of Philox4x32-10 from the Random123 distribution: counter, key, result.
 KNOWN = [
@@ -178,3 +178,48 @@ ATTENTION = "01111111111111111110"
 NORMAL = [-0.115151450, -1.712559223, 0.883048296, -0.240693673]
 ROOT_2025 = (0x3DD1DDA0, 0x81DB76EC)
 FOLDED = (0x89EEB741, 0xEE66D9F0)
+
+
+DRAWS = {
+    "linear": lambda: torch.nn.Linear(5, 7).weight,
+    "bias": lambda: torch.nn.Linear(5, 7).bias,
+    "embedding": lambda: torch.nn.Embedding(9, 16).weight,
+    "attention": lambda: torch.nn.MultiheadAttention(8, 2).in_proj_weight,
+    "gru": lambda: torch.nn.GRU(4, 4).weight_hh_l0,
+    "convolution": lambda: torch.nn.Conv1d(3, 3, 2).weight,
+    "xavier_uniform": lambda: torch.nn.init.xavier_uniform_(torch.empty(4, 4)),
+    "kaiming_normal": lambda: torch.nn.init.kaiming_normal_(torch.empty(4, 4)),
+    "trunc_normal": lambda: torch.nn.init.trunc_normal_(torch.empty(4, 4)),
+    "orthogonal": lambda: torch.nn.init.orthogonal_(torch.empty(4, 4)),
+    "sparse": lambda: torch.nn.init.sparse_(torch.empty(4, 4), 0.5),
+    "rand": lambda: torch.rand(5),
+    "randn": lambda: torch.randn(5, 6),
+    "rand_like": lambda: torch.rand_like(torch.ones(4)),
+    "randn_like": lambda: torch.randn_like(torch.ones(4)),
+    "randint": lambda: torch.randint(1, 50, (4,)),
+    "randperm": lambda: torch.randperm(6),
+    "normal": lambda: torch.normal(torch.zeros(4), 1.0),
+    "bernoulli": lambda: torch.bernoulli(torch.full((9,), 0.5)),
+    "exponential": lambda: torch.empty(4).exponential_(),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_draws_from_a_generator_have_the_stream_of_a_seed(draw):
+    """And the generator that all threads share is not read."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        expected = DRAWS[draw]()
+        torch.manual_seed(6)
+        with DrawFrom(torch.Generator().manual_seed(5)):
+            found = DRAWS[draw]()
+        assert torch.equal(found, expected)
+        after = torch.rand(2)
+        torch.manual_seed(6)
+        assert torch.equal(after, torch.rand(2))
+
+
+def test_a_draw_with_a_generator_of_its_own_keeps_it():
+    with DrawFrom(torch.Generator().manual_seed(5)):
+        found = torch.rand(3, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(found, torch.rand(3, generator=torch.Generator().manual_seed(6)))

@@ -116,7 +116,7 @@ def _call(h: Tensor, offsets: Tensor, weights: Sequence[Tensor], options: Mappin
         depth=each,
         rows=rows,
         seed=None,
-        weights=layout.flatten(weights if keep else [weight.detach() for weight in weights]),
+        weights=layout.flatten(weights),
         steps=steps,
         n_layers=layout.n_layers,
         inner_size=layout.inner_size,

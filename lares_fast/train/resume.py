@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +61,45 @@ def _obstacle(name: str, state: RunState, changes: dict[str, tuple[Any, Any]], n
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what can change a bit of a result on ``device``: versions, threads, instruction set, backend, device."""
-    try:
-        version = importlib.metadata.version("lares_fast")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
+    """Return what can change a bit of a result on ``device``: versions, threads, instruction sets, device and so on."""
+    native = _native.build_info()
+    on_gpu = device.type == "cuda"
+    precision: Any = torch.backends.cuda if on_gpu else torch.backends.mkldnn
     return {
-        "lares_fast": version,
+        "lares_fast": _version("lares_fast"),
         "torch": str(torch.__version__),
+        "numpy": _version("numpy"),
         "threads": torch.get_num_threads(),
-        "simd": str(_native.build_info().get("simd", "none")),
+        "simd": str(native.get("simd", "none")),
+        "compiler": f"{native.get('compiler', 'none')} {native.get('flags', '')}".strip(),
+        "torch_simd": torch.backends.cpu.get_cpu_capability(),
+        "cpu": _cpu(),
+        "strict": _settings.strict(),
+        # torch.get_float32_matmul_precision raises an error if a program has set the new names.
+        "fp32_precision": str(precision.matmul.fp32_precision).replace("none", "ieee"),
         "backend": _settings.backend(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        **({"triton": _version("triton"), "cuda_products": _settings.cuda_products()} if on_gpu else {}),
+        **_settings.of_libraries(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@functools.cache
+def _cpu() -> str:
+    """Return the name of the CPU's model, or of its architecture where Linux does not tell the model."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def resume_events(saved: SavedRun, config: RunConfig, device: torch.device, run: Path) -> list[dict[str, Any]]:
@@ -94,7 +122,10 @@ def resume_events(saved: SavedRun, config: RunConfig, device: torch.device, run:
 
 
 def changed_environment(old: dict[str, Any], device: torch.device) -> dict[str, tuple[Any, Any]]:
-    """Return (old value, new value) of each entry of :func:`environment` that differs from ``old``."""
+    """Return (old value, new value) of each entry of :func:`environment` that differs from ``old``.
+
+    The state of an earlier version lacks some entries. They are not compared.
+    """
     # An earlier version trained on the CPU only.
     old = {"device": "cpu", **old}
-    return {name: (old.get(name), value) for name, value in environment(device).items() if old.get(name) != value}
+    return {name: (old[name], value) for name, value in environment(device).items() if name in old and old[name] != value}

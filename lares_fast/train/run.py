@@ -14,7 +14,7 @@ from torch import Tensor
 from lares_fast._device import resolve
 from lares_fast._errors import InputError, with_path
 from lares_fast._memory import require_room
-from lares_fast._random import root_key
+from lares_fast._random import DrawFrom, root_key
 from lares_fast.config import LARESConfig
 from lares_fast.data import InteractionLog, Split
 from lares_fast.model import LARES
@@ -81,9 +81,8 @@ class Run:
             raise InputError(f"rpt.k and evaluation.ks must be at most {log.n_items - 1}, the number of items.")
         self.device = checked_device(config)
         self.state = RunState(identity=identity_of(config, model_config, log, split))
-        with torch.random.fork_rng():
-            torch.manual_seed(initial_weights_seed(self.key))
-            # The CPU draws the weights, so that they are the same on every device.
+        # The CPU draws the weights, so that they are the same on every device. Other threads may draw at the same time.
+        with torch.device("cpu"), DrawFrom(torch.Generator().manual_seed(initial_weights_seed(self.key))):
             self.model = LARES(model_config, bf16=config.precision == "bf16")
         self.model.to(self.device)
         self.start: LARES | None = None

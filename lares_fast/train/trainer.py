@@ -12,8 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lares_fast._errors import InputError
 from lares_fast._memory import allocating, enough_memory
+from lares_fast._torch_state import require_defaults
 from lares_fast.data import InteractionLog, Split
 from lares_fast.model import LARES
 from lares_fast.train.config import PHASES, RunConfig, checked_phases, needs_start
@@ -49,8 +52,9 @@ class Trainer:
         :meth:`run` then continues it, and emits a ``changed`` event for every setting that has another value now.
         If ``state.pt`` is damaged or missing, the run continues from the checkpoint before it, and a ``notice`` event says so.
         Raises :class:`InputError` if both are damaged, if the state belongs to another run, or if a setting has changed that
-        the state depends on.
+        the state depends on. It is also raised if PyTorch's default dtype is not float32 or its default device not the CPU.
         """
+        require_defaults()
         # The listener may change the working directory.
         self.config, self.log, self.split, self.out = config, log, split, Path(out).absolute()
         self._emit = emit
@@ -60,7 +64,11 @@ class Trainer:
         self._run = self._new_run()
 
     def _new_run(self) -> Run:
-        with allocating("the model and its saved state", "lower model.hidden_size", "model.hidden_size"):
+        # In inference mode, the model would be made of tensors that cannot be trained.
+        with (
+            torch.inference_mode(False),
+            allocating("the model and its saved state", "lower model.hidden_size", "model.hidden_size"),
+        ):
             run = Run(self.config, self.log, self.split, self.out, self._emit)
             if self._start is not None and not run.folder.has_state():
                 run.start_from(self._start)
@@ -96,11 +104,13 @@ class Trainer:
         """Train ``phases`` (of ``spt``, ``rpt``), test the best model of each, and return the rows of metrics.csv.
 
         ``rpt`` alone needs a folder with a finished ``spt`` phase, or :meth:`start_from`. While this method runs, no other run
-        can write into the folder.
+        can write into the folder. It trains in inference mode and under ``torch.no_grad()``, too.
         Raises :class:`InputError` for another phase, for a folder that is in use, for a phase that needs more memory than is
-        free, and for a model that diverges; its state is not saved then. After any error, also one of the listener, this method
-        continues from the last saved state, as a new trainer would, with a new :attr:`model`.
+        free, and for a model that diverges; its state is not saved then. It is also raised for a default dtype or device as in
+        :meth:`__init__`. After any error, also one of the listener, this method continues from the last saved state, as a new
+        trainer would, with a new :attr:`model`.
         """
+        require_defaults()
         wanted = checked_phases(phases)
         if self._broken:
             self._run, self._broken = self._new_run(), False
@@ -113,7 +123,11 @@ class Trainer:
             # The listener may write the first file of the run now.
             run.events.show("begin")
             try:
-                with allocating("the run", "end other programs, or choose a smaller model or a smaller log"):
+                with (
+                    torch.inference_mode(False),
+                    torch.enable_grad(),
+                    allocating("the run", "end other programs, or choose a smaller model or a smaller log"),
+                ):
                     self._train(wanted)
             except Interrupted:
                 run.save()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lares_fast import reference
-from lares_fast._random import Draw, exact_normal_of, seed_of, state_uniforms
+from lares_fast._random import Draw, DrawFrom, exact_normal_of, seed_of, state_uniforms
 from lares_fast.config import LARESConfig
 from lares_fast.reference.initial_state import spread
 
@@ -285,8 +285,7 @@ def _recurrence(
     sizes: dict[str, Any] = {"hidden_size": width, "n_heads": heads, "inner_size": inner or 2 * width, "n_core_layers": 1}
     joins = adapter != "none"
     config = LARESConfig.preview(adapter=adapter if joins else "add", **sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+    with DrawFrom(torch.Generator().manual_seed(1)):
         module = reference.Recurrence(config) if joins else build_block(config, 1)
         weights = {name: weight.detach().double() for name, weight in module.named_parameters()}
     pre = {"pre": _fill(integers, rows + 1, width)[:rows]} if joins else {}

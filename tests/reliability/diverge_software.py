@@ -1,4 +1,4 @@
-"""Continue runs with other software: threads, instruction set, backend, versions. Each difference is shown and logged."""
+"""Continue runs with other software: threads, instruction sets, backend, versions. Each difference is shown and logged."""
 
 import json
 import os
@@ -17,15 +17,38 @@ SAME = "the same software for the second part of a run: equal bits"
 _RUN = ["--config", "tiny", "--set", "data.synthetic_users=300", "--set", "spt.batch_size=64", "--phase", "spt"]
 _AGAIN = ["--phase", "spt", "--set", "spt.epochs=2"]
 
-# Environment variable, its value, and the entry that changes.
-CHANGES = (
-    ("OMP_NUM_THREADS", "2", "threads"),
-    ("LARES_FAST_SIMD", "generic", "simd"),
-    ("LARES_FAST_SIMD", "avx2", "simd"),
-    ("LARES_FAST_BACKEND", "reference", "backend"),
+# The variables of the second part of a run, and the entries that must change, with their new values.
+CHANGES: tuple[tuple[dict[str, str], dict[str, object]], ...] = (
+    ({"OMP_NUM_THREADS": "2"}, {"threads": 2}),
+    ({"LARES_FAST_SIMD": "generic"}, {"simd": "generic"}),
+    ({"LARES_FAST_SIMD": "avx2"}, {"simd": "avx2"}),
+    ({"LARES_FAST_BACKEND": "reference"}, {"backend": "reference"}),
+    ({"ATEN_CPU_CAPABILITY": "default"}, {"torch_simd": "DEFAULT"}),
+    ({"ATEN_CPU_CAPABILITY": "avx2"}, {"torch_simd": "AVX2"}),
+    ({"MKL_CBWR": "COMPATIBLE"}, {"MKL_CBWR": "COMPATIBLE"}),
+    ({"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}, {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}),
+    ({"ONEDNN_MAX_CPU_ISA": "SSE41"}, {"ONEDNN_MAX_CPU_ISA": "SSE41"}),
+    ({"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}, {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}),
+    # The command line sets the variables of PyTorch and MKL itself.
+    (
+        {"LARES_FAST_STRICT": "1", "LARES_FAST_SIMD": "generic"},
+        {"strict": True, "simd": "generic", "torch_simd": "DEFAULT", "MKL_CBWR": "COMPATIBLE"},
+    ),
 )
-# Entries that are edited in state.pt, as if an earlier part had had them.
-EDITED = {"torch": "2.99.0", "lares_fast": "0.0.1", "device": "NVIDIA H100", "threads": 64, "simd": "sse2", "backend": "native"}
+# Entries that are edited in state.pt, as if an earlier part had had them. The quick form edits each sixth one.
+EDITED = {
+    "torch": "2.99.0",
+    "lares_fast": "0.0.1",
+    "numpy": "1.20.0",
+    "device": "NVIDIA H100",
+    "threads": 64,
+    "compiler": "GNU 3.4.0 -O1",
+    "cpu": "Another CPU",
+    "simd": "sse2",
+    "backend": "native",
+    "strict": True,
+    "fp32_precision": "bf16",
+}
 
 
 def measure(counts: Counts, folder: Path) -> None:
@@ -52,16 +75,19 @@ def measure(counts: Counts, folder: Path) -> None:
             counts.failed(SAME, f"try {repeat} gave other bits", lost=True)
         shutil.rmtree(copy)
     found = []
-    for variable, value, entry in CHANGES:
+    for variables, expected in CHANGES:
         copy = shutil.copytree(start, folder / "other")
-        now = load_state(copy / "state.pt")["environment"][entry]
-        if (text := command("--resume", copy, *_AGAIN, **{variable: value}, fail=False)) is None:
+        before = load_state(copy / "state.pt")["environment"]
+        # What a machine has anyway does not change.
+        changes = {entry: (before[entry], value) for entry, value in expected.items() if before[entry] != value}
+        if (text := command("--resume", copy, *_AGAIN, **variables, fail=False)) is None:
             # This processor does not have the instruction set.
             shutil.rmtree(copy)
             continue
-        judge(counts, f"{variable}={value}", copy, text, {entry: (now, int(value) if entry == "threads" else value)})
+        what = " ".join(f"{name}={value}" for name, value in variables.items())
+        judge(counts, what, copy, text, changes)
         state = load_state(copy / "state.pt")
-        found.append(f"{variable}={value} gave {'the same' if plain(state['model']) == whole else 'other'} bits")
+        found.append(f"{what} gave {'the same' if plain(state['model']) == whole else 'other'} bits")
         shutil.rmtree(copy)
     counts.note(SOFTWARE, "; ".join(found))
 

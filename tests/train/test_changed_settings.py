@@ -11,11 +11,11 @@ import torch
 from lares_fast import LARESConfig, _native
 from lares_fast._errors import InputError
 from lares_fast.data import leave_one_out, log_from_sequences, temporal_split
-from lares_fast.train import DataConfig, EvalConfig, Interrupted, RPTConfig, RunConfig, SPTConfig, Trainer
+from lares_fast.train import DataConfig, EvalConfig, Interrupted, RPTConfig, RunConfig, SPTConfig, Trainer, resume
 from lares_fast.train.checkpoint import load_state, save_state
 from lares_fast.train.config import SECTIONS
 from lares_fast.train.identity import events_digest
-from lares_fast.train.resume import settings_of
+from lares_fast.train.resume import changed_environment, environment, settings_of
 from tests.support import train_run
 from tests.support.changed_settings import BEST, EVERY, OTHER, REFUSED, TOP, changed, stopped_runs
 
@@ -125,6 +125,7 @@ def test_a_changed_environment_is_announced(tmp_path, monkeypatch):
     train_run.train(tmp_path, ("spt",), spt_epochs=1)
     saved = load_state(tmp_path / "state.pt")["environment"]
     assert saved["torch"] == torch.__version__ and saved["threads"] == torch.get_num_threads()
+    assert saved["torch_simd"] == torch.backends.cpu.get_cpu_capability() and saved["numpy"] == np.__version__ and saved["cpu"]
     assert saved["simd"] == _native.build_info().get("simd", "none") and saved["lares_fast"] and saved["backend"] == "auto"
     monkeypatch.setenv("LARES_FAST_BACKEND", "reference")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
@@ -132,6 +133,43 @@ def test_a_changed_environment_is_announced(tmp_path, monkeypatch):
     Trainer(train_run.config(spt_epochs=1), train_run.log(), train_run.split(), tmp_path, seen.append).run(("spt",))
     told = {event["name"]: (event["old"], event["new"]) for event in seen if event["event"] == "changed"}
     assert told == {"threads": (saved["threads"], 77), "backend": ("auto", "reference")}
+
+
+_CPU = torch.device("cpu")
+
+
+def test_everything_that_chooses_instructions_is_compared(monkeypatch):
+    old = environment(_CPU)
+    assert changed_environment(old, _CPU) == {}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+    monkeypatch.setattr(resume, "_cpu", lambda: "Another CPU")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: {"lares_fast": "0.2"}.get(name, "0.1"))
+    for name, value in (("MKL_CBWR", "AVX"), ("MKL_ENABLE_INSTRUCTIONS", "SSE4_2"), ("ONEDNN_MAX_CPU_ISA", "SSE41")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lares_fast._settings.strict", lambda: True)
+    new = {name: value for name, (_, value) in changed_environment(old, _CPU).items() if name != "lares_fast"}
+    assert new == {
+        "torch_simd": "OTHER", "cpu": "Another CPU", "numpy": "0.1", "strict": True, "MKL_CBWR": "AVX",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41",
+    }  # fmt: skip
+
+
+def test_a_program_that_rounds_products_to_bf16_has_another_environment():
+    old, precision = environment(_CPU), torch.backends.mkldnn.matmul.fp32_precision
+    assert old["fp32_precision"] == "ieee"
+    try:
+        # From now on torch.get_float32_matmul_precision raises an error.
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        assert changed_environment(old, _CPU) == {"fp32_precision": ("ieee", "bf16")}
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+
+
+def test_entries_that_an_earlier_state_lacks_are_no_difference():
+    assert changed_environment({}, _CPU) == {}
+    assert changed_environment({"threads": 77, "gone": 1}, _CPU) == {"threads": (77, torch.get_num_threads())}
+    # Before GPUs, states had no device.
+    assert changed_environment({}, torch.device("meta")) == {"device": ("cpu", "meta")}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The phases are modules: a plain loop over them gives the bits of the trainer, and they use the ops."""
 
 import copy
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from lares_fast import LARESConfig, _dispatch, ops, reference
 from lares_fast._errors import InputError
 from lares_fast._random import Draw, root_key
 from lares_fast.data import Rows, epoch_order, make_batch
-from lares_fast.train import RPT, SPT, RPTConfig, SPTConfig, keys
+from lares_fast.reference.backbone import BACKBONES
+from lares_fast.train import RPT, SPT, RPTConfig, SPTConfig, Trainer, keys
 from lares_fast.train.checkpoint import load_state
 from tests.support import train_run
 from tests.support.catalog_cases import BACKENDS
@@ -54,6 +57,39 @@ def test_a_plain_loop_gives_the_bits_of_the_trainer(name, tmp_path):
         loss.backward()
         optimizer.step()
     assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
+
+
+def test_other_threads_do_not_change_the_initial_weights(tmp_path, monkeypatch):
+    """Another thread builds a model of another seed, and draws numbers, while a block of this model is built."""
+    others = []
+
+    def trainer(seed, backbone):
+        config = replace(train_run.config(model={"backbone": backbone}), seed=seed)
+        return Trainer(config, train_run.log(), train_run.split(), tmp_path / f"{backbone}-{seed}")
+
+    def disturb():
+        others.append((trainer(8, "transformer").model.state_dict(), torch.rand(3)))
+
+    def disturbed(config, n_layers):
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        thread.join()
+        return BACKBONES["transformer"](config, n_layers)
+
+    monkeypatch.setitem(BACKBONES, "disturbed", disturbed)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        found = trainer(7, "disturbed").model.state_dict()
+        drawn = torch.rand(3)
+        torch.manual_seed(1)
+        shared = torch.rand(9).split(3)
+    for seed, weights in ((7, found), *((8, weights) for weights, _ in others)):
+        with torch.random.fork_rng():
+            torch.manual_seed(keys.initial_weights_seed(root_key(seed)))
+            expected = lares_fast.LARES(LARESConfig(n_items=train_run.log().n_items, **train_run.MODEL)).state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in expected.items())
+    # Only the draws of the program read the generator that threads share: two blocks, and then this thread.
+    assert torch.equal(torch.stack((others[0][1], others[1][1], drawn)), torch.stack(shared))
 
 
 @pytest.mark.parametrize("name", ["spt", "rpt"])
