@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "verify": LEAVES | {"reference", "sequences", "ops", "model", "_dispatch", "kernels"},
     "data": LEAVES | {"sequences"},
     "_device": LEAVES | {"ops", "_dispatch"},
-    "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "_dispatch", "_device"},
+    "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "_dispatch", "_device", "_modules"},
     "serve": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "_device"},
     "gpu_bench": LEAVES | {"reference", "sequences", "ops", "model", "data", "train", "verify", "kernels"},
     "cli": LEAVES

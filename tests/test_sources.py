@@ -38,6 +38,7 @@ MAY_WRITE = {
     "lares_fast/cli/plots.py: savefig": "it draws into memory",
     "lares_fast/cli/recommend.py: ParquetWriter": "it writes into the file of replacing",
     "lares_fast/cli/recommend.py: write_table": "it writes into the file of replacing",
+    "lares_fast/cli/streams.py: open ?": "it opens the null device",
     "lares_fast/cli/tensorboard.py: SummaryWriter": "TensorBoard writes its events itself, into the folder of the run",
     "lares_fast/gpu_bench/__main__.py: open w": "it is the standard output",
     "benchmarks/gpu/first.py": "it copies and builds the package in a folder that only the current account can write to",

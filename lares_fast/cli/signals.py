@@ -21,14 +21,15 @@ def abort(_: int, __: FrameType | None) -> NoReturn:
 def handling(handler: Handler) -> Iterator[None]:
     """Call ``handler`` for SIGINT, SIGTERM and SIGHUP until the block ends. Only the main thread of a program can do this.
 
-    A signal that is ignored stays ignored, as SIGHUP is below ``nohup``.
+    SIGHUP stays ignored if it is, as below ``nohup``.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in heard}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

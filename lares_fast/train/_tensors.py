@@ -57,7 +57,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             begin, end = end, end + math.prod(shape) * dtype.itemsize
             if offsets != [begin, end] or start + end > size:
                 raise ValueError(f"the tensor {name} is not where it should be")
-            tensors[name] = torch.empty(shape, dtype=dtype)
+            tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
             if end > begin and file.readinto(bytes_of(tensors[name])) != end - begin:
                 raise ValueError("the file is truncated")
         if file.read(1):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lares_fast import ops, reference
 from lares_fast._memory import enough_memory
+from lares_fast._modules import in_evaluation
 from lares_fast._random import Draw, Key
 from lares_fast._transfer import to_device, to_host
 from lares_fast.catalog import Catalog
@@ -80,25 +81,22 @@ def _queries(
 
     The batch is on the CPU, the queries and items are on the device of the model.
     """
-    training, width = model.training, model.config.hidden_size
+    width = model.config.hidden_size
     require_usable(model, width)
+    evaluated = in_evaluation(model)
     # One number for each batch. They are read after the last batch, so that no batch has to wait for a GPU.
     largest_queries, items = list[Tensor](), model.item_table()
-    model.eval()
-    try:
-        for done, batch in _batches(log, rows, model.config.max_len, batch_size):
-            draw = Draw(key, batch.rows)
-            # Offsets, depths and rows stay on the CPU, where the model reads them without waiting.
-            sequences = Sequences(to_device(batch.items, items.device), batch.offsets)
-            query = model.queries(model.encode(*sequences, num_steps=num_steps, draw=draw))
-            largest_queries.append(query.abs().amax())
-            yield batch, query, items
-            if progress is not None:
-                progress(done, len(rows))
-        if largest_queries:
-            require_finite_scores(largest([torch.stack(largest_queries)]), largest([items]), width)
-    finally:
-        model.train(training)
+    for done, batch in _batches(log, rows, model.config.max_len, batch_size):
+        draw = Draw(key, batch.rows)
+        # Offsets, depths and rows stay on the CPU, where the model reads them without waiting.
+        sequences = Sequences(to_device(batch.items, items.device), batch.offsets)
+        query = model.queries(evaluated.encode(*sequences, num_steps=num_steps, draw=draw))
+        largest_queries.append(query.abs().amax())
+        yield batch, query, items
+        if progress is not None:
+            progress(done, len(rows))
+    if largest_queries:
+        require_finite_scores(largest([torch.stack(largest_queries)]), largest([items]), width)
 
 
 def _batches(log: InteractionLog, rows: Rows, max_len: int, batch_size: int) -> Iterator[tuple[int, Batch]]:

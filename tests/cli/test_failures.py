@@ -92,7 +92,10 @@ def test_advice_names_the_command(cli):
 def test_a_run_is_saved_and_says_how_to_resume(cli, small_settings, log_file, tmp_path, how):
     out = tmp_path / "cut"
     endless = ["--set", "spt.epochs=100000", "--set", "spt.patience=100000"]
+    # Below nohup, the signal would be ignored.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     running = python("-m", "lares_fast", "train", *small_settings, *endless, "--data", log_file, "--out", out)
+    signal.signal(signal.SIGHUP, before)
     for line in running.stdout:
         if line.startswith("SPT epoch 2 "):
             if how == "closed output":

@@ -131,11 +131,21 @@ def test_pad_is_never_ranked(model):
         assert torch.equal(before[history], after[history])
 
 
-def test_training_mode_is_restored(model):
-    for training in (True, False):
-        model.train(training)
-        model_ranks(model, train_run.log(), train_run.split().valid, key=KEY)
-        assert model.training is training
+def test_ranks_do_not_depend_on_the_mode_of_the_model(model):
+    """Another part of the program may train the model. The mode of each of its modules stays."""
+    log, split = train_run.log(), train_run.split()
+    expected = model_ranks(model.eval(), log, split.valid, key=root_key(1))
+    trained = copy.deepcopy(model).train()
+    trained.pre_block.eval()
+    before = [module.training for module in trained.modules()]
+    seen = []
+
+    def progress(done, total):
+        seen.append([module.training for module in trained.modules()] == before)
+
+    found = model_ranks(trained, log, split.valid, key=root_key(1), progress=progress)
+    assert all(torch.equal(found[name], ranks) for name, ranks in expected.items())
+    assert seen and all(seen)
 
 
 def test_baselines_against_a_direct_count():
