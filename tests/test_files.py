@@ -213,8 +213,8 @@ def test_a_forked_process_leaves_the_lock_to_its_parent(tmp_path):
                 sys.exit()
             os.wait()
             files.write_text(run / "state.pt", "2")
-            if child := os.fork():
-                print(child, flush=True)
+            if not os.fork():
+                print(os.getpid(), flush=True)
             sys.stdin.read()
         """,
         run,

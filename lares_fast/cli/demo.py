@@ -10,11 +10,12 @@ import torch
 
 from lares_fast._errors import InputError, with_path
 from lares_fast._files import LOCK, locked
-from lares_fast.cli import outputs, settings
+from lares_fast.cli import settings
 from lares_fast.cli.train import train
 from lares_fast.data import InteractionLog
 from lares_fast.serve import load
 from lares_fast.train.config import PHASES, RunConfig
+from lares_fast.train.folder import FILES
 
 _SHOWN_USERS, _SHOWN_HISTORY, _SHOWN_ITEMS = 3, 6, 5
 
@@ -34,7 +35,7 @@ def command(arguments: Namespace) -> int:
         raise InputError("the demo makes its own log and takes no data.path: use lares-fast train for your log.")
     _check_replaceable(out, config)
     with locked(out):
-        for name in outputs.RUN_FILES:
+        for name in FILES:
             (out / name).unlink(missing_ok=True)
     # The demo's model is so small that a second thread would make it slower.
     torch.set_num_threads(1)

@@ -9,9 +9,7 @@ from pathlib import Path
 from lares_fast._errors import InputError
 from lares_fast._files import LOCK
 from lares_fast.cli import settings
-from lares_fast.train.folder import EVENTS, ITEMS, METRICS, MODEL, NEWEST, OLDER, holds_run
-
-RUN_FILES = ("config.yaml", "curves.png", NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS)
+from lares_fast.train.folder import FILES, holds_run
 
 
 def require_apart(option: str, written: Iterable[Path], kept: Mapping[str, Iterable[str | Path | None]]) -> None:
@@ -26,7 +24,7 @@ def require_apart(option: str, written: Iterable[Path], kept: Mapping[str, Itera
                 raise InputError(f"{option} would replace {other}, which belongs to {name}: give one of the two another place.")
 
 
-def files_in(folder: Path, names: Iterable[str] = RUN_FILES) -> list[Path]:
+def files_in(folder: Path, names: Iterable[str] = FILES) -> list[Path]:
     """Return the paths of the files that a command keeps in ``folder``, and of its lock."""
     return [folder / name for name in (*names, LOCK)]
 

@@ -28,7 +28,7 @@ from lares_fast.cli.tables import bound_rows, protocol_text, results_text
 from lares_fast.data import InteractionLog, Split
 from lares_fast.train import Interrupted, RunConfig, Trainer
 from lares_fast.train.config import PHASES
-from lares_fast.train.folder import holds_run
+from lares_fast.train.folder import FILES, holds_run
 from lares_fast.train.memory import require_memory
 
 _REDRAW_SECONDS = 60
@@ -72,7 +72,7 @@ def command(arguments: Namespace) -> int:
         outputs.require_apart("--resume", written, {"--data": [config.data.path]})
     else:
         outputs.require_apart("--out", written, {"--config": [arguments.config], "--data": [config.data.path]})
-        outputs.require_own_files("--out", out, outputs.RUN_FILES, begun=outputs.is_of_run(out))
+        outputs.require_own_files("--out", out, FILES, begun=outputs.is_of_run(out))
     phases = PHASES if arguments.phase == "both" else (arguments.phase,)
     train(config, out, phases, start_from=arguments.start_from, use_tensorboard=arguments.tensorboard)
     user = "user-0001" if config.data.path is None else "USER"
@@ -254,11 +254,16 @@ class _Stop:
         """Have the trainer save the run after the current step. A second SIGINT, or no trainer, aborts at once."""
         if self.trainer is None or (self.requested and number == signal.SIGINT):
             raise KeyboardInterrupt
+        self._save(
+            self.trainer, f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to abort without saving"
+        )
+
+    def _save(self, trainer: Trainer, text: str) -> None:
         self.requested = True
-        self.trainer.request_stop()
-        # This fails if the signal interrupts another line on stderr, or if the terminal is closed.
+        trainer.request_stop()
+        # This fails if a signal interrupts another line on stderr, or if the terminal is closed.
         with suppress(RuntimeError, OSError):
-            notice(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to abort without saving")
+            notice(text)
 
     def if_unheard(self, console: Console) -> Callable[[Event], None]:
         """Return a listener that shows events, and has the trainer save the run when the output cannot be written any more."""
@@ -269,8 +274,9 @@ class _Stop:
             except OSError as error:
                 if self.trainer is None:
                     raise
-                self.trainer.request_stop()
-                with suppress(OSError):
-                    notice(f"the output cannot be written any more ({error.strerror}): saving after this step")
+                if not self.requested:
+                    self._save(
+                        self.trainer, f"the output cannot be written any more ({error.strerror}): saving after this step"
+                    )
 
         return show

@@ -33,7 +33,8 @@ from lares_fast.train.state import SavedRun, load_run, save_run
 NEWEST, OLDER = "state.pt", "state.previous.pt"
 METRICS, EVENTS, MODEL, ITEMS = "metrics.csv", "events.jsonl", "model.safetensors", "item_ids.json"
 
-_FILES = (NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS, "config.yaml", "curves.png")
+# The names of all files that a run writes.
+FILES = (NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS, "config.yaml", "curves.png")
 
 
 class RunFolder:
@@ -87,9 +88,9 @@ class RunFolder:
         with locked(self.path, tell):
             if self._current_stamp() != self._stamp:
                 raise InputError(f"another run has changed {self.path} since this run read it: start again from the new state.")
-            for name in _FILES:
+            for name in FILES:
                 _require_no_other(self.path / name)
-            remove_leftovers(self.path, _FILES)
+            remove_leftovers(self.path, FILES)
             yield
 
     def save(self, saved: SavedRun) -> None:

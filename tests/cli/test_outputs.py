@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lares_fast.cli import outputs
-from lares_fast.cli.outputs import RUN_FILES
+from lares_fast.train.folder import FILES, NEWEST, OLDER
 from tests.support.command_line import is_one_sentence
 
 
@@ -48,7 +48,7 @@ def test_no_output_is_an_input_or_a_file_of_the_run(cli, log, tmp_path):
             cli("recommend", "--run", folder, "--user", "1", "--data", log, "--output", name), "--output", "--data"
         )
         assert is_refused(cli("eval", "--run", folder, "--data", log, "--csv", name), "--csv", "--data")
-    for name in (*RUN_FILES, ".lock"):
+    for name in (*FILES, ".lock"):
         assert is_refused(cli("eval", "--run", folder, "--csv", folder / ".." / "run" / name), "--csv", "--run", name)
     assert is_refused(cli("recommend", "--run", folder, "--item", "5", "--output", folder / "metrics.csv"), "--output", "--run")
     assert {path: path.read_bytes() for path in before} == before
@@ -70,7 +70,7 @@ def test_outputs_beside_the_files_of_a_run(cli, runs, tmp_path):
 def test_a_new_run_replaces_no_file_of_the_user(cli, log_file, small_settings, tmp_path):
     train = ["train", *small_settings, "--data", log_file]
     Path("mine.yaml").write_text("spt: {epochs: 1}\n")
-    for name in RUN_FILES[:2] + RUN_FILES[4:]:
+    for name in (name for name in FILES if name not in (NEWEST, OLDER)):
         out = tmp_path / name.replace(".", "-")
         out.mkdir()
         (out / name).write_text("mine")
@@ -81,7 +81,7 @@ def test_a_new_run_replaces_no_file_of_the_user(cli, log_file, small_settings, t
     assert is_refused(
         cli("train", "--config", "config.yaml", "--data", log_file, "--out", "."), "--out", "--config", "config.yaml"
     )
-    for name in (*RUN_FILES, ".lock"):
+    for name in (*FILES, ".lock"):
         (tmp_path / "logs").mkdir(exist_ok=True)
         (tmp_path / "logs" / name).symlink_to(log_file)
         assert is_refused(cli(*train, "--out", tmp_path / "logs"), "--out")

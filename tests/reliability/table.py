@@ -7,21 +7,27 @@ import json
 from tests.reliability.counts import RESULTS, ROOT
 from tests.reliability.parts import PARTS
 
+# Characters of a note in the table. Longer ones are lists below it.
+_LONGEST = 200
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- counts: begin -->\n", "<!-- counts: end -->\n"
 
 
 def table() -> str:
     """Return the table of all parts that have a result, as Markdown."""
-    lines = ["| part | what was tried | tried | failed | lost | note |", "|---|---|---:|---:|---:|---|"]
+    lines, long = ["| part | what was tried | tried | failed | lost | note |", "|---|---|---:|---:|---:|---|"], list[str]()
     for name in PARTS:
         path = RESULTS / f"{name}.json"
         if path.exists():
             result = json.loads(path.read_text())
             for row in result["rows"]:
                 numbers = " | ".join(f"{row[key]:,}" for key in ("tried", "failed", "lost"))
-                lines.append(f"| {name} | {row['what']} | {numbers} | {row['note']} |")
-    return "\n".join(lines) + "\n"
+                note = row["note"]
+                if len(note) > _LONGEST:
+                    long += ["", f"{name}, {row['what']}:", "", *(f"- {part}" for part in note.split("; "))]
+                    note = "below the table"
+                lines.append(f"| {name} | {row['what']} | {numbers} | {note} |")
+    return "\n".join([*lines, *long]) + "\n"
 
 
 def commands() -> str:
