@@ -10,10 +10,9 @@ from pathlib import Path
 from lares_fast._device import choose
 from lares_fast._errors import InputError
 from lares_fast._files import write_text
-from lares_fast._random import MOST_STEPS
 from lares_fast.cli import settings
 from lares_fast.cli.console import Console, add_device_arguments, device_text, indented, notice
-from lares_fast.cli.inputs import open_log, split_log
+from lares_fast.cli.inputs import open_log, require_steps, split_log
 from lares_fast.cli.outputs import files_in, require_apart
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
 from lares_fast.data import InteractionLog, Rows, Split
@@ -45,8 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def command(arguments: Namespace) -> int:
     """Run ``eval``."""
-    if arguments.steps is not None and not 1 <= arguments.steps <= MOST_STEPS:
-        raise InputError(f"--steps must be at least 1 and at most {MOST_STEPS:,}, but got {arguments.steps}.")
+    require_steps(arguments.steps)
     _require_used(arguments)
     config = run_config(arguments.run, arguments.assignments)
     if arguments.csv is not None:

@@ -1,10 +1,12 @@
-"""The log and the split that a configuration names."""
+"""The log and the split that a configuration names, and checks of other inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from lares_fast._errors import InputError
+from lares_fast._random import MOST_STEPS
 from lares_fast.data import InteractionLog, Split, cutoffs, leave_one_out, read_log, synthetic_log, temporal_split
 from lares_fast.train.config import DataConfig
 from lares_fast.train.evaluate import Progress
@@ -43,3 +45,9 @@ def _columns(settings: DataConfig) -> Mapping[str, str | None] | None:
     if not given:
         return None
     return {role: None if (role, name) == ("time", NO_TIME) else name for role, name in given.items()}
+
+
+def require_steps(steps: int | None) -> None:
+    """Raise :class:`InputError` if a model cannot make the number of ``--steps``; ``None`` is the model's own number."""
+    if steps is not None and not 1 <= steps <= MOST_STEPS:
+        raise InputError(f"--steps must be at least 1 and at most {MOST_STEPS:,}, but got {steps}.")

@@ -18,10 +18,9 @@ from typing import IO, Any
 from lares_fast._device import choose
 from lares_fast._errors import InputError, require
 from lares_fast._files import replacing
-from lares_fast._random import MOST_STEPS
 from lares_fast.cli import signals
 from lares_fast.cli.console import Console, add_device_arguments, counted, device_text, notice, with_flag
-from lares_fast.cli.inputs import open_log
+from lares_fast.cli.inputs import open_log, require_steps
 from lares_fast.cli.outputs import files_in, require_apart
 from lares_fast.cli.streams import unknown_characters
 from lares_fast.data import InteractionLog
@@ -74,8 +73,7 @@ def command(arguments: Namespace) -> int:
         notice(text)
     if not 1 <= arguments.k <= len(recommender.item_ids):
         raise InputError(f"--k must be in 1..{len(recommender.item_ids)}, the number of items, but got {arguments.k}.")
-    if arguments.steps is not None and not 1 <= arguments.steps <= MOST_STEPS:
-        raise InputError(f"--steps must be at least 1 and at most {MOST_STEPS:,}, but got {arguments.steps}.")
+    require_steps(arguments.steps)
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, but got {arguments.batch_size}.")
     if arguments.output and arguments.output.suffix not in (".csv", ".parquet"):
