@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lares_fast._errors import InputError, printable, require
+from lares_fast.data._dictionaries import FEATURE, TextIds, block_of
 from lares_fast.data._ids import IdColumn
 from lares_fast.data._quotes import spans_lines
 from lares_fast.data._text import Block, Progress
@@ -24,7 +25,8 @@ Events = tuple[NDArray[np.int32], Ids, NDArray[np.int32], Ids, NDArray[Any] | No
 BATCH_ROWS = 1 << 18
 # The largest size of a row.
 CSV_BLOCK_BYTES = 4 << 20
-FEATURE = "reading CSV and parquet logs"
+# The header is looked for in this many bytes first.
+HEADER_BYTES = 1 << 16
 
 
 def check_columns(path: Path, names: Names, present: list[str]) -> list[str]:
@@ -54,7 +56,12 @@ def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
     # One thread: with more, the messages of arrow do not name the row.
     reading = csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES)
     with _one_sentence(path, arrow):
-        present = csv.open_csv(_opened(path, arrow), reading, parsing).schema.names
+        try:
+            begin = csv.ReadOptions(use_threads=False, block_size=min(HEADER_BYTES, CSV_BLOCK_BYTES))
+            present = csv.open_csv(_opened(path, arrow), begin, parsing).schema.names
+        except arrow.ArrowInvalid:
+            # A row may be longer.
+            present = csv.open_csv(_opened(path, arrow), reading, parsing).schema.names
     wanted = check_columns(path, names, present)
     # All columns are read as text: arrow guesses a type from the first block, but here it depends on the whole file.
     converting = csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, arrow.string()))
@@ -133,20 +140,23 @@ def _each(batches: Iterable[Any], path: Path, arrow: Any) -> Iterator[Any]:
 
 
 def _collect(path: Path, names: Names, batches: Iterable[Any], add_times: Callable[..., None], arrow: Any) -> Events:
-    users, items = IdColumn(), IdColumn()
+    columns: dict[str, IdColumn | TextIds] = {"user": IdColumn(), "item": IdColumn()}
     times = None if names["time"] is None else TimeColumn(path, names["time"])
     row = 1
     for batch in batches:
         with _one_sentence(path, arrow):
-            for role, ids in (("user", users), ("item", items)):
-                _add_ids(ids, _whole(batch, names[role], row, path, arrow), names[role], row, path, arrow)
+            for role in columns:
+                column = _whole(batch, names[role], row, path, arrow)
+                if row == 1 and _is_text(column.type):
+                    columns[role] = TextIds()
+                _add_ids(columns[role], column, names[role], row, path, arrow)
             if times is not None:
                 add_times(times, _whole(batch, names["time"], row, path, arrow), names["time"], row, path, arrow)
         row += len(batch)
-    return finish(path, names, users, items, times)
+    return finish(path, names, columns["user"], columns["item"], times)
 
 
-def finish(path: Path, header: Names, users: IdColumn, items: IdColumn, times: TimeColumn | None) -> Events:
+def finish(path: Path, header: Names, users: IdColumn | TextIds, items: IdColumn | TextIds, times: TimeColumn | None) -> Events:
     """Return the events of the columns. ``header`` holds the cells of the file's header for the user and the item column.
 
     Raises :class:`InputError` where the header occurs again as a row.
@@ -165,20 +175,24 @@ def _whole(batch: Any, name: str | None, row: int, path: Path, arrow: Any) -> An
         column = column.dictionary_decode()
     if column.null_count:
         missing = row + column.is_null().to_numpy(zero_copy_only=False).argmax()
-        raise InputError(f"{path}, row {missing}: column {name!r} has no value.")
+        raise _no_value(name, missing, path)
     return column
 
 
-def _add_ids(ids: IdColumn, column: Any, name: str | None, row: int, path: Path, arrow: Any) -> None:
-    if arrow.types.is_integer(column.type):
-        if arrow.types.is_uint64(column.type) and column.to_numpy().max(initial=0) >= 2**63:
-            ids.add_strings(map(str, column.to_pylist()))
-        else:
-            ids.add_integers(_copied(column.cast(arrow.int64())))
-    elif _is_text(column.type):
-        ids.add(_block(column, name, row, path, arrow))
-    else:
+def _add_ids(ids: IdColumn | TextIds, column: Any, name: str | None, row: int, path: Path, arrow: Any) -> None:
+    if isinstance(ids, TextIds):
+        if (empty := ids.add(column.cast(arrow.large_string()))) is not None:
+            raise _no_value(name, row + empty, path)
+    elif not arrow.types.is_integer(column.type):
         raise InputError(f"{path}: column {name!r} holds {column.type}, but ids must be integers or strings.")
+    elif arrow.types.is_uint64(column.type) and column.to_numpy().max(initial=0) >= 2**63:
+        ids.add_strings(map(str, column.to_pylist()))
+    else:
+        ids.add_integers(_copied(column.cast(arrow.int64())))
+
+
+def _no_value(name: str | None, row: int, path: Path) -> InputError:
+    return InputError(f"{path}, row {row}: column {name!r} has no value.")
 
 
 def _is_text(kind: Any) -> bool:
@@ -187,13 +201,10 @@ def _is_text(kind: Any) -> bool:
 
 def _block(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> Block:
     """Return the strings of ``column``. Raises :class:`InputError` for an empty string."""
-    column = column.cast(arrow.large_string())
-    _, offsets, data = column.buffers()
-    bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
-    block = Block(data.to_pybytes() if data else b"", bounds[:-1], bounds[1:], row + np.arange(len(column)))
+    block = block_of(column.cast(arrow.large_string()), row)
     empty = block.starts == block.ends
     if empty.any():
-        raise InputError(f"{path}, row {row + empty.argmax()}: column {name!r} has no value.")
+        raise _no_value(name, row + int(empty.argmax()), path)
     return block
 
 
@@ -215,12 +226,14 @@ def _add_times(times: TimeColumn, column: Any, name: str, row: int, path: Path, 
 def _add_times_of_text(times: TimeColumn, column: Any, name: str, row: int, path: Path, arrow: Any) -> None:
     """Add times that are written as text: all of one batch in the first form that fits them all."""
     compute = require("pyarrow.compute", "train", FEATURE)
+    if _has_no_x(column) and (integers := _cast(column, arrow.int64(), arrow)) is not None:
+        # Most files end here.
+        times.add_integers(_copied(integers))
+        return
     column = compute.ascii_trim_whitespace(column)
     # This raises for an empty value, also where all values are empty.
-    text = _block(column, name, row, path, arrow).data
-    # Arrow would read hexadecimal numbers as integers.
-    hexadecimal = b"x" in text or b"X" in text
-    if not hexadecimal and (integers := _cast(column, arrow.int64(), arrow)) is not None:
+    _block(column, name, row, path, arrow)
+    if _has_no_x(column) and (integers := _cast(column, arrow.int64(), arrow)) is not None:
         times.add_integers(_copied(integers))
         return
     if (floats := _cast(column, arrow.float64(), arrow)) is not None:
@@ -244,6 +257,13 @@ def _add_times_of_text(times: TimeColumn, column: Any, name: str, row: int, path
                 "but times must be numbers, dates or timestamps."
             )
     times.reject_mixture()
+
+
+def _has_no_x(column: Any) -> bool:
+    """Return whether the buffer of a column of text holds no x. Arrow would read hexadecimal numbers as integers."""
+    buffer = column.buffers()[2]
+    text = buffer.to_pybytes() if buffer else b""
+    return b"x" not in text and b"X" not in text
 
 
 def _cast(column: Any, kind: Any, arrow: Any) -> Any:

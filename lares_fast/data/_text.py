@@ -19,7 +19,8 @@ from lares_fast._errors import InputError
 
 Progress = Callable[[int, int], None]
 
-BLOCK_BYTES = 1 << 20
+# The arrays of larger blocks are new pages of memory each time, which takes longer than the work on them.
+BLOCK_BYTES = 1 << 18
 MAX_LINE_BYTES = 64 << 20
 # No integer with more digits fits int64, and every integer with 19 digits fits uint64.
 MAX_DIGITS = 19

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lares_fast._errors import InputError
 from lares_fast._numbers import is_masked
+from lares_fast.data._order import stable_order
 
 Ids = NDArray[Any]
 
@@ -222,7 +223,7 @@ def assemble(
     long_enough = counts >= min_events
     if not long_enough.any():
         raise InputError(f"{name}: no user has {min_events} events or more; check the file, its format and min_events.")
-    order = np.argsort(users, kind="stable") if times is None else np.lexsort((times, users))
+    order = stable_order(users) if times is None else stable_order(times, users)
     dropped = {}
     if short := int((~long_enough).sum()):
         dropped = {
