@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lares_fast._errors import InputError
+from lares_fast.data._separators import header_of
 from lares_fast.data._text import BLOCK_BYTES, decode, pieces, readable
 
 _REMEDY = "double each quote that is part of a value and put the value in quotes, or give the log as .tsv, which has no quotes"
@@ -34,7 +34,7 @@ def spans_lines(path: Path, delimiter: str, time: str | None) -> bool:
     for data, line in pieces(path):
         if b"\0" in data:
             decode(path, data, line)
-        header = header or _header(data, delimiter)
+        header = header or header_of(data, delimiter)
         if not inside and b'"' not in data:
             continue
         buffer = np.frombuffer(data, np.uint8)
@@ -105,15 +105,6 @@ def _holds_plain_values(
     if len(others) % 2 or (others[1::2] - others[::2] != 1).any():
         return False
     return bool((ends[np.searchsorted(ends, opens)] > closes).all())
-
-
-def _header(data: bytes, delimiter: str) -> list[str]:
-    """Return the fields of the first line that is not blank."""
-    line = next((line for line in data.splitlines() if line), b"")
-    try:
-        return next(csv.reader([line.decode(errors="replace")], delimiter=delimiter), [])
-    except csv.Error:
-        return []
 
 
 def _line(data: bytes, line: int, at: int) -> int:

@@ -15,18 +15,20 @@ from lares_fast._errors import InputError, printable, require
 from lares_fast.data._dictionaries import FEATURE, TextIds, block_of
 from lares_fast.data._ids import IdColumn
 from lares_fast.data._quotes import spans_lines
+from lares_fast.data._ratings import RatingColumn
+from lares_fast.data._separators import HEADER_BYTES, guessed_separator
 from lares_fast.data._text import Block, Progress
 from lares_fast.data._times import MAX_FLOAT_DIGITS, NUMBER, TOO_FINE, TimeColumn
+from lares_fast.data.filters import Filters
 from lares_fast.data.log import Ids
 
 Names = Mapping[str, str | None]
-Events = tuple[NDArray[np.int32], Ids, NDArray[np.int32], Ids, NDArray[Any] | None]
+# Users, user ids, items, item ids, times, and whether each rating is high enough.
+Events = tuple[NDArray[np.int32], Ids, NDArray[np.int32], Ids, NDArray[Any] | None, NDArray[np.bool_] | None]
 
 BATCH_ROWS = 1 << 18
 # The largest size of a row.
 CSV_BLOCK_BYTES = 4 << 20
-# The header is looked for in this many bytes first.
-HEADER_BYTES = 1 << 16
 
 
 def check_columns(path: Path, names: Names, present: list[str]) -> list[str]:
@@ -42,16 +44,18 @@ def check_columns(path: Path, names: Names, present: list[str]) -> list[str]:
     return [name for name in names.values() if name is not None]
 
 
-def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
-    """Return the events of a CSV file with a header. A ``.tsv`` file is separated by tabs and has no quotes."""
+def read_csv(path: Path, names: Names, filters: Filters, progress: Progress | None, separator: str | None) -> Events:
+    """Return the events of a CSV file with a header. The separator is guessed if it is ``None``; tabs mean no quotes."""
     arrow = require("pyarrow", "train", FEATURE)
     csv = require("pyarrow.csv", "train", FEATURE)
-    tabs = path.suffix.lower() == ".tsv"
+    likely, header = guessed_separator(path, [str(names["user"]), str(names["item"])])
+    delimiter = separator or likely
+    tabs = delimiter == "\t"
     parsing = csv.ParseOptions(
-        delimiter="\t" if tabs else ",",
+        delimiter=delimiter,
         quote_char=False if tabs else '"',
         # This costs time, so it is only set where it is needed.
-        newlines_in_values=not tabs and spans_lines(path, ",", names["time"]),
+        newlines_in_values=not tabs and spans_lines(path, delimiter, names["time"]),
     )
     # One thread: with more, the messages of arrow do not name the row.
     reading = csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES)
@@ -60,8 +64,17 @@ def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
             begin = csv.ReadOptions(use_threads=False, block_size=min(HEADER_BYTES, CSV_BLOCK_BYTES))
             present = csv.open_csv(_opened(path, arrow), begin, parsing).schema.names
         except arrow.ArrowInvalid:
+            if delimiter == likely:
+                # Rows may have another width because the separator is another one. Then the columns are not found either.
+                check_columns(path, names, header)
             # A row may be longer.
             present = csv.open_csv(_opened(path, arrow), reading, parsing).schema.names
+    if len(present) == 1 and delimiter != likely:
+        raise InputError(
+            f"{path} has one column between the separators {delimiter!r}, but its header has separators {likely!r}: give that "
+            "separator, or leave separator out.",
+            "data.separator=auto",
+        )
     wanted = check_columns(path, names, present)
     # All columns are read as text: arrow guesses a type from the first block, but here it depends on the whole file.
     converting = csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, arrow.string()))
@@ -76,7 +89,7 @@ def read_csv(path: Path, names: Names, progress: Progress | None) -> Events:
             if progress:
                 progress(min(file.tell(), total), total)
 
-    return _collect(path, names, batches(), _add_times_of_text, arrow)
+    return _collect(path, names, filters, batches(), _add_times_of_text, arrow)
 
 
 def _opened(path: Path, arrow: Any) -> Any:
@@ -89,7 +102,7 @@ def _opened(path: Path, arrow: Any) -> Any:
     return arrow.OSFile(os.fsencode(path))
 
 
-def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
+def read_parquet(path: Path, names: Names, filters: Filters, progress: Progress | None) -> Events:
     """Return the events of a parquet file."""
     arrow = require("pyarrow", "train", FEATURE)
     parquet = require("pyarrow.parquet", "train", FEATURE)
@@ -115,7 +128,7 @@ def read_parquet(path: Path, names: Names, progress: Progress | None) -> Events:
         if done != rows:
             raise InputError(f"{path} is damaged: it counts {rows} rows, but holds {done}.")
 
-    return _collect(path, names, batches(), _add_times, arrow)
+    return _collect(path, names, filters, batches(), _add_times, arrow)
 
 
 @contextmanager
@@ -139,9 +152,17 @@ def _each(batches: Iterable[Any], path: Path, arrow: Any) -> Iterator[Any]:
         yield batch
 
 
-def _collect(path: Path, names: Names, batches: Iterable[Any], add_times: Callable[..., None], arrow: Any) -> Events:
+def ratings_of(path: Path, names: Names, filters: Filters) -> RatingColumn | None:
+    """Return the rating column to fill, or ``None`` if ratings are not compared."""
+    return None if filters.min_rating is None else RatingColumn(path, str(names["rating"]), filters.min_rating)
+
+
+def _collect(
+    path: Path, names: Names, filters: Filters, batches: Iterable[Any], add_times: Callable[..., None], arrow: Any
+) -> Events:
     columns: dict[str, IdColumn | TextIds] = {"user": IdColumn(), "item": IdColumn()}
     times = None if names["time"] is None else TimeColumn(path, names["time"])
+    ratings = ratings_of(path, names, filters)
     row = 1
     for batch in batches:
         with _one_sentence(path, arrow):
@@ -152,20 +173,31 @@ def _collect(path: Path, names: Names, batches: Iterable[Any], add_times: Callab
                 _add_ids(columns[role], column, names[role], row, path, arrow)
             if times is not None:
                 add_times(times, _whole(batch, names["time"], row, path, arrow), names["time"], row, path, arrow)
+            if ratings is not None:
+                _add_ratings(ratings, _whole(batch, names["rating"], row, path, arrow), row, arrow)
         row += len(batch)
-    return finish(path, names, columns["user"], columns["item"], times)
+    return finish(path, names, columns["user"], columns["item"], times, ratings)
 
 
-def finish(path: Path, header: Names, users: IdColumn | TextIds, items: IdColumn | TextIds, times: TimeColumn | None) -> Events:
+def finish(
+    path: Path,
+    header: Names,
+    users: IdColumn | TextIds,
+    items: IdColumn | TextIds,
+    times: TimeColumn | None,
+    ratings: RatingColumn | None,
+) -> Events:
     """Return the events of the columns. ``header`` holds the cells of the file's header for the user and the item column.
 
     Raises :class:`InputError` where the header occurs again as a row.
     """
-    again = users.code(str(header["user"])), items.code(str(header["item"]))
-    found = *users.finish(), *items.finish(), None if times is None else times.finish()
-    if None not in again and len(rows := np.flatnonzero((found[0] == again[0]) & (found[2] == again[1]))):
+    again = None
+    if header["user"] is not None and header["item"] is not None:
+        again = users.code(header["user"]), items.code(header["item"])
+    ids = *users.finish(), *items.finish()
+    if again and None not in again and len(rows := np.flatnonzero((ids[0] == again[0]) & (ids[2] == again[1]))):
         raise InputError(f"{path}, row {rows[0] + 1}: the header is repeated there; remove it.")
-    return found
+    return *ids, None if times is None else times.finish(), None if ratings is None else ratings.finish()
 
 
 def _whole(batch: Any, name: str | None, row: int, path: Path, arrow: Any) -> Any:
@@ -206,6 +238,20 @@ def _block(column: Any, name: str | None, row: int, path: Path, arrow: Any) -> B
     if empty.any():
         raise _no_value(name, row + int(empty.argmax()), path)
     return block
+
+
+def _add_ratings(ratings: RatingColumn, column: Any, row: int, arrow: Any) -> None:
+    """Add typed ratings, or ratings that are written as text."""
+    if _is_text(column.type):
+        compute = require("pyarrow.compute", "train", FEATURE)
+        column = compute.ascii_trim_whitespace(column)
+        if (floats := _cast(column, arrow.float64(), arrow)) is None:
+            bad = next(at for at, text in enumerate(column) if _cast(column[at : at + 1], arrow.float64(), arrow) is None)
+            raise ratings.wrong(column[bad].as_py(), f"row {row + bad}")
+        column = floats
+    elif arrow.types.is_boolean(column.type) or arrow.types.is_temporal(column.type):
+        raise ratings.wrong(str(column.type), f"row {row}")
+    ratings.add(_copied(column.cast(arrow.float64())), row + np.arange(len(column)), "row")
 
 
 def _add_times(times: TimeColumn, column: Any, name: str, row: int, path: Path, arrow: Any) -> None:

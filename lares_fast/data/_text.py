@@ -111,9 +111,14 @@ def words(path: Path, progress: Progress | None = None) -> Iterator[Block]:
         yield Block(data, starts, ends, line + np.searchsorted(newlines, starts))
 
 
-def cells(path: Path, progress: Progress | None = None) -> Iterator[Block]:
-    """Yield blocks of the fields between tabs. A field may be empty. Blank lines have no field."""
+def cells(path: Path, progress: Progress | None = None, separator: bytes | None = None) -> Iterator[Block]:
+    """Yield blocks of the fields between tabs, and between ``separator`` if given. A field may be empty.
+
+    Blank lines have no field.
+    """
     for data, line in _text_pieces(path, progress):
+        if separator is not None:
+            data = data.replace(separator, b"\t")
         buffer = np.frombuffer(data, np.uint8)
         ends = np.flatnonzero((buffer == ord("\t")) | (buffer == ord("\n")))
         starts = np.concatenate(([0], ends[:-1] + 1))
