@@ -18,9 +18,9 @@ from typing import IO, Any
 from lares_fast._device import choose
 from lares_fast._errors import InputError, require
 from lares_fast._files import replacing
-from lares_fast.cli import signals
+from lares_fast.cli import settings, signals
 from lares_fast.cli.console import Console, add_device_arguments, counted, device_text, notice, with_flag
-from lares_fast.cli.inputs import open_log, require_steps
+from lares_fast.cli.inputs import ROLES, input_settings, open_log, require_steps
 from lares_fast.cli.outputs import files_in, require_apart
 from lares_fast.cli.streams import unknown_characters
 from lares_fast.data import InteractionLog
@@ -32,8 +32,10 @@ from lares_fast.train.identity import events_digest
 
 _CHUNK = 4096
 _COLUMNS = ("user", "rank", "item", "score")
-_TABLES = ("csv", "inter", "parquet")
-_ROLES = ("user", "item", "time")
+
+# The settings for reading any file, and those that only the log of the run needs.
+_READING = tuple(f"data.{name}" for name in ("format", "separator", *ROLES, "min_rating", "duplicates"))
+_OF_A_LOG = ("data.path", "data.min_events", "data.min_item_events")
 
 # (user, rank, item, score)
 Line = tuple[Any, int, Any, float]
@@ -56,6 +58,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="format of the log (default: the format of the run's log, or auto if the file has another ending)",
     )
     parser.add_argument("--columns", metavar="ROLE=NAME,...", help="columns of the log, such as user=who,item=what,time=none")
+    settings.add_set_argument(parser)
     parser.add_argument("--k", type=int, default=10, help="number of items for each user (default: 10)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write a .csv or .parquet file (default: print CSV)")
     parser.add_argument("--keep-seen", action="store_true", help="also recommend items that are in the history")
@@ -103,13 +106,21 @@ def command(arguments: Namespace) -> int:
 
 
 def _require_used(arguments: Namespace) -> None:
-    """Raise :class:`InputError` for an option about a log that the other options do not read."""
-    if arguments.user is not None:
-        return
-    source = next(name for name in ("input", "history", "item") if getattr(arguments, name) is not None)
-    for option in ("data",) if source == "input" else ("data", "format", "columns"):
+    """Raise :class:`InputError` for an option about a log, or for a setting, that the other options do not use."""
+    source = next(name for name in ("user", "input", "history", "item") if getattr(arguments, name) is not None)
+    used = {"user": (*_READING, *_OF_A_LOG), "input": _READING}.get(source, ())
+    for key in _keys(arguments):
+        if key in settings.known_keys() and key not in used:
+            raise InputError(f"--set {key} has no effect on recommend with --{source}: leave it out.")
+        if key == "data.path" and arguments.data is not None:
+            raise InputError("--set data.path has no effect with --data: leave one of them out.")
+    for option in {"user": (), "input": ("data",)}.get(source, ("data", "format", "columns")):
         if getattr(arguments, option) is not None:
             raise InputError(f"--{option} has no effect with --{source}: leave one of them out.")
+
+
+def _keys(arguments: Namespace) -> list[str]:
+    return [text.partition("=")[0].strip() for text in arguments.assignments]
 
 
 def _users(
@@ -121,7 +132,7 @@ def _users(
     # Imported here, because only --user and --input need a configuration, and with it the [train] extra.
     from lares_fast.cli.evaluate import run_config
 
-    data = run_config(arguments.run, []).data
+    data = run_config(arguments.run, arguments.assignments).data
     path = arguments.input or arguments.data
     if path is None and arguments.output:
         require_apart("--output", [arguments.output], {"--run": [data.path]})
@@ -129,7 +140,7 @@ def _users(
         log = open_log(
             _reading_settings(data, None if path is None else Path(path), arguments),
             None if path is None else str(path),
-            min_events=3 if arguments.input is None else 1,
+            histories=arguments.input is not None,
             progress=partial(console.progress, "reading"),
         )
     except InputError as error:
@@ -148,16 +159,16 @@ def _users(
 
 
 def _with_own_flag(error: InputError) -> InputError:
-    """Return ``error`` with the flag of this command that changes its setting, because this command has no --set."""
+    """Return ``error`` with the flag of this command that changes its setting."""
     setting = (error.setting or "").removeprefix("data.")
     name = setting.partition("=")[0]
     if name == "batch_size":
         return InputError(with_flag(str(error), setting, "--batch-size {value}"))
     if name == "format":
         return InputError(with_flag(str(error), setting, "--format {value}"))
-    if name in _ROLES:
+    if name in ROLES:
         return InputError(with_flag(str(error), setting, "--columns {name}={value}"))
-    return InputError(str(error))
+    return error
 
 
 def _history(arguments: Namespace, recommender: Recommender) -> list[str] | None:
@@ -186,27 +197,24 @@ def _history(arguments: Namespace, recommender: Recommender) -> list[str] | None
 
 
 def _reading_settings(data: DataConfig, path: Path | None, arguments: Namespace) -> DataConfig:
-    """Return the settings to read the log ``path`` with: the run's settings, changed by --format and --columns."""
-    chosen = arguments.format
-    if chosen is None:
-        alike = path is None or data.path is None or path.suffix == Path(data.path).suffix
-        chosen = data.format if alike else "auto"
-    endings = set(Path(path or data.path or "").suffixes)
-    if not (chosen in _TABLES or (chosen == "auto" and endings & {".csv", ".tsv", ".inter", ".parquet", ".pq"})):
-        # Only tables have columns.
-        data = replace(data, user=None, item=None, time=None)
-    given = _columns(arguments.columns)
-    columns = {role: given.get(role, getattr(data, role)) for role in _ROLES}
-    return replace(data, format=chosen, user=columns["user"], item=columns["item"], time=columns["time"])
+    """Return the settings to read the log ``path`` with: the run's settings, changed by --set, --format and --columns."""
+    own: dict[str, Any] = _columns(arguments.columns)
+    if arguments.format is not None:
+        own["format"] = arguments.format
+    data = replace(data, **own)
+    given = {*own, *(key.removeprefix("data.") for key in _keys(arguments))}
+    return data if path is None else input_settings(data, path, given)
 
 
 def _columns(text: str | None) -> dict[str, str]:
     """Return the names of the columns by role. A name may contain commas."""
     columns = {}
-    for part in () if text is None else re.split(rf",(?=(?:{'|'.join(_ROLES)})=)", text):
+    for part in () if text is None else re.split(rf",(?=(?:{'|'.join(ROLES)})=)", text):
         role, _, name = part.partition("=")
-        if not name or role not in _ROLES:
-            raise InputError(f"--columns {text!r:.60} must have the form user=NAME,item=NAME,time=NAME, or time=none.")
+        if not name or role not in ROLES:
+            raise InputError(
+                f"--columns {text!r:.60} must have the form user=NAME,item=NAME,time=NAME,rating=NAME, or time=none."
+            )
         columns[role] = name
     return columns
 

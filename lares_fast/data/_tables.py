@@ -38,6 +38,8 @@ def check_columns(path: Path, names: Names, present: list[str]) -> list[str]:
             remedy, value = f"name the {role} column in columns", "NAME"
             if role == "time":
                 remedy, value = f"{remedy}, or give None as its name to keep the file's order", "none"
+            if role == "rating":
+                remedy = f"{remedy}, or leave min_rating out"
             found = "no column" if not count else f"{count} columns"
             message = f"{path} has {found} {name!r} among {printable(', '.join(present))}; {remedy}."
             raise InputError(message, f"data.{role}={value}")

@@ -27,7 +27,7 @@ FORMATS = ("sequences", "pairs", "json", "inter", "movielens", "csv", "parquet")
 COLUMNS: Names = {"user": "user_id", "item": "item_id", "time": "timestamp", "rating": "rating"}
 
 _SUFFIXES = {".json": "json", ".inter": "inter", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet"}
-_LISTS = ("sequences", "pairs", "json")
+LISTS = ("sequences", "pairs", "json")
 
 
 def read_log(
@@ -87,9 +87,9 @@ def read_log(
     filters = Filters(min_rating=min_rating, duplicates=duplicates, min_events=min_events, min_item_events=min_item_events)
     check_file(source)
     with allocating(f"the log {source}", "end other programs, or read a part of the log"):
-        chosen = _detect(source) if format == "auto" else format
+        chosen = detect_format(source) if format == "auto" else format
         delimiter = checked_separator(separator, chosen, source)
-        if chosen in _LISTS:
+        if chosen in LISTS:
             return _read_lists(source, chosen, columns, filters, progress)
         names = _column_names(columns, filters)
         if chosen == "csv":
@@ -132,7 +132,8 @@ def log_from_sequences(
     return assemble(*from_lists(sequences.items(), name), None, None, name=name, filters=filters)
 
 
-def _detect(path: Path) -> str:
+def detect_format(path: Path) -> str:
+    """Return the format that ``auto`` stands for: by the ending of the name, else by the first lines."""
     if known := _SUFFIXES.get(path.suffix.lower()):
         return known
     with readable(path), path.open("rb") as file:

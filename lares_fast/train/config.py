@@ -20,6 +20,7 @@ from lares_fast._numbers import number, whole
 from lares_fast._random import MOST_STEPS
 from lares_fast._settings import PRECISIONS
 from lares_fast.config import LARESConfig
+from lares_fast.data.filters import DUPLICATES
 from lares_fast.reference.rpt import REWARDS, SCORES
 
 PHASES = ("spt", "rpt")
@@ -105,9 +106,12 @@ class DataConfig:
 
     ``path``
         A log file, or ``None`` for a synthetic log.
-    ``format, user, item, time``
-        The format of the file (``auto`` detects it), and the names of its columns, as in
-        :func:`lares_fast.data.read_log`.
+    ``format, separator``
+        The format of the file and the separator of its columns, as in :func:`lares_fast.data.read_log`. ``auto`` detects them.
+    ``user, item, time, rating``
+        The names of the columns, as in :func:`lares_fast.data.read_log`. With ``time=none`` events keep the order of the file.
+    ``min_rating, duplicates, min_events, min_item_events``
+        What is left out of the log, applied in this order, as in :class:`lares_fast.data.Filters`.
     ``split, valid_fraction, test_fraction``
         ``leave-one-out``, or ``temporal``. A temporal split has two cut-off times for all users; they leave these
         fractions of the events for validation and test.
@@ -117,9 +121,15 @@ class DataConfig:
 
     path: str | None = None
     format: str = "auto"
+    separator: str = "auto"
     user: str | None = None
     item: str | None = None
     time: str | None = None
+    rating: str | None = None
+    min_rating: float | None = None
+    duplicates: str = "keep"
+    min_events: int = 3
+    min_item_events: int = 1
     split: str = "leave-one-out"
     valid_fraction: float = 0.1
     test_fraction: float = 0.1
@@ -129,8 +139,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        if self.split not in SPLITS:
-            raise _wrong_value(self, "split", f"one of {', '.join(SPLITS)}", repr(self.split))
+        _positive(self, "min_events", "min_item_events")
+        for name, allowed in (("split", SPLITS), ("duplicates", DUPLICATES)):
+            if (value := getattr(self, name)) not in allowed:
+                raise _wrong_value(self, name, f"one of {', '.join(allowed)}", repr(value))
 
 
 @dataclass(frozen=True, kw_only=True)
