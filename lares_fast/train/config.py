@@ -24,6 +24,8 @@ from lares_fast.reference.rpt import REWARDS, SCORES
 
 PHASES = ("spt", "rpt")
 SPLITS = ("leave-one-out", "temporal")
+OPTIMIZERS = ("adam", "adamw")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 def needs_start(phase: str) -> bool:
@@ -135,7 +137,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """The settings that both phases have: the settings of Adam, and when to stop.
+    """The settings that both phases have: the settings of the optimizer, and when to stop.
 
     ``batch_size``
         B, the number of training rows in a step.
@@ -153,11 +155,25 @@ class PhaseConfig:
     epochs: int = 300
     patience: int = 10
     max_steps: int | None = None
+    optimizer: str = "adam"
+    """``adam``, where the weight decay is part of the gradient, or ``adamw``, where it is not."""
+    schedule: str = "constant"
+    """The learning rate after the warm-up: ``constant``, or falling to 0 over all ``epochs``, along a line (``linear``) or half
+    a cosine (``cosine``)."""
+    warmup_steps: int = 0
+    """The number of first steps in which the learning rate rises to ``lr``."""
+    clip_norm: float | None = None
+    """The largest norm of the gradient of all weights. A longer gradient is shortened to it."""
+    accumulate: int = 1
+    """The number of batches in one step. Their gradients are averaged, as if one larger batch had been computed in parts."""
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _positive(self, "batch_size", "lr", "epochs", "max_steps")
-        _not_negative(self, "weight_decay", "patience")
+        _positive(self, "batch_size", "lr", "epochs", "max_steps", "clip_norm", "accumulate")
+        _not_negative(self, "weight_decay", "patience", "warmup_steps")
+        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if (value := getattr(self, name)) not in allowed:
+                raise _wrong_value(self, name, f"one of {', '.join(allowed)}", repr(value))
 
 
 @dataclass(frozen=True, kw_only=True)
