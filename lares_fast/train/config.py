@@ -103,31 +103,34 @@ def _wrong_value(settings: object, name: str, expected: str, value: object) -> I
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The settings of the log and its split.
-
-    ``path``
-        A log file, or ``None`` for a synthetic log.
-    ``format, user, item, time``
-        The format of the file (``auto`` detects it), and the names of its columns, as in
-        :func:`lares_fast.data.read_log`.
-    ``split, valid_fraction, test_fraction``
-        ``leave-one-out``, or ``temporal``. A temporal split has two cut-off times for all users; they leave these
-        fractions of the events for validation and test.
-    ``synthetic_users, synthetic_items, synthetic_seed``
-        The size and the seed of the synthetic log.
-    """
+    """The settings of the log and its split."""
 
     path: str | None = None
+    """The file of the log. ``None`` makes a synthetic log."""
     format: str = "auto"
+    """The format of the file, as in :func:`lares_fast.data.read_log`. ``auto`` detects it."""
     user: str | None = None
+    """The name of the column with the user ids. ``None`` means ``user_id``."""
     item: str | None = None
+    """The name of the column with the item ids. ``None`` means ``item_id``."""
     time: str | None = None
+    """The name of the column with the times. ``None`` means ``timestamp``. With the text ``none``, events keep the order of the
+    file.
+    """
     split: str = "leave-one-out"
+    """How rows for validation and test are chosen. ``leave-one-out`` takes the last event of each user for the test and the one
+    before it for validation. ``temporal`` has two cut-off times, which are the same for all users.
+    """
     valid_fraction: float = 0.1
+    """The fraction of the events that a temporal split leaves for validation."""
     test_fraction: float = 0.1
+    """The fraction of the events that a temporal split leaves for the test."""
     synthetic_users: int = 3000
+    """The number of users of the synthetic log."""
     synthetic_items: int = 600
+    """The number of items of the synthetic log."""
     synthetic_seed: int = 0
+    """The seed of the synthetic log."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -137,26 +140,22 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """The settings that both phases have: the settings of the optimizer, and when to stop.
-
-    ``batch_size``
-        B, the number of training rows in a step.
-    ``lr, weight_decay``
-        The learning rate and the weight decay of Adam.
-    ``epochs, max_steps``
-        The largest number of epochs, and of steps (``None``: no limit).
-    ``patience``
-        The phase stops after more than ``patience`` epochs in a row without an improvement.
-    """
+    """The settings that both phases have: the settings of the optimizer, and when to stop."""
 
     batch_size: int = 1024
+    """B, the number of training rows in a batch."""
     lr: float = 1e-3
+    """The largest learning rate."""
     weight_decay: float = 0.0
+    """The weight decay of the optimizer."""
     epochs: int = 300
+    """The largest number of epochs of the phase. An epoch reads every training row once."""
     patience: int = 10
+    """The phase stops after more than this number of epochs in a row without an improvement on the validation rows."""
     max_steps: int | None = None
+    """The largest number of steps of the phase. ``None`` means no limit."""
     optimizer: str = "adam"
-    """``adam``, where the weight decay is part of the gradient, or ``adamw``, where it is not."""
+    """``adam``, where the weight decay is a part of the gradient, or ``adamw``, where it shrinks the weights directly."""
     schedule: str = "constant"
     """The learning rate after the warm-up: ``constant``, or falling to 0 over all ``epochs``, along a line (``linear``) or half
     a cosine (``cosine``)."""
@@ -178,50 +177,46 @@ class PhaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SPTConfig(PhaseConfig):
-    """The settings of phase 1, self-supervised pre-training.
-
-    ``alpha, gamma``
-        The weights of the trajectory-level and of the step-level alignment.
-    ``same_step``
-        Whether the two passes that are aligned have the same depth.
-    """
+    """The settings of phase 1, self-supervised pre-training."""
 
     alpha: float = 0.1
+    """The weight of the trajectory-level alignment."""
     gamma: float = 0.5
+    """The weight of the step-level alignment."""
     same_step: bool = True
+    """Whether the two passes that are aligned have the same depth."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RPTConfig(PhaseConfig):
-    """The settings of phase 2, reinforcement post-training.
-
-    ``group_size``
-        G, the number of trajectories for each sequence.
-    ``reward, k``
-        The reward of a trajectory: ``recall`` or ``ndcg`` at ``k``.
-    ``beta``
-        The weight of the KL term.
-    ``scores``
-        The scores that rewards and probabilities are computed from: ``dot``, plain dot products even if the model ranks by
-        ``cos`` (as in the official code), or ``model``, the scores that the model ranks by.
-    ``dropout``
-        The dropout in this phase, instead of the model's.
-    ``data_filter, filter_top, filter_passes``
-        The filter keeps the training rows whose target is among the first ``filter_top`` items in at least one of
-        ``filter_passes`` passes of the phase-1 model, each with its own random initial states.
-    """
+    """The settings of phase 2, reinforcement post-training."""
 
     group_size: int = 4
+    """G, the number of trajectories for each sequence."""
     k: int = 10
+    """The cut-off of the reward: the reward looks at the first ``k`` items of a ranking."""
     beta: float = 1.0
+    """The weight of the KL term, which keeps the model near the model that the phase started from."""
     reward: str = "recall"
+    """The reward of a trajectory: ``recall`` or ``ndcg`` at ``k``."""
     scores: str = "dot"
+    """The scores that rewards and probabilities are computed from. ``dot`` means plain dot products even if the model ranks by
+    ``cos``, as in the official code. ``model`` means the scores that the model ranks by.
+    """
     dropout: float = 0.1
+    """The dropout in this phase, in place of the model's dropout."""
     data_filter: bool = True
+    """Whether training keeps only the rows that the filter passes: rows whose target is among the first ``filter_top`` items in
+    at least one of ``filter_passes`` passes of the phase-1 model.
+    """
     filter_top: int = 100
+    """The number of items at the top of the ranking among which the filter looks for the target."""
     filter_passes: int = 3
+    """The number of passes of the filter. Each pass has its own random initial states."""
     batch_size: int = 400
+    """B, the number of training rows in a batch."""
     lr: float = 5e-4
+    """The largest learning rate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,28 +232,21 @@ class RPTConfig(PhaseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """The settings of evaluation, which ranks every item of the catalog.
-
-    ``batch_size``
-        The number of rows that are encoded at once. It has no influence on the results beyond rounding.
-    ``ks``
-        The cut-offs of the metrics. They must hold 10, which early stopping watches.
-    ``depth_ratios``
-        The test uses these multiples of the mean depth as numbers of steps T, and T = 1.
-    ``noise_seed``
-        The seed of the initial states. With one seed, every evaluation of the same weights gives the same numbers.
-    ``watch_masked``
-        Early stopping watches the ranking of all items, or, if true, the ranking without the items of the user's history.
-    ``test``
-        Whether the test rows are ranked at the end of each phase. Turn it off while you try settings.
-    """
+    """The settings of evaluation, which ranks every item of the catalog."""
 
     batch_size: int = 256
+    """The number of rows that are encoded at once. It has no influence on the results beyond rounding."""
     ks: tuple[int, ...] = (5, 10, 20, 50)
+    """The cut-offs of the metrics. They must hold 10, which early stopping watches."""
     depth_ratios: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
+    """The test uses these multiples of the mean depth as numbers of steps T, and T = 1."""
     noise_seed: int = 0
+    """The seed of the initial states. With one seed, every evaluation of the same weights gives the same numbers."""
     watch_masked: bool = False
+    """What early stopping watches: the ranking of all items, or, if true, the ranking without the items of the user's history.
+    """
     test: bool = True
+    """Whether the test rows are ranked at the end of each phase. Turn it off while you try settings."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -278,33 +266,30 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All settings of a run.
-
-    ``model``
-        Fields of :class:`~lares_fast.LARESConfig`, except ``n_items``, which the log determines.
-    ``data, spt, rpt, evaluation``
-        The settings of the data, of the two phases and of evaluation.
-    ``seed``
-        The seed of everything random in training, in 0..2**64-1.
-    ``checkpoint_minutes``
-        The minutes between two saves of the state within an epoch. The state is also saved after each epoch.
-    ``device``
-        Where the model trains: ``auto`` (a GPU whose kernels pass their self-test, else the CPU), ``cpu``, ``cuda`` or
-        ``cuda:N``. A run may be resumed on another device.
-    ``precision``
-        ``fp32``, or on a GPU ``bf16``: products with weights and items are then taken in bf16. Weights, gradients and the
-        optimizer stay in fp32.
-    """
+    """All settings of a run."""
 
     model: dict[str, Any] = field(default_factory=dict)
+    """Fields of :class:`~lares_fast.LARESConfig`, except ``n_items``, which the log determines."""
     data: DataConfig = DataConfig()
+    """The settings of the log and its split."""
     spt: SPTConfig = SPTConfig()
+    """The settings of phase 1."""
     rpt: RPTConfig = RPTConfig()
+    """The settings of phase 2."""
     evaluation: EvalConfig = EvalConfig()
+    """The settings of evaluation."""
     seed: int = 2025
+    """The seed of everything random in training, in 0..2**64-1."""
     checkpoint_minutes: float = 10.0
+    """The minutes between two saves of the state within an epoch. The state is also saved after each epoch."""
     device: str = "auto"
+    """Where the model trains: ``auto`` (a GPU whose kernels pass their self-test, else the CPU), ``cpu``, ``cuda`` or
+    ``cuda:N``. A run may be resumed on another device.
+    """
     precision: str = "fp32"
+    """``fp32``, or on a GPU ``bf16``: products with weights and items are then taken in bf16. Weights, gradients and the
+    optimizer stay in fp32.
+    """
 
     def __post_init__(self) -> None:
         _check_types(self)
