@@ -29,7 +29,7 @@ def adam(model: LARES, settings: PhaseConfig, saved: dict[str, Any] | None, path
     """
     device = next(model.parameters()).device
     kind: dict[str, Any] = _GPU if device.type != "cpu" else _STRICT if strict() else _CPU
-    own = {"weight_decay": settings.weight_decay, "decoupled_weight_decay": settings.optimizer == "adamw"}
+    own: dict[str, Any] = {"weight_decay": settings.weight_decay, "decoupled_weight_decay": settings.optimizer == "adamw"}
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, **own, **kind)
     # Steps that run launch by launch need no warning.
     optimizer._warned_capturable_if_run_uncaptured = True

@@ -86,9 +86,9 @@ class Steps:
                 share = len(batch) / rows
                 loss, values = loss * share, [value * share for value in values]
             loss.backward()
-            means = [sum(pair) for pair in zip(means, values, strict=True)] if means else values
+            means = [torch.add(*pair) for pair in zip(means, values, strict=True)] if means else values
         parameters = [each for each in self.run.model.parameters() if each.grad is not None]
-        norm = torch.nn.utils.get_total_norm([each.grad for each in parameters])
+        norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
         if (most := self.phase.settings.clip_norm) is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
         return [value.detach() for value in (norm, *means)]
