@@ -12,6 +12,9 @@ from lares_fast.train.metrics import metrics
 
 Row = dict[str, Any]
 
+# The metric that early stopping watches.
+WATCHED = "ndcg@10"
+
 # The baselines of every results table: name -> function that ranks the rows of a split.
 BASELINES = {"popularity": popularity_ranks, "markov": markov_ranks}
 

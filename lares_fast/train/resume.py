@@ -12,7 +12,7 @@ import torch
 
 from lares_fast import _native, _settings
 from lares_fast._errors import InputError
-from lares_fast.train.config import RunConfig
+from lares_fast.train.config import PHASES, RunConfig
 from lares_fast.train.state import RunState, SavedRun
 
 _FILTER = ("rpt.data_filter", "rpt.filter_top", "rpt.filter_passes")
@@ -36,9 +36,10 @@ def changed_settings(old: dict[str, Any], state: RunState, config: RunConfig, ru
     The new values hold from the next step on. Raises :class:`InputError` if ``state`` depends on a setting that has changed.
     """
     new = settings_of(config)
-    # An earlier version had no setting for what its runs did, which is what the default values do now.
-    old = {**settings_of(RunConfig()), **old}
-    changes = {name: (old[name], value) for name, value in new.items() if old[name] != value}
+    # The settings of a phase that an earlier version did not know have default values that do what it did.
+    earlier = {name: value for name, value in settings_of(RunConfig()).items() if name.startswith(PHASES)}
+    old = {**earlier, **old}
+    changes = {name: (old[name], value) for name, value in new.items() if name in old and old[name] != value}
     for name, (before, now) in changes.items():
         if reason := _obstacle(name, state, changes, new):
             raise InputError(
