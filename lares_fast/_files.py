@@ -128,6 +128,16 @@ def read_small(path: Path, most: int) -> bytes:
     return data
 
 
+def content(path: Path) -> bytes:
+    """Return the bytes of a file, and no bytes if it cannot be read."""
+    if not os.path.isfile(path):
+        return b""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def open_log(path: Path, make: int = os.O_CREAT) -> IO[bytes]:
     """Open the file ``path`` for reading and appending. A link raises OSError.
 

@@ -150,8 +150,19 @@ class Run:
             parts += [*self.best.values(), *moments(self._loaded_optimizer)]
         return sum(value.nbytes for value in parts)
 
+    def add_step(self, values: dict[str, float], *, grad_norm: float, lr: float) -> None:
+        """Count one step. ``values`` are the loss and its parts."""
+        progress = self.state.progress
+        progress.add_step(values)
+        row = {"epoch": progress.epoch + 1, "number": progress.steps, **values, "grad_norm": grad_norm, "lr": lr}
+        self.folder.steps.add(self.state.phase, row)
+
     def save(self) -> None:
-        """Write state.pt and metrics.csv. Raises :class:`NotFiniteError` for weights or moments that are not finite."""
+        """Write state.pt, metrics.csv and the rows of the last steps.
+
+        Raises :class:`NotFiniteError` for weights or moments that are not finite.
+        """
+        self.folder.steps.flush()
         saved = SavedRun(
             state=self.state,
             optimizer=self._optimizer_state(),

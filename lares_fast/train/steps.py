@@ -57,22 +57,26 @@ class Steps:
         Raises :class:`NotFiniteError` if the loss or the gradient is not finite. The weights then stay as they are.
         """
         numbers = self._numbers(batches)
-        values = self._checked(torch.stack([value.to(numbers[0].device, torch.float64) for value in numbers]).tolist())
+        found = torch.stack([value.to(numbers[0].device, torch.float64) for value in numbers]).tolist()
+        self._check(found)
         if save is not None:
             save()
         self._set_rate(self.run.state.progress.steps)
         self.optimizer.step()
         # Gradients are as large as the weights. Evaluation, and the loss of the next step, can use their memory.
         self.optimizer.zero_grad(set_to_none=True)
-        self.run.state.progress.add_step(values)
+        self._add(found)
 
     def read(self) -> None:
         """Add the numbers of all steps to the progress of the run. Raises the errors of :meth:`make`."""
 
     def _set_rate(self, step: int) -> None:
         """Set the learning rate of step number ``step`` of the phase, counted from 0."""
-        if not is_constant(settings := self.phase.settings):
-            set_rate(self.optimizer, learning_rate(settings, step, self._most), self.run.device)
+        if not is_constant(self.phase.settings):
+            set_rate(self.optimizer, self._rate(step), self.run.device)
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.phase.settings, step, self._most)
 
     def _numbers(self, batches: Sequence[Any]) -> list[Tensor]:
         """Compute the mean gradient of all rows, clipped. Return its norm before, the loss and the parts of the loss."""
@@ -93,12 +97,17 @@ class Steps:
             torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
         return [value.detach() for value in (norm, *means)]
 
-    def _checked(self, numbers: list[float]) -> dict[str, float]:
-        """Return the loss and its parts by name."""
-        size, *values = numbers
-        if not math.isfinite(values[0]) or not math.isfinite(size):
-            raise self.run.diverged(f"the loss is {values[0]} and the norm of its gradient {size}")
-        return dict(zip(self._names, values, strict=True))
+    def _check(self, numbers: list[float]) -> None:
+        """Raise :class:`NotFiniteError` unless the norm of the gradient and the loss, the first of ``numbers``, are finite."""
+        norm, loss, *_ = numbers
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise self.run.diverged(f"the loss is {loss} and the norm of its gradient {norm}")
+
+    def _add(self, numbers: list[float]) -> None:
+        """Add the numbers of a step to the progress of the run."""
+        norm, *values = numbers
+        rate = self._rate(self.run.state.progress.steps)
+        self.run.add_step(dict(zip(self._names, values, strict=True)), grad_norm=norm, lr=rate)
 
 
 class DeviceSteps(Steps):
@@ -160,17 +169,19 @@ class DeviceSteps(Steps):
             return
         slot = self._unread
         self.read()
-        values = self._checked(self._gradient(parcel.opened(sent(parcel.host, self.run.device)))[slot].tolist())
+        numbers = self._gradient(parcel.opened(sent(parcel.host, self.run.device)))[slot].tolist()
+        self._check(numbers)
         save()
         self.optimizer.step()
-        self.run.state.progress.add_step(values)
+        self._add(numbers)
 
     def read(self) -> None:
         """Wait for the numbers of all steps, and add them to the progress of the run."""
         rows = [] if self._rows is None else self._rows[: self._unread].tolist()
         self._unread, self._read_at = 0, time.monotonic()
         for row in rows:
-            self.run.state.progress.add_step(self._checked(row))
+            self._check(row)
+            self._add(row)
 
     def _step(self, content: Any) -> None:
         self._gradient(content)

@@ -152,7 +152,7 @@ def differences(whole: Path, out: Path) -> list[str]:
     faults += [f"{name} is left" for name in sorted(there) if name.startswith(".")]
     if faults:
         return faults
-    for name in ("model.safetensors", "item_ids.json", "config.yaml"):
+    for name in ("model.safetensors", "item_ids.json", "config.yaml", "steps-spt.csv", "steps-rpt.csv"):
         if (whole / name).read_bytes() != (out / name).read_bytes():
             faults.append(f"{name} differs")
     if _table(whole) != _table(out):
