@@ -56,7 +56,7 @@ class StepsFiles:
                 self._begun.add(phase)
             else:
                 writer.writerows(rows)
-                append_line(path, text.getvalue().removesuffix("\n"))
+                append_line(path, text.getvalue().removesuffix("\n"), sync=True)
             rows.clear()
 
     def sizes(self) -> Sizes:
