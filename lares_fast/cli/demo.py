@@ -15,7 +15,7 @@ from lares_fast.cli.train import train
 from lares_fast.data import InteractionLog
 from lares_fast.serve import load
 from lares_fast.train.config import PHASES, RunConfig
-from lares_fast.train.folder import FILES
+from lares_fast.train.folder import FILES, REPORT
 
 _SHOWN_USERS, _SHOWN_HISTORY, _SHOWN_ITEMS = 3, 6, 5
 
@@ -41,7 +41,7 @@ def command(arguments: Namespace) -> int:
     torch.set_num_threads(1)
     log = train(config, out, PHASES)
     print(_examples(out, log))
-    print(f"\nplots    {out / 'curves.png'}\ntime     {time.monotonic() - began:.0f} s")
+    print(f"\nreport   {out / REPORT}\ntime     {time.monotonic() - began:.0f} s")
     print(f"next     lares-fast recommend {with_path('--run', out)} --k 10 --user {log.user_ids[0]}")
     print("         lares-fast train --data YOUR_LOG --config instruments")
     return 0

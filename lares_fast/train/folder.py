@@ -34,9 +34,11 @@ from lares_fast.train.steps_file import StepsFiles, steps_file
 
 NEWEST, OLDER = "state.pt", "state.previous.pt"
 METRICS, EVENTS, MODEL, ITEMS = "metrics.csv", "events.jsonl", "model.safetensors", "item_ids.json"
+# The pictures of a run, and the page with its results.
+SHEET, REPORT = "results.svg", "report.html"
 
 # The names of all files that a run writes.
-FILES = (NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS, *map(steps_file, PHASES), "config.yaml", "curves.png")
+FILES = (NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS, *map(steps_file, PHASES), "config.yaml", SHEET, REPORT)
 
 
 class RunFolder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from torch import Tensor
 
 from lares_fast.data import Rows
@@ -17,6 +19,8 @@ from lares_fast.train.run import Run
 
 # The column of the mean cosine between the states of the validation users.
 COSINE = "state_cosine"
+# The column of the time in which a test row is encoded and ranked, with and without its history.
+MILLISECONDS = "ms_per_user"
 
 
 def validate(run: Run, epoch: int, means: dict[str, float]) -> None:
@@ -58,8 +62,10 @@ def rank_test_rows(run: Run) -> None:
     run.model.load_state_dict(run.best)
     try:
         for depth in run.config.evaluation.depths(run.model.config.mean_depth):
+            began = time.perf_counter()
             ranks = _ranks(run, run.split.test, "test", depth)
-            _add_results(run, ranks, "test", state.progress.best_epoch, depth, {})
+            cost = 1000 * (time.perf_counter() - began) / max(1, len(run.split.test))
+            _add_results(run, ranks, "test", state.progress.best_epoch, depth, {MILLISECONDS: cost})
     finally:
         run.model.load_state_dict(last)
     run.events.record("test", phase=state.phase, rows=[row for row in state.history if row["split"] == "test"])
@@ -77,12 +83,13 @@ def tell_of_start(run: Run) -> None:
 
 
 def rank_baselines(run: Run) -> None:
-    """Rank the test rows by each baseline that has no results yet."""
-    for name, baseline in BASELINES.items():
-        # A run may have been stopped between two baselines.
-        if all(row["phase"] != name for row in run.state.history):
-            ranks = baseline(run.log, run.split, run.split.test, run.events.progress(name))
-            run.state.history += result_rows(ranks, run.config.evaluation.ks, phase=name, split="test")
+    """Rank the validation and test rows by each baseline that has no results yet."""
+    for split in ("valid", "test"):
+        for name, baseline in BASELINES.items():
+            # A run may have been stopped between two baselines. An earlier version ranked the test rows only.
+            if all((row["phase"], row["split"]) != (name, split) for row in run.state.history):
+                ranks = baseline(run.log, run.split, getattr(run.split, split), run.events.progress(name))
+                run.state.history += result_rows(ranks, run.config.evaluation.ks, phase=name, split=split)
 
 
 def _drop_tests(run: Run) -> None:

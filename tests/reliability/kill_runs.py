@@ -38,7 +38,7 @@ EVERY_STEP = ["--set", "checkpoint_minutes=0"]
 # The log of events holds times, too.
 # A process may be killed after it has appended to these files and before it has saved its state.
 GROWING = {"events.jsonl", "steps-spt.csv", "steps-rpt.csv"}
-_WALL_TIME = {"seconds", "data_wait", "waited", "events", "events_bytes"}
+_WALL_TIME = {"seconds", "data_wait", "ms_per_user", "waited", "events", "events_bytes"}
 
 
 class Place:
