@@ -22,7 +22,7 @@ from lares_fast.train import EvalConfig, RunConfig, model_ranks
 from lares_fast.train.folder import foreign_model
 from lares_fast.train.identity import log_identity
 from lares_fast.train.keys import evaluation_key
-from lares_fast.train.metrics import rows_csv
+from lares_fast.train.ranking import rows_csv
 from lares_fast.train.results import BASELINES, Row, result_rows
 
 # The settings that this command uses, besides those of the data.

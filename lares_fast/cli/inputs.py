@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lares_fast._errors import InputError
-from lares_fast._random import MOST_STEPS
+from lares_fast._numbers import MOST_STEPS
 from lares_fast.data import InteractionLog, Split, cutoffs, leave_one_out, read_log, synthetic_log, temporal_split
 from lares_fast.train.config import DataConfig
 from lares_fast.train.evaluate import Progress

@@ -13,14 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
-import numpy as np
-
 from lares_fast._errors import InputError
-from lares_fast._numbers import number, whole
-from lares_fast._random import MOST_STEPS
+from lares_fast._numbers import MOST_STEPS, is_truth, number, whole
 from lares_fast._settings import PRECISIONS
-from lares_fast.config import LARESConfig
-from lares_fast.reference.rpt import REWARDS, SCORES
+from lares_fast.config import REWARDS, SCORES, LARESConfig
 
 PHASES = ("spt", "rpt")
 SPLITS = ("leave-one-out", "temporal")
@@ -67,8 +63,8 @@ def _plain(kind: str, value: Any) -> Any:
     """Return ``value`` as a plain value of ``kind``, or ``None`` if it is not one."""
     if kind == "str":
         return os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if isinstance(value, bool | np.bool_) or kind == "bool":
-        return bool(value) if kind == "bool" and isinstance(value, bool | np.bool_) else None
+    if kind == "bool" or is_truth(value):
+        return bool(value) if kind == "bool" and is_truth(value) else None
     if isinstance(value, str | bytes):
         return None
     try:

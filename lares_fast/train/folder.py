@@ -27,7 +27,7 @@ from lares_fast.train.checkpoint import (
     stored_digest,
     weights_digest,
 )
-from lares_fast.train.metrics import rows_csv
+from lares_fast.train.ranking import rows_csv
 from lares_fast.train.state import SavedRun, load_run, save_run
 
 NEWEST, OLDER = "state.pt", "state.previous.pt"
