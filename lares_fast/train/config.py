@@ -20,6 +20,8 @@ from lares_fast.config import REWARDS, SCORES, LARESConfig
 
 PHASES = ("spt", "rpt")
 SPLITS = ("leave-one-out", "temporal")
+# The value of data.format of a run whose log was in memory, so that no file can be named.
+MEMORY = "memory"
 
 
 def needs_start(phase: str) -> bool:
@@ -102,7 +104,9 @@ class DataConfig:
     path: str | None = None
     """The file of the log. ``None`` makes a synthetic log."""
     format: str = "auto"
-    """The format of the file, as in :func:`lares_fast.data.read_log`. ``auto`` detects it."""
+    """The format of the file, as in :func:`lares_fast.data.read_log`. ``auto`` detects it.
+    ``memory`` stands for a log that a program has made, and that no command can read again.
+    """
     user: str | None = None
     """The name of the column with the user ids. ``None`` means ``user_id``."""
     item: str | None = None
@@ -223,8 +227,7 @@ class EvalConfig:
     noise_seed: int = 0
     """The seed of the initial states. With one seed, every evaluation of the same weights gives the same numbers."""
     watch_masked: bool = False
-    """What early stopping watches: the ranking of all items, or, if true, the ranking without the items of the user's history.
-    """
+    """Whether early stopping watches the ranking without the items of the user's history, and not that of all items."""
     test: bool = True
     """Whether the test rows are ranked at the end of each phase. Turn it off while you try settings."""
 

@@ -127,7 +127,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(small_settings, log
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_state(cli, small_settings, log_file, monkeypatch, number):
-    monkeypatch.setattr("lares_fast.cli.train.split_log", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr("lares_fast.cli.training.split_log", lambda *_: os.kill(os.getpid(), number))
     result = cli("train", *small_settings, "--data", log_file, "--out", "run")
     assert (result.code, result.written) == (130, [])
     assert result.err == "lares-fast: aborted before a state was saved; begin the run again.\n"
