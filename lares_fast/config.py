@@ -6,13 +6,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import choice, number, shown, whole
-from lares_fast._random import MOST_STEPS
+from lares_fast._numbers import MOST_STEPS, choice, number, shown, whole
 
 ADAPTERS = ("add", "concat", "linear")
 DEPTH_SAMPLINGS = ("poisson-lognormal", "poisson-unbounded", "poisson-bounded", "uniform", "constant", "non-recurrent")
 STATE_INITS = ("normal", "normal_zero", "zero")
 SIMILARITIES = ("dot", "cos")
+# Of phase 2: the rewards, and the scores that rewards and probabilities are computed from.
+REWARDS = ("recall", "ndcg")
+SCORES = ("dot", "model")
 
 
 @dataclass(frozen=True, kw_only=True)

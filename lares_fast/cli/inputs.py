@@ -1,14 +1,13 @@
-"""The log and the split that a configuration names, and checks of other inputs."""
+"""The log and the split that a configuration names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 
 from lares_fast._errors import InputError
-from lares_fast._random import MOST_STEPS
 from lares_fast.data import InteractionLog, Split, cutoffs, leave_one_out, read_log, synthetic_log, temporal_split
-from lares_fast.train.config import DataConfig
+from lares_fast.train.config import MEMORY, DataConfig
 from lares_fast.train.evaluate import Progress
 
 # With this value of data.time, events keep the order of the file.
@@ -23,6 +22,10 @@ def open_log(
     ``min_events`` and ``progress`` are used as in :func:`lares_fast.data.read_log`, whose errors are raised.
     """
     path = path or settings.path
+    if settings.format == MEMORY:
+        if path is None:
+            raise InputError("the log of the run was made in memory and has no file: give its events with --data FILE.")
+        settings = replace(settings, format="auto")
     if path is None:
         return synthetic_log(n_users=settings.synthetic_users, n_items=settings.synthetic_items, seed=settings.synthetic_seed)
     return read_log(path, format=settings.format, columns=_columns(settings), min_events=min_events, progress=progress)
@@ -35,19 +38,8 @@ def split_log(settings: DataConfig, log: InteractionLog) -> Split:
     return temporal_split(log, *cutoffs(log, settings.valid_fraction, settings.test_fraction))
 
 
-def log_label(settings: DataConfig) -> str:
-    """Return a short name of the log, for folders."""
-    return Path(settings.path).name.split(".")[0] or "data" if settings.path else "synthetic"
-
-
 def _columns(settings: DataConfig) -> Mapping[str, str | None] | None:
     given = {role: name for role in ("user", "item", "time") if (name := getattr(settings, role)) is not None}
     if not given:
         return None
     return {role: None if (role, name) == ("time", NO_TIME) else name for role, name in given.items()}
-
-
-def require_steps(steps: int | None) -> None:
-    """Raise :class:`InputError` if a model cannot make the number of ``--steps``; ``None`` is the model's own number."""
-    if steps is not None and not 1 <= steps <= MOST_STEPS:
-        raise InputError(f"--steps must be at least 1 and at most {MOST_STEPS:,}, but got {steps}.")

@@ -14,7 +14,7 @@ from lares_fast.cli.plots import sheet, step_values
 from lares_fast.cli.report_page import page
 from lares_fast.train import Trainer
 from lares_fast.train.evaluate import MASKED, NOT_MASKED
-from lares_fast.train.folder import REPORT, SHEET
+from lares_fast.train.files import REPORT, SHEET
 from lares_fast.train.results import Row
 
 _REDRAW_SECONDS = 60

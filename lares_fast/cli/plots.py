@@ -12,8 +12,8 @@ from lares_fast._errors import printable, require
 from lares_fast._files import content
 from lares_fast.train.config import PHASES
 from lares_fast.train.evaluate import MASKED, NOT_MASKED
+from lares_fast.train.files import steps_file
 from lares_fast.train.results import WATCHED, Row
-from lares_fast.train.steps_file import steps_file
 
 # One colour for each kind of number.
 _NDCG, _LOSS, _REWARD, _KL, _TIME, _FLOOR = "#1f5fa8", "#b3541e", "#2e7d4f", "#7a4fa3", "#8a6d1d", "#666666"

@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,10 @@ def read_log(
     min_events = whole("min_events", min_events)
     check_file(source)
     with allocating(f"the log {source}", "end other programs, or read a part of the log"):
-        return _read(source, format, columns, min_events, progress)
+        log = _read(source, format, columns, min_events, progress)
+    names = {role: "none" if (role, name) == ("time", None) else name for role, name in (columns or {}).items()}
+    read_again = {"path": str(source.absolute()), "format": format, "user": None, "item": None, "time": None, **names}
+    return replace(log, source={**read_again, "min_events": min_events})
 
 
 def _read(

@@ -13,19 +13,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
-import numpy as np
-
 from lares_fast._errors import InputError
-from lares_fast._numbers import number, whole
-from lares_fast._random import MOST_STEPS
+from lares_fast._numbers import MOST_STEPS, is_truth, number, whole
 from lares_fast._settings import PRECISIONS
-from lares_fast.config import LARESConfig
-from lares_fast.reference.rpt import REWARDS, SCORES
+from lares_fast.config import REWARDS, SCORES, LARESConfig
 
 PHASES = ("spt", "rpt")
 SPLITS = ("leave-one-out", "temporal")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
+# The value of data.format of a run whose log was in memory, so that no file can be named.
+MEMORY = "memory"
 
 
 def needs_start(phase: str) -> bool:
@@ -69,8 +67,8 @@ def _plain(kind: str, value: Any) -> Any:
     """Return ``value`` as a plain value of ``kind``, or ``None`` if it is not one."""
     if kind == "str":
         return os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if isinstance(value, bool | np.bool_) or kind == "bool":
-        return bool(value) if kind == "bool" and isinstance(value, bool | np.bool_) else None
+    if kind == "bool" or is_truth(value):
+        return bool(value) if kind == "bool" and is_truth(value) else None
     if isinstance(value, str | bytes):
         return None
     try:
@@ -108,7 +106,9 @@ class DataConfig:
     path: str | None = None
     """The file of the log. ``None`` makes a synthetic log."""
     format: str = "auto"
-    """The format of the file, as in :func:`lares_fast.data.read_log`. ``auto`` detects it."""
+    """The format of the file, as in :func:`lares_fast.data.read_log`. ``auto`` detects it.
+    ``memory`` stands for a log that a program has made, and that no command can read again.
+    """
     user: str | None = None
     """The name of the column with the user ids. ``None`` means ``user_id``."""
     item: str | None = None
@@ -243,8 +243,7 @@ class EvalConfig:
     noise_seed: int = 0
     """The seed of the initial states. With one seed, every evaluation of the same weights gives the same numbers."""
     watch_masked: bool = False
-    """What early stopping watches: the ranking of all items, or, if true, the ranking without the items of the user's history.
-    """
+    """Whether early stopping watches the ranking without the items of the user's history, and not that of all items."""
     test: bool = True
     """Whether the test rows are ranked at the end of each phase. Turn it off while you try settings."""
 

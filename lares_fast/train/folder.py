@@ -27,18 +27,11 @@ from lares_fast.train.checkpoint import (
     stored_digest,
     weights_digest,
 )
-from lares_fast.train.config import PHASES
-from lares_fast.train.metrics import rows_csv
+from lares_fast.train.config_file import is_written, marked
+from lares_fast.train.files import CONFIG, EVENTS, FILES, ITEMS, METRICS, MODEL, NEWEST, OLDER
+from lares_fast.train.ranking import rows_csv
 from lares_fast.train.state import SavedRun, load_run, save_run
-from lares_fast.train.steps_file import StepsFiles, steps_file
-
-NEWEST, OLDER = "state.pt", "state.previous.pt"
-METRICS, EVENTS, MODEL, ITEMS = "metrics.csv", "events.jsonl", "model.safetensors", "item_ids.json"
-# The pictures of a run, and the page with its results.
-SHEET, REPORT = "results.svg", "report.html"
-
-# The names of all files that a run writes.
-FILES = (NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS, *map(steps_file, PHASES), "config.yaml", SHEET, REPORT)
+from lares_fast.train.steps_file import StepsFiles
 
 
 class RunFolder:
@@ -99,6 +92,16 @@ class RunFolder:
                 _require_no_other(self.path / name)
             remove_leftovers(self.path, FILES)
             yield
+
+    def write_config(self, text: str) -> None:
+        """Write config.yaml with the settings ``text``.
+
+        Raises :class:`InputError` if a new run would replace a file of the user.
+        """
+        path = self.path / CONFIG
+        if not self.has_state() and os.path.lexists(path) and not is_written(path):
+            raise InputError(f"{path} is not from a run: choose another folder for the run, or move this file away.")
+        write_text(path, marked(text))
 
     def save(self, saved: SavedRun) -> None:
         """Write state.pt, and the table of results as metrics.csv. The former state.pt becomes the older state."""
@@ -169,11 +172,6 @@ class RunFolder:
 
     def _events(self) -> bytes:
         return content(self.path / EVENTS)
-
-
-def holds_run(folder: Path) -> bool:
-    """Return whether ``folder`` has a file with a state, which may be damaged."""
-    return any((folder / name).is_file() for name in (NEWEST, OLDER))
 
 
 def foreign_model(folder: Path) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
-from lares_fast.train.metrics import metrics
+from lares_fast.train.ranking import metrics
 
 Row = dict[str, Any]
 

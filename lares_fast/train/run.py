@@ -21,8 +21,9 @@ from lares_fast.model import LARES
 from lares_fast.train.checkpoint import StateError, Weights, check_weights, load_into, weights_of
 from lares_fast.train.config import PhaseConfig, RunConfig, needs_start
 from lares_fast.train.events import Event, Events, Listener
+from lares_fast.train.files import ITEMS, MODEL, NEWEST, OLDER
 from lares_fast.train.finite import NotFiniteError, all_finite
-from lares_fast.train.folder import ITEMS, MODEL, NEWEST, OLDER, RunFolder
+from lares_fast.train.folder import RunFolder
 from lares_fast.train.identity import ABOUT, identity_of, require_same
 from lares_fast.train.keys import initial_weights_seed
 from lares_fast.train.optimizer import adam, moments, saved_state

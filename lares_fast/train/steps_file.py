@@ -14,17 +14,13 @@ from typing import Any
 from lares_fast._files import append_line, content, write_text
 from lares_fast.train.checkpoint import sha256
 from lares_fast.train.config import PHASES
+from lares_fast.train.files import steps_file
 
 # Rows stay in memory until the run is saved, or until there are so many.
 _MOST_ROWS = 200
 
 # Phase -> [size of its file in bytes, SHA-256 of this part].
 Sizes = dict[str, list[Any]]
-
-
-def steps_file(phase: str) -> str:
-    """Return the name of the file of ``phase``."""
-    return f"steps-{phase}.csv"
 
 
 class StepsFiles:

@@ -13,7 +13,7 @@ from lares_fast.train.checkpoint import weights_of
 from lares_fast.train.evaluate import MASKED, NOT_MASKED, model_ranks
 from lares_fast.train.finite import NotFiniteError
 from lares_fast.train.keys import evaluation_key
-from lares_fast.train.metrics import metrics
+from lares_fast.train.ranking import metrics
 from lares_fast.train.results import BASELINES, WATCHED, result_rows
 from lares_fast.train.run import Run
 

@@ -160,8 +160,8 @@ def differences(whole: Path, out: Path) -> list[str]:
     if _table(whole) != _table(out):
         faults.append("metrics.csv differs")
     faults += [f"state.pt: {place}" for place in _unequal(*(load_run(folder / "state.pt") for folder in (whole, out)))]
-    if not (out / "curves.png").read_bytes().endswith(b"IEND\xaeB\x60\x82"):
-        faults.append("curves.png is cut")
+    ends = {"results.svg": "</svg>", "report.html": "</html>"}
+    faults += [f"{name} is cut" for name, end in ends.items() if not (out / name).read_text().rstrip().endswith(end)]
     return faults
 
 

@@ -277,7 +277,7 @@ def test_the_harness_counts_a_reader_without_a_checksum(run, tmp_path, monkeypat
         "state.pt": ("zipfile.ZipFile.testzip", lambda self: None),
         "model.safetensors": ("lares_fast.train.checkpoint._verified", metadata),
         "item_ids.json": ("lares_fast.serve.sha256", lambda data: stored),
-        "config.yaml": ("lares_fast.cli.settings._verified", lambda path, text: text.partition("\n")[2]),
+        "config.yaml": ("lares_fast.train.config_file._verified", lambda path, text: text.partition("\n")[2]),
         "metrics.csv": ("lares_fast.train.folder.RunFolder.mend", lambda self, saved: []),
         "events.jsonl": ("lares_fast.train.folder.RunFolder.mend", lambda self, saved: []),
     }
