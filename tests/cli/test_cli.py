@@ -23,7 +23,7 @@ def test_a_run_leaves_its_files(trained):
     phases = {(row["phase"], row["split"]) for row in metrics_csv(trained)}
     assert phases >= {("popularity", "test"), ("markov", "test"), ("spt", "valid"), ("spt", "test"), ("rpt", "test")}
     for line in (trained / "events.jsonl").read_text().splitlines():
-        assert json.loads(line)["event"] in ("valid", "test", "filtered")
+        assert json.loads(line)["event"] in ("valid", "test", "filtered", "notice")
 
 
 def test_train_without_data_says_that_it_makes_some(cli, small_settings):
