@@ -1,8 +1,10 @@
 """Each setting as an option of its own, suggestions for wrong names, and commands that start without torch."""
 
 import dataclasses
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -146,6 +148,14 @@ def test_help_and_usage_errors_do_not_import_torch(arguments, tmp_path):
     _, err = python("-c", code).communicate(timeout=60)
     expected = 0 if not arguments or arguments[-1] in ("--help", "--print-config") else 2
     assert err.splitlines()[-1] == f"{expected} []", err
+
+
+def test_the_page_of_settings_is_what_the_docstrings_say():
+    path = Path(__file__).parents[2] / "docs" / "_site" / "settings.py"
+    script = runpy.run_path(str(path))
+    text = script["PAGE"].read_text()
+    assert script["page"](text) == text, "run python docs/_site/settings.py"
+    assert all(text.count(f"| `{key}` |") == 1 for key in known_keys())
 
 
 def test_a_shell_can_complete_settings():
