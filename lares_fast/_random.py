@@ -25,9 +25,6 @@ Key = tuple[int, int]
 # The kinds of draws. The site field of an address holds one of them.
 SITE_INPUT, SITE_ATTENTION_OUT, SITE_FEED_FORWARD_OUT, SITE_ATTENTION, SITE_STATE = range(5)
 
-# Steps and layers have 16 bits each in an address. The recurrence counts steps from 1, the pre-block from 0.
-MOST_STEPS = 2**16 - 2
-
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF

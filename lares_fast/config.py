@@ -6,13 +6,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import choice, number, shown, whole
-from lares_fast._random import MOST_STEPS
+from lares_fast._numbers import MOST_STEPS, choice, number, shown, whole
 
 ADAPTERS = ("add", "concat", "linear")
 DEPTH_SAMPLINGS = ("poisson-lognormal", "poisson-unbounded", "poisson-bounded", "uniform", "constant", "non-recurrent")
 STATE_INITS = ("normal", "normal_zero", "zero")
 SIMILARITIES = ("dot", "cos")
+# Of phase 2: the rewards, and the scores that rewards and probabilities are computed from.
+REWARDS = ("recall", "ndcg")
+SCORES = ("dot", "model")
+# Of a log: which of several equal events stay.
+DUPLICATES = ("keep", "same-time", "first", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,66 +24,69 @@ class LARESConfig:
     """Configuration of one LARES model. The defaults are the settings of the published Musical Instruments run.
 
     Raises :class:`InputError` for a value of the wrong type or out of range.
-
-    ``n_items``
-        N, the number of rows of the item table, which includes the PAD row 0 (RecBole's ``item_num``). Item ids are
-        1..``n_items`` - 1.
-    ``max_len``
-        L, the largest length of a sequence: the model reads the last ``max_len`` items of a history.
-    ``hidden_size, n_heads, inner_size, n_pre_layers, n_core_layers``
-        D, H, the width of the feed-forward layers, and the number of layers of the pre-block and of the core-block.
-    ``backbone``
-        The name of a registered kind of blocks. ``lares_fast.reference.register_backbone`` adds one.
-    ``adapter``
-        How a step joins the state h and the output of the pre-block: ``add`` is (h + pre) / 2, ``concat`` is
-        Linear(2D -> D), and ``linear`` is a gate, the sigmoid of one learned number.
-    ``dropout, attention_dropout``
-        The probabilities of hidden dropout and of attention dropout. ``attention_dropout=None`` uses the hidden dropout for
-        attention, too. The official code always does so and ignores its own setting of attention dropout.
-    ``layer_norm_eps, initializer_range``
-        The epsilon of the layer norms, and the standard deviation of the initial weights.
-    ``mean_depth, depth_sampling, per_sequence_depth, eval_depth``
-        ``mean_depth`` is m, and ``depth_sampling`` names the distribution around m from which training draws the number of
-        steps T. T is always at least 1. (The plain Poisson distributions of the official code can draw T = 0. Then the model
-        scores noise.) ``per_sequence_depth`` draws one T for each sequence instead of one for each batch; this is not
-        official. ``eval_depth`` is T at evaluation, and ``None`` means m.
-    ``state_init, state_std, state_scale``
-        h0 is ``state_scale`` times a normal draw with the standard deviation ``state_std``, truncated at 3 ``state_std``, or
-        it is zero. ``normal`` always draws. ``normal_zero`` draws in training and is zero at evaluation. ``zero`` is always
-        zero.
-    ``share_reference_noise``
-        Whether the frozen reference of reinforcement post-training starts from the h0 of the policy. This is not official:
-        the official reference draws its own h0, so the KL term cannot fall to 0.
-    ``similarity, tau``
-        ``dot`` scores by dot products. ``cos`` scores by cosines, divided by ``tau``.
-    ``pad_in_softmax``
-        Whether the PAD row is part of the training softmax. In the official code it is.
     """
 
     n_items: int
+    """N, the number of rows of the item table, which includes the PAD row 0 (RecBole's ``item_num``). Item ids are
+    1..``n_items`` - 1.
+    """
     max_len: int = 20
+    """L, the largest length of a sequence: the model reads the last ``max_len`` items of a history."""
     hidden_size: int = 64
+    """D, the width of the model and of its item vectors. It is a multiple of ``n_heads``."""
     n_heads: int = 2
+    """H, the number of attention heads of each layer."""
     inner_size: int = 256
+    """The width of the feed-forward layers."""
     n_pre_layers: int = 2
+    """The number of layers of the pre-block, which reads the sequence once."""
     n_core_layers: int = 2
+    """The number of layers of the core-block, which every step T applies."""
     backbone: str = "transformer"
+    """The name of a registered kind of blocks. ``lares_fast.reference.register_backbone`` adds one."""
     adapter: str = "add"
+    """How a step joins the state h and the output of the pre-block: ``add`` is (h + pre) / 2, ``concat`` is Linear(2D -> D),
+    and ``linear`` is a gate, the sigmoid of one learned number.
+    """
     dropout: float = 0.5
+    """The probability of hidden dropout in training."""
     attention_dropout: float | None = None
+    """The probability of attention dropout in training. ``None`` means the hidden dropout. The official code always uses the
+    hidden dropout and ignores its own setting of attention dropout.
+    """
     layer_norm_eps: float = 1e-12
+    """The epsilon of the layer norms."""
     initializer_range: float = 0.02
+    """The standard deviation of the initial weights."""
     mean_depth: int = 4
+    """m, the number around which training draws the number of steps T."""
     depth_sampling: str = "poisson-lognormal"
+    """The distribution around m = ``mean_depth`` from which training draws the number of steps T: ``poisson-lognormal``,
+    ``poisson-unbounded``, ``poisson-bounded``, ``uniform``, ``constant`` or ``non-recurrent``. T is always at least 1. (The
+    plain Poisson distributions of the official code can draw T = 0. Then the model scores noise.)
+    """
     per_sequence_depth: bool = False
+    """Whether training draws one T for each sequence instead of one for each batch. This is not official."""
     eval_depth: int | None = None
+    """T at evaluation. ``None`` means ``mean_depth``."""
     state_init: str = "normal"
+    """How the initial state h0 is made. ``normal`` draws it. ``normal_zero`` draws it in training, and it is zero at
+    evaluation. With ``zero`` it is always zero.
+    """
     state_std: float = 1.0
+    """The standard deviation of the normal draw of h0, which is truncated at 3 ``state_std``."""
     state_scale: float = 3.0
+    """The factor by which the normal draw of h0 is multiplied."""
     share_reference_noise: bool = False
+    """Whether the frozen reference of reinforcement post-training starts from the h0 of the policy. This is not official: the
+    official reference draws its own h0, so the KL term cannot fall to 0.
+    """
     similarity: str = "dot"
+    """How items are scored: ``dot`` by dot products, ``cos`` by cosines divided by ``tau``."""
     tau: float = 1.0
+    """The number by which cosines are divided. It has no effect on ``dot``."""
     pad_in_softmax: bool = True
+    """Whether the PAD row is part of the training softmax. In the official code it is."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "_native": {"_errors", "_settings", "_random"},
     "_native_call": {"_errors", "_native"},
     "_native_random": {"_errors", "_native_call", "_random"},
-    "config": {"_errors", "_numbers", "_random"},
+    "config": {"_errors", "_numbers"},
     "sequences": {"_errors", "_numbers", "_transfer"},
     "reference": {"_errors", "_numbers", "_random", "_transfer", "config", "sequences"},
     "_modules": LEAVES | {"reference"},

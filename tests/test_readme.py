@@ -5,6 +5,8 @@ import random
 import re
 from pathlib import Path
 
+from lares_fast.cli import main
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -23,3 +25,6 @@ def test_the_first_snippet_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(code.replace("epochs=20", "epochs=1"), {})
     assert capsys.readouterr().out.startswith("['")
+    # The command line takes the folder that Python has written.
+    for command in (["eval", "--steps", "1"], ["recommend", "--user", "last"]):
+        assert main([*command, "--run", "runs/movies"]) == 0

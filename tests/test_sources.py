@@ -34,10 +34,10 @@ OF = {"save": {"torch", "np", "numpy"}, "dump": {"json", "yaml"}, "replace": {"o
 MAY_WRITE = {
     "lares_fast/_files.py": "it is the writer",
     "lares_fast/train/checkpoint.py: torch.save": "it writes into the file of atomic_write",
-    "lares_fast/cli/settings.py: yaml.dump": "it returns a text",
+    "lares_fast/train/config_file.py: yaml.dump": "it returns a text",
     "lares_fast/cli/plots.py: savefig": "it draws into memory",
-    "lares_fast/cli/recommend.py: ParquetWriter": "it writes into the file of replacing",
-    "lares_fast/cli/recommend.py: write_table": "it writes into the file of replacing",
+    "lares_fast/cli/recommending.py: ParquetWriter": "it writes into the file of replacing",
+    "lares_fast/cli/recommending.py: write_table": "it writes into the file of replacing",
     "lares_fast/cli/streams.py: open ?": "it opens the null device",
     "lares_fast/cli/tensorboard.py: SummaryWriter": "TensorBoard writes its events itself, into the folder of the run",
     "lares_fast/gpu_bench/__main__.py: open w": "it is the standard output",

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lares_fast.cli import settings
 from lares_fast.cli.console import Console
-from lares_fast.cli.evaluate import open_run, run_config
+from lares_fast.cli.evaluation import open_run
 from lares_fast.reference import ranking_reward
 from lares_fast.serve import load_about
 from lares_fast.train import model_ranks
@@ -27,8 +28,8 @@ _RESAMPLES = 2_000
 
 def ndcg(run: Path, data: str | None, console: Console) -> dict[tuple[str, str], np.ndarray]:
     """Return {(split, history): NDCG@10 of each row, [R] fp64}, ranked as in the run's own evaluation."""
-    config, (recommender, about) = run_config(run, []), load_about(run)
-    (log, split), found = open_run(config, data, recommender, about, run, console), {}
+    config, (recommender, about) = settings.of_run(run, [f"data.path={data}"] if data else []), load_about(run)
+    (log, split), found = open_run(config, recommender, about, run, console), {}
     for part in SPLITS:
         ranks = model_ranks(
             recommender.model,

@@ -14,6 +14,8 @@ from lares_fast._errors import InputError, LaresFastError
 from lares_fast._memory import missing_memory
 from lares_fast.cli.console import with_flag
 from lares_fast.cli.streams import open_missing, unknown_characters
+from lares_fast.train.config_file import known_keys
+from lares_fast.train.suggestions import nearest
 
 # Command -> (its module in this package, what it does). A module is imported when its command is chosen.
 _COMMANDS = {
@@ -88,6 +90,23 @@ def _system_error(error: Exception) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    parser, commands = _parsers(argv[:1])
+    if not argv:
+        parser.print_help()
+        return 0
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse(unknown, commands.get(argv[0], parser))
+    return int(arguments.command(arguments))
+
+
+def get_parser() -> ArgumentParser:
+    """Return the parser with the arguments of all commands. A program that writes shell completions reads it."""
+    return _parsers(list(_COMMANDS))[0]
+
+
+def _parsers(wanted: Sequence[str]) -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """Return the parser, and the parser of each command. Only those that are ``wanted`` have their arguments."""
     parser = _Parser(
         prog="lares-fast",
         description="Train, evaluate and serve LARES, a sequential recommender that reasons in latent space.",
@@ -97,17 +116,24 @@ def _run(argv: list[str]) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (module, what) in _COMMANDS.items():
         chosen = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", allow_abbrev=False)
-        if argv[:1] == [name]:
+        if name in wanted:
             command = import_module(f"lares_fast.cli.{module}")
             command.add_arguments(chosen)
             chosen.set_defaults(command=command.command)
-    if not argv:
-        parser.print_help()
-        return 0
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        commands.choices[argv[0]].error(f"unrecognized arguments: {' '.join(unknown)}")
-    return int(arguments.command(arguments))
+    return parser, dict(commands.choices)
+
+
+def _refuse(unknown: Sequence[str], parser: ArgumentParser) -> None:
+    """Raise :class:`InputError` for arguments that ``parser`` does not know, with the option that may be meant."""
+    first = next((word for word in unknown if word.startswith("--")), None)
+    if first is None:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    name = first.partition("=")[0]
+    options = {option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")}
+    # The settings in their order, and then the options of the command itself.
+    order = [*(key for key in known_keys() if key in options), *sorted(options.difference(known_keys()))]
+    meant = nearest(name, order)
+    parser.error(f"unrecognized argument {name}{f' (did you mean --{meant}?)' if meant else ''}")
 
 
 def _complain(text: str, kind: str = "") -> None:

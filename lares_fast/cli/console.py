@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
-
-from lares_fast._settings import PRECISIONS
 
 if TYPE_CHECKING:
     from lares_fast._device import Choice
@@ -40,17 +37,6 @@ def device_text(choice: Choice) -> str | None:
     if choice.device.type != "cpu" or choice.refused:
         return f"device   {choice.device}, because {choice.reason}"
     return None
-
-
-def add_device_arguments(parser: ArgumentParser, device: str | None = "auto", precision: str | None = "fp32") -> None:
-    """Add the arguments ``--device`` and ``--precision`` with these defaults."""
-    parser.add_argument(
-        "--device",
-        default=device,
-        help="auto, cpu, cuda or cuda:N (default: auto, the first GPU whose kernels pass their self-test, else the CPU)",
-    )
-    text = "fp32, or bf16 to round the operands of products (default: fp32)"
-    parser.add_argument("--precision", choices=PRECISIONS, default=precision, help=text)
 
 
 def counted(number: int, noun: str) -> str:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lares_fast._errors import InputError, with_path
 from lares_fast._files import LOCK, locked
 from lares_fast.cli import settings
-from lares_fast.cli.train import train
-from lares_fast.data import InteractionLog
-from lares_fast.serve import load
+from lares_fast.train import config_file
 from lares_fast.train.config import PHASES, RunConfig
-from lares_fast.train.folder import FILES
+from lares_fast.train.files import FILES, REPORT
+
+if TYPE_CHECKING:
+    from lares_fast.data import InteractionLog
 
 _SHOWN_USERS, _SHOWN_HISTORY, _SHOWN_ITEMS = 3, 6, 5
 
@@ -37,11 +37,16 @@ def command(arguments: Namespace) -> int:
     with locked(out):
         for name in FILES:
             (out / name).unlink(missing_ok=True)
+    # Imported here, because torch takes seconds.
+    import torch
+
+    from lares_fast.cli.training import train
+
     # The demo's model is so small that a second thread would make it slower.
     torch.set_num_threads(1)
     log = train(config, out, PHASES)
     print(_examples(out, log))
-    print(f"\nplots    {out / 'curves.png'}\ntime     {time.monotonic() - began:.0f} s")
+    print(f"\nreport   {out / REPORT}\ntime     {time.monotonic() - began:.0f} s")
     print(f"next     lares-fast recommend {with_path('--run', out)} --k 10 --user {log.user_ids[0]}")
     print("         lares-fast train --data YOUR_LOG --config instruments")
     return 0
@@ -53,11 +58,13 @@ def _check_replaceable(out: Path, config: RunConfig) -> None:
         return
     # Other training without a log of one's own has other sizes of the synthetic log.
     logs = (config.data, settings.build("demo").data)
-    if not settings.is_written(out / "config.yaml") or settings.build(out / "config.yaml").data not in logs:
+    if not config_file.is_written(out / "config.yaml") or settings.build(out / "config.yaml").data not in logs:
         raise InputError(f"{out} holds files that are not from an earlier demo: choose another --out.")
 
 
 def _examples(out: Path, log: InteractionLog) -> str:
+    from lares_fast.serve import load
+
     recommender = load(out)
     histories = [log.item_ids[log.history(user)].tolist() for user in range(_SHOWN_USERS)]
     found = recommender.recommend(histories, _SHOWN_ITEMS)

@@ -21,7 +21,7 @@ from lares_fast.verify import tuning
 
 # Extra -> the modules that it installs.
 _EXTRAS = {
-    "train": ("jsonargparse", "yaml", "rich", "pyarrow", "matplotlib"),
+    "train": ("rich", "pyarrow", "matplotlib"),
     "triton": ("triton",),
     "tb": ("tensorboard",),
     "bench": ("pytest_benchmark", "faiss", "matplotlib"),

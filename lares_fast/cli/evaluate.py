@@ -1,166 +1,53 @@
-"""``lares-fast eval``: compute the results table of a trained run from its weights."""
+"""``lares-fast eval``: compute the results table of a trained run from its weights.
+
+This module declares the arguments. It imports :mod:`lares_fast.cli.evaluation`, which needs torch, when they are right.
+"""
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
-from functools import partial
 from pathlib import Path
 
-from lares_fast._device import choose
 from lares_fast._errors import InputError
-from lares_fast._files import write_text
 from lares_fast.cli import settings
-from lares_fast.cli.console import Console, add_device_arguments, device_text, indented, notice
-from lares_fast.cli.inputs import open_log, require_steps, split_log
+from lares_fast.cli.options import add_device_arguments, require_steps
 from lares_fast.cli.outputs import files_in, require_apart
-from lares_fast.cli.tables import bound_rows, protocol_text, results_text
-from lares_fast.data import InteractionLog, Rows, Split
-from lares_fast.model import LARES
-from lares_fast.serve import Recommender, load_about
-from lares_fast.train import EvalConfig, RunConfig, model_ranks
-from lares_fast.train.folder import foreign_model
-from lares_fast.train.identity import log_identity
-from lares_fast.train.keys import evaluation_key
-from lares_fast.train.metrics import rows_csv
-from lares_fast.train.results import BASELINES, Row, result_rows
+from lares_fast.train.config_file import known_keys
 
-# The settings that this command uses, besides those of the data.
-_USED = ("evaluation.batch_size", "evaluation.ks", "evaluation.depth_ratios", "evaluation.noise_seed")
+# The settings that this command uses.
+_USED = [
+    *(key for key in known_keys() if key.startswith("data.")),
+    *("evaluation.batch_size", "evaluation.ks", "evaluation.depth_ratios", "evaluation.noise_seed"),
+]
 # The options that take the place of other settings.
 _INSTEAD = {"device": "--device", "precision": "--precision", "model.eval_depth": "--steps", "model.mean_depth": "--steps"}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``eval``."""
+    parser.usage = "lares-fast eval --run DIR [--SECTION.NAME VALUE ...] [OPTION ...]"
     parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder that lares-fast train wrote")
-    parser.add_argument("--data", metavar="PATH", help="the log of the run, if it has moved")
+    settings.add_data_argument(parser, "the log of the run, if it has moved")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="rows to evaluate (default: test)")
     parser.add_argument("--steps", metavar="T", type=int, help="number of reasoning steps (default: all depths of the run)")
     add_device_arguments(parser)
     parser.add_argument("--csv", metavar="FILE", type=Path, help="also write every metric to a CSV file")
-    settings.add_set_argument(parser)
+    settings.add_arguments(parser, _USED, usual="the setting of the run")
 
 
 def command(arguments: Namespace) -> int:
     """Run ``eval``."""
     require_steps(arguments.steps)
-    _require_used(arguments)
-    config = run_config(arguments.run, arguments.assignments)
+    given = settings.given(arguments.assignments)
+    settings.require_used("eval", given, _USED, _INSTEAD)
+    if arguments.steps is not None and (option := given.get("evaluation.depth_ratios")):
+        raise InputError(f"{option} has no effect with --steps: leave one of them out.")
+    config = settings.of_run(arguments.run, arguments.assignments)
     if arguments.csv is not None:
-        own = [*files_in(arguments.run), None if arguments.data else config.data.path]
-        require_apart("--csv", [arguments.csv], {"--run": own, "--data": [arguments.data]})
-    choice = choose(arguments.device)
-    recommender, about = load_about(arguments.run, choice.device, arguments.precision)
-    if (text := foreign_model(arguments.run)) is not None:
-        notice(text)
-    with Console() as console:
-        if (text := device_text(choice)) is not None:
-            console.say(text)
-        log, split = open_run(config, arguments.data, recommender, about, arguments.run, console)
-        console.say(f"data     {indented(log.summary())}")
-        rows = _rows(config.evaluation, recommender.model, log, split, arguments.split, arguments.steps, console)
-        if arguments.csv is not None:
-            labels = {"split": arguments.split, "noise_seed": config.evaluation.noise_seed}
-            write_text(arguments.csv, rows_csv([{**labels, **row} for row in rows]))
-        console.say("\n" + results_text(rows, config.evaluation.ks))
-        console.say("\n" + protocol_text(log, split, arguments.split, config.evaluation))
-    return 0
+        log = {"--data" if "data.path" in given else "--run": [config.data.path]}
+        require_apart("--csv", [arguments.csv], {"--run": files_in(arguments.run)})
+        require_apart("--csv", [arguments.csv], log)
+    # Imported here, because torch takes seconds.
+    from lares_fast.cli.evaluation import evaluate
 
-
-def _require_used(arguments: Namespace) -> None:
-    """Raise :class:`InputError` for a setting without an effect on this command."""
-    for key in (text.partition("=")[0].strip() for text in arguments.assignments):
-        if key in settings.known_keys() and key not in _USED and not key.startswith("data."):
-            remedy = f"give {_INSTEAD[key]} instead" if key in _INSTEAD else "leave it out"
-            raise InputError(f"--set {key} has no effect on eval: {remedy}.")
-        for option, other in (("steps", "evaluation.depth_ratios"), ("data", "data.path")):
-            if key == other and getattr(arguments, option) is not None:
-                raise InputError(f"--set {key} has no effect with --{option}: leave one of them out.")
-
-
-def _rows(
-    evaluation: EvalConfig,
-    model: LARES,
-    log: InteractionLog,
-    split: Split,
-    part: str,
-    steps: int | None,
-    console: Console,
-) -> list[Row]:
-    """Return the rows of the baselines, of the best possible ranking, and of the model at ``steps`` or at all depths."""
-    rows_of_part: Rows = getattr(split, part)
-    rows: list[Row] = []
-    for name, baseline in BASELINES.items():
-        ranks = baseline(log, split, rows_of_part, partial(console.progress, name))
-        rows += result_rows(ranks, evaluation.ks, phase=name)
-    rows += bound_rows(log, rows_of_part, evaluation)
-    for depth in [steps] if steps else evaluation.depths(model.config.mean_depth):
-        ranks = model_ranks(
-            model,
-            log,
-            rows_of_part,
-            key=evaluation_key(evaluation.noise_seed),
-            num_steps=depth,
-            batch_size=evaluation.batch_size,
-            progress=partial(console.progress, f"{part} T={depth}"),
-        )
-        rows += result_rows(ranks, evaluation.ks, phase=part, test_T=depth)
-    return rows
-
-
-def run_config(run: Path, assignments: list[str]) -> RunConfig:
-    """Return the configuration of the run folder ``run``, changed by ``--set`` assignments."""
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run / 'config.yaml'} does not exist: give --run the folder of a run.")
-    return settings.build(run / "config.yaml", assignments)
-
-
-def open_run(
-    config: RunConfig, path: str | None, recommender: Recommender, about: dict[str, str], run: Path, console: Console
-) -> tuple[InteractionLog, Split]:
-    """Read the log of ``run``, from ``path`` if it has moved, and split it.
-
-    Raises :class:`InputError` if the model was trained on another log or another split.
-    """
-    log = open_log(config.data, path, progress=partial(console.progress, "reading"))
-    _require_order(log, recommender, run)
-    split = split_log(config.data, log)
-    _require_same(log_identity(log, split), about, log.name, run)
-    return log, split
-
-
-def _require_order(log: InteractionLog, recommender: Recommender, run: Path) -> None:
-    """Raise :class:`InputError` unless the items of ``log`` are numbered as in the model."""
-    # The run stored its ids as JSON, which turns some types into others.
-    items = json.loads(json.dumps(log.item_ids[1:].tolist()))
-    if items == recommender.item_ids:
-        return
-    if sorted(map(str, items)) == sorted(map(str, recommender.item_ids)):
-        raise InputError(
-            f"{log.name} has the items of the run in {run} in another order, and string ids are numbered as they occur: "
-            "sort its rows into their earlier order."
-        )
-    raise InputError(f"{log.name} has other items than the run in {run}: give --data with the log it was trained on.")
-
-
-def _require_same(ours: dict[str, str], about: dict[str, str], log: str, run: Path) -> None:
-    """Raise :class:`InputError` unless the model was trained on this log and split.
-
-    ``ours`` describes the log and the split at hand. ``about`` describes the log and the split of the model's training.
-    """
-    if not about:
-        notice(f"{run} is of an earlier version and does not name its log and split, so they were not checked.")
-        return
-    if ours["data"] != about["data"] or ours["events"] != about["events"]:
-        raise InputError(
-            f"{log} has other events than the log of the run in {run}, or has them in another order, so the model may have "
-            "been trained on the rows to rank: give --data with the log it was trained on."
-        )
-    if ours["split"] != about["split"]:
-        raise InputError(
-            f"the run in {run} was trained on another split ({about['split']}) than this one ({ours['split']}), which may leak "
-            "the targets of the rows to rank: do not change data.split and its fractions."
-        )
-    if ours["rows"] != about["rows"]:
-        raise InputError(f"{log} has other times than the log of the run in {run}: give --data with the log it was trained on.")
+    return evaluate(arguments, config)

@@ -1,4 +1,4 @@
-"""The log and the split that a configuration names, and checks of other inputs."""
+"""The log and the split that a configuration names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lares_fast._errors import InputError
-from lares_fast._random import MOST_STEPS
 from lares_fast.data import InteractionLog, Split, cutoffs, leave_one_out, read_log, synthetic_log, temporal_split
 from lares_fast.data._text import check_file
 from lares_fast.data.readers import LISTS, detect_format
-from lares_fast.train.config import DataConfig
+from lares_fast.train.config import MEMORY, DataConfig
 from lares_fast.train.evaluate import Progress
 
 # With this value of data.time, events keep the order of the file.
@@ -31,6 +30,10 @@ def open_log(
     :func:`lares_fast.data.read_log`, whose errors are raised.
     """
     path = path or settings.path
+    if settings.format == MEMORY:
+        if path is None:
+            raise InputError("the log of the run was made in memory and has no file: give its events with --data FILE.")
+        settings = replace(settings, format="auto")
     if path is None:
         for name in _FILTERS:
             if getattr(settings, name) != getattr(DataConfig, name):
@@ -49,26 +52,26 @@ def open_log(
     )
 
 
-def input_settings(data: DataConfig, path: Path, given: Collection[str]) -> DataConfig:
-    """Return ``data``, the settings of a run, without what cannot hold for the file ``path``, which may have another format.
+def settings_for(path: Path, data: DataConfig, trained_on: str | None, given: Collection[str]) -> DataConfig:
+    """Return the settings to read ``path`` with: those of a run, ``data``, without what cannot hold for another format.
 
-    The settings that are named in ``given`` stay.
+    ``trained_on`` is the path of the run's log. The settings that are named in ``given``, such as ``data.format``, stay.
     """
-    alike = data.path is not None and path.suffix == Path(data.path).suffix
+    alike = data.format != MEMORY and (trained_on is None or path.suffix == Path(trained_on).suffix)
     changes: dict[str, Any] = {} if alike else {"format": "auto", "separator": "auto"}
-    format = data.format if alike or "format" in given else "auto"
+    format = data.format if alike or "data.format" in given else "auto"
     check_file(path)
     format = detect_format(path) if format == "auto" else format
     if format != "csv":
         changes["separator"] = "auto"
-    if format in LISTS or format == "movielens":
+    if format in LISTS or (format == "movielens" and not alike):
         changes |= dict.fromkeys(ROLES)
     if format in LISTS:
         # Lists have neither ratings nor times.
         changes["min_rating"] = None
         if data.duplicates == "same-time":
             changes["duplicates"] = "keep"
-    return replace(data, **{name: value for name, value in changes.items() if name not in given})
+    return replace(data, **{name: value for name, value in changes.items() if f"data.{name}" not in given})
 
 
 def split_log(settings: DataConfig, log: InteractionLog) -> Split:
@@ -78,19 +81,8 @@ def split_log(settings: DataConfig, log: InteractionLog) -> Split:
     return temporal_split(log, *cutoffs(log, settings.valid_fraction, settings.test_fraction))
 
 
-def log_label(settings: DataConfig) -> str:
-    """Return a short name of the log, for folders."""
-    return Path(settings.path).name.split(".")[0] or "data" if settings.path else "synthetic"
-
-
 def _columns(settings: DataConfig) -> Mapping[str, str | None] | None:
     given = {role: name for role in ROLES if (name := getattr(settings, role)) is not None}
     if not given:
         return None
     return {role: None if (role, name) == ("time", NO_TIME) else name for role, name in given.items()}
-
-
-def require_steps(steps: int | None) -> None:
-    """Raise :class:`InputError` if a model cannot make the number of ``--steps``; ``None`` is the model's own number."""
-    if steps is not None and not 1 <= steps <= MOST_STEPS:
-        raise InputError(f"--steps must be at least 1 and at most {MOST_STEPS:,}, but got {steps}.")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lares_fast._errors import InputError
 from lares_fast._files import LOCK
-from lares_fast.cli import settings
-from lares_fast.train.folder import FILES, holds_run
+from lares_fast.train import config_file
+from lares_fast.train.files import FILES, holds_run
 
 
 def require_apart(option: str, written: Iterable[Path], kept: Mapping[str, Iterable[str | Path | None]]) -> None:
@@ -39,7 +39,7 @@ def require_own_files(option: str, folder: Path, names: Iterable[str], *, begun:
 
 def is_of_run(folder: Path) -> bool:
     """Return whether training has written into ``folder``. A run that was killed early has no state yet."""
-    return holds_run(folder) or settings.is_written(folder / "config.yaml")
+    return holds_run(folder) or config_file.is_written(folder / "config.yaml")
 
 
 def _is_same(path: str | Path, other: str | Path) -> bool:

@@ -1,41 +1,84 @@
-"""Settings of a run: defaults, then a YAML file, then ``--set`` arguments. All are checked before anything is written."""
+"""Settings as arguments: ``--config``, an option for each setting, and ``--set``."""
 
 from __future__ import annotations
 
-import difflib
-import functools
-import hashlib
-import io
 import os
-import re
-import reprlib
-from argparse import ArgumentParser
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import fields
+from argparse import Action, ArgumentParser, Namespace
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lares_fast._errors import InputError, printable, require
-from lares_fast._files import open_regular, read_small, write_text
-from lares_fast.config import LARESConfig
-from lares_fast.train.config import SECTIONS, RunConfig
+from lares_fast._errors import InputError, printable
+from lares_fast.cli import setting_table
+from lares_fast.train.config import RunConfig
+from lares_fast.train.config_file import Setting, known_keys, read, require_plain, run_config
+from lares_fast.train.files import CONFIG
 
-# (source, dotted key, value). The source is the name of a file or an argument. Errors show it.
-Setting = tuple[str, str, Any]
-
-_TOP = ("seed", "checkpoint_minutes", "device", "precision")
+_METAVARS = {"an integer": "N", "a number": "X", "true or false": "BOOL", "text": "TEXT"}
 _PRESETS = Path(__file__).parent / "configs"
-_FEATURE = "reading settings"
-# A file with all settings has two kilobytes, two levels and a few lists.
-_MOST_BYTES = 100_000
-_DEEPEST = 8
-_MOST_BRACKETS = 1000
 
-# Training writes this line first. Files that users write, and files of earlier versions, have no such line.
-_MARK = "# The sha256 of the lines below is "
-_MARKED = re.compile(re.escape(_MARK) + r"([0-9a-f]{64}); change settings with --set\n")
-_DIGITS = re.compile(r"[0-9a-f]{16}")
+
+def presets() -> list[str]:
+    """Return the names of the presets, which are the configurations in this package."""
+    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+
+
+def build(config: str | Path | None = None, assignments: Iterable[str | Setting] = ()) -> RunConfig:
+    """Return the configuration of the YAML file or preset ``config``, changed by ``assignments``.
+
+    An assignment is a setting, or a text such as ``spt.lr=0.001`` from ``--set``. If a file and a preset have the name
+    ``config``, the file is used. Raises :class:`InputError`, which names the file or argument and the key, for an unknown
+    key, a wrong type or a bad value.
+    """
+    settings = [] if config is None else read(_find(config))
+    return run_config([*settings, *(_assignment(each) if isinstance(each, str) else each for each in assignments)])
+
+
+def of_run(run: Path, assignments: Iterable[str | Setting]) -> RunConfig:
+    """Return the configuration of the run folder ``run``, changed by ``assignments``."""
+    if not (run / CONFIG).is_file():
+        raise InputError(f"{run / CONFIG} does not exist: give --run the folder of a run.")
+    return build(run / CONFIG, assignments)
+
+
+def _find(config: str | Path) -> Path:
+    # Unlike Path.is_file, this raises no error for a name that is too long.
+    if os.path.isfile(config):
+        return Path(config)
+    if str(config) in presets():
+        return _PRESETS / f"{config}.yaml"
+    raise InputError(
+        f"--config {printable(str(config), 100)} is neither a file nor a preset (presets: {', '.join(presets())})."
+    )
+
+
+def _assignment(text: str) -> Setting:
+    key, equals, value = text.partition("=")
+    shown = printable(text, 100)
+    if not equals:
+        raise InputError(f"--set {shown} must have the form section.key=value, for example --set spt.lr=0.001.")
+    require_plain(f"--set {shown}", key.strip(), value.strip())
+    return f"--set {shown}", key.strip(), value.strip()
+
+
+def given(assignments: Iterable[str | Setting]) -> dict[str, str]:
+    """Return the argument that gives each setting: key -> ``--set KEY``, or the option of the setting."""
+    found = {}
+    for each in assignments:
+        source, key, _ = _assignment(each) if isinstance(each, str) else each
+        found[key] = f"--set {key}" if isinstance(each, str) else source.partition(" ")[0]
+    return found
+
+
+def require_used(command: str, given: Mapping[str, str], used: Collection[str], instead: Mapping[str, str]) -> None:
+    """Raise :class:`InputError` for a setting of :func:`given` that ``command`` does not use.
+
+    ``instead`` names the options that take the place of other settings. An unknown setting is left to :func:`build`.
+    """
+    for key, option in given.items():
+        if key in known_keys() and key not in used:
+            remedy = f"give {instead[key]} instead" if key in instead else "leave it out"
+            raise InputError(f"{option} has no effect on {command}: {remedy}.")
 
 
 def add_set_argument(parser: ArgumentParser) -> None:
@@ -50,330 +93,40 @@ def add_set_argument(parser: ArgumentParser) -> None:
     )
 
 
-def presets() -> list[str]:
-    """Return the names of the presets, which are the configurations in this package."""
-    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+def add_data_argument(parser: ArgumentParser, text: str) -> None:
+    """Add the argument ``--data``, which gives the setting ``data.path``, with the help ``text``."""
+    parser.add_argument("--data", "--data.path", metavar="FILE", action=_Setting, const="data.path", default=[], help=text)
 
 
-def build(config: str | Path | None = None, assignments: Iterable[str] = ()) -> RunConfig:
-    """Return the configuration of the YAML file or preset ``config``, changed by ``section.key=value`` assignments.
+def add_arguments(parser: ArgumentParser, keys: Iterable[str], usual: str | None = None) -> None:
+    """Add ``--set``, and an option for each setting of ``keys``. Their values are in ``assignments``, in their order.
 
-    If a file and a preset have the name ``config``, the file is used. Raises :class:`InputError`, which names the file or
-    argument and the key, for an unknown key, a wrong type or a bad value.
+    ``usual`` names the default in the help; without it the help shows the value. ``data.path`` gets no option here.
     """
-    settings: list[Setting] = []
-    if config is not None:
-        source = _find(config)
-        settings += _flatten(printable(str(source)), _read(source))
-    settings += [_assignment(text) for text in assignments]
-    return _run_config(settings)
+    wanted, groups = set(keys), {}
+    add_set_argument(parser)
+    for row in setting_table.rows():
+        section = row.key.rpartition(".")[0]
+        if row.key in wanted and row.key != "data.path":
+            if section not in groups:
+                groups[section] = parser.add_argument_group(
+                    f"settings in {section}" if section else "other settings", setting_table.heading(section)
+                )
+            # argparse reads a percent sign as the name of a value.
+            meaning = setting_table.plain(row.meaning).replace("%", "%%")
+            metavar = _METAVARS.get(row.kind.removesuffix(" or null"), "LIST")
+            text = f"{meaning} (default: {usual or row.default})"
+            groups[section].add_argument(f"--{row.key}", metavar=metavar, action=_Setting, const=row.key, default=[], help=text)
 
 
-def dump(config: RunConfig) -> str:
-    """Return ``config`` as YAML with every setting, which :func:`build` can read.
+class _Setting(Action):
+    """An option that gives the setting ``const``."""
 
-    Raises :class:`InputError` for a text that YAML cannot hold.
-    """
-    values = config.to_dict()
-    values["model"] = {**_model_values(LARESConfig.preview()), **values["model"]}
-    yaml, load = require("yaml", "train", _FEATURE), _loader()
+    def __init__(self, option_strings: Sequence[str], dest: str, **how: Any) -> None:
+        super().__init__(option_strings, "assignments", **how)
 
-    class Dumper(yaml.SafeDumper):  # type: ignore[name-defined,misc]
-        """Quotes texts that would be read as something else, such as 1e3."""
-
-        def represent_str(self, data: str) -> Any:
-            try:
-                plain = load(data) == data
-            except (yaml.YAMLError, ValueError):
-                plain = False
-            return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if plain else "'")
-
-    Dumper.add_representer(str, Dumper.represent_str)
-    text = str(yaml.dump(values, Dumper=Dumper, sort_keys=False))
-    _require_same(values, text)
-    return text
-
-
-def _require_same(values: dict[str, Any], text: str) -> None:
-    """Raise :class:`InputError` unless the settings in ``text`` are read as ``values``."""
-    yaml, found = require("yaml", "train", _FEATURE), None
-    with suppress(yaml.YAMLError, ValueError):
-        found = _run_config(list(_flatten("", _loader()(text)))).to_dict()
-    if found == values:
-        return
-    for section, inner in values.items():
-        for key, value in inner.items() if isinstance(inner, dict) else ():
-            if isinstance(value, str) and (found[section][key] != value if found else not value.isprintable()):
-                raise InputError(f"config.yaml cannot hold {value!r} as {section}.{key}: rename the file or the column.")
-    raise InputError("config.yaml cannot hold the settings: please report this.")
-
-
-def _loader() -> Callable[[str], Any]:
-    """Return the function that reads YAML: numbers are those of jsonargparse."""
-    load: Callable[[str], Any] = require("jsonargparse", "train", _FEATURE).get_loader("yaml")
-    return load
-
-
-def save(path: Path, config: RunConfig) -> None:
-    """Atomically write ``config`` as YAML below a line with its checksum."""
-    text = dump(config)
-    write_text(path, f"{_MARK}{_checksum(text)}; change settings with --set\n{text}")
-
-
-def is_written(path: Path) -> bool:
-    """Return whether :func:`save` wrote the file ``path``, which may have been edited since then."""
-    try:
-        with open_regular(path) as file:
-            return file.read(len(_MARK)) == _MARK.encode()
-    except (OSError, InputError):
-        return False
-
-
-def known_keys() -> list[str]:
-    """Return all dotted keys."""
-    sections = [f"{name}.{field.name}" for name, kind in SECTIONS.items() for field in fields(kind)]
-    return [*(key for key in sections if key != "model.n_items"), *_TOP]
-
-
-def _find(config: str | Path) -> Path:
-    # Unlike Path.is_file, this raises no error for a name that is too long.
-    if os.path.isfile(config):
-        return Path(config)
-    if str(config) in presets():
-        return _PRESETS / f"{config}.yaml"
-    raise InputError(
-        f"--config {printable(str(config), 100)} is neither a file nor a preset (presets: {', '.join(presets())})."
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    yaml = require("yaml", "train", _FEATURE)
-    loader = _loader()
-    try:
-        text = io.StringIO(read_small(path, _MOST_BYTES).decode(), newline=None).read()
-        text = _verified(path, text)
-        _require_small(text)
-        values = loader(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "unreadable"
-        raise InputError(f"{path}{place}: this is not valid YAML ({problem}).") from None
-    except InputError:
-        raise
-    except (OSError, ValueError, OverflowError) as error:
-        # The file has undecodable bytes, an impossible date, or a number with thousands of digits.
-        raise InputError(f"{path} cannot be read as a configuration: {str(error)[:200]}.") from None
-    except RecursionError:
-        raise InputError(f"{path} cannot be read as a configuration: it is nested too deeply.") from None
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else _short(values)
-        raise InputError(f"{path} must hold 'key: value' lines, but it holds {found}.")
-    return values
-
-
-def _require_small(text: str) -> None:
-    """Raise the errors of PyYAML if a YAML text has aliases or is nested deeply: a few lines of them can take gigabytes.
-
-    An alias that no anchor defines is left to the loader, because ``*name`` may be a name.
-    """
-    yaml = require("yaml", "train", _FEATURE)
-    if text.count("[") + text.count("{") > _MOST_BRACKETS:
-        raise yaml.composer.ComposerError(problem="it has too many brackets")
-    depth, anchors, problem = 0, False, None
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if anchors and isinstance(event, yaml.AliasEvent):
-            problem = f"aliases such as *{event.anchor:.20} are refused: write the value itself"
-        anchors |= getattr(event, "anchor", None) is not None
-        if depth > _DEEPEST:
-            problem = "it is nested too deeply"
-        if problem:
-            raise yaml.composer.ComposerError(problem=problem, problem_mark=event.start_mark)
-
-
-def _verified(path: Path, text: str) -> str:
-    """Return ``text`` without the line of its checksum. Raise :class:`InputError` if the checksum is wrong."""
-    match = _MARKED.match(text)
-    rest = text[match.end() :] if match else text
-    if match and match[1] == _checksum(rest):
-        return rest
-    if match or _has_rest_of_mark(text):
-        raise InputError(
-            f"{path} was edited or is damaged: undo the edit and change settings with --set, or remove its first line to use "
-            "it as it is."
-        )
-    return text
-
-
-def _has_rest_of_mark(text: str) -> bool:
-    """Return whether a comment in ``text`` has a part of the line of the checksum, as in a damaged file."""
-    comments = [line.partition("#")[2] for line in text.split("\n")]
-    return any("sha256" in comment or _DIGITS.search(comment) for comment in comments)
-
-
-def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _short(value: Any) -> str:
-    """Return a short text for ``value``, because the aliases of YAML can make a value endless."""
-    return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 60
-_SHORT.maxlevel = 2
-
-
-def _flatten(source: str, values: dict[str, Any]) -> Iterable[Setting]:
-    for name, value in values.items():
-        if name not in SECTIONS:
-            yield source, str(name), _flat(source, str(name), value)
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                yield source, f"{name}.{key}", _flat(source, f"{name}.{key}", inner)
-        elif value is not None:
-            raise InputError(
-                f"{source}: {name} must hold settings such as '{_example(name)}: ...', but it holds {_short(value)}."
-            )
-
-
-def _flat(source: str, key: str, value: Any) -> Any:
-    """Return ``value``. Raise :class:`InputError` if it is nested, because no setting is nested."""
-    inner = value if isinstance(value, list) else [value]
-    if any(isinstance(item, dict | list | set | tuple) for item in inner):
-        raise InputError(f"{source}: {_short(key)} must be a value or a list of values, but got {_short(value)}.")
-    for item in inner:
-        _require_plain(source, key, item)
-    return value
-
-
-def _require_plain(source: str, key: str, value: Any) -> None:
-    """Raise :class:`InputError` for a number beyond every setting, and for a text that would be a large YAML structure."""
-    # Python cannot print some of these numbers. jsonargparse reads a text as YAML.
-    if isinstance(value, int) and value.bit_length() > 64:
-        raise InputError(f"{source}: {_short(key)} is a number that is too large for any setting.")
-    if isinstance(value, str):
-        yaml = require("yaml", "train", _FEATURE)
-        try:
-            _require_small(value)
-        except yaml.composer.ComposerError as error:
-            raise InputError(f"{source}: {_short(key)} has a text that is not read ({error.problem}).") from None
-        except yaml.YAMLError:
-            # This is an ordinary text.
-            pass
-
-
-def _example(section: str) -> str:
-    return next(field.name for field in fields(SECTIONS[section]) if field.name != "n_items")
-
-
-def _assignment(text: str) -> Setting:
-    key, equals, value = text.partition("=")
-    shown = printable(text, 100)
-    if not equals:
-        raise InputError(f"--set {shown} must have the form section.key=value, for example --set spt.lr=0.001.")
-    _require_plain(f"--set {shown}", key.strip(), value.strip())
-    return f"--set {shown}", key.strip(), value.strip()
-
-
-def _run_config(settings: list[Setting]) -> RunConfig:
-    known = known_keys()
-    wanted: dict[str, Setting] = {}
-    for setting in settings:
-        source, key, _ = setting
-        if key not in known:
-            raise InputError(f"{source}: unknown setting {_short(key)}; did you mean {_nearest(key[:100], known)!r}?")
-        wanted[key] = setting
-    values = _typed(list(wanted.values()))
-    origin = {key.split(".")[0]: source for key, (source, _, _) in wanted.items()}
-    if not 0 <= values.get("seed", 0) < 2**64:
-        raise InputError(f"{origin['seed']}: seed must be in 0..2**64-1, but got {values['seed']}.")
-    built = {name: _construct(name, values.pop(name, {}), origin.get(name)) for name in SECTIONS}
-    try:
-        return RunConfig(**{**built, **values})
-    except InputError as error:
-        raise InputError(f"{origin.get(str(error.setting), '')}: {error}".removeprefix(": ")) from None
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    """Return the most similar known key: in the section of ``key``, else with the last part of ``key``, else among all."""
-    section, _, name = key.rpartition(".")
-    same_section = [full for full in known if full.rpartition(".")[0] == section]
-    same_name = [full for full in known if full.rpartition(".")[2] == name]
-    for candidates in (same_section, same_name):
-        if close := difflib.get_close_matches(key, candidates, 1, cutoff=0.6):
-            return close[0]
-    return difflib.get_close_matches(key, known, 1, cutoff=0.0)[0]
-
-
-def _typed(settings: list[Setting]) -> dict[str, Any]:
-    """Return the values by section and name. jsonargparse converts them to the types of their settings."""
-    nested: dict[str, Any] = {}
-    for _, key, value in settings:
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    try:
-        parsed = _parser().parse_object(nested)
-    except Exception:
-        if len(settings) == 1:
-            source, key, value = settings[0]
-            raise InputError(f"{source}: {key} must be {_in_words(_kind(key))}, but got {_short(value)}.") from None
-        # Find the setting that is wrong.
-        for setting in settings:
-            _typed([setting])
-        raise
-    for source, key, _ in settings:
-        _require_plain(source, key, parsed[key])
-        section, _, name = key.rpartition(".")
-        (nested[section] if section else nested)[name] = parsed[key]
-    return nested
-
-
-def _kind(key: str) -> str:
-    """Return the type annotation of a setting as text."""
-    section, _, name = key.rpartition(".")
-    return next(str(field.type) for field in fields(SECTIONS.get(section, RunConfig)) if field.name == name)
-
-
-def _in_words(kind: str) -> str:
-    words = {
-        "int": "an integer",
-        "float": "a number",
-        "bool": "true or false",
-        "str": "text",
-        "None": "null",
-        "tuple[int, ...]": "a list of integers",
-        "tuple[float, ...]": "a list of numbers",
-    }
-    return " or ".join(words.get(part, part) for part in kind.split(" | "))
-
-
-def _construct(section: str, values: dict[str, Any], source: str | None) -> Any:
-    """Return the dataclass of the section, or for ``model`` its checked values as a dictionary."""
-    try:
-        if section == "model":
-            return _model_values(LARESConfig.preview(**values))
-        return SECTIONS[section](**values)
-    except InputError as error:
-        name = f"model.{error}" if section == "model" else str(error)
-        raise InputError(f"{source}: {name}" if source else name) from None
-
-
-def _model_values(config: LARESConfig) -> dict[str, Any]:
-    values = config.to_dict()
-    del values["n_items"]
-    return values
-
-
-@functools.cache
-def _parser() -> Any:
-    parser = require("jsonargparse", "train", _FEATURE).ArgumentParser(exit_on_error=False)
-    for name, kind in SECTIONS.items():
-        parser.add_class_arguments(kind, name, skip={"n_items"} if name == "model" else None)
-    parser.add_argument("--seed", type=int, default=RunConfig.seed)
-    parser.add_argument("--checkpoint_minutes", type=float, default=RunConfig.checkpoint_minutes)
-    parser.add_argument("--device", type=str, default=RunConfig.device)
-    parser.add_argument("--precision", type=str, default=RunConfig.precision)
-    return parser
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
+        source = printable(f"{self.option_strings[0]} {value}", 100)
+        require_plain(source, self.const, value)
+        # The default list is shared by all options.
+        namespace.assignments = [*namespace.assignments, (source, self.const, value)]

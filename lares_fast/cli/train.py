@@ -1,61 +1,41 @@
-"""``lares-fast train``: train a model, show progress and results, and write the files of the run."""
+"""``lares-fast train``: train a model, show progress and results, and write the files of the run.
+
+This module declares the arguments. It imports :mod:`lares_fast.cli.training`, which needs torch, when they are right.
+"""
 
 from __future__ import annotations
 
-import platform
-import signal
-import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import torch
-
-from lares_fast import __version__, _native, _settings
-from lares_fast._device import choose
-from lares_fast._errors import InputError, LaresFastError, MissingExtraError, printable, with_path
-from lares_fast._memory import require_room
-from lares_fast.cli import outputs, settings, signals, tensorboard
-from lares_fast.cli.console import Console, Event, add_device_arguments, counted, device_text, indented, notice
-from lares_fast.cli.inputs import log_label, open_log, split_log
-from lares_fast.cli.plots import save_curves
-from lares_fast.cli.tables import bound_rows, protocol_text, results_text
-from lares_fast.data import InteractionLog, Split
-from lares_fast.train import Interrupted, RunConfig, Trainer
-from lares_fast.train.config import PHASES
-from lares_fast.train.folder import FILES, holds_run
-from lares_fast.train.memory import require_memory
-
-_REDRAW_SECONDS = 60
-# A plot and its libraries take less.
-_DRAWING = 192 * 2**20
+from lares_fast._errors import InputError, with_path
+from lares_fast.cli import outputs, settings
+from lares_fast.train.config import PHASES, RunConfig
+from lares_fast.train.config_file import dump, known_keys
+from lares_fast.train.files import CONFIG, FILES, holds_run
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``train``."""
     presets = ", ".join(settings.presets())
+    parser.usage = "lares-fast train [--data FILE] [--config FILE] [--SECTION.NAME VALUE ...] [OPTION ...]"
+    settings.add_data_argument(parser, "interaction log; without it, a synthetic log is made")
     parser.add_argument("--config", metavar="FILE", help=f"YAML file or preset: {presets} (default: instruments)")
-    parser.add_argument("--data", metavar="PATH", help="interaction log; without it, a synthetic log is made")
     parser.add_argument("--phase", choices=(*PHASES, "both"), default="both", help="phases to run (default: both)")
-    settings.add_set_argument(parser)
-    add_device_arguments(parser, device=None, precision=None)
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/<data>-<config>-seed<seed>)")
     parser.add_argument("--resume", metavar="DIR", type=Path, help="continue the interrupted run in this folder")
     parser.add_argument("--start-from", metavar="DIR", type=Path, help="start a new run from the phase 1 model of this run")
     parser.add_argument("--tensorboard", action="store_true", help="also write events for TensorBoard into the run folder")
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML and stop")
+    settings.add_arguments(parser, known_keys())
 
 
 def command(arguments: Namespace) -> int:
     """Run ``train``."""
     config, out = _config_and_folder(arguments)
     # Settings that config.yaml cannot hold are refused before anything else is done.
-    text = settings.dump(config)
+    text = dump(config)
     if arguments.print_config:
         print(text, end="")
         return 0
@@ -74,6 +54,9 @@ def command(arguments: Namespace) -> int:
         outputs.require_apart("--out", written, {"--config": [arguments.config], "--data": [config.data.path]})
         outputs.require_own_files("--out", out, FILES, begun=outputs.is_of_run(out))
     phases = PHASES if arguments.phase == "both" else (arguments.phase,)
+    # Imported here, because torch takes seconds.
+    from lares_fast.cli.training import train
+
     train(config, out, phases, start_from=arguments.start_from, use_tensorboard=arguments.tensorboard)
     user = "user-0001" if config.data.path is None else "USER"
     print(f"next     lares-fast recommend {with_path('--run', out)} --k 10 --user {user}")
@@ -87,196 +70,16 @@ def _config_and_folder(arguments: Namespace) -> tuple[RunConfig, Path]:
                 raise InputError(f"--{name} cannot be combined with --resume {arguments.resume}: leave --{name} out.")
         if not holds_run(arguments.resume):
             raise InputError(f"{arguments.resume} has no state.pt: give --resume the folder of a run.")
-    source = arguments.resume / "config.yaml" if arguments.resume else arguments.config
+    source = arguments.resume / CONFIG if arguments.resume else arguments.config
     if arguments.resume and not source.is_file():
         raise InputError(f"{source} does not exist: give --resume the folder of a run.")
     config = settings.build(source, arguments.assignments)
-    path = arguments.data or config.data.path
-    config = replace(
-        config,
-        data=replace(config.data, path=None if path is None else str(Path(path).absolute())),
-        device=arguments.device or config.device,
-        precision=arguments.precision or config.precision,
-    )
+    if config.data.path is not None:
+        config = replace(config, data=replace(config.data, path=str(Path(config.data.path).absolute())))
     name = Path(arguments.config).stem if arguments.config else "instruments"
-    return config, arguments.resume or arguments.out or Path("runs") / f"{log_label(config.data)}-{name}-seed{config.seed}"
+    return config, arguments.resume or arguments.out or Path("runs") / f"{_label(config)}-{name}-seed{config.seed}"
 
 
-def train(
-    config: RunConfig,
-    out: Path,
-    phases: tuple[str, ...],
-    *,
-    start_from: Path | None = None,
-    use_tensorboard: bool = False,
-) -> InteractionLog:
-    """Train into the folder ``out``, show progress, results and plots, and return the log.
-
-    SIGINT, SIGTERM and SIGHUP, and a closed output, save the run before it ends. If the input is bad, no file is written.
-    """
-    stop = _Stop()
-    again = f"lares-fast train {with_path('--resume', out)}" + ("" if len(phases) > 1 else f" --phase {phases[0]}")
-    try:
-        with signals.handling(stop):
-            return _train(config, out, phases, stop, start_from, use_tensorboard)
-    except Interrupted:
-        raise Interrupted(f"stopped and saved; resume with: {again}") from None
-    except KeyboardInterrupt:
-        if holds_run(out):
-            raise Interrupted(f"aborted; resume from the last saved state with: {again}") from None
-        raise Interrupted("aborted before a state was saved; begin the run again.") from None
-
-
-def _train(
-    config: RunConfig,
-    out: Path,
-    phases: tuple[str, ...],
-    stop: _Stop,
-    start_from: Path | None,
-    use_tensorboard: bool,
-) -> InteractionLog:
-    start_tensorboard = tensorboard.listener(out / "tensorboard") if use_tensorboard else None
-    with Console() as console:
-        console.say(header(config.seed))
-        choice = choose(config.device)
-        if (text := device_text(choice)) is not None:
-            console.say(f"{text}; precision {config.precision}")
-        log = open_log(config.data, progress=partial(console.progress, "reading"))
-        split = split_log(config.data, log)
-        if config.data.path is None:
-            console.say("no --data was given, so a synthetic log is made")
-        console.say(f"data     {indented(log.summary())}")
-        console.say(f"split    {split.summary()}")
-        listeners: list[Callable[[Event], None]] = [stop.if_unheard(console)]
-
-        def emit(event: Event) -> None:
-            for listen in listeners:
-                listen(event)
-
-        if not holds_run(out):
-            # A model that is too large is not even made. A run that continues knows what is left to do, and asks later.
-            require_memory(config, log, split, phases, choice.device)
-        trainer = Trainer(config, log, split, out, emit=emit)
-        if start_from is not None:
-            trainer.start_from(start_from)
-        parameters = sum(value.numel() for value in trainer.model.parameters())
-        console.say(f"model    {parameters:,} parameters, T = {trainer.model.config.steps} at evaluation")
-
-        def begin(event: Event) -> None:
-            if event["event"] == "begin":
-                settings.save(out / "config.yaml", config)
-                if start_tensorboard is not None:
-                    listeners.append(start_tensorboard())
-
-        listeners.append(begin)
-        curves = _Curves(trainer, f"{log.name}, seed {config.seed}")
-        listeners.append(curves)
-        stop.trainer = trainer
-        try:
-            rows = trainer.run(phases)
-        except Interrupted:
-            curves.draw()
-            raise
-        finally:
-            stop.trainer = None
-        curves.draw()
-        console.say("\n" + run_table(rows, log, split, config))
-        names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-        console.say(f"\nsaved    {out}: {', '.join(names)}")
-    return log
-
-
-def header(seed: int) -> str:
-    """Return two lines about the software, the threads, the seed and the backend of a run."""
-    info = _native.build_info()
-    requested = _settings.backend()
-    native = f"native CPU code ({info['simd']})" if info["native"] else f"plain PyTorch ({info['reason']})"
-    if requested != "auto":
-        name = "plain PyTorch" if requested == "reference" else requested
-        native = f"{name} (LARES_FAST_BACKEND={requested})"
-    cuda = "built" if info["cuda_built"] else f"not built ({info['cuda_reason']})"
-    return (
-        f"lares_fast {__version__}  torch {torch.__version__}  Python {platform.python_version()}  "
-        f"{counted(torch.get_num_threads(), 'thread')}  seed {seed}\nbackend  {native}; CUDA code {cuda}"
-    )
-
-
-def run_table(rows: list[dict[str, Any]], log: InteractionLog, split: Split, config: RunConfig) -> str:
-    """Return the results table: baselines, for a synthetic log the best possible ranking, and both phases at every T."""
-    tested = [row for row in rows if row["split"] == "test"]
-    baselines = [row for row in tested if row["phase"] not in PHASES]
-    models = [row for row in tested if row["phase"] in PHASES]
-    table = results_text([*baselines, *bound_rows(log, split.test, config.evaluation), *models], config.evaluation.ks)
-    return f"{table}\n\n{protocol_text(log, split, 'test', config.evaluation)}"
-
-
-class _Curves:
-    """Redraw curves.png after a validation, but at most once a minute, because a plot takes a second."""
-
-    def __init__(self, trainer: Trainer, title: str) -> None:
-        self._trainer, self._title = trainer, title
-        self._drawn = time.monotonic()
-        self._possible = True
-
-    def __call__(self, event: Event) -> None:
-        if event["event"] == "valid" and time.monotonic() - self._drawn > _REDRAW_SECONDS:
-            self.draw()
-
-    def draw(self) -> None:
-        self._drawn = time.monotonic()
-        if not self._possible:
-            return
-        try:
-            # NumPy's OpenBLAS ends the process if it gets no memory.
-            require_room(_DRAWING, "curves.png is not drawn, because it")
-        except InputError as error:
-            notice(str(error))
-            return
-        try:
-            save_curves(self._trainer.out / "curves.png", self._trainer.state.history, self._title)
-        except MissingExtraError as error:
-            self._possible = False
-            notice(str(error))
-        except LaresFastError:
-            raise
-        except Exception as error:
-            # matplotlib has settings of the user, such as LaTeX. No picture is worth a run.
-            notice(printable(f"curves.png is not drawn, because matplotlib raised {type(error).__name__}: {error}"))
-
-
-class _Stop:
-    """What signals do, and output that nobody reads. ``trainer`` is the trainer that is running, if any."""
-
-    trainer: Trainer | None = None
-    requested = False
-
-    def __call__(self, number: int, _: FrameType | None) -> None:
-        """Have the trainer save the run after the current step. A second SIGINT, or no trainer, aborts at once."""
-        if self.trainer is None or (self.requested and number == signal.SIGINT):
-            raise KeyboardInterrupt
-        self._save(
-            self.trainer, f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to abort without saving"
-        )
-
-    def _save(self, trainer: Trainer, text: str) -> None:
-        self.requested = True
-        trainer.request_stop()
-        # This fails if a signal interrupts another line on stderr, or if the terminal is closed.
-        with suppress(RuntimeError, OSError):
-            notice(text)
-
-    def if_unheard(self, console: Console) -> Callable[[Event], None]:
-        """Return a listener that shows events, and has the trainer save the run when the output cannot be written any more."""
-
-        def show(event: Event) -> None:
-            try:
-                console(event)
-            except OSError as error:
-                if self.trainer is None:
-                    raise
-                if not self.requested:
-                    self._save(
-                        self.trainer, f"the output cannot be written any more ({error.strerror}): saving after this step"
-                    )
-
-        return show
+def _label(config: RunConfig) -> str:
+    """Return a short name of the log, for folders."""
+    return Path(config.data.path).name.split(".")[0] or "data" if config.data.path else "synthetic"

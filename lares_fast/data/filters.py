@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from lares_fast._errors import InputError
 from lares_fast._numbers import choice, number, whole
+from lares_fast.config import DUPLICATES
 from lares_fast.data._order import stable_order
-
-DUPLICATES = ("keep", "same-time", "first", "last")
 
 _REPEATED = {
     "same-time": "repeated events of one user, item and time",

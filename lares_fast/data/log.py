@@ -41,6 +41,9 @@ class InteractionLog:
         Counts of the events and users that reading left out, by reason.
     ``synthetic``
         Whether a generator made the events. They then describe no real person.
+    ``source``
+        The settings in ``data`` of a run that read or draw this log again, such as ``{"path": "/logs/shop.csv"}``. ``None``
+        if the log was made in memory.
     """
 
     items: NDArray[np.int32]
@@ -51,6 +54,7 @@ class InteractionLog:
     name: str = "memory"
     dropped: dict[str, int] = field(default_factory=dict)
     synthetic: bool = False
+    source: dict[str, Any] | None = None
 
     @property
     def n_users(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,18 +88,32 @@ def read_log(
     filters = Filters(min_rating=min_rating, duplicates=duplicates, min_events=min_events, min_item_events=min_item_events)
     check_file(source)
     with allocating(f"the log {source}", "end other programs, or read a part of the log"):
-        chosen = detect_format(source) if format == "auto" else format
-        delimiter = checked_separator(separator, chosen, source)
-        if chosen in LISTS:
-            return _read_lists(source, chosen, columns, filters, progress)
-        names = _column_names(columns, filters)
-        if chosen == "csv":
-            events = read_csv(source, names, filters, progress, delimiter)
-        elif chosen == "parquet":
-            events = read_parquet(source, names, filters, progress)
-        else:
-            events = _read_cells(source, names, filters, progress, None if chosen == "inter" else _MOVIELENS)
-        return assemble(*events, name=source.name, filters=filters)
+        log = _read(source, format, columns, separator, filters, progress)
+    names = {role: "none" if (role, name) == ("time", None) else name for role, name in (columns or {}).items()}
+    read_again = {**dict.fromkeys(COLUMNS), **names, **vars(filters), "separator": separator}
+    return replace(log, source={"path": str(source.absolute()), "format": format, **read_again})
+
+
+def _read(
+    source: Path,
+    format: str,
+    columns: Mapping[str, str | None] | None,
+    separator: str,
+    filters: Filters,
+    progress: Progress | None,
+) -> InteractionLog:
+    chosen = detect_format(source) if format == "auto" else format
+    delimiter = checked_separator(separator, chosen, source)
+    if chosen in LISTS:
+        return _read_lists(source, chosen, columns, filters, progress)
+    names = _column_names(columns, filters)
+    if chosen == "csv":
+        events = read_csv(source, names, filters, progress, delimiter)
+    elif chosen == "parquet":
+        events = read_parquet(source, names, filters, progress)
+    else:
+        events = _read_cells(source, names, filters, progress, None if chosen == "inter" else _MOVIELENS)
+    return assemble(*events, name=source.name, filters=filters)
 
 
 def _read_lists(

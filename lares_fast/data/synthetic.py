@@ -139,6 +139,10 @@ def synthetic_log(
     gaps = -MEAN_GAP_SECONDS * np.log(1 - draws[..., 2])
     times = (opened[:, None] + np.cumsum(gaps, axis=1)).astype(np.int64)
 
+    # Settings of a run can name the sizes and the seed only.
+    others = {"n_brands": n_brands, "mean_length": mean_length, "loyalty": loyalty}
+    named = others.items() <= (synthetic_log.__kwdefaults__ or {}).items()
+    sizes = {"path": None, "synthetic_users": n_users, "synthetic_items": n_items, "synthetic_seed": seed}
     inside = np.arange(items.shape[1]) < lengths[:, None]
     brand, kind = shop.brand_and_type(np.arange(1, n_items + 1))
     return SyntheticLog(
@@ -149,6 +153,7 @@ def synthetic_log(
         item_ids=np.array(["", *(f"brand{b:02d}-type{k:02d}" for b, k in zip(brand, kind, strict=True))], dtype=object),
         name=f"synthetic shop (seed {seed})",
         synthetic=True,
+        source=sizes if named else None,
         shop=shop,
     )
 

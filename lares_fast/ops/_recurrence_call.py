@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import check_dense, choice
-from lares_fast._random import MOST_STEPS, Draw, drop_threshold, key_of
+from lares_fast._numbers import MOST_STEPS, check_dense, choice
+from lares_fast._random import Draw, drop_threshold, key_of
 from lares_fast.ops._call import Call
 from lares_fast.ops._catalog_checks import check_rows
 from lares_fast.reference.weights import WeightLayout, layout_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lares_fast._errors import InputError
-from lares_fast._random import MOST_STEPS
+from lares_fast._numbers import MOST_STEPS
 from lares_fast._transfer import to_device
 from lares_fast.ops import _triton
 from lares_fast.ops._recurrence_call import RecurrenceCall

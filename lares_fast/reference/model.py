@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lares_fast._errors import InputError
-from lares_fast._numbers import check_stored, flag, is_integer, number, shown, whole
-from lares_fast._random import MOST_STEPS, SITE_INPUT, Draw, root_key
+from lares_fast._numbers import MOST_STEPS, check_stored, flag, is_integer, number, shown, whole
+from lares_fast._random import SITE_INPUT, Draw, root_key
 from lares_fast._transfer import to_device
 from lares_fast.config import LARESConfig
 from lares_fast.reference.attention import attention_mask

@@ -10,11 +10,9 @@ from torch.nn import functional as F
 
 from lares_fast._errors import InputError
 from lares_fast._transfer import to_device
+from lares_fast.config import REWARDS, SCORES
 from lares_fast.reference.model import LARES
 from lares_fast.reference.spt import Pair, Pass
-
-REWARDS = ("recall", "ndcg")
-SCORES = ("dot", "model")
 
 
 class RPTLoss(NamedTuple):

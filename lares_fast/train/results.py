@@ -8,9 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from lares_fast.train.baselines import markov_ranks, popularity_ranks
-from lares_fast.train.metrics import metrics
+from lares_fast.train.ranking import metrics
 
 Row = dict[str, Any]
+
+# The metric that early stopping watches.
+WATCHED = "ndcg@10"
 
 # The baselines of every results table: name -> function that ranks the rows of a split.
 BASELINES = {"popularity": popularity_ranks, "markov": markov_ranks}

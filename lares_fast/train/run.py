@@ -21,8 +21,9 @@ from lares_fast.model import LARES
 from lares_fast.train.checkpoint import StateError, Weights, check_weights, load_into, weights_of
 from lares_fast.train.config import PhaseConfig, RunConfig, needs_start
 from lares_fast.train.events import Event, Events, Listener
+from lares_fast.train.files import ITEMS, MODEL, NEWEST, OLDER
 from lares_fast.train.finite import NotFiniteError, all_finite
-from lares_fast.train.folder import ITEMS, MODEL, NEWEST, OLDER, RunFolder
+from lares_fast.train.folder import RunFolder
 from lares_fast.train.identity import ABOUT, identity_of, require_same
 from lares_fast.train.keys import initial_weights_seed
 from lares_fast.train.optimizer import adam, moments, saved_state
@@ -150,8 +151,19 @@ class Run:
             parts += [*self.best.values(), *moments(self._loaded_optimizer)]
         return sum(value.nbytes for value in parts)
 
+    def add_step(self, values: dict[str, float], *, grad_norm: float, lr: float) -> None:
+        """Count one step. ``values`` are the loss and its parts."""
+        progress = self.state.progress
+        progress.add_step(values)
+        row = {"epoch": progress.epoch + 1, "number": progress.steps, **values, "grad_norm": grad_norm, "lr": lr}
+        self.folder.steps.add(self.state.phase, row)
+
     def save(self) -> None:
-        """Write state.pt and metrics.csv. Raises :class:`NotFiniteError` for weights or moments that are not finite."""
+        """Write state.pt, metrics.csv and the rows of the last steps.
+
+        Raises :class:`NotFiniteError` for weights or moments that are not finite.
+        """
+        self.folder.steps.flush()
         saved = SavedRun(
             state=self.state,
             optimizer=self._optimizer_state(),

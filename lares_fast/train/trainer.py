@@ -19,6 +19,7 @@ from lares_fast._memory import allocating, enough_memory
 from lares_fast._torch_state import require_defaults
 from lares_fast.data import InteractionLog, Split
 from lares_fast.model import LARES
+from lares_fast.train import config_file
 from lares_fast.train.config import PHASES, RunConfig, checked_phases, needs_start
 from lares_fast.train.epoch import train_epoch
 from lares_fast.train.events import Event, Interrupted
@@ -26,13 +27,17 @@ from lares_fast.train.keys import epoch_key, phase_key
 from lares_fast.train.memory import require_memory
 from lares_fast.train.phases import Phase, make_phase
 from lares_fast.train.run import Run
+from lares_fast.train.source import with_source
 from lares_fast.train.state import RunState
 from lares_fast.train.steps import make_steps
-from lares_fast.train.validation import rank_baselines, rank_test_rows, validate
+from lares_fast.train.validation import rank_baselines, rank_test_rows, tell_of_start, validate
 
 
 class Trainer:
     """A run of one or both phases in the folder ``out``.
+
+    The run writes its settings into config.yaml, with the settings that read ``log`` again if a file or
+    :func:`lares_fast.data.synthetic_log` gave it. :attr:`config` has them, too.
 
     ``emit`` is called with each event, a dictionary whose entry ``event`` names its kind: progress bars and logs listen to
     it. It may call :meth:`request_stop`.
@@ -56,7 +61,7 @@ class Trainer:
         """
         require_defaults()
         # The listener may change the working directory.
-        self.config, self.log, self.split, self.out = config, log, split, Path(out).absolute()
+        self.config, self.log, self.split, self.out = with_source(config, log, split), log, split, Path(out).absolute()
         self._emit = emit
         self._start: Path | None = None
         # Whether an error has ended the run. Its model and its table of results may not fit each other.
@@ -118,9 +123,12 @@ class Trainer:
         if all(map(needs_start, wanted)) and not needs_start(run.state.phase) and not run.best:
             raise InputError(f"{self.out} holds no model of phase spt: run --phase spt or both first.")
         left = [phase for phase in PHASES[PHASES.index(run.state.phase) :] if phase in wanted and not self._is_over(phase)]
+        # Settings that config.yaml cannot hold are refused before anything is written.
+        settings = config_file.dump(self.config)
         require_memory(self.config, self.log, self.split, left, run.device, run.held_bytes())
         with run.folder.holding(tell=lambda text: run.news.append({"event": "notice", "text": text})):
-            # The listener may write the first file of the run now.
+            run.folder.write_config(settings)
+            # The listener may write files of its own now.
             run.events.show("begin")
             try:
                 with (
@@ -162,6 +170,7 @@ class Trainer:
             setting = f"{phase}.batch_size"
             with enough_memory(getattr(self.config, phase).batch_size, setting, setting):
                 _train_phase(run, make_phase(run))
+                tell_of_start(run)
                 if self.config.evaluation.test:
                     rank_test_rows(run)
         if run.best:

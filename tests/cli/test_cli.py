@@ -10,20 +10,20 @@ import pytest
 
 from lares_fast import ops
 from lares_fast.cli import settings
+from lares_fast.train import config_file
 from tests.support.command_line import is_one_sentence, metrics_csv, python, refused, results_of
 
 
 def test_a_run_leaves_its_files(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
-        *("config.yaml", "metrics.csv", "events.jsonl", "curves.png", "model.safetensors", "item_ids.json", "state.pt"),
-        "state.previous.pt",
+        *("config.yaml", "metrics.csv", "events.jsonl", "model.safetensors", "item_ids.json", "state.pt"),
+        *("state.previous.pt", "steps-spt.csv", "steps-rpt.csv", "results.svg", "report.html"),
     }
-    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
     phases = {(row["phase"], row["split"]) for row in metrics_csv(trained)}
     assert phases >= {("popularity", "test"), ("markov", "test"), ("spt", "valid"), ("spt", "test"), ("rpt", "test")}
     for line in (trained / "events.jsonl").read_text().splitlines():
-        assert json.loads(line)["event"] in ("valid", "test", "filtered")
+        assert json.loads(line)["event"] in ("valid", "test", "filtered", "notice")
 
 
 def test_train_without_data_says_that_it_makes_some(cli, small_settings):
@@ -132,19 +132,19 @@ def test_recommend_to_a_file(cli, trained, tmp_path, ending):
 def test_demo_shows_a_table_plots_and_three_recommendations(cli):
     quick = ["data.synthetic_users=60", "data.synthetic_items=60", "spt.epochs=1", "rpt.epochs=1", "rpt.filter_top=60"]
     arguments = [word for setting in quick for word in ("--set", setting)]
-    settings.save(Path("runs/demo/config.yaml"), settings.build("demo"))
+    config_file.save(Path("runs/demo/config.yaml"), settings.build("demo"))
     Path("runs/demo/state.pt").write_text("of an earlier demo, to be replaced")
     result = cli("demo", *arguments)
     assert result.code == 0 and result.err == ""
     for name in ("popularity", "Markov chain", "best possible", "LARES rpt T=1"):
         assert name in results_of(result.out, "history not masked")
-    assert result.out.count("    recommended ") == 3 and "curves.png" in result.out and "synthetic" in result.out
+    assert result.out.count("    recommended ") == 3 and "report.html" in result.out and "synthetic" in result.out
 
 
 def test_demo_replaces_nothing_but_a_demo(cli, trained, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "novel.txt").write_text("chapter 1")
-    settings.save(tmp_path / "synthetic" / "config.yaml", settings.build("tiny"))
+    config_file.save(tmp_path / "synthetic" / "config.yaml", settings.build("tiny"))
     for folder in (trained, tmp_path / "mine", tmp_path / "synthetic"):
         before = sorted(folder.iterdir())
         result = cli("demo", "--out", folder)
@@ -189,7 +189,7 @@ def test_changed_settings_are_shown(cli, runs, tmp_path):
 
 @pytest.mark.parametrize(("asked", "shown"), [("reference", "plain PyTorch (LARES_FAST_BACKEND=reference)"), ("auto", "")])
 def test_the_header_tells_what_computes(monkeypatch, asked, shown):
-    from lares_fast.cli.train import header
+    from lares_fast.cli.training import header
 
     monkeypatch.setenv("LARES_FAST_BACKEND", asked)
     backend = header(1).splitlines()[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lares_fast import LARES, _device
-from lares_fast.cli import doctor, evaluate, recommend
+from lares_fast.cli import doctor, evaluation, recommending
 from lares_fast.cli.console import device_text
 from tests.support.command_line import refused
 
@@ -24,7 +24,7 @@ def test_a_device_is_chosen_before_the_work(cli, trained, command, monkeypatch):
     assert refused(cli(*call, "--device", "gpu:1"), "did you mean 'cuda:1'?")
 
 
-@pytest.mark.parametrize(("command", "module"), [("eval", evaluate), ("recommend", recommend)])
+@pytest.mark.parametrize(("command", "module"), [("eval", evaluation), ("recommend", recommending)])
 def test_a_gpu_that_cannot_be_used_is_shown(cli, trained, command, module, monkeypatch):
     monkeypatch.setattr(module, "choose", lambda name: _device.Choice(CPU, "cuda:0 cannot be used, because it is old", True))
     result = cli(command, "--run", trained, *(("--history", "i1") if command == "recommend" else ()))
@@ -66,7 +66,7 @@ def test_too_little_memory_names_the_flag_of_the_command(cli, trained, monkeypat
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(LARES, "encode", full)
-    result = cli("recommend", "--run", trained, "--history", "i1", "--batch-size", "64")
-    assert refused(result, "not enough for batch_size 64: try batch_size 32 (--batch-size 32).")
+    result = cli("recommend", "--run", trained, "--history", "i1", "--evaluation.batch_size", "64")
+    assert refused(result, "not enough for batch_size 64: try batch_size 32 (--set evaluation.batch_size=32).")
     result = cli("eval", "--run", trained, "--set", "evaluation.batch_size=50")
     assert refused(result, "not enough for batch_size 50: try batch_size 25 (--set evaluation.batch_size=25).")

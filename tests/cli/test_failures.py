@@ -122,12 +122,12 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(small_settings, log
     running = python("-m", "lares_fast", *words)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, "next     lares-fast recommend" in out) == (0, True), err
-    assert err.startswith("lares-fast: curves.png is not drawn, because matplotlib raised")
+    assert err.startswith("lares-fast: results.svg is not drawn, because matplotlib raised")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_state(cli, small_settings, log_file, monkeypatch, number):
-    monkeypatch.setattr("lares_fast.cli.train.split_log", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr("lares_fast.cli.training.split_log", lambda *_: os.kill(os.getpid(), number))
     result = cli("train", *small_settings, "--data", log_file, "--out", "run")
     assert (result.code, result.written) == (130, [])
     assert result.err == "lares-fast: aborted before a state was saved; begin the run again.\n"

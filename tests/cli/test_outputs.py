@@ -109,7 +109,7 @@ def test_a_run_that_was_killed_before_its_first_state_begins_again(cli, log_file
         patch.setattr("lares_fast.train.trainer.rank_baselines", killed)
         assert cli(*train).code == 130 and {path.name for path in Path("run").iterdir()} == {"config.yaml", "notes.txt"}
     shutil.copytree("run", "other")
-    monkeypatch.setattr("lares_fast.cli.train.train", lambda *_, **__: None)
+    monkeypatch.setattr("lares_fast.cli.training.train", lambda *_, **__: None)
     assert cli(*train).code == 0 and cli("train", "--config", "other/config.yaml", "--out", "run").code == 0
     assert is_refused(cli("train", "--config", "run/config.yaml", "--out", "run"), "--out", "--config")
 

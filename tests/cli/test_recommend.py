@@ -14,23 +14,22 @@ from tests.support.command_line import events, refused, write_csv
 # What recommend reads
 
 
-def test_recommend_names_its_own_flags(cli, runs, tmp_path):
+def test_recommend_names_the_settings_of_a_log(cli, runs, tmp_path):
     run, _ = runs["integers"]
     rows = [(7, 1, 1), (7, 2, 2), (8, 3, 1)]
     expected = cli("recommend", "--run", run, "--input", write_csv(tmp_path / "a.csv", rows)).out
     without = write_csv(tmp_path / "b.csv", [row[:2] for row in rows], ("user_id", "item_id"))
-    assert refused(cli("recommend", "--run", run, "--input", without), "--columns time=none")
-    assert cli("recommend", "--run", run, "--input", without, "--columns", "time=none").out == expected
+    assert refused(cli("recommend", "--run", run, "--input", without), "--set data.time=none")
+    assert cli("recommend", "--run", run, "--input", without, "--data.time", "none").out == expected
     named = write_csv(tmp_path / "c.csv", rows, ("who", "what, exactly".replace(",", ";"), "when"))
     result = cli("recommend", "--run", run, "--input", named)
-    assert refused(result, "--columns user=NAME") and "--set" not in result.err
-    assert (
-        cli("recommend", "--run", run, "--input", named, "--columns", "user=who,item=what; exactly,time=when").out == expected
-    )
+    assert refused(result, "--set data.user=NAME")
+    names = ["--data.user", "who", "--set", "data.item=what; exactly", "--data.time=when"]
+    assert cli("recommend", "--run", run, "--input", named, *names).out == expected
     shutil.copy(tmp_path / "a.csv", tmp_path / "a.dat")
-    assert cli("recommend", "--run", run, "--input", tmp_path / "a.dat", "--format", "csv").out == expected
-    for columns in ("who", "user=", "name=x", "", "user"):
-        assert refused(cli("recommend", "--run", run, "--input", named, "--columns", columns), "--columns")
+    assert cli("recommend", "--run", run, "--input", tmp_path / "a.dat", "--data.format", "csv").out == expected
+    wrong = cli("recommend", "--run", run, "--input", named, "--columns", "user=who")
+    assert refused(wrong, "unrecognized argument --columns", "lares-fast recommend --help")
 
 
 def test_a_run_with_names_of_its_own_reads_logs_without_columns(cli, tmp_path, small_settings):
@@ -72,7 +71,7 @@ def test_settings_say_how_any_file_is_read(cli, runs, tmp_path):
         ("spt.lr=1", ["--input", named]),
         ("data.min_events=2", ["--input", named]),
         ("data.user=who", ["--item", "5"]),
-        ("data.path=x", ["--user", "1", "--data", named]),
+        ("data.path=x", ["--input", named]),
     ):
         assert refused(cli("recommend", "--run", run, *others, "--set", key), f"--set {key.partition('=')[0]} has no effect")
 
@@ -96,7 +95,7 @@ def test_a_run_with_filters_reads_any_histories(cli, tmp_path, small_settings):
     (tmp_path / "new.dat").write_text("7::1::5::1\n7::2::5::2\n")
     assert cli("recommend", "--run", "r", "--input", tmp_path / "new.dat").code == 0
     unrated = write_csv(tmp_path / "new.csv", [(7, 1, 1), (7, 2, 2)])
-    assert refused(cli("recommend", "--run", "r", "--input", unrated), "stars", "--columns rating=NAME", "leave min_rating out")
+    assert refused(cli("recommend", "--run", "r", "--input", unrated), "stars", "--set data.rating=NAME", "leave min_rating out")
     plain = ["--set", "data.min_rating=null", "--set", "data.rating=null"]
     assert cli("recommend", "--run", "r", "--input", unrated, *plain).code == 0
     assert refused(cli("train", "--set", "data.min_item_events=5", "--config", "tiny"), "data.min_item_events", "synthetic log")
@@ -114,7 +113,14 @@ def test_items_with_commas(cli, tmp_path, small_settings):
     by_json = lares_fast.load("run").recommend([titles[:3]]).ids[0]
     assert exact.code == 0 and [row["item"] for row in csv.DictReader(exact.out.splitlines())] == by_json
     wrong = cli("recommend", "--run", "run", "--history", "Fargo, 1996,帰ってきたジェダイ")
-    assert refused(wrong, "'Fargo'", "--item") and wrong.out == ""
+    assert refused(wrong, "may mean the item 'Fargo, 1996'", "JSON list", "--item") and wrong.out == ""
+    assert cli("recommend", "--run", "run", "--history", json.dumps(titles[:3])).out == exact.out
+    assert cli("recommend", "--run", "run", "--history", "film 1, film 2").out == (
+        cli("recommend", "--run", "run", "--history", '["film 1", "film 2"]').out
+    )
+    assert refused(cli("recommend", "--run", "run", "--history", '["film 1", ["film 2"]]'), "list of item ids", "film 2")
+    assert refused(cli("recommend", "--run", "run", "--history", "[]"), "holds no item")
+    assert refused(cli("recommend", "--run", "run", "--history", '["film 1", "film 99"]'), "'film 99'", "JSON list")
     assert refused(cli("recommend", "--run", "run", "--item", "film 1", "--item", "film 99"), "'film 99'")
     assert refused(cli("recommend", "--run", "run", "--history", "film 1,film 99"), "'film 99'")
     assert refused(cli("recommend", "--run", "run", "--history", ", ,"), "holds no item")
@@ -131,7 +137,7 @@ def schema(path):
 @pytest.mark.parametrize(("name", "kind"), [("integers", "int64"), ("texts", "string")])
 def test_types_are_those_of_the_run_and_the_log(cli, runs, tmp_path, name, kind, monkeypatch):
     """The types must not come from the first chunk, which may be empty or hold only ids that look like integers."""
-    monkeypatch.setattr("lares_fast.cli.recommend._CHUNK", 2)
+    monkeypatch.setattr("lares_fast.cli.recommending._CHUNK", 2)
     run, _ = runs[name]
     known = 5 if name == "integers" else "n5"
     shapes = set()
@@ -159,7 +165,7 @@ def test_types_are_those_of_the_run_and_the_log(cli, runs, tmp_path, name, kind,
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_a_failure_leaves_the_old_output_and_no_temporary(cli, runs, tmp_path, ending, monkeypatch):
     run, _ = runs["integers"]
-    monkeypatch.setattr("lares_fast.cli.recommend._CHUNK", 1)
+    monkeypatch.setattr("lares_fast.cli.recommending._CHUNK", 1)
     path, out = write_csv(tmp_path / "new.csv", [(1, 5, 1), (2, 5, 1)]), Path(f"out.{ending}")
     out.write_text("old")
     whole, calls = lares_fast.Recommender.recommend, []

@@ -5,8 +5,9 @@ import shutil
 import pytest
 
 from lares_fast._errors import InputError
-from lares_fast.cli.settings import build, dump
+from lares_fast.cli.settings import build
 from lares_fast.train import DataConfig, RunConfig
+from lares_fast.train.config_file import dump
 from tests.support.command_line import refused, write_csv
 
 

@@ -8,7 +8,7 @@ from lares_fast import LARESConfig
 from lares_fast._errors import InputError
 from lares_fast.cli import settings
 from lares_fast.config import PRESETS
-from lares_fast.train import RunConfig
+from lares_fast.train import RunConfig, config_file
 
 
 def as_built(config):
@@ -21,19 +21,19 @@ def as_built(config):
 def test_instruments_is_exactly_the_defaults():
     assert as_built(settings.build("instruments")) == as_built(RunConfig()) == as_built(settings.build())
     text = (settings._PRESETS / "instruments.yaml").read_text()
-    for key in settings.known_keys():
+    for key in config_file.known_keys():
         assert f"{key.rpartition('.')[2]}:" in text
 
 
 def test_tiny_is_the_model_preset():
-    model = settings._read(settings._PRESETS / "tiny.yaml")["model"]
+    model = config_file._read(settings._PRESETS / "tiny.yaml")["model"]
     assert model == PRESETS["tiny"]
 
 
 @pytest.mark.parametrize("name", settings.presets())
 def test_shipped_configurations_survive_a_round_trip(name, tmp_path):
     config = settings.build(name)
-    settings.save(tmp_path / "c.yaml", config)
+    config_file.save(tmp_path / "c.yaml", config)
     assert settings.build(tmp_path / "c.yaml") == config
 
 
@@ -106,7 +106,7 @@ def test_an_unknown_configuration_lists_the_shipped_ones():
 
 def test_every_setting_has_a_key():
     names = {field.name for field in dataclasses.fields(RunConfig)}
-    assert names == {key.split(".")[0] for key in settings.known_keys()}
+    assert names == {key.split(".")[0] for key in config_file.known_keys()}
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -182,7 +182,7 @@ def test_a_pipe_as_configuration_is_not_waited_for(tmp_path):
         with pytest.raises(InputError, match="neither a file nor a preset"):
             settings.build(path)
     with pytest.raises(InputError, match="is not a file"):
-        settings._read(tmp_path / "pipe")
+        config_file._read(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1e400", "[" * 5000, "9" * 5000, "x" * 100_000, "{a: 1}"])
@@ -194,9 +194,9 @@ def test_odd_assignments_are_one_sentence(value):
 def test_the_settings_of_a_run_are_verified(tmp_path):
     path = tmp_path / "config.yaml"
     config = settings.build("tiny")
-    settings.save(path, config)
+    config_file.save(path, config)
     first, _, rest = path.read_text().partition("\n")
-    assert first.startswith("# The sha256 of the lines below is ") and rest == settings.dump(config)
+    assert first.startswith("# The sha256 of the lines below is ") and rest == config_file.dump(config)
     # Line ends of another system and a missing first line do not change the settings.
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert settings.build(path) == config

@@ -88,7 +88,7 @@ def test_messages_keep_the_spaces_of_a_path(cli, monkeypatch, runs, tmp_path):
     def stopped(*_, **__):
         raise LaresFastError(f"resume with: {with_path('--resume', 'my  run')}\n  now")
 
-    monkeypatch.setattr("lares_fast.cli.train.train", stopped)
+    monkeypatch.setattr("lares_fast.cli.training.train", stopped)
     assert cli("train", "--config", "tiny").err == "lares-fast: error: resume with: --resume 'my  run' now\n"
 
 

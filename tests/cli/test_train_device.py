@@ -3,7 +3,7 @@
 import pytest
 
 from lares_fast import _device
-from lares_fast.cli import settings
+from lares_fast.train import config_file
 from tests.support.command_line import refused
 
 
@@ -33,4 +33,4 @@ def test_flags_win_over_the_file(cli, tmp_path):
     ):  # fmt: skip
         printed = cli(*call, *flags).out
         assert f"device: {device}\n" in printed and f"precision: {precision}\n" in printed
-    assert {"device", "precision"} <= set(settings.known_keys())
+    assert {"device", "precision"} <= set(config_file.known_keys())

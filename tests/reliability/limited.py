@@ -112,9 +112,9 @@ def _child(task: dict[str, Any], err: int, report: int) -> None:
 def _serve() -> None:
     import torch._dynamo
 
-    import lares_fast.cli.evaluate
-    import lares_fast.cli.recommend
-    import lares_fast.cli.train  # noqa: F401 - imported for the processes that are forked
+    import lares_fast.cli.evaluation
+    import lares_fast.cli.recommending
+    import lares_fast.cli.training  # noqa: F401 - imported for the processes that are forked
     from lares_fast import _native
 
     # With too little memory a run refuses to import PyTorch's compiler. It is here, so that tries come further.

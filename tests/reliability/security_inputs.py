@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lares_fast._errors import InputError
 from lares_fast.cli import main, settings
+from lares_fast.train import config_file
 from tests.reliability.counts import Counts
 from tests.support import train_run
 
@@ -153,7 +154,7 @@ def paths(counts: Counts, folder: Path, run: Callable[[list[str]], int], seconds
     trained = folder / "trained"
     train_run.train(trained, ("spt",), spt_epochs=1)
     config = train_run.config(spt_epochs=1)
-    settings.save(trained / "config.yaml", config)
+    config_file.save(trained / "config.yaml", config)
     odd, copy, free = folder / "odd.csv", folder / "copy", folder / "new"
     calls: dict[str, list[str]] = {
         "train --config": ["train", "--config", str(odd), "--out", str(free)],

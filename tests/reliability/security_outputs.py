@@ -14,11 +14,12 @@ import torch
 
 from lares_fast import _files
 from lares_fast._errors import InputError
-from lares_fast.cli import plots, settings
-from lares_fast.cli.recommend import _writer
+from lares_fast.cli import plots
+from lares_fast.cli.recommending import _writer
 from lares_fast.config import LARESConfig
 from lares_fast.gpu_bench.results import Results
 from lares_fast.model import LARES
+from lares_fast.train import config_file
 from lares_fast.train.checkpoint import save_state, save_weights, weights_of
 from lares_fast.train.config import RunConfig
 from lares_fast.verify.gpu_report import Report
@@ -60,7 +61,7 @@ def writers() -> dict[str, Callable[[Path], object]]:
         "state.pt": lambda path: save_state(path, {"x": torch.zeros(3)}),
         "model.safetensors": lambda path: save_weights(path, weights, config),
         "metrics.csv": lambda path: _files.write_text(path, "a,b\n"),
-        "config.yaml": lambda path: settings.save(path, RunConfig()),
+        "config.yaml": lambda path: config_file.save(path, RunConfig()),
         "events.jsonl": lambda path: _files.append_line(path, json.dumps({"event": "begin"})),
         "answers.csv": _lines,
         "answers.parquet": _lines,
@@ -74,7 +75,7 @@ def measure(counts: Counts, folder: Path) -> None:
     """Attack all writers, and the writer that they share."""
     ways: dict[str, Callable[[Path], object]] = writers()
     if not counts.quick:
-        ways["curves.png"] = lambda path: plots.save_curves(path, [], "no run")
+        ways["results.svg"] = lambda path: _files.write_text(path, plots.sheet([], {}, "no run"))
     umasks(counts, folder, ways)
     # It reads the file first.
     del ways["results.json"]

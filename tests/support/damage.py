@@ -6,13 +6,13 @@ from dataclasses import asdict
 import torch
 
 from lares_fast import serve
-from lares_fast.cli import settings
+from lares_fast.train import config_file
 from lares_fast.train.checkpoint import load_state
 from lares_fast.train.folder import RunFolder
 from tests.support import train_run
 
 # The results of a run that depend on the clock.
-CLOCK = ("seconds", "waited", "data_wait")
+CLOCK = ("seconds", "waited", "data_wait", "ms_per_user")
 
 
 def harmed(content, draw):
@@ -65,7 +65,7 @@ def served(folder):
 
 def configured(folder):
     """Return the settings in config.yaml."""
-    return settings.build(folder / "config.yaml").to_dict()
+    return config_file.load(folder / "config.yaml").to_dict()
 
 
 def results(folder):
@@ -79,7 +79,6 @@ def results(folder):
 
 
 def finished_run(folder, **changes):
-    """Train both phases for one epoch each, write config.yaml too, and return the folder."""
+    """Train both phases for one epoch each, and return the folder."""
     train_run.train(folder, spt_epochs=1, rpt_epochs=1, **changes)
-    settings.save(folder / "config.yaml", train_run.config(spt_epochs=1, rpt_epochs=1, **changes))
     return folder

@@ -72,7 +72,7 @@ def test_tampered_parts_of_a_state_are_refused(run, copy):
         "kept": [{"users": torch.zeros(2)}, {"users": torch.zeros(2), "ends": torch.zeros(3)}],
         "identity": [{}, {**whole["identity"], "model": None}],
         "settings": [3, None],
-        "files": [3, None, {}, {"model": "", "events": "", "events_bytes": "x"}],
+        "files": [3, None, {}, {"model": "", "events": "", "events_bytes": "x"}, {**whole["files"], "steps": {"spt": 3}}],
     }
     for key, values in wrong.items():
         for value in values:
@@ -277,7 +277,7 @@ def test_the_harness_counts_a_reader_without_a_checksum(run, tmp_path, monkeypat
         "state.pt": ("zipfile.ZipFile.testzip", lambda self: None),
         "model.safetensors": ("lares_fast.train.checkpoint._verified", metadata),
         "item_ids.json": ("lares_fast.serve.sha256", lambda data: stored),
-        "config.yaml": ("lares_fast.cli.settings._verified", lambda path, text: text.partition("\n")[2]),
+        "config.yaml": ("lares_fast.train.config_file._verified", lambda path, text: text.partition("\n")[2]),
         "metrics.csv": ("lares_fast.train.folder.RunFolder.mend", lambda self, saved: []),
         "events.jsonl": ("lares_fast.train.folder.RunFolder.mend", lambda self, saved: []),
     }
@@ -285,7 +285,7 @@ def test_the_harness_counts_a_reader_without_a_checksum(run, tmp_path, monkeypat
         "state.pt": lambda counts: corrupt.damage_state(counts, run, 5),
         "model.safetensors": lambda counts: corrupt.damage_file(counts, run, "model.safetensors", served, 5),
         "item_ids.json": lambda counts: corrupt.damage_file(counts, run, "item_ids.json", served, 5),
-        "config.yaml": lambda counts: corrupt.damage_file(counts, run, "config.yaml", configured, 8),
+        "config.yaml": lambda counts: corrupt.damage_file(counts, run, "config.yaml", configured, 16),
         "metrics.csv": lambda counts: corrupt.damage_results(counts, run, 5),
         "events.jsonl": lambda counts: corrupt.damage_events(counts, run, 5),
     }

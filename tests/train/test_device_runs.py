@@ -321,11 +321,11 @@ def test_bookkeeping_is_few_launches():
         key = (1, 2)
         for _ in range(2):
             device.launches.clear()
-            batch = made.prepare(torch.arange(128), key)
+            batch = made.prepare([(torch.arange(128), key)])
             made.make(batch, None)
         total = sum(device.launches.values())
         device.launches.clear()
-        _, content = batch[0].opened(DeviceTensor(batch[0].host))
+        _, (content,) = batch[0].opened(DeviceTensor(batch[0].host))
         content = replace(content, inputs=made._log.after(content.inputs))
         device.launches.clear()
         phase(content).backward()

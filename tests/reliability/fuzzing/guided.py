@@ -14,7 +14,7 @@ from typing import Any
 import atheris
 
 # The readers must be imported here for the first time, because their lines are counted.
-with atheris.instrument_imports(include=["lares_fast.data", "lares_fast.cli.settings"]):
+with atheris.instrument_imports(include=["lares_fast.data", "lares_fast.cli.settings", "lares_fast.train.config_file"]):
     from tests.reliability import fuzz_readers
 from tests.reliability.fuzzing import log_files, settings_files
 from tests.reliability.fuzzing.children import Watcher, report

@@ -21,6 +21,7 @@ from lares_fast._errors import LaresFastError
 from lares_fast.cli import settings
 from lares_fast.data import log_from_sequences
 from lares_fast.serve import Recommender, _item_ids
+from lares_fast.train import config_file
 from lares_fast.train.config import RunConfig
 from tests.reliability.fuzzing import log_files, log_parsers
 from tests.reliability.fuzzing.outcomes import sentence_fault
@@ -142,9 +143,9 @@ def _config(random: Random) -> bytes:
     if kind == 1:
         # Settings as users write them.
         return "".join(_line(random) for _ in range(random.randrange(1, 6))).encode("utf-8", "surrogatepass")
-    text = settings.dump(RunConfig()) if kind < 6 else (Path(settings.__file__).parent / "configs" / "tiny.yaml").read_text()
+    text = config_file.dump(RunConfig()) if kind < 6 else (Path(settings.__file__).parent / "configs" / "tiny.yaml").read_text()
     if kind == 2:
-        settings.save(Path("saved.yaml"), RunConfig())
+        config_file.save(Path("saved.yaml"), RunConfig())
         text = Path("saved.yaml").read_text()
     return log_files.damaged(text.encode(), random, _YAML)
 
@@ -161,13 +162,13 @@ def _bomb(random: Random) -> bytes:
 
 
 def _line(random: Random) -> str:
-    section, _, name = random.choice(settings.known_keys()).rpartition(".")
+    section, _, name = random.choice(config_file.known_keys()).rpartition(".")
     value = random.choice(_TEXTS)
     return f"{section}:\n  {name}: {value}\n" if section else f"{name}: {value}\n"
 
 
 def _assignment(random: Random) -> str:
-    key = random.choice(settings.known_keys())
+    key = random.choice(config_file.known_keys())
     if random.random() < 0.1:
         key = random.choice((key + "x", key.upper(), "", ".", "spt", "x" * 5000, "spt.lr.x", "model.n_items", "\n", key + " "))
     return f"{key}={random.choice(_TEXTS)}" if random.random() < 0.97 else key
