@@ -25,7 +25,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--phase", choices=(*PHASES, "both"), default="both", help="phases to run (default: both)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/<data>-<config>-seed<seed>)")
     parser.add_argument("--resume", metavar="DIR", type=Path, help="continue the interrupted run in this folder")
-    parser.add_argument("--start-from", metavar="DIR", type=Path, help="start a new run from the phase 1 model of this run")
+    parser.add_argument(
+        "--start-from",
+        metavar="DIR",
+        type=Path,
+        help="start a new run from the phase 1 model of this run, which may have another log",
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also write events for TensorBoard into the run folder")
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML and stop")
     settings.add_arguments(parser, known_keys())

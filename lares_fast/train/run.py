@@ -18,6 +18,7 @@ from lares_fast._random import DrawFrom, root_key
 from lares_fast.config import LARESConfig
 from lares_fast.data import InteractionLog, Split
 from lares_fast.model import LARES
+from lares_fast.train import warm_start
 from lares_fast.train.checkpoint import StateError, Weights, check_weights, load_into, weights_of
 from lares_fast.train.config import PhaseConfig, RunConfig, needs_start
 from lares_fast.train.events import Event, Events, Listener
@@ -120,11 +121,22 @@ class Run:
                 "from it then."
             ) from None
         # The other run may have any seed.
-        require_same({**saved.state.identity, "seed": self.config.seed}, self.state.identity, run, "start from")
+        theirs = {**saved.state.identity, "seed": self.config.seed}
+        continues = warm_start.is_of_other_log(theirs, self.state.identity)
+        if continues:
+            warm_start.require_fit(theirs, self.state.identity, run)
+        else:
+            require_same(theirs, self.state.identity, run, "start from")
         weights = saved.start if needs_start(saved.state.phase) else saved.state.progress.best
         if not weights:
             raise InputError(f"{run} holds no model of phase spt: run --phase spt there first.")
+        news: list[Event] = []
+        if continues:
+            ids, ours = warm_start.item_ids_of(run, theirs), self.log.item_ids.tolist()
+            weights, counts = warm_start.carry_over(weights, ids, weights_of(self.model), ours, run)
+            news = warm_start.told(run, counts)
         load_into(self.model, weights, path, "best")
+        self.news += news
         self.state.progress.best = weights
         self.state.restarts = saved.state.restarts + 1
 

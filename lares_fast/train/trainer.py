@@ -98,8 +98,14 @@ class Trainer:
 
         Phase ``rpt`` can follow at once. Phase ``spt`` trains the model further, with a new optimizer, other random numbers
         and the settings of this run.
-        Raises :class:`InputError` if the other run has another model or other data or no such model, or if this run has
-        already begun.
+
+        The other run may have another log, such as the log of yesterday. Items are then found by their raw ids, as text: items
+        of both logs keep their rows of the item table, new items begin like those of a new model, and items that are missing
+        here are dropped. A ``notice`` event tells the numbers, and an event ``warm_start`` has them as ``kept``, ``new`` and
+        ``missing``.
+
+        Raises :class:`InputError` if the models differ in more than the number of items, if the same log is split in another
+        way, if no item is in both logs, if the other run has no such model, or if this run has already begun.
         """
         start = Path(run).absolute()
         self._run.start_from(start)
