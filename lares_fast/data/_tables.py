@@ -178,7 +178,13 @@ def _collect(
             if ratings is not None:
                 _add_ratings(ratings, _whole(batch, names["rating"], row, path, arrow), row, arrow)
         row += len(batch)
-    return finish(path, names, columns["user"], columns["item"], times, ratings)
+    try:
+        return finish(path, names, columns["user"], columns["item"], times, ratings)
+    except arrow.ArrowMemoryError:
+        raise
+    except (arrow.ArrowException, UnicodeError):
+        # Parquet files are read without a look at their text.
+        raise InputError(f"{path}: an id is not UTF-8 text, so the file is damaged, or its columns hold bytes.") from None
 
 
 def finish(

@@ -61,6 +61,15 @@ def test_parquet_text_of_every_type_is_numbered_alike(tmp_path, monkeypatch, kin
     assert log.item_ids[log.history(0)].tolist() == values
 
 
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
+def test_an_id_that_is_not_utf8_is_one_sentence(tmp_path, column):
+    offsets, data = np.array([0, 1, 3, 4], np.int32), b"a\xff\xfeb"
+    broken = arrow.Array.from_buffers(arrow.string(), 3, [None, arrow.py_buffer(offsets), arrow.py_buffer(data)])
+    columns = {"user_id": ["u"] * 3, "item_id": ["x", "y", "z"], "timestamp": [1, 2, 3], column: broken}
+    with pytest.raises(InputError, match=r"a\.parquet: an id is not UTF-8 text"):
+        read_log(parquet(tmp_path / "a.parquet", **columns), min_events=1)
+
+
 def test_a_row_longer_than_the_look_at_the_header_is_read(tmp_path):
     rows = [(1, item, item, "x" * 100_000) for item in range(3)]
     header = ["user_id", "item_id", "timestamp", "y" * 100_000]
