@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lares_fast.train.config import needs_start
-from lares_fast.train.results import BASELINES, WATCHED, Row
+from lares_fast.train.config import PHASES, needs_start
+from lares_fast.train.results import BASELINES, COSINE, WATCHED, Row
 
 # States that are as alike as this give nearly the same items to all users.
 COLLAPSED = 0.99
@@ -38,6 +38,16 @@ def about_baselines(phase: str, rows: Sequence[Row], history: str) -> str | None
         f"the best model of phase {phase} has {WATCHED} {model:.4f} on the test rows, history {history}. This is below the "
         f"simple baseline {floors}: train longer (spt.epochs), or try other settings."
     )
+
+
+def about_results(rows: Sequence[Row], history: str) -> list[str]:
+    """Return the sentences about the table ``rows`` of a whole run; ``history`` is as in :func:`about_baselines`."""
+    texts = [about_baselines(phase, rows, history) for phase in PHASES]
+    for phase in PHASES:
+        validated = [row for row in rows if (row["phase"], row["split"]) == (phase, "valid")]
+        if validated:
+            texts.append(about_states(phase, validated[-1]["epoch"], validated[-1].get(COSINE), None))
+    return [text for text in texts if text]
 
 
 def about_start(phase: str, best_epoch: int, best: float) -> str | None:

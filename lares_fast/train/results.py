@@ -14,6 +14,10 @@ Row = dict[str, Any]
 
 # The metric that early stopping watches.
 WATCHED = "ndcg@10"
+# The column of the mean cosine between the states of the validation users.
+COSINE = "state_cosine"
+# The column of the time in which a test row is encoded and ranked, with and without its history.
+MILLISECONDS = "ms_per_user"
 
 # The baselines of every results table: name -> function that ranks the rows of a split.
 BASELINES = {"popularity": popularity_ranks, "markov": markov_ranks}

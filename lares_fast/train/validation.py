@@ -14,13 +14,8 @@ from lares_fast.train.evaluate import MASKED, NOT_MASKED, model_ranks
 from lares_fast.train.finite import NotFiniteError
 from lares_fast.train.keys import evaluation_key
 from lares_fast.train.ranking import metrics
-from lares_fast.train.results import BASELINES, WATCHED, result_rows
+from lares_fast.train.results import BASELINES, COSINE, MILLISECONDS, WATCHED, result_rows
 from lares_fast.train.run import Run
-
-# The column of the mean cosine between the states of the validation users.
-COSINE = "state_cosine"
-# The column of the time in which a test row is encoded and ranked, with and without its history.
-MILLISECONDS = "ms_per_user"
 
 
 def validate(run: Run, epoch: int, means: dict[str, float]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lares_fast.train import Trainer, validation
-from lares_fast.train.advice import about_baselines, about_start, about_states
+from lares_fast.train.advice import about_baselines, about_results, about_start, about_states
 from lares_fast.train.alike import MeanCosine
 from tests.support import train_run
 
@@ -93,6 +93,13 @@ def test_a_run_tells_all_of_it(tmp_path, monkeypatch):
     assert sum("has collapsed in epoch 1 of phase spt" in text for text in notices) == 1
     assert sum("simple baseline" in text for text in notices) == 2
     assert sum("phase rpt has not improved" in text for text in notices) == 1
-    cosines = [row["state_cosine"] for row in trainer.state.history if row["split"] == "valid"]
+    cosines = [row["state_cosine"] for row in trainer.state.history if "epoch" in row and row["split"] == "valid"]
     assert cosines and all(math.isfinite(value) and -1 <= value <= 1 for value in cosines)
     assert "state_cosine" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_the_sentences_about_a_whole_run():
+    rows = [row("popularity", 0.5), row("spt", 0.1), {**row("spt", 0.1, "valid"), "epoch": 3, "state_cosine": 0.995}]
+    texts = about_results(rows, "masked")
+    assert len(texts) == 2 and "simple baseline" in texts[0] and "epoch 3 of phase spt" in texts[1]
+    assert about_results([], "masked") == []
