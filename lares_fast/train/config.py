@@ -16,7 +16,7 @@ from typing import Any
 from lares_fast._errors import InputError
 from lares_fast._numbers import MOST_STEPS, is_truth, number, whole
 from lares_fast._settings import PRECISIONS
-from lares_fast.config import REWARDS, SCORES, LARESConfig
+from lares_fast.config import DUPLICATES, REWARDS, SCORES, LARESConfig
 
 PHASES = ("spt", "rpt")
 SPLITS = ("leave-one-out", "temporal")
@@ -109,6 +109,10 @@ class DataConfig:
     """The format of the file, as in :func:`lares_fast.data.read_log`. ``auto`` detects it.
     ``memory`` stands for a log that a program has made, and that no command can read again.
     """
+    separator: str = "auto"
+    """What separates the columns of a ``csv`` file: ``comma``, ``tab``, ``semicolon`` or ``pipe``. ``auto`` reads it from the
+    header. Columns between tabs have no quotes.
+    """
     user: str | None = None
     """The name of the column with the user ids. ``None`` means ``user_id``."""
     item: str | None = None
@@ -117,6 +121,20 @@ class DataConfig:
     """The name of the column with the times. ``None`` means ``timestamp``. With the text ``none``, events keep the order of the
     file.
     """
+    rating: str | None = None
+    """The name of the column with the ratings, which only ``min_rating`` reads. ``None`` means ``rating``."""
+    min_rating: float | None = None
+    """The first filter of the log: events with a lower rating are left out. ``None`` leaves out none."""
+    duplicates: str = "keep"
+    """The second filter. ``same-time`` keeps one of the events with the same user, item and time. ``first`` and ``last`` keep
+    only the first or the last event of a user with an item. ``keep`` leaves out none.
+    """
+    min_events: int = 3
+    """The last filter, together with ``min_item_events``: users with fewer events are left out. Both are applied in turns until
+    nothing changes.
+    """
+    min_item_events: int = 1
+    """Items with fewer events are left out. With the same number k as in ``min_events``, the rest is the k-core."""
     split: str = "leave-one-out"
     """How rows for validation and test are chosen. ``leave-one-out`` takes the last event of each user for the test and the one
     before it for validation. ``temporal`` has two cut-off times, which are the same for all users.
@@ -134,8 +152,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        if self.split not in SPLITS:
-            raise _wrong_value(self, "split", f"one of {', '.join(SPLITS)}", repr(self.split))
+        _positive(self, "min_events", "min_item_events")
+        for name, allowed in (("split", SPLITS), ("duplicates", DUPLICATES)):
+            if (value := getattr(self, name)) not in allowed:
+                raise _wrong_value(self, name, f"one of {', '.join(allowed)}", repr(value))
 
 
 @dataclass(frozen=True, kw_only=True)

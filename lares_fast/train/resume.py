@@ -50,6 +50,16 @@ def changed_settings(old: dict[str, Any], state: RunState, config: RunConfig, ru
     return changes
 
 
+def changed_data(old: dict[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return (old value, new value) of each setting of the data that differs from ``old``, except the path."""
+    new = settings_of(config)
+    return {
+        name: (old[name], value)
+        for name, value in new.items()
+        if name.startswith("data.") and name != "data.path" and name in old and old[name] != value
+    }
+
+
 def _obstacle(name: str, state: RunState, changes: dict[str, tuple[Any, Any]], new: dict[str, Any]) -> str | None:
     """Return why the setting ``name`` cannot change, or ``None`` if it can."""
     phase, progress = state.phase, state.progress

@@ -11,7 +11,8 @@ from tests.support import train_run
 # Another value for every setting.
 OTHER = {
     "data": {
-        "path": "moved.csv", "format": "csv", "user": "who", "item": "what", "time": "when", "split": "temporal",
+        "path": "moved.csv", "format": "csv", "separator": "tab", "user": "who", "item": "what", "time": "when",
+        "rating": "stars", "min_rating": 4.0, "duplicates": "last", "min_events": 4, "min_item_events": 5, "split": "temporal",
         "valid_fraction": 0.2, "test_fraction": 0.2, "synthetic_users": 7, "synthetic_items": 8, "synthetic_seed": 9,
     },
     "spt": {
