@@ -13,6 +13,7 @@ from lares_fast.cli.console import Event, notice
 from lares_fast.cli.plots import sheet, step_values
 from lares_fast.cli.report_page import page
 from lares_fast.train import Trainer
+from lares_fast.train.advice import about_results
 from lares_fast.train.evaluate import MASKED, NOT_MASKED
 from lares_fast.train.files import REPORT, SHEET
 from lares_fast.train.results import Row
@@ -34,12 +35,9 @@ class Pictures:
         self._drawn = time.monotonic()
         self._possible = True
         self._watched = MASKED if trainer.config.evaluation.watch_masked else NOT_MASKED
-        self._notes: list[str] = []
 
     def __call__(self, event: Event) -> None:
         """Take an event of the run."""
-        if event["event"] == "notice":
-            self._notes.append(event["text"])
         if event["event"] == "valid" and time.monotonic() - self._drawn > _REDRAW_SECONDS:
             self.draw()
 
@@ -67,5 +65,6 @@ class Pictures:
             notice(printable(f"{SHEET} is not drawn, because matplotlib raised {type(error).__name__}: {error}"))
             return
         write_text(out / SHEET, picture)
-        text = page(title=self._title, notes=self._notes, sheet=picture, rows=self._rows_of(history), **self._details)
+        notes = about_results(history, self._watched)
+        text = page(title=self._title, notes=notes, sheet=picture, rows=self._rows_of(history), **self._details)
         write_text(out / REPORT, text)

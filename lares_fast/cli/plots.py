@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lares_fast._files import content
 from lares_fast.train.config import PHASES
 from lares_fast.train.evaluate import MASKED, NOT_MASKED
 from lares_fast.train.files import steps_file
-from lares_fast.train.results import WATCHED, Row
+from lares_fast.train.results import MILLISECONDS, WATCHED, Row
 
 # One colour for each kind of number.
 _NDCG, _LOSS, _REWARD, _KL, _TIME, _FLOOR = "#1f5fa8", "#b3541e", "#2e7d4f", "#7a4fa3", "#8a6d1d", "#666666"
@@ -39,7 +40,9 @@ def sheet(history: Sequence[Row], steps: Mapping[str, Columns], title: str, watc
     from matplotlib.figure import Figure
 
     # A matplotlibrc file of the user may have LaTeX, other fonts or other sizes.
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A letter that the font lacks is drawn as a box.
+        warnings.simplefilter("ignore")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"svg.hashsalt": "lares_fast", "axes.spines.top": False, "axes.spines.right": False})
         two = bool(steps.get("rpt"))
@@ -131,9 +134,9 @@ def _floors(axis: Any, rows: Sequence[Row]) -> None:
 def _time(axis: Any, history: Sequence[Row]) -> None:
     for phase, fill in (("spt", "none"), ("rpt", "full")):
         found = [row for row in history if (row["phase"], row["split"], row["history"]) == (phase, "test", NOT_MASKED)]
-        found = [row for row in found if "ms_per_user" in row]
+        found = [row for row in found if MILLISECONDS in row]
         if found:
-            x, y = [row["test_T"] for row in found], [row["ms_per_user"] for row in found]
+            x, y = [row["test_T"] for row in found], [row[MILLISECONDS] for row in found]
             axis.plot(x, y, color=_TIME, marker="o", fillstyle=fill, markersize=5, label=_PHASE_NAMES[phase])
     if axis.lines:
         axis.set_ylim(bottom=0)

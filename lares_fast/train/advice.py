@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lares_fast.train.config import needs_start
-from lares_fast.train.results import BASELINES, WATCHED, Row
+from lares_fast.train.config import PHASES, needs_start
+from lares_fast.train.results import BASELINES, COSINE_RMS, WATCHED, Row
 
-# States that are as alike as this give nearly the same items to all users.
-COLLAPSED = 0.99
+# If the root mean square of the cosines between states is above this, they lie nearly on one line, and there are only two
+# rankings of the items.
+COLLAPSED = 0.9
 
 
 def about_states(phase: str, epoch: int, cosine: float | None, before: float | None) -> str | None:
-    """Return a sentence if the model has collapsed since the validation before, which found the mean cosine ``before``."""
+    """Return a sentence if the model has collapsed since the validation before.
+
+    ``cosine`` and ``before`` are the root mean square cosines between the states now and then.
+    """
     if epoch == 0 or cosine is None or cosine <= COLLAPSED or (before is not None and before > COLLAPSED):
         return None
     return (
-        f"the model has collapsed in epoch {epoch} of phase {phase}: the states of all users are nearly equal (mean cosine "
-        f"{cosine:.4f}), so they get nearly the same items; if the next epochs do not change this, begin a new run with a "
-        f"higher {phase}.warmup_steps or a lower {phase}.lr."
+        f"the model has collapsed in epoch {epoch} of phase {phase}: the states of all users lie nearly on one line (root mean "
+        f"square cosine {cosine:.4f}), so users get nearly the same items; if the next epochs do not change this, begin a new "
+        f"run with more {phase}.warmup_steps or another {phase}.lr."
     )
 
 
@@ -38,6 +42,16 @@ def about_baselines(phase: str, rows: Sequence[Row], history: str) -> str | None
         f"the best model of phase {phase} has {WATCHED} {model:.4f} on the test rows, history {history}. This is below the "
         f"simple baseline {floors}: train longer (spt.epochs), or try other settings."
     )
+
+
+def about_results(rows: Sequence[Row], history: str) -> list[str]:
+    """Return the sentences about the table ``rows`` of a whole run; ``history`` is as in :func:`about_baselines`."""
+    texts = [about_baselines(phase, rows, history) for phase in PHASES]
+    for phase in PHASES:
+        validated = [row for row in rows if (row["phase"], row["split"]) == (phase, "valid")]
+        if validated:
+            texts.append(about_states(phase, validated[-1]["epoch"], validated[-1].get(COSINE_RMS), None))
+    return [text for text in texts if text]
 
 
 def about_start(phase: str, best_epoch: int, best: float) -> str | None:

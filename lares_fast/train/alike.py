@@ -1,6 +1,8 @@
-"""How alike the states of different users are. Equal states give all users the same items: the model has collapsed."""
+"""How alike the states of different users are. If they are equal, all users get the same items: the model has collapsed."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -9,28 +11,34 @@ from torch.nn import functional as F
 from lares_fast._transfer import to_host
 
 
-class MeanCosine:
-    """The mean cosine between each two of many vectors, which come in batches.
+class Cosines:
+    """The mean, and the root of the mean square, of the cosines between each two of many vectors, which come in batches.
 
-    It is 1 if all vectors have one direction, and near 0 if they have many. It needs memory for one vector only, because the
-    sum of all cosines is the squared length of the sum of the normalised vectors. A vector of zeros has the cosine 0.
+    Both are 1 if all vectors have one direction. The root is 1 also if half of them have the opposite direction, where the mean
+    is 0; so it shows that all vectors lie on one line. Of D random numbers each, it is 1 / sqrt(D). A vector of zeros has the
+    cosine 0 with every other.
+
+    No pair is computed. The sum of all cosines is the squared length of the sum of the normalised vectors, and the sum of
+    their squares is the squared norm of the matrix of second moments [D, D].
     """
 
     def __init__(self) -> None:
-        # The sum of the normalised vectors, and the sum of their squared lengths, which are 1, or 0 for a vector of zeros.
-        self._sums: tuple[Tensor, Tensor] | None = None
+        # The sum of the normalised vectors, their second moments, and the numbers of pairs of a vector with itself.
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
         self._count = 0
 
     def add(self, vectors: Tensor) -> None:
         """Take ``vectors`` [B, D] on any device. Nothing waits for a GPU."""
         unit = F.normalize(vectors.double(), dim=-1)
-        sums = unit.sum(0), unit.square().sum()
-        self._sums = sums if self._sums is None else (self._sums[0] + sums[0], self._sums[1] + sums[1])
+        sums = unit.sum(0), unit.T @ unit, unit.square().sum()
+        self._sums = sums if self._sums is None else tuple(map(torch.add, self._sums, sums))  # type: ignore[assignment]
         self._count += len(vectors)
 
-    def value(self) -> float | None:
-        """Return the mean cosine, or ``None`` for fewer than two vectors. A GPU is waited for."""
+    def values(self) -> tuple[float, float] | None:
+        """Return the mean and the root of the mean square, or ``None`` for fewer than two vectors. A GPU is waited for."""
         if self._sums is None or self._count < 2:
             return None
-        total, own = to_host(torch.stack((self._sums[0].square().sum(), self._sums[1]))).tolist()
-        return (total - own) / (self._count * (self._count - 1))
+        total, moments, own = self._sums
+        cosines, squares, own_ = to_host(torch.stack((total.square().sum(), moments.square().sum(), own))).tolist()
+        pairs = self._count * (self._count - 1)
+        return (cosines - own_) / pairs, math.sqrt(max(0.0, squares - own_) / pairs)

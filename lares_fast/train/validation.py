@@ -8,19 +8,14 @@ from torch import Tensor
 
 from lares_fast.data import Rows
 from lares_fast.train.advice import about_baselines, about_start, about_states
-from lares_fast.train.alike import MeanCosine
+from lares_fast.train.alike import Cosines
 from lares_fast.train.checkpoint import weights_of
 from lares_fast.train.evaluate import MASKED, NOT_MASKED, model_ranks
 from lares_fast.train.finite import NotFiniteError
 from lares_fast.train.keys import evaluation_key
 from lares_fast.train.ranking import metrics
-from lares_fast.train.results import BASELINES, WATCHED, result_rows
+from lares_fast.train.results import BASELINES, COSINE, COSINE_RMS, MILLISECONDS, WATCHED, result_rows
 from lares_fast.train.run import Run
-
-# The column of the mean cosine between the states of the validation users.
-COSINE = "state_cosine"
-# The column of the time in which a test row is encoded and ranked, with and without its history.
-MILLISECONDS = "ms_per_user"
 
 
 def validate(run: Run, epoch: int, means: dict[str, float]) -> None:
@@ -29,13 +24,13 @@ def validate(run: Run, epoch: int, means: dict[str, float]) -> None:
     ``means`` join the results in metrics.csv. Raises :class:`NotFiniteError` if scores are not finite.
     """
     state, progress = run.state, run.state.progress
-    alike = MeanCosine()
+    alike = Cosines()
     try:
         ranks = _ranks(run, run.split.valid, "valid", run.model.config.steps, alike)
     except NotFiniteError:
         raise run.diverged("the scores in validation are not finite") from None
-    cosine, before = alike.value(), _last_cosine(run)
-    labels = {} if cosine is None else {COSINE: cosine}
+    found, before = alike.values(), _last_cosine(run)
+    labels = dict(zip((COSINE, COSINE_RMS), found, strict=True)) if found else {}
     _add_results(run, ranks, "valid", epoch, run.model.config.steps, {**means, **labels})
     settings = run.config.evaluation
     watched = metrics(ranks[MASKED if settings.watch_masked else NOT_MASKED], settings.ks)
@@ -50,7 +45,7 @@ def validate(run: Run, epoch: int, means: dict[str, float]) -> None:
     else:
         progress.bad_epochs += 1
     run.events.record("valid", phase=state.phase, epoch=epoch, metrics=watched, means=means, best=better, **labels)
-    if text := about_states(state.phase, epoch, cosine, before):
+    if text := about_states(state.phase, epoch, labels.get(COSINE_RMS), before):
         run.events.record("notice", text=text)
 
 
@@ -99,12 +94,12 @@ def _drop_tests(run: Run) -> None:
 
 
 def _last_cosine(run: Run) -> float | None:
-    """Return the mean cosine that the last validation of the current phase found, if it is known."""
+    """Return the root mean square cosine that the last validation of the current phase found, if it is known."""
     rows = [row for row in run.state.history if (row["phase"], row["split"]) == (run.state.phase, "valid")]
-    return rows[-1].get(COSINE) if rows else None
+    return rows[-1].get(COSINE_RMS) if rows else None
 
 
-def _ranks(run: Run, rows: Rows, split: str, depth: int, alike: MeanCosine | None = None) -> dict[str, Tensor]:
+def _ranks(run: Run, rows: Rows, split: str, depth: int, alike: Cosines | None = None) -> dict[str, Tensor]:
     """Rank ``rows`` at ``depth`` steps. ``alike`` takes the queries."""
     settings = run.config.evaluation
     return model_ranks(

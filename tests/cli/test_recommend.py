@@ -95,9 +95,8 @@ def test_a_run_with_filters_reads_any_histories(cli, tmp_path, small_settings):
     (tmp_path / "new.dat").write_text("7::1::5::1\n7::2::5::2\n")
     assert cli("recommend", "--run", "r", "--input", tmp_path / "new.dat").code == 0
     unrated = write_csv(tmp_path / "new.csv", [(7, 1, 1), (7, 2, 2)])
-    assert refused(
-        cli("recommend", "--run", "r", "--input", unrated), "stars", "--set data.rating=NAME", "leave min_rating out"
-    )
+    result = cli("recommend", "--run", "r", "--input", unrated)
+    assert refused(result, "stars", "--set data.rating=NAME", "leave min_rating out")
     plain = ["--set", "data.min_rating=null", "--set", "data.rating=null"]
     assert cli("recommend", "--run", "r", "--input", unrated, *plain).code == 0
     assert refused(cli("train", "--set", "data.min_item_events=5", "--config", "tiny"), "data.min_item_events", "synthetic log")

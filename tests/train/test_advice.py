@@ -8,40 +8,41 @@ import torch
 from torch.nn import functional as F
 
 from lares_fast.train import Trainer, validation
-from lares_fast.train.advice import about_baselines, about_start, about_states
-from lares_fast.train.alike import MeanCosine
+from lares_fast.train.advice import about_baselines, about_results, about_start, about_states
+from lares_fast.train.alike import Cosines
 from tests.support import train_run
 
 
-def test_the_mean_cosine_is_that_of_all_pairs():
+def test_the_cosines_are_those_of_all_pairs():
     vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) + 0.3
     rows = F.normalize(vectors.double(), dim=-1)
-    cosines = rows @ rows.T
-    expected = (cosines.sum() - cosines.trace()) / (50 * 49)
+    pairs = (rows @ rows.T)[~torch.eye(50, dtype=torch.bool)]
     for sizes in ([50], [1, 20, 29]):
-        alike = MeanCosine()
+        alike = Cosines()
         for part in vectors.split(sizes):
             alike.add(part)
-        assert alike.value() == pytest.approx(float(expected), rel=1e-12)
+        assert alike.values() == pytest.approx((float(pairs.mean()), float(pairs.square().mean().sqrt())), rel=1e-12)
 
 
-def test_the_mean_cosine_of_few_or_equal_vectors():
-    alike = MeanCosine()
-    assert alike.value() is None
+def test_the_cosines_of_few_equal_opposite_or_zero_vectors():
+    alike = Cosines()
+    assert alike.values() is None
     alike.add(torch.tensor([[3.0, 4.0]]))
-    assert alike.value() is None
+    assert alike.values() is None
     alike.add(torch.tensor([[6.0, 8.0], [0.3, 0.4]]))
-    assert alike.value() == pytest.approx(1.0)
-    # A vector of zeros has no direction.
+    assert alike.values() == pytest.approx((1.0, 1.0))
+    # All vectors lie on one line, but their mean cosine does not show it.
+    alike.add(torch.tensor([[-3.0, -4.0]] * 3))
+    assert alike.values() == pytest.approx((-0.2, 1.0))
     alike.add(torch.zeros(1, 2))
-    assert alike.value() == pytest.approx(0.5)
+    assert alike.values() == pytest.approx((-6 / 42, (30 / 42) ** 0.5))
 
 
 def test_a_collapse_is_told_once():
     text = about_states("spt", 2, 0.9997, 0.31)
     assert text and "collapsed in epoch 2 of phase spt" in text and "0.9997" in text and "spt.warmup_steps" in text
     assert about_states("spt", 3, 0.9999, 0.9997) is None
-    assert about_states("spt", 2, 0.98, 0.31) is None
+    assert about_states("spt", 2, 0.89, 0.31) is None
     # The states of a new model say nothing.
     assert about_states("spt", 0, 0.9997, None) is None
     assert about_states("spt", 1, None, None) is None
@@ -93,6 +94,13 @@ def test_a_run_tells_all_of_it(tmp_path, monkeypatch):
     assert sum("has collapsed in epoch 1 of phase spt" in text for text in notices) == 1
     assert sum("simple baseline" in text for text in notices) == 2
     assert sum("phase rpt has not improved" in text for text in notices) == 1
-    cosines = [row["state_cosine"] for row in trainer.state.history if row["split"] == "valid"]
+    cosines = [row["state_cosine"] for row in trainer.state.history if "epoch" in row and row["split"] == "valid"]
     assert cosines and all(math.isfinite(value) and -1 <= value <= 1 for value in cosines)
     assert "state_cosine" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_the_sentences_about_a_whole_run():
+    rows = [row("popularity", 0.5), row("spt", 0.1), {**row("spt", 0.1, "valid"), "epoch": 3, "state_cosine_rms": 0.995}]
+    texts = about_results(rows, "masked")
+    assert len(texts) == 2 and "simple baseline" in texts[0] and "epoch 3 of phase spt" in texts[1]
+    assert about_results([], "masked") == []

@@ -100,7 +100,7 @@ def whole(tmp_path_factory):
 
 def first_losses(out):
     rows = load_state(out / "state.pt")["history"]
-    return torch.tensor([row["loss"] for row in rows if row["split"] == "valid" and row["epoch"] == 1])
+    return torch.tensor([row["loss"] for row in rows if row["split"] == "valid" and row.get("epoch") == 1])
 
 
 def test_both_devices_have_the_same_choices(whole, tmp_path):
