@@ -30,6 +30,32 @@ def test_reading_sequences(compare, log, tmp_path):
     compare("data", f"read {log.n_events} events", candidates, "same events", rounds=5)
 
 
+@pytest.mark.parametrize("quoted", [False, True], ids=["plain ids", "titles"])
+def test_reading_csv(compare, tmp_path, quoted):
+    """String ids without quotes, and titles, of which a third have commas and some have quotes. The times are not sorted."""
+    csv = pytest.importorskip("pyarrow.csv")
+    draw, n = np.random.default_rng(0), 400_000
+    users, items = draw.integers(20_000, size=n), draw.zipf(1.2, n) % 5_000
+    times = draw.integers(1_500_000_000, 1_700_000_000, n)
+    titles = [f"item-{item:05}" for item in range(5_000)]
+    if quoted:
+        titles = [f"The film {item}" + ", Part II" * (item % 3 == 0) + ' "Uncut"' * (item % 50 == 0) for item in range(5_000)]
+        titles = ['"' + title.replace('"', '""') + '"' if "," in title or '"' in title else title for title in titles]
+    path = tmp_path / "log.csv"
+    lines = (f"user-{u:05},{titles[i]},{t}\n" for u, i, t in zip(users, items, times, strict=True))
+    path.write_text("user_id,item_id,timestamp\n" + "".join(lines))
+
+    def by_arrow():
+        table = csv.read_csv(path)
+        return [table[name].dictionary_encode().unify_dictionaries() for name in ("user_id", "item_id")]
+
+    ours = read_log(path, min_events=1)
+    for ids, column in zip((ours.user_ids, ours.item_ids[1:]), by_arrow(), strict=True):
+        assert ids.tolist() == column.chunk(0).dictionary.to_pylist()
+    candidates = {"read_csv + dictionary_encode": by_arrow, "read_log": lambda: read_log(path, min_events=1)}
+    compare("data", f"read {n} events of CSV, {'titles' if quoted else 'plain ids'}", candidates, "same ids", rounds=15)
+
+
 def test_batch(compare, log):
     rows = leave_one_out(log).train
     index = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:B]

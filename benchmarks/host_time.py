@@ -127,7 +127,7 @@ class Replayed(Step):
         """Make a step, and return the CPU seconds of each of REPLAYED_PARTS."""
         self.number += 1
         times = [time.process_time()]
-        batch = self.steps.prepare(self.index, (self.number, 1))
+        batch = self.steps.prepare([(self.index, (self.number, 1))])
         times.append(time.process_time())
         self.steps.make(batch, None)
         times.append(time.process_time())

@@ -128,6 +128,16 @@ def read_small(path: Path, most: int) -> bytes:
     return data
 
 
+def content(path: Path) -> bytes:
+    """Return the bytes of a file, and no bytes if it cannot be read."""
+    if not os.path.isfile(path):
+        return b""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def open_log(path: Path, make: int = os.O_CREAT) -> IO[bytes]:
     """Open the file ``path`` for reading and appending. A link raises OSError.
 
@@ -143,10 +153,11 @@ def open_log(path: Path, make: int = os.O_CREAT) -> IO[bytes]:
     return os.fdopen(descriptor, "ab+")
 
 
-def append_line(path: Path, line: str) -> None:
+def append_line(path: Path, line: str, *, sync: bool = False) -> None:
     """Append ``line`` to the file ``path``, which is made if it is missing.
 
-    It begins a new line even if a process was killed while it wrote the last line. Raises :class:`InputError` if the file
+    It begins a new line even if a process was killed while it wrote the last line. With ``sync`` it is on the disk when the
+    function returns. Raises :class:`InputError` if the file
     cannot be written, and the errors of :func:`require_in_place`.
     """
     require_in_place(path.parent)
@@ -165,6 +176,9 @@ def append_line(path: Path, line: str) -> None:
                 if file.read(1) != b"\n":
                     line = f"\n{line}"
             file.write(f"{line}\n".encode())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         raise InputError(_not_written(path, error)) from error
 

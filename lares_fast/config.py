@@ -15,6 +15,8 @@ SIMILARITIES = ("dot", "cos")
 # Of phase 2: the rewards, and the scores that rewards and probabilities are computed from.
 REWARDS = ("recall", "ndcg")
 SCORES = ("dot", "model")
+# Of a log: which of several equal events stay.
+DUPLICATES = ("keep", "same-time", "first", "last")
 
 
 @dataclass(frozen=True, kw_only=True)

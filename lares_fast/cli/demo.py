@@ -12,7 +12,7 @@ from lares_fast._files import LOCK, locked
 from lares_fast.cli import settings
 from lares_fast.train import config_file
 from lares_fast.train.config import PHASES, RunConfig
-from lares_fast.train.files import FILES
+from lares_fast.train.files import FILES, REPORT
 
 if TYPE_CHECKING:
     from lares_fast.data import InteractionLog
@@ -46,7 +46,7 @@ def command(arguments: Namespace) -> int:
     torch.set_num_threads(1)
     log = train(config, out, PHASES)
     print(_examples(out, log))
-    print(f"\nplots    {out / 'curves.png'}\ntime     {time.monotonic() - began:.0f} s")
+    print(f"\nreport   {out / REPORT}\ntime     {time.monotonic() - began:.0f} s")
     print(f"next     lares-fast recommend {with_path('--run', out)} --k 10 --user {log.user_ids[0]}")
     print("         lares-fast train --data YOUR_LOG --config instruments")
     return 0

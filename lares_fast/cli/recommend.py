@@ -18,6 +18,8 @@ from lares_fast.train.config_file import known_keys
 # The settings that this command uses: those with which a log is read, and the number of histories in a batch.
 _NOT_READING = ("data.split", "data.valid_fraction", "data.test_fraction")
 _READING = [key for key in known_keys() if key.startswith("data.") and key not in _NOT_READING and ".synthetic_" not in key]
+# Filters for training, which leave out no history.
+_OF_THE_LOG = ("data.path", "data.min_events", "data.min_item_events")
 _USED = [*_READING, "evaluation.batch_size"]
 
 
@@ -76,5 +78,5 @@ def _require_used(arguments: Namespace, given: Mapping[str, str]) -> None:
         return
     source = next(name for name in ("input", "history", "item") if getattr(arguments, name) is not None)
     for key, option in given.items():
-        if key == "data.path" or (key in _READING and source != "input"):
+        if key in _OF_THE_LOG or (key in _READING and source != "input"):
             raise InputError(f"{option} has no effect with --{source}: leave one of them out.")

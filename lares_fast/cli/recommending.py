@@ -10,7 +10,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -20,17 +19,16 @@ from lares_fast._errors import InputError, require
 from lares_fast._files import replacing
 from lares_fast.cli import settings, signals
 from lares_fast.cli.console import Console, counted, device_text, notice
-from lares_fast.cli.inputs import open_log
+from lares_fast.cli.inputs import open_log, settings_for
 from lares_fast.cli.streams import unknown_characters
 from lares_fast.data import InteractionLog
 from lares_fast.serve import Recommender, load_about
-from lares_fast.train.config import DataConfig, RunConfig
+from lares_fast.train.config import RunConfig
 from lares_fast.train.folder import foreign_model
 from lares_fast.train.identity import events_digest
 
 _CHUNK = 4096
 _COLUMNS = ("user", "rank", "item", "score")
-_TABLES = ("csv", "inter", "parquet")
 
 # (user, rank, item, score)
 Line = tuple[Any, int, Any, float]
@@ -77,10 +75,13 @@ def _users(
     if (history := _history(arguments, recommender)) is not None:
         return [("history", history)], 1, str
     path = config.data.path if arguments.input is None else str(arguments.input)
+    data = config.data
+    if path is not None:
+        data = settings_for(Path(path), data, settings.of_run(arguments.run, []).data.path, given)
     log = open_log(
-        _reading(config.data, settings.of_run(arguments.run, []).data.path, path, given),
+        data,
         path,
-        min_events=3 if arguments.input is None else 1,
+        histories=arguments.input is not None,
         progress=partial(console.progress, "reading"),
     )
     kind = _kind(log.user_ids.tolist())
@@ -142,19 +143,6 @@ def _listed(text: str, recommender: Recommender) -> list[str]:
     if not items:
         raise InputError("--history holds no item: give raw item ids separated by commas.")
     return items
-
-
-def _reading(data: DataConfig, trained_on: str | None, path: str | None, given: Mapping[str, str]) -> DataConfig:
-    """Return the settings to read the log ``path`` with: those of the run if they fit this file, and those ``given``."""
-    alike = path is None or trained_on is None or Path(path).suffix == Path(trained_on).suffix
-    if not alike and "data.format" not in given:
-        data = replace(data, format="auto")
-    endings = set(Path(path or "").suffixes)
-    if not (data.format in _TABLES or (data.format == "auto" and endings & {".csv", ".tsv", ".inter", ".parquet", ".pq"})):
-        # Only tables have columns.
-        unfit: dict[str, Any] = {role: None for role in ("user", "item", "time") if f"data.{role}" not in given}
-        data = replace(data, **unfit)
-    return data
 
 
 def _require_events(log: InteractionLog, recommender: Recommender, about: dict[str, str], run: Path) -> None:

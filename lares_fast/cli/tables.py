@@ -47,7 +47,7 @@ def protocol_text(log: InteractionLog, split: Split, part: str, settings: EvalCo
 
 
 def _table(title: str, rows: Sequence[Row], ks: Sequence[int], width: int) -> str:
-    names = [_name(row) for row in rows]
+    names = [row_name(row) for row in rows]
     first = max(len(title), *map(len, names))
     columns = _columns(ks, max(1, (width - first) // _CELL))
     lines = [title.ljust(first) + "".join(_heading(column).rjust(_CELL) for column in columns)]
@@ -58,7 +58,8 @@ def _table(title: str, rows: Sequence[Row], ks: Sequence[int], width: int) -> st
     return "\n".join(lines)
 
 
-def _name(row: Row) -> str:
+def row_name(row: Row) -> str:
+    """Return what a row of a results table is about."""
     if "test_T" in row:
         return f"LARES {row['phase']} T={row['test_T']}"
     return "Markov chain" if row["phase"] == "markov" else str(row["phase"])

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import platform
 import signal
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
 from lares_fast import __version__, _native, _settings
 from lares_fast._device import choose
-from lares_fast._errors import InputError, LaresFastError, MissingExtraError, printable, with_path
-from lares_fast._memory import require_room
+from lares_fast._errors import with_path
 from lares_fast.cli import signals, tensorboard
 from lares_fast.cli.console import Console, Event, counted, device_text, indented, notice
 from lares_fast.cli.inputs import open_log, split_log
-from lares_fast.cli.plots import save_curves
+from lares_fast.cli.pictures import Pictures
 from lares_fast.cli.tables import bound_rows, protocol_text, results_text
 from lares_fast.data import InteractionLog, Split
 from lares_fast.train import Interrupted, RunConfig, Trainer
 from lares_fast.train.config import PHASES
+from lares_fast.train.config_file import dump
 from lares_fast.train.files import holds_run
 from lares_fast.train.memory import require_memory
-
-_REDRAW_SECONDS = 60
-# A plot and its libraries take less.
-_DRAWING = 192 * 2**20
+from lares_fast.train.results import Row
 
 
 def train(
@@ -99,17 +94,24 @@ def _train(
                 listeners.append(start_tensorboard())
 
         listeners.append(begin)
-        curves = _Curves(trainer, f"{log.name}, seed {config.seed}")
-        listeners.append(curves)
+        pictures = Pictures(
+            trainer,
+            f"{log.name}, seed {config.seed}",
+            lambda rows: table_rows(rows, log, split, config),
+            ks=config.evaluation.ks,
+            protocol=protocol_text(log, split, "test", config.evaluation),
+            settings=dump(config),
+        )
+        listeners.append(pictures)
         stop.trainer = trainer
         try:
             rows = trainer.run(phases)
         except Interrupted:
-            curves.draw()
+            pictures.draw()
             raise
         finally:
             stop.trainer = None
-        curves.draw()
+        pictures.draw()
         console.say("\n" + run_table(rows, log, split, config))
         names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         console.say(f"\nsaved    {out}: {', '.join(names)}")
@@ -131,47 +133,18 @@ def header(seed: int) -> str:
     )
 
 
-def run_table(rows: list[dict[str, Any]], log: InteractionLog, split: Split, config: RunConfig) -> str:
-    """Return the results table: baselines, for a synthetic log the best possible ranking, and both phases at every T."""
-    tested = [row for row in rows if row["split"] == "test"]
-    baselines = [row for row in tested if row["phase"] not in PHASES]
-    models = [row for row in tested if row["phase"] in PHASES]
-    table = results_text([*baselines, *bound_rows(log, split.test, config.evaluation), *models], config.evaluation.ks)
+def run_table(rows: list[Row], log: InteractionLog, split: Split, config: RunConfig) -> str:
+    """Return the results table and a few sentences about it."""
+    table = results_text(table_rows(rows, log, split, config), config.evaluation.ks)
     return f"{table}\n\n{protocol_text(log, split, 'test', config.evaluation)}"
 
 
-class _Curves:
-    """Redraw curves.png after a validation, but at most once a minute, because a plot takes a second."""
-
-    def __init__(self, trainer: Trainer, title: str) -> None:
-        self._trainer, self._title = trainer, title
-        self._drawn = time.monotonic()
-        self._possible = True
-
-    def __call__(self, event: Event) -> None:
-        if event["event"] == "valid" and time.monotonic() - self._drawn > _REDRAW_SECONDS:
-            self.draw()
-
-    def draw(self) -> None:
-        self._drawn = time.monotonic()
-        if not self._possible:
-            return
-        try:
-            # NumPy's OpenBLAS ends the process if it gets no memory.
-            require_room(_DRAWING, "curves.png is not drawn, because it")
-        except InputError as error:
-            notice(str(error))
-            return
-        try:
-            save_curves(self._trainer.out / "curves.png", self._trainer.state.history, self._title)
-        except MissingExtraError as error:
-            self._possible = False
-            notice(str(error))
-        except LaresFastError:
-            raise
-        except Exception as error:
-            # matplotlib has settings of the user, such as LaTeX. No picture is worth a run.
-            notice(printable(f"curves.png is not drawn, because matplotlib raised {type(error).__name__}: {error}"))
+def table_rows(rows: list[Row], log: InteractionLog, split: Split, config: RunConfig) -> list[Row]:
+    """Return the test rows: baselines, for a synthetic log the best possible ranking, and both phases at every T."""
+    tested = [row for row in rows if row["split"] == "test"]
+    baselines = [row for row in tested if row["phase"] not in PHASES]
+    models = [row for row in tested if row["phase"] in PHASES]
+    return [*baselines, *bound_rows(log, split.test, config.evaluation), *models]
 
 
 class _Stop:

@@ -1,6 +1,7 @@
 """Interaction logs, their readers, splits into rows, batches, same-target partners, and a synthetic log."""
 
 from lares_fast.data.batch import Batch, epoch_order, make_batch
+from lares_fast.data.filters import Filters
 from lares_fast.data.log import InteractionLog
 from lares_fast.data.partners import SameTargetIndex
 from lares_fast.data.readers import FORMATS, log_from_sequences, read_log
@@ -10,6 +11,7 @@ from lares_fast.data.synthetic import Shop, SyntheticLog, best_possible, synthet
 __all__ = [
     "FORMATS",
     "Batch",
+    "Filters",
     "InteractionLog",
     "Rows",
     "SameTargetIndex",

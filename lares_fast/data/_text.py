@@ -19,7 +19,8 @@ from lares_fast._errors import InputError
 
 Progress = Callable[[int, int], None]
 
-BLOCK_BYTES = 1 << 20
+# The arrays of larger blocks are new pages of memory each time, which takes longer than the work on them.
+BLOCK_BYTES = 1 << 18
 MAX_LINE_BYTES = 64 << 20
 # No integer with more digits fits int64, and every integer with 19 digits fits uint64.
 MAX_DIGITS = 19
@@ -110,9 +111,14 @@ def words(path: Path, progress: Progress | None = None) -> Iterator[Block]:
         yield Block(data, starts, ends, line + np.searchsorted(newlines, starts))
 
 
-def cells(path: Path, progress: Progress | None = None) -> Iterator[Block]:
-    """Yield blocks of the fields between tabs. A field may be empty. Blank lines have no field."""
+def cells(path: Path, progress: Progress | None = None, separator: bytes | None = None) -> Iterator[Block]:
+    """Yield blocks of the fields between tabs, and between ``separator`` if given. A field may be empty.
+
+    Blank lines have no field.
+    """
     for data, line in _text_pieces(path, progress):
+        if separator is not None:
+            data = data.replace(separator, b"\t")
         buffer = np.frombuffer(data, np.uint8)
         ends = np.flatnonzero((buffer == ord("\t")) | (buffer == ord("\n")))
         starts = np.concatenate(([0], ends[:-1] + 1))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lares_fast._errors import InputError
 from lares_fast._numbers import is_masked
+from lares_fast.data.filters import Filters
 
 Ids = NDArray[Any]
 
@@ -210,30 +211,18 @@ def assemble(
     items: NDArray[Any],
     item_ids: Ids,
     times: NDArray[Any] | None,
+    rated: NDArray[np.bool_] | None,
     *,
     name: str,
-    min_events: int,
+    filters: Filters,
 ) -> InteractionLog:
-    """Group events by user, sort the events of each user by time, and leave out users with fewer than ``min_events``.
+    """Apply ``filters``, group events by user, and sort the events of each user by time.
 
-    ``users`` and ``items`` [E] hold codes into ``user_ids`` [U'] and ``item_ids`` [M']. Events of equal time keep their order.
-    Ids that no remaining event uses are left out of the log, and the other ids keep their order. Raises :class:`InputError` if
-    no user is left.
+    ``users`` and ``items`` [E] hold codes into ``user_ids`` [U'] and ``item_ids`` [M']. ``rated`` [E] tells whether a rating is
+    high enough. Events of equal time keep their order. Ids that no remaining event uses are left out of the log, and the other
+    ids keep their order. Raises :class:`InputError` if no user is left.
     """
-    if min_events < 1:
-        raise InputError(f"min_events must be at least 1, but got {min_events}.")
-    counts = np.bincount(users, minlength=len(user_ids))
-    long_enough = counts >= min_events
-    if not long_enough.any():
-        raise InputError(f"{name}: no user has {min_events} events or more; check the file, its format and min_events.")
-    order = np.argsort(users, kind="stable") if times is None else np.lexsort((times, users))
-    dropped = {}
-    if short := int((~long_enough).sum()):
-        dropped = {
-            f"users with fewer than {min_events} events": short,
-            "events of those users": int(counts[~long_enough].sum()),
-        }
-        order = order[long_enough[users[order]]]
+    order, counts, dropped = filters.order(users, len(user_ids), items, times, rated, name)
     items = items[order]
     used = np.bincount(items, minlength=len(item_ids)) > 0
     # The first id that is used becomes 1.
@@ -242,9 +231,9 @@ def assemble(
     pad = np.array(["" if known.dtype == object else 0], dtype=known.dtype)
     return InteractionLog(
         items=dense[items],
-        offsets=np.concatenate(([0], np.cumsum(counts[long_enough]))).astype(np.int64),
+        offsets=np.concatenate(([0], np.cumsum(counts[counts > 0]))).astype(np.int64),
         times=None if times is None else times[order],
-        user_ids=user_ids[long_enough],
+        user_ids=user_ids[counts > 0],
         item_ids=np.concatenate((pad, known)),
         name=name,
         dropped=dropped,

@@ -112,11 +112,11 @@ class OurStep:
         self._gradients = list[Tensor]()
         optimizer.register_step_post_hook(self._keep_gradients)
         self._steps = make_steps(run, phase, optimizer)
-        self._batch = None if prepare else self._steps.prepare(*self._choice)
+        self._batch = None if prepare else self._steps.prepare([self._choice])
 
     def __call__(self) -> None:
         """Make a step, and read the numbers of all steps when the trainer would."""
-        self._steps.make(self._steps.prepare(*self._choice) if self._batch is None else self._batch, None)
+        self._steps.make(self._steps.prepare([self._choice]) if self._batch is None else self._batch, None)
         if self._steps.due:
             self._steps.read()
 

@@ -16,10 +16,12 @@ from typing import Any
 from lares_fast._errors import InputError
 from lares_fast._numbers import MOST_STEPS, is_truth, number, whole
 from lares_fast._settings import PRECISIONS
-from lares_fast.config import REWARDS, SCORES, LARESConfig
+from lares_fast.config import DUPLICATES, REWARDS, SCORES, LARESConfig
 
 PHASES = ("spt", "rpt")
 SPLITS = ("leave-one-out", "temporal")
+OPTIMIZERS = ("adam", "adamw")
+SCHEDULES = ("constant", "linear", "cosine")
 # The value of data.format of a run whose log was in memory, so that no file can be named.
 MEMORY = "memory"
 
@@ -107,6 +109,10 @@ class DataConfig:
     """The format of the file, as in :func:`lares_fast.data.read_log`. ``auto`` detects it.
     ``memory`` stands for a log that a program has made, and that no command can read again.
     """
+    separator: str = "auto"
+    """What separates the columns of a ``csv`` file: ``comma``, ``tab``, ``semicolon`` or ``pipe``. ``auto`` reads it from the
+    header. Columns between tabs have no quotes.
+    """
     user: str | None = None
     """The name of the column with the user ids. ``None`` means ``user_id``."""
     item: str | None = None
@@ -115,6 +121,20 @@ class DataConfig:
     """The name of the column with the times. ``None`` means ``timestamp``. With the text ``none``, events keep the order of the
     file.
     """
+    rating: str | None = None
+    """The name of the column with the ratings, which only ``min_rating`` reads. ``None`` means ``rating``."""
+    min_rating: float | None = None
+    """The first filter of the log: events with a lower rating are left out. ``None`` leaves out none."""
+    duplicates: str = "keep"
+    """The second filter. ``same-time`` keeps one of the events with the same user, item and time. ``first`` and ``last`` keep
+    only the first or the last event of a user with an item. ``keep`` leaves out none.
+    """
+    min_events: int = 3
+    """The last filter, together with ``min_item_events``: users with fewer events are left out. Both are applied in turns until
+    nothing changes.
+    """
+    min_item_events: int = 1
+    """Items with fewer events are left out. With the same number k as in ``min_events``, the rest is the k-core."""
     split: str = "leave-one-out"
     """How rows for validation and test are chosen. ``leave-one-out`` takes the last event of each user for the test and the one
     before it for validation. ``temporal`` has two cut-off times, which are the same for all users.
@@ -132,31 +152,47 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        if self.split not in SPLITS:
-            raise _wrong_value(self, "split", f"one of {', '.join(SPLITS)}", repr(self.split))
+        _positive(self, "min_events", "min_item_events")
+        for name, allowed in (("split", SPLITS), ("duplicates", DUPLICATES)):
+            if (value := getattr(self, name)) not in allowed:
+                raise _wrong_value(self, name, f"one of {', '.join(allowed)}", repr(value))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """The settings that both phases have: the settings of Adam, and when to stop."""
+    """The settings that both phases have: the settings of the optimizer, and when to stop."""
 
     batch_size: int = 1024
-    """B, the number of training rows in a step."""
+    """B, the number of training rows in a batch."""
     lr: float = 1e-3
-    """The learning rate of Adam."""
+    """The largest learning rate."""
     weight_decay: float = 0.0
-    """The weight decay of Adam."""
+    """The weight decay of the optimizer."""
     epochs: int = 300
     """The largest number of epochs of the phase. An epoch reads every training row once."""
     patience: int = 10
     """The phase stops after more than this number of epochs in a row without an improvement on the validation rows."""
     max_steps: int | None = None
     """The largest number of steps of the phase. ``None`` means no limit."""
+    optimizer: str = "adam"
+    """``adam``, where the weight decay is a part of the gradient, or ``adamw``, where it shrinks the weights directly."""
+    schedule: str = "constant"
+    """The learning rate after the warm-up: ``constant``, or falling to 0 over all ``epochs``, along a line (``linear``) or half
+    a cosine (``cosine``)."""
+    warmup_steps: int = 0
+    """The number of first steps in which the learning rate rises to ``lr``."""
+    clip_norm: float | None = None
+    """The largest norm of the gradient of all weights. A longer gradient is shortened to it."""
+    accumulate: int = 1
+    """The number of batches in one step. Their gradients are averaged, as if one larger batch had been computed in parts."""
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _positive(self, "batch_size", "lr", "epochs", "max_steps")
-        _not_negative(self, "weight_decay", "patience")
+        _positive(self, "batch_size", "lr", "epochs", "max_steps", "clip_norm", "accumulate")
+        _not_negative(self, "weight_decay", "patience", "warmup_steps")
+        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if (value := getattr(self, name)) not in allowed:
+                raise _wrong_value(self, name, f"one of {', '.join(allowed)}", repr(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +234,9 @@ class RPTConfig(PhaseConfig):
     filter_passes: int = 3
     """The number of passes of the filter. Each pass has its own random initial states."""
     batch_size: int = 400
-    """B, the number of training rows in a step."""
+    """B, the number of training rows in a batch."""
     lr: float = 5e-4
-    """The learning rate of Adam."""
+    """The largest learning rate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

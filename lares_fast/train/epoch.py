@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 from lares_fast._random import Key
 from lares_fast.data import epoch_order
 from lares_fast.train.keys import order_key, step_key
 from lares_fast.train.phases import Phase
 from lares_fast.train.run import Run
-from lares_fast.train.steps import Steps
+from lares_fast.train.schedule import steps_of_epoch
+from lares_fast.train.steps import Part, Steps
 from lares_fast.train.validation import validate
 
 
@@ -24,13 +23,15 @@ def train_epoch(run: Run, steps: Steps, key: Key) -> None:
     progress, phase = run.state.progress, steps.phase
     settings = phase.settings
     batches = epoch_order(len(phase.rows), order_key(key)).split(settings.batch_size)
-    last = len(batches)
+    parts = [(batch, step_key(key, number)) for number, batch in enumerate(batches)]
+    last = steps_of_epoch(settings, len(phase.rows))
     if settings.max_steps is not None:
         last = min(last, progress.step + settings.max_steps - progress.steps)
     clock = _Clock(run)
     phase.train()
     for number in range(progress.step, last):
-        batch = clock.fetch(steps, batches[number], step_key(key, number))
+        first = number * settings.accumulate
+        batch = clock.fetch(steps, parts[first : first + settings.accumulate])
         # The saved weights have shown that their next loss is finite, so a run can continue from them.
         steps.make(batch, clock.save if clock.save_is_due() else None)
         if number + 1 == last or run.events.stopping or steps.due:
@@ -52,10 +53,10 @@ class _Clock:
         self._began = self._saved = time.monotonic()
         self._earlier, self._first_step = self._progress.seconds, self._progress.step
 
-    def fetch(self, steps: Steps, index: torch.Tensor, key: Key) -> Any:
-        """Return the batch of the rows ``index``, and count the time that its preparation takes."""
+    def fetch(self, steps: Steps, parts: list[Part]) -> Any:
+        """Return the batches of one step, and count the time that their preparation takes."""
         began = time.monotonic()
-        batch = steps.prepare(index, key)
+        batch = steps.prepare(parts)
         self._progress.waited += time.monotonic() - began
         return batch
 
@@ -83,5 +84,5 @@ class _Clock:
             means=progress.means(),
             data_wait=progress.data_wait(),
             # A coarse clock may show no time at all.
-            users_per_s=(progress.step - self._first_step) * settings.batch_size / max(elapsed, 1e-9),
+            users_per_s=(progress.step - self._first_step) * settings.batch_size * settings.accumulate / max(elapsed, 1e-9),
         )

@@ -37,13 +37,14 @@ def model_ranks(
     num_steps: int | None = None,
     batch_size: int = 256,
     progress: Progress | None = None,
+    observe: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Tensor]:
     """Return the rank of each row's target ([R] int64, 0 is the best), under the names ``not masked`` and ``masked``.
 
     ``not masked`` ranks all items, ``masked`` leaves out the items of the user's history. PAD is never ranked.
     ``num_steps`` is T (default: the model's). The initial states depend on ``key`` and on each row's index, not on
-    ``batch_size``. ``progress`` is called after each batch with the number of finished rows and of all rows.
-    It needs the workspace of ``ops.target_ranks``.
+    ``batch_size``. ``progress`` is called after each batch with the number of finished rows and of all rows,
+    and ``observe`` with the queries [B, D] of each batch. It needs the workspace of ``ops.target_ranks``.
 
     The work is done on the device of the model, and the result is on the CPU. On a GPU, ranks stay there until the end, so the
     CPU waits once and not for each batch; ``progress`` then counts rows whose work was given to the GPU.
@@ -54,6 +55,8 @@ def model_ranks(
     order, ranks = list[Tensor](), list[Tensor]()
     with enough_memory(batch_size, setting=_BATCH_SIZE):
         for batch, query, items in _queries(model, log, rows, key, num_steps, batch_size, progress):
+            if observe is not None:
+                observe(query)
             target = to_device(batch.target, query.device)
             ranks.append(torch.stack(Catalog(items).target_ranks(query, target, history_of(log, rows, batch.rows))))
             order.append(batch.rows)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lares_fast.train.config import PHASES
+
 NEWEST, OLDER = "state.pt", "state.previous.pt"
 METRICS, EVENTS, MODEL, ITEMS = "metrics.csv", "events.jsonl", "model.safetensors", "item_ids.json"
 CONFIG = "config.yaml"
+# The pictures of a run, and the page with its results.
+SHEET, REPORT = "results.svg", "report.html"
+
+
+def steps_file(phase: str) -> str:
+    """Return the name of the file with the values of every step of ``phase``."""
+    return f"steps-{phase}.csv"
+
 
 # The names of all files that a run writes.
-FILES = (NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS, CONFIG, "curves.png")
+FILES = (NEWEST, OLDER, METRICS, EVENTS, MODEL, ITEMS, *map(steps_file, PHASES), CONFIG, SHEET, REPORT)
 
 
 def holds_run(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lares_fast._errors import InputError, with_path
-from lares_fast._files import append_line, locked, remove_leftovers, write_text
+from lares_fast._files import append_line, content, locked, remove_leftovers, write_text
 from lares_fast.config import LARESConfig
 from lares_fast.train.checkpoint import (
     StateError,
@@ -31,6 +31,7 @@ from lares_fast.train.config_file import is_written, marked
 from lares_fast.train.files import CONFIG, EVENTS, FILES, ITEMS, METRICS, MODEL, NEWEST, OLDER
 from lares_fast.train.ranking import rows_csv
 from lares_fast.train.state import SavedRun, load_run, save_run
+from lares_fast.train.steps_file import StepsFiles
 
 
 class RunFolder:
@@ -45,6 +46,7 @@ class RunFolder:
         self._whole = False
         # The digest of the last exported model.
         self._exported = ""
+        self.steps = StepsFiles(path, {})
 
     def has_state(self) -> bool:
         """Return whether the folder held a state when this object was made, or this object has written one."""
@@ -70,7 +72,9 @@ class RunFolder:
                 faults = f"{newest.fault}, and {self.older_file} {older.fault}"
                 raise StateError(self.state_file, faults) from None
             notice = f"{self.state_file} {newest.fault}: the run continues from the checkpoint before it, {OLDER}."
-        self._exported = (saved.files or {}).get("model", "")
+        files = saved.files or {}
+        self._exported = files.get("model", "")
+        self.steps = StepsFiles(self.path, files.get("steps", {}))
         return saved, notice
 
     @contextmanager
@@ -113,9 +117,16 @@ class RunFolder:
             The digest of the exported model, or an empty text.
         ``events, events_bytes``
             The SHA-256 of events.jsonl up to its present size, and this size. Later lines do not matter.
+        ``steps``
+            As in :meth:`StepsFiles.sizes`.
         """
         events = self._events()
-        return {"model": self._exported, "events": sha256(events), "events_bytes": len(events)}
+        return {
+            "model": self._exported,
+            "events": sha256(events),
+            "events_bytes": len(events),
+            "steps": self.steps.sizes(),
+        }
 
     def mend(self, saved: SavedRun) -> list[str]:
         """Write metrics.csv again if it does not belong to ``saved``, and return a sentence on each file that does not.
@@ -124,7 +135,7 @@ class RunFolder:
         """
         texts = []
         table = rows_csv(saved.state.history)
-        if _content(self.path / METRICS) != table.encode():
+        if content(self.path / METRICS) != table.encode():
             write_text(self.path / METRICS, table)
             texts.append(f"{self.path / METRICS} did not have the results of the state, so it was written again.")
         files = saved.files
@@ -132,14 +143,14 @@ class RunFolder:
             texts.append(
                 f"{self.path / EVENTS} is damaged or lacks lines that it had; it stays as it is, and new lines follow."
             )
-        return texts
+        return [*texts, *self.steps.mend((files or {}).get("steps", {}))]
 
     def export(self, weights: Weights, config: LARESConfig, item_ids: list[Any], about: dict[str, str]) -> bool:
         """Write model.safetensors and item_ids.json for serving. Return ``False`` if both already had exactly this content."""
         text = json.dumps(item_ids)
         about = {**about, "item_ids": sha256(text.encode())}
         self._exported = weights_digest(weights, config, about)
-        if self._is_exported() and sha256(_content(self.path / ITEMS)) == about["item_ids"]:
+        if self._is_exported() and sha256(content(self.path / ITEMS)) == about["item_ids"]:
             return False
         write_text(self.path / ITEMS, text)
         save_weights(self.path / MODEL, weights, config, about)
@@ -160,7 +171,7 @@ class RunFolder:
         return _stamp(self.state_file) or _stamp(self.older_file)
 
     def _events(self) -> bytes:
-        return _content(self.path / EVENTS)
+        return content(self.path / EVENTS)
 
 
 def foreign_model(folder: Path) -> str | None:
@@ -182,16 +193,6 @@ def _require_no_other(path: Path) -> None:
     """Raise :class:`InputError` if a folder, a pipe or a device has the name ``path``."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is not a file: move it away, because a run writes a file of this name.")
-
-
-def _content(path: Path) -> bytes:
-    """Return the bytes of a file, and no bytes if it cannot be read."""
-    if not os.path.isfile(path):
-        return b""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

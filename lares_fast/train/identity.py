@@ -63,22 +63,27 @@ def events_digest(log: InteractionLog) -> str:
     return digest.hexdigest()
 
 
-def require_same(theirs: dict[str, Any], ours: dict[str, Any], run: Path, purpose: str) -> None:
+def require_same(
+    theirs: dict[str, Any], ours: dict[str, Any], run: Path, purpose: str, changed: dict[str, tuple[Any, Any]] | None = None
+) -> None:
     """Raise :class:`InputError` if the identity ``theirs`` of the run in the folder ``run`` differs from ``ours``.
 
-    Entries that an earlier version did not write are not compared. ``purpose`` begins the remedy: "resume with".
+    Entries that an earlier version did not write are not compared. ``purpose`` begins the remedy: "resume with". ``changed``
+    holds settings of the data with their values there and here, which the error names.
     """
     # An earlier version had fewer settings of the model. It computed what the other settings give by default.
     theirs = {**theirs, "model": LARESConfig.from_dict(theirs["model"]).to_dict()}
     for name, value in ours.items():
         if theirs.get(name, value) != value:
-            detail = ""
+            differ = changed or {}
             if name == "model":
-                detail = "; " + ", ".join(
-                    f"{key} is {theirs['model'][key]} there and {new} here"
-                    for key, new in value.items()
-                    if theirs["model"][key] != new
-                )
+                differ = {key: (theirs["model"][key], new) for key, new in value.items() if theirs["model"][key] != new}
+                if changed and differ.keys() == {"n_items"}:
+                    # Other settings of the data give another number of items.
+                    differ |= changed
+            detail = "; " * bool(differ) + ", ".join(
+                f"{key} is {old} there and {new} here" for key, (old, new) in differ.items()
+            )
             raise InputError(
                 f"{run} holds a run with another {_CALLED.get(name, name)}: {purpose} the same one, or choose another "
                 f"folder{detail}."

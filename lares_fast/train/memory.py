@@ -199,7 +199,7 @@ def training_needs(
     return [
         # The best weights so far are in memory, too.
         Need("model, Adam, best model", (copies + 1) * weights.all - there),
-        Need("step", _pool(model, weights), max(_forward_and_backward(model, weights, batch), _update(config, phase, weights))),
+        Need("step", _pool(model, weights), _step(phase, config, model, weights, batch)),
         Need("evaluation", 0, _evaluation(config.evaluation.batch_size, model, weights, sizes)),
         # The file that an export replaces is mapped and compared, and the raw ids become JSON.
         Need("checkpoint, export", 0, weights.all + 50 * sizes.items),
@@ -324,6 +324,13 @@ def _forward_and_backward(config: LARESConfig, weights: _Weights, batch: _Batch)
     recurrence = weights.table + every_step + 2 * states
     sum_of_gradients = (2 + cos) * weights.table + 7 * states
     return round(max(kept + losses + max(frozen, softmax, recurrence), sum_of_gradients))
+
+
+def _step(phase: str, config: RunConfig, model: LARESConfig, weights: _Weights, batch: _Batch) -> int:
+    """Return the bytes that a step needs on the CPU."""
+    # The gradient of the batches before the last one.
+    earlier = weights.all if getattr(config, phase).accumulate > 1 else 0
+    return max(_forward_and_backward(model, weights, batch) + earlier, _update(config, phase, weights))
 
 
 def _update(config: RunConfig, phase: str, weights: _Weights) -> int:

@@ -27,8 +27,10 @@ def adam(model: LARES, settings: PhaseConfig, saved: dict[str, Any] | None, path
 
     Raises :class:`InputError` if ``saved`` is not the state of an optimizer of ``model``.
     """
-    kind: dict[str, Any] = _GPU if next(model.parameters()).device.type != "cpu" else _STRICT if strict() else _CPU
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, **kind)
+    device = next(model.parameters()).device
+    kind: dict[str, Any] = _GPU if device.type != "cpu" else _STRICT if strict() else _CPU
+    own: dict[str, Any] = {"weight_decay": settings.weight_decay, "decoupled_weight_decay": settings.optimizer == "adamw"}
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, **own, **kind)
     # Steps that run launch by launch need no warning.
     optimizer._warned_capturable_if_run_uncaptured = True
     if saved is None:
@@ -46,15 +48,27 @@ def adam(model: LARES, settings: PhaseConfig, saved: dict[str, Any] | None, path
         raise InputError(f"{path} holds the optimizer of another model: continue from a copy, or train again.")
     # A resumed run may have other settings, but the saved state holds the old ones.
     for group in optimizer.param_groups:
-        group.update(lr=settings.lr, weight_decay=settings.weight_decay)
+        group.update(lr=settings.lr, **own)
     return optimizer
+
+
+def set_rate(optimizer: torch.optim.Adam, rate: float, device: torch.device) -> None:
+    """Set the learning rate of the next step. On a GPU it is kept there, where a captured graph reads it."""
+    for group in optimizer.param_groups:
+        if device.type == "cpu":
+            group["lr"] = rate
+        elif isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = torch.tensor(rate, dtype=torch.float32, device=device)
 
 
 def saved_state(optimizer: torch.optim.Adam) -> dict[str, Any]:
     """Return the ``state_dict`` of ``optimizer`` in the form that it has on the CPU. A GPU is waited for."""
     saved = optimizer.state_dict()
     state = {number: {name: x.to("cpu") for name, x in values.items()} for number, values in saved["state"].items()}
-    return {"state": state, "param_groups": [{**group, **_CPU} for group in saved["param_groups"]]}
+    # A GPU may hold the learning rate.
+    return {"state": state, "param_groups": [{**group, **_CPU, "lr": float(group["lr"])} for group in saved["param_groups"]]}
 
 
 def moments(saved: dict[str, Any] | None) -> Iterator[Tensor]:

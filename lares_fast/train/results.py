@@ -12,6 +12,13 @@ from lares_fast.train.ranking import metrics
 
 Row = dict[str, Any]
 
+# The metric that early stopping watches.
+WATCHED = "ndcg@10"
+# The columns of the mean, and of the root of the mean square, of the cosines between the states of the validation users.
+COSINE, COSINE_RMS = "state_cosine", "state_cosine_rms"
+# The column of the time in which a test row is encoded and ranked, with and without its history.
+MILLISECONDS = "ms_per_user"
+
 # The baselines of every results table: name -> function that ranks the rows of a split.
 BASELINES = {"popularity": popularity_ranks, "markov": markov_ranks}
 

@@ -12,7 +12,7 @@ import torch
 
 from lares_fast import _native, _settings
 from lares_fast._errors import InputError
-from lares_fast.train.config import RunConfig
+from lares_fast.train.config import PHASES, RunConfig
 from lares_fast.train.state import RunState, SavedRun
 
 _FILTER = ("rpt.data_filter", "rpt.filter_top", "rpt.filter_passes")
@@ -36,6 +36,9 @@ def changed_settings(old: dict[str, Any], state: RunState, config: RunConfig, ru
     The new values hold from the next step on. Raises :class:`InputError` if ``state`` depends on a setting that has changed.
     """
     new = settings_of(config)
+    # The settings of a phase that an earlier version did not know have default values that do what it did.
+    earlier = {name: value for name, value in settings_of(RunConfig()).items() if name.startswith(PHASES)}
+    old = {**earlier, **old}
     changes = {name: (old[name], value) for name, value in new.items() if name in old and old[name] != value}
     for name, (before, now) in changes.items():
         if reason := _obstacle(name, state, changes, new):
@@ -47,11 +50,21 @@ def changed_settings(old: dict[str, Any], state: RunState, config: RunConfig, ru
     return changes
 
 
+def changed_data(old: dict[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return (old value, new value) of each setting of the data that differs from ``old``, except the path."""
+    new = settings_of(config)
+    return {
+        name: (old[name], value)
+        for name, value in new.items()
+        if name.startswith("data.") and name != "data.path" and name in old and old[name] != value
+    }
+
+
 def _obstacle(name: str, state: RunState, changes: dict[str, tuple[Any, Any]], new: dict[str, Any]) -> str | None:
     """Return why the setting ``name`` cannot change, or ``None`` if it can."""
     phase, progress = state.phase, state.progress
-    if name == f"{phase}.batch_size" and progress.step:
-        return f"{progress.step} batches of an epoch are done, and the rest would skip or repeat rows"
+    if name in (f"{phase}.batch_size", f"{phase}.accumulate") and progress.step:
+        return f"{progress.step} steps of an epoch are done, and the rest would skip or repeat rows"
     if name in _WATCHED and progress.best_value >= 0:
         return f"the best value of phase {phase} was found with it and could not be compared"
     filtered = new["rpt.data_filter"] or "rpt.data_filter" in changes

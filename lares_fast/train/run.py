@@ -27,7 +27,7 @@ from lares_fast.train.folder import RunFolder
 from lares_fast.train.identity import ABOUT, identity_of, require_same
 from lares_fast.train.keys import initial_weights_seed
 from lares_fast.train.optimizer import adam, moments, saved_state
-from lares_fast.train.resume import environment, resume_events, settings_of
+from lares_fast.train.resume import changed_data, environment, resume_events, settings_of
 from lares_fast.train.state import Progress, RunState, SavedRun, load_run
 
 # An import of PyTorch's compiler takes less.
@@ -151,8 +151,19 @@ class Run:
             parts += [*self.best.values(), *moments(self._loaded_optimizer)]
         return sum(value.nbytes for value in parts)
 
+    def add_step(self, values: dict[str, float], *, grad_norm: float, lr: float) -> None:
+        """Count one step. ``values`` are the loss and its parts."""
+        progress = self.state.progress
+        progress.add_step(values)
+        row = {"epoch": progress.epoch + 1, "number": progress.steps, **values, "grad_norm": grad_norm, "lr": lr}
+        self.folder.steps.add(self.state.phase, row)
+
     def save(self) -> None:
-        """Write state.pt and metrics.csv. Raises :class:`NotFiniteError` for weights or moments that are not finite."""
+        """Write state.pt, metrics.csv and the rows of the last steps.
+
+        Raises :class:`NotFiniteError` for weights or moments that are not finite.
+        """
+        self.folder.steps.flush()
         saved = SavedRun(
             state=self.state,
             optimizer=self._optimizer_state(),
@@ -209,7 +220,8 @@ class Run:
 
     def _resume(self, saved: SavedRun, notice: str | None) -> None:
         path = self.folder.state_file if notice is None else self.folder.older_file
-        require_same(saved.state.identity, self.state.identity, self.folder.path, "resume with")
+        changed = changed_data(saved.settings or {}, self.config)
+        require_same(saved.state.identity, self.state.identity, self.folder.path, "resume with", changed)
         if notice is not None:
             self.news.append({"event": "notice", "text": notice})
         self.news += resume_events(saved, self.config, self.device, self.folder.path)

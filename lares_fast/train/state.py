@@ -213,7 +213,9 @@ def _wrong_structure(values: dict[str, Any]) -> str | None:
         return "'kept' is not a list of rows"
     if not all(isinstance(identity.get(name), kind) for name, kind in _IDENTITY.items()):
         return "'identity' does not describe the run"
-    if files is not None and not all(isinstance(files.get(name), kind) for name, kind in _FILES.items()):
+    if files is not None and not (
+        all(isinstance(files.get(name), kind) for name, kind in _FILES.items()) and _are_sizes(files.get("steps", {}))
+    ):
         return "'files' does not describe the other files"
     return None
 
@@ -222,6 +224,14 @@ def _wrong_structure(values: dict[str, Any]) -> str | None:
 _IDENTITY: dict[str, type] = {"model": dict, "seed": int, "data": str, "split": str}
 # The entries of ``files``.
 _FILES: dict[str, type] = {"model": str, "events": str, "events_bytes": int}
+
+
+def _are_sizes(value: Any) -> bool:
+    """Return whether ``value`` has a size and a digest for some of the phases."""
+    return isinstance(value, dict) and all(
+        phase in PHASES and isinstance(entry, list) and [type(part) for part in entry] == [int, str] and entry[0] >= 0
+        for phase, entry in value.items()
+    )
 
 
 def _all_are(values: Iterable[Any], kind: type) -> bool:

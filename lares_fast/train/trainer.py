@@ -30,7 +30,7 @@ from lares_fast.train.run import Run
 from lares_fast.train.source import with_source
 from lares_fast.train.state import RunState
 from lares_fast.train.steps import make_steps
-from lares_fast.train.validation import rank_baselines, rank_test_rows, validate
+from lares_fast.train.validation import rank_baselines, rank_test_rows, tell_of_start, validate
 
 
 class Trainer:
@@ -170,6 +170,7 @@ class Trainer:
             setting = f"{phase}.batch_size"
             with enough_memory(getattr(self.config, phase).batch_size, setting, setting):
                 _train_phase(run, make_phase(run))
+                tell_of_start(run)
                 if self.config.evaluation.test:
                     rank_test_rows(run)
         if run.best:

@@ -17,14 +17,13 @@ from tests.support.command_line import is_one_sentence, metrics_csv, python, ref
 def test_a_run_leaves_its_files(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
-        *("config.yaml", "metrics.csv", "events.jsonl", "curves.png", "model.safetensors", "item_ids.json", "state.pt"),
-        "state.previous.pt",
+        *("config.yaml", "metrics.csv", "events.jsonl", "model.safetensors", "item_ids.json", "state.pt"),
+        *("state.previous.pt", "steps-spt.csv", "steps-rpt.csv", "results.svg", "report.html"),
     }
-    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
     phases = {(row["phase"], row["split"]) for row in metrics_csv(trained)}
     assert phases >= {("popularity", "test"), ("markov", "test"), ("spt", "valid"), ("spt", "test"), ("rpt", "test")}
     for line in (trained / "events.jsonl").read_text().splitlines():
-        assert json.loads(line)["event"] in ("valid", "test", "filtered")
+        assert json.loads(line)["event"] in ("valid", "test", "filtered", "notice")
 
 
 def test_train_without_data_says_that_it_makes_some(cli, small_settings):
@@ -139,7 +138,7 @@ def test_demo_shows_a_table_plots_and_three_recommendations(cli):
     assert result.code == 0 and result.err == ""
     for name in ("popularity", "Markov chain", "best possible", "LARES rpt T=1"):
         assert name in results_of(result.out, "history not masked")
-    assert result.out.count("    recommended ") == 3 and "curves.png" in result.out and "synthetic" in result.out
+    assert result.out.count("    recommended ") == 3 and "report.html" in result.out and "synthetic" in result.out
 
 
 def test_demo_replaces_nothing_but_a_demo(cli, trained, tmp_path):

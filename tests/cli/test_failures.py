@@ -122,7 +122,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(small_settings, log
     running = python("-m", "lares_fast", *words)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, "next     lares-fast recommend" in out) == (0, True), err
-    assert err.startswith("lares-fast: curves.png is not drawn, because matplotlib raised")
+    assert err.startswith("lares-fast: results.svg is not drawn, because matplotlib raised")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

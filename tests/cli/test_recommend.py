@@ -47,6 +47,61 @@ def test_a_run_with_names_of_its_own_reads_logs_without_columns(cli, tmp_path, s
     )
 
 
+def test_settings_say_how_any_file_is_read(cli, runs, tmp_path):
+    run, _ = runs["integers"]
+    rows = [(7, 1, 1), (7, 2, 2), (8, 3, 1)]
+    expected = cli("recommend", "--run", run, "--input", write_csv(tmp_path / "a.csv", rows)).out
+    named = write_csv(tmp_path / "b.csv", rows, ("who", "what", "when"))
+    names = [word for name in ("user=who", "item=what", "time=when") for word in ("--set", f"data.{name}")]
+    assert cli("recommend", "--run", run, "--input", named, *names).out == expected
+    named.write_text(named.read_text().replace(",", ";"))
+    assert cli("recommend", "--run", run, "--input", named, *names).out == expected
+    comma = ("--set", "data.separator=comma")
+    assert refused(cli("recommend", "--run", run, "--input", named, *names, *comma), "--set data.separator=auto")
+    (tmp_path / "c.dat").write_text("".join(f"{user}::{item}::5::{time}\n" for user, item, time in rows))
+    assert cli("recommend", "--run", run, "--input", tmp_path / "c.dat").out == expected
+    pyarrow.parquet.write_table(
+        pyarrow.table({name: [row[at] for row in rows] for at, name in enumerate(("who", "what", "when"))}),
+        tmp_path / "d.parquet",
+    )
+    assert cli("recommend", "--run", run, "--input", tmp_path / "d.parquet", *names).out == expected
+    repeated = write_csv(tmp_path / "e.csv", [*rows, rows[0]])
+    assert cli("recommend", "--run", run, "--input", repeated, "--set", "data.duplicates=same-time").out == expected
+    for key, others in (
+        ("spt.lr=1", ["--input", named]),
+        ("data.min_events=2", ["--input", named]),
+        ("data.user=who", ["--item", "5"]),
+        ("data.path=x", ["--input", named]),
+    ):
+        assert refused(cli("recommend", "--run", run, *others, "--set", key), f"--set {key.partition('=')[0]} has no effect")
+
+
+def test_a_run_with_filters_reads_any_histories(cli, tmp_path, small_settings):
+    rated = [(user, item, time, item % 5 + 1) for user, item, time in events(int)]
+    log = write_csv(tmp_path / "shop.csv", rated, ("user_id", "item_id", "timestamp", "stars"))
+    filters = ["data.rating=stars", "data.min_rating=2", "data.duplicates=same-time", "data.min_item_events=2"]
+    filters = [word for text in filters for word in ("--set", text)]
+    trained = cli(
+        "train", *small_settings, "--set", "evaluation.ks=[5,10]", *filters, "--data", log, "--phase", "spt", "--out", "r"
+    )
+    assert trained.code == 0 and "left out: events with a rating under 2 (" in trained.out
+    assert cli("eval", "--run", "r").code == 0
+    assert refused(cli("eval", "--run", "r", "--set", "data.min_rating=3"), "other")
+    resumed = cli("train", "--resume", "r", "--set", "data.min_rating=3")
+    assert refused(resumed, "another", "data.min_rating is 2.0 there and 3.0 here")
+    assert cli("recommend", "--run", "r", "--user", "1").code == 0
+    (tmp_path / "new.json").write_text('{"7": [1, 2]}')
+    assert cli("recommend", "--run", "r", "--input", tmp_path / "new.json").code == 0
+    (tmp_path / "new.dat").write_text("7::1::5::1\n7::2::5::2\n")
+    assert cli("recommend", "--run", "r", "--input", tmp_path / "new.dat").code == 0
+    unrated = write_csv(tmp_path / "new.csv", [(7, 1, 1), (7, 2, 2)])
+    result = cli("recommend", "--run", "r", "--input", unrated)
+    assert refused(result, "stars", "--set data.rating=NAME", "leave min_rating out")
+    plain = ["--set", "data.min_rating=null", "--set", "data.rating=null"]
+    assert cli("recommend", "--run", "r", "--input", unrated, *plain).code == 0
+    assert refused(cli("train", "--set", "data.min_item_events=5", "--config", "tiny"), "data.min_item_events", "synthetic log")
+
+
 def test_items_with_commas(cli, tmp_path, small_settings):
     import json
 

@@ -15,7 +15,8 @@ REPLACED = "a file taken away, emptied, or replaced by a folder or a dangling li
 SWAPPED = "a file swapped with the file of another run, or older than the others"
 FILES = (
     *("state.pt", "state.previous.pt", "model.safetensors", "item_ids.json", "config.yaml", "metrics.csv", "events.jsonl"),
-    "curves.png",
+    "steps-spt.csv",
+    "results.svg",
 )
 SETTINGS = [
     *("--config", "tiny", "--set", "spt.epochs=2", "--set", "rpt.epochs=1", "--set", "rpt.filter_top=30", "--set", "rpt.k=5"),
@@ -121,7 +122,7 @@ class Places:
             if results(copy) != self.whole and not any(line.startswith("changed ") for line in told):
                 return f"gave other results; the notices are {told}", True
             # The older state and the picture are not read while state.pt is whole.
-            needed = differs and name not in ("state.previous.pt", "curves.png", "config.yaml")
+            needed = differs and name not in ("state.previous.pt", "results.svg", "config.yaml")
             swapped = any(line.startswith("changed ") for line in told)
             return (
                 (f"was not announced; the notices are {told}", True)

@@ -75,7 +75,7 @@ def measure(counts: Counts, folder: Path) -> None:
     """Attack all writers, and the writer that they share."""
     ways: dict[str, Callable[[Path], object]] = writers()
     if not counts.quick:
-        ways["curves.png"] = lambda path: plots.save_curves(path, [], "no run")
+        ways["results.svg"] = lambda path: _files.write_text(path, plots.sheet([], {}, "no run"))
     umasks(counts, folder, ways)
     # It reads the file first.
     del ways["results.json"]

@@ -11,15 +11,18 @@ from tests.support import train_run
 # Another value for every setting.
 OTHER = {
     "data": {
-        "path": "moved.csv", "format": "csv", "user": "who", "item": "what", "time": "when", "split": "temporal",
+        "path": "moved.csv", "format": "csv", "separator": "tab", "user": "who", "item": "what", "time": "when",
+        "rating": "stars", "min_rating": 4.0, "duplicates": "last", "min_events": 4, "min_item_events": 5, "split": "temporal",
         "valid_fraction": 0.2, "test_fraction": 0.2, "synthetic_users": 7, "synthetic_items": 8, "synthetic_seed": 9,
     },
     "spt": {
         "batch_size": 64, "lr": 0.01, "weight_decay": 0.1, "epochs": 3, "patience": 1, "max_steps": 99, "alpha": 0.3,
+        "optimizer": "adamw", "schedule": "linear", "warmup_steps": 5, "clip_norm": 1.5, "accumulate": 2,
         "gamma": 0.3, "same_step": False,
     },
     "rpt": {
         "batch_size": 64, "lr": 0.01, "weight_decay": 0.1, "epochs": 3, "patience": 1, "max_steps": 99, "group_size": 3, "k": 5,
+        "optimizer": "adamw", "schedule": "linear", "warmup_steps": 5, "clip_norm": 1.5, "accumulate": 2,
         "beta": 2.0, "reward": "ndcg", "scores": "model", "dropout": 0.2, "data_filter": False, "filter_top": 30,
         "filter_passes": 1,
     },
@@ -29,17 +32,18 @@ OTHER = {
 }  # fmt: skip
 TOP = {"checkpoint_minutes": 3.0, "device": "cpu", "precision": "bf16"}
 EVERY = [(section, name) for section, values in OTHER.items() for name in values] + [("", name) for name in TOP]
+ROWS_OF_STEP = {phase: {(phase, "batch_size"), (phase, "accumulate")} for phase in ("spt", "rpt")}
 BEST = {("evaluation", "noise_seed"), ("evaluation", "watch_masked")}
 FILTER = {("rpt", "data_filter"), ("rpt", "filter_top"), ("rpt", "filter_passes")}
 
 # Place where a run was stopped -> settings that cannot change there.
 REFUSED = {
     "spt, before its first step": set(),
-    "spt, in an epoch": {("spt", "batch_size")},
-    "spt, in the second epoch": {("spt", "batch_size")} | BEST,
+    "spt, in an epoch": ROWS_OF_STEP["spt"],
+    "spt, in the second epoch": ROWS_OF_STEP["spt"] | BEST,
     "spt, over": BEST,
     "rpt, in the filter": set(),
-    "rpt, in an epoch": {("rpt", "batch_size")} | BEST | FILTER,
+    "rpt, in an epoch": ROWS_OF_STEP["rpt"] | BEST | FILTER,
     "rpt, over": BEST | FILTER,
 }
 

@@ -63,7 +63,7 @@ def python(*arguments, prepare=lambda: None):
 
 def results_of(text, heading):
     """Return {row name: {column: text}} of the table under ``heading``."""
-    lines = text[text.index(heading) :].splitlines()
+    lines = text[text.index(f"\n{heading}") + 1 :].splitlines()
     columns = lines[0][len(heading) :].split()
     rows = {}
     for line in lines[2:]:

@@ -12,7 +12,7 @@ from lares_fast.train.folder import RunFolder
 from tests.support import train_run
 
 # The results of a run that depend on the clock.
-CLOCK = ("seconds", "waited", "data_wait")
+CLOCK = ("seconds", "waited", "data_wait", "ms_per_user")
 
 
 def harmed(content, draw):

@@ -72,7 +72,7 @@ def test_tampered_parts_of_a_state_are_refused(run, copy):
         "kept": [{"users": torch.zeros(2)}, {"users": torch.zeros(2), "ends": torch.zeros(3)}],
         "identity": [{}, {**whole["identity"], "model": None}],
         "settings": [3, None],
-        "files": [3, None, {}, {"model": "", "events": "", "events_bytes": "x"}],
+        "files": [3, None, {}, {"model": "", "events": "", "events_bytes": "x"}, {**whole["files"], "steps": {"spt": 3}}],
     }
     for key, values in wrong.items():
         for value in values:

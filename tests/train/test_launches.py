@@ -41,7 +41,7 @@ def counted(name, monkeypatch, tmp_path, precision="fp32", **model):
         for number in range(2):
             device.launches.clear()
             device.allowed = number == 0
-            steps.make(steps.prepare(torch.arange(8), step_key((1, 2), number)), None)
+            steps.make(steps.prepare([(torch.arange(8), step_key((1, 2), number))]), None)
     return device.launches
 
 

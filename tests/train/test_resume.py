@@ -12,7 +12,7 @@ from lares_fast.train.checkpoint import load_state, save_state
 from lares_fast.train.state import load_run
 from tests.support import train_run
 
-WALL_TIME = ("seconds", "data_wait")
+WALL_TIME = ("seconds", "data_wait", "ms_per_user")
 
 
 @pytest.fixture(scope="module")
