@@ -118,7 +118,7 @@ def _require_same(ours: dict[str, str], about: dict[str, str], log: str, run: Pa
     if ours["split"] != about["split"]:
         raise InputError(
             f"the run in {run} was trained on another split ({about['split']}) than this one ({ours['split']}), which may leak "
-            "the targets of the rows to rank: do not change data.split and its fractions."
+            "the targets of the rows to rank: give data.split, data.valid_fraction and data.test_fraction as in the training."
         )
     if ours["rows"] != about["rows"]:
         raise InputError(f"{log} has other times than the log of the run in {run}: give --data with the log it was trained on.")

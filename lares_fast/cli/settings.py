@@ -81,7 +81,7 @@ def require_used(command: str, given: Mapping[str, str], used: Collection[str], 
             raise InputError(f"{option} has no effect on {command}: {remedy}.")
 
 
-def add_set_argument(parser: ArgumentParser) -> None:
+def add_set_argument(parser: ArgumentParser, example: str = "spt.lr=0.001") -> None:
     """Add the argument ``--set``; its values are in ``assignments``."""
     parser.add_argument(
         "--set",
@@ -89,7 +89,7 @@ def add_set_argument(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         dest="assignments",
-        help="change one setting, such as spt.lr=0.001; repeatable (lares-fast train --print-config lists all)",
+        help=f"change one setting, such as {example}; repeatable (lares-fast train --print-config lists all)",
     )
 
 
@@ -104,7 +104,7 @@ def add_arguments(parser: ArgumentParser, keys: Iterable[str], usual: str | None
     ``usual`` names the default in the help; without it the help shows the value. ``data.path`` gets no option here.
     """
     wanted, groups = set(keys), {}
-    add_set_argument(parser)
+    add_set_argument(parser, *(["data.user=NAME"] if usual else []))
     for row in setting_table.rows():
         section = row.key.rpartition(".")[0]
         if row.key in wanted and row.key != "data.path":

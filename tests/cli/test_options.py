@@ -92,7 +92,8 @@ SYNONYMS = {
     "embedding_size": "model.hidden_size", "n_layers": "model.n_core_layers", "max_seq_length": "model.max_len",
     "heads": "model.n_heads", "temperature": "model.tau", "rpt.learning_rate": "rpt.lr", "phase2.lr": "rpt.lr",
     "eval.topk": "evaluation.ks", "spt.hidden_size": "model.hidden_size", "SPT.LR": "spt.lr", "random-seed": "seed",
-    "evalution.batch_size": "evaluation.batch_size", "spt.momentum": None, "x": None, "": None,
+    "evalution.batch_size": "evaluation.batch_size", "spt.momentum": None, "sep": "data.separator", "k_core": "data.min_events",
+    "max_grad_norm": "spt.clip_norm", "rpt.warmup": "rpt.warmup_steps", "x": None, "": None,
 }  # fmt: skip
 
 

@@ -221,7 +221,7 @@ def planted() -> dict[str, Callable[[Counts, Path], object]]:
     def unguarded(path: Path) -> None:
         # This is the size of what the aliases stand for, which a loader would build.
         text = path.read_text()
-        if "&a" in text or len(text) > settings._MOST_BYTES:
+        if "&a" in text or len(text) > config_file._MOST_BYTES:
             time.sleep(1)
 
     def waiting(command: list[str]) -> int:

@@ -285,7 +285,7 @@ def test_the_harness_counts_a_reader_without_a_checksum(run, tmp_path, monkeypat
         "state.pt": lambda counts: corrupt.damage_state(counts, run, 5),
         "model.safetensors": lambda counts: corrupt.damage_file(counts, run, "model.safetensors", served, 5),
         "item_ids.json": lambda counts: corrupt.damage_file(counts, run, "item_ids.json", served, 5),
-        "config.yaml": lambda counts: corrupt.damage_file(counts, run, "config.yaml", configured, 16),
+        "config.yaml": lambda counts: corrupt.damage_file(counts, run, "config.yaml", configured, 60),
         "metrics.csv": lambda counts: corrupt.damage_results(counts, run, 5),
         "events.jsonl": lambda counts: corrupt.damage_events(counts, run, 5),
     }
