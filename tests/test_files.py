@@ -58,7 +58,7 @@ def test_the_umask_is_obeyed(tmp_path, umask, mode):
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").iterdir()}
-    assert len(modes) == 7 and set(modes.values()) == {mode}, modes
+    assert len(modes) == 8 and set(modes.values()) == {mode}, modes
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, InputError, SystemExit])

@@ -113,4 +113,5 @@ def test_a_stop_during_the_baselines_is_obeyed_and_a_resumed_run_has_both(tmp_pa
     assert baselines_of(stopped) == {"popularity": [], "markov": ["popularity"] * 2}[what]
     resumed = trainer(None)
     resumed.run(("spt",))
-    assert baselines_of(resumed) == ["popularity"] * 2 + ["markov"] * 2
+    # The validation rows, and then the test rows, each with the history masked and not masked.
+    assert baselines_of(resumed) == (["popularity"] * 2 + ["markov"] * 2) * 2
