@@ -168,4 +168,6 @@ def _finish(axis: Any, title: str, x: str, y: str) -> None:
         axis.text(0.5, 0.5, "no data yet", ha="center", transform=axis.transAxes, color=_FLOOR)
     elif len(handles) > 1:
         # The legend is below the axis, so that it covers no data.
-        axis.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+        axis.legend(
+            fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3 if len(handles) > 4 else 4, frameon=False
+        )
