@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import gc
 import io
 import os
@@ -125,6 +126,13 @@ def _by_command_line(table: Path, out: Path, cycle: int) -> None:
             raise RuntimeError(f"{command[0]} ended with {code}: {said.getvalue()[-500:]}")
 
 
+def _give_back() -> None:
+    """Let the allocator of glibc return its free memory to the system. Other allocators keep it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _write(log: InteractionLog, path: Path) -> Path:
     """Write ``log`` as a table, and return its path."""
     with path.open("w", newline="") as file:
@@ -137,7 +145,12 @@ def _write(log: InteractionLog, path: Path) -> Path:
 
 
 def _memory() -> float:
-    """Return the process's own memory in MiB. Pages of files do not count: they come and go."""
+    """Return the memory that the process holds, in MiB.
+
+    Pages of files do not count: they come and go. Free memory that the allocator keeps for later does not count either. It
+    grows until the largest of many random sizes have come by chance, so it would hide or feign a leak of a few MiB.
+    """
+    _give_back()
     sizes = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(sizes[name].split()[0]) for name in ("RssAnon", "VmSwap")) / 1024
 
