@@ -39,7 +39,7 @@ lane_demo() {
     lares-fast doctor
     lares-fast demo --out "$scratch/demo"
     local file
-    for file in config.yaml metrics.csv events.jsonl curves.png model.safetensors state.pt; do
+    for file in config.yaml metrics.csv events.jsonl steps-spt.csv steps-rpt.csv results.svg report.html model.safetensors state.pt; do
         test -s "$scratch/demo/$file"
     done
 }
