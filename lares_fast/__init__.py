@@ -16,6 +16,7 @@ _PUBLIC = {
     "build_info": "lares_fast._native",
     "explain": "lares_fast.ops",
     "load": "lares_fast.serve",
+    "save": "lares_fast.serve",
 }
 _MODULES = ("convert", "data", "ops", "reference", "train")
 

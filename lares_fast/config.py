@@ -12,6 +12,9 @@ ADAPTERS = ("add", "concat", "linear")
 DEPTH_SAMPLINGS = ("poisson-lognormal", "poisson-unbounded", "poisson-bounded", "uniform", "constant", "non-recurrent")
 STATE_INITS = ("normal", "normal_zero", "zero")
 SIMILARITIES = ("dot", "cos")
+
+# The files of a model: its weights with their configuration, and the raw ids of its items.
+MODEL, ITEMS = "model.safetensors", "item_ids.json"
 # Of phase 2: the rewards, and the scores that rewards and probabilities are computed from.
 REWARDS = ("recall", "ndcg")
 SCORES = ("dot", "model")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,9 +15,11 @@ from torch import Tensor, nn
 from lares_fast import _modules, ops, reference
 from lares_fast._dispatch import explain, requested
 from lares_fast._errors import InputError
+from lares_fast._model_folder import read_model, write_config, write_model
 from lares_fast._numbers import whole
 from lares_fast._random import Draw
 from lares_fast._transfer import to_device
+from lares_fast._weights import weights_of
 from lares_fast.catalog import Catalog, KeptTable
 from lares_fast.config import LARESConfig
 from lares_fast.reference.head import Head
@@ -164,6 +169,29 @@ class LARES(reference.LARES):
             backend=self.backend,
             **arguments,
         )
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, item_ids: Sequence[Any] | None = None) -> None:
+        """Write the model into ``folder``: ``model.safetensors``, ``config.json`` and, with ``item_ids``, ``item_ids.json``.
+
+        ``item_ids`` are a placeholder for PAD and then the raw id of each item row, as texts or integers. With them,
+        :func:`lares_fast.load` and the command line take the folder. The folder is made if it is missing, and its files are
+        replaced. Raises :class:`InputError` if a file cannot be written, and for weights that are not finite.
+        """
+        write_model(Path(folder), weights_of(self), self.config, item_ids)
+        write_config(Path(folder), self.config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], *, backend: str | None = None, bf16: bool = False) -> LARES:
+        """Return the model in ``folder``, in evaluation mode on the CPU.
+
+        :meth:`save_pretrained`, a run or ``PyTorchModelHubMixin`` wrote the folder. Nothing is downloaded. ``backend`` and
+        ``bf16`` are as in :class:`LARES`. Raises :class:`InputError` if a file is missing or damaged.
+        """
+        weights, config, _ = read_model(Path(folder))
+        with torch.device("cpu"):
+            model = cls(config, backend=backend, bf16=bf16).float()
+        model.load_state_dict(weights)
+        return model.eval()
 
     def in_evaluation(self) -> LARES:
         """Return this model in evaluation mode, as a copy that shares every parameter. The mode of this model stays."""

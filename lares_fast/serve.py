@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -18,17 +17,19 @@ from torch import Tensor
 
 from lares_fast import ops
 from lares_fast._device import require_memory, resolve
-from lares_fast._errors import InputError, with_path
+from lares_fast._errors import InputError
+from lares_fast._finite import NotFiniteError, largest, require_finite_scores, require_usable
 from lares_fast._memory import allocating, enough_memory
+from lares_fast._model_folder import read_item_ids, read_model
 from lares_fast._numbers import choice, flag, is_masked, shown, whole
 from lares_fast._settings import PRECISIONS
 from lares_fast._torch_state import require_default_device, require_float32
 from lares_fast._transfer import to_device, to_host
+from lares_fast._weights import fits
+from lares_fast.config import ITEMS, MODEL
 from lares_fast.model import LARES
 from lares_fast.ops._catalog_checks import native_obstacle
 from lares_fast.sequences import PAD, Sequences
-from lares_fast.train.checkpoint import fits, load_weights_about, sha256
-from lares_fast.train.finite import NotFiniteError, largest, require_finite_scores, require_usable
 
 History = Iterable[Any]
 # Python can be told to refuse the text of integers with more than 640 digits.
@@ -226,8 +227,21 @@ def _enough_memory(batch_size: int) -> AbstractContextManager[None]:
     return enough_memory(batch_size, setting="batch_size")
 
 
+def save(model: LARES, item_ids: Sequence[Any], folder: str | Path) -> None:
+    """Write ``model``, trained anywhere, and ``item_ids`` into ``folder``, so that :func:`load` and the command line take it.
+
+    ``item_ids`` are as in :class:`Recommender`: a placeholder for PAD, then the raw id of each item row. Raises the errors of
+    :class:`Recommender`, and :class:`InputError` if a file cannot be written.
+    """
+    ids = Recommender(model, item_ids).item_ids
+    model.save_pretrained(folder, item_ids=[0 if isinstance(ids[0], int) else "", *ids])
+
+
 def load(run: str | Path, device: str | torch.device = "auto", *, precision: str = "fp32") -> Recommender:
-    """Return a recommender with the best model in the folder ``run``, which ``lares-fast train`` wrote on any device.
+    """Return a recommender with the model in the folder ``run``.
+
+    A run wrote the folder, on any device, and it holds the run's best model; or :func:`save` wrote it.
+
 
     ``device`` is ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: the first GPU whose kernels pass their self-test, else the CPU. A
     backend that is requested by name, such as ``LARES_FAST_BACKEND=reference``, takes the place of the kernels.
@@ -257,54 +271,26 @@ def load_about(
 
 
 def _load(run: Path, device: str | torch.device, precision: str) -> tuple[Recommender, dict[str, str]]:
-    weights, config, about = load_weights_about(run / "model.safetensors")
+    weights, config, about = read_model(run)
     if not fits(weights, config):
-        raise InputError(f"{run / 'model.safetensors'} does not fit its own configuration: train again.")
+        raise InputError(f"{run / MODEL} does not fit its own configuration: train again.")
     size = sum(value.nbytes for value in weights.values())
     require_memory(torch.device("cpu"), size, "the model")
     # A program may have chosen another default device or dtype.
     with torch.device("cpu"):
         model = LARES(config, bf16=precision == "bf16").float()
     model.load_state_dict(weights)
-    path = run / "item_ids.json"
-    item_ids = _item_ids(path, about.get("item_ids"))
-    if len(item_ids) != config.n_items:
-        raise InputError(f"{path} does not list the {config.n_items} item rows of model.safetensors: they belong to two runs.")
+    path = run / ITEMS
+    item_ids = read_item_ids(run, about, config.n_items)
     device = resolve(device)
     if device.type != "cpu":
         require_memory(device, size, "the model")
     try:
         return Recommender(model.eval().to(device), item_ids), about
     except NotFiniteError:
-        raise NotFiniteError(
-            f"{run / 'model.safetensors'} holds weights too large to score with: train with a lower lr."
-        ) from None
+        raise NotFiniteError(f"{run / MODEL} holds weights too large to score with: train with a lower lr.") from None
     except InputError as error:
         raise InputError(f"{path} holds ids that cannot be used: {error}") from None
-
-
-def _item_ids(path: Path, checksum: str | None) -> list[Any]:
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is not a file: the list of item ids must be there.")
-    try:
-        data = path.read_bytes()
-        if checksum is not None and sha256(data) != checksum:
-            raise InputError(
-                f"{path} is damaged or belongs to another run (model.safetensors has another checksum for it): "
-                f"lares-fast train {with_path('--resume', path.parent)} writes it again."
-            )
-        item_ids = json.loads(data)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): it must be beside model.safetensors.") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path} is not the JSON list that training wrote: it is truncated, or another program wrote it."
-        ) from None
-    if not isinstance(item_ids, list):
-        raise InputError(f"{path} is not the JSON list that training wrote: another program wrote it.")
-    return item_ids
 
 
 def _can_be_read(values: Any) -> bool:

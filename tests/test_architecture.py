@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEAVES = {"_errors", "_files", "_numbers", "_settings", "_random", "_transfer", "_watch", "config"}
-LEAVES |= {"_native", "_native_call", "_native_random", "_memory", "_torch_state"}
+LEAVES |= {"_native", "_native_call", "_native_random", "_memory", "_torch_state", "_finite", "_tensors"}
 
 # Part -> parts of lares_fast that it may import, besides itself. A part is a module or a package right below lares_fast.
 MAY_IMPORT = {
@@ -35,12 +35,30 @@ MAY_IMPORT = {
     "ops": LEAVES | {"reference", "sequences", "_dispatch", "_library", "kernels"},
     "catalog": LEAVES | {"reference", "sequences", "ops"},
     "convert": LEAVES | {"reference"},
-    "model": LEAVES | {"reference", "sequences", "catalog", "ops", "_dispatch", "_modules"},
+    "_finite": {"_errors"},
+    "_tensors": set(),
+    "_weights": LEAVES | {"reference"},
+    "_model_folder": LEAVES | {"_weights"},
+    "model": LEAVES | {"_weights", "_model_folder", "reference", "sequences", "catalog", "ops", "_dispatch", "_modules"},
     "verify": LEAVES | {"reference", "sequences", "ops", "model", "_dispatch", "kernels"},
     "data": LEAVES | {"sequences"},
     "_device": LEAVES | {"ops", "_dispatch"},
-    "train": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "_dispatch", "_device", "_modules"},
-    "serve": LEAVES | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "_device"},
+    "train": LEAVES
+    | {
+        "_weights",
+        "_model_folder",
+        "reference",
+        "sequences",
+        "catalog",
+        "ops",
+        "model",
+        "data",
+        "_dispatch",
+        "_device",
+        "_modules",
+    },
+    "serve": LEAVES
+    | {"_weights", "_model_folder", "reference", "sequences", "catalog", "ops", "model", "data", "train", "_device"},
     "gpu_bench": LEAVES | {"reference", "sequences", "ops", "model", "data", "train", "verify", "kernels"},
     "cli": LEAVES
     | {"reference", "sequences", "catalog", "ops", "model", "data", "train", "serve", "verify", "_dispatch", "_device"}

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lares_fast import LARES, LARESConfig, ops, reference
+from lares_fast._finite import all_finite
 from lares_fast._random import Draw
 from lares_fast.sequences import Sequences
-from lares_fast.train.finite import all_finite
 from tests.support.fake_device import DEVICE, DeviceTensor, FakeDevice, to_fake_device
 
 CONFIG = LARESConfig(
@@ -120,7 +120,7 @@ def test_a_place_is_a_function_of_the_package():
         assert [wait.places[:3] for wait in device.waits] == [
             ("sequences.row_positions", "sequences.unpad", "sequences.Sequences.from_padded")
         ]
-        with pytest.raises(AssertionError, match=r"in train\.finite\.largest < train\.finite\.all_finite"):
+        with pytest.raises(AssertionError, match=r"in _finite\.largest < _finite\.all_finite"):
             all_finite([there(2)])
 
 

@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from lares_fast import LARES, LARESConfig, reference
+from lares_fast import LARES, LARESConfig, _finite, reference
 from lares_fast._errors import InputError
 from lares_fast._random import fold, root_key
 from lares_fast.catalog import Catalog
 from lares_fast.ops import _cuda_launch
 from lares_fast.serve import Recommender
-from lares_fast.train import evaluate, finite
+from lares_fast.train import evaluate
 from tests.support import train_run
 from tests.support.fake_device import DEVICE, FakeDevice, to_fake_device
 
 KEY = root_key(5)
 N = train_run.log().n_items
 # The only two functions that may wait.
-READ, CHECK = "_transfer.to_host", "train.finite.largest"
+READ, CHECK = "_transfer.to_host", "_finite.largest"
 
 
 def fake_device():
@@ -161,10 +161,10 @@ def test_scores_that_are_not_finite_are_noticed_at_the_end():
     with fake_device():
         served = Recommender(there, range(N))
         there.recurrence.core.layers[0].feed_forward.norm.weight.inner.fill_(torch.nan)
-        with pytest.raises(finite.NotFiniteError, match="the weights of the model"):
+        with pytest.raises(_finite.NotFiniteError, match="the weights of the model"):
             evaluate.model_ranks(there, log, rows, key=KEY)
         for call in (served.recommend, served.encode):
-            with pytest.raises(finite.NotFiniteError, match="the scores of the model"):
+            with pytest.raises(_finite.NotFiniteError, match="the scores of the model"):
                 call([[1, 2]])
 
 

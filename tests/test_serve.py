@@ -10,8 +10,8 @@ import torch
 import lares_fast
 from lares_fast import LARES, LARESConfig, _native, serve
 from lares_fast._errors import InputError
+from lares_fast._weights import save_weights
 from lares_fast.serve import Recommender
-from lares_fast.train.checkpoint import save_weights
 from tests.support import train_run
 
 N = 30

@@ -107,8 +107,8 @@ def _require_same(ours: dict[str, str], about: dict[str, str], log: str, run: Pa
 
     ``ours`` describes the log and the split at hand. ``about`` describes the log and the split of the model's training.
     """
-    if not about:
-        notice(f"{run} is of an earlier version and does not name its log and split, so they were not checked.")
+    if "data" not in about:
+        notice(f"the model in {run} does not name its log and split, so they were not checked: it may know the rows to rank.")
         return
     if ours["data"] != about["data"] or ours["events"] != about["events"]:
         raise InputError(

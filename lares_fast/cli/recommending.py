@@ -147,8 +147,8 @@ def _listed(text: str, recommender: Recommender) -> list[str]:
 
 def _require_events(log: InteractionLog, recommender: Recommender, about: dict[str, str], run: Path) -> None:
     """Raise :class:`InputError` unless ``log`` holds the events that the model was trained on, in any order of rows."""
-    if not about:
-        notice(f"{run} is of an earlier version and does not name its log, so only the items were compared.")
+    if "events" not in about:
+        notice(f"the model in {run} does not name its log, so only the items were compared.")
         same = set(map(str, log.item_ids[1:].tolist())) == set(map(str, recommender.item_ids))
     else:
         same = events_digest(log) == about["events"]

@@ -10,7 +10,8 @@ from typing import Any
 
 from lares_fast._errors import InputError, printable
 from lares_fast.cli import setting_table
-from lares_fast.train.config import RunConfig
+from lares_fast.config import MODEL
+from lares_fast.train.config import MEMORY, RunConfig
 from lares_fast.train.config_file import Setting, known_keys, read, require_plain, run_config
 from lares_fast.train.files import CONFIG
 
@@ -35,10 +36,15 @@ def build(config: str | Path | None = None, assignments: Iterable[str | Setting]
 
 
 def of_run(run: Path, assignments: Iterable[str | Setting]) -> RunConfig:
-    """Return the configuration of the run folder ``run``, changed by ``assignments``."""
-    if not (run / CONFIG).is_file():
-        raise InputError(f"{run / CONFIG} does not exist: give --run the folder of a run.")
-    return build(run / CONFIG, assignments)
+    """Return the configuration of the run folder ``run``, changed by ``assignments``.
+
+    For a folder with a model that no run wrote, it is the default configuration, whose log must be given.
+    """
+    if (run / CONFIG).is_file():
+        return build(run / CONFIG, assignments)
+    if (run / MODEL).is_file():
+        return build(None, [(str(run), "data.format", MEMORY), *assignments])
+    raise InputError(f"{run / CONFIG} does not exist: give --run the folder of a run, or of a model that was saved.")
 
 
 def _find(config: str | Path) -> Path:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lares_fast import ops, reference
+from lares_fast._finite import largest, require_finite_scores, require_usable
 from lares_fast._memory import enough_memory
 from lares_fast._modules import in_evaluation
 from lares_fast._random import Draw, Key
@@ -17,7 +18,6 @@ from lares_fast.catalog import Catalog
 from lares_fast.data import Batch, InteractionLog, Rows, make_batch
 from lares_fast.reference.topk import Exclude
 from lares_fast.sequences import Sequences
-from lares_fast.train.finite import largest, require_finite_scores, require_usable
 
 Progress = Callable[[int, int], None]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lares_fast.config import ITEMS, MODEL
 from lares_fast.train.config import PHASES
 
 NEWEST, OLDER = "state.pt", "state.previous.pt"
-METRICS, EVENTS, MODEL, ITEMS = "metrics.csv", "events.jsonl", "model.safetensors", "item_ids.json"
+METRICS, EVENTS = "metrics.csv", "events.jsonl"
 CONFIG = "config.yaml"
 # The pictures of a run, and the page with its results.
 SHEET, REPORT = "results.svg", "report.html"

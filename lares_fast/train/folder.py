@@ -16,19 +16,11 @@ from typing import Any
 
 from lares_fast._errors import InputError, with_path
 from lares_fast._files import append_line, content, locked, remove_leftovers, write_text
-from lares_fast.config import LARESConfig
-from lares_fast.train.checkpoint import (
-    StateError,
-    Weights,
-    load_weights_about,
-    peek,
-    save_weights,
-    sha256,
-    stored_digest,
-    weights_digest,
-)
+from lares_fast._weights import Weights, load_weights_about, save_weights, sha256, stored_digest, weights_digest
+from lares_fast.config import ITEMS, MODEL, LARESConfig
+from lares_fast.train.checkpoint import StateError, peek
 from lares_fast.train.config_file import is_written, marked
-from lares_fast.train.files import CONFIG, EVENTS, FILES, ITEMS, METRICS, MODEL, NEWEST, OLDER
+from lares_fast.train.files import CONFIG, EVENTS, FILES, METRICS, NEWEST, OLDER
 from lares_fast.train.ranking import rows_csv
 from lares_fast.train.state import SavedRun, load_run, save_run
 from lares_fast.train.steps_file import StepsFiles

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from lares_fast._device import resolve
 from lares_fast._errors import InputError, with_path
+from lares_fast._finite import NotFiniteError, all_finite
 from lares_fast._memory import require_room
+from lares_fast._model_folder import read_item_ids, read_model
 from lares_fast._random import DrawFrom, root_key
-from lares_fast.config import LARESConfig
+from lares_fast._weights import Weights, weights_of
+from lares_fast.config import ITEMS, MODEL, LARESConfig
 from lares_fast.data import InteractionLog, Split
 from lares_fast.model import LARES
 from lares_fast.train import warm_start
-from lares_fast.train.checkpoint import StateError, Weights, check_weights, load_into, weights_of
+from lares_fast.train.checkpoint import StateError, check_weights, load_into
 from lares_fast.train.config import PhaseConfig, RunConfig, needs_start
 from lares_fast.train.events import Event, Events, Listener
-from lares_fast.train.files import ITEMS, MODEL, NEWEST, OLDER
-from lares_fast.train.finite import NotFiniteError, all_finite
+from lares_fast.train.files import NEWEST, OLDER, holds_run
 from lares_fast.train.folder import RunFolder
 from lares_fast.train.identity import ABOUT, identity_of, require_same
 from lares_fast.train.keys import initial_weights_seed
@@ -111,6 +113,8 @@ class Run:
                 f"{self.folder.path} holds a run already: a run that starts from another's model needs a new folder."
             )
         path = run / NEWEST
+        if not holds_run(run) and (run / MODEL).is_file():
+            return self._start_from_model(run)
         try:
             saved = load_run(path)
         except StateError as error:
@@ -139,6 +143,16 @@ class Run:
         self.news += news
         self.state.progress.best = weights
         self.state.restarts = saved.state.restarts + 1
+
+    def _start_from_model(self, folder: Path) -> None:
+        """Take over a model that no run wrote, such as the one of ``LARES.save_pretrained``."""
+        theirs, config, about = read_model(folder)
+        ids, ours = read_item_ids(folder, about, config.n_items), self.log.item_ids.tolist()
+        warm_start.require_model(config.to_dict(), self.state.identity["model"], folder)
+        weights, counts = warm_start.carry_over(theirs, ids, weights_of(self.model), ours, folder)
+        load_into(self.model, weights, folder / MODEL, "best")
+        self.news += warm_start.told(folder, counts)
+        self.state.progress.best, self.state.restarts = weights, 1
 
     def enter(self, phase: str) -> None:
         """Begin ``phase`` from the best model of the phase before it."""

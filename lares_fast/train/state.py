@@ -11,7 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from lares_fast.train.checkpoint import StateError, Weights, load_state, save_state
+from lares_fast._weights import Weights
+from lares_fast.train.checkpoint import StateError, load_state, save_state
 from lares_fast.train.config import PHASES, PhaseConfig, needs_start
 
 

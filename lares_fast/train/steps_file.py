@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lares_fast._files import append_line, content, write_text
-from lares_fast.train.checkpoint import sha256
+from lares_fast._weights import sha256
 from lares_fast.train.config import PHASES
 from lares_fast.train.files import steps_file
 

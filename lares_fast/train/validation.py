@@ -6,12 +6,12 @@ import time
 
 from torch import Tensor
 
+from lares_fast._finite import NotFiniteError
+from lares_fast._weights import weights_of
 from lares_fast.data import Rows
 from lares_fast.train.advice import about_baselines, about_start, about_states
 from lares_fast.train.alike import Cosines
-from lares_fast.train.checkpoint import weights_of
 from lares_fast.train.evaluate import MASKED, NOT_MASKED, model_ranks
-from lares_fast.train.finite import NotFiniteError
 from lares_fast.train.keys import evaluation_key
 from lares_fast.train.ranking import metrics
 from lares_fast.train.results import BASELINES, COSINE, COSINE_RMS, MILLISECONDS, WATCHED, result_rows

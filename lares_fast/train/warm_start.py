@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lares_fast._errors import InputError, with_path
-from lares_fast.train.checkpoint import Weights, load_weights_about, sha256
-from lares_fast.train.files import ITEMS, MODEL
+from lares_fast._weights import Weights, load_weights_about, sha256
+from lares_fast.config import ITEMS, MODEL
 from lares_fast.train.identity import ABOUT, require_same
 
 # The only weights whose shape depends on the number of items.
@@ -27,10 +27,14 @@ def require_fit(theirs: dict[str, Any], ours: dict[str, Any], run: Path) -> None
 
     With another kind of split, the model of the run in the folder ``run`` may have been trained on rows that are held out here.
     """
-    model = {**theirs["model"], "n_items": ours["model"]["n_items"]}
-    require_same({"model": model}, {"model": ours["model"]}, run, "start from")
+    require_model(theirs["model"], ours["model"], run)
     there, here = (identity["split"].partition(" ")[0] for identity in (theirs, ours))
-    require_same({"model": model, "split": there}, {"split": here}, run, "start from")
+    require_same({"model": theirs["model"], "split": there}, {"split": here}, run, "start from")
+
+
+def require_model(theirs: dict[str, Any], ours: dict[str, Any], run: Path) -> None:
+    """Raise :class:`InputError` unless the settings of two models differ in nothing but the number of items."""
+    require_same({"model": {**theirs, "n_items": ours["n_items"]}}, {"model": ours}, run, "start from")
 
 
 def item_ids_of(run: Path, identity: dict[str, Any]) -> list[Any]:

@@ -16,9 +16,10 @@ import torch
 
 from lares_fast import LARES, LARESConfig, serve
 from lares_fast._errors import InputError
+from lares_fast._finite import NotFiniteError, all_finite
+from lares_fast._weights import load_weights_about, save_weights
 from lares_fast.train import Interrupted, Trainer, model_ranks
-from lares_fast.train.checkpoint import load_state, load_weights_about, save_state, save_weights
-from lares_fast.train.finite import NotFiniteError, all_finite
+from lares_fast.train.checkpoint import load_state, save_state
 from lares_fast.train.keys import evaluation_key
 from lares_fast.train.resume import settings_of
 from lares_fast.train.rpt import RPT
@@ -176,7 +177,7 @@ def planted(counts, folder):
             other = folder / "other"
             shutil.copytree(run, other)
             refused(counts, f"a file with {value} in {name}", save_weights, other / "model.safetensors", bad, config, about)
-            with mock.patch("lares_fast.train.checkpoint.all_finite", lambda _: True):
+            with mock.patch("lares_fast._weights.all_finite", lambda _: True):
                 save_weights(other / "model.safetensors", bad, config, about)
             refused(counts, f"serving {value} in {name}", serve.load, other)
             for part in ("model", "best", "start"):

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from lares_fast._errors import InputError
+from lares_fast._weights import load_weights
 from lares_fast.cli import settings
-from lares_fast.train.checkpoint import load_weights
 from lares_fast.train.state import load_run
 from tests.reliability.counts import Counts
 from tests.reliability.kill_calls import Plan

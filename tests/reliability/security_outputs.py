@@ -14,13 +14,14 @@ import torch
 
 from lares_fast import _files
 from lares_fast._errors import InputError
+from lares_fast._weights import save_weights, weights_of
 from lares_fast.cli import plots
 from lares_fast.cli.recommending import _writer
 from lares_fast.config import LARESConfig
 from lares_fast.gpu_bench.results import Results
 from lares_fast.model import LARES
 from lares_fast.train import config_file
-from lares_fast.train.checkpoint import save_state, save_weights, weights_of
+from lares_fast.train.checkpoint import save_state
 from lares_fast.train.config import RunConfig
 from lares_fast.verify.gpu_report import Report
 from tests.reliability.accounts import as_account, can_change_account

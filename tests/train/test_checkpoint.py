@@ -11,10 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from lares_fast import LARESConfig
+from lares_fast import LARESConfig, _weights
 from lares_fast._errors import InputError
+from lares_fast._tensors import read_metadata, read_tensors
 from lares_fast.train import checkpoint
-from lares_fast.train._tensors import read_metadata, read_tensors
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3)}
 CONFIG = LARESConfig.preset("tiny", n_items=5)
@@ -25,8 +25,8 @@ def test_round_trip(tmp_path):
     state = checkpoint.load_state(tmp_path / "state.pt")
     assert state["step"] == 3
     assert torch.equal(state["model"]["a"], WEIGHTS["a"])
-    checkpoint.save_weights(tmp_path / "model.safetensors", WEIGHTS, CONFIG)
-    weights, config = checkpoint.load_weights(tmp_path / "model.safetensors")
+    _weights.save_weights(tmp_path / "model.safetensors", WEIGHTS, CONFIG)
+    weights, config = _weights.load_weights(tmp_path / "model.safetensors")
     assert torch.equal(weights["a"], WEIGHTS["a"])
     assert config == CONFIG
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "state.pt"], "no temporary file is left"
@@ -34,16 +34,16 @@ def test_round_trip(tmp_path):
 
 def test_weights_that_are_read_again_and_again_leave_no_objects(tmp_path):
     path = tmp_path / "model.safetensors"
-    checkpoint.save_weights(path, {f"w{i}": torch.zeros(300 + i, 64) for i in range(20)}, CONFIG)
+    _weights.save_weights(path, {f"w{i}": torch.zeros(300 + i, 64) for i in range(20)}, CONFIG)
 
     def blocks():
         gc.collect()
         return sys.getallocatedblocks()
 
-    checkpoint.load_weights(path)
+    _weights.load_weights(path)
     before = blocks()
     for _ in range(100):
-        checkpoint.load_weights(path)
+        _weights.load_weights(path)
     # safe_open of safetensors 0.8 would leave about 4,000.
     assert blocks() - before < 1000
 
@@ -88,7 +88,7 @@ def test_a_header_that_does_not_fit_the_file_is_refused(header, tmp_path):
     text = json.dumps(header).encode()
     (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(InputError, match="is not a readable safetensors file"):
-        checkpoint.load_weights(tmp_path / "file")
+        _weights.load_weights(tmp_path / "file")
 
 
 @pytest.mark.parametrize("call", ["_open_zipfile_writer_buffer.__exit__", "_open_zipfile_writer_buffer.__init__", "_save"])
@@ -114,7 +114,7 @@ except KeyboardInterrupt:
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (0, "interrupted\n", []), done.stderr
 
 
-@pytest.mark.parametrize("load", [checkpoint.load_state, checkpoint.load_weights])
+@pytest.mark.parametrize("load", [checkpoint.load_state, _weights.load_weights])
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04" + bytes(64), bytes(200)])
 def test_foreign_files(load, content, tmp_path):
     path = tmp_path / "file"
@@ -128,8 +128,8 @@ def test_foreign_files(load, content, tmp_path):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
 def test_truncated_files(share, tmp_path):
     checkpoint.save_state(tmp_path / "state", {"model": {"a": torch.zeros(1000)}})
-    checkpoint.save_weights(tmp_path / "weights", {"a": torch.zeros(1000)}, CONFIG)
-    for name, load in (("state", checkpoint.load_state), ("weights", checkpoint.load_weights)):
+    _weights.save_weights(tmp_path / "weights", {"a": torch.zeros(1000)}, CONFIG)
+    for name, load in (("state", checkpoint.load_state), ("weights", _weights.load_weights)):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[: int(len(content) * share)])
         with pytest.raises(InputError, match="is truncated"):
@@ -144,7 +144,7 @@ def test_files_of_other_programs(tmp_path):
 
     save_file(WEIGHTS, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="was not written by lares_fast"):
-        checkpoint.load_weights(tmp_path / "model.safetensors")
+        _weights.load_weights(tmp_path / "model.safetensors")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -13,10 +13,11 @@ import torch
 
 from lares_fast import serve
 from lares_fast._errors import InputError
+from lares_fast._finite import NotFiniteError
+from lares_fast._weights import load_weights, save_weights
 from lares_fast.cli import settings
 from lares_fast.train import Trainer
-from lares_fast.train.checkpoint import load_state, load_weights, save_state, save_weights
-from lares_fast.train.finite import NotFiniteError
+from lares_fast.train.checkpoint import load_state, save_state
 from lares_fast.train.folder import RunFolder
 from lares_fast.train.state import load_run
 from tests.reliability import corrupt, corrupt_tables
@@ -275,8 +276,8 @@ def test_the_harness_counts_a_reader_without_a_checksum(run, tmp_path, monkeypat
     stored = served(run)[3]["item_ids"]
     plants = {
         "state.pt": ("zipfile.ZipFile.testzip", lambda self: None),
-        "model.safetensors": ("lares_fast.train.checkpoint._verified", metadata),
-        "item_ids.json": ("lares_fast.serve.sha256", lambda data: stored),
+        "model.safetensors": ("lares_fast._weights._verified", metadata),
+        "item_ids.json": ("lares_fast._model_folder.sha256", lambda data: stored),
         "config.yaml": ("lares_fast.train.config_file._verified", lambda path, text: text.partition("\n")[2]),
         "metrics.csv": ("lares_fast.train.folder.RunFolder.mend", lambda self, saved: []),
         "events.jsonl": ("lares_fast.train.folder.RunFolder.mend", lambda self, saved: []),

@@ -11,10 +11,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lares_fast._errors import InputError
+from lares_fast._finite import NotFiniteError
 from lares_fast.train import Interrupted, Trainer, device_log, memory, steps
 from lares_fast.train import run as run_module
 from lares_fast.train.checkpoint import load_state
-from lares_fast.train.finite import NotFiniteError
 from lares_fast.train.spt import SPT
 from tests.support import train_run
 from tests.support.fake_device import CPU, DEVICE, DeviceTensor, FakeDevice
@@ -22,9 +22,9 @@ from tests.train.test_resume import assert_same
 
 # The functions that may wait: the numbers of steps are read, a state is made, saved and loaded, and rows are ranked.
 WAITING = {
-    "train.steps.DeviceSteps.read", "train.checkpoint.weights_of", "train.optimizer.saved_state", "train.optimizer.adam",
+    "train.steps.DeviceSteps.read", "_weights.weights_of", "train.optimizer.saved_state", "train.optimizer.adam",
     "train.checkpoint.load_into", "train.run.Run.__init__", "train.run.Run.enter", "train.validation.rank_test_rows",
-    "train.finite.largest", "_transfer.to_host",
+    "_finite.largest", "_transfer.to_host",
 }  # fmt: skip
 
 

@@ -7,10 +7,11 @@ import torch
 
 from lares_fast import LARES, LARESConfig, serve
 from lares_fast._errors import InputError
+from lares_fast._finite import NotFiniteError, all_finite, largest
+from lares_fast._weights import load_weights
 from lares_fast.train import Interrupted, Trainer, model_ranks
-from lares_fast.train.checkpoint import load_state, load_weights
+from lares_fast.train.checkpoint import load_state
 from lares_fast.train.evaluate import keep_rankable
-from lares_fast.train.finite import NotFiniteError, all_finite, largest
 from lares_fast.train.keys import evaluation_key
 from lares_fast.train.spt import SPT
 from tests.support import train_run

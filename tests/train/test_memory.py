@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lares_fast import LARES, LARESConfig, _memory, ops, reference
+from lares_fast import LARES, LARESConfig, _memory, _weights, ops, reference
 from lares_fast._errors import InputError
 from lares_fast.cli import main
 from lares_fast.train import Trainer, checkpoint, memory
@@ -167,7 +167,7 @@ def test_weights_are_written_in_the_format_of_safetensors(tmp_path):
     config = LARESConfig(n_items=20, hidden_size=16, inner_size=32, adapter="linear")
     weights = LARES(config).state_dict()
     weights["transposed"] = weights["recurrence.core.layers.0.feed_forward.up.weight"].T
-    checkpoint.save_weights(tmp_path / "model", weights, config)
+    _weights.save_weights(tmp_path / "model", weights, config)
     found = load_file(tmp_path / "model")
     assert found.keys() == weights.keys() and all(torch.equal(found[name], value) for name, value in weights.items())
 

@@ -18,9 +18,10 @@ import yaml
 
 from lares_fast import LARES, LARESConfig
 from lares_fast._errors import LaresFastError
+from lares_fast._model_folder import read_item_ids
 from lares_fast.cli import settings
 from lares_fast.data import log_from_sequences
-from lares_fast.serve import Recommender, _item_ids
+from lares_fast.serve import Recommender
 from lares_fast.train import config_file
 from lares_fast.train.config import RunConfig
 from tests.reliability.fuzzing import log_files, log_parsers
@@ -240,7 +241,7 @@ def check_item_ids(content: bytes) -> str | None:
     """Read the list, build a recommender of it, and compare its ids with those that ``json`` finds."""
     path = Path("item_ids.json")
     path.write_bytes(content)
-    recommender = Recommender(_model(), _item_ids(path, None))
+    recommender = Recommender(_model(), read_item_ids(path.parent, {}, 5))
     expected = json.loads(content)[1:]
     same = [str(int(x) if isinstance(x, float) else x) for x in expected] == [str(x) for x in recommender.item_ids]
     return None if same else f"ids {recommender.item_ids} instead of {expected}"
