@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lares_fast._errors import InputError
+from lares_fast._errors import InputError, with_path
 from lares_fast._files import read_small, write_text
 from lares_fast._weights import Weights, has_config, load_foreign, load_weights_about, save_weights, sha256
 from lares_fast.config import ITEMS, MODEL, LARESConfig
@@ -91,7 +91,7 @@ def read_item_ids(folder: Path, about: dict[str, str], n_items: int) -> list[Any
         if checksum is not None and sha256(data) != checksum:
             raise InputError(
                 f"{path} is damaged or belongs to another model ({MODEL} has another checksum for it): use a copy, or if it is "
-                "of a run, let lares-fast train --resume write it again."
+                f"of a run, lares-fast train {with_path('--resume', folder)} writes it again."
             )
         item_ids = json.loads(data)
     except OSError as error:

@@ -128,12 +128,14 @@ def test_the_snippet_of_the_quick_start_runs(tmp_path, monkeypatch, capsys):
     assert len(re.findall(r"brand\d\d-type\d\d", capsys.readouterr().out)) == 5
 
 
-def test_the_snippets_of_the_training_loop_run_one_after_the_other(capsys):
+def test_the_snippets_of_the_training_loop_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {}
     for code in snippets("training-loop.md"):
         exec(code.replace("n_users=400", "n_users=60"), names)
     assert "ndcg@10" in capsys.readouterr().out
+    assert len(names["answer"].ids[0]) == 10 and names["again"].config == names["model"].config
     assert names["loss"].rewards.shape == (4, len(names["batch"])) and names["ids"].shape == (2, 10)
 
 

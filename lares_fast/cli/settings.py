@@ -42,7 +42,8 @@ def of_run(run: Path, assignments: Iterable[str | Setting]) -> RunConfig:
     """
     if (run / CONFIG).is_file():
         return build(run / CONFIG, assignments)
-    if (run / MODEL).is_file():
+    # A pipe or a folder of this name is no sign of a model that was saved.
+    if (run / MODEL).is_file() and not os.path.lexists(run / CONFIG):
         return build(None, [(str(run), "data.format", MEMORY), *assignments])
     raise InputError(f"{run / CONFIG} does not exist: give --run the folder of a run, or of a model that was saved.")
 
