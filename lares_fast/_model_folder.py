@@ -84,18 +84,18 @@ def read_item_ids(folder: Path, about: dict[str, str], n_items: int) -> list[Any
     Raises :class:`InputError` if the file is missing or damaged, or does not have ``n_items`` ids.
     """
     path, checksum = folder / ITEMS, about.get("item_ids")
+    again = f"if it is of a run, lares-fast train {with_path('--resume', folder)} writes it again"
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is not a file: the list of item ids must be there.")
     try:
         data = path.read_bytes()
         if checksum is not None and sha256(data) != checksum:
             raise InputError(
-                f"{path} is damaged or belongs to another model ({MODEL} has another checksum for it): use a copy, or if it is "
-                f"of a run, lares-fast train {with_path('--resume', folder)} writes it again."
+                f"{path} is damaged or belongs to another model ({MODEL} has another checksum for it): use a copy, or {again}."
             )
         item_ids = json.loads(data)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): it must be beside {MODEL}.") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}): it must be beside {MODEL}; {again}.") from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise

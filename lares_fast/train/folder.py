@@ -16,7 +16,8 @@ from typing import Any
 
 from lares_fast._errors import InputError, with_path
 from lares_fast._files import append_line, content, locked, remove_leftovers, write_text
-from lares_fast._weights import Weights, load_weights_about, save_weights, sha256, stored_digest, weights_digest
+from lares_fast._model_folder import write_model
+from lares_fast._weights import Weights, load_weights_about, sha256, stored_digest, weights_digest
 from lares_fast.config import ITEMS, MODEL, LARESConfig
 from lares_fast.train.checkpoint import StateError, peek
 from lares_fast.train.config_file import is_written, marked
@@ -144,8 +145,7 @@ class RunFolder:
         self._exported = weights_digest(weights, config, about)
         if self._is_exported() and sha256(content(self.path / ITEMS)) == about["item_ids"]:
             return False
-        write_text(self.path / ITEMS, text)
-        save_weights(self.path / MODEL, weights, config, about)
+        write_model(self.path, weights, config, item_ids, about)
         return True
 
     def _is_exported(self) -> bool:

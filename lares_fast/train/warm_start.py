@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lares_fast._errors import InputError, with_path
-from lares_fast._weights import Weights, load_weights_about, sha256
+from lares_fast._model_folder import read_item_ids
+from lares_fast._weights import Weights, load_weights_about
 from lares_fast.config import ITEMS, MODEL
 from lares_fast.train.identity import ABOUT, require_same
 
@@ -44,17 +44,10 @@ def item_ids_of(run: Path, identity: dict[str, Any]) -> list[Any]:
     """
     about = load_weights_about(run / MODEL)[2]
     again = f"lares-fast train {with_path('--resume', run)} writes it again"
-    if any(about.get(name) != identity.get(name) for name in ABOUT):
+    # A file of an earlier version holds no checksum of the ids.
+    if "item_ids" not in about or any(about.get(name) != identity.get(name) for name in ABOUT):
         raise InputError(f"{run / MODEL} is not of the run in state.pt, so its items are not known: {again}.")
-    path = run / ITEMS
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}), so the items of the run are not known: {again}.") from None
-    if sha256(data) != about.get("item_ids"):
-        raise InputError(f"{path} is damaged or belongs to another run ({MODEL} has another checksum for it): {again}.")
-    ids: list[Any] = json.loads(data)
-    return ids
+    return read_item_ids(run, about, identity["model"]["n_items"])
 
 
 def carry_over(

@@ -82,6 +82,7 @@ def test_batches_of_one_step_are_averaged(tmp_path):
         parts = [(part, step_key((1, 2), number)) for number, part in enumerate(index.split(sizes))]
         numbers = steps._numbers(steps.prepare(parts))
         found.append([*numbers, *(each.grad for each in steps.run.model.parameters())])
+    # Both add the same fp32 numbers, in another order. A wrong weight of a batch would be an error of more than a tenth.
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
